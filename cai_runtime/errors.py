@@ -1,0 +1,104 @@
+"""Every error that the library raises on purpose. Light to import: no torch, no transformers.
+
+The errors of the API (BadRequestError and its kin, with a status code and a JSON body) are in `cai_runtime.api.errors`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class CaiError(Exception):
+    """Base of every error that cai_runtime raises on purpose."""
+
+
+class CheckpointError(CaiError):
+    """A checkpoint can't be used. `.file` and `.tensor` name the place; the message says what is wrong and what to do."""
+
+    def __init__(self, message: str, *, file: str | Path | None = None, tensor: str | None = None):
+        self.file = str(file) if file is not None else None
+        self.tensor = tensor
+        place = ", ".join(
+            part for part in (f"file {self.file}" if self.file else "", f"tensor {tensor}" if tensor else "") if part
+        )
+        super().__init__(f"{message} ({place})" if place else message)
+
+
+class MissingFileError(CheckpointError):
+    """A file that the checkpoint needs is not there."""
+
+
+class TruncatedFileError(CheckpointError):
+    """A file ends before its header says it does, or its header can't be read."""
+
+
+class TensorMissingError(CheckpointError):
+    """A tensor that a module needs is in no shard."""
+
+
+class TensorShapeError(CheckpointError):
+    """A tensor's shape is not what its module's kind and rank imply."""
+
+
+class TensorDtypeError(CheckpointError):
+    """A tensor's dtype is not what its module's store implies."""
+
+
+class NonFiniteTensorError(CheckpointError):
+    """A tensor holds NaN or infinity."""
+
+
+class InvalidPivotError(CheckpointError):
+    """An interpolative module's pivot is not a permutation of its output rows."""
+
+
+class UnknownKindError(CheckpointError):
+    """A module's kind is not one that this version reads."""
+
+
+class UnknownVersionError(CheckpointError):
+    """The checkpoint's format_version is not one that this version reads."""
+
+
+class InvalidConfigError(CheckpointError):
+    """config.json or quantization_config is malformed or contradicts itself."""
+
+
+class UnsupportedModelError(CaiError):
+    """The architecture, or an option of it, is not one that this version runs."""
+
+
+class SourceError(CaiError):
+    """A named model or file can't be fetched. The message lists every place tried and each failure."""
+
+
+class ConversionError(CaiError):
+    """A GGUF or other foreign file can't be converted. The message names the file and the part."""
+
+
+class CompressionError(CaiError):
+    """A model can't be compressed as asked."""
+
+
+class KernelError(CaiError):
+    """A kernel backend is missing or refuses its arguments."""
+
+
+class EngineError(CaiError):
+    """Base of what a running engine raises for one request."""
+
+
+class EngineClosedError(EngineError):
+    """The engine was closed before or while the request ran."""
+
+
+class RequestTooLargeError(EngineError):
+    """The request can never fit: its tokens exceed the context length or the whole KV cache budget."""
+
+
+class MemoryBudgetError(EngineError):
+    """The model or its KV cache does not fit the memory budget that was given."""
+
+
+class RequestAbortedError(EngineError):
+    """The request was aborted by its caller."""
