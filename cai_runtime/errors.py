@@ -29,7 +29,11 @@ class MissingFileError(CheckpointError):
 
 
 class TruncatedFileError(CheckpointError):
-    """A file ends before its header says it does, or its header can't be read."""
+    """A file ends before its header says it does."""
+
+
+class CorruptFileError(CheckpointError):
+    """A file's content contradicts its format: an unreadable header, overlapping tensors, values out of their range."""
 
 
 class TensorMissingError(CheckpointError):
@@ -56,12 +60,20 @@ class UnknownKindError(CheckpointError):
     """A module's kind is not one that this version reads."""
 
 
+class UnknownStoreError(CheckpointError):
+    """A core's store is not one that this version reads."""
+
+
 class UnknownVersionError(CheckpointError):
     """The checkpoint's format_version is not one that this version reads."""
 
 
 class InvalidConfigError(CheckpointError):
     """config.json or quantization_config is malformed or contradicts itself."""
+
+
+class CheckpointWriteError(CheckpointError):
+    """A checkpoint can't be written: the place is taken, the disk is full, or the system refused. Nothing is left behind."""
 
 
 class UnsupportedModelError(CaiError):
@@ -102,3 +114,29 @@ class MemoryBudgetError(EngineError):
 
 class RequestAbortedError(EngineError):
     """The request was aborted by its caller."""
+
+
+class ConversationError(CaiError):
+    """A conversation can't be put to this model. `.param` is the place, such as `messages[1].content`; `.capability` names
+    what the model or this version lacks (`image`, `audio`, `chat`, `tools`), if that is the reason."""
+
+    def __init__(self, message: str, *, param: str = "messages", capability: str | None = None):
+        self.param = param
+        self.capability = capability
+        super().__init__(message)
+
+
+class InvalidRequestError(EngineError):
+    """A request is malformed: no prompt tokens, a token id outside the vocabulary, max_tokens below 1."""
+
+
+class QueueFullError(EngineError):
+    """More requests wait than the engine was told to accept. Try again later."""
+
+
+class RunnerError(EngineError):
+    """The model failed on this request. `__cause__` is what it raised; other requests go on."""
+
+
+class NonFiniteLogitsError(EngineError):
+    """The model produced NaN or infinite logits for this request."""
