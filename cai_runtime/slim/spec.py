@@ -1,0 +1,319 @@
+"""What a slim checkpoint declares: the kinds of modules, their cores' shapes, and `quantization_config` in and out of JSON.
+
+`docs/format.md` is the specification in words. No torch here: `cai inspect` and the strict parsing need only the standard
+library.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+from cai_runtime.errors import (
+    CheckpointError,
+    InvalidConfigError,
+    UnknownKindError,
+    UnknownStoreError,
+    UnknownVersionError,
+)
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "cai"
+
+Kind = Literal["dense", "lowrank", "interpolative", "mpo"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+DENSE_REFERENCE_BYTES = 2  # `keep` in bytes is against the same module dense in bf16
+
+
+class StoreType(NamedTuple):
+    """How one core's numbers lie on disk."""
+
+    dtype: str  # safetensors' name of the dtype of the packed tensor
+    itemsize: int  # bytes per element
+    scaled: bool  # whether `<core>_scale`, fp32 [rows of the core's matrix], lies beside it
+
+
+STORES: dict[str, StoreType] = {
+    "fp32": StoreType("F32", 4, False),
+    "bf16": StoreType("BF16", 2, False),
+    "fp16": StoreType("F16", 2, False),
+    "int8": StoreType("I8", 1, True),
+}
+FLOAT_STORE_OF_DTYPE = {s.dtype: name for name, s in STORES.items() if not s.scaled}
+
+_MODULE_KEYS = {
+    "dense": {"kind", "store", "shape"},
+    "lowrank": {"kind", "rank", "store", "shape"},
+    "interpolative": {"kind", "rank", "store", "shape"},
+    "mpo": {"kind", "rank", "store", "shape", "out_dims", "in_dims"},
+}
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """One linear module y = W x (+ bias) as it is stored; W is [out_features, in_features].
+
+    Checked when made; a contradiction raises `InvalidConfigError`, `UnknownKindError` or `UnknownStoreError`.
+
+    `rank`: None for dense; r for lowrank and interpolative; the inner bond dimensions (chi_1 .. chi_{n-1}) for an mpo of n
+    cores (chi_0 = chi_n = 1). `store`: one name of `STORES` per core.
+    """
+
+    kind: Kind
+    out_features: int
+    in_features: int
+    rank: int | tuple[int, ...] | None
+    store: tuple[str, ...]
+    out_dims: tuple[int, ...] = ()  # mpo only: product is out_features
+    in_dims: tuple[int, ...] = ()  # mpo only: product is in_features
+
+    def __post_init__(self) -> None:
+        problem = _problem(self)
+        if problem is not None:
+            error, message = problem
+            raise error(message)
+
+    @property
+    def core_names(self) -> tuple[str, ...]:
+        """Names of the cores' tensors below the module's name: ("weight",) or ("core_0", "core_1", ...)."""
+        if self.kind == "dense":
+            return ("weight",)
+        return tuple(f"core_{k}" for k in range(len(self.core_shapes)))
+
+    @property
+    def core_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes on disk, one per core: 2-D, or [chi_{k-1}, out_k, in_k, chi_k] for mpo."""
+        out, inp, rank = self.out_features, self.in_features, self.rank
+        if self.kind == "dense":
+            return ((out, inp),)
+        if self.kind == "mpo":
+            assert isinstance(rank, tuple)
+            bonds = (1, *rank, 1)
+            return tuple(
+                (bonds[k], o, i, bonds[k + 1]) for k, (o, i) in enumerate(zip(self.out_dims, self.in_dims, strict=True))
+            )
+        assert isinstance(rank, int)
+        return ((rank, inp), (out if self.kind == "lowrank" else out - rank, rank))
+
+    @property
+    def matrix_shapes(self) -> tuple[tuple[int, int], ...]:
+        """[rows, columns] of each core as the matrix that the runtime applies; an int8 core has one scale per row.
+
+        For mpo the rows are (out_k, chi_k) and the columns (chi_{k-1}, in_k); elsewhere the core is the matrix.
+        """
+        return tuple(matrix_shape(shape) for shape in self.core_shapes)
+
+    @property
+    def has_pivot(self) -> bool:
+        return self.kind == "interpolative"
+
+    @property
+    def parameters(self) -> int:
+        """Stored weights: elements of all cores. Scales, pivot and bias are not parameters."""
+        return sum(math.prod(shape) for shape in self.core_shapes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk of cores, scales and pivot, without the bias (a dense module has the same one)."""
+        total = 4 * self.out_features if self.has_pivot else 0
+        for shape, name in zip(self.core_shapes, self.store, strict=True):
+            store = STORES[name]
+            total += math.prod(shape) * store.itemsize + (4 * matrix_shape(shape)[0] if store.scaled else 0)
+        return total
+
+    @property
+    def dense_parameters(self) -> int:
+        return self.out_features * self.in_features
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of the same module dense in bf16."""
+        return self.dense_parameters * DENSE_REFERENCE_BYTES
+
+    @property
+    def keep_parameters(self) -> float:
+        """Stored parameters over dense parameters."""
+        return self.parameters / self.dense_parameters
+
+    @property
+    def keep_bytes(self) -> float:
+        """Stored bytes over the bytes of the same module dense in bf16."""
+        return self.nbytes / self.dense_nbytes
+
+    def tensors(self, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Every tensor that module `name` must have: full name -> (safetensors dtype, shape). The bias is optional."""
+        wanted: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for core, shape, store_name in zip(self.core_names, self.core_shapes, self.store, strict=True):
+            store = STORES[store_name]
+            wanted[f"{name}.{core}"] = (store.dtype, shape)
+            if store.scaled:
+                wanted[f"{name}.{core}_scale"] = ("F32", (matrix_shape(shape)[0],))
+        if self.has_pivot:
+            wanted[f"{name}.pivot"] = ("I32", (self.out_features,))
+        return wanted
+
+    def to_json(self) -> dict[str, Any]:
+        entry: dict[str, Any] = {"kind": self.kind}
+        if self.rank is not None:
+            entry["rank"] = list(self.rank) if isinstance(self.rank, tuple) else self.rank
+        entry |= {"store": list(self.store), "shape": [self.out_features, self.in_features]}
+        if self.kind == "mpo":
+            entry |= {"out_dims": list(self.out_dims), "in_dims": list(self.in_dims)}
+        return entry
+
+    @classmethod
+    def from_json(cls, name: str, entry: object, file: str | Path | None = None) -> ModuleSpec:
+        """Parse one entry of `modules`, strictly. Errors carry `file`, and the module's name as `.tensor`.
+
+        Raises:
+            InvalidConfigError: a key is unknown, missing, of the wrong type, or contradicts another.
+            UnknownKindError, UnknownStoreError: the kind, or a core's store, is not one of this version.
+        """
+
+        def fail(message: str, error: type[CheckpointError] = InvalidConfigError) -> CheckpointError:
+            return error(f"quantization_config: module {name!r}: {message}", file=file, tensor=name)
+
+        if not isinstance(entry, dict):
+            raise fail(f"must be an object, is {type(entry).__name__}")
+        kind = entry.get("kind")
+        if "kind" not in entry:
+            raise fail("has no 'kind'")
+        if not isinstance(kind, str) or kind not in KINDS:
+            raise fail(f"kind {kind!r} is unknown; this version reads {', '.join(KINDS)}", UnknownKindError)
+        unknown, missing = sorted(set(entry) - _MODULE_KEYS[kind]), sorted(_MODULE_KEYS[kind] - set(entry))
+        if unknown:
+            raise fail(f"has unknown keys {unknown} for kind {kind}; a newer version may have written it")
+        if missing:
+            raise fail(f"lacks {missing}, which kind {kind} needs")
+        store, shape, rank = entry["store"], entry["shape"], entry.get("rank")
+        if not isinstance(store, list) or not all(isinstance(s, str) for s in store):
+            raise fail(f"'store' must be a list of names, is {store!r}")
+        for key in ("shape", "out_dims", "in_dims"):
+            if key in entry and not _is_int_list(entry[key]):
+                raise fail(f"{key!r} must be a list of integers, is {entry[key]!r}")
+        if len(shape) != 2:
+            raise fail(f"'shape' must be [out, in], is {shape!r}")
+        if kind == "mpo":
+            if not _is_int_list(rank):
+                raise fail(f"'rank' of an mpo must be the list of its inner bond dimensions, is {rank!r}")
+            rank = tuple(rank)
+        try:
+            return cls(
+                kind=kind,  # pyright: ignore[reportArgumentType]
+                out_features=shape[0],
+                in_features=shape[1],
+                rank=rank,
+                store=tuple(store),
+                out_dims=tuple(entry.get("out_dims", ())),
+                in_dims=tuple(entry.get("in_dims", ())),
+            )
+        except CheckpointError as e:
+            raise fail(str(e), type(e)) from None
+
+
+def matrix_shape(core_shape: tuple[int, ...]) -> tuple[int, int]:
+    """[rows, columns] of a core's matrix; see `ModuleSpec.matrix_shapes`."""
+    if len(core_shape) == 4:
+        left, out, inp, right = core_shape
+        return (out * right, left * inp)
+    rows, cols = core_shape
+    return (rows, cols)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_int_list(value: object) -> bool:
+    return isinstance(value, list) and all(_is_int(v) for v in value)
+
+
+def _problem(spec: ModuleSpec) -> tuple[type[CheckpointError], str] | None:
+    """What is wrong with a spec, as (error class, message), or None."""
+    bad = InvalidConfigError
+    if spec.kind not in KINDS:
+        return UnknownKindError, f"kind {spec.kind!r} is unknown; this version reads {', '.join(KINDS)}"
+    if not (_is_int(spec.out_features) and _is_int(spec.in_features)) or min(spec.out_features, spec.in_features) < 1:
+        return bad, f"shape [{spec.out_features!r}, {spec.in_features!r}] must be two positive integers"
+    out, inp, rank = spec.out_features, spec.in_features, spec.rank
+    cores = {"dense": 1, "lowrank": 2, "interpolative": 2}.get(spec.kind, len(spec.out_dims))
+    if spec.kind == "dense" and rank is not None:
+        return bad, f"a dense module has no rank, but rank is {rank!r}"
+    if spec.kind in ("lowrank", "interpolative") and not (isinstance(rank, int) and _is_int(rank) and rank >= 1):
+        return bad, f"rank must be a positive integer, is {rank!r}"
+    if isinstance(rank, int) and rank > min(out, inp):
+        return bad, f"rank {rank} exceeds the smaller side of [{out}, {inp}]"
+    if spec.kind == "mpo":
+        dims = (*spec.out_dims, *spec.in_dims)
+        if cores < 1 or len(spec.in_dims) != cores or not all(_is_int(d) and d >= 1 for d in dims):
+            return bad, f"out_dims {spec.out_dims} and in_dims {spec.in_dims} must be equally many positive integers"
+        if math.prod(spec.out_dims) != out or math.prod(spec.in_dims) != inp:
+            return bad, f"the products of out_dims {spec.out_dims} and in_dims {spec.in_dims} are not [{out}, {inp}]"
+        if not isinstance(rank, tuple) or len(rank) != cores - 1 or not all(_is_int(x) and x >= 1 for x in rank):
+            return bad, f"rank must be the {cores - 1} positive inner bond dimensions of {cores} cores, is {rank!r}"
+    elif spec.out_dims or spec.in_dims:
+        return bad, f"out_dims and in_dims belong to mpo modules, not to {spec.kind}"
+    if not isinstance(spec.store, tuple) or len(spec.store) != cores:
+        return bad, f"store {spec.store!r} must name one store for each of the {cores} cores"
+    for name in spec.store:
+        if name not in STORES:
+            return UnknownStoreError, f"store {name!r} is unknown; this version reads {', '.join(STORES)}"
+    return None
+
+
+@dataclass(frozen=True)
+class SlimConfig:
+    """The `quantization_config` of a slim checkpoint: format version and the modules it lists, by full name."""
+
+    modules: dict[str, ModuleSpec] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": self.format_version,
+            "modules": {name: spec.to_json() for name, spec in self.modules.items()},
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], file: str | Path | None = None) -> SlimConfig | None:
+        """Read it out of a parsed config.json; None when the checkpoint is a plain dense one.
+
+        Raises:
+            UnknownVersionError: `format_version` is not `FORMAT_VERSION`.
+            InvalidConfigError: another quantization method, an unknown or missing key, or a malformed entry.
+            UnknownKindError, UnknownStoreError: see `ModuleSpec.from_json`.
+        """
+        raw = config.get("quantization_config")
+        if raw is None:
+            return None
+        if not isinstance(raw, dict):
+            raise InvalidConfigError("quantization_config must be an object", file=file)
+        method = raw.get("quant_method")
+        if method != QUANT_METHOD:
+            raise InvalidConfigError(
+                f"quantization_config: quant_method is {method!r}; only {QUANT_METHOD!r} and unquantized checkpoints can be "
+                "read, so start from the model's unquantized weights",
+                file=file,
+            )
+        # Before the keys: a newer version may well have other ones, and its number is what the user needs to hear.
+        if "format_version" not in raw:
+            raise InvalidConfigError("quantization_config has no 'format_version'", file=file)
+        version = raw["format_version"]
+        if not _is_int(version) or version != FORMAT_VERSION:
+            raise UnknownVersionError(
+                f"slim format_version {version!r} is unknown; this version of cai_runtime reads {FORMAT_VERSION}; "
+                "upgrade it, or compress the model again",
+                file=file,
+            )
+        unknown = sorted(set(raw) - {"quant_method", "format_version", "modules"})
+        if unknown:
+            raise InvalidConfigError(f"quantization_config has unknown keys {unknown}", file=file)
+        modules = raw.get("modules")
+        if not isinstance(modules, dict):
+            raise InvalidConfigError("quantization_config needs 'modules', an object from name to entry", file=file)
+        return cls({name: ModuleSpec.from_json(name, entry, file) for name, entry in modules.items()}, version)
