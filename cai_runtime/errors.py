@@ -73,7 +73,7 @@ class InvalidConfigError(CheckpointError):
 
 
 class CheckpointWriteError(CheckpointError):
-    """A checkpoint can't be written: the place is taken, the disk is full, or the system refused. Nothing is left behind."""
+    """A checkpoint can't be written: the place is taken, the disk is full, or the system refused. Nothing is left."""
 
 
 class UnsupportedModelError(CaiError):

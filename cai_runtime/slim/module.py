@@ -12,14 +12,14 @@ from cai_runtime.slim.stores import as_matrix, dequantize
 
 @dataclass(frozen=True)
 class CoreData:
-    """One stored core. `data`: in its shape on disk and its store's dtype; `scale`: fp32 [rows of its matrix] for int8."""
+    """One stored core. `data`: shape as on disk, dtype as its store says; `scale`: int8 only, fp32 [matrix rows]."""
 
     data: torch.Tensor
     scale: torch.Tensor | None
     store: str
 
     def matrix(self) -> torch.Tensor:
-        """[rows, columns] in the stored dtype, as the runtime applies it; `scale` has one value per row. See `as_matrix`."""
+        """[rows, columns] in the stored dtype, as the runtime applies it, one scale per row. See `as_matrix`."""
         return as_matrix(self.data)
 
     def values(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:

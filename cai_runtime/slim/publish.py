@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import secrets
@@ -16,8 +17,8 @@ _RENAME_EXCHANGE = 2
 def publish(tmp: Path, dst: Path) -> None:
     """Rename `tmp` to `dst`, its sibling; an existing directory `dst` is replaced, and removed only after that.
 
-    On Linux the two are exchanged in one step (renameat2). Elsewhere, or on a file system without it, the old directory is
-    moved aside first and moved back if the second rename fails. Raises OSError; `dst` is then what it was.
+    On Linux the two are exchanged in one step (renameat2). Elsewhere, or on a file system without it, the old
+    directory is moved aside first and moved back if the second rename fails. Raises OSError; `dst` is then what it was.
     """
     sync_directory(tmp)
     old: Path | None = None
@@ -33,14 +34,16 @@ def publish(tmp: Path, dst: Path) -> None:
         except OSError:
             old.rename(dst)
             raise
-    sync_directory(dst.parent)
+    # The new directory is in place; a file system that can't sync a directory is no reason to call that a failure.
+    with contextlib.suppress(OSError):
+        sync_directory(dst.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def sync_directory(path: Path) -> None:
-    """Make the directory's entries durable. Some systems have no such call for directories; there it does nothing."""
-    if os.name != "posix":
+    """Make the directory's entries durable. Windows has no such call for directories; there it does nothing."""
+    if sys.platform == "win32":
         return
     fd = os.open(path, os.O_RDONLY)
     try:

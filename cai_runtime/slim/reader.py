@@ -1,5 +1,5 @@
-"""Opens a checkpoint directory, slim or plain dense: everything that can be checked without reading the weights is checked in
-`Checkpoint.open`, and tensors are handed out as views of the mapped files."""
+"""Opens a checkpoint directory, slim or plain dense: everything that can be checked without reading the weights is
+checked in `Checkpoint.open`, and tensors are handed out as views of the mapped files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from cai_runtime.errors import (
+    CheckpointError,
     CorruptFileError,
     InvalidConfigError,
     InvalidPivotError,
@@ -52,6 +53,7 @@ class Checkpoint:
         self.is_slim = slim is not None
         self.format_version = slim.format_version if slim is not None else None
         self.modules: dict[str, ModuleSpec] = slim.modules if slim is not None else {}
+        self._closed = False
         self._tensors = tensors
         self._maps = {file: MappedFile(file) for file in {info.file for info in tensors.values()}}
         self.nbytes = sum(info.nbytes for info in tensors.values())
@@ -100,7 +102,8 @@ class Checkpoint:
         """The module's spec: its entry, or what its `weight` implies when it has none (kind dense).
 
         Raises:
-            TensorMissingError, TensorShapeError, TensorDtypeError: no entry and no 2-D fp32, bf16 or fp16 `name`.weight.
+            TensorMissingError, TensorShapeError, TensorDtypeError: no entry and no 2-D fp32, bf16 or fp16
+                `name`.weight.
         """
         if name in self.modules:
             return self.modules[name]
@@ -127,6 +130,8 @@ class Checkpoint:
         """
         from cai_runtime.slim.stores import all_finite
 
+        if self._closed:
+            raise CheckpointError("the checkpoint was closed", file=self.path, tensor=name)
         info = self._info(name)
         tensor = self._maps[info.file].tensor(info)
         if check_finite and not all_finite(tensor):
@@ -136,7 +141,7 @@ class Checkpoint:
         return tensor
 
     def module(self, name: str, check_finite: bool = True) -> ModuleWeights:
-        """All tensors of one linear module, as views of the mapped files. See `tensor` and `spec` for what it raises."""
+        """All tensors of one linear module, as views of the mapped files. Raises what `tensor` and `spec` raise."""
         from cai_runtime.slim.module import CoreData, ModuleWeights
 
         spec = self.spec(name)
@@ -154,7 +159,7 @@ class Checkpoint:
         return [*self.spec(name).tensors(name), *([bias] if bias in self._tensors else [])]
 
     def release(self, names: str | Iterable[str]) -> None:
-        """Drop the resident pages of these tensors. A loader that copies a tensor and releases it holds one copy, not two."""
+        """Drop the resident pages of these tensors: a loader that copies a tensor and releases it holds one copy."""
         for name in [names] if isinstance(names, str) else names:
             info = self._info(name)
             self._maps[info.file].release(info.start, info.nbytes)
@@ -185,6 +190,7 @@ class Checkpoint:
 
     def close(self) -> None:
         """Unmap the files. Idempotent. Memory of a file goes with the last tensor that still looks at it."""
+        self._closed = True
         for mapped in self._maps.values():
             mapped.close()
 
@@ -236,9 +242,9 @@ class Checkpoint:
                 f"a bias must be [{spec.out_features}], is {list(bias.shape)}", file=bias.file, tensor=bias.name
             )
         # What no entry explains, a left-over dense weight say, would make it a guess which of the two is the module.
-        suffixes = ["weight", "weight_scale", "pivot", f"core_{len(spec.store)}"]
-        suffixes += [f"{core}_scale" for core in spec.core_names]
-        for extra in (f"{name}.{suffix}" for suffix in suffixes):
+        cores = ["weight", *(f"core_{k}" for k in range(len(spec.store) + 1))]
+        for suffix in ("pivot", *cores, *(f"{core}_scale" for core in cores)):
+            extra = f"{name}.{suffix}"
             if extra in self._tensors and extra not in wanted:
                 raise InvalidConfigError(
                     f"module {name} of kind {spec.kind}, store {list(spec.store)}, has no use for this tensor",
@@ -281,7 +287,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _read_tensors(path: Path) -> dict[str, TensorInfo]:
-    """Headers of all shards. As in transformers, model.safetensors goes before an index, unless the index counts it in."""
+    """Headers of all shards. model.safetensors goes before an index (as in transformers) that does not name it."""
     index_file = path / INDEX_FILE
     weight_map = _read_index(index_file) if index_file.exists() else {}
     if (path / SINGLE_FILE).exists() and SINGLE_FILE not in weight_map.values():

@@ -1,11 +1,13 @@
 """One safetensors file: its header parsed and checked, its data mapped.
 
 Our own parser, because a broken file must be named precisely: which file, which tensor, truncated or contradictory.
-The format: https://github.com/huggingface/safetensors (u64 little-endian header length, JSON header, data without holes).
+The format (https://github.com/huggingface/safetensors): u64 little-endian header length, JSON header, data without
+holes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import mmap
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+MAX_SIZE = 1 << 59  # elements: what torch can count, times 16 bytes at most
+MAX_DIMENSIONS = 64
 
 # safetensors' name -> (torch's name, bytes per element)
 DTYPES: dict[str, tuple[str, int]] = {
@@ -36,7 +40,7 @@ DTYPE_NAMES = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies. `dtype` is safetensors' name ("F32", "BF16", ...); `start` is its byte offset in `file`."""
+    """Where one tensor lies. `dtype`: safetensors' name, "F32" or "BF16" say; `start`: its byte offset in `file`."""
 
     name: str
     dtype: str
@@ -52,8 +56,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     Raises:
         MissingFileError: no such file, or it can't be opened.
         TruncatedFileError: the file is shorter than its header, or than a tensor's end.
-        CorruptFileError: the header is not what the format says: not JSON, a size contradicts a shape, tensors overlap or leave
-            bytes between or behind them.
+        CorruptFileError: the header is not what the format says: not JSON, a size contradicts a shape, tensors
+            overlap or leave bytes between or behind them.
         TensorDtypeError: a dtype that this version has no tensor type for.
     """
     try:
@@ -82,8 +86,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     for info in infos:
         if info.start + info.nbytes > size:
             raise TruncatedFileError(
-                f"has {size} bytes, but the tensor ends at {info.start + info.nbytes}; the download or copy is incomplete, "
-                "fetch it again",
+                f"has {size} bytes, but the tensor ends at {info.start + info.nbytes}; the download or copy is "
+                "incomplete, fetch it again",
                 file=file,
                 tensor=info.name,
             )
@@ -112,14 +116,25 @@ def _parse_json(raw: bytes, file: Path) -> dict[str, Any]:
     return header
 
 
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON lets through
+        return False
+    return True
+
+
 def _tensor_info(name: str, entry: object, file: Path, data_start: int) -> TensorInfo:
     def is_sizes(value: object) -> bool:
-        return isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value)
+        return isinstance(value, list) and all(type(v) is int and 0 <= v <= MAX_SIZE for v in value)
 
+    if not _is_utf8(name):
+        raise CorruptFileError(f"the name {name!r} is not valid Unicode", file=file)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CorruptFileError("the header's entry must have dtype, shape and data_offsets", file=file, tensor=name)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not is_sizes(shape) or not is_sizes(offsets) or len(offsets) != 2:
+    sizes_ok = is_sizes(shape) and len(shape) <= MAX_DIMENSIONS and math.prod(d for d in shape if d) <= MAX_SIZE
+    if not sizes_ok or not is_sizes(offsets) or len(offsets) != 2:
         raise CorruptFileError(f"shape {shape!r} or data_offsets {offsets!r} is malformed", file=file, tensor=name)
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise TensorDtypeError(f"dtype {dtype!r} is unknown", file=file, tensor=name)
@@ -136,8 +151,8 @@ def _tensor_info(name: str, entry: object, file: Path, data_start: int) -> Tenso
 class MappedFile:
     """A file mapped on first use. Tensors made from it keep the mapping alive after `close`."""
 
-    # The kernel maps neighbours of a touched page along with it (fault-around, 64 KiB by default), so pages are dropped in
-    # windows of that size; a neighbour dropped too early is only mapped again.
+    # The kernel maps neighbours of a touched page along with it (fault-around, 64 KiB by default), so pages are
+    # dropped in windows of that size; a neighbour dropped too early is only mapped again.
     _WINDOW = max(mmap.ALLOCATIONGRANULARITY, 1 << 16)
 
     def __init__(self, file: Path):
@@ -156,8 +171,8 @@ class MappedFile:
             return self._map
 
     def tensor(self, info: TensorInfo) -> torch.Tensor:
-        """The tensor over the mapped bytes, nothing read yet. A tensor whose place is not a multiple of its element size
-        (files of old writers) is a copy."""
+        """The tensor over the mapped bytes, nothing read yet. A tensor whose place is not a multiple of its element
+        size (files of old writers) is a copy."""
         import torch
 
         dtype = getattr(torch, DTYPES[info.dtype][0])
@@ -173,7 +188,7 @@ class MappedFile:
         return torch.frombuffer(mapping, dtype=dtype, count=count, offset=info.start).view(info.shape)
 
     def release(self, start: int, nbytes: int) -> None:
-        """Drop the resident pages of a byte range. Tensors over it stay valid: a later read maps the file's pages again."""
+        """Drop the resident pages of a byte range. Tensors over it stay valid: a later read maps the pages again."""
         if self._map is None or nbytes == 0 or not hasattr(mmap, "MADV_DONTNEED"):
             return
         first = start // self._WINDOW * self._WINDOW
@@ -184,15 +199,14 @@ class MappedFile:
         with self._lock:
             mapping, self._map = self._map, None
         if mapping is not None:
-            try:
+            # BufferError: tensors still look at it; the mapping goes with the last of them.
+            with contextlib.suppress(BufferError):
                 mapping.close()
-            except BufferError:
-                pass  # tensors still look at it; the mapping goes with the last of them
 
 
 def _map_private(fd: int) -> mmap.mmap:
-    # Private and writable, because torch wants writable memory; a write would touch this process's copy of a page and never
-    # the file. Without MAP_NORESERVE Linux refuses to map a shard larger than its free memory this way.
+    # Private and writable, because torch wants writable memory; a write would touch this process's copy of a page
+    # and never the file. Without MAP_NORESERVE Linux refuses to map a shard larger than its free memory this way.
     if sys.platform == "linux":
         no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)
         return mmap.mmap(fd, 0, flags=mmap.MAP_PRIVATE | no_reserve, prot=mmap.PROT_READ | mmap.PROT_WRITE)

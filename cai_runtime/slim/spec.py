@@ -1,7 +1,7 @@
-"""What a slim checkpoint declares: the kinds of modules, their cores' shapes, and `quantization_config` in and out of JSON.
+"""What a slim checkpoint declares: kinds of modules, the shapes of their cores, and `quantization_config` as JSON.
 
-`docs/format.md` is the specification in words. No torch here: `cai inspect` and the strict parsing need only the standard
-library.
+`docs/format.md` is the specification in words. No torch here: `cai inspect` and the strict parsing need only the
+standard library.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ QUANT_METHOD = "cai"
 Kind = Literal["dense", "lowrank", "interpolative", "mpo"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
+MAX_FEATURES = (1 << 31) - 1  # a pivot is int32
 DENSE_REFERENCE_BYTES = 2  # `keep` in bytes is against the same module dense in bf16
 
 
@@ -59,8 +60,8 @@ class ModuleSpec:
 
     Checked when made; a contradiction raises `InvalidConfigError`, `UnknownKindError` or `UnknownStoreError`.
 
-    `rank`: None for dense; r for lowrank and interpolative; the inner bond dimensions (chi_1 .. chi_{n-1}) for an mpo of n
-    cores (chi_0 = chi_n = 1). `store`: one name of `STORES` per core.
+    `rank`: None for dense; r for lowrank and interpolative; the inner bond dimensions (chi_1 .. chi_{n-1}) for an
+    mpo of n cores (chi_0 = chi_n = 1). `store`: one name of `STORES` per core.
     """
 
     kind: Kind
@@ -200,7 +201,7 @@ class ModuleSpec:
         if kind == "mpo":
             if not _is_int_list(rank):
                 raise fail(f"'rank' of an mpo must be the list of its inner bond dimensions, is {rank!r}")
-            rank = tuple(rank)
+            rank = tuple(rank or ())
         try:
             return cls(
                 kind=kind,  # pyright: ignore[reportArgumentType]
@@ -228,6 +229,10 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_FEATURES
+
+
 def _is_int_list(value: object) -> bool:
     return isinstance(value, list) and all(_is_int(v) for v in value)
 
@@ -237,23 +242,23 @@ def _problem(spec: ModuleSpec) -> tuple[type[CheckpointError], str] | None:
     bad = InvalidConfigError
     if spec.kind not in KINDS:
         return UnknownKindError, f"kind {spec.kind!r} is unknown; this version reads {', '.join(KINDS)}"
-    if not (_is_int(spec.out_features) and _is_int(spec.in_features)) or min(spec.out_features, spec.in_features) < 1:
-        return bad, f"shape [{spec.out_features!r}, {spec.in_features!r}] must be two positive integers"
+    if not (_is_size(spec.out_features) and _is_size(spec.in_features)):
+        return bad, f"shape [{spec.out_features!r}, {spec.in_features!r}] must be two positive 32-bit integers"
     out, inp, rank = spec.out_features, spec.in_features, spec.rank
     cores = {"dense": 1, "lowrank": 2, "interpolative": 2}.get(spec.kind, len(spec.out_dims))
     if spec.kind == "dense" and rank is not None:
         return bad, f"a dense module has no rank, but rank is {rank!r}"
-    if spec.kind in ("lowrank", "interpolative") and not (isinstance(rank, int) and _is_int(rank) and rank >= 1):
+    if spec.kind in ("lowrank", "interpolative") and not _is_size(rank):
         return bad, f"rank must be a positive integer, is {rank!r}"
     if isinstance(rank, int) and rank > min(out, inp):
         return bad, f"rank {rank} exceeds the smaller side of [{out}, {inp}]"
     if spec.kind == "mpo":
         dims = (*spec.out_dims, *spec.in_dims)
-        if cores < 1 or len(spec.in_dims) != cores or not all(_is_int(d) and d >= 1 for d in dims):
+        if cores < 1 or len(spec.in_dims) != cores or not all(map(_is_size, dims)):
             return bad, f"out_dims {spec.out_dims} and in_dims {spec.in_dims} must be equally many positive integers"
         if math.prod(spec.out_dims) != out or math.prod(spec.in_dims) != inp:
             return bad, f"the products of out_dims {spec.out_dims} and in_dims {spec.in_dims} are not [{out}, {inp}]"
-        if not isinstance(rank, tuple) or len(rank) != cores - 1 or not all(_is_int(x) and x >= 1 for x in rank):
+        if not isinstance(rank, tuple) or len(rank) != cores - 1 or not all(map(_is_size, rank)):
             return bad, f"rank must be the {cores - 1} positive inner bond dimensions of {cores} cores, is {rank!r}"
     elif spec.out_dims or spec.in_dims:
         return bad, f"out_dims and in_dims belong to mpo modules, not to {spec.kind}"
@@ -296,8 +301,8 @@ class SlimConfig:
         method = raw.get("quant_method")
         if method != QUANT_METHOD:
             raise InvalidConfigError(
-                f"quantization_config: quant_method is {method!r}; only {QUANT_METHOD!r} and unquantized checkpoints can be "
-                "read, so start from the model's unquantized weights",
+                f"quantization_config: quant_method is {method!r}; only {QUANT_METHOD!r} and unquantized checkpoints "
+                "can be read, so start from the model's unquantized weights",
                 file=file,
             )
         # Before the keys: a newer version may well have other ones, and its number is what the user needs to hear.

@@ -1,4 +1,4 @@
-"""How the numbers of one core are stored: fp32, bf16, fp16, or int8 with one fp32 scale per row of the core's matrix."""
+"""How a core's numbers are stored: fp32, bf16, fp16, or int8 with one fp32 scale per row of the core's matrix."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def store_dtype(store: str) -> torch.dtype:
 
 def as_matrix(core: torch.Tensor) -> torch.Tensor:
     """A core as the matrix that is applied, [rows, columns]: itself when 2-D; for an mpo core
-    [chi_{k-1}, out_k, in_k, chi_k] rows (out_k, chi_k) and columns (chi_{k-1}, in_k), a copy unless the layout allows a view.
+    [chi_{k-1}, out_k, in_k, chi_k] rows (out_k, chi_k) and columns (chi_{k-1}, in_k), a copy unless the layout
+    allows a view.
     """
     if core.ndim == 2:
         return core
@@ -50,8 +51,9 @@ def all_finite(tensor: torch.Tensor) -> bool:
 def quantize(tensor: torch.Tensor, store: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Pack one core, 2-D or a 4-D mpo core, float of any width.
 
-    Returns the packed tensor in the core's shape and, for int8, its scale, fp32 [rows of `as_matrix`]: scale = max|row| / 127,
-    code = round(value / scale), so that the error is at most scale / 2. The result shares no memory with `tensor`.
+    Returns the packed tensor in the core's shape and, for int8, its scale, fp32 [rows of `as_matrix`]: scale =
+    max|row| / 127, code = round(value / scale), so that the error is at most scale / 2. The result shares no memory
+    with `tensor`.
 
     Raises:
         UnknownStoreError: `store` is not one of `STORES`.
@@ -87,7 +89,7 @@ def quantize(tensor: torch.Tensor, store: str) -> tuple[torch.Tensor, torch.Tens
 def dequantize(
     data: torch.Tensor, scale: torch.Tensor | None, store: str, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """The core's values, in its own shape, as `dtype`. The product of code and scale is taken in fp32, or in fp64 when asked."""
+    """The core's values, in its own shape, as `dtype`; code times scale is taken in fp32, or in fp64 when asked."""
     if data.dtype != store_dtype(store):
         raise InvalidConfigError(f"a core stored as {store} must be {store_dtype(store)}, is {data.dtype}")
     if not STORES[store].scaled:

@@ -53,20 +53,22 @@ class CheckpointWriter:
             writer.add_tensor("model.norm.weight", norm)
             writer.finish({"keep": 0.8})
 
-    Everything is written to a hidden directory beside `dst`, which takes `dst`'s name in `finish` and is removed on any error.
-    At most one shard is held in memory.
+    Everything is written to a hidden directory beside `dst`, which takes `dst`'s name in `finish` and is removed on
+    any error. At most one shard is held in memory.
 
     Args:
         dst: the directory to make. Its parents are made when missing.
-        config: config.json. `quantization_config` is replaced by that of the added modules, or dropped when there are none.
+        config: config.json. `quantization_config` is replaced by that of the added modules, or dropped when there
+            are none.
         source_dir: where tokenizer, chat template, generation settings and licence are copied from (`COPIED_FILES`).
         max_shard_bytes: a shard is written before it would exceed this; a larger tensor has a shard of its own.
-        overwrite: replace an existing directory, once the new one is complete. Otherwise one that isn't empty is an error.
+        overwrite: replace an existing directory, once the new one is complete. Otherwise one that isn't empty is an
+            error.
 
     Raises (all methods):
         CheckpointWriteError: `dst` is taken, the disk is full, or the system refused.
-        InvalidConfigError, TensorShapeError, TensorDtypeError, InvalidPivotError, NonFiniteTensorError: what was added is not
-            what its spec says, a name occurs twice, or a value can't be stored.
+        InvalidConfigError, TensorShapeError, TensorDtypeError, InvalidPivotError, NonFiniteTensorError: what was
+            added is not what its spec says, a name occurs twice, or a value can't be stored.
     """
 
     def __init__(
@@ -92,7 +94,7 @@ class CheckpointWriter:
         self._total_bytes = 0
         self._shards: list[Path] = []
         self._open = False
-        self._refuse_taken()
+        self._guard(self._refuse_taken)
         self._tmp = self._dst.with_name(f".{self._dst.name}.{secrets.token_hex(4)}.partial")
         self._guard(self._make_tmp)
         self._open = True
@@ -176,7 +178,7 @@ class CheckpointWriter:
             if self._source is not None:
                 self._guard(self._copy_files)
             Checkpoint.open(self._tmp).close()
-            self._refuse_taken()
+            self._guard(self._refuse_taken)
             self._guard(lambda: publish(self._tmp, self._dst))
         finally:
             self.abort()  # after a success there is nothing left to remove
@@ -249,10 +251,11 @@ class CheckpointWriter:
     def _write_shard(self) -> None:
         import torch
 
-        # Sizes that are multiples of the alignment go first, so that each of them starts aligned; the rest by falling element
-        # size, so that each starts at a multiple of its own. The format allows no padding between tensors.
+        # The format allows no padding between tensors. Those whose size is a multiple of the alignment go first, so
+        # that # each starts aligned; the rest by falling element size, so that each starts at a multiple of its own.
         ordered = sorted(
-            self._pending.items(), key=lambda item: (item[1].nbytes % ALIGNMENT != 0, -item[1].dtype.itemsize)
+            self._pending.items(),
+            key=lambda item: -item[1].dtype.itemsize if item[1].nbytes % ALIGNMENT else -ALIGNMENT,
         )
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for this entry
         offset = 0
