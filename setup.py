@@ -132,7 +132,9 @@ class BuildLibraries(build_ext):
         done = subprocess.run(command, capture_output=True, text=True)
         sys.stderr.write(done.stderr)
         if done.returncode != 0:
-            raise SystemExit(f"building cai_runtime's native code failed: {' '.join(command[:1])} exited {done.returncode}")
+            raise SystemExit(
+                f"building cai_runtime's native code failed: {' '.join(command[:1])} exited {done.returncode}"
+            )
 
 
 extensions = [Extension(f"{LIB}.libcai_cpu", cpu_sources())]

@@ -1,0 +1,22 @@
+"""SwiGLU (Shazeer 2020): silu(gate) * up over a row that holds both."""
+
+from __future__ import annotations
+
+import torch
+
+from cai_runtime.kernels import cpu_library
+from cai_runtime.kernels.cpu_library import check_rows
+
+
+def swiglu_reference(gate_up: torch.Tensor) -> torch.Tensor:
+    """gate_up [M, 2 I], the gate first -> [M, I]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def swiglu_cpu(gate_up: torch.Tensor) -> torch.Tensor:
+    gate_up = check_rows(gate_up, gate_up.shape[1], "swiglu").contiguous()
+    rows, width = gate_up.shape
+    out = torch.empty(rows, width // 2)
+    cpu_library.function("swiglu")(gate_up.data_ptr(), width // 2, rows, out.data_ptr())
+    return out

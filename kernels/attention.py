@@ -1,0 +1,177 @@
+"""Rotary embedding with the KV cache write, and causal attention over a paged KV cache (Kwon et al. 2023).
+
+A cache belongs to a backend: the reference and the GPU kernels keep keys as [pages, kv_heads, page_size, head_dim]; the CPU
+kernels keep them as [pages, kv_heads, head_dim, page_size], so that one vector holds one dimension of many keys.
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+
+import torch
+
+from cai_runtime.errors import KernelError
+from cai_runtime.kernels import cpu_library
+from cai_runtime.kernels.cpu_library import STORE_CODES, check_rows
+
+
+@dataclass(frozen=True)
+class AttentionBatch:
+    """Where each row of a step's flattened tokens belongs. All int32, on the model's device.
+
+    T tokens of S sequences, sequence i owning rows query_start[i] to query_start[i + 1]. context_len counts a sequence's
+    tokens in the cache after this step. A slot is page * page_size + offset.
+    """
+
+    positions: torch.Tensor  # [T]
+    slots: torch.Tensor  # [T]
+    query_start: torch.Tensor  # [S + 1]
+    context_len: torch.Tensor  # [S]
+    page_table: torch.Tensor  # [S, P]
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """Heads of an attention layer. rotary_dim: how many leading dimensions of a head are rotated."""
+
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_dim: int
+
+    @property
+    def qkv_width(self) -> int:
+        return (self.query_heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
+    def query_width(self) -> int:
+        return self.query_heads * self.head_dim
+
+
+# ------------------------------------------------------------------------------------------------------ reference
+
+
+class ReferenceKVCache:
+    """Pages of one layer: k, v [pages, kv_heads, page_size, head_dim]."""
+
+    def __init__(self, pages: int, page_size: int, heads: HeadLayout, dtype: torch.dtype, device: torch.device):
+        shape = (pages, heads.kv_heads, page_size, heads.head_dim)
+        self.page_size = page_size
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+
+
+def rotate_reference(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+    """x [T, heads, D] with the rotate-half convention; cos_sin [max_position, rotary_dim], cosines first."""
+    rotary_dim = cos_sin.shape[1]
+    cos, sin = cos_sin[positions.long()].to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    a, b = x[..., : rotary_dim // 2], x[..., rotary_dim // 2 : rotary_dim]
+    rotated = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    return torch.cat([rotated, x[..., rotary_dim:]], dim=-1)
+
+
+def rope_kv_write_reference(
+    qkv: torch.Tensor, batch: AttentionBatch, cos_sin: torch.Tensor, heads: HeadLayout, cache: ReferenceKVCache
+) -> torch.Tensor:
+    """qkv [T, (Hq + 2 Hkv) D] -> the rotated queries [T, Hq, D]; rotated keys and values go to their slots."""
+    q, k, v = qkv.view(len(qkv), -1, heads.head_dim).split([heads.query_heads, heads.kv_heads, heads.kv_heads], dim=1)
+    page, offset = batch.slots.long() // cache.page_size, batch.slots.long() % cache.page_size
+    cache.k[page, :, offset] = rotate_reference(k, batch.positions, cos_sin).to(cache.k.dtype)
+    cache.v[page, :, offset] = v.to(cache.v.dtype)
+    return rotate_reference(q, batch.positions, cos_sin)
+
+
+def paged_attention_reference(
+    q: torch.Tensor, batch: AttentionBatch, scale: float, heads: HeadLayout, cache: ReferenceKVCache
+) -> torch.Tensor:
+    """q [T, Hq, D] -> [T, Hq * D], one sequence at a time, softmax in at least fp32."""
+    out = torch.empty(len(q), heads.query_width, dtype=q.dtype, device=q.device)
+    starts, lengths = batch.query_start.tolist(), batch.context_len.tolist()
+    group = heads.query_heads // heads.kv_heads
+    wide = torch.promote_types(q.dtype, torch.float32)
+    for i, length in enumerate(lengths):
+        rows = slice(starts[i], starts[i + 1])
+        count = starts[i + 1] - starts[i]
+        if count == 0:
+            continue
+        pages = batch.page_table[i, : -(-length // cache.page_size)].long()
+        k = cache.k[pages].transpose(0, 1).reshape(heads.kv_heads, -1, heads.head_dim)[:, :length].to(wide)
+        v = cache.v[pages].transpose(0, 1).reshape(heads.kv_heads, -1, heads.head_dim)[:, :length].to(wide)
+        k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+        scores = q[rows].transpose(0, 1).to(wide) @ k.transpose(1, 2) * scale
+        query_position = torch.arange(length - count, length, device=q.device)
+        future = torch.arange(length, device=q.device)[None] > query_position[:, None]
+        weights = scores.masked_fill(future, float("-inf")).softmax(-1)
+        out[rows] = (weights @ v).transpose(0, 1).reshape(count, -1).to(q.dtype)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------ cpu
+
+
+class CpuKVCache:
+    """Pages of one layer in the layout of csrc/cpu/kernels.inl, in memory that the system commits as pages are used.
+
+    dtype: fp32, bf16 or fp16. page_size: a multiple of 16 up to 64. head_dim: up to 512.
+    """
+
+    def __init__(self, pages: int, page_size: int, heads: HeadLayout, dtype: torch.dtype):
+        if page_size % 16 or not 16 <= page_size <= 64:
+            raise KernelError(f"the CPU kernels take a page_size of 16, 32, 48 or 64, not {page_size}")
+        if heads.head_dim > 512 or heads.query_heads % heads.kv_heads:
+            raise KernelError(f"the CPU kernels take head_dim up to 512 and whole groups of query heads, not {heads}")
+        if STORE_CODES.get(dtype, 3) > 2:
+            raise KernelError(f"a KV cache is fp32, bf16 or fp16, not {dtype}")
+        self.page_size = page_size
+        item = torch.empty(0, dtype=dtype).element_size()
+        padded = -(-heads.head_dim // 16) * 16
+        self._k = mmap.mmap(-1, max(4096, pages * heads.kv_heads * heads.head_dim * page_size * item))
+        self._v = mmap.mmap(-1, max(4096, pages * heads.kv_heads * padded * page_size * item))
+        self.k = torch.frombuffer(self._k, dtype=dtype)
+        self.v = torch.frombuffer(self._v, dtype=dtype)
+        self.addresses = (self.k.data_ptr(), self.v.data_ptr())
+        self.store = STORE_CODES[dtype]
+
+
+class CpuAttention:
+    """Both operations for one layer's heads; the shape descriptor follows the page table's width."""
+
+    def __init__(self, heads: HeadLayout, cache: CpuKVCache):
+        self.heads, self.cache = heads, cache
+        fields = [heads.query_heads, heads.kv_heads, heads.head_dim, cache.page_size, 0, cache.store]
+        self._shape = torch.tensor(fields, dtype=torch.int64)
+        self._rope = cpu_library.function("rope_kv_write")
+        self._attend = cpu_library.function("paged_attention")
+
+    def __call__(self, qkv: torch.Tensor, batch: AttentionBatch, cos_sin: torch.Tensor, scale: float) -> torch.Tensor:
+        """qkv fp32 [T, (Hq + 2 Hkv) D], overwritten by its rotation -> [T, Hq D]."""
+        heads = self.heads
+        qkv = check_rows(qkv, heads.qkv_width, "attention").contiguous()
+        rows = qkv.shape[0]
+        self._shape[4] = batch.page_table.shape[1]
+        shape = self._shape.data_ptr()
+        k, v = self.cache.addresses
+        self._rope(
+            qkv.data_ptr(), rows, batch.positions.data_ptr(), batch.slots.data_ptr(), cos_sin.data_ptr(),
+            cos_sin.shape[1], shape, k, v,
+        )  # fmt: skip
+        out = torch.empty(rows, heads.query_width)
+        self._attend(
+            qkv.data_ptr(), heads.qkv_width, batch.query_start.data_ptr(), batch.context_len.data_ptr(),
+            batch.page_table.data_ptr(), batch.context_len.shape[0], shape, scale, k, v, out.data_ptr(),
+            heads.query_width,
+        )  # fmt: skip
+        return out
+
+
+class ReferenceAttention:
+    """Both operations by the reference."""
+
+    def __init__(self, heads: HeadLayout, cache: ReferenceKVCache):
+        self.heads, self.cache = heads, cache
+
+    def __call__(self, qkv: torch.Tensor, batch: AttentionBatch, cos_sin: torch.Tensor, scale: float) -> torch.Tensor:
+        q = rope_kv_write_reference(qkv, batch, cos_sin, self.heads, self.cache)
+        return paged_attention_reference(q, batch, scale, self.heads, self.cache)

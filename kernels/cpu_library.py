@@ -1,0 +1,172 @@
+"""The C++ library of `csrc/cpu`: loading it, settings, and matrices packed for it.
+
+Its functions take addresses as integers; the modules of this package check shapes, dtypes and contiguity before they call.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import mmap
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from cai_runtime.errors import KernelError
+from cai_runtime.kernels.weights import Core
+
+STORE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # csrc/cpu/kernels.h: Store
+BLOCK_ROWS = 4
+BLOCK_COLS = 16
+
+
+@functools.cache
+def library() -> Any:
+    """The loaded library. Raises KernelError when it was not built."""
+    path = importlib.resources.files("cai_runtime") / "_lib" / "libcai_cpu.so"
+    if not path.is_file():
+        raise KernelError(
+            f"the CPU kernels are not built ({path} is missing): run `pip install -e .` in the repository"
+        )
+    import tvm_ffi
+
+    lib = tvm_ffi.load_module(str(path))
+    threads = os.environ.get("CAI_NUM_THREADS")
+    if threads:
+        lib["set_threads"](_positive(threads))
+    elif hasattr(os, "sched_getaffinity"):
+        lib["set_threads"](len(os.sched_getaffinity(0)))
+    isa = os.environ.get("CAI_CPU_ISA")
+    if isa:
+        use_instruction_set(isa, lib)
+    return lib
+
+
+def _positive(text: str) -> int:
+    try:
+        n = int(text)
+    except ValueError:
+        n = 0
+    if n < 1:
+        raise KernelError(f"CAI_NUM_THREADS must be a whole number above 0, not {text!r}")
+    return n
+
+
+@functools.cache
+def function(name: str) -> Any:
+    return library()[name]
+
+
+def available() -> bool:
+    """Whether the library is there and loads."""
+    try:
+        library()
+    except (KernelError, OSError, ImportError):
+        return False
+    return True
+
+
+def instruction_set() -> str:
+    return str(function("instruction_set")())
+
+
+def instruction_sets() -> list[str]:
+    """Those that this processor can run, best first."""
+    return str(function("instruction_sets")()).split(",")
+
+
+def use_instruction_set(name: str, lib: Any = None) -> None:
+    """Process-wide; for tests and measurements (or `CAI_CPU_ISA`)."""
+    try:
+        (lib or library())["use_instruction_set"](name)
+    except ValueError as e:
+        raise KernelError(str(e)) from None
+
+
+def num_threads() -> int:
+    return int(function("threads")())
+
+
+def set_num_threads(n: int) -> None:
+    """Threads that the CPU kernels use, process-wide. Default: the processors this process may run on, or
+    `CAI_NUM_THREADS`."""
+    if n < 1:
+        raise KernelError(f"the number of threads must be above 0, not {n}")
+    function("set_threads")(n)
+
+
+class Arena:
+    """Memory for packed weights straight from the operating system: huge pages where they can be had, and given back as
+    a whole when the last tensor in it is gone."""
+
+    def __init__(self, chunk_bytes: int = 64 << 20):
+        self.chunk_bytes = chunk_bytes
+        self._map: mmap.mmap | None = None
+        self._used = 0
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """A uint8 tensor of zeros, 64-byte aligned."""
+        start = (self._used + 63) // 64 * 64
+        if self._map is None or start + nbytes > len(self._map):
+            self._map = mmap.mmap(-1, max(self.chunk_bytes, (nbytes + 4095) // 4096 * 4096))
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                self._map.madvise(mmap.MADV_HUGEPAGE)
+            start = 0
+        self._used = start + nbytes
+        return torch.frombuffer(self._map, dtype=torch.uint8, offset=start, count=nbytes)
+
+
+def _heap(nbytes: int) -> torch.Tensor:
+    return torch.zeros(nbytes, dtype=torch.uint8)
+
+
+@dataclass
+class PackedMatrix:
+    """A core in the layout of csrc/cpu/kernels.h: [ceil(rows/4)][ceil(cols/16)][4][16], zero padded."""
+
+    rows: int
+    cols: int
+    dtype: torch.dtype
+    data: torch.Tensor  # uint8
+    scale: torch.Tensor | None
+    fields: list[int] = field(init=False)  # what C++ reads
+
+    def __post_init__(self) -> None:
+        scale = 0 if self.scale is None else self.scale.data_ptr()
+        self.fields = [self.data.data_ptr(), scale, STORE_CODES[self.dtype], self.rows, self.cols]
+
+    @classmethod
+    def pack(cls, core: Core, arena: Arena | None = None) -> PackedMatrix:
+        """Copies `core`; the original may be dropped afterwards."""
+        data = core.data
+        if data.dtype not in STORE_CODES or data.device.type != "cpu":
+            raise KernelError(
+                f"the CPU backend packs fp32, bf16, fp16 and int8 on the CPU, not {data.dtype} {data.device}"
+            )
+        if (data.dtype == torch.int8) != (core.scale is not None):
+            raise KernelError("an int8 core needs a scale, and only an int8 core takes one")
+        data = data.contiguous()
+        rows, cols = data.shape
+        allocate = arena.allocate if arena is not None else _heap
+        padded = -(-rows // BLOCK_ROWS) * BLOCK_ROWS * (-(-cols // BLOCK_COLS) * BLOCK_COLS)
+        packed = allocate(max(1, padded * data.element_size()))
+        function("pack")(data.data_ptr(), rows, cols, data.element_size(), packed.data_ptr())
+        scale = None
+        if core.scale is not None:
+            scale = allocate(max(4, 4 * rows)).view(torch.float32)
+            scale[:rows] = core.scale
+        return cls(rows, cols, data.dtype, packed, scale)
+
+
+EMPTY_MATRIX = [0, 0, 0, 0, 0]
+
+
+def check_rows(x: torch.Tensor, cols: int, what: str) -> torch.Tensor:
+    """x [M, cols] fp32 on the CPU with contiguous rows; a copy where the rows are not contiguous."""
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        raise KernelError(f"{what}: the CPU kernels take fp32 activations on the CPU, not {x.dtype} on {x.device}")
+    if x.dim() != 2 or x.shape[1] != cols:
+        raise KernelError(f"{what}: expected [rows, {cols}], got {list(x.shape)}")
+    return x if x.stride(1) == 1 or cols <= 1 else x.contiguous()

@@ -1,0 +1,44 @@
+"""RMSNorm (Zhang and Sennrich 2019), alone and with the residual addition before it."""
+
+from __future__ import annotations
+
+import torch
+
+from cai_runtime.kernels import cpu_library
+from cai_runtime.kernels.cpu_library import check_rows
+
+
+def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [M, H] / rms(x) * weight [H]; the mean of squares in at least fp32, the result in x's dtype."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (weight.to(wide.dtype) * normed).to(x.dtype)
+
+
+def add_rms_norm_reference(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rms_norm(x + residual), x + residual)."""
+    total = x + residual
+    return rms_norm_reference(total, weight, eps), total
+
+
+def rms_norm_cpu(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    x = check_rows(x, weight.shape[0], "rms_norm").contiguous()
+    out = torch.empty_like(x)
+    rows, width = x.shape
+    cpu_library.function("rms_norm")(x.data_ptr(), 0, weight.data_ptr(), eps, width, rows, 0, out.data_ptr())
+    return out
+
+
+def add_rms_norm_cpu(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x = check_rows(x, weight.shape[0], "add_rms_norm").contiguous()
+    residual = check_rows(residual, weight.shape[0], "add_rms_norm").contiguous()
+    out, total = torch.empty_like(x), torch.empty_like(x)
+    rows, width = x.shape
+    cpu_library.function("rms_norm")(
+        x.data_ptr(), residual.data_ptr(), weight.data_ptr(), eps, width, rows, total.data_ptr(), out.data_ptr()
+    )
+    return out, total

@@ -1,0 +1,217 @@
+"""Slim linear: y = W x for W stored as one to n factors, alone or as a group of projections that share their input.
+
+Reference in any float dtype (float64 is the judge of the others), the CPU backend, and the dispatch. The Triton and CUDA
+backends are in `cai_runtime.kernels.triton` and `cai_runtime.kernels.cuda`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from cai_runtime.errors import KernelError
+from cai_runtime.kernels import cpu_library
+from cai_runtime.kernels.backend import resolve_backend
+from cai_runtime.kernels.cpu_library import EMPTY_MATRIX, Arena, PackedMatrix, check_rows
+from cai_runtime.kernels.weights import Core, LinearWeights
+
+
+class PreparedLinear(Protocol):
+    """A group of projections made ready for one backend."""
+
+    in_features: int
+    out_features: int  # of all members together
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """x [M, in_features] -> [M, out_features], the members side by side, plus `residual` of the same shape."""
+        ...
+
+
+# ------------------------------------------------------------------------------------------------------ reference
+
+
+def reference(x: torch.Tensor, w: LinearWeights, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """y [M, out] in x's dtype, computed as the factors say."""
+    dtype = x.dtype
+    cores = [c.values(dtype) for c in w.cores]
+    match w.kind:
+        case "dense":
+            y = x @ cores[0].T
+        case "lowrank":
+            y = (x @ cores[0].T) @ cores[1].T
+        case "interpolative":
+            assert w.pivot is not None
+            z = x @ cores[0].T
+            y = torch.empty(x.shape[0], w.out_features, dtype=dtype, device=x.device)
+            y[:, w.pivot.long()] = torch.cat([z, z @ cores[1].T], dim=1)
+        case "mpo":
+            y = contract_mpo(x, w, [lambda rows, c=c: rows @ c.T for c in cores])
+    if w.bias is not None:
+        y = y + w.bias.to(dtype)
+    return y if residual is None else y + residual
+
+
+def contract_mpo(
+    x: torch.Tensor, w: LinearWeights, apply: Sequence[Callable[[torch.Tensor], torch.Tensor]]
+) -> torch.Tensor:
+    """Contract x [M, in] with the cores of a matrix product operator (Oseledets 2011; Novikov et al. 2015), left to right.
+
+    apply[k] multiplies rows [N, bond_{k-1} * in_k] by core k as a matrix, giving [N, out_k * bond_k]. Every step is a
+    row-wise linear, so it runs on whichever kernel does those, with that kernel's order of reduction.
+    """
+    rows = x.shape[0]
+    done, left = 1, list(w.in_dims)  # outputs finished; inputs still to contract
+    state = x.reshape(rows, 1, 1, -1)  # [M, outputs done, bond, inputs left]
+    for k, multiply in enumerate(apply):
+        i, right, bond = left.pop(0), w.bonds[k + 1], w.bonds[k]
+        rest = state.shape[3] // i
+        step = state.reshape(rows, done, bond, i, rest).permute(0, 1, 4, 2, 3).reshape(rows * done * rest, bond * i)
+        out = multiply(step.contiguous()).reshape(rows, done, rest, w.out_dims[k], right)
+        done *= w.out_dims[k]
+        state = out.permute(0, 1, 3, 4, 2).reshape(rows, done, right, rest)
+    return state.reshape(rows, w.out_features)
+
+
+class ReferenceLinear:
+    """The reference as a prepared group: plain torch, on any device."""
+
+    def __init__(self, members: Sequence[LinearWeights]):
+        self.members = tuple(members)
+        self.in_features = members[0].in_features
+        self.out_features = sum(w.out_features for w in members)
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        y = torch.cat([reference(x, w) for w in self.members], dim=1)
+        return y if residual is None else y + residual
+
+
+# ------------------------------------------------------------------------------------------------------------ cpu
+
+KIND_CODES = {"dense": 0, "lowrank": 1, "interpolative": 2}
+
+
+class CpuLinear:
+    """Members packed for the C++ kernels; one call runs every core of every member. fp32 in, fp32 out.
+
+    The weights are copied into `arena` (or the heap): the tensors given may be dropped afterwards.
+    """
+
+    def __init__(self, members: Sequence[LinearWeights], arena: Arena | None = None):
+        self.in_features = members[0].in_features
+        self.out_features = sum(w.out_features for w in members)
+        self._matrices: list[PackedMatrix] = []  # with _keep, what the descriptor points to
+        self._keep: list[torch.Tensor | None] = []
+        fields: list[int] = []
+        out_offset = z_offset = 0
+        for w in members:
+            cores = [PackedMatrix.pack(c, arena) for c in w.cores]
+            self._matrices += cores
+            pivot = None if w.pivot is None else w.pivot.to(torch.int32).contiguous().clone()
+            bias = None if w.bias is None else w.bias.to(torch.float32).contiguous().clone()
+            self._keep += [pivot, bias]
+            rank = w.rank or 0
+            fields += [KIND_CODES[w.kind], w.out_features, out_offset, rank, z_offset]
+            fields += [0 if t is None else t.data_ptr() for t in (pivot, bias)]
+            fields += cores[0].fields
+            fields += cores[1].fields if len(cores) > 1 else EMPTY_MATRIX
+            out_offset += w.out_features
+            z_offset += -(-rank // 16) * 16
+        self._z_columns = z_offset
+        self._descriptor = torch.tensor([len(members), self.in_features, z_offset, *fields], dtype=torch.int64)
+        self._address = self._descriptor.data_ptr()
+        self._run = cpu_library.function("linear_group")
+
+    def first_matrix(self) -> PackedMatrix:
+        """The first core of the first member: of a dense linear, its weight."""
+        return self._matrices[0]
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        x = check_rows(x, self.in_features, "slim_linear")
+        rows = x.shape[0]
+        out = torch.empty(rows, self.out_features)
+        z = torch.empty(rows, self._z_columns)
+        address = stride = 0
+        if residual is not None:
+            residual = check_rows(residual, self.out_features, "slim_linear's residual")
+            if residual.shape[0] != rows:
+                raise KernelError(f"slim_linear: {residual.shape[0]} rows of residual for {rows} rows of x")
+            address, stride = residual.data_ptr(), residual.stride(0)
+        self._run(
+            self._address, x.data_ptr(), rows, x.stride(0), out.data_ptr(), self.out_features, address, stride,
+            z.data_ptr(),
+        )  # fmt: skip
+        return out
+
+
+class CpuMpo:
+    """A matrix product operator on the CPU: each core is one row-wise linear of the C++ kernels."""
+
+    def __init__(self, w: LinearWeights, arena: Arena | None = None):
+        self.in_features, self.out_features = w.in_features, w.out_features
+        self._shape = LinearWeights(
+            "mpo", w.in_features, w.out_features, w.cores, None, None, None, w.out_dims, w.in_dims, w.bonds
+        )
+        self._cores = [CpuLinear([as_dense(c)], arena) for c in w.cores]
+        self._bias = w.bias
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        y = contract_mpo(check_rows(x, self.in_features, "slim_linear"), self._shape, self._cores)
+        if self._bias is not None:
+            y = y + self._bias
+        return y if residual is None else y + residual
+
+
+def as_dense(core: Core) -> LinearWeights:
+    """A single core as a projection of its own."""
+    rows, cols = core.data.shape
+    return LinearWeights("dense", cols, rows, (core,))
+
+
+class SideBySide:
+    """Prepared linears over one input whose outputs are concatenated; for members that no single call can serve."""
+
+    def __init__(self, parts: Sequence[PreparedLinear]):
+        self.parts = tuple(parts)
+        self.in_features = parts[0].in_features
+        self.out_features = sum(p.out_features for p in parts)
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        y = torch.cat([p(x) for p in self.parts], dim=1)
+        return y if residual is None else y + residual
+
+
+# ------------------------------------------------------------------------------------------------------- dispatch
+
+
+def prepare(
+    members: Sequence[LinearWeights], *, backend: str | None = None, arena: Arena | None = None
+) -> PreparedLinear:
+    """Make projections that share their input ready to run as one group.
+
+    backend: "reference", "cpu", "triton" or "cuda"; None chooses by device and `CAI_KERNELS`. Raises KernelError when the
+    members differ in in_features or device, or the backend can't run them.
+    """
+    if not members:
+        raise KernelError("a group of linears needs at least one member")
+    if len({w.in_features for w in members}) != 1:
+        raise KernelError(f"a group shares one input, but in_features are {[w.in_features for w in members]}")
+    name = resolve_backend(backend, members[0].cores[0].data.device)
+    if name == "reference":
+        return ReferenceLinear(members)
+    if name == "cpu":
+        if all(w.kind != "mpo" for w in members):
+            return CpuLinear(members, arena)
+        parts = [CpuMpo(w, arena) if w.kind == "mpo" else CpuLinear([w], arena) for w in members]
+        return parts[0] if len(parts) == 1 else SideBySide(parts)
+    from cai_runtime.kernels.gpu import prepare_linear
+
+    return prepare_linear(members, name)
+
+
+def slim_linear(
+    x: torch.Tensor, w: LinearWeights, residual: torch.Tensor | None = None, *, backend: str | None = None
+) -> torch.Tensor:
+    """y = W x (+ bias + residual). x [M, in], y [M, out]. Prepares the weights on every call: for tests and one-offs."""
+    return prepare([w], backend=backend)(x, residual)

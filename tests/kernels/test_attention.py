@@ -1,0 +1,110 @@
+"""RoPE, KV cache write and paged attention: the CPU kernels against the reference, and bit for bit against themselves."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from cai_runtime.errors import KernelError
+from cai_runtime.kernels import cpu_library
+from cai_runtime.kernels.attention import (
+    AttentionBatch,
+    CpuAttention,
+    CpuKVCache,
+    HeadLayout,
+    ReferenceAttention,
+    ReferenceKVCache,
+)
+
+PAGE = 16
+
+
+def rope_table(positions: int, rotary_dim: int) -> torch.Tensor:
+    frequency = 10000.0 ** (-torch.arange(0, rotary_dim, 2) / rotary_dim)
+    angle = torch.arange(positions)[:, None] * frequency[None]
+    return torch.cat([angle.cos(), angle.sin()], dim=1).float()
+
+
+def batch_of(chunks: list[tuple[int, int, list[int]]]) -> AttentionBatch:
+    """chunks: (start, count, pages) of each sequence."""
+    positions, slots, starts, lengths = [], [], [0], []
+    for start, count, pages in chunks:
+        span = range(start, start + count)
+        positions += span
+        slots += [pages[p // PAGE] * PAGE + p % PAGE for p in span]
+        starts.append(starts[-1] + count)
+        lengths.append(start + count)
+    width = max(len(pages) for *_, pages in chunks)
+    table = [pages + [0] * (width - len(pages)) for *_, pages in chunks]
+    return AttentionBatch(*(torch.tensor(t, dtype=torch.int32) for t in (positions, slots, starts, lengths, table)))
+
+
+@pytest.mark.parametrize("isa", cpu_library.instruction_sets())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("hq", "hkv", "dim", "rotary"), [(4, 4, 16, 16), (9, 3, 64, 64), (6, 2, 80, 32), (8, 1, 24, 24)]
+)
+def test_ragged_batches_match_float64(hq: int, hkv: int, dim: int, rotary: int, dtype: torch.dtype, isa: str):
+    best = cpu_library.instruction_set()
+    cpu_library.use_instruction_set(isa)
+    try:
+        g = torch.Generator().manual_seed(hq * dim)
+        heads = HeadLayout(hq, hkv, dim, rotary)
+        cpu = CpuAttention(heads, CpuKVCache(40, PAGE, heads, dtype))
+        judge = ReferenceAttention(heads, ReferenceKVCache(40, PAGE, heads, dtype, torch.device("cpu")))
+        table = rope_table(256, rotary)
+        order = torch.randperm(40, generator=g).tolist()
+        pages = [order[:8], order[8:16], order[16:20]]
+        done = [0, 0, 0]
+        for counts in ([37, 5, 16], [1, 60, 1], [1, 1, 1], [50, 1, 30], [3, 2, 1]):
+            batch = batch_of([(done[i], n, pages[i]) for i, n in enumerate(counts)])
+            qkv = torch.randn(sum(counts), heads.qkv_width, generator=g)
+            out = cpu(qkv.clone(), batch, table, 1 / math.sqrt(dim))
+            expected = judge(qkv.double(), batch, table.double(), 1 / math.sqrt(dim))
+            # Keys are rounded into a half-precision cache from values that differ in the last bit of fp32.
+            tolerance = 2e-6 if dtype == torch.float32 else 2e-3
+            assert float((out.double() - expected).norm() / expected.norm()) < tolerance
+            done = [d + n for d, n in zip(done, counts, strict=True)]
+    finally:
+        cpu_library.use_instruction_set(best)
+
+
+@pytest.mark.parametrize("isa", cpu_library.instruction_sets())
+def test_chunks_batches_and_page_ids_do_not_change_the_bits(isa: str):
+    best = cpu_library.instruction_set()
+    cpu_library.use_instruction_set(isa)
+    try:
+        g = torch.Generator().manual_seed(5)
+        heads = HeadLayout(6, 2, 32, 32)
+        table = rope_table(128, 32)
+        qkv = torch.randn(100, heads.qkv_width, generator=g)
+        other = torch.randn(41, heads.qkv_width, generator=g)
+
+        whole = CpuAttention(heads, CpuKVCache(20, PAGE, heads, torch.float32))
+        expected = whole(qkv.clone(), batch_of([(0, 100, list(range(7)))]), table, 0.2)
+
+        pieces = CpuAttention(heads, CpuKVCache(20, PAGE, heads, torch.float32))
+        for cache in (pieces.cache.k, pieces.cache.v):
+            cache.fill_(float("nan"))  # what another sequence left behind must not matter
+        pages = [13, 2, 19, 5, 11, 0, 7]
+        start, outs = 0, []
+        for n in (1, 30, 2, 17, 1, 1, 48):
+            chunk = torch.cat([qkv[start : start + n], other])
+            batch = batch_of([(start, n, pages), (0, 41, [1, 3, 4])])
+            outs.append(pieces(chunk, batch, table, 0.2)[:n])
+            start += n
+        assert torch.equal(torch.cat(outs), expected)
+    finally:
+        cpu_library.use_instruction_set(best)
+
+
+def test_unsupported_shapes_are_refused():
+    heads = HeadLayout(4, 2, 32, 32)
+    with pytest.raises(KernelError, match="page_size"):
+        CpuKVCache(4, 24, heads, torch.float32)
+    with pytest.raises(KernelError, match="head_dim"):
+        CpuKVCache(4, 16, HeadLayout(4, 2, 1024, 64), torch.float32)
+    with pytest.raises(KernelError, match="fp32, bf16 or fp16"):
+        CpuKVCache(4, 16, heads, torch.float64)
