@@ -1,0 +1,30 @@
+"""Continuous batching, streaming and sampling over a paged KV cache. See `docs/architecture.md`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .engine import Engine
+    from .handle import Handle
+    from .request import Completion, Delta, Request, SamplingParams
+    from .stats import EngineStats
+
+__all__ = ["Completion", "Delta", "Engine", "EngineStats", "Handle", "Request", "SamplingParams"]
+
+_MODULES = {
+    "Completion": "request",
+    "Delta": "request",
+    "Engine": "engine",
+    "EngineStats": "stats",
+    "Handle": "handle",
+    "Request": "request",
+    "SamplingParams": "request",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

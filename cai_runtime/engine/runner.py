@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 class ScheduledSequence:
     """The share of one sequence in one step: a chunk of its prompt (prefill) or its newest token (decode).
 
-    `pages` are the physical page ids of the whole sequence so far, position p living in pages[p // page_size]; they cover
-    at least `start + len(token_ids)` positions.
+    `pages` are the physical page ids of the whole sequence so far, position p living in pages[p // page_size]; they
+    cover at least `start + len(token_ids)` positions.
     """
 
     token_ids: list[int]  # the tokens fed in this step, at least one
@@ -32,9 +32,9 @@ class Runner(Protocol):
     max_context: int  # positions a sequence may have
 
     def run(self, step: list[ScheduledSequence]) -> torch.Tensor:
-        """Feed all tokens of the step; return logits fp32 [number of sequences with sample=True, vocab_size] on the CPU,
-        in the order of `step`. A row does not depend on which other sequences are in the step, nor on how its prompt was
-        chunked."""
+        """Feed all tokens of the step; return logits fp32 [number of sequences with sample=True, vocab_size] on the
+        CPU, in the order of `step`. A row does not depend on which other sequences are in the step, nor on how its
+        prompt was chunked. After an exception the engine may feed the same tokens at the same positions again."""
         ...
 
     def close(self) -> None:

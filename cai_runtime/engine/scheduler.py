@@ -1,0 +1,165 @@
+"""Which tokens of which sequences go into the next step. Continuous batching with chunked prefill.
+
+First come, first served: `running` and `waiting` are ordered by arrival. Every running sequence that decodes takes
+part in every step; prompts share `prefill_chunk` tokens a step, oldest first. A sequence gets the pages of its whole
+prompt when it is admitted, and one more whenever it grows over a page. When none is left, the youngest running sequence
+gives its pages up and waits to be computed again (preemption by recompute). So the oldest always advances, and nothing
+starves.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass
+
+from .kv_cache import KVCache, extend_digests
+from .runner import ScheduledSequence
+from .sequence import Sequence
+from .stats import EngineStats
+
+
+@dataclass(frozen=True)
+class Share:
+    """One sequence's part of a step: `tokens` are fed, and the next one is sampled if they are the last known."""
+
+    sequence: Sequence
+    tokens: ScheduledSequence
+
+    @classmethod
+    def of(cls, sequence: Sequence, num_tokens: int) -> Share:
+        """The next `num_tokens` uncomputed tokens of a sequence."""
+        start, end = sequence.num_computed, sequence.num_computed + num_tokens
+        is_last = num_tokens == sequence.num_uncomputed
+        return cls(sequence, ScheduledSequence(sequence.token_ids[start:end], start, sequence.pages, is_last))
+
+
+class Scheduler:
+    """Sequences and their pages. Used by the owner thread only."""
+
+    def __init__(self, cache: KVCache, stats: EngineStats, *, max_batch: int, prefill_chunk: int):
+        self.cache = cache
+        self.stats = stats
+        self.max_batch = max_batch
+        self.prefill_chunk = prefill_chunk
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence. That it fits the whole cache has been checked."""
+        insort(self.waiting, sequence, key=_arrival)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, finished or not, and free its pages."""
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        self._take_pages(sequence)
+
+    def schedule(self) -> list[Share]:
+        """The next step: never empty while there is work."""
+        step, budget, preempted = [], self.prefill_chunk, False
+        for sequence in list(self.running):  # oldest first, so that nobody in `step` is preempted any more
+            while sequence.pages and not self._grow(sequence):
+                self._preempt(self.running[-1])
+                preempted = True
+            if not sequence.pages:
+                continue
+            if sequence.num_uncomputed == 1:
+                step.append(Share.of(sequence, 1))
+            elif budget > 0:
+                count = min(sequence.num_uncomputed, budget)
+                budget -= count
+                step.append(Share.of(sequence, count))
+        if not preempted:
+            self._admit(step, budget)
+        return step
+
+    def _admit(self, step: list[Share], budget: int) -> None:
+        """Move waiting sequences into the batch while there are seats, pages and budget."""
+        being_computed = self._prefixes_being_computed() if self.waiting else set()
+        for sequence in list(self.waiting):
+            if budget <= 0 or len(self.running) >= self.max_batch:
+                return
+            prefix = self._find_prefix(sequence)
+            if len(prefix) < self._max_prefix(sequence) and sequence.digests[len(prefix)] in being_computed:
+                continue  # it can share that page in a few steps; computing it twice would be waste
+            needed = self.cache.pages_for(len(sequence.token_ids)) - len(prefix)
+            # One spare page for each running sequence, so that the newcomer is not preempted right away.
+            if needed + len(self.running) > self.cache.num_available - self.cache.num_unused(prefix):
+                return
+            self.waiting.remove(sequence)
+            insort(self.running, sequence, key=_arrival)
+            self.cache.share(prefix)
+            sequence.pages = prefix + self.cache.allocate(needed)
+            sequence.num_registered = len(prefix)
+            sequence.num_computed = len(prefix) * self.cache.page_size
+            if not sequence.was_admitted:
+                sequence.was_admitted = True
+                sequence.stream.cached_tokens = sequence.num_computed
+                self.stats.prompt_tokens += sequence.num_prompt
+                self.stats.prefix_hit_tokens += sequence.num_computed
+            count = min(sequence.num_uncomputed, budget)
+            budget -= count
+            step.append(Share.of(sequence, count))
+            being_computed.update(sequence.digests[len(prefix) :])
+
+    def _find_prefix(self, sequence: Sequence) -> list[int]:
+        """Cached pages that the sequence can start from. The last token is always fed, for its logits."""
+        if not self.cache.prefix_cache:
+            return []
+        extend_digests(sequence.digests, sequence.token_ids, self.cache.page_size)
+        return self.cache.find_prefix(sequence.digests[: self._max_prefix(sequence)])
+
+    def _max_prefix(self, sequence: Sequence) -> int:
+        """Pages that a sequence could share at best."""
+        return (len(sequence.token_ids) - 1) // self.cache.page_size if self.cache.prefix_cache else 0
+
+    def _prefixes_being_computed(self) -> set[bytes]:
+        return {digest for sequence in self.running for digest in sequence.digests[sequence.num_registered :]}
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Make sure that the sequence's pages cover all its tokens; False when no page is left."""
+        missing = self.cache.pages_for(len(sequence.token_ids)) - len(sequence.pages)
+        if missing > self.cache.num_available:
+            return False
+        sequence.pages += self.cache.allocate(missing)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.stats.preemptions += 1
+        self.running.remove(sequence)
+        self._take_pages(sequence)
+        self.add(sequence)
+
+    def _take_pages(self, sequence: Sequence) -> None:
+        self.cache.release(sequence.pages)
+        sequence.pages = []
+        sequence.num_computed = sequence.num_registered = 0
+
+    def advance(self, share: Share) -> None:
+        """Note that a share was computed, and offer the pages that it filled to others."""
+        sequence, count = share.sequence, len(share.tokens.token_ids)
+        if not (sequence.num_generated and count == 1):
+            self.stats.tokens_prefilled += count
+        sequence.num_computed += count
+        if self.cache.prefix_cache:
+            extend_digests(sequence.digests, sequence.token_ids, self.cache.page_size)
+            for page in range(sequence.num_registered, sequence.num_computed // self.cache.page_size):
+                self.cache.register(sequence.pages[page], sequence.digests[page])
+                sequence.num_registered += 1
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless pages and queues agree."""
+        self.cache.check_integrity([sequence.pages for sequence in self.running])
+        for sequence in self.waiting:
+            if sequence.pages or sequence.num_computed:
+                raise AssertionError(f"waiting sequence {sequence.arrival} holds pages")
+        for queue in (self.running, self.waiting):
+            if [s.arrival for s in queue] != sorted(s.arrival for s in queue):
+                raise AssertionError("a queue is out of order")
+
+
+def _arrival(sequence: Sequence) -> int:
+    return sequence.arrival

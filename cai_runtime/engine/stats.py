@@ -1,0 +1,26 @@
+"""What an engine has done and holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class EngineStats:
+    """A snapshot. Counts are since the engine was made; a request is finished, failed or aborted, never two of them."""
+
+    running: int = 0  # sequences in the batch
+    waiting: int = 0  # sequences without pages: new ones and preempted ones
+    pages_total: int = 0
+    pages_free: int = 0
+    pages_cached: int = 0  # hold a prefix that no sequence uses now; given up when pages run out
+    pages_used: int = 0
+    prompt_tokens: int = 0  # of the requests that were started
+    prefix_hit_tokens: int = 0  # of those, the ones whose KV came from the prefix cache
+    preemptions: int = 0  # sequences that lost their pages to older ones and were computed again
+    tokens_prefilled: int = 0  # tokens fed as part of a prompt or of a recomputation
+    tokens_decoded: int = 0  # tokens generated
+    steps: int = 0  # calls of the model that succeeded
+    finished: int = 0
+    failed: int = 0
+    aborted: int = 0

@@ -1,0 +1,104 @@
+"""A deterministic language model over a fake paged cache, and a tokenizer for its vocabulary."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from cai_runtime.engine.engine import Engine
+from cai_runtime.engine.request import Request, SamplingParams
+
+VOCAB = 97
+EOS = 96
+
+
+class FakeTokenizer:
+    """One character a token; the last token is special and invisible."""
+
+    def decode(self, token_ids, skip_special_tokens=True):
+        return "".join("" if t == EOS and skip_special_tokens else chr(0x100 + t) for t in token_ids)
+
+
+class HashRunner:
+    """A "model" whose next-token logits are a hash of all tokens before, read back through the pages it is given.
+
+    Slot p of a sequence holds the running hash of tokens 0..p, which is computed from the slot before. A wrong page
+    table, a page that was given away too early, a wrong prefix hit or a skipped position therefore changes every later
+    logit. `fail_on` makes `run` raise when a step feeds that token; `gate`, when given, is waited for in each run.
+    """
+
+    def __init__(self, num_pages=64, page_size=4, max_context=256, vocab_size=VOCAB):
+        self.page_size, self.num_pages, self.max_context, self.vocab_size = (
+            page_size,
+            num_pages,
+            max_context,
+            vocab_size,
+        )
+        self.slots = np.zeros((num_pages, page_size), dtype=np.uint64)
+        self.fail_on = self.nan_on = None
+        self.gate: threading.Semaphore | None = None
+        self.entered = threading.Event()
+        self.steps: list[list[int]] = []  # tokens per sequence
+        self.threads = set()
+        self.closed = 0
+
+    def run(self, step):
+        self.entered.set()
+        if self.gate is not None:
+            self.gate.acquire()
+        self.threads.add(threading.get_ident())
+        self.steps.append([len(s.token_ids) for s in step])
+        assert step and not self.closed
+        rows = []
+        for s in step:
+            assert s.token_ids and (s.start + len(s.token_ids)) <= len(s.pages) * self.page_size
+            value = (
+                int(self.slots[s.pages[(s.start - 1) // self.page_size], (s.start - 1) % self.page_size])
+                if s.start
+                else 7
+            )
+            for position, token in enumerate(s.token_ids, s.start):
+                if token == self.fail_on:
+                    self.slots[s.pages[position // self.page_size], position % self.page_size] = 666  # half-written
+                    raise RuntimeError(f"token {token} is poison")
+                value = (value * 6364136223846793005 + token * 1442695040888963407 + 1) % 2**64
+                self.slots[s.pages[position // self.page_size], position % self.page_size] = value
+            if s.sample:
+                row = np.random.default_rng(value).normal(size=self.vocab_size).astype(np.float32) * 3
+                row[EOS] -= 2
+                if self.nan_on is not None and self.nan_on in s.token_ids:
+                    row[5] = np.nan
+                rows.append(row)
+        return np.stack(rows) if rows else np.zeros((0, self.vocab_size), np.float32)
+
+    def close(self):
+        self.closed += 1
+
+
+@pytest.fixture
+def make_engine():
+    """Engines over a HashRunner, closed after the test with their pages checked."""
+    engines = []
+
+    def make(runner=None, **options):
+        engine = Engine(runner or HashRunner(), FakeTokenizer(), eos_token_ids=[EOS], **options)
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.close()
+        engine.check_integrity()
+        assert engine.stats().pages_used == 0
+
+
+def greedy(prompt, max_tokens=20, **options):
+    return Request(list(prompt), SamplingParams(max_tokens=max_tokens, temperature=0.0, **options))
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 90, size=int(n)).tolist() for n in rng.integers(1, 60, size=24)]
