@@ -1,0 +1,147 @@
+"""The endpoint /chat/completions: checks a request, renders it, and builds the reply or its chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Required
+
+from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage
+from openai.types.chat.chat_completion import Choice
+from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
+from openai.types.chat.chat_completion_chunk import ChoiceDelta
+from pydantic import SkipValidation, TypeAdapter, with_config
+
+from cai_runtime.api.errors import as_api_errors
+from cai_runtime.api.generation import Generation
+from cai_runtime.api.host import OpenModel
+from cai_runtime.api.params import (
+    STRICT,
+    UNSUPPORTED,
+    GenerationParams,
+    choice_seed,
+    sampling_params,
+    validated,
+)
+from cai_runtime.api.usage import ReplyHead, usage_of
+from cai_runtime.chat.events import ChatEvent, EndEvent, TextEvent
+from cai_runtime.chat.messages import Message, parse_messages
+from cai_runtime.chat.template import render
+from cai_runtime.engine.request import Completion, Request
+
+
+@with_config(STRICT)
+class ChatParams(GenerationParams, total=False):
+    """Keyword arguments of `chat.completions.create`, besides `stream` (default false).
+
+    messages: the conversation; see `cai_runtime.chat.messages.parse_messages`.
+    parallel_tool_calls: accepted; there are no tool calls yet for it to govern.
+
+    The others are those of GenerationParams. `tools`, `tool_choice`, `reasoning_effort`, `reasoning_enabled`,
+    `response_format`, `logprobs` and `top_logprobs` are refused, but for the values that ask for nothing.
+    """
+
+    messages: Required[Annotated[Iterable[Any], SkipValidation]]  # parse_messages checks them: its errors name places
+    parallel_tool_calls: bool | None
+
+
+@with_config(STRICT)
+class _ChatCall(ChatParams, total=False):
+    stream: bool | None
+
+
+_ADAPTER: TypeAdapter[Any] = TypeAdapter(_ChatCall)
+_NAMES = frozenset(_ChatCall.__annotations__) | frozenset(UNSUPPORTED) - {"best_of", "suffix"}
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """A checked call. `params` holds what was given, of the right types and ranges."""
+
+    model: str | None
+    messages: list[Message]
+    params: Mapping[str, Any]
+    stream: bool
+
+
+def parse(params: Mapping[str, Any]) -> ChatRequest:
+    """Check a call before anything is loaded.
+
+    Raises:
+        BadRequestError: naming the parameter at fault.
+    """
+    rest = validated(_ADAPTER, params, names=_NAMES)
+    with as_api_errors():
+        messages = parse_messages(rest.pop("messages"))
+    return ChatRequest(rest.pop("model", None), messages, rest, rest.pop("stream", False))
+
+
+def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[ChatCompletionChunk, ChatCompletion]:
+    """Render the conversation and settle how each choice is sampled.
+
+    Raises:
+        BadRequestError: the model has no chat template, its template refuses the messages, or they don't fit the
+            context.
+    """
+    with as_api_errors(), opened.tokenizer_lock:
+        prompt_ids = render(opened.tokenizer, request.messages)
+    sampling = sampling_params(
+        request.params,
+        prompt_tokens=len(prompt_ids),
+        context=opened.engine.max_context,
+        vocab_size=opened.engine.vocab_size,
+        default_max=None,
+        prompt_param="messages",
+    )
+    head = ReplyHead.new("chatcmpl", name)
+    choices = request.params.get("n", 1)
+    requests = [
+        Request(prompt_ids, replace(sampling, seed=choice_seed(sampling.seed, i)), request_id=f"{head.id}/{i}")
+        for i in range(choices)
+    ]
+    include_usage = (request.params.get("stream_options") or {}).get("include_usage") or False
+    return Generation(requests, ChatReply(head, choices, include_usage))
+
+
+class ChatReply:
+    """Builds a ChatCompletion, or its chunks, from the events of `choices` sequences."""
+
+    def __init__(self, head: ReplyHead, choices: int, include_usage: bool):
+        self._head = head
+        self._choices = choices
+        self._include_usage = include_usage
+
+    def opening(self) -> list[ChatCompletionChunk]:
+        return [self._chunk(i, ChoiceDelta(role="assistant", content="")) for i in range(self._choices)]
+
+    def chunk(self, index: int, event: ChatEvent) -> ChatCompletionChunk:
+        match event:
+            case TextEvent():
+                return self._chunk(index, ChoiceDelta(content=event.text))
+            case EndEvent():
+                return self._chunk(index, ChoiceDelta(), event.finish_reason)
+
+    def closing(self, completions: Sequence[Completion]) -> list[ChatCompletionChunk]:
+        if not self._include_usage:
+            return []
+        usage = usage_of(completions, self._choices)
+        return [ChatCompletionChunk(**vars(self._head), object="chat.completion.chunk", choices=[], usage=usage)]
+
+    def fold(self, events: Sequence[Sequence[ChatEvent]], completions: Sequence[Completion]) -> ChatCompletion:
+        return ChatCompletion(
+            **vars(self._head),
+            object="chat.completion",
+            choices=[_fold_choice(index, of_choice) for index, of_choice in enumerate(events)],
+            usage=usage_of(completions, self._choices),
+        )
+
+    def _chunk(self, index: int, delta: ChoiceDelta, finish_reason: Any = None) -> ChatCompletionChunk:
+        choice = ChunkChoice(index=index, delta=delta, finish_reason=finish_reason)
+        return ChatCompletionChunk(**vars(self._head), object="chat.completion.chunk", choices=[choice])
+
+
+def _fold_choice(index: int, events: Sequence[ChatEvent]) -> Choice:
+    text = "".join(event.text for event in events if isinstance(event, TextEvent))
+    (end,) = (event for event in events if isinstance(event, EndEvent))
+    message = ChatCompletionMessage(role="assistant", content=text, refusal=None)
+    return Choice(index=index, message=message, finish_reason=end.finish_reason, logprobs=None)

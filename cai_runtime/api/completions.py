@@ -1,0 +1,210 @@
+"""The endpoint /completions: checks a request, tokenizes its prompts, and builds the reply or its chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, Required
+
+from openai.types import Completion as TextCompletion
+from openai.types import CompletionChoice, CompletionUsage
+from pydantic import PlainValidator, TypeAdapter, with_config
+from pydantic_core import PydanticCustomError
+
+from cai_runtime.api.errors import BadRequestError
+from cai_runtime.api.generation import Generation
+from cai_runtime.api.host import OpenModel
+from cai_runtime.api.params import (
+    STRICT,
+    UNSUPPORTED,
+    GenerationParams,
+    choice_seed,
+    sampling_params,
+    validated,
+)
+from cai_runtime.api.usage import ReplyHead, usage_of
+from cai_runtime.chat.events import ChatEvent, EndEvent, TextEvent
+from cai_runtime.engine.request import Completion, Request
+
+DEFAULT_MAX_TOKENS = 16
+Prompt = str | list[int]
+
+
+def _prompts(value: Any) -> list[Prompt]:
+    """One prompt or several, each a text or token ids, as a list of prompts."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, (list, tuple)) or not value:
+        raise PydanticCustomError(
+            "prompt_type", "must be a string, a list of strings, token ids, or a list of token ids"
+        )
+    if all(isinstance(item, str) for item in value):
+        return list(value)
+    if all(_is_token(item) for item in value):
+        return [list(value)]
+    if all(isinstance(item, (list, tuple)) and item and all(map(_is_token, item)) for item in value):
+        return [list(item) for item in value]
+    raise PydanticCustomError("prompt_type", "must be a string, a list of strings, token ids, or a list of token ids")
+
+
+def _is_token(item: Any) -> bool:
+    return isinstance(item, int) and not isinstance(item, bool) and item >= 0
+
+
+@with_config(STRICT)
+class CompletionParams(GenerationParams, total=False):
+    """Keyword arguments of `completions.create`, besides `stream` (default false).
+
+    prompt: a text, a list of texts, token ids, or a list of token ids; a tokenizer's own start token is put before
+        texts. With several prompts and `n` choices each, choice j of prompt i has the index i n + j.
+    echo: put the prompt's text before the answer. Default false.
+
+    The others are those of GenerationParams. `suffix`, `best_of`, `logprobs`, `tools` and `tool_choice` are refused,
+    but for the values that ask for nothing.
+    """
+
+    prompt: Required[Annotated[str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]], PlainValidator(_prompts)]]
+    echo: bool | None
+
+
+@with_config(STRICT)
+class _CompletionCall(CompletionParams, total=False):
+    stream: bool | None
+
+
+_ADAPTER: TypeAdapter[Any] = TypeAdapter(_CompletionCall)
+_NAMES = frozenset(_CompletionCall.__annotations__) | {"best_of", "suffix", "logprobs", "tools", "tool_choice"}
+assert _NAMES - frozenset(_CompletionCall.__annotations__) <= frozenset(UNSUPPORTED)
+
+
+class CompletionChunkChoice(CompletionChoice):
+    """A choice of a streamed piece. OpenAI streams a null finish reason until the last piece, though its type says
+    that there always is one."""
+
+    finish_reason: Literal["stop", "length", "content_filter"] | None = None  # type: ignore[assignment]
+
+
+class CompletionChunk(TextCompletion):
+    """A streamed piece of a text completion."""
+
+    choices: list[CompletionChunkChoice]  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class CompletionRequest:
+    """A checked call. `params` holds what was given, of the right types and ranges."""
+
+    model: str | None
+    prompts: list[Prompt]
+    params: Mapping[str, Any]
+    stream: bool
+
+
+def parse(params: Mapping[str, Any]) -> CompletionRequest:
+    """Check a call before anything is loaded.
+
+    Raises:
+        BadRequestError: naming the parameter at fault.
+    """
+    rest = validated(_ADAPTER, params, names=_NAMES)
+    return CompletionRequest(rest.pop("model", None), rest.pop("prompt"), rest, rest.pop("stream", False))
+
+
+def prepare(request: CompletionRequest, name: str, opened: OpenModel) -> Generation[CompletionChunk, TextCompletion]:
+    """Tokenize the prompts and settle how each choice is sampled.
+
+    Raises:
+        BadRequestError: a prompt is empty, names a token that the model does not have, or does not fit the context.
+    """
+    choices = request.params.get("n", 1)
+    head = ReplyHead.new("cmpl", name)
+    requests: list[Request] = []
+    echoes: list[str] = []
+    for prompt in request.prompts:
+        with opened.tokenizer_lock:
+            prompt_ids = _encode(prompt, opened)
+            if request.params.get("echo"):
+                echoes += [prompt if isinstance(prompt, str) else opened.tokenizer.decode(prompt_ids)] * choices
+        sampling = sampling_params(
+            request.params,
+            prompt_tokens=len(prompt_ids),
+            context=opened.engine.max_context,
+            vocab_size=opened.engine.vocab_size,
+            default_max=DEFAULT_MAX_TOKENS,
+            prompt_param="prompt",
+        )
+        for i in range(choices):
+            seed = choice_seed(sampling.seed, i)  # the same for every prompt: a list gives what one by one gives
+            request_id = f"{head.id}/{len(requests)}"
+            requests.append(Request(prompt_ids, replace(sampling, seed=seed), request_id=request_id))
+    include_usage = (request.params.get("stream_options") or {}).get("include_usage") or False
+    return Generation(requests, CompletionReply(head, choices, echoes, include_usage))
+
+
+def _encode(prompt: Prompt, opened: OpenModel) -> list[int]:
+    if isinstance(prompt, str):
+        ids = opened.tokenizer.encode(prompt)
+        if not ids and opened.tokenizer.bos_token_id is not None:
+            ids = [opened.tokenizer.bos_token_id]  # nothing at all: start a text of its own
+        if not ids:
+            raise BadRequestError(
+                "Invalid 'prompt': it is empty, and this model has no token that starts a text.",
+                param="prompt",
+                code="invalid_value",
+            )
+        return ids
+    if (highest := max(prompt)) >= opened.engine.vocab_size:
+        raise BadRequestError(
+            f"Invalid 'prompt': it holds token {highest}, but this model's token ids end at {opened.engine.vocab_size - 1}.",
+            param="prompt",
+            code="invalid_value",
+        )
+    return prompt
+
+
+class CompletionReply:
+    """Builds a text completion, or its chunks, from the events of its sequences.
+
+    Args:
+        choices_per_prompt: sequences of each prompt, `n`.
+        echoes: for every sequence the text to put before it; empty without echo.
+    """
+
+    def __init__(self, head: ReplyHead, choices_per_prompt: int, echoes: Sequence[str], include_usage: bool):
+        self._head = head
+        self._choices_per_prompt = choices_per_prompt
+        self._echoes = echoes
+        self._include_usage = include_usage
+
+    def opening(self) -> list[CompletionChunk]:
+        return [self.chunk(index, TextEvent(echo)) for index, echo in enumerate(self._echoes)]
+
+    def chunk(self, index: int, event: ChatEvent) -> CompletionChunk:
+        match event:
+            case TextEvent():
+                choice = CompletionChunkChoice(index=index, text=event.text)
+            case EndEvent():
+                choice = CompletionChunkChoice(index=index, text="", finish_reason=event.finish_reason)
+        return self._piece([choice])
+
+    def closing(self, completions: Sequence[Completion]) -> list[CompletionChunk]:
+        if not self._include_usage:
+            return []
+        return [self._piece([], usage_of(completions, self._choices_per_prompt))]
+
+    def fold(self, events: Sequence[Sequence[ChatEvent]], completions: Sequence[Completion]) -> TextCompletion:
+        return TextCompletion(
+            **vars(self._head),
+            object="text_completion",
+            choices=[self._fold_choice(index, of_choice) for index, of_choice in enumerate(events)],
+            usage=usage_of(completions, self._choices_per_prompt),
+        )
+
+    def _piece(self, choices: list[CompletionChunkChoice], usage: CompletionUsage | None = None) -> CompletionChunk:
+        return CompletionChunk(**vars(self._head), object="text_completion", choices=choices, usage=usage)
+
+    def _fold_choice(self, index: int, events: Sequence[ChatEvent]) -> CompletionChoice:
+        text = "".join(event.text for event in events if isinstance(event, TextEvent))
+        (end,) = (event for event in events if isinstance(event, EndEvent))
+        echo = self._echoes[index] if self._echoes else ""
+        return CompletionChoice(index=index, text=echo + text, finish_reason=end.finish_reason, logprobs=None)

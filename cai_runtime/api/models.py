@@ -1,0 +1,110 @@
+"""The endpoints /models and /models/{model}: the catalogue, and what is registered on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from openai.types import Model
+
+from cai_runtime.api.errors import BadRequestError, NotFoundError
+from cai_runtime.api.host import ModelHost, ResolvedModel
+from cai_runtime.errors import CaiError
+from cai_runtime.models.catalog import Capabilities, CatalogEntry, catalog, format_parameters
+from cai_runtime.slim.reader import Checkpoint
+
+UNKNOWN = "unknown"
+_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+
+
+def list_models(host: ModelHost) -> list[Model]:
+    """The catalogue's entries in their order, then the client's own: its registered names and its default, if that is a
+    directory. Nothing is opened: checkpoints' headers are read."""
+    own = [name for name in host.registered if name not in catalog()]
+    if host.default is not None and host.default not in (*own, *catalog()) and Path(host.default).is_dir():
+        own.append(host.default)
+    return [_as_model(entry) for entry in catalog().values()] + [_as_model(_local_entry(host, name)) for name in own]
+
+
+def retrieve_model(host: ModelHost, name: Any) -> Model:
+    """One model of `list_models`, or that of any checkpoint directory.
+
+    Raises:
+        NotFoundError: there is none of this name.
+    """
+    if not isinstance(name, str) or not name:
+        raise BadRequestError("Invalid 'model': must be a name.", param="model", code="invalid_type")
+    if entry := catalog().get(name):
+        return _as_model(entry)
+    if name not in host.registered and not (Path(name).expanduser() / "config.json").is_file():
+        raise NotFoundError(
+            f"The model '{name}' does not exist: client.models.list() shows what there is.",
+            param="model",
+            code="model_not_found",
+        )
+    return _as_model(_local_entry(host, name))
+
+
+def require_text(model: ResolvedModel) -> None:
+    """Refuse a catalogue model that writes no text, before its weights are loaded.
+
+    Raises:
+        BadRequestError: naming the capability.
+    """
+    entry = catalog().get(model.name)
+    if entry is not None and not entry.capabilities.support_chat_completion:
+        raise BadRequestError(
+            f"The model '{model.name}' can't write text: it lacks the capability 'support_chat_completion'.",
+            param="model",
+            code="chat_not_supported",
+        )
+
+
+def _as_model(entry: CatalogEntry) -> Model:
+    # The API's own fields ride along as extra fields of OpenAI's type.
+    return Model(**dataclasses.asdict(entry))
+
+
+def _local_entry(host: ModelHost, name: str) -> CatalogEntry:
+    path = host.registered.get(name) or Path(name).expanduser().absolute()
+    capabilities = Capabilities(
+        supports_audio=False,
+        supports_image=False,
+        supports_function_calling=False,
+        support_chat_completion=_has_template_file(path),
+        supports_responses=False,
+    )
+    try:
+        created = int((path / "config.json").stat().st_mtime)
+    except OSError:  # registered, but not there: it stays listed, and opening it says what is wrong
+        created = 0
+    return CatalogEntry(name, created, "local", _parameters_number(path), capabilities)
+
+
+def _has_template_file(path: Path) -> bool:
+    """Whether the checkpoint brings a chat template, without loading its tokenizer."""
+    if any((path / file).is_file() for file in _TEMPLATE_FILES):
+        return True
+    try:
+        return bool(json.loads((path / "tokenizer_config.json").read_text("utf-8")).get("chat_template"))
+    except (OSError, ValueError, AttributeError):  # no such file, or not a JSON object
+        return False
+
+
+def _parameters_number(path: Path) -> str:
+    """Stored parameters: those of every linear module, however it is factorized, and every other tensor's elements."""
+    try:
+        with Checkpoint.open(path) as checkpoint:
+            others = checkpoint.tensors()
+            count = 0
+            for name, spec in checkpoint.modules.items():
+                count += spec.parameters
+                for tensor in spec.tensors(name):
+                    others.pop(tensor, None)
+            count += sum(math.prod(info.shape) for info in others.values())
+    except (CaiError, OSError):  # a listing must not fail for one bad checkpoint; opening it gives the reason
+        return UNKNOWN
+    return format_parameters(count)

@@ -1,0 +1,309 @@
+"""The parameters of a request: their types, ranges and defaults, checked before anything runs.
+
+One definition serves twice: `ChatParams` and `CompletionParams` type the keyword arguments of `create` for editors and
+type checkers, and pydantic validates a call against the same classes, strictly. What is refused raises BadRequestError
+with `param` naming the parameter; nothing is dropped in silence. None, and the `openai` package's NOT_GIVEN and omit,
+mean "not given" everywhere.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+from openai import NotGiven, Omit
+from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError, with_config
+from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict
+
+from cai_runtime.api.errors import BadRequestError
+from cai_runtime.engine.request import SamplingParams
+
+MAX_STOPS = 4  # OpenAI's limit
+MAX_CHOICES = 128  # OpenAI's limit on n
+SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
+
+
+def _model_name(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _stop_list(value: Any) -> list[str]:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, (list, tuple)) or not all(isinstance(stop, str) for stop in stops):
+        raise PydanticCustomError("stop_type", "must be a string or a list of strings")
+    if len(stops) > MAX_STOPS:
+        raise PydanticCustomError("too_long", "may hold at most {limit} strings", {"limit": MAX_STOPS})
+    if "" in stops:
+        raise PydanticCustomError("string_too_short", "must not hold an empty string")
+    return list(stops)
+
+
+def _logit_bias(value: Any) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise PydanticCustomError("dict_type", "must map token ids to numbers from -100 to 100")
+    biases: dict[int, float] = {}
+    for key, bias in value.items():
+        # JSON has string keys only; Python callers have integers at hand.
+        if isinstance(key, str) and key.isascii() and key.isdigit():
+            key = int(key)
+        if isinstance(key, bool) or not isinstance(key, int) or key < 0:
+            raise PydanticCustomError("key_type", "has a key that is not a token id")
+        if isinstance(bias, bool) or not isinstance(bias, (int, float)):
+            raise PydanticCustomError("value_type", "must map token ids to numbers from -100 to 100")
+        if not -100 <= bias <= 100:  # false for NaN too
+            raise PydanticCustomError("out_of_range", "has a bias outside -100 to 100")
+        biases[key] = float(bias)
+    return biases
+
+
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+STRICT = ConfigDict(strict=True, extra="forbid")
+
+
+@with_config(STRICT)
+class StreamOptions(TypedDict, total=False):
+    """`include_usage`: one more chunk at the end, with `choices: []` and the usage."""
+
+    include_usage: bool | None
+
+
+class GenerationParams(TypedDict, total=False):
+    """What chat and text completions have in common.
+
+    model: a name given with `Client(models=...)`, a checkpoint directory, or a catalogue id. Default: the client's.
+    temperature: 0 to 2, default 1; 0 is greedy.
+    top_p: 0 < p <= 1, default 1; an explicit 0 means "not given", as in the CompactifAI API.
+    max_tokens, max_completion_tokens: at least 1; the latter wins. Default: 16 for text completions, the rest of the
+        context for chat.
+    min_tokens: until then neither the model's end of text nor a stop string ends the answer. Default 0.
+    stop: up to 4 strings; the text ends before the first that appears.
+    frequency_penalty, presence_penalty: -2 to 2, default 0 (OpenAI's definition).
+    repetition_penalty: greater than 0, default 1 (Keskar et al. 2019).
+    logit_bias: token id to -100...100, added to its logit.
+    top_k: keep the k likeliest tokens; 0, the default, keeps all.
+    min_p: 0 to 1, default 0; keep the tokens at least this likely relative to the likeliest.
+    seed: the same seed gives the same text, alone or in a batch. Default: drawn for each choice. Choice 0 uses the seed
+        itself, choice i > 0 one derived from it.
+    n: 1 to 128 choices for each prompt, default 1, each sampled on its own.
+    ignore_eos: the end-of-text token is an ordinary token. Default false.
+    user: accepted for compatibility; a label with no effect on the text.
+    stream_options: `{"include_usage": bool}`, with `stream=True` only.
+    extra_body: further parameters, merged into these, as the `openai` client does.
+    """
+
+    model: Annotated[str | Path, BeforeValidator(_model_name)] | None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None
+    top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None
+    max_tokens: Annotated[int, Field(ge=1)] | None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None
+    min_tokens: Annotated[int, Field(ge=0)] | None
+    stop: Annotated[str | list[str], PlainValidator(_stop_list)] | None
+    frequency_penalty: Penalty | None
+    presence_penalty: Penalty | None
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
+    logit_bias: Annotated[dict[str, float] | dict[int, float] | dict[str, int] | dict[int, int],
+                          PlainValidator(_logit_bias)] | None  # fmt: skip
+    top_k: Annotated[int, Field(ge=0)] | None
+    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None
+    seed: Annotated[int, Field(ge=SEED_MIN, le=SEED_MAX)] | None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None
+    ignore_eos: bool | None
+    user: str | None
+    stream_options: StreamOptions | None
+    extra_body: dict[str, Any] | None
+
+
+# Parameters of the schema that this version does not serve: what it would take, and the values that ask for nothing.
+_TOOLS = "tool calls are not supported yet"
+_REASONING = "reasoning control is not supported yet"
+_LOGPROBS = "log probabilities are not supported yet"
+UNSUPPORTED: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "tools": (_TOOLS, ()),
+    "tool_choice": (_TOOLS, ("none",)),
+    "functions": (_TOOLS, ()),
+    "function_call": (_TOOLS, ("none",)),
+    "reasoning_effort": (_REASONING, ()),
+    "reasoning_enabled": (_REASONING, ()),
+    "response_format": ("only plain text is supported yet", ({"type": "text"},)),
+    "logprobs": (_LOGPROBS, (False,)),
+    "top_logprobs": (_LOGPROBS, ()),
+    "best_of": ("not supported; use `n` and choose among the choices", ()),
+    "suffix": ("insertion is not supported", ()),
+    "audio": ("audio output is not supported", ()),
+    "modalities": ("only text output is supported", (["text"],)),
+    "prediction": ("predicted outputs are not supported", ()),
+    "web_search_options": ("web search is not supported: nothing here uses the network", ()),
+    "store": ("stored completions are not supported", (False,)),
+    "metadata": ("stored completions, and so their metadata, are not supported", ()),
+    "moderation": ("moderation is not supported", ()),
+    "service_tier": ("there are no service tiers in-process", ("auto", "default")),
+    "verbosity": ("not supported", ()),
+    "safety_identifier": ("not supported; `user` is accepted", ()),
+    "prompt_cache_key": ("not needed: equal prefixes are found by their content", ()),
+    "prompt_cache_options": ("not supported", ()),
+    "prompt_cache_retention": ("not supported", ()),
+}
+
+
+def validated(adapter: TypeAdapter[Any], params: Mapping[str, Any], *, names: frozenset[str]) -> dict[str, Any]:
+    """The given parameters of a call, checked; those not given are absent.
+
+    Args:
+        adapter: of the endpoint's TypedDict.
+        params: keyword arguments as they came.
+        names: every parameter of the endpoint's schema; another one is unknown, not unsupported.
+
+    Raises:
+        BadRequestError: naming the first parameter that is unknown, unsupported, of a wrong type or out of range.
+    """
+    given = {key: value for key, value in _with_extra_body(params).items() if not _is_unset(value)}
+    for name in [*given]:
+        if name not in UNSUPPORTED or name not in names:
+            continue
+        reason, neutral = UNSUPPORTED[name]
+        # type() besides ==, for 0 == False.
+        if not any(type(given[name]) is type(value) and given[name] == value for value in neutral):
+            raise BadRequestError(f"'{name}' can't be used: {reason}.", param=name, code="unsupported_parameter")
+        del given[name]
+    try:
+        checked = adapter.validate_python(given)
+    except ValidationError as error:
+        _refuse(error, names)
+    if checked.get("stream_options") is not None and not checked.get("stream"):
+        raise BadRequestError(
+            "'stream_options' is only allowed when 'stream' is true.", param="stream_options", code="invalid_value"
+        )
+    return checked
+
+
+def sampling_params(
+    params: Mapping[str, Any],
+    *,
+    prompt_tokens: int,
+    context: int,
+    vocab_size: int,
+    default_max: int | None,
+    prompt_param: str,
+) -> SamplingParams:
+    """What the engine needs to know of validated parameters, for one prompt.
+
+    Args:
+        prompt_tokens: length of the prompt.
+        context: positions that a sequence of this model may have.
+        vocab_size: token ids are below this.
+        default_max: max_tokens when not given, cut to the context; None is the whole rest of the context.
+        prompt_param: the parameter that the prompt came in, for errors.
+    """
+    room = context - prompt_tokens
+    if room < 1:
+        raise BadRequestError(
+            f"The prompt has {prompt_tokens} tokens and this model's context holds {context}, the answer included: "
+            "shorten the prompt.",
+            param=prompt_param,
+            code="context_length_exceeded",
+        )
+    limit_name = "max_completion_tokens" if "max_completion_tokens" in params else "max_tokens"
+    max_tokens = params.get(limit_name)
+    if max_tokens is None:
+        max_tokens = room if default_max is None else min(default_max, room)
+    elif max_tokens > room:
+        raise BadRequestError(
+            f"The prompt has {prompt_tokens} tokens and '{limit_name}' asks for {max_tokens} more, but this model's "
+            f"context holds {context}: ask for at most {room}, or shorten the prompt.",
+            param=limit_name,
+            code="context_length_exceeded",
+        )
+    min_tokens = params.get("min_tokens", 0)
+    if min_tokens > max_tokens:
+        raise BadRequestError(
+            f"'min_tokens' is {min_tokens}, more than the {max_tokens} tokens that the answer may have.",
+            param="min_tokens",
+            code="invalid_value",
+        )
+    logit_bias = params.get("logit_bias", {})
+    if outside := [token for token in logit_bias if token >= vocab_size]:
+        raise BadRequestError(
+            f"'logit_bias' names token {outside[0]}, but this model's token ids end at {vocab_size - 1}.",
+            param="logit_bias",
+            code="invalid_value",
+        )
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        temperature=float(params.get("temperature", 1.0)),
+        top_p=float(params.get("top_p", 1.0)) or 1.0,  # an explicit 0 is "not given"
+        top_k=params.get("top_k", 0),
+        min_p=float(params.get("min_p", 0.0)),
+        frequency_penalty=float(params.get("frequency_penalty", 0.0)),
+        presence_penalty=float(params.get("presence_penalty", 0.0)),
+        repetition_penalty=float(params.get("repetition_penalty", 1.0)),
+        logit_bias=logit_bias,
+        seed=params.get("seed"),
+        stop=tuple(params.get("stop", ())),
+        ignore_eos=params.get("ignore_eos", False),
+    )
+
+
+def choice_seed(seed: int | None, index: int) -> int | None:
+    """The seed of choice `index`: `seed` itself for choice 0, so that asking for more choices leaves the first as it
+    was; 63 bits of SHA-256 over (seed, index) for the others. None stays None: the engine draws one."""
+    if seed is None or index == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:8], "little") >> 1
+
+
+def _is_unset(value: Any) -> bool:
+    return value is None or isinstance(value, (NotGiven, Omit))
+
+
+def _with_extra_body(params: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(params)
+    extra = merged.pop("extra_body", None)
+    if _is_unset(extra):
+        return merged
+    if not isinstance(extra, Mapping) or not all(isinstance(key, str) for key in extra):
+        raise BadRequestError(
+            f"Invalid 'extra_body': must map names to values, got {_short(extra)}.",
+            param="extra_body",
+            code="invalid_type",
+        )
+    if twice := [key for key in extra if not _is_unset(merged.get(key))]:
+        raise BadRequestError(
+            f"'{twice[0]}' is given twice, as an argument and in 'extra_body'.", param=twice[0], code="invalid_value"
+        )
+    return {**merged, **extra}
+
+
+def _refuse(error: ValidationError, names: frozenset[str]) -> NoReturn:
+    """Turn pydantic's first complaint into a BadRequestError."""
+    first = error.errors(include_url=False)[0]
+    param = str(first["loc"][0])
+    for part in first["loc"][1:]:
+        if isinstance(part, int):
+            param += f"[{part}]"
+        elif part in StreamOptions.__annotations__ or first["type"] == "extra_forbidden":
+            param += f".{part}"
+    kind, message = first["type"], first["msg"]
+    if kind == "missing":
+        raise BadRequestError(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
+    if kind == "extra_forbidden":
+        close = difflib.get_close_matches(param, names, n=1) if "." not in param else []
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        raise BadRequestError(f"Unknown parameter: '{param}'.{hint}", param=param, code="unknown_parameter")
+    message = (
+        message.removeprefix("Input ")
+        .replace("should be", "must be")
+        .replace(" a valid ", " a ")
+        .replace(" a integer", " an integer")
+    )
+    code = "invalid_type" if kind.endswith("_type") else "invalid_value"
+    raise BadRequestError(f"Invalid '{param}': {message}, got {_short(first['input'])}.", param=param, code=code)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
