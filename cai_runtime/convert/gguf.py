@@ -45,9 +45,9 @@ def gguf_to_hf(
     """Convert a GGUF file to a model directory in Hugging Face layout; returns `out_dir`.
 
     `dtype`: "float32", "float16", "bfloat16" for the written weights, or "auto": the matrices' own dtype when all are
-    fp16 or all bf16, else float32 (a 4-bit block's values are not exact in 16 bits). Quantized blocks are decoded to the
-    values that they stand for. `out_dir` must not exist or be empty; it appears whole or not at all. Memory: a few chunks
-    of 32 MiB and the vocabulary. `progress`: a bar on stderr, None on a terminal only.
+    fp16 or all bf16, else float32 (a 4-bit block's values are not exact in 16 bits). Quantized blocks are decoded to
+    the values that they stand for. `out_dir` must not exist or be empty; it appears whole or not at all. Memory: a few
+    chunks of 32 MiB and the vocabulary. `progress`: a bar on stderr, None on a terminal only.
 
     Raises ConversionError naming the file and the part: not GGUF, truncated, damaged, an architecture other than llama,
     or an option of it that the layout can't express.

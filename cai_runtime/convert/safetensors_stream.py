@@ -90,6 +90,6 @@ def _write_shard(path: Path, shard: list[tuple[Declared, Iterable[np.ndarray]]])
         f.write(struct.pack("<Q", len(text)))
         f.write(text)
         for declared, chunks in shard:
-            written = sum(f.write(memoryview(chunk).cast("B")) for chunk in chunks)
+            written = sum(f.write(chunk.data) for chunk in chunks)
             if written != declared.nbytes:
                 raise ValueError(f"tensor {declared.name}: {written} bytes written, {declared.nbytes} declared")

