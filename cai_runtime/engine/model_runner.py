@@ -1,0 +1,75 @@
+"""The runner for real models: a step of scheduled sequences becomes one flattened forward pass."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+
+from cai_runtime.engine.runner import ScheduledSequence
+from cai_runtime.kernels.attention import AttentionBatch
+
+if TYPE_CHECKING:
+    from cai_runtime.models.registry import CausalLM
+
+# Rows of logits computed at a time, so that a large batch at a large vocabulary needs no gigabytes at once.
+LOGIT_ROWS = 256
+
+
+class ModelRunner:
+    """Implements `Runner` over a model and the cache that the model allocated."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        *,
+        num_pages: int,
+        page_size: int,
+        cache_dtype: torch.dtype,
+        max_context: int | None = None,
+    ):
+        self.page_size, self.num_pages = page_size, num_pages
+        self.vocab_size = model.vocab_size
+        self.max_context = min(max_context or model.max_context, model.max_context)
+        model.allocate_cache(num_pages, page_size, cache_dtype, self.max_context)
+        self._model: CausalLM | None = model
+        self._device = model.device
+
+    @torch.inference_mode()
+    def run(self, step: list[ScheduledSequence]) -> torch.Tensor:
+        if self._model is None:
+            raise RuntimeError("the runner is closed")
+        ids, batch = self._flatten(step)
+        hidden = self._model.forward(ids, batch)
+        ends = accumulate(len(s.token_ids) for s in step)
+        rows = [end - 1 for s, end in zip(step, ends, strict=True) if s.sample]
+        if len(rows) != len(hidden):
+            hidden = hidden[torch.tensor(rows, dtype=torch.long, device=self._device)]
+        if len(rows) <= LOGIT_ROWS:
+            return self._model.logits(hidden).cpu()
+        return torch.cat([self._model.logits(part).cpu() for part in hidden.split(LOGIT_ROWS)])
+
+    def close(self) -> None:
+        self._model = None
+
+    def _flatten(self, step: list[ScheduledSequence]) -> tuple[torch.Tensor, AttentionBatch]:
+        size = self.page_size
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        starts, lengths = [0], []
+        for s in step:
+            count = len(s.token_ids)
+            ids += s.token_ids
+            span = range(s.start, s.start + count)
+            positions += span
+            slots += [s.pages[p // size] * size + p % size for p in span]
+            starts.append(starts[-1] + count)
+            lengths.append(s.start + count)
+        used = [-(-n // size) for n in lengths]
+        width = max(used)
+        table = [[*s.pages[:n], *([0] * (width - n))] for s, n in zip(step, used, strict=True)]
+        parts = (ids, positions, slots, starts, lengths, table)
+        on_device = [torch.tensor(p, dtype=torch.int32).to(self._device) for p in parts]
+        return on_device[0], AttentionBatch(*on_device[1:])

@@ -1,0 +1,189 @@
+"""From a checkpoint directory to a running engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cai_runtime.errors import InvalidConfigError, KernelError, MemoryBudgetError, MissingFileError
+
+if TYPE_CHECKING:
+    import torch
+
+    from cai_runtime.engine.engine import Engine
+    from cai_runtime.engine.model_runner import ModelRunner
+
+PAGE_SIZE = 16
+DTYPES = {
+    "fp32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16",
+    "float16": "float16",
+}  # fmt: skip
+
+
+def open_engine(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    kv_cache: int | float | str | None = None,
+    kv_dtype: str = "auto",
+    max_context: int | None = None,
+    max_batch: int = 64,
+    backend: str | None = None,
+    progress: bool | None = None,
+    **engine_options: Any,
+) -> Engine:
+    """Open a dense or slim checkpoint directory and start its engine.
+
+    device: "cpu", "cuda", "cuda:1" or "auto" (a GPU if torch sees one). dtype: "fp32", "bf16", "fp16" or "auto": what
+    float weights are held in; "auto" keeps them as stored on the CPU, whose kernels convert in registers and compute in
+    fp32, and elsewhere takes the checkpoint's own dtype. kv_cache: budget of the KV cache, see `memory.cache_budget`.
+    kv_dtype: of the cached keys and values; "auto" is the activations'. max_context: at most the model's. max_batch:
+    sequences decoded together. backend: kernels to use, see `kernels.backend`. engine_options: passed to `Engine`.
+
+    Raises CheckpointError (the checkpoint is damaged), UnsupportedModelError, MemoryBudgetError (not one sequence fits),
+    KernelError (the device or backend is not there).
+    """
+    from cai_runtime.engine.engine import Engine
+
+    path = Path(path)
+    runner, config = load_runner(
+        path,
+        device=device,
+        dtype=dtype,
+        kv_cache=kv_cache,
+        kv_dtype=kv_dtype,
+        max_context=max_context,
+        max_batch=max_batch,
+        backend=backend,
+        progress=progress,
+    )
+    tokenizer = load_tokenizer(path)
+    return Engine(
+        runner,
+        tokenizer,
+        eos_token_ids=end_of_sequence_ids(path, config, tokenizer),
+        model_config=config,
+        max_batch=max_batch,
+        **engine_options,
+    )
+
+
+def load_runner(
+    path: Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    kv_cache: int | float | str | None = None,
+    kv_dtype: str = "auto",
+    max_context: int | None = None,
+    max_batch: int = 64,
+    backend: str | None = None,
+    progress: bool | None = None,
+) -> tuple[ModelRunner, dict[str, Any]]:
+    """The model of a checkpoint with its KV cache, and its config.json. See `open_engine`."""
+    import torch
+
+    from cai_runtime.engine.memory import cache_budget
+    from cai_runtime.engine.model_runner import ModelRunner
+    from cai_runtime.kernels.backend import resolve_backend
+    from cai_runtime.layers.linear import WeightLoader
+    from cai_runtime.models.registry import build_model
+    from cai_runtime.progress import progress_bar
+    from cai_runtime.slim.reader import Checkpoint
+
+    place = choose_device(device)
+    kernels = resolve_backend(backend, place)
+    with Checkpoint.open(path) as checkpoint:
+        config = checkpoint.config
+        weights = choose_dtype(dtype, config, kernels)
+        loader = WeightLoader(checkpoint, place, weights, kernels)
+        layers = int(config.get("num_hidden_layers") or 0)
+        with progress_bar("load", total=layers, unit="layer", show=progress) as bar:
+            model = build_model(loader, bar.update)
+    cache_dtype = model.dtype if kv_dtype == "auto" else named_dtype(kv_dtype)
+    if max_context is not None and not 1 <= max_context <= model.max_context:
+        raise MemoryBudgetError(f"max_context {max_context} is outside the model's 1 to {model.max_context} positions")
+    context = max_context or model.max_context
+    page_bytes = model.cache_bytes_per_token(cache_dtype) * PAGE_SIZE
+    useful = page_bytes * (-(-context // PAGE_SIZE)) * max_batch
+    budget = cache_budget(kv_cache, device_type=place.type, useful=useful)
+    pages = budget // page_bytes
+    if pages < 2:
+        raise MemoryBudgetError(
+            f"a KV cache of {budget} bytes holds {pages} pages of {page_bytes} bytes: give at least {2 * page_bytes} bytes"
+        )
+    try:
+        runner = ModelRunner(
+            model, num_pages=pages, page_size=PAGE_SIZE, cache_dtype=cache_dtype, max_context=max_context
+        )
+    except (torch.OutOfMemoryError, OSError, MemoryError) as e:
+        raise MemoryBudgetError(
+            f"a KV cache of {budget} bytes can't be allocated: give a smaller kv_cache ({e})"
+        ) from e
+    return runner, config
+
+
+def choose_device(device: str) -> torch.device:
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise KernelError(f'device {device!r} is not one of "auto", "cpu", "cuda", "cuda:N"') from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise KernelError(f"device {device!r}: torch sees no GPU here")
+    if chosen.type not in ("cpu", "cuda"):
+        raise KernelError(f'device {device!r} is not supported; use "cpu" or "cuda"')
+    return chosen
+
+
+def named_dtype(name: str) -> torch.dtype:
+    import torch
+
+    if name not in DTYPES:
+        raise InvalidConfigError(f"dtype {name!r} is not one of auto, fp32, bf16, fp16")
+    return getattr(torch, DTYPES[name])
+
+
+def choose_dtype(dtype: str, config: dict[str, Any], backend: str) -> torch.dtype | None:
+    """Float weights' dtype; None keeps them as stored."""
+    if dtype != "auto":
+        return named_dtype(dtype)
+    if backend == "cpu":
+        return None
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    return named_dtype(stored if stored in DTYPES else "float32")
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The checkpoint's tokenizer, by transformers, without running code of the checkpoint's."""
+    from transformers import AutoTokenizer
+
+    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+        raise MissingFileError("the checkpoint has no tokenizer (tokenizer.json)", file=path)
+    try:
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
+    except (ValueError, OSError, KeyError) as e:
+        raise InvalidConfigError(f"the tokenizer can't be read: {e}", file=path) from e
+
+
+def end_of_sequence_ids(path: Path, config: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
+    """Every token that ends a text: of generation_config.json, else config.json, and the tokenizer's own."""
+    found: set[int] = set()
+    generation = path / "generation_config.json"
+    try:
+        stated = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
+    except (json.JSONDecodeError, AttributeError) as e:
+        raise InvalidConfigError(f"not a JSON object: {e}", file=generation) from e
+    if stated is None:
+        stated = config.get("eos_token_id")
+    for token in stated if isinstance(stated, list) else [stated]:
+        if isinstance(token, int):
+            found.add(token)
+    if isinstance(tokenizer.eos_token_id, int):
+        found.add(tokenizer.eos_token_id)
+    return tuple(sorted(found))

@@ -1,0 +1,86 @@
+"""The operations between linears, chosen once per model: one object per kernel backend, with the same methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from cai_runtime.kernels.activation import swiglu_cpu, swiglu_reference
+from cai_runtime.kernels.attention import (
+    AttentionBatch,
+    CpuAttention,
+    CpuKVCache,
+    HeadLayout,
+    ReferenceAttention,
+    ReferenceKVCache,
+)
+from cai_runtime.kernels.embedding import CpuEmbedding, embedding_reference
+from cai_runtime.kernels.norm import rms_norm_cpu, rms_norm_reference
+from cai_runtime.kernels.slim_linear import CpuLinear, PreparedLinear, prepare
+from cai_runtime.kernels.weights import LinearWeights
+
+
+class Attention(Protocol):
+    """Attention of one layer over its pages; rotates, writes keys and values, attends."""
+
+    def __call__(
+        self, qkv: torch.Tensor, batch: AttentionBatch, cos_sin: torch.Tensor, scale: float
+    ) -> torch.Tensor: ...
+
+
+class Ops(Protocol):
+    """What a model definition needs besides linears."""
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor: ...
+    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor: ...
+    def attention(self, heads: HeadLayout, pages: int, page_size: int, dtype: torch.dtype) -> Attention: ...
+    def embedding_and_head(
+        self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype
+    ) -> tuple[Callable[[torch.Tensor], torch.Tensor], PreparedLinear]:
+        """(lookup of ids, head). `head` None: tied, both share one copy."""
+        ...
+
+
+class CpuOps:
+    rms_norm = staticmethod(rms_norm_cpu)
+    swiglu = staticmethod(swiglu_cpu)
+
+    def __init__(self, arena: object = None):
+        self._arena = arena
+
+    def attention(self, heads: HeadLayout, pages: int, page_size: int, dtype: torch.dtype) -> Attention:
+        return CpuAttention(heads, CpuKVCache(pages, page_size, heads, dtype))
+
+    def embedding_and_head(self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype):
+        packed = CpuLinear([table], self._arena)  # type: ignore[arg-type]
+        return CpuEmbedding(packed), packed if head is None else prepare([head], backend="cpu", arena=self._arena)  # type: ignore[arg-type]
+
+
+class ReferenceOps:
+    """Plain torch on any device."""
+
+    rms_norm = staticmethod(rms_norm_reference)
+    swiglu = staticmethod(swiglu_reference)
+
+    def __init__(self, device: torch.device):
+        self._device = device
+
+    def attention(self, heads: HeadLayout, pages: int, page_size: int, dtype: torch.dtype) -> Attention:
+        return ReferenceAttention(heads, ReferenceKVCache(pages, page_size, heads, dtype, self._device))
+
+    def embedding_and_head(self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype):
+        core = table.cores[0]
+        return lambda ids: embedding_reference(core, ids, dtype), prepare([head or table], backend="reference")
+
+
+def make_ops(backend: str, device: torch.device, arena: object = None) -> Ops:
+    """The operations of a resolved backend."""
+    if backend == "cpu":
+        return CpuOps(arena)
+    if backend == "reference":
+        return ReferenceOps(device)
+    from cai_runtime.layers.gpu_ops import GpuOps
+
+    return GpuOps(backend, device)

@@ -1,0 +1,138 @@
+"""Llama (Touvron et al. 2023; Grattafiori et al. 2024), and the models that share its architecture, such as SmolLM2.
+
+Pre-norm blocks of grouped-query attention with rotary embedding and a SwiGLU MLP; biases, a tied head and an explicit
+head_dim as config.json says. Dense and slim checkpoints load alike: each projection is whatever kind it is stored as.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cai_runtime.errors import InvalidConfigError, UnsupportedModelError
+from cai_runtime.kernels.attention import AttentionBatch, HeadLayout
+from cai_runtime.kernels.slim_linear import PreparedLinear
+from cai_runtime.layers.linear import WeightLoader, require
+from cai_runtime.layers.ops import Attention, Ops, make_ops
+from cai_runtime.layers.rotary import RopeConfig, cos_sin_table
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """What of config.json determines the computation."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: HeadLayout
+    norm_eps: float
+    rope: RopeConfig
+    tied: bool
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> LlamaConfig:
+        """Raises InvalidConfigError for a missing or impossible value, UnsupportedModelError for an option not here."""
+        config = dict(config)
+        activation = config.get("hidden_act", "silu")
+        if activation not in ("silu", "swish"):
+            raise UnsupportedModelError(f"llama with hidden_act {activation!r}: only silu is supported")
+        hidden = int(require(config, "hidden_size", int))
+        query_heads = int(require(config, "num_attention_heads", int))
+        kv_heads = int(config.get("num_key_value_heads") or query_heads)
+        head_dim = int(config.get("head_dim") or hidden // max(query_heads, 1))
+        if query_heads < 1 or kv_heads < 1 or query_heads % kv_heads or head_dim < 2:
+            raise InvalidConfigError(
+                f"config.json: {query_heads} query heads, {kv_heads} key/value heads and head_dim {head_dim} do not fit"
+            )
+        rope = RopeConfig.from_config(config, head_dim)
+        return cls(
+            vocab_size=int(require(config, "vocab_size", int)),
+            hidden_size=hidden,
+            intermediate_size=int(require(config, "intermediate_size", int)),
+            layers=int(require(config, "num_hidden_layers", int)),
+            heads=HeadLayout(query_heads, kv_heads, head_dim, rope.rotary_dim),
+            norm_eps=float(require({"rms_norm_eps": 1e-6, **config}, "rms_norm_eps", float)),
+            rope=rope,
+            tied=bool(config.get("tie_word_embeddings", False)),
+        )
+
+
+@dataclass
+class Block:
+    """One layer: its linears grouped by the input they share, its norms, its attention (with the layer's cache)."""
+
+    input_norm: torch.Tensor
+    qkv: PreparedLinear
+    output: PreparedLinear
+    post_norm: torch.Tensor
+    gate_up: PreparedLinear
+    down: PreparedLinear
+    attention: Attention | None = None  # given by allocate_cache
+
+
+class Llama:
+    """The model over a paged KV cache. `forward` takes the flattened tokens of all sequences of a step."""
+
+    def __init__(self, loader: WeightLoader, on_layer: Callable[[], object] = lambda: None):
+        self.config = c = LlamaConfig.from_config(loader.checkpoint.config)
+        self.device, self.dtype = loader.device, loader.activation_dtype
+        self.vocab_size, self.max_context = c.vocab_size, c.rope.context
+        self.ops: Ops = make_ops(loader.backend, loader.device, loader.arena)
+        h = c.heads
+        q, kv, hidden, wide = h.query_width, h.kv_heads * h.head_dim, c.hidden_size, c.intermediate_size
+        embedding = loader.weights("model.embed_tokens", (c.vocab_size, hidden))
+        head = None if c.tied else loader.weights("lm_head", (c.vocab_size, hidden))
+        self.embed, self.head = self.ops.embedding_and_head(embedding, head, self.dtype)
+        for name in ["model.embed_tokens"] if c.tied else ["model.embed_tokens", "lm_head"]:
+            loader.checkpoint.release(loader.checkpoint.module_tensors(name))
+        del embedding, head
+        self.blocks: list[Block] = []
+        for i in range(c.layers):
+            at, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
+            self.blocks.append(
+                Block(
+                    loader.vector(f"model.layers.{i}.input_layernorm.weight", hidden),
+                    loader.linear([at + "q_proj", at + "k_proj", at + "v_proj"], [(q, hidden), (kv, hidden), (kv, hidden)]),
+                    loader.linear([at + "o_proj"], [(hidden, q)]),
+                    loader.vector(f"model.layers.{i}.post_attention_layernorm.weight", hidden),
+                    loader.linear([mlp + "gate_proj", mlp + "up_proj"], [(wide, hidden), (wide, hidden)]),
+                    loader.linear([mlp + "down_proj"], [(hidden, wide)]),
+                )
+            )
+            on_layer()
+        self.norm = loader.vector("model.norm.weight", hidden)
+        self.scale = 1.0 / math.sqrt(h.head_dim)
+        self.cos_sin = torch.empty(0)
+
+    def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
+        """Bytes that one position takes in the caches of all layers."""
+        h = self.config.heads
+        padded = -(-h.head_dim // 16) * 16
+        return self.config.layers * h.kv_heads * (h.head_dim + padded) * torch.empty(0, dtype=dtype).element_size()
+
+    def allocate_cache(self, pages: int, page_size: int, dtype: torch.dtype, max_context: int) -> None:
+        """Give every layer its pages, and the rotary table its positions. Call once, before `forward`."""
+        self.cos_sin = cos_sin_table(self.config.rope, max_context).to(self.device)
+        for block in self.blocks:
+            block.attention = self.ops.attention(self.config.heads, pages, page_size, dtype)
+
+    def forward(self, ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+        """ids int32 [T] -> hidden states [T, hidden], after the last norm."""
+        ops, eps = self.ops, self.config.norm_eps
+        x = self.embed(ids)
+        for block in self.blocks:
+            assert block.attention is not None
+            qkv = block.qkv(ops.rms_norm(x, block.input_norm, eps))
+            x = block.output(block.attention(qkv, batch, self.cos_sin, self.scale), x)
+            gate_up = block.gate_up(ops.rms_norm(x, block.post_norm, eps))
+            x = block.down(ops.swiglu(gate_up), x)
+        return ops.rms_norm(x, self.norm, eps)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, hidden] -> fp32 [N, vocabulary]."""
+        return self.head(hidden).float()

@@ -1,0 +1,47 @@
+"""From config.json's `model_type` to a model definition."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+from cai_runtime.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    import torch
+
+    from cai_runtime.kernels.attention import AttentionBatch
+    from cai_runtime.layers.linear import WeightLoader
+
+# model_type -> (module of this package, class). One file per architecture.
+MODELS = {
+    "llama": ("llama", "Llama"),
+}
+
+
+class CausalLM(Protocol):
+    """What the engine asks of a language model."""
+
+    vocab_size: int
+    max_context: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def cache_bytes_per_token(self, dtype: torch.dtype) -> int: ...
+    def allocate_cache(self, pages: int, page_size: int, dtype: torch.dtype, max_context: int) -> None: ...
+    def forward(self, ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor: ...
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
+
+
+def build_model(loader: WeightLoader, on_layer: Callable[[], object] = lambda: None) -> CausalLM:
+    """The model that the loader's checkpoint describes, its weights loaded.
+
+    Raises UnsupportedModelError for a model_type that has no definition here.
+    """
+    model_type = loader.checkpoint.config.get("model_type")
+    if model_type not in MODELS:
+        known = ", ".join(sorted(MODELS))
+        raise UnsupportedModelError(f"model_type {model_type!r} of {loader.checkpoint.path} has no definition; known: {known}")
+    module, name = MODELS[model_type]
+    return getattr(importlib.import_module(f"cai_runtime.models.{module}"), name)(loader, on_layer)
