@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import queue
 import secrets
@@ -189,7 +190,8 @@ class _Owner:
         self._runner: Runner | None = runner
         self._sequences: dict[Stream, Sequence] = {}
         self._gate = threading.Lock()  # between send() and the end
-        self._closed: str | None = None  # why
+        self._closed = False
+        self._crash: BaseException | None = None  # an error of the engine itself, which ended it
 
     # Any thread
 
@@ -197,7 +199,7 @@ class _Owner:
         """Have the owner thread call `command` between two steps. `limit`: of requests waiting before this one."""
         with self._gate:
             if self._closed:
-                raise EngineClosedError(self._closed)
+                raise self._closed_error()
             if limit is not None and len(self.scheduler.waiting) + self.inbox.qsize() >= limit:
                 raise QueueFullError(f"{limit} requests are waiting already; try again later")
             self.inbox.put(command)
@@ -206,15 +208,13 @@ class _Owner:
 
     def run(self) -> None:
         """The step loop."""
-        why = "the engine was closed"
         try:
             while self._receive():
                 self._step(self.scheduler.schedule())
-        except BaseException as error:
-            why = f"the engine stopped on an internal error: {error!r}"
-            raise
-        finally:
-            self._shut_down(why)
+        except BaseException as error:  # noqa: BLE001 - raised in every caller, so that none of them waits for ever
+            _forget_frames(error)
+            self._crash = error
+        self._shut_down()
 
     def _receive(self) -> bool:
         """Carry out what was sent; wait for more while there is nothing to run. False when the engine is to close."""
@@ -299,15 +299,26 @@ class _Owner:
         del self._sequences[sequence.stream]
         self.scheduler.remove(sequence)
 
-    def _shut_down(self, why: str) -> None:
+    def _closed_error(self) -> EngineClosedError:
+        crash = self._crash
+        error = EngineClosedError(
+            "the engine was closed" if crash is None else f"the engine stopped on an internal error: {crash!r}"
+        )
+        error.__cause__ = crash
+        return error
+
+    def _shut_down(self) -> None:
         with self._gate:
-            self._closed = why  # nothing is sent from here on
+            self._closed = True  # nothing is sent from here on
         while not self.inbox.empty():
             command = self.inbox.get()
             if command is not None:
                 command()
         for sequence in list(self._sequences.values()):
-            self._end(sequence, EngineClosedError(why))
+            with contextlib.suppress(Exception if self._crash else ()):  # the crash may have left the books in disorder
+                self._forget(sequence)
+            self.stats.failed += 1
+            sequence.stream.fail(self._closed_error())
         runner, self._runner = self._runner, None
         try:
             if runner is not None:

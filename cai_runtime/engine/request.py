@@ -45,7 +45,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Delta:
-    """One piece of output. `text` may be empty while bytes or a possible stop string are held back."""
+    """One piece of output: the text that became certain with `token_ids`, at present one token.
+
+    `text` may be empty while bytes or a possible stop string are held back. A token that ends the text (end of sequence
+    or stop token) is in `token_ids` but has no text; of several stop strings, the one that is complete first counts.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -55,7 +59,8 @@ class Delta:
 
 @dataclass(frozen=True)
 class Completion:
-    """The fold of a request's deltas. Token counts are the engine's, not the text's."""
+    """The fold of a request's deltas. Token counts are the engine's, not the text's: `completion_tokens` has every
+    generated token, the end-of-sequence token and those of a stop string included, as in the OpenAI API and vLLM."""
 
     text: str
     token_ids: tuple[int, ...]

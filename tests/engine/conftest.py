@@ -12,6 +12,7 @@ from cai_runtime.engine.request import Request, SamplingParams
 
 VOCAB = 97
 EOS = 96
+START = 7  # the hash of no tokens
 
 
 class FakeTokenizer:
@@ -53,28 +54,44 @@ class HashRunner:
         assert step and not self.closed
         rows = []
         for s in step:
-            assert s.token_ids and (s.start + len(s.token_ids)) <= len(s.pages) * self.page_size
-            value = (
-                int(self.slots[s.pages[(s.start - 1) // self.page_size], (s.start - 1) % self.page_size])
-                if s.start
-                else 7
-            )
+            assert s.token_ids and s.start + len(s.token_ids) <= len(s.pages) * self.page_size
+            value = int(self.slots[self._slot(s, s.start - 1)]) if s.start else START
             for position, token in enumerate(s.token_ids, s.start):
+                value = next_hash(value, token) if token != self.fail_on else 666
+                self.slots[self._slot(s, position)] = value
                 if token == self.fail_on:
-                    self.slots[s.pages[position // self.page_size], position % self.page_size] = 666  # half-written
                     raise RuntimeError(f"token {token} is poison")
-                value = (value * 6364136223846793005 + token * 1442695040888963407 + 1) % 2**64
-                self.slots[s.pages[position // self.page_size], position % self.page_size] = value
             if s.sample:
-                row = np.random.default_rng(value).normal(size=self.vocab_size).astype(np.float32) * 3
-                row[EOS] -= 2
-                if self.nan_on is not None and self.nan_on in s.token_ids:
-                    row[5] = np.nan
-                rows.append(row)
+                rows.append(logits_of(value, self.vocab_size))
+                if self.nan_on in s.token_ids:
+                    rows[-1][5] = np.nan
         return np.stack(rows) if rows else np.zeros((0, self.vocab_size), np.float32)
+
+    def _slot(self, s, position):
+        return s.pages[position // self.page_size], position % self.page_size
 
     def close(self):
         self.closed += 1
+
+
+def next_hash(value: int, token: int) -> int:
+    return (value * 6364136223846793005 + token * 1442695040888963407 + 1) % 2**64
+
+
+def logits_of(value: int, vocab_size: int = VOCAB) -> np.ndarray:
+    row = np.random.default_rng(value).normal(size=vocab_size).astype(np.float32) * 3
+    row[EOS] -= 2
+    return row
+
+
+def continuation(prompt, count):
+    value, tokens = START, []
+    for token in prompt:
+        value = next_hash(value, token)
+    while len(tokens) < count and EOS not in tokens:
+        tokens.append(int(logits_of(value).argmax()))
+        value = next_hash(value, tokens[-1])
+    return tuple(tokens)
 
 
 @pytest.fixture
@@ -94,8 +111,26 @@ def make_engine():
         assert engine.stats().pages_used == 0
 
 
-def greedy(prompt, max_tokens=20, **options):
-    return Request(list(prompt), SamplingParams(max_tokens=max_tokens, temperature=0.0, **options))
+@pytest.fixture(scope="session")
+def greedy():
+    """greedy(prompt, max_tokens=20, **sampling) -> Request."""
+
+    def make(prompt, max_tokens=20, **sampling):
+        return Request(list(prompt), SamplingParams(max_tokens=max_tokens, temperature=0.0, **sampling))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_runner():
+    """make_runner(num_pages=64, page_size=4, max_context=256) -> HashRunner."""
+    return HashRunner
+
+
+@pytest.fixture(scope="session")
+def expected():
+    """expected(prompt, count): the greedy continuation by the definition of the model alone, without any engine."""
+    return continuation
 
 
 @pytest.fixture(scope="session")
