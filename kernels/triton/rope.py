@@ -1,0 +1,95 @@
+"""Rotary position embedding (Su et al. 2021, the rotate-half layout) and the write of k and v to the paged cache."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from cai_runtime.kernels.triton.checks import ACTIVATIONS, check_tensor, require
+
+
+@triton.jit
+def rope_kv_write_kernel(
+    qkv, positions, cos_sin, k_cache, v_cache, slots,
+    ldq, ldc, page_size, k_page, k_head, k_slot, v_page, v_head, v_slot,
+    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One head of one row per program: q heads are rotated in place, k heads also written to the cache, v heads only
+    written. Grid: (rows, Q_HEADS + 2 KV_HEADS)."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    HALF: tl.constexpr = DIM // 2
+    at = tl.arange(0, BLOCK)
+    ok = at < HALF
+    source = qkv + row * ldq + head * DIM
+    low = tl.load(source + at, mask=ok, other=0)
+    high = tl.load(source + HALF + at, mask=ok, other=0)
+    slot = tl.load(slots + row)
+    page = (slot // page_size).to(tl.int64)
+    in_page = slot % page_size
+    if head < Q_HEADS + KV_HEADS:
+        angle = cos_sin + tl.load(positions + row).to(tl.int64) * ldc
+        cos = tl.load(angle + at, mask=ok, other=0.0)
+        sin = tl.load(angle + HALF + at, mask=ok, other=0.0)
+        x = low.to(tl.float32)
+        y = high.to(tl.float32)
+        low = (x * cos - y * sin).to(low.dtype)
+        high = (y * cos + x * sin).to(high.dtype)
+        tl.store(source + at, low, mask=ok)
+        tl.store(source + HALF + at, high, mask=ok)
+        if (head >= Q_HEADS) & (slot >= 0):
+            kept = k_cache + page * k_page + (head - Q_HEADS) * k_head + in_page * k_slot
+            tl.store(kept + at, low.to(k_cache.dtype.element_ty), mask=ok)
+            tl.store(kept + HALF + at, high.to(k_cache.dtype.element_ty), mask=ok)
+    else:
+        if slot >= 0:
+            kept = v_cache + page * v_page + (head - Q_HEADS - KV_HEADS) * v_head + in_page * v_slot
+            tl.store(kept + at, low.to(v_cache.dtype.element_ty), mask=ok)
+            tl.store(kept + HALF + at, high.to(v_cache.dtype.element_ty), mask=ok)
+
+
+def rope_kv_write(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    Hq: int,
+    Hkv: int,
+    D: int,
+) -> None:
+    """Rotate q and k of `qkv` in place; write the rotated k and v to their slots of the cache.
+
+    Args:
+        qkv: [M, (Hq + 2 Hkv) D]: q heads, k heads, v heads; float32, bfloat16 or float16; rows may lie apart.
+        positions: int32 [M], each below cos_sin's number of rows (not checked: the values live on the device).
+        cos_sin: float32 [max_pos, D]: D/2 cosines, then D/2 sines, for the angles of one position.
+        k_cache, v_cache: [pages, Hkv, page_size, D], any activation dtype, contiguous in D.
+        slots: int32 [M]: page * page_size + offset, where each row goes; negative: nowhere (padding).
+        Hq, Hkv, D: query heads, key/value heads, head dimension (even).
+
+    Raises:
+        KernelError: a shape, dtype or device is not as above; names the argument.
+    """
+    require(Hq > 0 and Hkv > 0, f"Hq and Hkv must be positive, are {Hq} and {Hkv}")
+    require(D > 0 and D % 2 == 0, f"D must be even and positive, is {D}")
+    require(isinstance(qkv, torch.Tensor), "qkv must be a tensor")
+    device = qkv.device
+    heads = Hq + 2 * Hkv
+    check_tensor("qkv", qkv, shape=(None, heads * D), device=device, dtypes=ACTIVATIONS)
+    rows = qkv.shape[0]
+    check_tensor("positions", positions, shape=(rows,), device=device, dtypes=(torch.int32,))
+    check_tensor("slots", slots, shape=(rows,), device=device, dtypes=(torch.int32,))
+    check_tensor("cos_sin", cos_sin, shape=(None, D), device=device, dtypes=(torch.float32,))
+    check_tensor("k_cache", k_cache, shape=(None, Hkv, None, D), device=device, dtypes=ACTIVATIONS)
+    check_tensor("v_cache", v_cache, shape=tuple(k_cache.shape), device=device, dtypes=ACTIVATIONS)
+    if rows == 0:
+        return
+    with torch.cuda.device_of(qkv):
+        rope_kv_write_kernel[(rows, heads)](
+            qkv, positions, cos_sin, k_cache, v_cache, slots,
+            qkv.stride(0), cos_sin.stride(0), k_cache.shape[2], *k_cache.stride()[:3], *v_cache.stride()[:3],
+            Hq, Hkv, D, triton.next_power_of_2(D // 2), num_warps=1,
+        )  # fmt: skip
