@@ -1,0 +1,228 @@
+"""Pieces that add up to the tokenizer's own text, and stop strings that never leak."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from cai_runtime.engine.detokenizer import Detokenizer, StopStrings, TokenDecoder
+
+TEXTS = [
+    "Hello world, this is a test.\n\n  Indented text,\ttabs\r\nand  double spaces.",
+    "naïve café — “quotes” … ½ × ∞",
+    "日本語のテキストと中文文本。한국어도 있습니다.",
+    "🙂👍🏽👨‍👩‍👧‍👦🇪🇸 emoji with joiners",
+    "שלום עולם مرحبا بالعالم हिन्दी ไทย",
+    "\ufffd a real replacement character \ufffd\ufffd\ufffd",
+    "def f(x):\n    return x ** 2  # ' . , ! do n't 's\n",
+    "<|im_start|>user\nhi<|im_end|>",
+    "",
+    " ",
+    "e\u0301 combining \u200b zero width \u0000 null",
+]
+
+
+def byte_level():
+    """Byte-level BPE, as in GPT-2, Llama 3 and SmolLM2; few merges, so that characters are split over tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS * 2, trainer)
+    return tokenizer
+
+
+def sentencepiece_like(decoder):
+    """A vocabulary with word-initial spaces and byte fallback, as in Llama 2 and Mistral 7B."""
+    vocab = {"<unk>": 0, "<s>": 1}
+    vocab |= {f"<0x{byte:02X}>": byte + 2 for byte in range(256)}
+    for piece in ["▁", "▁▁", "▁Hello", "▁world", "Hello", "a", "b", "é", "日", ",", "▁a", "▁\ufffd", "\n"]:
+        vocab[piece] = len(vocab)
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.decoder = decoder
+    return tokenizer
+
+
+TOKENIZERS = {
+    "byte-level": byte_level,
+    "llama": lambda: sentencepiece_like(
+        decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+    ),
+    "metaspace": lambda: sentencepiece_like(
+        decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()])
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def tokenizer(request):
+    return TOKENIZERS[request.param]()
+
+
+def pieces_of(decoder, token_ids, skip):
+    """The emitted pieces, the last one from finish(). Checks that what is shown never changes afterwards."""
+    detokenizer = Detokenizer(decoder, skip_special_tokens=skip)
+    pieces = [detokenizer.feed(token_id) for token_id in token_ids]
+    return [*pieces, detokenizer.finish()]
+
+
+def check(decoder, token_ids, skip):
+    pieces = pieces_of(decoder, token_ids, skip)
+    assert "".join(pieces) == decoder.decode(token_ids, skip), token_ids
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_pieces_of_random_tokens_add_up_to_the_text(tokenizer, skip):
+    decoder, rng = TokenDecoder(tokenizer), random.Random(0)
+    size = tokenizer.get_vocab_size()
+    for _ in range(400):
+        check(decoder, [rng.randrange(size) for _ in range(rng.randrange(60))], skip)
+    few = rng.sample(range(size), 4)
+    for _ in range(200):  # long runs of the same troublemakers
+        check(decoder, [rng.choice(few) for _ in range(80)], skip)
+        few[rng.randrange(4)] = rng.randrange(size)
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+@settings(max_examples=100, deadline=None)
+def test_pieces_of_any_text_add_up_and_are_whole_characters(text):
+    decoder = TokenDecoder(_BYTE_LEVEL)
+    ids = _BYTE_LEVEL.encode(text).ids
+    pieces = pieces_of(decoder, ids, False)
+    assert "".join(pieces) == text
+    assert "".join(pieces).count("\ufffd") == text.count("\ufffd"), "no half character was ever shown"
+
+
+_BYTE_LEVEL = byte_level()
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_piece_comes_with_the_token_that_completes_it(text):
+    """Nothing is held back longer than an unfinished character."""
+    decoder, ids = TokenDecoder(_BYTE_LEVEL), _BYTE_LEVEL.encode(text).ids
+    detokenizer, shown = Detokenizer(decoder, skip_special_tokens=False), ""
+    for count, token_id in enumerate(ids, 1):
+        shown += detokenizer.feed(token_id)
+        whole = decoder.decode(ids[:count], False)
+        assert shown == (whole[:-1] if whole.endswith("\ufffd") else whole)
+
+
+def test_special_tokens_are_skipped_or_shown():
+    tokenizer = _BYTE_LEVEL
+    ids = tokenizer.encode("a<|im_end|>b").ids
+    assert "".join(pieces_of(TokenDecoder(tokenizer), ids, True)) == "ab"
+    assert "".join(pieces_of(TokenDecoder(tokenizer), ids, False)) == "a<|im_end|>b"
+
+
+def test_leading_spaces_of_words_survive():
+    tokenizer = TOKENIZERS["llama"]()
+    ids = [tokenizer.token_to_id(piece) for piece in ("▁Hello", "<s>", "▁world", "▁", "▁", "a")]
+    assert "".join(pieces_of(TokenDecoder(tokenizer), ids, True)) == "Hello world  a"
+
+
+def test_the_window_stays_short_whatever_comes():
+    """Long runs of broken bytes and of real U+FFFD do not make decoding quadratic."""
+    rng = random.Random(1)
+    continuation = [i for i in range(_BYTE_LEVEL.get_vocab_size()) if "\ufffd" in _BYTE_LEVEL.decode([i])]
+    runs = [[rng.choice(continuation) for _ in range(300)], _BYTE_LEVEL.encode("\ufffd" * 300).ids, [0] * 300]
+    for ids in runs:
+        for skip in (True, False):
+            detokenizer, pieces, longest = Detokenizer(TokenDecoder(_BYTE_LEVEL), skip_special_tokens=skip), [], 0
+            for token_id in ids:
+                pieces.append(detokenizer.feed(token_id))
+                longest = max(longest, len(detokenizer._window))
+            pieces.append(detokenizer.finish())
+            assert "".join(pieces) == _BYTE_LEVEL.decode(ids, skip_special_tokens=skip)
+            assert longest < 40
+
+
+def test_smollm2(smollm2_dir):
+    """The real tokenizer, through transformers: its own text, without clean-up."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
+    decoder, rng = TokenDecoder(tokenizer), random.Random(0)
+
+    def own(ids, skip):
+        return tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+
+    for text in TEXTS:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        for skip in (True, False):
+            assert "".join(pieces_of(decoder, ids, skip)) == own(ids, skip)
+    for _ in range(300):
+        ids = [rng.randrange(len(tokenizer)) for _ in range(rng.randrange(80))]
+        for skip in (True, False):
+            assert "".join(pieces_of(decoder, ids, skip)) == own(ids, skip)
+    assert decoder.is_special(tokenizer.convert_tokens_to_ids("<|im_end|>"))
+
+
+def cut(text, rng):
+    """Random consecutive pieces of a text, some empty."""
+    while text:
+        count = rng.randrange(4)
+        yield text[:count]
+        text = text[count:]
+
+
+def stream(stops, pieces):
+    """(shown text, stop string), checking after every piece that nothing of a stop string that came true was shown."""
+    matcher, shown = StopStrings(stops), ""
+    for piece in pieces:
+        text, stop = matcher.feed(piece)
+        shown += text
+        if stop is not None:
+            return shown, stop
+    return shown + matcher.finish(), None
+
+
+def first_stop(stops, text):
+    """By definition: the stop string that is complete first, the longer one of two."""
+    for end in range(1, len(text) + 1):
+        ending = [stop for stop in stops if text[:end].endswith(stop)]
+        if ending:
+            stop = max(ending, key=len)
+            return text[: end - len(stop)], stop
+    return text, None
+
+
+@given(
+    text=st.text("ab\n", max_size=40),
+    stops=st.lists(st.text("ab\n", min_size=1, max_size=6), max_size=4),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=400, deadline=None)
+def test_stop_strings_do_not_depend_on_the_pieces(text, stops, seed):
+    assert stream(stops, cut(text, random.Random(seed))) == first_stop(stops, text)
+
+
+@given(text=st.text("ab", max_size=30), stops=st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=3))
+@settings(max_examples=200, deadline=None)
+def test_only_what_may_become_a_stop_string_is_held_back(text, stops):
+    matcher = StopStrings(stops)
+    shown, stop = matcher.feed(text)
+    if stop is None:
+        held = text[len(shown) :]
+        assert held == "" or any(s.startswith(held) and s != held for s in stops)
+
+
+def test_empty_stop_strings_are_no_stop_strings():
+    assert stream(["", "x"], ["ab", "xc"]) == ("ab", "x")
+    assert stream([""], ["ab"]) == ("ab", None)
+
+
+def test_what_is_completed_too_early_is_text():
+    matcher = StopStrings(["END"])
+    assert matcher.feed("an END", may_stop=False) == ("an END", None)
+    assert matcher.feed(" E", may_stop=False) == (" ", None)
+    assert matcher.feed("ND.") == ("", "END"), "a stop string may begin before and be completed after"
