@@ -4,7 +4,9 @@ checked in `Checkpoint.open`, and tensors are handed out as views of the mapped 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -169,19 +171,16 @@ class Checkpoint:
 
         progress: show a bar (None: only when stderr is a terminal).
         """
-        from tqdm import tqdm
-
         scales = {t for name, spec in self.modules.items() for t in spec.tensors(name) if t.endswith("_scale")}
         ordered = sorted(self._tensors.values(), key=lambda info: (info.file, info.start))
-        disable = None if progress is None else not progress
-        with tqdm(total=self.nbytes, unit="B", unit_scale=True, desc="verify", disable=disable) as bar:
+        with _progress_bar(self.nbytes, "verify", progress) as update:
             for info in ordered:
                 if info.name in scales:
                     self._scale(info.name)
                 else:
                     self.tensor(info.name)
                 self.release(info.name)
-                bar.update(info.nbytes)
+                update(info.nbytes)
 
     def report(self) -> dict[str, Any] | None:
         """`slim_report.json`, or None when there is none."""
@@ -266,6 +265,17 @@ class Checkpoint:
                 file=info.file,
                 tensor=info.name,
             )
+
+
+@contextmanager
+def _progress_bar(total: int, title: str, progress: bool | None) -> Iterator[Callable[[int], object]]:
+    if not (sys.stderr.isatty() if progress is None else progress):
+        yield lambda nbytes: None  # a bar that is merely disabled would still start tqdm's monitor thread
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="B", unit_scale=True, desc=title) as bar:
+        yield bar.update
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ holes.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import mmap
@@ -189,19 +188,18 @@ class MappedFile:
 
     def release(self, start: int, nbytes: int) -> None:
         """Drop the resident pages of a byte range. Tensors over it stay valid: a later read maps the pages again."""
-        if self._map is None or nbytes == 0 or not hasattr(mmap, "MADV_DONTNEED"):
+        mapping = self._map
+        if mapping is None or nbytes == 0 or not hasattr(mmap, "MADV_DONTNEED"):
             return
         first = start // self._WINDOW * self._WINDOW
-        last = min(-(-(start + nbytes) // self._WINDOW) * self._WINDOW, len(self._map))
-        self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+        last = min(-(-(start + nbytes) // self._WINDOW) * self._WINDOW, len(mapping))
+        mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def close(self) -> None:
+        """Let go of the mapping. Never `mmap.close`: torch.frombuffer keeps the map object alive but not its buffer locked,
+        so that closing would pull the memory from under live tensors. It is unmapped with the last of them."""
         with self._lock:
-            mapping, self._map = self._map, None
-        if mapping is not None:
-            # BufferError: tensors still look at it; the mapping goes with the last of them.
-            with contextlib.suppress(BufferError):
-                mapping.close()
+            self._map = None
 
 
 def _map_private(fd: int) -> mmap.mmap:

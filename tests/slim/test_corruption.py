@@ -1,0 +1,440 @@
+"""Whatever is wrong with a checkpoint, the error is typed, names file and tensor, and comes before anything runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cai_runtime import errors
+from cai_runtime.errors import CheckpointError
+from cai_runtime.slim.reader import Checkpoint
+
+EditFile = Callable[[Path, Callable[[dict[str, Any]], None]], None]
+SHARD, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
+
+
+@pytest.fixture
+def good(tmp_path: Path, write_checkpoint: Callable[..., Path]) -> Path:
+    return write_checkpoint(tmp_path / "good")
+
+
+def check(
+    path: Path,
+    error: type[CheckpointError],
+    *,
+    file: str | None = None,
+    tensor: str | None = None,
+    match: str | None = None,
+) -> None:
+    with pytest.raises(CheckpointError, match=match) as caught:
+        Checkpoint.open(path)
+    assert type(caught.value) is error, caught.value
+    place = path if file is None else path / file
+    assert caught.value.file == str(place) and caught.value.tensor == tensor, caught.value
+    assert str(place) in str(caught.value) and (tensor is None or tensor in str(caught.value))
+
+
+# What is missing.
+
+
+def test_no_directory(tmp_path: Path) -> None:
+    check(tmp_path / "none", errors.MissingFileError)
+
+
+def test_no_config(good: Path) -> None:
+    (good / CONFIG).unlink()
+    check(good, errors.MissingFileError, file=CONFIG)
+
+
+def test_no_weights_and_only_pickled_ones(good: Path) -> None:
+    (good / SHARD).unlink()
+    check(good, errors.MissingFileError, match="no safetensors")
+    (good / "pytorch_model.bin").write_bytes(b"")
+    check(good, errors.MissingFileError, match="pickled")
+
+
+def test_a_shard_of_the_index_is_gone(tmp_path: Path, write_checkpoint: Callable[..., Path]) -> None:
+    path = write_checkpoint(tmp_path / "c", max_shard_bytes=200)
+    shard = sorted(path.glob("*.safetensors"))[1]
+    shard.unlink()
+    check(path, errors.MissingFileError, file=shard.name)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    ["layers.0.dense.weight_scale", "layers.0.low.core_1", "layers.1.inter.pivot", "layers.1.mpo.core_0_scale"],
+)
+def test_a_tensor_of_a_module_is_missing(good: Path, edit_header: EditFile, tensor: str) -> None:
+    edit_header(good / SHARD, lambda header: header.update({"other": header.pop(tensor)}))
+    check(good, errors.TensorMissingError, tensor=tensor)
+
+
+def test_the_index_names_a_tensor_that_is_elsewhere(
+    tmp_path: Path, write_checkpoint: Callable[..., Path], edit_json: EditFile
+) -> None:
+    path = write_checkpoint(tmp_path / "c", max_shard_bytes=200)
+    shard = sorted(path.glob("*.safetensors"))[0].name
+    edit_json(path / INDEX, lambda index: index["weight_map"].update({"ghost": shard}))
+    check(path, errors.TensorMissingError, file=shard, tensor="ghost")
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "weights.bin", 3])
+def test_the_index_points_out_of_the_directory(
+    tmp_path: Path, write_checkpoint: Callable[..., Path], edit_json: EditFile, name: object
+) -> None:
+    path = write_checkpoint(tmp_path / "c", max_shard_bytes=200)
+    edit_json(path / INDEX, lambda index: index["weight_map"].update({"norm.weight": name}))
+    check(path, errors.InvalidConfigError, file=INDEX, tensor="norm.weight")
+
+
+def test_a_tensor_in_two_shards(good: Path) -> None:
+    (good / SHARD).rename(good / "a.safetensors")
+    shutil.copy(good / "a.safetensors", good / "b.safetensors")
+    with pytest.raises(errors.InvalidConfigError, match=r"also in a\.safetensors"):
+        Checkpoint.open(good)
+
+
+# Config.
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\ufeff{}", "[" * 100_000])
+def test_config_that_is_no_json_object(good: Path, text: str) -> None:
+    (good / CONFIG).write_text(text)
+    check(good, errors.InvalidConfigError, file=CONFIG)
+
+
+def test_config_that_is_not_utf8(good: Path) -> None:
+    (good / CONFIG).write_bytes(b'{"a": "\xff"}')
+    check(good, errors.InvalidConfigError, file=CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "error"),
+    [
+        ("kind", "tucker", errors.UnknownKindError),
+        ("store", ["int8", "nf4"], errors.UnknownStoreError),
+        ("rank", 99, errors.InvalidConfigError),
+        ("blocks", 2, errors.InvalidConfigError),
+    ],
+)
+def test_module_entry(good: Path, edit_json: EditFile, key: str, value: object, error: type[CheckpointError]) -> None:
+    name = "layers.0.low"
+    edit_json(good / CONFIG, lambda config: config["quantization_config"]["modules"][name].update({key: value}))
+    check(good, error, file=CONFIG, tensor=name)
+
+
+def test_unknown_version(good: Path, edit_json: EditFile) -> None:
+    edit_json(good / CONFIG, lambda config: config["quantization_config"].update({"format_version": 2}))
+    check(good, errors.UnknownVersionError, file=CONFIG, match="version 2")
+
+
+def test_quantized_by_something_else(good: Path, edit_json: EditFile) -> None:
+    edit_json(good / CONFIG, lambda config: config["quantization_config"].update({"quant_method": "gptq"}))
+    check(good, errors.InvalidConfigError, file=CONFIG, match="gptq")
+
+
+# Shapes and dtypes.
+
+
+@pytest.mark.parametrize(
+    ("tensor", "shape"),
+    [
+        ("layers.0.dense.weight", [5, 7]),
+        ("layers.0.low.core_1", [4, 9]),
+        ("layers.0.low.core_0_scale", [1, 4]),
+        ("layers.0.low.bias", [9, 1]),
+        ("layers.1.inter.pivot", [2, 4]),
+        ("layers.1.mpo.core_1", [4, 1, 3, 3]),
+    ],
+)
+def test_wrong_shape(good: Path, edit_header: EditFile, tensor: str, shape: list[int]) -> None:
+    edit_header(good / SHARD, lambda header: header[tensor].update({"shape": shape}))
+    check(good, errors.TensorShapeError, file=SHARD, tensor=tensor)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "dtype"),
+    [
+        ("layers.0.dense.weight", "U8"),
+        ("layers.0.low.core_1", "F16"),
+        ("layers.0.low.core_0_scale", "I32"),
+        ("layers.0.low.bias", "I32"),
+        ("layers.1.inter.pivot", "U32"),
+        ("norm.weight", "F31"),
+    ],
+)
+def test_wrong_dtype(good: Path, edit_header: EditFile, tensor: str, dtype: str) -> None:
+    edit_header(good / SHARD, lambda header: header[tensor].update({"dtype": dtype}))
+    check(good, errors.TensorDtypeError, file=SHARD, tensor=tensor)
+
+
+@pytest.mark.parametrize("extra", ["layers.0.low.weight", "layers.1.inter.core_2", "layers.1.mpo.pivot"])
+def test_a_tensor_that_no_entry_explains(good: Path, edit_header: EditFile, extra: str) -> None:
+    edit_header(good / SHARD, lambda header: header.update({extra: header.pop("norm.weight")}))
+    check(good, errors.InvalidConfigError, file=SHARD, tensor=extra)
+
+
+def test_a_packed_weight_that_is_not_listed(good: Path, edit_json: EditFile) -> None:
+    edit_json(good / CONFIG, lambda config: config["quantization_config"]["modules"].pop("layers.0.dense"))
+    with Checkpoint.open(good) as checkpoint:
+        with pytest.raises(errors.TensorDtypeError):
+            checkpoint.module("layers.0.dense")
+        with pytest.raises(errors.TensorShapeError):
+            checkpoint.module("norm")
+        with pytest.raises(errors.TensorMissingError) as caught:
+            checkpoint.module("lm_head")
+        assert caught.value.tensor == "lm_head.weight"
+
+
+# Shards.
+
+
+@pytest.mark.parametrize("size", [0, 5, 8, 300])
+def test_truncated_in_the_header(good: Path, size: int) -> None:
+    raw = (good / SHARD).read_bytes()
+    (good / SHARD).write_bytes(raw[:size])
+    check(good, errors.TruncatedFileError, file=SHARD)
+
+
+def test_truncated_in_the_data_names_the_tensor(good: Path) -> None:
+    with Checkpoint.open(good) as checkpoint:
+        infos = sorted(checkpoint.tensors().values(), key=lambda info: info.start)
+    raw = (good / SHARD).read_bytes()
+    (good / SHARD).write_bytes(raw[:-1])
+    check(good, errors.TruncatedFileError, file=SHARD, tensor=infos[-1].name)
+    (good / SHARD).write_bytes(raw[: infos[2].start + 1])
+    check(good, errors.TruncatedFileError, file=SHARD, tensor=infos[2].name)
+
+
+def test_bytes_behind_the_last_tensor(good: Path) -> None:
+    with (good / SHARD).open("ab") as f:
+        f.write(b"\0")
+    check(good, errors.CorruptFileError, file=SHARD)
+
+
+def test_overlapping_and_missing_ranges(good: Path, edit_header: EditFile) -> None:
+    original = (good / SHARD).read_bytes()
+
+    def shift(by: int) -> Callable[[dict[str, Any]], None]:
+        def change(header: dict[str, Any]) -> None:
+            start, end = header["norm.weight"]["data_offsets"]
+            header["norm.weight"]["data_offsets"] = [start + by, end + by]
+
+        return change
+
+    for by, match in ((-4, "overlaps"), (4, "hole")):
+        (good / SHARD).write_bytes(original)
+        edit_header(good / SHARD, shift(by))
+        with pytest.raises(errors.CorruptFileError, match=match):
+            Checkpoint.open(good)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        None,
+        {"dtype": "F32", "shape": [6]},
+        {"dtype": "F32", "shape": [6], "data_offsets": [0, 24], "strides": [1]},
+        {"dtype": "F32", "shape": [-6], "data_offsets": [0, 24]},
+        {"dtype": "F32", "shape": [6.0], "data_offsets": [0, 24]},
+        {"dtype": "F32", "shape": [6], "data_offsets": [0]},
+        {"dtype": "F32", "shape": [6], "data_offsets": [24, 0]},
+        {"dtype": "F32", "shape": [7], "data_offsets": [0, 24]},
+        {"dtype": "F32", "shape": [1 << 62, 1 << 62, 0], "data_offsets": [0, 0]},
+        {"dtype": "F32", "shape": [1] * 100, "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [10**4000, 10**4000], "data_offsets": [0, 24]},
+    ],
+)
+def test_malformed_header_entries(good: Path, edit_header: EditFile, entry: object) -> None:
+    edit_header(good / SHARD, lambda header: header.update({"norm.weight": entry}))
+    check(good, errors.CorruptFileError, file=SHARD, tensor="norm.weight")
+
+
+@pytest.mark.parametrize("header", [b"[]", b"{", b'{"a": 1, "a": 2}', b"\xff\xfe", b"[" * 50_000, b'{"\\ud800": {}}'])
+def test_headers_that_are_none(good: Path, header: bytes) -> None:
+    (good / SHARD).write_bytes(len(header).to_bytes(8, "little") + header)
+    check(good, errors.CorruptFileError, file=SHARD)
+
+
+def test_a_header_length_that_is_absurd(good: Path) -> None:
+    (good / SHARD).write_bytes((1 << 62).to_bytes(8, "little") + b"{}")
+    check(good, errors.CorruptFileError, file=SHARD)
+
+
+# Values.
+
+
+def overwrite(path: Path, tensor: str, at: int, value: bytes) -> None:
+    with Checkpoint.open(path) as checkpoint:
+        info = checkpoint.tensors()[tensor]
+    with info.file.open("r+b") as f:
+        f.seek(info.start + at)
+        f.write(value)
+
+
+@pytest.mark.parametrize("first", [7, -1, 8])  # a repeated value, and two out of range
+def test_a_pivot_that_is_no_permutation(good: Path, first: int) -> None:
+    name = "layers.1.inter.pivot"
+    with Checkpoint.open(good) as checkpoint:
+        pivot = checkpoint.tensor(name).clone()
+    place = int((pivot != 7).nonzero()[0])
+    overwrite(good, name, 4 * place, first.to_bytes(4, "little", signed=True))
+    check(good, errors.InvalidPivotError, file=SHARD, tensor=name)
+
+
+NAN_F32, INF_F32, NAN_BF16 = b"\x00\x00\xc0\x7f", b"\x00\x00\x80\xff", b"\xc0\x7f"
+
+
+@pytest.mark.parametrize(
+    ("module", "tensor", "value"),
+    [
+        ("layers.0.dense", "layers.0.dense.weight_scale", NAN_F32),
+        ("layers.0.low", "layers.0.low.core_1", NAN_BF16),
+        ("layers.0.low", "layers.0.low.bias", INF_F32),
+        ("layers.1.mpo", "layers.1.mpo.core_1", NAN_F32),
+    ],
+)
+def test_nan_and_infinity(good: Path, module: str, tensor: str, value: bytes) -> None:
+    overwrite(good, tensor, 4, value)
+    with Checkpoint.open(good) as checkpoint:
+        for read in (lambda: checkpoint.module(module), lambda: checkpoint.verify(progress=False)):
+            with pytest.raises(errors.NonFiniteTensorError) as caught:
+                read()
+            assert caught.value.file == str(good / SHARD) and caught.value.tensor == tensor
+        checkpoint.module(module, check_finite=False)
+
+
+@pytest.mark.parametrize("value", [b"\0\0\0\0", b"\0\0\x80\xbf"])
+def test_scales_must_be_positive(good: Path, value: bytes) -> None:
+    tensor = "layers.1.inter.core_0_scale"
+    overwrite(good, tensor, 0, value)
+    with Checkpoint.open(good) as checkpoint:
+        for read in (lambda: checkpoint.module("layers.1.inter"), lambda: checkpoint.verify(progress=False)):
+            with pytest.raises(errors.CorruptFileError) as caught:
+                read()
+            assert caught.value.tensor == tensor
+
+
+def test_a_file_that_shrinks_while_open(good: Path) -> None:
+    with Checkpoint.open(good) as checkpoint:
+        raw = (good / SHARD).read_bytes()
+        (good / SHARD).write_bytes(raw[:-200])
+        last = max(checkpoint.tensors().values(), key=lambda info: info.start)
+        with pytest.raises(errors.TruncatedFileError) as caught:
+            checkpoint.tensor(last.name)
+        assert caught.value.tensor == last.name
+
+
+def test_a_closed_checkpoint(good: Path) -> None:
+    checkpoint = Checkpoint.open(good)
+    checkpoint.close()
+    with pytest.raises(CheckpointError, match="closed"):
+        checkpoint.tensor("norm.weight")
+
+
+# Anything at all.
+
+
+def read_everything(path: Path) -> bool:
+    """Whether it could be read. Any exception other than a CheckpointError goes through."""
+    try:
+        with Checkpoint.open(path) as checkpoint:
+            checkpoint.verify(progress=False)
+            for name in checkpoint.modules:
+                assert bool(torch.isfinite(checkpoint.module(name).dense(torch.float64)).all())
+    except CheckpointError as e:
+        assert e.file is not None
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def good_files() -> dict[str, bytes]:
+    from cai_runtime.slim.spec import ModuleSpec
+    from cai_runtime.slim.writer import CheckpointWriter
+
+    with tempfile.TemporaryDirectory() as folder:
+        with CheckpointWriter(Path(folder) / "c", config={"model_type": "x"}) as writer:
+            generator = torch.Generator().manual_seed(3)
+            for k, spec in enumerate(
+                [
+                    ModuleSpec("interpolative", 6, 4, 3, ("int8", "bf16")),
+                    ModuleSpec("mpo", 4, 6, (3,), ("int8", "int8"), (2, 2), (2, 3)),
+                ]
+            ):
+                cores = [torch.randn(shape, generator=generator) for shape in spec.core_shapes]
+                writer.add_module(f"m{k}", spec, cores, pivot=torch.randperm(6) if spec.has_pivot else None)
+            writer.finish()
+        return {name: (Path(folder) / "c" / name).read_bytes() for name in (CONFIG, SHARD)}
+
+
+def write_files(folder: str, files: dict[str, bytes]) -> Path:
+    for name, raw in files.items():
+        (Path(folder) / name).write_bytes(raw)
+    return Path(folder)
+
+
+FUZZ = settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@FUZZ
+@given(data=st.data())
+def test_flipped_and_cut_bytes(good_files: dict[str, bytes], data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from([SHARD, SHARD, CONFIG]))
+    raw = bytearray(good_files[name])
+    for _ in range(data.draw(st.integers(0, 4))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    if data.draw(st.booleans()):
+        raw = raw[: data.draw(st.integers(0, len(raw)))]
+    with tempfile.TemporaryDirectory() as folder:
+        read_everything(write_files(folder, good_files | {name: bytes(raw)}))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+def replaced(value: Any, draw: Callable[[st.SearchStrategy[Any]], Any]) -> Any:
+    """`value` with one node of it, at any depth, replaced or dropped."""
+    if not isinstance(value, (dict, list)) or not value or draw(st.integers(0, 3)) == 0:
+        return draw(JSON)
+    keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+    key = draw(st.sampled_from(keys))
+    copy = value.copy()
+    if draw(st.integers(0, 4)) == 0:
+        del copy[key]
+    else:
+        copy[key] = replaced(value[key], draw)
+    return copy
+
+
+@FUZZ
+@given(data=st.data())
+def test_any_json_in_config_and_header(good_files: dict[str, bytes], data: st.DataObject) -> None:
+    files = dict(good_files)
+    if data.draw(st.booleans()):
+        config = replaced(json.loads(files[CONFIG]), data.draw)
+        files[CONFIG] = json.dumps(config).encode()
+    else:
+        length = int.from_bytes(files[SHARD][:8], "little")
+        header = json.dumps(replaced(json.loads(files[SHARD][8 : 8 + length]), data.draw)).encode()
+        files[SHARD] = len(header).to_bytes(8, "little") + header + files[SHARD][8 + length :]
+    with tempfile.TemporaryDirectory() as folder:
+        read_everything(write_files(folder, files))
+
+
+def test_the_untouched_files_are_read(good_files: dict[str, bytes]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        assert read_everything(write_files(folder, good_files))
