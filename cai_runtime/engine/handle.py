@@ -142,6 +142,7 @@ class Handle:
             raise
 
     def _fold(self) -> Completion:
+        self._keep_alive = None
         if self._stream.error is not None:
             raise self._stream.error
         deltas = self._stream.deltas
@@ -198,6 +199,7 @@ class DeltaIterator:
         if self._index < len(self._stream.deltas):
             self._index += 1
             return self._stream.deltas[self._index - 1]
+        self._handle._keep_alive = None
         if self._stream.error is not None:
             raise self._stream.error
         return None

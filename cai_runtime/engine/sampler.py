@@ -171,17 +171,26 @@ def kth_greatest(values: np.ndarray, k: int) -> np.floating:
 
 def nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
     """Indices, ascending, of the smallest set of greatest weights whose share is at least `top_p` (Holtzman et al.
-    2020). Equal weights enter in the order of their indices; the greatest is always in.
+    2020). Equal weights enter in the order of their indices; the greatest is always in. `weights`: fp32, >= 0.
 
-    No full sort: weights below (1 - top_p) x total / n sum to less than the share that is left out, so none of them
-    can be in the set, and what remains to sort is short.
+    Without a full sort. Weights below (1 - top_p) x total / n sum to less than the share that is left out, so none of
+    them can be in the set. The rest falls into buckets of about one percent of width, by the leading bits of the floats,
+    which order like the floats themselves; only the bucket in which the share is reached is sorted.
     """
     total = float(weights.sum(dtype=np.float64))
     candidates = np.flatnonzero(weights >= (1.0 - top_p) * total / len(weights))
-    order = candidates[np.argsort(-weights[candidates], kind="stable")]
-    shares = np.cumsum(weights[order], dtype=np.float64)
-    size = int(np.searchsorted(shares, top_p * total)) + 1
-    return np.sort(order[:size])
+    values = weights[candidates]
+    bucket = values.view(np.int32) >> 16
+    bucket = bucket.max() - bucket  # 0 has the greatest weights
+    shares = np.cumsum(np.bincount(bucket, weights=values))
+    last = min(int(np.searchsorted(shares, top_p * total)), len(shares) - 1)
+    kept = bucket < last
+    border = np.flatnonzero(bucket == last)
+    border = border[np.argsort(-values[border], kind="stable")]
+    before = shares[last - 1] if last else 0.0
+    missing = int(np.searchsorted(before + np.cumsum(values[border], dtype=np.float64), top_p * total)) + 1
+    kept[border[:missing]] = True
+    return candidates[kept]
 
 
 def inverse_cdf(weights: np.ndarray, u: float) -> int:

@@ -107,24 +107,29 @@ def test_a_wholly_cached_prompt_still_computes_its_last_token(make_engine, greed
 def test_equal_prompts_that_arrive_together_are_computed_once(make_engine, make_runner, greedy, expected):
     runner = make_runner(num_pages=256)
     runner.gate = threading.Semaphore(0)
-    engine = make_engine(runner, prefill_chunk=16)
+    engine = make_engine(runner, prefill_chunk=64)
     prompt = list(range(41))
+    first = engine.submit(greedy([80], 1))
+    assert runner.entered.wait(30)  # the owner thread is held in its first step, so that the others arrive together
     handles = [engine.submit(greedy(prompt, 5)) for _ in range(6)]
     runner.gate.release(10_000)
     assert {handle.result().token_ids for handle in handles} == {expected(prompt, 5)}
-    assert engine.stats().tokens_prefilled == 41 + 5 * 1
+    first.result()
+    assert engine.stats().tokens_prefilled == 1 + 41 + 5 * 1
 
 
 def test_waiting_for_a_prefix_holds_nobody_else_up(make_engine, make_runner, greedy):
     runner = make_runner(num_pages=256)
     runner.gate = threading.Semaphore(0)
     engine = make_engine(runner, prefill_chunk=64)
+    first = engine.submit(greedy([80], 4))
+    assert runner.entered.wait(30)  # the owner thread is held in its first step, so that the others arrive together
     same = [engine.submit(greedy(range(40), 4)) for _ in range(2)]
     other = engine.submit(greedy(range(50, 70), 4))
     runner.gate.release(10_000)
-    for handle in (*same, other):
+    for handle in (first, *same, other):
         handle.result()
-    assert [40, 20] in runner.steps, "the other prompt shares the first step with the first of the equal ones"
+    assert [1, 40, 20] in runner.steps, "the other prompt shares the first step with the first of the equal ones"
 
 
 def test_steps_keep_their_budgets(make_engine, make_runner, greedy, prompts):

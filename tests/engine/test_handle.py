@@ -297,8 +297,7 @@ def test_a_forgotten_engine_closes_itself(make_runner, greedy):
     thread = engine._thread
     handle = engine.submit(greedy([1], 50, ignore_eos=True))
     del engine
-    assert handle.result().text == "x" * 50, "a handle keeps its engine alive"
-    del handle
+    assert handle.result().text == "x" * 50, "a handle keeps its engine alive until it is done"
     gc.collect()
     thread.join(30)
     assert not thread.is_alive() and runner.closed == 1
