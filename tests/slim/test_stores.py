@@ -96,9 +96,9 @@ def test_unknown_store_and_wrong_shape() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
-@pytest.mark.parametrize("place", [0, 262_143, 262_144, 599_999])
+@pytest.mark.parametrize("place", [0, 131_071, 131_072, 299_999])
 def test_finite_check_finds_any_place(dtype: torch.dtype, place: int) -> None:
-    tensor = torch.linspace(-2, 2, 600_000).to(dtype)
+    tensor = torch.linspace(-2, 2, 300_000).to(dtype)
     assert all_finite(tensor)
     bad = [float("nan")] if dtype is torch.float8_e4m3fn else [float("nan"), float("inf"), float("-inf")]
     for value in bad:
