@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from cai_runtime.kernels import cpu_library
 from cai_runtime.kernels.cpu_library import check_rows
+from cai_runtime.kernels.program import SWIGLU, Slot
 
 
 def swiglu_reference(gate_up: torch.Tensor) -> torch.Tensor:
@@ -14,7 +17,10 @@ def swiglu_reference(gate_up: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-def swiglu_cpu(gate_up: torch.Tensor) -> torch.Tensor:
+def swiglu_cpu(gate_up: Any) -> Any:
+    """gate_up fp32 [M, 2 I], or a Slot of a program being recorded."""
+    if isinstance(gate_up, Slot):
+        return gate_up.recorder.note(SWIGLU, gate_up, gate_up.width // 2)
     gate_up = check_rows(gate_up, gate_up.shape[1], "swiglu").contiguous()
     rows, width = gate_up.shape
     out = torch.empty(rows, width // 2)

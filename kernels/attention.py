@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import mmap
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels import cpu_library
 from cai_runtime.kernels.cpu_library import STORE_CODES, check_rows
+from cai_runtime.kernels.program import ATTENTION, Slot, bits
 
 
 @dataclass(frozen=True)
@@ -145,9 +147,13 @@ class CpuAttention:
         self._rope = cpu_library.function("rope_kv_write")
         self._attend = cpu_library.function("paged_attention")
 
-    def __call__(self, qkv: torch.Tensor, batch: AttentionBatch, cos_sin: torch.Tensor, scale: float) -> torch.Tensor:
-        """qkv fp32 [T, (Hq + 2 Hkv) D], overwritten by its rotation -> [T, Hq D]."""
+    def __call__(self, qkv: Any, batch: Any, cos_sin: torch.Tensor, scale: float) -> Any:
+        """qkv fp32 [T, (Hq + 2 Hkv) D], overwritten by its rotation -> [T, Hq D]. Or a Slot, and no batch yet."""
         heads = self.heads
+        if isinstance(qkv, Slot):
+            k, v = self.cache.addresses
+            arguments = (self._shape.data_ptr(), k, v, cos_sin.data_ptr(), cos_sin.shape[1], bits(scale))
+            return qkv.recorder.note(ATTENTION, qkv, heads.query_width, *arguments, keep=(self, cos_sin))
         qkv = check_rows(qkv, heads.qkv_width, "attention").contiguous()
         rows = qkv.shape[0]
         self._shape[4] = batch.page_table.shape[1]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from cai_runtime.kernels import cpu_library
 from cai_runtime.kernels.cpu_library import check_rows
+from cai_runtime.kernels.program import RMS_NORM, Slot, bits
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -23,7 +26,10 @@ def add_rms_norm_reference(
     return rms_norm_reference(total, weight, eps), total
 
 
-def rms_norm_cpu(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm_cpu(x: Any, weight: torch.Tensor, eps: float) -> Any:
+    """x fp32 [M, H], or a Slot of a program being recorded."""
+    if isinstance(x, Slot):
+        return x.recorder.note(RMS_NORM, x, x.width, weight.data_ptr(), bits(eps), keep=weight)
     x = check_rows(x, weight.shape[0], "rms_norm").contiguous()
     out = torch.empty_like(x)
     rows, width = x.shape

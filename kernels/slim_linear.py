@@ -7,7 +7,7 @@ backends are in `cai_runtime.kernels.triton` and `cai_runtime.kernels.cuda`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -15,6 +15,7 @@ from cai_runtime.errors import KernelError
 from cai_runtime.kernels import cpu_library
 from cai_runtime.kernels.backend import resolve_backend
 from cai_runtime.kernels.cpu_library import EMPTY_MATRIX, Arena, PackedMatrix, check_rows
+from cai_runtime.kernels.program import LINEAR, NotRecordable, Slot
 from cai_runtime.kernels.weights import Core, LinearWeights
 
 
@@ -127,7 +128,15 @@ class CpuLinear:
         """The first core of the first member: of a dense linear, its weight."""
         return self._matrices[0]
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def record(self, x: Slot, residual: Slot | None) -> Slot:
+        """Note this call in x's program."""
+        recorder = x.recorder
+        recorder.scratch_columns = max(recorder.scratch_columns, self._z_columns)
+        return recorder.note(LINEAR, x, self.out_features, self._address, residual=residual, keep=self)
+
+    def __call__(self, x: Any, residual: Any = None) -> Any:
+        if isinstance(x, Slot):
+            return self.record(x, residual)
         x = check_rows(x, self.in_features, "slim_linear")
         rows = x.shape[0]
         out = torch.empty(rows, self.out_features)
@@ -157,6 +166,8 @@ class CpuMpo:
         self._bias = w.bias
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        if isinstance(x, Slot):
+            raise NotRecordable("a matrix product operator permutes its input between cores")
         y = contract_mpo(check_rows(x, self.in_features, "slim_linear"), self._shape, self._cores)
         if self._bias is not None:
             y = y + self._bias

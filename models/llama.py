@@ -17,7 +17,7 @@ from cai_runtime.errors import InvalidConfigError, UnsupportedModelError
 from cai_runtime.kernels.attention import AttentionBatch, HeadLayout
 from cai_runtime.kernels.slim_linear import PreparedLinear
 from cai_runtime.layers.linear import WeightLoader, require
-from cai_runtime.layers.ops import Attention, Ops, make_ops
+from cai_runtime.layers.ops import Attention, Layers, Ops, make_ops
 from cai_runtime.layers.rotary import RopeConfig, cos_sin_table
 
 
@@ -97,7 +97,9 @@ class Llama:
             self.blocks.append(
                 Block(
                     loader.vector(f"model.layers.{i}.input_layernorm.weight", hidden),
-                    loader.linear([at + "q_proj", at + "k_proj", at + "v_proj"], [(q, hidden), (kv, hidden), (kv, hidden)]),
+                    loader.linear(
+                        [at + "q_proj", at + "k_proj", at + "v_proj"], [(q, hidden), (kv, hidden), (kv, hidden)]
+                    ),
                     loader.linear([at + "o_proj"], [(hidden, q)]),
                     loader.vector(f"model.layers.{i}.post_attention_layernorm.weight", hidden),
                     loader.linear([mlp + "gate_proj", mlp + "up_proj"], [(wide, hidden), (wide, hidden)]),
@@ -108,6 +110,7 @@ class Llama:
         self.norm = loader.vector("model.norm.weight", hidden)
         self.scale = 1.0 / math.sqrt(h.head_dim)
         self.cos_sin = torch.empty(0)
+        self.compiled: Layers | None = None
 
     def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes that one position takes in the caches of all layers."""
@@ -120,11 +123,17 @@ class Llama:
         self.cos_sin = cos_sin_table(self.config.rope, max_context).to(self.device)
         for block in self.blocks:
             block.attention = self.ops.attention(self.config.heads, pages, page_size, dtype)
+        compiled = self.ops.compile(self.layers, self.config.hidden_size)
+        # Not a bound method of this object: a cycle would keep the weights until the garbage collector comes by.
+        self.compiled = None if compiled == self.layers else compiled
 
     def forward(self, ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         """ids int32 [T] -> hidden states [T, hidden], after the last norm."""
+        return (self.compiled or self.layers)(self.embed(ids), batch)
+
+    def layers(self, x: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+        """Every block and the last norm, [T, hidden] -> [T, hidden]."""
         ops, eps = self.ops, self.config.norm_eps
-        x = self.embed(ids)
         for block in self.blocks:
             assert block.attention is not None
             qkv = block.qkv(ops.rms_norm(x, block.input_norm, eps))

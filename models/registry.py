@@ -42,6 +42,8 @@ def build_model(loader: WeightLoader, on_layer: Callable[[], object] = lambda: N
     model_type = loader.checkpoint.config.get("model_type")
     if model_type not in MODELS:
         known = ", ".join(sorted(MODELS))
-        raise UnsupportedModelError(f"model_type {model_type!r} of {loader.checkpoint.path} has no definition; known: {known}")
+        raise UnsupportedModelError(
+            f"model_type {model_type!r} of {loader.checkpoint.path} has no definition; known: {known}"
+        )
     module, name = MODELS[model_type]
     return getattr(importlib.import_module(f"cai_runtime.models.{module}"), name)(loader, on_layer)

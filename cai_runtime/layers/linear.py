@@ -109,9 +109,11 @@ class WeightLoader:
         )
 
 
-def require(config: dict, key: str, kind: type, file: object = None) -> int | float:
+def require(config: dict, key: str, kind: type) -> int | float:
     """config[key] as `kind`. Raises InvalidConfigError naming the key."""
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
-        raise InvalidConfigError(f"config.json: {key} must be {kind.__name__}, not {value!r}", file=str(file or "config.json"))
+        raise InvalidConfigError(
+            f"config.json: {key} must be {kind.__name__}, not {value!r}", file=str(file or "config.json")
+        )
     return kind(value)

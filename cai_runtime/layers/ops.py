@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -18,8 +18,11 @@ from cai_runtime.kernels.attention import (
 )
 from cai_runtime.kernels.embedding import CpuEmbedding, embedding_reference
 from cai_runtime.kernels.norm import rms_norm_cpu, rms_norm_reference
+from cai_runtime.kernels.program import NotRecordable, record
 from cai_runtime.kernels.slim_linear import CpuLinear, PreparedLinear, prepare
 from cai_runtime.kernels.weights import LinearWeights
+
+Layers = Callable[[Any, Any], Any]  # (x [T, hidden], batch) -> [T, hidden]
 
 
 class Attention(Protocol):
@@ -42,6 +45,10 @@ class Ops(Protocol):
         """(lookup of ids, head). `head` None: tied, both share one copy."""
         ...
 
+    def compile(self, layers: Layers, width: int) -> Layers:
+        """`layers` made faster where the backend can, its results the same bits. Call when the caches are there."""
+        ...
+
 
 class CpuOps:
     rms_norm = staticmethod(rms_norm_cpu)
@@ -56,6 +63,13 @@ class CpuOps:
     def embedding_and_head(self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype):
         packed = CpuLinear([table], self._arena)  # type: ignore[arg-type]
         return CpuEmbedding(packed), packed if head is None else prepare([head], backend="cpu", arena=self._arena)  # type: ignore[arg-type]
+
+    def compile(self, layers: Layers, width: int) -> Layers:
+        """One call into C++ for all layers; call by call where a layer can't be recorded."""
+        try:
+            return record(lambda x: layers(x, None), width)
+        except NotRecordable:
+            return layers
 
 
 class ReferenceOps:
@@ -73,6 +87,9 @@ class ReferenceOps:
     def embedding_and_head(self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype):
         core = table.cores[0]
         return lambda ids: embedding_reference(core, ids, dtype), prepare([head or table], backend="reference")
+
+    def compile(self, layers: Layers, width: int) -> Layers:
+        return layers
 
 
 def make_ops(backend: str, device: torch.device, arena: object = None) -> Ops:

@@ -39,7 +39,9 @@ class RopeConfig:
         positions = int(config.get("max_position_embeddings") or 2048)
         rotary_dim = int(head_dim * partial)
         if rotary_dim % 2 or rotary_dim < 2:
-            raise InvalidConfigError(f"config.json: {rotary_dim} rotated dimensions of {head_dim} are not an even number")
+            raise InvalidConfigError(
+                f"config.json: {rotary_dim} rotated dimensions of {head_dim} are not an even number"
+            )
         return cls(rope_type, theta, rotary_dim, positions, parameters)
 
     def get(self, key: str) -> float:

@@ -1,12 +1,10 @@
-// The operations as Python sees them: which rows on which thread, and the exports through apache-tvm-ffi. Pointers arrive as
-// integers; kernels/cpu_library.py is the only caller and has checked shapes, dtypes and contiguity.
+// The operations: which rows on which thread. See ops.h for the arguments.
+#include "ops.h"
+
 #include <tvm/ffi/tvm_ffi.h>
 
 #include <algorithm>
-#include <atomic>
-#include <cstdlib>
 #include <cstring>
-#include <string>
 #include <vector>
 
 #include "kernels.h"
@@ -14,46 +12,6 @@
 
 namespace cai {
 namespace {
-
-using Int = int64_t;
-
-template <class T>
-T* pointer(Int address) {
-  return reinterpret_cast<T*>(static_cast<intptr_t>(address));
-}
-
-#if defined(__x86_64__) || defined(_M_X64)
-bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-}
-bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512vnni");
-}
-#endif
-
-std::vector<const KernelTable*> supported() {
-  std::vector<const KernelTable*> tables;
-#if defined(__x86_64__) || defined(_M_X64)
-  __builtin_cpu_init();
-  if (has_avx512()) tables.push_back(kernels_avx512());
-  if (has_avx2()) tables.push_back(kernels_avx2());
-#endif
-  tables.push_back(kernels_generic());
-  return tables;
-}
-
-std::atomic<const KernelTable*> chosen{nullptr};
-
-const KernelTable& kernels() {
-  const KernelTable* table = chosen.load(std::memory_order_acquire);
-  if (table == nullptr) {
-    table = supported().front();
-    chosen.store(table, std::memory_order_release);
-  }
-  return *table;
-}
 
 // -------------------------------------------------------------------------------------------------- linear group
 
@@ -104,6 +62,8 @@ struct Deal {
       first[i + 1] = first[i] + (blocks_of(members[i].core[core]) + piece - 1) / piece;
   }
 };
+
+}  // namespace
 
 // y = the members' outputs side by side. desc: [members, in_features, z_ld] then the members. scratch: M * z_ld floats.
 void linear_group(Int desc, Int x_, Int M, Int ldx, Int out_, Int ldo, Int residual_, Int ldr, Int scratch_) {
@@ -162,6 +122,8 @@ void linear_group(Int desc, Int x_, Int M, Int ldx, Int out_, Int ldo, Int resid
   });
 }
 
+namespace {
+
 // ------------------------------------------------------------------------------------------------------- row-wise
 
 // Splits rows over the threads when there is enough to do.
@@ -180,6 +142,8 @@ void over_rows(Int rows, Int work_per_row, F f) {
   });
 }
 
+}  // namespace
+
 void rms_norm(Int x, Int residual, Int weight, double eps, Int H, Int M, Int residual_out, Int out) {
   const KernelTable& k = kernels();
   over_rows(M, H, [&](Int r0, Int r1) {
@@ -188,11 +152,13 @@ void rms_norm(Int x, Int residual, Int weight, double eps, Int H, Int M, Int res
   });
 }
 
+
 void swiglu(Int gate_up, Int I, Int M, Int out) {
   const KernelTable& k = kernels();
   over_rows(M, 4 * I,
             [&](Int r0, Int r1) { k.swiglu(pointer<const float>(gate_up), I, r0, r1, pointer<float>(out)); });
 }
+
 
 void gather(Int matrix, Int ids, Int n, Int out) {
   const PackedMatrix w = read_matrix(pointer<const Int>(matrix));
@@ -203,6 +169,8 @@ void gather(Int matrix, Int ids, Int n, Int out) {
   const KernelTable& k = kernels();
   over_rows(n, w.cols, [&](Int r0, Int r1) { k.gather(w, rows, r0, r1, pointer<float>(out)); });
 }
+
+namespace {
 
 // ------------------------------------------------------------------------------------------------------ attention
 
@@ -216,6 +184,8 @@ AttentionShape read_shape(Int address, double scale) {
   return s;
 }
 
+}  // namespace
+
 void rope_kv_write(Int qkv, Int M, Int positions, Int slots, Int cos_sin, Int rotary_dim, Int shape, Int k_cache,
                    Int v_cache) {
   const AttentionShape s = read_shape(shape, 0.0);
@@ -227,8 +197,12 @@ void rope_kv_write(Int qkv, Int M, Int positions, Int slots, Int cos_sin, Int ro
   });
 }
 
+namespace {
+
 // Rows of one sequence and one KV head that are attended together.
 constexpr Int kRowsPerTask = 16;
+
+}  // namespace
 
 void paged_attention(Int q_, Int ldq, Int query_start_, Int context_len_, Int page_table_, Int S, Int shape,
                      double scale, Int k_cache, Int v_cache, Int out_, Int ldo) {
@@ -264,7 +238,11 @@ void paged_attention(Int q_, Int ldq, Int query_start_, Int context_len_, Int pa
   });
 }
 
+namespace {
+
 // ---------------------------------------------------------------------------------------------------------- pack
+
+}  // namespace
 
 // A row-major matrix of elements of `size` bytes into the layout of PackedMatrix.
 void pack(Int source, Int rows, Int cols, Int size, Int target) {
@@ -287,41 +265,4 @@ void pack(Int source, Int rows, Int cols, Int size, Int target) {
   });
 }
 
-// ------------------------------------------------------------------------------------------------------- settings
-
-tvm::ffi::String instruction_set() { return kernels().name; }
-
-tvm::ffi::String instruction_sets() {
-  std::string names;
-  for (const KernelTable* t : supported()) names += (names.empty() ? "" : ",") + std::string(t->name);
-  return names;
-}
-
-void use_instruction_set(tvm::ffi::String name) {
-  for (const KernelTable* t : supported()) {
-    if (name == t->name) {
-      chosen.store(t, std::memory_order_release);
-      return;
-    }
-  }
-  TVM_FFI_THROW(ValueError) << "instruction set " << name << " is not one of " << instruction_sets();
-}
-
-void set_threads(Int n) { set_num_threads(static_cast<int>(n)); }
-Int threads() { return num_threads(); }
-
-}  // namespace
 }  // namespace cai
-
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear_group, cai::linear_group);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(rms_norm, cai::rms_norm);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(swiglu, cai::swiglu);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(gather, cai::gather);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(rope_kv_write, cai::rope_kv_write);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(paged_attention, cai::paged_attention);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack, cai::pack);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(instruction_set, cai::instruction_set);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(instruction_sets, cai::instruction_sets);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(use_instruction_set, cai::use_instruction_set);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(set_threads, cai::set_threads);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(threads, cai::threads);

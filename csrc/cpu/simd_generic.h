@@ -60,63 +60,77 @@ inline uint16_t float_to_fp16(float f) {
 
 struct Simd {
   static constexpr int kWidth = 8;
-  static constexpr int kTileM = 3;  // rows of x that a tile of four weight rows serves at once
+  static constexpr int kTileM = 2;
   static constexpr const char* kName = "generic";
 
-  struct V {
-    float lane[8];
-  };
-
-  template <class F>
-  static V each(F f) {
-    V r;
-    for (int i = 0; i < 8; ++i) r.lane[i] = f(i);
-    return r;
-  }
-  static V zero() { return each([](int) { return 0.0f; }); }
-  static V set1(float s) { return each([=](int) { return s; }); }
-  static V load(const float* p) { return each([=](int i) { return p[i]; }); }
-  static V load_part(const float* p, int n) { return each([=](int i) { return i < n ? p[i] : 0.0f; }); }
-  static void store(float* p, V v) { std::memcpy(p, v.lane, sizeof v.lane); }
-  static V load(const int8_t* p) { return each([=](int i) { return static_cast<float>(p[i]); }); }
+  // The compilers' vector extension: whatever vector unit the target has, without its intrinsics.
+  typedef float V __attribute__((vector_size(32), aligned(4), may_alias));
+  typedef int32_t I __attribute__((vector_size(32), aligned(4), may_alias));
   struct Bf16 {
     uint16_t bits;
   };
   struct Fp16 {
     uint16_t bits;
   };
-  static V load(const Bf16* p) { return each([=](int i) { return bf16_to_float(p[i].bits); }); }
-  static V load(const Fp16* p) { return each([=](int i) { return fp16_to_float(p[i].bits); }); }
+
+  static V zero() { return V{}; }
+  static V set1(float s) { return V{s, s, s, s, s, s, s, s}; }
+  static V load(const float* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static V load_part(const float* p, int n) {
+    V v{};
+    std::memcpy(&v, p, sizeof(float) * (n < 8 ? n : 8));
+    return v;
+  }
+  static void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
+  static V load(const int8_t* p) {
+    I wide;
+    for (int i = 0; i < 8; ++i) wide[i] = p[i];
+    return __builtin_convertvector(wide, V);
+  }
+  static V load(const Bf16* p) {
+    I bits;
+    for (int i = 0; i < 8; ++i) bits[i] = static_cast<int32_t>(static_cast<uint32_t>(p[i].bits) << 16);
+    V v;
+    std::memcpy(&v, &bits, sizeof v);
+    return v;
+  }
+  static V load(const Fp16* p) {
+    V v;
+    for (int i = 0; i < 8; ++i) v[i] = fp16_to_float(p[i].bits);
+    return v;
+  }
   static void store(Bf16* p, V v) {
-    for (int i = 0; i < 8; ++i) p[i].bits = float_to_bf16(v.lane[i]);
+    for (int i = 0; i < 8; ++i) p[i].bits = float_to_bf16(v[i]);
   }
   static void store(Fp16* p, V v) {
-    for (int i = 0; i < 8; ++i) p[i].bits = float_to_fp16(v.lane[i]);
+    for (int i = 0; i < 8; ++i) p[i].bits = float_to_fp16(v[i]);
   }
-  static V fma(V a, V b, V c) { return each([&](int i) { return std::fma(a.lane[i], b.lane[i], c.lane[i]); }); }
-  static V add(V a, V b) { return each([&](int i) { return a.lane[i] + b.lane[i]; }); }
-  static V sub(V a, V b) { return each([&](int i) { return a.lane[i] - b.lane[i]; }); }
-  static V mul(V a, V b) { return each([&](int i) { return a.lane[i] * b.lane[i]; }); }
-  static V div(V a, V b) { return each([&](int i) { return a.lane[i] / b.lane[i]; }); }
-  static V max(V a, V b) { return each([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; }); }
-  static V min(V a, V b) { return each([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; }); }
-  static V round(V a) { return each([&](int i) { return std::nearbyintf(a.lane[i]); }); }
+  // Not fused: where there is no instruction for it, a fused multiply-add is a slow library call.
+  static V fma(V a, V b, V c) { return a * b + c; }
+  static V add(V a, V b) { return a + b; }
+  static V sub(V a, V b) { return a - b; }
+  static V mul(V a, V b) { return a * b; }
+  static V div(V a, V b) { return a / b; }
+  static V max(V a, V b) { return a > b ? a : b; }
+  static V min(V a, V b) { return a < b ? a : b; }
+  static V round(V a) {
+    for (int i = 0; i < 8; ++i) a[i] = std::nearbyintf(a[i]);
+    return a;
+  }
   static V pow2i(V n) {  // 2^n for whole n in [-126, 127]
-    return each([&](int i) {
-      uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n.lane[i]) + 127) << 23;
-      float f;
-      std::memcpy(&f, &bits, 4);
-      return f;
-    });
+    I bits = (__builtin_convertvector(n, I) + 127) << 23;
+    V v;
+    std::memcpy(&v, &bits, sizeof v);
+    return v;
   }
-  static float sum(V a) {
-    float s0 = (a.lane[0] + a.lane[4]) + (a.lane[2] + a.lane[6]);
-    float s1 = (a.lane[1] + a.lane[5]) + (a.lane[3] + a.lane[7]);
-    return s0 + s1;
-  }
+  static float sum(V a) { return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7])); }
   static float maximum(V a) {
-    float m = a.lane[0];
-    for (int i = 1; i < 8; ++i) m = a.lane[i] > m ? a.lane[i] : m;
+    float m = a[0];
+    for (int i = 1; i < 8; ++i) m = a[i] > m ? a[i] : m;
     return m;
   }
   static void sum4(V a, V b, V c, V d, float out[4]) {
