@@ -65,6 +65,8 @@ def gguf_to_hf(
             raise ConversionError(
                 f"{path}: architecture {architecture!r} is not converted yet; known: {', '.join(ARCHITECTURES)}"
             )
+        if (parts := file.metadata.get("split.count", 0)) > 1:
+            raise ConversionError(f"{path}: one of {parts} parts; merge them first (llama-gguf-split --merge)")
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)

@@ -199,6 +199,7 @@ def _check_layout(path: Path) -> None:
 def _unknown(text: str) -> str:
     """The message for something that is neither a name nor a path: what is close, and what there is."""
     close = difflib.get_close_matches(text.lower(), NAMED, n=3, cutoff=0.5)
+    close = close or [name for name in NAMED if text and text.lower() in name]
     hint = ""
     if close:
         hint = f" Did you mean {' or '.join(close)}?"

@@ -55,7 +55,7 @@ def _download(requirement: str, scratch: Path, progress: bool | None) -> Path:
         wheels = list((scratch / "wheels").glob("*.whl"))
         if wheels:
             return wheels[0]
-        if "No matching distribution" not in said:
+        if "No matching distribution" not in said or "connection broken by" in said:
             break
     raise SourceError(f"pip could not download {requirement}: {said}")
 

@@ -206,6 +206,7 @@ def test_bos_and_eos_are_added_where_the_file_asks(tiny_llama, write_gguf, tmp_p
         ),
         ({"skip": ("output_norm.weight",), "tensors": {"output_norm.weight": np.full(64, np.nan, np.float32)}}, "NaN"),
         ({"metadata": lambda writer: writer.add_expert_count(8)}, "expert_count"),
+        ({"metadata": lambda writer: writer.add_uint16("split.count", 3)}, "one of 3 parts"),
         ({"tensors": {"rope_freqs.weight": np.arange(1, 9, dtype=np.float32)}}, "rope_freqs.weight don't follow"),
         ({"metadata": lambda writer: writer.add_key_length(32)}, "partial rotary"),
         ({"metadata": lambda writer: writer.add_pad_token_id(300)}, "pad_token_id 300"),

