@@ -21,7 +21,7 @@ from cai_runtime.errors import (
     TensorShapeError,
 )
 from cai_runtime.slim.module import CoreData
-from cai_runtime.slim.publish import publish, sync_directory
+from cai_runtime.slim.publish import publish
 from cai_runtime.slim.reader import CONFIG_FILE, INDEX_FILE, REPORT_FILE, SINGLE_FILE, Checkpoint
 from cai_runtime.slim.shard import DTYPE_NAMES
 from cai_runtime.slim.spec import FLOAT_STORE_OF_DTYPE, STORES, ModuleSpec, SlimConfig, matrix_shape
@@ -313,8 +313,10 @@ class CheckpointWriter:
             if file.is_file():
                 target = self._tmp / file.relative_to(self._source)
                 target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, target)  # the content of a link, not the link
-        sync_directory(self._tmp)
+                with file.open("rb") as source, target.open("wb") as copy:  # the content of a link, not the link
+                    shutil.copyfileobj(source, copy)
+                    copy.flush()
+                    os.fsync(copy.fileno())
 
 
 def _dtype_name(tensor: torch.Tensor) -> str | None:
