@@ -107,7 +107,7 @@ class Engine:
             stop_strings=StopStrings(params.stop),
             stream=Stream(),
         )
-        self._owner.send(partial(self._owner.add, sequence), limit=self._max_waiting)
+        self._send(partial(self._owner.add, sequence), limit=self._max_waiting)
         return Handle(
             sequence.stream,
             request_id=request.request_id or "",
@@ -115,6 +115,11 @@ class Engine:
             abort=partial(self._owner.inbox.put, partial(self._owner.abort, sequence.stream)),
             keep_alive=self,
         )
+
+    def _send(self, command: Callable[[], None], limit: int | None = None) -> None:
+        self._owner.send(command, limit)
+        if not self._thread.is_alive() and not self._owner.closed:
+            raise EngineClosedError("this process was forked from the one that opened the engine; open it here")
 
     def _check(self, prompt_ids: list[int], request: Request) -> None:
         params = request.sampling
@@ -149,7 +154,7 @@ class Engine:
         """Raise AssertionError unless every page of the KV cache is accounted for. Runs between two steps."""
         future: Future[None] = Future()
         try:
-            self._owner.send(partial(_answer, future, self._owner.scheduler.check_integrity))
+            self._send(partial(_answer, future, self._owner.scheduler.check_integrity))
         except EngineClosedError:
             self._thread.join()
             self._owner.scheduler.check_integrity()
@@ -190,7 +195,7 @@ class _Owner:
         self._runner: Runner | None = runner
         self._sequences: dict[Stream, Sequence] = {}
         self._gate = threading.Lock()  # between send() and the end
-        self._closed = False
+        self.closed = False
         self._crash: BaseException | None = None  # an error of the engine itself, which ended it
 
     # Any thread
@@ -198,7 +203,7 @@ class _Owner:
     def send(self, command: Callable[[], None], limit: int | None = None) -> None:
         """Have the owner thread call `command` between two steps. `limit`: of requests waiting before this one."""
         with self._gate:
-            if self._closed:
+            if self.closed:
                 raise self._closed_error()
             if limit is not None and len(self.scheduler.waiting) + self.inbox.qsize() >= limit:
                 raise QueueFullError(f"{limit} requests are waiting already; try again later")
@@ -309,13 +314,13 @@ class _Owner:
 
     def _shut_down(self) -> None:
         with self._gate:
-            self._closed = True  # nothing is sent from here on
+            self.closed = True  # nothing is sent from here on
         while not self.inbox.empty():
             command = self.inbox.get()
             if command is not None:
                 command()
         for sequence in list(self._sequences.values()):
-            with contextlib.suppress(Exception if self._crash else ()):  # the crash may have left the books in disorder
+            with contextlib.suppress(Exception):  # a crash may have left the books in disorder; the caller must wake up
                 self._forget(sequence)
             self.stats.failed += 1
             sequence.stream.fail(self._closed_error())

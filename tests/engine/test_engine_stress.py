@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import os
 import random
 import subprocess
 import sys
@@ -180,17 +181,32 @@ END_OF_SCRIPT = {
     "busy": "handle = engine.submit(request); next(iter(handle))",
     "raising": "handle = engine.submit(request); raise SystemExit(0)",
     "many": "keep = [(e := make(), e.submit(request)) for _ in range(4)]",
+    "forked": """
+import os, warnings
+warnings.simplefilter("ignore")  # newer Pythons warn about forking with threads
+child = os.fork()
+if not child:
+    try:
+        engine.submit(request)
+    except EngineClosedError:
+        os._exit(7)
+    os._exit(1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+""",
     "in a native call": "handle = engine.submit(request); runner.busy.wait()",
 }
 
 
 @pytest.mark.parametrize("ending", END_OF_SCRIPT)
 def test_a_process_ends_without_closing_the_engine(ending):
+    if ending == "forked" and not hasattr(os, "fork"):
+        pytest.skip("no fork on this platform")
     script = """
         import threading, time
         import numpy as np
         from cai_runtime.engine.engine import Engine
         from cai_runtime.engine.request import Request, SamplingParams
+        from cai_runtime.errors import EngineClosedError
 
         class Runner:
             page_size, num_pages, vocab_size, max_context = 4, 4096, 8, 16_000

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import signal
 import threading
 import time
 
@@ -185,6 +186,24 @@ def test_keyboard_interrupt_while_waiting_aborts(slow, greedy, monkeypatch, wait
     monkeypatch.setattr(Stream, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         handle.result() if wait == "result" else next(iter(handle))
+    assert left(engine)
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="signals go to threads on POSIX only")
+def test_ctrl_c_wakes_the_waiting_main_thread(slow, greedy):
+    engine, runner = slow
+    main = threading.get_ident()
+
+    def press():
+        runner.entered.wait(30)
+        time.sleep(0.05)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        engine.submit(greedy([1], LONG, ignore_eos=True)).result()
+    thread.join()
     assert left(engine)
 
 
