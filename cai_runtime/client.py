@@ -59,7 +59,12 @@ class _BaseClient:
             max_context: positions a sequence may have. Default: what the model was made for.
             max_batch: sequences that run at once. Default: the engine's.
             progress: show a bar while weights load; None shows it on a terminal only.
+
+        Raises:
+            TypeError: `models` does not map names to directories.
         """
+        if models is not None and not (isinstance(models, Mapping) and all(isinstance(n, str) and n for n in models)):
+            raise TypeError(f"models must map names to checkpoint directories, got {models!r}")
         options = {"max_context": max_context, "max_batch": max_batch, "progress": progress, "kv_cache": kv_cache}
         given = {name: value for name, value in options.items() if value is not None}
         self._host = ModelHost(

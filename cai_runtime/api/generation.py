@@ -17,22 +17,21 @@ from cai_runtime.engine.request import Completion, Delta, Request
 
 Chunk = TypeVar("Chunk")
 Whole = TypeVar("Whole")
-Chunk_co = TypeVar("Chunk_co", covariant=True)
 Whole_co = TypeVar("Whole_co", covariant=True)
 
 
-class ReplyFormat(Protocol[Chunk_co, Whole_co]):
+class ReplyFormat(Protocol[Chunk, Whole_co]):
     """An endpoint's reply type. One for each request: it holds the id and the time."""
 
-    def opening(self) -> list[Chunk_co]:
+    def opening(self) -> list[Chunk]:
         """Chunks before the first event."""
         ...
 
-    def chunk(self, index: int, event: ChatEvent) -> Chunk_co:
+    def chunk(self, index: int, event: ChatEvent) -> Chunk:
         """The chunk for one event of choice `index`."""
         ...
 
-    def closing(self, completions: Sequence[Completion]) -> list[Chunk_co]:
+    def closing(self, completions: Sequence[Completion]) -> list[Chunk]:
         """Chunks after the last event of the last choice, such as the usage."""
         ...
 
@@ -149,11 +148,12 @@ class Stream(Generic[Chunk]):
         if self._closed:
             raise StopIteration
         try:
-            return next(self._chunks)
-        except APIError:
-            if self._closed:  # by another thread, while this one waited
-                raise StopIteration from None
-            raise
+            chunk = next(self._chunks)
+        except APIError as error:
+            raise (StopIteration if self._closed else error) from error.__cause__
+        if self._closed:  # by another thread, while this one waited
+            raise StopIteration
+        return chunk
 
     def close(self) -> None:
         """Stop the request if it still runs. Idempotent; iteration ends."""
@@ -189,11 +189,12 @@ class AsyncStream(Generic[Chunk]):
         if self._closed:
             raise StopAsyncIteration
         try:
-            return await anext(self._chunks)
-        except APIError:
-            if self._closed:  # by another task, while this one waited
-                raise StopAsyncIteration from None
-            raise
+            chunk = await anext(self._chunks)
+        except APIError as error:
+            raise (StopAsyncIteration if self._closed else error) from error.__cause__
+        if self._closed:  # by another task, while this one waited
+            raise StopAsyncIteration
+        return chunk
 
     async def close(self) -> None:
         """Stop the request if it still runs. Idempotent; iteration ends."""

@@ -132,9 +132,9 @@ class ModelHost:
             self._check_open()
             slot = self._slots.setdefault(model.path, _Slot())
         with slot.lock:
+            with self._lock:
+                self._check_open()  # it may have been closed while this thread waited
             if slot.opened is None:
-                with self._lock:
-                    self._check_open()
                 with as_api_errors():
                     slot.opened = OpenModel(self._open_engine(model.path, **self._options))
             return slot.opened

@@ -20,7 +20,7 @@ TEMPLATE = """
 """
 
 
-def make_tokenizer(template=TEMPLATE):
+def make_tokenizer(template: str | None = TEMPLATE):
     """Bytes as tokens, then <bos> and <eos>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -44,7 +44,10 @@ class AlphabetRunner:
     def __init__(self, tokenizer):
         self.vocab_size = len(tokenizer)
         self.closed = False
-        self.fail = None  # an exception to raise in the next step
+        self.fail = None  # an exception to raise in every step
+        self.full = 1  # sequences of a step that counts
+        self.full_steps = 0
+        self.before_step = {}  # number of such a step (from 0) -> called before it
         self.gate = threading.Event()  # cleared: steps wait
         self.gate.set()
         self.next_token = np.full(self.vocab_size, tokenizer.convert_tokens_to_ids("a"))
@@ -55,6 +58,9 @@ class AlphabetRunner:
         self.letters = [tokenizer.convert_tokens_to_ids(chr(c)) for c in range(ord("a"), ord("z") + 1)]
 
     def run(self, step):
+        if len(step) >= self.full:
+            self.before_step.get(self.full_steps, lambda: None)()
+            self.full_steps += 1
         assert self.gate.wait(timeout=30), "a test forgot to open the gate"
         if self.fail is not None:
             raise self.fail
@@ -76,19 +82,58 @@ class Factory:
         self.opened = []
         self.options = []
         self.runners = []
-        self.error = None
-        self.may_open = threading.Event()  # cleared: loading takes until it is set
-        self.may_open.set()
+        self.engines = []
+        self.errors = {}  # directory -> raised instead of opening it
+        self.holds = {}  # directory -> an event that its opening waits for
+        self.prepare = lambda runner: None  # called with every new runner
+        self.wait_for = 0  # requests that a new engine waits for before its first step
 
     def __call__(self, path, **options):
         self.opened.append(Path(path))
         self.options.append(options)
-        assert self.may_open.wait(timeout=30)
-        if self.error is not None:
-            raise self.error
+        if path in self.holds:
+            assert self.holds[path].wait(timeout=30), "a test forgot to let a model open"
+        if path in self.errors:
+            raise self.errors[path]
         runner = AlphabetRunner(self.tokenizer)
+        self.prepare(runner)
         self.runners.append(runner)
-        return Engine(runner, self.tokenizer, eos_token_ids=[self.tokenizer.eos_token_id], max_batch=8)
+        engine = Engine(runner, self.tokenizer, eos_token_ids=[self.tokenizer.eos_token_id], max_batch=8)
+        if self.wait_for:
+            self._hold(engine, runner)
+        self.engines.append(engine)
+        return engine
+
+    def _hold(self, engine, runner):
+        runner.gate.clear()
+        submit, left = engine.submit, iter(range(self.wait_for - 1, -1, -1))
+
+        def submit_and_count(request):
+            handle = submit(request)
+            if next(left, None) == 0:
+                runner.gate.set()
+            return handle
+
+        engine.submit = submit_and_count
+
+    def pause_before_step(self, step, full=1, and_then=lambda: None):
+        """Have every engine wait at this step until `resume`; steps of fewer sequences than `full` don't count, and
+        there are none before that many requests are in."""
+
+        def pause(runner):
+            runner.gate.clear()
+            and_then()
+
+        def prepare(runner):
+            runner.full = full
+            runner.before_step[step] = lambda: pause(runner)
+
+        self.prepare = prepare
+        self.wait_for = full
+
+    def resume(self):
+        for runner in self.runners:
+            runner.gate.set()
 
 
 @pytest.fixture
@@ -104,7 +149,11 @@ def bare_tokenizer():
 
 @pytest.fixture
 def factory(tokenizer):
-    return Factory(tokenizer)
+    factory = Factory(tokenizer)
+    yield factory
+    factory.resume()
+    for engine in factory.engines:
+        engine.close()
 
 
 @pytest.fixture(autouse=True)
@@ -126,8 +175,10 @@ def model_dir(tmp_path):
 
 @pytest.fixture
 def client(factory, model_dir):
-    with Client("abc", models={"abc": model_dir}, _engine_factory=factory) as client:
-        yield client
+    client = Client("abc", models={"abc": model_dir}, _engine_factory=factory)
+    yield client
+    factory.resume()
+    client.close()
 
 
 @pytest.fixture
@@ -140,11 +191,32 @@ def new_client(factory, model_dir):
         return clients[-1]
 
     yield make
+    factory.resume()
     for client in clients:
         client.close()
 
 
 @pytest.fixture
 def async_client(factory, model_dir):
-    """Close it in the test: it belongs to the test's event loop."""
+    """The factory closes its engines."""
     return AsyncClient("abc", models={"abc": model_dir}, _engine_factory=factory)
+
+
+def assert_valid(reply, of_type):
+    """`reply` is an instance of the openai package's `of_type` and survives its strict validation, as objects and as JSON,
+    with every field of the type present."""
+    assert isinstance(reply, of_type)
+    dumped = reply.model_dump()
+    assert of_type.model_validate(dumped, strict=True).model_dump() == dumped
+    assert of_type.model_validate_json(reply.model_dump_json(), strict=True).model_dump() == dumped
+
+
+@pytest.fixture
+def valid():
+    return assert_valid
+
+
+@pytest.fixture
+def ask():
+    """Parameters of a question that the alphabet answers at temperature 0."""
+    return {"messages": [{"role": "user", "content": "hi"}], "temperature": 0}

@@ -1,0 +1,124 @@
+"""/completions: prompts of every form, echo, and that the whole reply is the fold of the stream."""
+
+import pytest
+from openai.types import Completion
+
+from cai_runtime import BadRequestError
+
+
+def texts(reply):
+    return [choice.text for choice in reply.choices]
+
+
+def test_whole_reply(client, valid):
+    reply = client.completions.create(prompt="w", temperature=0)
+    valid(reply, Completion)
+    assert reply.id.startswith("cmpl-") and reply.object == "text_completion" and reply.model == "abc"
+    assert (reply.choices[0].text, reply.choices[0].finish_reason, reply.choices[0].index) == ("xyz", "stop", 0)
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.total_tokens) == (1, 4, 5)
+
+
+def test_default_length_is_16(client):
+    reply = client.completions.create(prompt="a", temperature=0)
+    assert texts(reply) == ["bcdefghijklmnopq"] and reply.choices[0].finish_reason == "length"
+
+
+def test_default_length_is_cut_to_the_context(client):
+    reply = client.completions.create(prompt="a" * 195, temperature=0)
+    assert texts(reply) == ["bcdef"]
+
+
+def test_prompt_forms(client, tokenizer):
+    w, hi = tokenizer.encode("w"), tokenizer.encode("hi")
+    for prompt, expected in [
+        ("w", ["xyz"]),
+        (["w"], ["xyz"]),
+        (["w", "hi"], ["xyz", "jklmnopqrstuvwxy"]),
+        (w, ["xyz"]),
+        ([w, hi], ["xyz", "jklmnopqrstuvwxy"]),
+        (hi, ["jklmnopqrstuvwxy"]),
+    ]:
+        assert texts(client.completions.create(prompt=prompt, temperature=0)) == expected
+
+
+def test_several_prompts_with_several_choices(client):
+    request = {"temperature": 1, "seed": 4, "ignore_eos": True, "n": 3}
+    together = client.completions.create(prompt=["w", "a"], **request)
+    alone = [client.completions.create(prompt=prompt, **request) for prompt in ("w", "a")]
+    assert texts(together) == texts(alone[0]) + texts(alone[1])
+    assert [choice.index for choice in together.choices] == list(range(6))
+    assert len(set(texts(together))) > 3
+    assert together.usage.prompt_tokens == 2 and together.usage.completion_tokens == 6 * 16
+
+
+@pytest.mark.parametrize("prompt", ["hello w", ["hello w", "v"], "tokens"])
+@pytest.mark.parametrize("n", [1, 2])
+def test_echo(client, tokenizer, prompt, n):
+    prompt = tokenizer.encode("hello w") if prompt == "tokens" else prompt
+    plain = client.completions.create(prompt=prompt, temperature=0, n=n)
+    echoed = client.completions.create(prompt=prompt, temperature=0, n=n, echo=True)
+    starts = ["hello w"] * n + (["v"] * n if isinstance(prompt, list) and prompt[-1] == "v" else [])
+    assert texts(echoed) == [start + text for start, text in zip(starts, texts(plain), strict=True)]
+    assert echoed.usage.completion_tokens == plain.usage.completion_tokens
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_whole_reply_is_fold_of_stream(client, valid, echo):
+    request = {"prompt": ["w", "a"], "n": 2, "echo": echo, "temperature": 1, "seed": 9}
+    whole = client.completions.create(**request)
+    *chunks, last = client.completions.create(**request, stream=True, stream_options={"include_usage": True})
+    folded = [["", None] for _ in range(4)]
+    for chunk in chunks:
+        (choice,) = chunk.choices
+        folded[choice.index][0] += choice.text
+        folded[choice.index][1] = choice.finish_reason or folded[choice.index][1]
+    assert [tuple(f) for f in folded] == [(c.text, c.finish_reason) for c in whole.choices]
+    assert last.choices == [] and last.usage.completion_tokens == whole.usage.completion_tokens
+    assert len({(chunk.id, chunk.created, chunk.model) for chunk in [*chunks, last]}) == 1
+    valid(last, Completion)
+
+
+def test_chunks_are_valid(client, valid):
+    chunks = list(client.completions.create(prompt="w", temperature=0, stream=True))
+    assert [chunk.choices[0].text for chunk in chunks] == ["x", "y", "z", ""]
+    valid(chunks[-1], Completion)
+    for chunk in chunks[:-1]:
+        # OpenAI streams null here until the end, against its own type: nothing else may deviate.
+        assert chunk.choices[0].finish_reason is None
+        assert type(chunk).model_validate(chunk.model_dump(), strict=True) == chunk
+        chunk.choices[0].finish_reason = "stop"
+        valid(chunk, Completion)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [3, [], [""], "", [[]], [1, "a"], [[1], "a"], [True], [-1], [[1, -1]], {"a": 1}, [1.5], b"w", [10**9], [258, 1]],
+    ids=repr,
+)
+def test_bad_prompts(client, prompt):
+    # This tokenizer has <bos>, so an empty text is a text that starts; the others have no such way out.
+    if prompt in ("", [""]):
+        assert client.completions.create(prompt=prompt, temperature=0).usage.prompt_tokens == 1
+        return
+    with pytest.raises(BadRequestError) as caught:
+        client.completions.create(prompt=prompt)
+    assert caught.value.param == "prompt"
+
+
+def test_empty_prompt_without_start_token(new_client, factory, model_dir, tokenizer):
+    tokenizer.bos_token = None
+    with pytest.raises(BadRequestError) as caught:
+        new_client(str(model_dir)).completions.create(prompt="")
+    assert caught.value.param == "prompt" and "empty" in caught.value.message
+
+
+def test_prompt_longer_than_context(client):
+    with pytest.raises(BadRequestError) as caught:
+        client.completions.create(prompt=["fits", "a" * 200])
+    assert (caught.value.param, caught.value.code) == ("prompt", "context_length_exceeded")
+
+
+def test_one_bad_prompt_runs_none(client, factory):
+    with pytest.raises(BadRequestError):
+        client.completions.create(prompt=["fits", "a" * 200])
+    assert factory.engines[0].stats().finished == 0

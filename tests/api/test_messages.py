@@ -1,0 +1,115 @@
+"""Conversations: what is accepted, what is refused and how its place is named, and how they are rendered."""
+
+import pytest
+
+from cai_runtime import BadRequestError
+from cai_runtime.chat.messages import Message, parse_messages
+from cai_runtime.chat.template import _token_ids, render
+from cai_runtime.errors import ConversationError
+
+
+def text(content):
+    return {"type": "text", "text": content}
+
+
+def test_accepted_forms():
+    parsed = parse_messages(
+        [
+            {"role": "developer", "content": "Be brief."},
+            {"role": "user", "content": [text("one"), text("two")], "name": "Ada"},
+            {"role": "assistant", "content": "", "tool_calls": None, "refusal": None, "annotations": []},
+        ]
+    )
+    assert parsed == [Message("system", "Be brief."), Message("user", "one\ntwo", "Ada"), Message("assistant", "")]
+    assert parsed[1].for_template() == {"role": "user", "content": "one\ntwo", "name": "Ada"}
+    assert parse_messages(iter([{"role": "user", "content": "x"}])) == [Message("user", "x")]
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        (3, "messages"),
+        ("hi", "messages"),
+        ({"role": "user", "content": "x"}, "messages"),
+        ([], "messages"),
+        (["hi"], "messages[0]"),
+        ([{"content": "x"}], "messages[0].role"),
+        ([{"role": "robot", "content": "x"}], "messages[0].role"),
+        ([{"role": 3, "content": "x"}], "messages[0].role"),
+        ([{"role": "user"}], "messages[0].content"),
+        ([{"role": "user", "content": None}], "messages[0].content"),
+        ([{"role": "user", "content": 3}], "messages[0].content"),
+        ([{"role": "user", "content": []}], "messages[0].content"),
+        ([{"role": "user", "content": b"x"}], "messages[0].content"),
+        ([{"role": "user", "content": ["x"]}], "messages[0].content[0]"),
+        ([{"role": "user", "content": [{"text": "x"}]}], "messages[0].content[0]"),
+        ([{"role": "user", "content": [text("x"), {"type": "text"}]}], "messages[0].content[1].text"),
+        ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "messages[0].content[0].text"),
+        ([{"role": "user", "content": [{"type": "video", "text": "x"}]}], "messages[0].content[0].type"),
+        ([{"role": "user", "content": [{**text("x"), "more": 1}]}], "messages[0].content[0].more"),
+        ([{"role": "user", "content": "x", "mood": "calm"}], "messages[0].mood"),
+        ([{"role": "user", "content": "x", "name": 3}], "messages[0].name"),
+        ([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "refusal": "no"}],
+         "messages[1].refusal"),
+    ],
+)  # fmt: skip
+def test_refused_by_place(client, messages, param):
+    with pytest.raises(BadRequestError) as caught:
+        client.chat.completions.create(messages=messages)
+    assert caught.value.param == param and isinstance(caught.value.__cause__, ConversationError)
+
+
+@pytest.mark.parametrize(
+    ("message", "param", "capability"),
+    [
+        ({"role": "user", "content": [text("x"), {"type": "image_url", "image_url": {"url": "data:"}}]},
+         "messages[0].content[1]", "image"),
+        ({"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}]},
+         "messages[0].content[0]", "audio"),
+        ({"role": "tool", "content": "x", "tool_call_id": "1"}, "messages[0].role", "tools"),
+        ({"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, "messages[0].tool_calls", "tools"),
+    ],
+)  # fmt: skip
+def test_missing_capability_is_named(client, message, param, capability):
+    with pytest.raises(BadRequestError) as caught:
+        client.chat.completions.create(messages=[message])
+    assert (caught.value.param, caught.value.code) == (param, f"{capability}_not_supported")
+    if capability in ("image", "audio"):
+        assert f"'{capability}'" in caught.value.message
+
+
+def test_rendered_with_the_checkpoints_template(tokenizer):
+    ids = render(tokenizer, [Message("system", "Be kind."), Message("user", "hi")])
+    assert tokenizer.decode(ids) == "system:Be kind.\nuser:hi\nassistant:\n"
+
+
+def test_template_refusal_is_quoted(client, ask):
+    with pytest.raises(BadRequestError) as caught:
+        client.chat.completions.create(messages=[*ask["messages"], {"role": "system", "content": "x"}])
+    assert caught.value.param == "messages" and "the system message must come first" in caught.value.message
+
+
+def test_broken_template(tokenizer):
+    tokenizer.chat_template = "{% for %}"
+    with pytest.raises(ConversationError, match="chat template"):
+        render(tokenizer, [Message("user", "hi")])
+
+
+def test_template_runs_in_a_sandbox(tokenizer):
+    tokenizer.chat_template = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
+    with pytest.raises(ConversationError, match="unsafe"):
+        render(tokenizer, [Message("user", "hi")])
+
+
+def test_no_template(new_client, factory, bare_tokenizer, model_dir, ask):
+    factory.tokenizer = bare_tokenizer
+    client = new_client(str(model_dir))
+    with pytest.raises(BadRequestError) as caught:
+        client.chat.completions.create(**ask)
+    assert caught.value.param == "model" and "chat template" in caught.value.message
+    assert client.completions.create(prompt="w", temperature=0).choices[0].text == "xyz"
+
+
+@pytest.mark.parametrize("encoded", [[1, 2], {"input_ids": [1, 2]}, {"input_ids": [[1, 2]]}, [[1, 2]]])
+def test_token_ids_of_every_return_type(encoded):
+    assert _token_ids(encoded) == [1, 2]
