@@ -96,13 +96,12 @@ class BuildLibraries(build_ext):
 
         with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 8)) as pool:
             built = list(pool.map(compile_source, ext.sources))
-        linker = self._cxx()
-        link = [*linker, "-shared", "-fPIC", *built, "-o", str(target), f"-L{lib_dir}", "-ltvm_ffi", "-lpthread"]
+        link = ["-shared", *built, "-o", str(target), f"-L{lib_dir}", "-ltvm_ffi"]
         if ext.name.endswith("cuda"):
-            nvcc = nvcc_path()
-            assert nvcc is not None
-            link += [f"-L{Path(nvcc).resolve().parents[1] / 'lib64'}", "-lcudart_static", "-ldl", "-lrt"]
-        self._run([*link, *self._sanitize()])
+            # nvcc links the CUDA runtime in statically, and knows where it lies even when it is a wrapper script.
+            self._run([str(nvcc_path()), *link, "-cudart", "static"])
+        else:
+            self._run([*self._cxx(), "-fPIC", *link, "-lpthread", *self._sanitize()])
 
     def _cxx(self) -> list[str]:
         return (os.environ.get("CXX") or "c++").split()

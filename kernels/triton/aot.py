@@ -57,6 +57,7 @@ class Case:
     num_stages: int = 1
     decode: bool = False  # bound by memory latency: a spill is an error
     products: bool = True  # has matrix products
+    max_registers: int | None = None
     fp32: bool = False  # in float32: fused multiply-adds on NVIDIA
 
 
@@ -115,7 +116,17 @@ def _attention_case(dtype: torch.dtype, dim: int, group: int, tokens: int) -> Ca
     }  # fmt: skip
     name = f"attention {'decode' if decode else 'prefill'} {dtype} D={dim}".replace("torch.", "")
     fp32 = dtype == torch.float32
-    return Case(name, paged_attention_kernel, types, constants, tile.num_warps, 2, decode, fp32=fp32)
+    return Case(
+        name,
+        paged_attention_kernel,
+        types,
+        constants,
+        tile.num_warps,
+        2,
+        decode,
+        fp32=fp32,
+        max_registers=tile.max_registers,
+    )
 
 
 def cases() -> Iterator[Case]:
@@ -154,7 +165,9 @@ def compile_case(case: Case, target_name: str) -> Outcome:
         if kind.endswith("!"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(case.kernel, signature, constexprs=case.constants, attrs=attributes)
-    options = compile_options(case.num_warps, case.num_stages, hip=target.backend == "hip")
+    options = compile_options(
+        case.num_warps, case.num_stages, max_registers=case.max_registers, hip=target.backend == "hip"
+    )
     compiled = triton.compile(source, target=target, options=options)
     if target.backend == "hip":
         outcome = _read_amd(case, compiled)

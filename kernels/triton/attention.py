@@ -110,6 +110,7 @@ class AttentionTile:
     heads: int  # query heads of one token in a tile
     keys: int
     num_warps: int
+    max_registers: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -121,7 +122,8 @@ def attention_tile(group: int, dim: int, dtype: torch.dtype, *, decode: bool) ->
     heads = min(group, MAX_ROWS)
     rows = max(16 if decode else MAX_ROWS, triton.next_power_of_2(heads))
     if dtype == torch.float32:
-        return AttentionTile(rows, heads, 16, 8)
+        # Without a stated limit ptxas squeezes eight warps into 48 registers and spills one.
+        return AttentionTile(rows, heads, 16, 8, 128)
     return AttentionTile(rows, heads, 64 if dim <= 128 else 32, 4)
 
 
@@ -176,7 +178,7 @@ def paged_attention(
     group = q_heads // kv_heads
     tile = attention_tile(group, dim, q.dtype, decode=rows <= sequences)
     parts = triton.cdiv(group, tile.heads)
-    options = compile_options(tile.num_warps, 2)
+    options = compile_options(tile.num_warps, 2, max_registers=tile.max_registers)
     with torch.cuda.device_of(q):
         paged_attention_kernel[(rows // tile.tokens + sequences, kv_heads * parts)](
             q, k_cache, v_cache, out, query_start, context_len, page_table, sequences, float(scale) * LOG2_E,

@@ -20,9 +20,12 @@ def operand_dtype(dtype: torch.dtype) -> tl.dtype:
     return tl.float32 if interpreting() and dtype == torch.bfloat16 else _NAMES[dtype]
 
 
-def compile_options(num_warps: int, num_stages: int, *, hip: bool | None = None) -> dict[str, int]:
-    """Launch options for the vendor (None: the one torch was built for). AMD: one shape of matrix instruction for every
+def compile_options(
+    num_warps: int, num_stages: int, *, max_registers: int | None = None, hip: bool | None = None
+) -> dict[str, int]:
+    """Launch options for the vendor (hip None: the one torch was built for). AMD: one shape of matrix instruction for every
     tile, and two stages, which fit its 64 KB of shared memory."""
     if torch.version.hip is not None if hip is None else hip:
         return {"num_warps": num_warps, "num_stages": 2, "matrix_instr_nonkdim": 16}
-    return {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return options if max_registers is None else options | {"maxnreg": max_registers}
