@@ -44,6 +44,9 @@ class _BaseClient:
         kv_cache: int | float | str | None = None,
         max_context: int | None = None,
         max_batch: int | None = None,
+        prefill_chunk: int | None = None,
+        prefix_cache: bool | None = None,
+        max_waiting: int | None = None,
         progress: bool | None = None,
         _engine_factory: EngineFactory | None = None,
     ):
@@ -53,11 +56,14 @@ class _BaseClient:
             model: the model of requests that name none: a name of `models`, a checkpoint directory or a catalogue id.
             models: name to checkpoint directory.
             device: "cpu", "cuda", "cuda:1", or "auto": a GPU if there is one.
-            dtype: what is computed in: "float32", "bfloat16", "float16", or "auto".
+            dtype: what float weights are held in: "fp32", "bf16", "fp16", or "auto", see `open_engine`.
             kv_cache: the key-value cache's budget for each model: bytes, a text such as "2GiB", or a fraction of the
-                device's memory as a float. Default: the engine chooses.
+                free memory as a float. Default: the engine chooses.
             max_context: positions a sequence may have. Default: what the model was made for.
             max_batch: sequences that run at once. Default: the engine's.
+            prefill_chunk: prompt tokens fed in one step. Default: the engine's.
+            prefix_cache: whether prompts reuse what equal beginnings left in the cache. Default: yes.
+            max_waiting: requests that may wait for their turn; further ones raise RateLimitError. Default: no limit.
             progress: show a bar while weights load; None shows it on a terminal only.
 
         Raises:
@@ -65,7 +71,15 @@ class _BaseClient:
         """
         if models is not None and not (isinstance(models, Mapping) and all(isinstance(n, str) and n for n in models)):
             raise TypeError(f"models must map names to checkpoint directories, got {models!r}")
-        options = {"max_context": max_context, "max_batch": max_batch, "progress": progress, "kv_cache": kv_cache}
+        options = {
+            "kv_cache": kv_cache,
+            "max_context": max_context,
+            "max_batch": max_batch,
+            "prefill_chunk": prefill_chunk,
+            "prefix_cache": prefix_cache,
+            "max_waiting": max_waiting,
+            "progress": progress,
+        }
         given = {name: value for name, value in options.items() if value is not None}
         self._host = ModelHost(
             default=None if model is None else str(model),

@@ -97,10 +97,12 @@ def test_models_must_be_names_and_directories(new_client, models):
 def test_options_reach_the_engine(new_client, factory, model_dir, ask):
     new_client(model_dir).chat.completions.create(**ask)
     new_client(model_dir, device="cpu", dtype="bfloat16", kv_cache="2GiB", max_context=64, max_batch=3,
+               prefill_chunk=7, prefix_cache=False, max_waiting=9,
                progress=False).chat.completions.create(**ask)  # fmt: skip
     assert factory.options[0] == {"device": "auto", "dtype": "auto"}
     assert factory.options[1] == {"device": "cpu", "dtype": "bfloat16", "kv_cache": "2GiB", "max_context": 64,
-                                  "max_batch": 3, "progress": False}  # fmt: skip
+                                  "max_batch": 3, "prefill_chunk": 7, "prefix_cache": False, "max_waiting": 9,
+                                  "progress": False}  # fmt: skip
 
 
 def test_threads_open_a_model_once_and_do_not_hold_up_others(new_client, factory, model_dir, tmp_path, ask):
