@@ -1,0 +1,39 @@
+"""Dense to slim: calibrate, decompose, allocate, write, report. `compress` runs them all.
+
+Light to import: torch and transformers are loaded when `compress` is first used. The package itself can be called, so that
+`cai_runtime.compress(src, dst)` works wherever the package is what the name finds.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cai_runtime.compress.pipeline import compress
+    from cai_runtime.compress.report import Report
+
+__all__ = ["Report", "compress"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "compress":
+        from cai_runtime.compress.pipeline import compress
+
+        return compress
+    if name == "Report":
+        from cai_runtime.compress.report import Report
+
+        return Report
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class _CallablePackage(ModuleType):
+    def __call__(self, *args: Any, **kwargs: Any) -> Report:
+        from cai_runtime.compress.pipeline import compress
+
+        return compress(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallablePackage

@@ -1,0 +1,162 @@
+"""One weight into factors: the best ones of every rank at once, then the gauge in which they are stored.
+
+The error that counts is that of the outputs on real inputs, weighted by what each output does to the loss:
+
+    ||L^T (W - V) S||_F^2,   S S^T = G = mean x x^T (inputs),   L L^T = F = mean g g^T (loss gradients at the output).
+
+With F = I this is activation-whitened SVD (Wang et al., "SVD-LLM: Truncation-aware singular value decomposition for
+large language model compression", 2024); with F it is the Kronecker-factored second-order estimate of the loss (Martens
+and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", 2015) as the norm of a truncated
+SVD. By Eckart and Young the truncated SVD of L^T W S is the best approximation of each rank, and its tail of squared
+singular values is the error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+DAMPING = 1e-2  # of the mean diagonal, added to it: keeps directions that the calibration text never showed
+SWAP_BOUND = 2.0  # entries of core_1 that are larger are swapped away; see `interpolate`
+
+
+@dataclass(frozen=True)
+class Factors:
+    """W = left @ right, n = min(out, in); the first r columns and rows are the best approximation of rank r.
+
+    left: [out, n], fp32; right: [n, in], fp32. energy: [n], fp64, squared singular values of the whitened weight,
+    descending; the whitened squared error at rank r is `energy[r:].sum()`.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    energy: torch.Tensor
+
+    def errors(self) -> list[float]:
+        """[n + 1] floats: whitened squared error of the best approximation of rank 0, 1 .. n. Never rises; ends at 0."""
+        return [*self.energy.flip(0).cumsum(0).flip(0).tolist(), 0.0]
+
+    def relative_errors(self) -> list[float]:
+        """`errors` over the first of them; zeros for a weight of zeros."""
+        errors = self.errors()
+        return [error / errors[0] if errors[0] > 0 else 0.0 for error in errors]
+
+
+def damped_root(gram: torch.Tensor, damping: float) -> torch.Tensor:
+    """Lower Cholesky factor, fp64, of a Gram matrix plus `damping` times its mean diagonal.
+
+    A matrix of zeros (nothing was seen) gives the identity.
+    """
+    gram = gram.to(torch.float64)
+    mean = float(gram.diagonal().mean())
+    eye = torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device)
+    if mean <= 0:
+        return eye
+    # Rounding in the accumulated Gram can leave it short of positive definite by a little: damp more until it is not.
+    for _ in range(8):
+        root, info = torch.linalg.cholesky_ex(gram + (damping * mean) * eye)
+        if int(info) == 0:
+            return root
+        damping = max(10 * damping, 1e-8)
+    return eye * mean**0.5
+
+
+def factorize(
+    weight: torch.Tensor,
+    input_gram: torch.Tensor,
+    output_gram: torch.Tensor | None = None,
+    *,
+    damping: float = DAMPING,
+    output_damping: float = 0.1,
+) -> Factors:
+    """The whitened SVD of W [out, in] in fp64, on the device of `input_gram`.
+
+    input_gram: [in, in], mean of x x^T. output_gram: [out, out], mean of g g^T, or None for the identity.
+    """
+    w = weight.to(input_gram.device, torch.float64)
+    root_in = damped_root(input_gram, damping)
+    root_out = damped_root(output_gram, output_damping) if output_gram is not None else None
+    scaled = root_out.mT @ w if root_out is not None else w
+    m = scaled @ root_in
+    # Eigenvectors of the smaller Gram matrix of m instead of an SVD of m: several times faster, and singular values
+    # below 1e-8 of the largest, where it loses digits, are nobody's error.
+    if m.shape[0] <= m.shape[1]:
+        energy, u = torch.linalg.eigh(m @ m.mT)
+        u = u.flip(1)
+        left = torch.linalg.solve_triangular(root_out.mT, u, upper=True) if root_out is not None else u
+        right = u.mT @ scaled  # = (U^T m) S^-1
+    else:
+        energy, v = torch.linalg.eigh(m.mT @ m)
+        v = v.flip(1)
+        left = w @ (root_in @ v)  # = L^-T (m V)
+        right = torch.linalg.solve_triangular(root_in.mT, v, upper=True).mT
+    # Columns of equal length: per-row scales of an 8-bit core_1 then waste no code on the strong ones.
+    length = left.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+    return Factors((left / length).float(), (right * length[:, None]).float(), energy.flip(0).clamp_min(0))
+
+
+@dataclass(frozen=True)
+class Interpolative:
+    """core_0 [r, in] and core_1 [out - r, r], fp32; pivot [out], int64. With z = core_0 x: y[pivot[:r]] = z and
+    y[pivot[r:]] = core_1 z."""
+
+    core_0: torch.Tensor
+    core_1: torch.Tensor
+    pivot: torch.Tensor
+
+
+def interpolate(left: torch.Tensor, right: torch.Tensor, *, bound: float = SWAP_BOUND) -> Interpolative:
+    """The product left @ right, [out, r] @ [r, in], r < out, with r of its rows as the first core: the same matrix in
+    r (in + out - r) numbers instead of r (in + out).
+
+    A rank-r matrix is fixed by any r independent rows, and every other row is a combination of those, so nothing is
+    lost (Cheng, Gimbutas, Martinsson and Rokhlin, "On the compression of low rank matrices", 2005). Which rows is a
+    question of rounding: the pivots of LU, then swaps until no coefficient in core_1 exceeds `bound` in magnitude
+    (Goreinov, Oseledets, Savostyanov, Tyrtyshnikov and Zamarashkin, "How to find a good submatrix", 2010), which keeps
+    the noise of an 8-bit core_0 from being amplified. Swaps end because each multiplies the volume of the pivot rows by
+    more than `bound`.
+
+    Raises ValueError when left's columns are linearly dependent: lower the rank.
+    """
+    out, rank = left.shape
+    left = left.to(torch.float64)
+    lu, swaps, info = torch.linalg.lu_factor_ex(left)
+    if int(info) != 0:
+        raise ValueError(f"rank {rank} exceeds the rank of the factors")
+    pivot = _permutation(swaps, out)
+    lower, rest = lu[:rank], lu[rank:]
+    coefficients = torch.linalg.solve_triangular(lower, rest, upper=False, left=False, unitriangular=True)
+    if _swap_large(coefficients, pivot, bound):
+        chosen = left[pivot[:rank]]  # solved anew: the updates have gathered rounding
+        coefficients = torch.linalg.solve(chosen, left[pivot[rank:]], left=False)
+    core_0 = left[pivot[:rank]] @ right.to(torch.float64)
+    return Interpolative(core_0.float(), coefficients.float(), pivot)
+
+
+def _permutation(swaps: torch.Tensor, size: int) -> torch.Tensor:
+    """LAPACK's row interchanges (1-based, in order) as a permutation of `size` rows."""
+    order = list(range(size))
+    for i, j in enumerate(swaps.tolist()):
+        order[i], order[j - 1] = order[j - 1], order[i]
+    return torch.tensor(order, device=swaps.device)
+
+
+def _swap_large(b: torch.Tensor, pivot: torch.Tensor, bound: float) -> int:
+    """Exchange pivot rows for others, updating the coefficients `b` [out - r, r] and `pivot` in place, until no entry
+    of `b` exceeds `bound`. Returns the number of swaps."""
+    rank = b.shape[1]
+    count = 0
+    while b.numel():
+        flat = int(b.abs().argmax())
+        i, j = divmod(flat, rank)
+        p = float(b[i, j])
+        if abs(p) <= bound:
+            break
+        column, row = b[:, j].clone(), b[i].clone()
+        column[i] += 1
+        row[j] -= 1
+        b.addr_(column, row, alpha=-1 / p)
+        pivot[j], pivot[rank + i] = pivot[rank + i].clone(), pivot[j].clone()
+        count += 1
+    return count

@@ -1,0 +1,76 @@
+"""What a compression did: kept beside the weights as slim_report.json."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One factorized module. `rank` is None where it stayed dense. `relative_error`: squared error of the outputs over their
+    square, in the whitened metric of the calibration and before rounding to the store."""
+
+    name: str
+    kind: str
+    rank: int | None
+    out_features: int
+    in_features: int
+    parameters: int
+    nbytes: int
+    relative_error: float
+    calibrated: bool  # whether the calibration text reached it; otherwise its error is that of the plain weight
+
+
+@dataclass
+class Report:
+    """The whole run. Bytes are on disk; a "dense" byte count takes two bytes (bf16) for each parameter.
+
+    `seconds`: wall time by stage. `keep_parameters` and `keep_bytes` are of the factorized modules alone; the totals are of
+    the checkpoint with embedding, head and norms.
+    """
+
+    source: str
+    source_sha256: dict[str, str]
+    options: dict[str, Any]
+    calibration: dict[str, Any]
+    versions: dict[str, str]
+    modules: list[ModuleReport] = field(default_factory=list)
+    dense_parameters: int = 0
+    parameters: int = 0
+    dense_bytes: int = 0
+    bytes: int = 0
+    total_dense_parameters: int = 0
+    total_parameters: int = 0
+    total_dense_bytes: int = 0
+    total_bytes: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def keep_parameters(self) -> float:
+        """Stored parameters of the factorized modules over their dense count."""
+        return self.parameters / self.dense_parameters
+
+    @property
+    def keep_bytes(self) -> float:
+        """Stored bytes of the factorized modules over their bytes in bf16."""
+        return self.bytes / self.dense_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, keep included."""
+        return {"keep": {"parameters": self.keep_parameters, "bytes": self.keep_bytes}, **asdict(self)}
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        dense = sum(m.rank is None for m in self.modules)
+        unreached = sum(not m.calibrated for m in self.modules)
+        lines = [
+            f"{len(self.modules)} linear layers, {dense} of them left dense"
+            + (f", {unreached} not reached by the calibration text" if unreached else ""),
+            f"their parameters  {self.dense_parameters:>14,} -> {self.parameters:>14,}   keep {self.keep_parameters:.3f}",
+            f"their bytes       {self.dense_bytes:>14,} -> {self.bytes:>14,}   keep {self.keep_bytes:.3f} of bf16",
+            f"whole checkpoint  {self.total_dense_bytes:>14,} -> {self.total_bytes:>14,} bytes, "
+            f"{self.total_bytes / self.total_dense_bytes:.3f} of bf16",
+            "seconds           " + ", ".join(f"{stage} {took:.1f}" for stage, took in self.seconds.items()),
+        ]
+        return "\n".join(lines)
