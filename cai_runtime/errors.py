@@ -96,6 +96,10 @@ class KernelError(CaiError):
     """A kernel backend is missing or refuses its arguments."""
 
 
+class BenchmarkError(CaiError):
+    """A measurement can't be made as asked, or failed."""
+
+
 class EngineError(CaiError):
     """Base of what a running engine raises for one request."""
 

@@ -1,0 +1,103 @@
+"""`cai`: one file per command, each with `HELP`, `add_arguments(parser)` and `run(args) -> exit status`.
+
+Only the chosen command's module is imported, so that `cai --help` starts at once. The commands are listed here, with
+their help, rather than found by reading the package; `tests/cli/test_main.py` holds the list against the files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS = {
+    "pull": "fetch a model into the cache, or into a directory, in Hugging Face layout",
+    "compress": "make a slim checkpoint of a dense one",
+    "inspect": "show what a checkpoint holds: kind, rank, parameters, bytes and keep per module",
+    "chat": "talk to a model in the terminal",
+    "complete": "continue a text",
+    "models": "list the catalogue and the models on this machine",
+    "bench": "measure the speed of a checkpoint, alone or beside other engines",
+    "demo": "fetch a small model, compress it, chat with it and show what that saved",
+    "env": "show versions, devices, kernels and settings",
+}
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+PIPE_CLOSED = 141  # 128 + SIGPIPE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (default: this process's) and return its exit status.
+
+    A CaiError, those of the API among them, is printed as `error: ...` on stderr and gives 1; Ctrl-C gives 130; a
+    reader that went away (`cai models | head -1`) gives 141 and no message. Usage errors and `--help` raise SystemExit,
+    as argparse does.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    from cai_runtime.errors import CaiError
+
+    try:
+        status = _run(arguments)
+        sys.stdout.flush()
+        return status
+    except CaiError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more at exit; that must not fail again.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] not in COMMANDS:
+        _top_parser().parse_args(arguments or ["--help"])
+        return 0  # not reached: without a command, argparse prints help or an error and exits
+    name, *rest = arguments
+    command = import_module(f"cai_runtime.cli.{name}")
+    parser = argparse.ArgumentParser(prog=f"cai {name}", description=command.__doc__, formatter_class=_Formatter)
+    command.add_arguments(parser)
+    # Intermixed: options may stand anywhere among MODEL and PROMPT.
+    return command.run(parser.parse_intermixed_args(rest))
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of docstrings."""
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cai",
+        description="In-process inference for language models stored as tensor-network factors.",
+        epilog="`cai COMMAND --help` explains a command.",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, text in COMMANDS.items():
+        commands.add_parser(name, help=text)
+    return parser
+
+
+class _Version(argparse.Action):
+    """Like argparse's own, but the version is looked up only when asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"cai_runtime {version_of('cai-runtime')}")
+        parser.exit()
+
+
+def version_of(distribution: str) -> str | None:
+    """The installed version of a distribution, without importing it; None when it is not installed."""
+    from importlib import metadata
+
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,74 @@
+"""What a measurement was made on and with: machine and versions. Light to import."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+DISTRIBUTIONS = {
+    "cai_runtime": "cai-runtime",
+    "torch": "torch",
+    "transformers": "transformers",
+    "triton": "triton",
+    "tvm-ffi": "apache-tvm-ffi",
+    "openai": "openai",
+}
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, memory in bytes and system of this machine, for `cai env` and beside figures; no device is touched."""
+    return {
+        "cpu": cpu_name(),
+        "cpu_threads": os.cpu_count() or 1,
+        "usable_threads": usable_threads(),
+        "last_level_cache_bytes": last_level_cache(),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "system": platform.platform(),
+        "architecture": platform.machine(),
+    }
+
+
+def usable_threads() -> int:
+    """Hardware threads that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists() and (found := re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)):
+        return found[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache of the first processor; 0 where the system does not say."""
+    sizes = [0]
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text().strip()
+        if found := re.fullmatch(r"(\d+)([KM]?)", text):
+            sizes.append(int(found[1]) << {"": 0, "K": 10, "M": 20}[found[2]])
+    return max(sizes)
+
+
+def describe_gpus() -> list[dict[str, Any]]:
+    """Name, compute capability and memory in bytes of every GPU that torch sees. Imports torch."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"{properties.major}.{properties.minor}"
+        found.append({"name": properties.name, "capability": capability, "memory_bytes": properties.total_memory})
+    return found
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions, by name; None for what is not installed. Imports none of them."""
+    from cai_runtime.cli import version_of
+
+    return {"python": platform.python_version(), **{name: version_of(dist) for name, dist in DISTRIBUTIONS.items()}}

@@ -1,0 +1,80 @@
+"""Figures as a table for people and as JSON for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cai_runtime.bench.run import DecodeReport
+
+
+def aligned(table: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> list[str]:
+    """Lines of a table whose columns are padded to one width; those in `right` are flush right."""
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    return [
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]
+
+
+def figure(value: float | None, digits: int = 1) -> str:
+    """A number for a table; "-" for None."""
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def format_decode(report: DecodeReport) -> str:
+    """The table that `cai bench decode` prints."""
+    header = ("engine", "weights", "batch", "decode tok/s", "ms/step", "GB/s", "of floor")
+    header += ("first token ms", "prefill tok/s")
+    ours = {r.batch: r.decode_tokens_per_s for r in report.results if r.engine == "cai_runtime"}
+    with_peers = any(r.engine != "cai_runtime" for r in report.results)
+    table: list[Sequence[str]] = [(*header, "cai_runtime is") if with_peers else header]
+    for r in report.results:
+        fraction = r.floor_fraction(report.bandwidth)
+        row: tuple[str, ...] = (
+            r.engine,
+            r.weights,
+            str(r.batch),
+            figure(r.decode_tokens_per_s),
+            figure(r.step_ms, 2),
+            figure(r.gb_per_s),
+            "-" if fraction is None else f"{fraction:.0%}",
+            figure(r.first_token_ms),
+            figure(r.prefill_tokens_per_s),
+        )
+        if with_peers:
+            mine = ours.get(r.batch)
+            known = r.engine != "cai_runtime" and mine and r.decode_tokens_per_s
+            row += (f"{mine / r.decode_tokens_per_s:.2f} x" if known else "",)  # type: ignore[operator]
+        table.append(row)
+    s = report.settings
+    lines = [
+        f"decode of {report.checkpoint} on {report.device}: {report.machine['cpu']}, {s['threads']} threads, "
+        f"reads {report.bandwidth / 1e9:.1f} GB/s",
+        f"prompts of {s['prompt_tokens']} tokens, {s['tokens']} tokens each, greedy; median of {s['repeats']} repeats",
+        "",
+        *aligned(table, right=range(2, len(table[0]))),
+    ]
+    if any(r.decode_tokens_per_s is None for r in report.results):
+        lines += ["", "-: less than the noise of this machine; raise --tokens"]
+    return "\n".join(lines)
+
+
+def decode_json(report: DecodeReport) -> dict[str, Any]:
+    """The same and more, for a file."""
+    return {
+        "benchmark": "decode",
+        "date": report.date,
+        "checkpoint": report.checkpoint,
+        "peers": report.peers,
+        "device": report.device,
+        "machine": report.machine,
+        "versions": report.versions,
+        "settings": report.settings,
+        "bandwidth_gb_per_s": report.bandwidth / 1e9,
+        "results": [result.to_json(report.bandwidth) for result in report.results],
+    }

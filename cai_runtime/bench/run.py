@@ -1,0 +1,148 @@
+"""Runs the decode benchmark: bandwidth, our engine, peers if wanted, bandwidth again; one process at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from cai_runtime.bench.child import run_child
+from cai_runtime.bench.decode import DecodeResult, DecodeSettings, kv_elements
+from cai_runtime.bench.machine import describe_machine, usable_threads, versions
+from cai_runtime.errors import BenchmarkError
+
+SAME = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The same model for other engines: a GGUF file for llama.cpp, a dense directory for transformers."""
+
+    gguf: Path
+    dense: Path
+
+
+@dataclass(frozen=True)
+class DecodeReport:
+    """All results of a run. bandwidth: bytes per second, the higher of the measurements at its start and its end."""
+
+    checkpoint: str
+    peers: dict[str, str]
+    device: str
+    date: str
+    machine: dict[str, Any]
+    versions: dict[str, str | None]
+    settings: dict[str, Any]
+    bandwidth: float
+    results: list[DecodeResult]
+
+
+def bench_decode(
+    checkpoint: str | Path,
+    *,
+    batches: Sequence[int] = (1, 8, 32),
+    tokens: int = 64,
+    prompt_tokens: int = 64,
+    repeats: int = 3,
+    threads: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    peers: Peers | None = None,
+    progress: bool | None = None,
+) -> DecodeReport:
+    """Measure the decode speed of a checkpoint directory; `decode.py` says what is measured.
+
+    threads: of the CPU, default those that this process may use. peers: also measure llama.cpp at every batch size (on
+    the CPU only) and transformers, in fp32 and bf16, at batch 1: it has no continuous batching.
+
+    Raises BenchmarkError: an argument is out of range, a measurement failed, or the peers' model is another one;
+    CheckpointError.
+    """
+    from cai_runtime.progress import progress_bar
+    from cai_runtime.slim.reader import Checkpoint
+
+    path = Path(checkpoint).expanduser().absolute()
+    threads = usable_threads() if threads is None else threads
+    check_at_least(2, tokens=tokens)
+    check_at_least(1, batch=min(batches, default=0), prompt_tokens=prompt_tokens, repeats=repeats, threads=threads)
+    with Checkpoint.open(path) as opened:
+        config = opened.config
+    if peers is not None:
+        check_peers(config, peers)
+    base = DecodeSettings(
+        batch=1,
+        tokens=tokens,
+        prompt_tokens=prompt_tokens,
+        repeats=repeats,
+        threads=threads,
+        vocab_size=int(config["vocab_size"]),
+        kv_elements=kv_elements(config),
+        dtype=dtype,
+    )
+    with progress_bar("measure", total=None, unit="run", show=progress) as bar:
+
+        def child(label: str, job: dict[str, Any]) -> Any:
+            bar.set_postfix_str(label)
+            result = run_child(job, threads=threads)
+            bar.update()
+            return result
+
+        before = child("bandwidth", {"do": "bandwidth", "device": device})
+        base = replace(base, device=before["device"])
+        planned = list(subjects(path, base, batches, peers))
+        bar.total = len(planned) + 2
+        results = []
+        for subject, where, settings in planned:
+            job = {"do": "decode", "subject": subject, "path": str(where), "settings": asdict(settings)}
+            results.append(DecodeResult(**child(f"{subject}, batch {settings.batch}", job)))
+        after = child("bandwidth", {"do": "bandwidth", "device": device})
+    settings = {key: value for key, value in asdict(base).items() if key not in ("batch", "device")}
+    return DecodeReport(
+        checkpoint=str(path),
+        peers={} if peers is None else {"gguf": str(peers.gguf), "dense": str(peers.dense)},
+        device=base.device,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=describe_machine(),
+        versions=versions(),
+        settings={**settings, "batches": list(batches)},
+        bandwidth=max(before["bytes_per_s"], after["bytes_per_s"]),
+        results=results,
+    )
+
+
+def subjects(
+    path: Path, base: DecodeSettings, batches: Sequence[int], peers: Peers | None
+) -> Iterator[tuple[str, Path, DecodeSettings]]:
+    """What is measured, in order: ours and llama.cpp in turn at each batch size, so that a machine that slows down or
+    speeds up does it to both."""
+    for batch in batches:
+        yield "cai_runtime", path, replace(base, batch=batch)
+        if peers is not None and base.device == "cpu":
+            yield "llama.cpp", peers.gguf, replace(base, batch=batch)
+    if peers is not None:
+        for dtype in ("float32", "bfloat16"):
+            yield "transformers", peers.dense, replace(base, batch=1, dtype=dtype)
+
+
+def check_at_least(minimum: int, **counts: int) -> None:
+    for name, count in counts.items():
+        if count < minimum:
+            raise BenchmarkError(f"{name} is {count}; it must be at least {minimum}")
+
+
+def check_peers(config: dict[str, Any], peers: Peers) -> None:
+    """Raise BenchmarkError unless the peers are installed and have the same architecture as `config`."""
+    from cai_runtime.slim.reader import read_json
+
+    if find_spec("xllamacpp") is None:
+        raise BenchmarkError("llama.cpp is not installed: pip install 'cai-runtime[peers]'")
+    other = read_json(peers.dense / "config.json")
+    for key in SAME:
+        if config.get(key) != other.get(key):
+            raise BenchmarkError(
+                f"the peers' model is another one: {key} is {other.get(key)} in {peers.dense} and {config.get(key)} in "
+                "the checkpoint; name its source with --peers-model"
+            )

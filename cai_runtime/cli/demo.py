@@ -1,0 +1,244 @@
+"""Fetch a small model, compress it, open the slim checkpoint, answer a question, and show what that saved.
+
+The slim checkpoint and its perplexity are kept in the cache, so that a second run opens it at once; `cai chat` without
+a model then talks to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cai_runtime.client import Client
+
+HELP = "fetch a small model, compress it, chat with it and show what that saved"
+MODEL = "smollm2-135m-instruct"
+QUESTION = "Why is the sky blue?"
+# The smallest of the round settings whose answers read as sense on SmolLM2-135M without any healing.
+KEEP, STORE = 0.9, "int8"
+KIND, ALLOCATION = "interpolative", "pooled"
+EVALUATED_TOKENS = 4096
+MAX_TOKENS = 128
+RESULT_FILE = "demo.json"
+DEMO_VERSION = 1  # part of the cached checkpoint's identity: raise it when what is cached changes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from cai_runtime.slim.spec import STORES
+
+    parser.add_argument("--model", default=MODEL, metavar="SOURCE", help=f"as for `cai pull`; default: {MODEL}")
+    parser.add_argument(
+        "--keep", type=float, default=KEEP, help=f"parameters kept of the linear layers' count; default: {KEEP}"
+    )
+    parser.add_argument("--store", default=STORE, choices=sorted(STORES), help=f"of the weights; default: {STORE}")
+    parser.add_argument("--question", default=QUESTION, help=f"default: {QUESTION}")
+    parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, metavar="N", help=f"default: {MAX_TOKENS}")
+    parser.add_argument("--force", action="store_true", help="compress and evaluate again")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def run(args: argparse.Namespace) -> int:
+    from cai_runtime.bench.machine import usable_threads
+    from cai_runtime.convert.sources import pull
+
+    def say(text: str = "", end: str = "\n") -> None:
+        if not args.json:
+            print(text, end=end, flush=True)
+
+    start = time.perf_counter()
+    say(f"{args.model}: {KIND} cores at keep {args.keep:g}, ranks {ALLOCATION}, stored as {args.store}")
+    original = pull(args.model)
+    made = slim_checkpoint(original, keep=args.keep, store=args.store, force=args.force)
+    say(f"original: {original}\nslim:     {made.path}")
+    if made.new:
+        stages = ", ".join(f"{stage} {took:.0f} s" for stage, took in made.seconds.items())
+        say(f"made just now ({stages}); the next run opens it at once")
+    from cai_runtime.client import Client
+
+    imported = import_libraries()
+    with Client(made.path) as client:
+        say(f"\n> {args.question}")
+        answer = ask(client, args.question, args.max_tokens, say)
+    say("\n")
+    result = {
+        "model": args.model,
+        "kind": KIND,
+        "allocation": ALLOCATION,
+        "keep": args.keep,
+        "store": args.store,
+        "original": sizes(original) | {"path": str(original), "perplexity": made.perplexity_original},
+        "slim": sizes(made.path) | {"path": str(made.path), "perplexity": made.perplexity_slim},
+        "evaluated_tokens": made.evaluated_tokens,
+        "compressed_now": made.new,
+        "import_s": imported,
+        "threads": usable_threads(),
+        **asdict(answer),
+        "total_s": time.perf_counter() - start,
+    }
+    print(json.dumps(result, indent=2) if args.json else format_result(result))
+    return 0
+
+
+@dataclass(frozen=True)
+class Made:
+    """A slim checkpoint in the cache. `seconds`: by stage, when it was made. `new`: whether that was just now."""
+
+    path: Path
+    new: bool
+    seconds: dict[str, float]
+    perplexity_original: float
+    perplexity_slim: float
+    evaluated_tokens: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said, and how fast. Times in seconds.
+
+    load_s: opening the checkpoint, to the moment when the request was accepted. first_token_s: from there to the first
+    text. tokens_per_s: of the tokens after the first; None if there were none.
+    """
+
+    answer: str
+    tokens: int
+    load_s: float
+    first_token_s: float
+    tokens_per_s: float | None
+
+
+def slim_checkpoint(original: Path, *, keep: float, store: str, force: bool = False) -> Made:
+    """The compressed form of `original`, from the cache or made now, with both perplexities."""
+    from cai_runtime.cli import version_of
+    from cai_runtime.convert.cache import entry
+    from cai_runtime.slim.spec import FORMAT_VERSION
+
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(original)]
+    versions = f"format {FORMAT_VERSION} cai-runtime {version_of('cai-runtime')} demo {DEMO_VERSION}"
+    identity = f"{original} {files} {KIND} {ALLOCATION} keep {keep} store {store} {versions}"
+    new = False
+
+    def build(directory: Path) -> None:
+        nonlocal new
+        new = True
+        from cai_runtime.compress import compress
+
+        start = time.perf_counter()
+        compress(original, directory / "model", keep=keep, store=store, kind=KIND, allocation=ALLOCATION)
+        compressed = time.perf_counter()
+        found = perplexities(original, directory / "model")
+        seconds = {"compress": compressed - start, "evaluate": time.perf_counter() - compressed}
+        (directory / RESULT_FILE).write_text(json.dumps({**found, "seconds": seconds}))
+
+    name = f"{original.name.rpartition('-')[0] or original.name}-keep{keep:g}-{store}"
+    directory = entry("demo", name, identity, build, force=force)
+    return Made(path=directory / "model", new=new, **json.loads((directory / RESULT_FILE).read_text()))
+
+
+def weight_files(directory: Path) -> list[Path]:
+    return [*sorted(directory.glob("*.safetensors")), directory / "config.json"]
+
+
+def perplexities(original: Path, slim: Path) -> dict[str, Any]:
+    """Of both models on the first tokens of the articles that calibration and tuning have not seen."""
+    from cai_runtime.compress.evaluate import dense_reference, perplexity, slim_as_transformers
+    from cai_runtime.convert.texts import split_articles, wikipedia_articles
+    from cai_runtime.engine.open import load_tokenizer
+
+    text = "\n\n".join(split_articles(wikipedia_articles()).test)
+    # Tokens are a few characters long: no need to tokenize megabytes.
+    token_ids = load_tokenizer(original)(text[: 20 * EVALUATED_TOKENS])["input_ids"][:EVALUATED_TOKENS]
+    before = perplexity(dense_reference(original), token_ids)
+    after = perplexity(slim_as_transformers(slim), token_ids)
+    return {"perplexity_original": before, "perplexity_slim": after, "evaluated_tokens": len(token_ids)}
+
+
+def import_libraries() -> float:
+    """Seconds that importing the heavy libraries takes, apart from the time to load a checkpoint."""
+    start = time.perf_counter()
+    import torch  # noqa: F401
+    from transformers import PreTrainedTokenizerFast  # noqa: F401
+
+    return time.perf_counter() - start
+
+
+def ask(client: Client, question: str, max_tokens: int, say: Any) -> Answer:
+    """Stream the greedy answer through `say`, and time it."""
+    start = time.perf_counter()
+    stream = client.chat.completions.create(
+        messages=[{"role": "user", "content": question}],
+        temperature=0,
+        max_tokens=max_tokens,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    loaded = time.perf_counter()
+    first = last = None
+    answer, tokens = "", 0
+    with stream:
+        for chunk in stream:
+            if chunk.usage is not None:
+                tokens = chunk.usage.completion_tokens
+            text = chunk.choices[0].delta.content if chunk.choices else None
+            if text:
+                last = time.perf_counter()
+                first = first or last
+                answer += text
+                say(text, end="")
+    decoding = (last or loaded) - (first or loaded)
+    return Answer(
+        answer=answer,
+        tokens=tokens,
+        load_s=loaded - start,
+        first_token_s=(first or time.perf_counter()) - loaded,
+        tokens_per_s=(tokens - 1) / decoding if tokens > 1 and decoding > 0 else None,
+    )
+
+
+def sizes(directory: Path) -> dict[str, int]:
+    """Parameters, bytes on disk, and what the parameters would take in bf16."""
+    from cai_runtime.slim.inspect import inspect_checkpoint
+
+    found = inspect_checkpoint(directory)
+    return {"parameters": found.parameters, "bytes": found.nbytes, "bf16_bytes": 2 * found.parameters}
+
+
+def format_result(result: dict[str, Any]) -> str:
+    """The table at the end."""
+    from cai_runtime.bench.report import aligned, figure
+
+    before, after = result["original"], result["slim"]
+
+    def pair(of_original: str, of_slim: str) -> tuple[str, str]:
+        return f"{before[of_original] / 1e6:,.1f} MB", f"{after[of_slim] / 1e6:,.1f} MB"
+
+    def ratio(name: str, reference: str) -> str:
+        return f"{after[name] / before[reference]:.2f} x"
+
+    comparison = [
+        ("", "original", "slim", ""),
+        ("parameters", f"{before['parameters']:,}", f"{after['parameters']:,}", ratio("parameters", "parameters")),
+        ("bytes (original as bf16)", *pair("bf16_bytes", "bytes"), ratio("bytes", "bf16_bytes")),
+        ("bytes (files as they are)", *pair("bytes", "bytes"), ratio("bytes", "bytes")),
+        (
+            f"perplexity ({result['evaluated_tokens']:,} tokens of Wikipedia)",
+            figure(before["perplexity"], 2),
+            figure(after["perplexity"], 2),
+            ratio("perplexity", "perplexity"),
+        ),
+    ]
+    speed = [
+        ("import of torch and transformers", f"{result['import_s']:.2f} s"),
+        ("load of the slim checkpoint", f"{result['load_s']:.2f} s"),
+        ("time to first token", f"{result['first_token_s'] * 1e3:.0f} ms"),
+        ("decode", f"{figure(result['tokens_per_s'])} tokens/s on {result['threads']} CPU threads"),
+        ("everything", f"{result['total_s']:.1f} s"),
+    ]
+    # One table's first column as wide as the other's, so that they read as one.
+    width = max(len(row[0]) for row in (*comparison, *speed))
+    lines = aligned([(row[0].ljust(width), *row[1:]) for row in comparison], right=(1, 2, 3))
+    return "\n".join([*lines, *aligned([(row[0].ljust(width), row[1]) for row in speed])])
