@@ -25,7 +25,8 @@ def resolve_backend(name: str | None, device: torch.device | str) -> str:
         raise KernelError(f"{where} {wanted!r} is not one of {', '.join(BACKENDS)}")
     if wanted == "cpu" and device_type != "cpu":
         raise KernelError(f"the cpu kernels can't run on {device_type}; choose reference, triton or cuda")
-    if wanted in ("triton", "cuda") and device_type != "cuda":
+    interpreted = wanted == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if wanted in ("triton", "cuda") and device_type != "cuda" and not interpreted:
         raise KernelError(f"the {wanted} kernels can't run on {device_type}; choose reference or cpu")
     return wanted
 

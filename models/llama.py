@@ -16,9 +16,10 @@ import torch
 from cai_runtime.errors import InvalidConfigError, UnsupportedModelError
 from cai_runtime.kernels.attention import AttentionBatch, HeadLayout
 from cai_runtime.kernels.slim_linear import PreparedLinear
-from cai_runtime.layers.linear import WeightLoader, require
+from cai_runtime.layers.linear import WeightLoader
 from cai_runtime.layers.ops import Attention, Layers, Ops, make_ops
 from cai_runtime.layers.rotary import RopeConfig, cos_sin_table
+from cai_runtime.models.config import number, whole
 
 
 @dataclass(frozen=True)
@@ -37,26 +38,26 @@ class LlamaConfig:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> LlamaConfig:
         """Raises InvalidConfigError for a missing or impossible value, UnsupportedModelError for an option not here."""
-        config = dict(config)
         activation = config.get("hidden_act", "silu")
         if activation not in ("silu", "swish"):
             raise UnsupportedModelError(f"llama with hidden_act {activation!r}: only silu is supported")
-        hidden = int(require(config, "hidden_size", int))
-        query_heads = int(require(config, "num_attention_heads", int))
-        kv_heads = int(config.get("num_key_value_heads") or query_heads)
-        head_dim = int(config.get("head_dim") or hidden // max(query_heads, 1))
-        if query_heads < 1 or kv_heads < 1 or query_heads % kv_heads or head_dim < 2:
+        hidden = whole(config, "hidden_size")
+        query_heads = whole(config, "num_attention_heads")
+        kv_heads = whole(config, "num_key_value_heads", query_heads)
+        head_dim = whole(config, "head_dim", hidden // query_heads)
+        if query_heads % kv_heads or head_dim < 2:
             raise InvalidConfigError(
-                f"config.json: {query_heads} query heads, {kv_heads} key/value heads and head_dim {head_dim} do not fit"
+                f"{query_heads} query heads, {kv_heads} key/value heads and head_dim {head_dim} do not fit",
+                file="config.json",
             )
         rope = RopeConfig.from_config(config, head_dim)
         return cls(
-            vocab_size=int(require(config, "vocab_size", int)),
+            vocab_size=whole(config, "vocab_size"),
             hidden_size=hidden,
-            intermediate_size=int(require(config, "intermediate_size", int)),
-            layers=int(require(config, "num_hidden_layers", int)),
+            intermediate_size=whole(config, "intermediate_size"),
+            layers=whole(config, "num_hidden_layers"),
             heads=HeadLayout(query_heads, kv_heads, head_dim, rope.rotary_dim),
-            norm_eps=float(require({"rms_norm_eps": 1e-6, **config}, "rms_norm_eps", float)),
+            norm_eps=number(config, "rms_norm_eps", 1e-6),
             rope=rope,
             tied=bool(config.get("tie_word_embeddings", False)),
         )

@@ -16,6 +16,7 @@ from typing import Any
 
 from cai_runtime.api.errors import BadRequestError, InternalServerError, NotFoundError, as_api_errors
 from cai_runtime.convert.named import NAMED
+from cai_runtime.convert.sources import pulled
 from cai_runtime.home import cai_home
 from cai_runtime.models.catalog import catalog
 
@@ -105,11 +106,11 @@ class ModelHost:
         directory = Path(name).expanduser()
         if directory.is_dir():
             return ResolvedModel(name, directory.absolute())
-        if name in NAMED:  # a client never downloads by itself
-            raise _not_found(
-                f"'{name}' is a model to fetch: run `cai pull {name}` and give the directory that it prints, as "
-                f"`model` or with Client(models={{{name!r}: directory}})."
-            )
+        if name in NAMED:
+            if path := pulled(name):
+                return ResolvedModel(name, path)
+            # A client never downloads by itself.
+            raise _not_found(f"'{name}' is not on this machine: fetch it with `cai pull {name}`.")
         base = name.removesuffix("-r")
         if base != name and (base in self.registered or base in catalog()):
             raise BadRequestError(

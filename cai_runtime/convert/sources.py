@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from cai_runtime.convert.cache import copy_entry, entry, sha256_of
+from cai_runtime.convert.cache import copy_entry, damage, entry, entry_path, sha256_of
 from cai_runtime.convert.named import NAMED, Named, Place
 from cai_runtime.convert.uris import HubUri, WheelUri
 from cai_runtime.errors import CaiError, SourceError
@@ -51,6 +51,16 @@ def pull(
     else:
         found = _pull_path(text, force, progress)
     return copy_entry(found, Path(out), force=force) if out is not None else found
+
+
+def pulled(name: str) -> Path | None:
+    """The directory of a known model that was pulled before and is whole, or None. Touches no network."""
+    named = NAMED.get(name)
+    for place in named.places if named is not None and named.kind == "model" else ():
+        path = entry_path("models", *_model_identity(place))
+        if damage(path) is None:
+            return path
+    return None
 
 
 def fetch_file(
@@ -104,8 +114,7 @@ def _pull_place(place: Place, force: bool, progress: bool | None) -> Path:
             _drop_download_state(directory)
             _check_layout(directory)
 
-        name = f"{hub.repo}@{hub.revision}".replace("/", "--")
-        return entry("models", name, place.uri, download, force=force, keep_partial=True)
+        return entry("models", *_model_identity(place), download, force=force, keep_partial=True)
 
     if not place.uri.endswith(".gguf"):
         raise SourceError(f"{place.uri} is not a model: it does not end in .gguf; fetch_file gets it as a file")
@@ -115,8 +124,15 @@ def _pull_place(place: Place, force: bool, progress: bool | None) -> Path:
 
         gguf_to_hf(_fetch_place(place, force, progress), directory, progress=progress)
 
-    identity = f"{place.uri} {place.sha256} converter {CONVERTER_VERSION}"
-    return entry("models", Path(place.uri).stem, identity, convert, force=force)
+    return entry("models", *_model_identity(place), convert, force=force)
+
+
+def _model_identity(place: Place) -> tuple[str, str]:
+    """Name and identity of the cache entry that the model of a place goes to."""
+    if _names_file(place.uri):
+        return Path(place.uri).stem, f"{place.uri} {place.sha256} converter {CONVERTER_VERSION}"
+    hub = HubUri.parse(place.uri)
+    return f"{hub.repo}@{hub.revision}".replace("/", "--"), place.uri
 
 
 def _pull_path(text: str, force: bool, progress: bool | None) -> Path:

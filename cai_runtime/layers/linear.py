@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cai_runtime.errors import InvalidConfigError, TensorShapeError
+from cai_runtime.errors import TensorShapeError
 from cai_runtime.kernels.cpu_library import Arena
 from cai_runtime.kernels.slim_linear import PreparedLinear, prepare
 from cai_runtime.kernels.weights import Core, LinearWeights
@@ -107,13 +107,3 @@ class WeightLoader:
             pivot=None if w.pivot is None else w.pivot.clone(),
             bias=None if w.bias is None else w.bias.clone(),
         )
-
-
-def require(config: dict, key: str, kind: type) -> int | float:
-    """config[key] as `kind`. Raises InvalidConfigError naming the key."""
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
-        raise InvalidConfigError(
-            f"config.json: {key} must be {kind.__name__}, not {value!r}", file=str(file or "config.json")
-        )
-    return kind(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ from cai_runtime.engine.model_runner import ModelRunner
 from cai_runtime.engine.open import load_runner
 from cai_runtime.engine.runner import ScheduledSequence
 from cai_runtime.errors import InvalidConfigError, TensorShapeError, UnsupportedModelError
+
+# Under the interpreter only Triton's kernels are of interest: test_llama_interpreted.py starts such a process.
+BACKENDS = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["cpu", "reference"]
+STEPS = 3 if BACKENDS == ["triton"] else 30  # tokens decoded one at a time
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -70,7 +75,7 @@ def feed(runner: ModelRunner, ids: list[int], pages: list[int], chunks: list[int
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", OPTIONS)
 @torch.inference_mode()
 def test_logits_match_transformers(tmp_path: Path, name: str, backend: str):
@@ -78,7 +83,7 @@ def test_logits_match_transformers(tmp_path: Path, name: str, backend: str):
     runner = open_runner(tmp_path, backend=backend)
     assert runner.max_context == (192 if name == "dynamic" else 256)
     g = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, 300, (70,), generator=g).tolist()
+    ids = torch.randint(0, 300, (40 + STEPS,), generator=g).tolist()
 
     # transformers: a prompt of 40, then one token at a time, over its own cache.
     out = model(torch.tensor([ids[:40]]), use_cache=True)
@@ -87,14 +92,14 @@ def test_logits_match_transformers(tmp_path: Path, name: str, backend: str):
         out = model(torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True)
         expected.append(out.logits[0, -1])
     pages = [9, 3, 5, 11, 2]
-    ours = feed(runner, ids, pages, [40] + [1] * 30)
+    ours = feed(runner, ids, pages, [40] + [1] * STEPS)
     torch.testing.assert_close(ours, torch.stack(expected), rtol=0, atol=1e-4)
-    chunked = feed(runner, ids, [1, 4, 6, 7, 8], [7, 16, 1, 16] + [1] * 30)
+    chunked = feed(runner, ids, [1, 4, 6, 7, 8], [7, 16, 1, 16] + [1] * STEPS)
     torch.testing.assert_close(chunked[3:], ours, rtol=0, atol=0 if backend == "cpu" else 1e-4)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bf16", 6e-2), ("fp16", 6e-3)])
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @torch.inference_mode()
 def test_half_precision(tmp_path: Path, dtype: str, tolerance: float, backend: str):
     model = tiny_model(tmp_path, num_key_value_heads=2, tie_word_embeddings=True)

@@ -1,0 +1,61 @@
+"""The operations between linears on a GPU, by the Triton kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from cai_runtime.kernels.attention import AttentionBatch, HeadLayout, ReferenceKVCache, rope_kv_write_reference
+from cai_runtime.kernels.embedding import embedding_reference
+from cai_runtime.kernels.slim_linear import PreparedLinear, prepare
+from cai_runtime.kernels.weights import LinearWeights
+from cai_runtime.layers.ops import Attention, Layers
+
+
+class GpuAttention:
+    """RoPE with the cache write, then attention over pages [pages, kv_heads, page_size, head_dim]."""
+
+    def __init__(self, heads: HeadLayout, cache: ReferenceKVCache):
+        self.heads, self.cache = heads, cache
+
+    def __call__(self, qkv: torch.Tensor, batch: AttentionBatch, cos_sin: torch.Tensor, scale: float) -> torch.Tensor:
+        from cai_runtime.kernels.triton import paged_attention, rope_kv_write
+
+        heads, cache = self.heads, self.cache
+        if heads.rotary_dim == heads.head_dim:
+            rope_kv_write(
+                qkv, batch.positions, cos_sin, cache.k, cache.v, batch.slots, heads.query_heads, heads.kv_heads,
+                heads.head_dim,
+            )  # fmt: skip
+            q = qkv[:, : heads.query_width].view(-1, heads.query_heads, heads.head_dim)
+        else:  # the Triton kernel rotates whole heads
+            q = rope_kv_write_reference(qkv, batch, cos_sin, heads, cache)
+        return paged_attention(q, cache.k, cache.v, batch.query_start, batch.context_len, batch.page_table, scale)
+
+
+class GpuOps:
+    def __init__(self, backend: str, device: torch.device):
+        self._backend, self._device = backend, device
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        from cai_runtime.kernels.triton import rms_norm
+
+        return rms_norm(x, weight, eps)
+
+    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        from cai_runtime.kernels.triton import swiglu
+
+        return swiglu(gate_up)
+
+    def attention(self, heads: HeadLayout, pages: int, page_size: int, dtype: torch.dtype) -> Attention:
+        return GpuAttention(heads, ReferenceKVCache(pages, page_size, heads, dtype, self._device))
+
+    def embedding_and_head(
+        self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype
+    ) -> tuple[Callable[[torch.Tensor], torch.Tensor], PreparedLinear]:
+        core = table.cores[0]
+        return lambda ids: embedding_reference(core, ids, dtype), prepare([head or table], backend=self._backend)
+
+    def compile(self, layers: Layers, width: int) -> Layers:
+        return layers

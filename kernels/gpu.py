@@ -1,0 +1,65 @@
+"""Prepared linears for a GPU: Triton for any number of rows, CUDA C++ for decode where it is built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from cai_runtime.kernels.slim_linear import PreparedLinear, SideBySide, as_dense, contract_mpo
+from cai_runtime.kernels.weights import LinearWeights
+
+
+class TritonLinear:
+    """Members run by the Triton kernels."""
+
+    def __init__(self, members: Sequence[LinearWeights]):
+        self.members = tuple(members)
+        self.in_features = members[0].in_features
+        self.out_features = sum(w.out_features for w in members)
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        from cai_runtime.kernels.triton import grouped_linear
+
+        return grouped_linear(x, self.members, residual)
+
+
+class CudaOrTritonLinear(TritonLinear):
+    """Up to 16 rows by the CUDA kernels, more by Triton's.
+
+    The two sum in different orders, so on a GPU a row's last bits may depend on which of them its batch took.
+    """
+
+    def __init__(self, members: Sequence[LinearWeights]):
+        from cai_runtime.kernels.cuda import CudaLinear
+
+        super().__init__(members)
+        self._decode = CudaLinear(members)
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        from cai_runtime.kernels.cuda import MAX_ROWS
+
+        return self._decode(x, residual) if x.shape[0] <= MAX_ROWS else super().__call__(x, residual)
+
+
+class GpuMpo:
+    """A matrix product operator: each core is one row-wise linear."""
+
+    def __init__(self, w: LinearWeights, backend: str):
+        self.in_features, self.out_features = w.in_features, w.out_features
+        self._weights = w
+        self._cores = [prepare_linear([as_dense(c)], backend) for c in w.cores]
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        y = contract_mpo(x, self._weights, self._cores)
+        if self._weights.bias is not None:
+            y = y + self._weights.bias.to(y.dtype)
+        return y if residual is None else y + residual
+
+
+def prepare_linear(members: Sequence[LinearWeights], backend: str) -> PreparedLinear:
+    """backend: "triton" or "cuda"."""
+    if any(w.kind == "mpo" for w in members):
+        parts = [GpuMpo(w, backend) if w.kind == "mpo" else prepare_linear([w], backend) for w in members]
+        return parts[0] if len(parts) == 1 else SideBySide(parts)
+    return CudaOrTritonLinear(members) if backend == "cuda" else TritonLinear(members)

@@ -1,0 +1,32 @@
+"""Llama over the Triton kernels, interpreted on the CPU in a process of its own: triton must know before its import."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_logits_through_triton():
+    here = Path(__file__).parent
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    chosen = "test_logits_match_transformers and (gqa or biases or llama3)"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        str(here / "test_llama.py"),
+        "-k",
+        chosen,
+    ]
+    done = subprocess.run(command, env=environment, cwd=here.parents[1], capture_output=True, text=True)
+    assert done.returncode == 0 and "3 passed" in done.stdout, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
