@@ -111,23 +111,22 @@ __device__ __forceinline__ void load_widened(const T* from, float (&to)[N]) {
 
 // --------------------------------------------------------------------------------------------------- the products
 
-// Adds the products of columns [k, k + kPerVector) of four weight rows and M rows of x to sum.
-template <typename T, typename W, int M, bool kVectorized>
+// The row of x that feeds sum m. Rows beyond the last repeat it; their sums are not stored.
+template <typename T>
+__device__ __forceinline__ const T* row_of(const T* x, int64_t x_stride, int rows, int m) {
+  return x + (m < rows ? m : rows - 1) * x_stride;
+}
+
+// Adds the products of columns [k, k + kPerVector) of four weight rows and M rows of x to sum. Everything is aligned.
+template <typename T, typename W, int M>
 __device__ __forceinline__ void multiply_vector(const W* const (&w)[kRowsPerTeam], const T* x, int64_t x_stride, int rows,
-                                                int k, int cols, float (&sum)[kRowsPerTeam][M]) {
+                                                int k, float (&sum)[kRowsPerTeam][M]) {
   constexpr int kVector = Format<W>::kPerVector;
   constexpr int kMost = M > 8 ? 4 : 8;
   constexpr int kChunk = kVector < kMost ? kVector : kMost;  // columns widened at a time, to bound the registers
   Pack<W, kVector> packed[kRowsPerTeam];
 #pragma unroll
-  for (int r = 0; r < kRowsPerTeam; ++r) {
-    if constexpr (kVectorized) {
-      packed[r] = load_streaming<W, kVector>(w[r] + k);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) packed[r].at[i] = k + i < cols ? w[r][k + i] : W{};
-    }
-  }
+  for (int r = 0; r < kRowsPerTeam; ++r) packed[r] = load_streaming<W, kVector>(w[r] + k);
 #pragma unroll
   for (int chunk = 0; chunk < kVector; chunk += kChunk) {
     float weight[kRowsPerTeam][kChunk];
@@ -137,19 +136,30 @@ __device__ __forceinline__ void multiply_vector(const W* const (&w)[kRowsPerTeam
       for (int i = 0; i < kChunk; ++i) weight[r][i] = Format<W>::widen(packed[r].at[chunk + i]);
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-      // Rows beyond the last repeat it; their sums are not stored.
-      const T* row = x + (m < rows ? m : rows - 1) * x_stride + k + chunk;
       float value[kChunk];
-      if constexpr (kVectorized) {
-        load_widened<T, kChunk>(row, value);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kChunk; ++i) value[i] = k + chunk + i < cols ? Format<T>::widen(row[i]) : 0.0f;
-      }
+      load_widened<T, kChunk>(row_of(x, x_stride, rows, m) + k + chunk, value);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i)
 #pragma unroll
         for (int r = 0; r < kRowsPerTeam; ++r) sum[r][m] = fmaf(weight[r][i], value[i], sum[r][m]);
+    }
+  }
+}
+
+// The same sums in the same order, one column at a time: for the end of a row, and for rows that lie unaligned.
+template <typename T, typename W, int M>
+__device__ __forceinline__ void multiply_columns(const W* const (&w)[kRowsPerTeam], const T* x, int64_t x_stride, int rows,
+                                                 int k, int end, float (&sum)[kRowsPerTeam][M]) {
+#pragma unroll 1
+  for (; k < end; ++k) {
+    float weight[kRowsPerTeam];
+#pragma unroll
+    for (int r = 0; r < kRowsPerTeam; ++r) weight[r] = Format<W>::widen(w[r][k]);
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      const float value = Format<T>::widen(row_of(x, x_stride, rows, m)[k]);
+#pragma unroll
+      for (int r = 0; r < kRowsPerTeam; ++r) sum[r][m] = fmaf(weight[r], value, sum[r][m]);
     }
   }
 }
@@ -195,14 +205,15 @@ __global__ void __launch_bounds__(kThreads) products_kernel(const Rows<T> rows, 
   constexpr int kVector = Format<W>::kPerVector;
   const int first = thread % p.team * kVector;
   const int step = p.team * kVector;
-  if (p.vectorized) {
-    constexpr int kUnroll = M <= 2 ? 2 : 1;  // more loads in flight, where the sums leave the registers
+  const int vectors_end = p.vectorized ? p.cols - p.cols % kVector : 0;
+  int k = first;
+  constexpr int kUnroll = M <= 2 ? 2 : 1;  // more loads in flight, where the sums leave the registers
 #pragma unroll kUnroll
-    for (int k = first; k < p.cols; k += step)
-      multiply_vector<T, W, M, true>(w, x, rows.x_stride, rows.count, k, p.cols, sum);
-  } else {
-    for (int k = first; k < p.cols; k += step)
-      multiply_vector<T, W, M, false>(w, x, rows.x_stride, rows.count, k, p.cols, sum);
+  for (; k < vectors_end; k += step) multiply_vector<T, W, M>(w, x, rows.x_stride, rows.count, k, sum);
+#pragma unroll 1
+  for (; k < p.cols; k += step) {
+    const int end = k + kVector < p.cols ? k + kVector : p.cols;
+    multiply_columns<T, W, M>(w, x, rows.x_stride, rows.count, k, end, sum);
   }
 
 #pragma unroll
@@ -242,7 +253,7 @@ int plan(const Rows<T>& rows, Group& group) {
     p.team = p.cols >= 2 * 32 * kVector ? kThreads : 32;
     const bool x_aligned = aligned16(rows.x + p.x_col) && rows.x_stride * sizeof(T) % 16 == 0;
     const bool w_aligned = aligned16(p.w) && p.w_stride * sizeof(W) % 16 == 0;
-    p.vectorized = x_aligned && w_aligned && p.cols % kVector == 0;
+    p.vectorized = x_aligned && w_aligned;
     p.first_block = blocks;
     const int rows_per_block = kThreads / p.team * kRowsPerTeam;
     blocks += (p.rows + rows_per_block - 1) / rows_per_block;

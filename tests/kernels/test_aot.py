@@ -1,0 +1,48 @@
+"""The ahead-of-time check itself: one kernel per vendor here; CI runs all of `python -m cai_runtime.kernels.triton.aot`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("kernels are interpreted here, not compiled", allow_module_level=True)
+
+from cai_runtime.kernels.triton import aot
+
+
+def case(name: str) -> aot.Case:
+    return next(c for c in aot.cases() if c.name == name)
+
+
+def test_decode_kernels_compile_without_spills():
+    for target in ("sm_90", "gfx942"):
+        outcome = aot.compile_case(case("products decode x3 bfloat16 int8"), target)
+        assert outcome.problems == [] and outcome.spilled == 0 and outcome.registers > 0 and outcome.shared > 0
+
+
+def test_attention_compiles_for_blackwell():
+    assert aot.compile_case(case("attention decode bfloat16 D=128"), "sm_100").problems == []
+
+
+def test_products_that_would_break_batch_invariance_are_found():
+    """A tile of 64 rows makes Hopper use wgmma."""
+    good = case("products prefill x1 bfloat16 bfloat16")
+    bad = dataclasses.replace(good, constants=good.constants | {"BLOCK_M": 64})
+    outcome = aot.compile_case(bad, "sm_90")
+    assert any("wgmma" in problem for problem in outcome.problems)
+
+
+def test_spills_of_decode_kernels_are_found():
+    good = case("attention decode float32 D=64")
+    bad = dataclasses.replace(good, num_warps=1)
+    assert any("spills" in problem for problem in aot.compile_case(bad, "sm_90").problems)
+
+
+def test_unknown_target_is_refused(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        aot.main(["--targets", "sm_7"])
+    assert "unknown target sm_7" in capsys.readouterr().err

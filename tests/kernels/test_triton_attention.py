@@ -1,0 +1,158 @@
+"""Triton paged attention against float64: interpreted on the CPU, or compiled where there is a GPU."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("test_triton_interpreted.py runs these with TRITON_INTERPRET=1", allow_module_level=True)
+
+from cai_runtime.errors import KernelError
+from cai_runtime.kernels import triton as backend
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@dataclass
+class Batch:
+    """Sequences of (new tokens, context length) over shuffled pages; pages that nobody owns hold NaN."""
+
+    q: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    query_start: torch.Tensor
+    context_len: torch.Tensor
+    page_table: torch.Tensor
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+
+    def run(self, scale: float) -> torch.Tensor:
+        arguments = (self.q, self.k_cache, self.v_cache, self.query_start, self.context_len, self.page_table)
+        return backend.paged_attention(*arguments, scale)
+
+    def expected(self, scale: float) -> torch.Tensor:
+        out = []
+        starts = self.query_start.tolist()
+        for s, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
+            q = self.q[starts[s] : starts[s + 1]].double()
+            new, context = q.shape[0], k.shape[0]
+            group = q.shape[1] // k.shape[1]
+            k, v = (t.double().repeat_interleave(group, dim=1) for t in (k, v))
+            scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+            at = torch.arange(context, device=q.device)
+            hidden = at[None, :] > at[context - new :, None]
+            weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+            out.append(torch.einsum("hqk,khd->qhd", weights, v).reshape(new, -1))
+        return torch.cat(out)
+
+
+def batch(
+    sequences: list[tuple[int, int]],
+    heads: tuple[int, int, int],
+    page_size: int,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype | None = None,
+) -> Batch:
+    q_heads, kv_heads, dim = heads
+    counts = [-(-context // page_size) for _, context in sequences]
+    order = torch.randperm(sum(counts) + 2).tolist()
+    shape = (len(order), kv_heads, page_size, dim)
+    caches = [torch.full(shape, torch.nan, dtype=cache_dtype or dtype) for _ in range(2)]
+    table = torch.full((len(sequences), max(counts) + 1), 10**6, dtype=torch.int32)
+    kept: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    for s, (_, context) in enumerate(sequences):
+        pages = [order.pop() for _ in range(counts[s])]
+        table[s, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        for cache, side in zip(caches, kept, strict=True):
+            x = torch.randn(context, kv_heads, dim).to(cache.dtype)
+            side.append(x.to(DEVICE))
+            for p in range(context):
+                cache[pages[p // page_size], :, p % page_size] = x[p]
+    new = torch.tensor([0] + [n for n, _ in sequences]).cumsum(0).to(torch.int32)
+    q = torch.randn(int(new[-1]), q_heads + 1, dim).to(dtype)[:, :q_heads]  # rows lie apart
+    context_len = torch.tensor([c for _, c in sequences], dtype=torch.int32)
+    moved = (t.to(DEVICE) for t in (q, *caches, new, context_len, table))
+    return Batch(*moved, *kept)
+
+
+def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    assert got.isfinite().all()
+    return float((got.double() - wanted).norm() / wanted.norm())
+
+
+RAGGED = [(3, 3), (1, 70), (11, 40), (1, 1), (5, 21)]
+DECODE = [(1, 1), (1, 16), (1, 17), (1, 131)]
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("sequences", [RAGGED, DECODE, [(40, 40)]], ids=["ragged", "decode", "prompt"])
+def test_matches_float64(dtype: torch.dtype, sequences: list[tuple[int, int]]):
+    torch.manual_seed(0)
+    b = batch(sequences, (6, 2, 32), 16, dtype)
+    assert relative_error(b.run(32**-0.5), b.expected(32**-0.5)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("heads", [(1, 1, 8), (7, 1, 48), (4, 4, 20), (40, 1, 16), (2, 1, 256)])
+@pytest.mark.parametrize("page_size", [1, 5, 32])
+def test_head_counts_and_page_sizes(heads: tuple[int, int, int], page_size: int):
+    torch.manual_seed(1)
+    b = batch([(2, 9), (1, 33), (7, 7)], heads, page_size, torch.float32)
+    assert relative_error(b.run(0.3), b.expected(0.3)) < TOLERANCE[torch.float32]
+
+
+def test_cache_of_another_dtype():
+    torch.manual_seed(2)
+    b = batch(RAGGED, (4, 2, 16), 16, torch.float32, torch.bfloat16)
+    assert relative_error(b.run(0.25), b.expected(0.25)) < TOLERANCE[torch.float32]
+
+
+def test_sequences_without_new_tokens():
+    torch.manual_seed(3)
+    b = batch([(0, 5), (2, 6), (0, 0), (0, 1), (1, 3), (0, 4)], (2, 1, 16), 4, torch.float32)
+    busy = batch([(0, 0)], (2, 1, 16), 4, torch.float32)
+    keep = [1, 4]
+    expected = Batch(
+        b.q, b.k_cache, b.v_cache, torch.tensor([0, 2, 3]), b.context_len[keep], b.page_table[keep],
+        [b.keys[i] for i in keep], [b.values[i] for i in keep],
+    ).expected(0.25)  # fmt: skip
+    assert relative_error(b.run(0.25), expected) < TOLERANCE[torch.float32]
+    assert busy.run(0.25).shape == (0, 32)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter multiplies with a BLAS whose order depends on the shape")
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_bits_do_not_depend_on_chunking_or_on_the_batch(dtype: torch.dtype):
+    torch.manual_seed(4)
+    b = batch([(150, 150), (9, 77)], (6, 2, 64), 16, dtype)
+    whole = b.run(0.125)
+    for start, stop in ((0, 150), (0, 1), (149, 150), (30, 47), (100, 150)):
+        length = torch.tensor([stop], dtype=torch.int32, device=DEVICE)
+        rows = torch.tensor([0, stop - start], dtype=torch.int32, device=DEVICE)
+        alone = backend.paged_attention(b.q[start:stop], b.k_cache, b.v_cache, rows, length, b.page_table[:1], 0.125)
+        assert torch.equal(alone, whole[start:stop])
+
+
+def test_bad_arguments_are_named():
+    torch.manual_seed(5)
+    b = batch([(2, 5)], (4, 2, 8), 4, torch.float32)
+    ok = [b.q, b.k_cache, b.v_cache, b.query_start, b.context_len, b.page_table, 0.3]
+    cases = [
+        (0, b.q[0], r"q must be a tensor of shape \[M, Hq, D\]"),
+        (0, b.q[:, :3], "q's 3 heads|no multiple|not a multiple"),
+        (0, b.q.double(), "q is torch.float64"),
+        (1, b.k_cache[..., :7], "k_cache has shape"),
+        (2, b.v_cache[:, :1], "v_cache has shape"),
+        (3, b.query_start.long(), "query_start is torch.int64"),
+        (3, b.query_start[:1], "query_start has shape"),
+        (4, b.context_len.long(), "context_len is torch.int64"),
+        (5, b.page_table[0], "page_table has shape"),
+    ]
+    for at, bad, message in cases:
+        arguments = [*ok[:at], bad, *ok[at + 1 :]]
+        with pytest.raises(KernelError, match=message):
+            backend.paged_attention(*arguments)
