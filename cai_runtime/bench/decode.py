@@ -149,7 +149,7 @@ class OurEngine:
         import torch
 
         from cai_runtime.bench.machine import versions
-        from cai_runtime.engine.open import choose_dtype, open_engine
+        from cai_runtime.engine.open import PAGE_SIZE, choose_dtype, open_engine
         from cai_runtime.kernels import cpu_library
         from cai_runtime.kernels.backend import resolve_backend
         from cai_runtime.slim.reader import Checkpoint
@@ -171,7 +171,8 @@ class OurEngine:
             device=settings.device,
             dtype=settings.dtype,
             max_batch=settings.batch,
-            max_context=settings.prompt_tokens + settings.tokens,
+            # A cache has at least two pages.
+            max_context=max(settings.prompt_tokens + settings.tokens, 2 * PAGE_SIZE),
             progress=False,
             prefix_cache=False,
         )

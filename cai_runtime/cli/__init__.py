@@ -15,7 +15,7 @@ from importlib import import_module
 
 COMMANDS = {
     "pull": "fetch a model into the cache, or into a directory, in Hugging Face layout",
-    "compress": "make a slim checkpoint of a dense one",
+    "compress": "compress a model to a slim checkpoint",
     "inspect": "show what a checkpoint holds: kind, rank, parameters, bytes and keep per module",
     "chat": "talk to a model in the terminal",
     "complete": "continue a text",
