@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -140,7 +141,7 @@ def _hooks(groups: Sequence[InputGroup], inputs: dict[str, GramSum], outputs: di
             handle.remove()
 
 
-def _run(model: nn.Module, ids: torch.Tensor, gradients: bool) -> None:
+def _run(model: Any, ids: torch.Tensor, gradients: bool) -> None:
     if not gradients:
         with torch.inference_mode():
             # Without the head: its logits are not needed.

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 
 import torch
 
-DAMPING = 1e-2  # of the mean diagonal, added to it: keeps directions that the calibration text never showed
-SWAP_BOUND = 2.0  # entries of core_1 that are larger are swapped away; see `interpolate`
+# Shares of the mean diagonal that are added to it: directions that the calibration text never showed still count.
+INPUT_DAMPING = 1e-2
+OUTPUT_DAMPING = 1e-1
+SWAP_BOUND = 1.2  # entries of core_1 that are larger are swapped away; see `interpolate`
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,10 @@ class Factors:
     right: torch.Tensor
     energy: torch.Tensor
 
+    def cpu(self) -> Factors:
+        """The same on the CPU."""
+        return Factors(self.left.cpu(), self.right.cpu(), self.energy.cpu())
+
     def errors(self) -> list[float]:
         """[n + 1] floats: whitened squared error of the best approximation of rank 0, 1 .. n. Never rises; ends at 0."""
         return [*self.energy.flip(0).cumsum(0).flip(0).tolist(), 0.0]
@@ -43,40 +49,22 @@ class Factors:
         return [error / errors[0] if errors[0] > 0 else 0.0 for error in errors]
 
 
-def damped_root(gram: torch.Tensor, damping: float) -> torch.Tensor:
-    """Lower Cholesky factor, fp64, of a Gram matrix plus `damping` times its mean diagonal.
-
-    A matrix of zeros (nothing was seen) gives the identity.
-    """
+def damped(gram: torch.Tensor, damping: float = INPUT_DAMPING) -> torch.Tensor:
+    """A Gram matrix plus `damping` times its mean diagonal, fp64. Zeros (nothing was seen) become the identity."""
     gram = gram.to(torch.float64)
     mean = float(gram.diagonal().mean())
     eye = torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device)
-    if mean <= 0:
-        return eye
-    # Rounding in the accumulated Gram can leave it short of positive definite by a little: damp more until it is not.
-    for _ in range(8):
-        root, info = torch.linalg.cholesky_ex(gram + (damping * mean) * eye)
-        if int(info) == 0:
-            return root
-        damping = max(10 * damping, 1e-8)
-    return eye * mean**0.5
+    return gram + (damping * mean) * eye if mean > 0 else eye
 
 
-def factorize(
-    weight: torch.Tensor,
-    input_gram: torch.Tensor,
-    output_gram: torch.Tensor | None = None,
-    *,
-    damping: float = DAMPING,
-    output_damping: float = 0.1,
-) -> Factors:
+def factorize(weight: torch.Tensor, input_gram: torch.Tensor, output_gram: torch.Tensor | None = None) -> Factors:
     """The whitened SVD of W [out, in] in fp64, on the device of `input_gram`.
 
-    input_gram: [in, in], mean of x x^T. output_gram: [out, out], mean of g g^T, or None for the identity.
+    input_gram: [in, in], the damped mean of x x^T. output_gram: [out, out], the damped mean of g g^T; None: the identity.
     """
     w = weight.to(input_gram.device, torch.float64)
-    root_in = damped_root(input_gram, damping)
-    root_out = damped_root(output_gram, output_damping) if output_gram is not None else None
+    root_in = torch.linalg.cholesky(input_gram)
+    root_out = torch.linalg.cholesky(output_gram) if output_gram is not None else None
     scaled = root_out.mT @ w if root_out is not None else w
     m = scaled @ root_in
     # Eigenvectors of the smaller Gram matrix of m instead of an SVD of m: several times faster, and singular values
@@ -117,13 +105,14 @@ def interpolate(left: torch.Tensor, right: torch.Tensor, *, bound: float = SWAP_
     the noise of an 8-bit core_0 from being amplified. Swaps end because each multiplies the volume of the pivot rows by
     more than `bound`.
 
-    Raises ValueError when left's columns are linearly dependent: lower the rank.
     """
     out, rank = left.shape
     left = left.to(torch.float64)
     lu, swaps, info = torch.linalg.lu_factor_ex(left)
-    if int(info) != 0:
-        raise ValueError(f"rank {rank} exceeds the rank of the factors")
+    if int(info) != 0:  # dependent columns: an orthonormal basis with the same product
+        left, triangle = torch.linalg.qr(left)
+        right = triangle @ right.to(torch.float64)
+        lu, swaps, _ = torch.linalg.lu_factor_ex(left)
     pivot = _permutation(swaps, out)
     lower, rest = lu[:rank], lu[rank:]
     coefficients = torch.linalg.solve_triangular(lower, rest, upper=False, left=False, unitriangular=True)

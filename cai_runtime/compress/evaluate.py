@@ -135,7 +135,7 @@ def dense_reference(path: str | Path, *, dtype: torch.dtype = torch.float32, dev
             )
     except (OSError, ValueError, KeyError, ImportError) as e:
         raise CompressionError(f"transformers can't load {path} as a causal language model: {e}") from e
-    return model.to(device).eval().requires_grad_(False)
+    return _frozen(model, device)
 
 
 def slim_as_transformers(path: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
@@ -160,13 +160,17 @@ def slim_as_transformers(path: str | Path, *, dtype: torch.dtype = torch.float32
             state[f"{name}.weight"] = module.dense(torch.float32).to(dtype)
             if module.bias is not None:
                 state[f"{name}.bias"] = module.bias.to(dtype)
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    config: Any = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):  # only to learn the class; nothing is allocated
         architecture = type(AutoModelForCausalLM.from_config(config))
     with _no_bars():
         model = architecture.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    return _frozen(model, device)
+
+
+def _frozen(model: Any, device: str) -> Any:
     return model.to(device).eval().requires_grad_(False)
 
 

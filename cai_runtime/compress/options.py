@@ -9,7 +9,7 @@ import torch
 
 from cai_runtime.compress.allocate import Allocation
 from cai_runtime.errors import CompressionError
-from cai_runtime.slim.spec import STORES
+from cai_runtime.slim.spec import STORES, Kind
 
 KINDS = ("interpolative", "lowrank")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -21,7 +21,7 @@ class Options:
 
     keep: float
     store: str
-    kind: str
+    kind: Kind
     allocation: Allocation
     curvature: bool
     embedding_store: str

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from cai_runtime.compress.allocate import Allocation, Curve, allocate
 from cai_runtime.compress.calibrate import gather_moments
 from cai_runtime.compress.calibration import load_calibration, sample_sequences, tokenize
-from cai_runtime.compress.decompose import Factors, factorize, interpolate
+from cai_runtime.compress.cores import dense_module, factorized_module
+from cai_runtime.compress.decompose import OUTPUT_DAMPING, Factors, damped, factorize
 from cai_runtime.compress.evaluate import dense_reference
 from cai_runtime.compress.options import DTYPES, Options
 from cai_runtime.compress.report import ModuleReport, Report
@@ -27,9 +28,8 @@ from cai_runtime.compress.targets import InputGroup, find_targets, group_by_inpu
 from cai_runtime.convert.cache import sha256_of, tqdm_disable
 from cai_runtime.convert.sources import pull
 from cai_runtime.errors import CompressionError, UnsupportedModelError
-from cai_runtime.slim.module import ModuleWeights
 from cai_runtime.slim.reader import Checkpoint
-from cai_runtime.slim.spec import DENSE_REFERENCE_BYTES, STORES, ModuleSpec
+from cai_runtime.slim.spec import DENSE_REFERENCE_BYTES, STORES, Kind, ModuleSpec
 from cai_runtime.slim.writer import CheckpointWriter
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def compress(
     *,
     keep: float = 0.8,
     store: str = "int8",
-    kind: str = "interpolative",
+    kind: Kind = "interpolative",
     allocation: Allocation = "pooled",
     curvature: bool = True,
     calibration: str | Path | None = None,
@@ -142,9 +142,11 @@ def compress(
 
 @dataclass(frozen=True)
 class _Decomposed:
-    """A target's factors, on the CPU, and whether the calibration text reached it."""
+    """A target's factors, on the CPU; the damped Gram matrix of its inputs, fp32 [in, in], one for the whole group; whether
+    the calibration text reached it."""
 
     factors: Factors
+    input_gram: torch.Tensor
     calibrated: bool
 
 
@@ -197,6 +199,8 @@ def _decompose(
         if group is None:
             break
         with _timed(seconds, "decompose"):
+            gram = damped(group.input_gram)
+            kept = gram.float().cpu()
             for target in group.group.targets:
                 weight = checkpoint.tensor(f"{target.name}.weight")
                 if tuple(weight.shape) != tuple(target.module.weight.shape):
@@ -204,10 +208,9 @@ def _decompose(
                         f"{target.name} is {list(weight.shape)} on disk, {list(target.module.weight.shape)} in "
                         "transformers' model"
                     )
-                factors = factorize(weight, group.input_gram, group.output_grams.get(target.name))
-                found[target.name] = _Decomposed(
-                    Factors(factors.left.cpu(), factors.right.cpu(), factors.energy.cpu()), group.tokens > 0
-                )
+                outer = group.output_grams.get(target.name)
+                factors = factorize(weight, gram, None if outer is None else damped(outer, OUTPUT_DAMPING))
+                found[target.name] = _Decomposed(factors.cpu(), kept, group.tokens > 0)
                 bar.update()
     bar.close()
     return found
@@ -248,18 +251,24 @@ def _write(
     owned = {tensor for name in decomposed for tensor in checkpoint.module_tensors(name)}
     disable = tqdm_disable(progress)
     for name, found in tqdm(decomposed.items(), desc="write", unit="layer", disable=disable):
-        module = checkpoint.module(name)
-        spec = _add_target(writer, name, module, found.factors, ranks[name], options)
+        module, rank = checkpoint.module(name), ranks[name]
+        weight = module.dense()
+        if rank is None:
+            stored = dense_module(weight, options.store)
+        else:
+            stored = factorized_module(options.kind, weight, found.factors, rank, options.store, found.input_gram)
+        spec = stored.spec
+        writer.add_module(name, spec, stored.cores, pivot=stored.pivot, bias=module.bias)
         report.modules.append(
             ModuleReport(
                 name=name,
                 kind=spec.kind,
-                rank=ranks[name],
+                rank=rank,
                 out_features=spec.out_features,
                 in_features=spec.in_features,
                 parameters=spec.parameters,
                 nbytes=spec.nbytes,
-                relative_error=0.0 if ranks[name] is None else found.factors.relative_errors()[ranks[name] or 0],
+                relative_error=0.0 if rank is None else found.factors.relative_errors()[rank],
                 calibrated=found.calibrated,
             )
         )
@@ -288,24 +297,6 @@ def _write(
         report.total_parameters += count
         report.total_dense_bytes += count * DENSE_REFERENCE_BYTES
         report.total_bytes += nbytes
-
-
-def _add_target(
-    writer: CheckpointWriter, name: str, module: ModuleWeights, factors: Factors, rank: int | None, options: Options
-) -> ModuleSpec:
-    out, inp = factors.left.shape[0], factors.right.shape[1]
-    if rank is None:
-        spec = ModuleSpec("dense", out, inp, None, (options.store,))
-        writer.add_module(name, spec, [module.dense()], bias=module.bias)
-        return spec
-    spec = ModuleSpec(options.kind, out, inp, rank, (options.store, options.store))
-    left, right = factors.left[:, :rank], factors.right[:rank]
-    if options.kind == "lowrank":
-        writer.add_module(name, spec, [right, left], bias=module.bias)
-    else:
-        cores = interpolate(left, right)
-        writer.add_module(name, spec, [cores.core_0, cores.core_1], pivot=cores.pivot, bias=module.bias)
-    return spec
 
 
 def _embedding_names(model: Any) -> set[str]:

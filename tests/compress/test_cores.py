@@ -1,0 +1,82 @@
+"""Rounding and refitting, against brute force and against plain rounding."""
+
+import pytest
+import torch
+
+from cai_runtime.compress.cores import dense_module, factorized_module, refit
+from cai_runtime.compress.decompose import damped, factorize
+from cai_runtime.compress.rounding import round_int8
+from cai_runtime.slim.stores import dequantize, quantize
+
+
+def problem(out, inp, seed=0):
+    """A weight, and the Gram matrix of strongly correlated inputs."""
+    g = torch.Generator().manual_seed(seed)
+    mixing = (
+        torch.randn(inp, inp, generator=g, dtype=torch.float64)
+        * torch.logspace(0, -2, inp, dtype=torch.float64)[:, None]
+    )
+    x = torch.randn(800, inp, generator=g, dtype=torch.float64) @ mixing
+    return torch.randn(out, inp, generator=g), damped(x.mT @ x / 800)
+
+
+def error(weight, approximation, gram):
+    d = weight.double() - approximation.double()
+    return float(torch.trace(d @ gram @ d.mT))
+
+
+@pytest.mark.parametrize("columns", [5, 128, 200])
+def test_feedback_beats_plain_rounding_and_keeps_the_grid(columns):
+    core, gram = problem(64, columns)
+    found = round_int8(core, gram)
+    data, scale = quantize(core, "int8")
+    torch.testing.assert_close(found.scale, scale)
+    assert found.data.dtype == torch.int8 and int(found.data.abs().max()) <= 127
+    plain = error(core, dequantize(data, scale, "int8"), gram)
+    assert error(core, found.values(), gram) < 0.7 * plain
+
+
+def test_feedback_on_uncorrelated_inputs_is_plain_rounding():
+    core, _ = problem(16, 40)
+    found = round_int8(core, 3.0 * torch.eye(40, dtype=torch.float64))
+    assert torch.equal(found.data, quantize(core, "int8")[0])
+
+
+def test_refit_is_least_squares():
+    weight, gram = problem(30, 24)
+    core_0 = torch.randn(7, 24, generator=torch.Generator().manual_seed(5))
+    core_1, inner = refit(weight, core_0, gram)
+    root = torch.linalg.cholesky(gram)
+    solution = torch.linalg.lstsq((core_0.double() @ root).mT, (weight.double() @ root).mT).solution.mT
+    torch.testing.assert_close(core_1, solution, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(inner, core_0.double() @ gram @ core_0.double().mT)
+
+
+@pytest.mark.parametrize("kind", ["interpolative", "lowrank"])
+@pytest.mark.parametrize(("out", "inp"), [(60, 48), (48, 60)])
+def test_8_bits_cost_little_of_the_best_error(kind, out, inp):
+    weight, gram = problem(out, inp)
+    factors, rank = factorize(weight, gram), 30
+    made = {
+        store: factorized_module(kind, weight, factors, rank, store, gram).dense() for store in ("fp32", "bf16", "int8")
+    }
+    best = factors.errors()[rank]
+    assert error(weight, made["fp32"], gram) == pytest.approx(best, rel=1e-3)
+    assert best <= error(weight, made["bf16"], gram) < 1.05 * best
+    assert best <= error(weight, made["int8"], gram) < 1.05 * best
+
+
+def test_refitting_is_best_under_any_weighting_of_the_outputs():
+    """With curvature the factors are not plain projections of the rows, and yet refitting must not undo them."""
+    weight, gram = problem(40, 30)
+    outer = damped(problem(8, 40, seed=3)[1])
+    factors = factorize(weight, gram, outer)
+    left, right = factors.left[:, :12], factors.right[:12]
+    again, _ = refit(weight, right, gram)
+    torch.testing.assert_close(again.float(), left, rtol=1e-3, atol=1e-4 * float(left.abs().max()))
+
+
+def test_a_dense_module_is_the_weight():
+    weight, _ = problem(12, 20)
+    assert torch.equal(dense_module(weight, "fp32").dense(), weight)
+    assert float((dense_module(weight, "int8").dense() - weight).abs().max()) <= float(weight.abs().max()) / 254
