@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     say(f"{args.model}: {KIND} cores at keep {args.keep:g}, ranks {ALLOCATION}, stored as {args.store}")
     original = pull(args.model)
-    made = slim_checkpoint(original, keep=args.keep, store=args.store, force=args.force)
+    made = slim_checkpoint(original, keep=args.keep, store=args.store, force=args.force, say=say)
     say(f"original: {original}\nslim:     {made.path}")
     if made.new:
         stages = ", ".join(f"{stage} {took:.0f} s" for stage, took in made.seconds.items())
@@ -111,7 +112,9 @@ class Answer:
     tokens_per_s: float | None
 
 
-def slim_checkpoint(original: Path, *, keep: float, store: str, force: bool = False) -> Made:
+def slim_checkpoint(
+    original: Path, *, keep: float, store: str, force: bool = False, say: Callable[[str], object] = lambda text: None
+) -> Made:
     """The compressed form of `original`, from the cache or made now, with both perplexities."""
     from cai_runtime.cli import version_of
     from cai_runtime.convert.cache import entry
@@ -127,6 +130,7 @@ def slim_checkpoint(original: Path, *, keep: float, store: str, force: bool = Fa
         new = True
         from cai_runtime.compress import compress
 
+        say("compressing and evaluating; minutes, and only this once")
         start = time.perf_counter()
         compress(original, directory / "model", keep=keep, store=store, kind=KIND, allocation=ALLOCATION)
         compressed = time.perf_counter()
