@@ -110,6 +110,13 @@ class Client(_BaseClient):
     def models(self) -> Models:
         return Models(self._host)
 
+    def engine(self, model: str | None = None) -> Engine:
+        """The engine that serves `model` (default: the client's), opened if it is not yet: for its `stats()`.
+
+        Raises APIError as a request to that model would.
+        """
+        return self._host.open(self._host.resolve(model)).engine
+
     def close(self) -> None:
         """Close every model and give all memory back. Idempotent; running requests fail, and so do later ones."""
         self._host.close()
