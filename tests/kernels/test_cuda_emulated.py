@@ -132,9 +132,10 @@ def test_products_match_float64(emulator: ctypes.CDLL, activation: torch.dtype, 
     x = torch.randn(rows, cols).to(activation)
     plain = random_matrix(7, cols, store, TO_Z)
     scattered = random_matrix(21, cols, store, TO_Z | TO_Y)
-    scattered.index = torch.randperm(30)[:21].to(torch.int32)
-    scattered.index[0] = 30  # the widest column, so that y's width is known
-    scattered.bias = torch.randn(31)
+    index = torch.randperm(30)[:21].to(torch.int32)
+    index[0] = 30  # the widest column, so that y's width is known
+    bias = torch.randn(31)
+    scattered.index, scattered.bias = index, bias
     both = random_matrix(5, cols, store, TO_Y)
     residual = torch.randn(rows, 7 + 31 + 5).to(activation)
     z, y, _ = run(emulator, x, [plain, scattered, both], residual)
@@ -142,8 +143,8 @@ def test_products_match_float64(emulator: ctypes.CDLL, activation: torch.dtype, 
     assert relative_error(z[:, :28], torch.cat([first, second], 1)) < TOLERANCE[activation]
     assert z[:, 28:].isnan().all() and y[:, :7].isnan().all()  # columns that belong to nobody
     wanted = torch.full((rows, 31), torch.nan, dtype=torch.float64)
-    at = scattered.index.long()
-    wanted[:, at] = second + scattered.bias.double()[at] + residual.double()[:, 7 + at]
+    at = index.long()
+    wanted[:, at] = second + bias.double()[at] + residual.double()[:, 7 + at]
     got = y[:, 7:38]
     assert torch.equal(got.isnan(), wanted.isnan())
     assert relative_error(got[:, at], wanted[:, at]) < TOLERANCE[activation]
@@ -205,7 +206,7 @@ def test_two_stages_make_an_interpolative_linear(emulator: ctypes.CDLL):
     core0.index, core1.index = pivot[:rank], pivot[rank:]
     z, y, _ = run(emulator, x, [core0])
     _, rest, _ = run(emulator, z[:, :rank], [core1])
-    columns = core1.index.long()
+    columns = pivot[rank:].long()
     y[:, columns] = rest[:, columns]
     expected = torch.empty(5, out, dtype=torch.float64)
     expected[:, pivot[:rank].long()] = first = x.double() @ core0.values().T
