@@ -7,6 +7,7 @@ backends are in `cai_runtime.kernels.triton` and `cai_runtime.kernels.cuda`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -48,7 +49,7 @@ def reference(x: torch.Tensor, w: LinearWeights, residual: torch.Tensor | None =
             y = torch.empty(x.shape[0], w.out_features, dtype=dtype, device=x.device)
             y[:, w.pivot.long()] = torch.cat([z, z @ cores[1].T], dim=1)
         case "mpo":
-            y = contract_mpo(x, w, [lambda rows, c=c: rows @ c.T for c in cores])
+            y = contract_mpo(x, w, [partial(torch.matmul, other=c.T) for c in cores])
     if w.bias is not None:
         y = y + w.bias.to(dtype)
     return y if residual is None else y + residual
@@ -93,6 +94,13 @@ class ReferenceLinear:
 KIND_CODES = {"dense": 0, "lowrank": 1, "interpolative": 2}
 
 
+def checked_pivot(pivot: torch.Tensor) -> torch.Tensor:
+    """A copy as int32. C++ writes where it says, so it must be a permutation. Raises KernelError."""
+    if not torch.equal(pivot.long().sort().values, torch.arange(pivot.shape[0])):
+        raise KernelError(f"the pivot is not a permutation of 0 to {pivot.shape[0] - 1}")
+    return pivot.to(torch.int32).clone()
+
+
 class CpuLinear:
     """Members packed for the C++ kernels; one call runs every core of every member. fp32 in, fp32 out.
 
@@ -109,7 +117,7 @@ class CpuLinear:
         for w in members:
             cores = [PackedMatrix.pack(c, arena) for c in w.cores]
             self._matrices += cores
-            pivot = None if w.pivot is None else w.pivot.to(torch.int32).contiguous().clone()
+            pivot = None if w.pivot is None else checked_pivot(w.pivot)
             bias = None if w.bias is None else w.bias.to(torch.float32).contiguous().clone()
             self._keep += [pivot, bias]
             rank = w.rank or 0

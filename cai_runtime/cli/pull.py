@@ -24,9 +24,9 @@ def run(args: argparse.Namespace) -> int:
     from cai_runtime.convert.sources import fetch_file, pull
 
     if args.source is None:
-        for name, named in NAMED.items():
-            print(f"{name}: {named.description}")
-            for place in named.places:
+        for name, known in NAMED.items():
+            print(f"{name}: {known.description}")
+            for place in known.places:
                 print(f"    {place.uri}")
         return 0
     named = NAMED.get(args.source)

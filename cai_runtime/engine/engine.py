@@ -18,7 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import (
+from cai_runtime.engine.detokenizer import Detokenizer, StopStrings, TokenDecoder
+from cai_runtime.engine.handle import Handle, Stream
+from cai_runtime.engine.kv_cache import KVCache
+from cai_runtime.engine.request import Request
+from cai_runtime.engine.runner import Runner
+from cai_runtime.engine.sampler import SequenceSampler, sample
+from cai_runtime.engine.scheduler import Scheduler, Share
+from cai_runtime.engine.sequence import Sequence
+from cai_runtime.engine.stats import EngineStats
+from cai_runtime.errors import (
     CaiError,
     EngineClosedError,
     EngineError,
@@ -28,15 +37,6 @@ from ..errors import (
     RequestTooLargeError,
     RunnerError,
 )
-from .detokenizer import Detokenizer, StopStrings, TokenDecoder
-from .handle import Handle, Stream
-from .kv_cache import KVCache
-from .request import Request
-from .runner import Runner
-from .sampler import SequenceSampler, sample
-from .scheduler import Scheduler, Share
-from .sequence import Sequence
-from .stats import EngineStats
 
 
 class Engine:
@@ -334,7 +334,8 @@ class _Owner:
 
 def _answer(future: Future[None], ask: Callable[[], None]) -> None:
     try:
-        future.set_result(ask())
+        ask()
+        future.set_result(None)
     except Exception as error:  # noqa: BLE001 - raised where the future is awaited
         future.set_exception(error)
 

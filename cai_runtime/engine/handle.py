@@ -8,8 +8,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import CaiError
-from .request import Completion, Delta
+from cai_runtime.engine.request import Completion, Delta
+from cai_runtime.errors import CaiError
 
 
 class Stream:
@@ -41,7 +41,7 @@ class Stream:
     def _notify(self) -> None:
         self._changed.notify_all()
         if self._async_waiters:
-            keep = []
+            keep: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None], bool]] = []
             for loop, future, until_done in self._async_waiters:
                 if until_done and not self.done:
                     keep.append((loop, future, until_done))

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from ..errors import NonFiniteLogitsError
-from .request import SamplingParams
+from cai_runtime.engine.request import SamplingParams
+from cai_runtime.errors import NonFiniteLogitsError
 
 LogitsProcessor = Callable[[np.ndarray], None]
 """Changes a row of logits (fp32 [vocab]) in place."""

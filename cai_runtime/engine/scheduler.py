@@ -12,10 +12,10 @@ from __future__ import annotations
 from bisect import insort
 from dataclasses import dataclass
 
-from .kv_cache import KVCache, extend_digests
-from .runner import ScheduledSequence
-from .sequence import Sequence
-from .stats import EngineStats
+from cai_runtime.engine.kv_cache import KVCache, extend_digests
+from cai_runtime.engine.runner import ScheduledSequence
+from cai_runtime.engine.sequence import Sequence
+from cai_runtime.engine.stats import EngineStats
 
 
 @dataclass(frozen=True)

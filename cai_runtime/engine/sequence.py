@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .detokenizer import Detokenizer, StopStrings
-from .handle import Stream
-from .request import Delta, FinishReason, Request
-from .sampler import SequenceSampler
+from cai_runtime.engine.detokenizer import Detokenizer, StopStrings
+from cai_runtime.engine.handle import Stream
+from cai_runtime.engine.request import Delta, FinishReason, Request
+from cai_runtime.engine.sampler import SequenceSampler
 
 
 @dataclass(eq=False)

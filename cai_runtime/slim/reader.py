@@ -317,9 +317,9 @@ def _read_tensors(path: Path) -> dict[str, TensorInfo]:
             if name in tensors:
                 raise InvalidConfigError(f"the tensor is also in {tensors[name].file.name}", file=shard, tensor=name)
             tensors[name] = info
-    for name, shard in weight_map.items():
-        if name not in tensors or tensors[name].file.name != shard:
-            raise TensorMissingError(f"{INDEX_FILE} places it here, but it is not", file=path / shard, tensor=name)
+    for name, placed in weight_map.items():
+        if name not in tensors or tensors[name].file.name != placed:
+            raise TensorMissingError(f"{INDEX_FILE} places it here, but it is not", file=path / placed, tensor=name)
     return tensors
 
 

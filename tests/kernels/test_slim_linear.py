@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -145,5 +147,8 @@ def test_bad_arguments_are_named():
         prepare([w, random_linear("dense", 9, 4, 0, torch.float32, False, g)], backend="cpu")
     with pytest.raises(KernelError, match="not one of"):
         prepare([w], backend="fast")
+    pivoted = random_linear("interpolative", 8, 4, 2, torch.float32, False, g)
+    with pytest.raises(KernelError, match="permutation"):
+        prepare([replace(pivoted, pivot=torch.tensor([0, 1, 2, 4], dtype=torch.int32))], backend="cpu")
     with pytest.raises(KernelError, match="cores"):
         LinearWeights("lowrank", 8, 4, (w.cores[0],), 2)
