@@ -160,7 +160,7 @@ def perplexities(original: Path, slim: Path) -> dict[str, Any]:
 
     text = "\n\n".join(split_articles(wikipedia_articles()).test)
     # Tokens are a few characters long: no need to tokenize megabytes.
-    token_ids = load_tokenizer(original)(text[: 20 * EVALUATED_TOKENS])["input_ids"][:EVALUATED_TOKENS]
+    token_ids = load_tokenizer(original)(text[: 20 * EVALUATED_TOKENS], verbose=False)["input_ids"][:EVALUATED_TOKENS]
     before = perplexity(dense_reference(original), token_ids)
     after = perplexity(slim_as_transformers(slim), token_ids)
     return {"perplexity_original": before, "perplexity_slim": after, "evaluated_tokens": len(token_ids)}
