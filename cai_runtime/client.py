@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 from openai.pagination import AsyncPage, SyncPage
 from openai.types import Completion, Model
@@ -31,6 +31,9 @@ from cai_runtime.api.host import EngineFactory, ModelHost
 from cai_runtime.api.models import list_models, require_text, retrieve_model
 
 __all__ = ["AsyncClient", "AsyncStream", "Client", "Stream"]
+
+if TYPE_CHECKING:
+    from cai_runtime.engine.engine import Engine
 
 
 class _BaseClient:

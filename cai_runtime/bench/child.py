@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,11 @@ def perform(job: dict[str, Any]) -> Any:
 
     from cai_runtime.bench import decode, peers
 
-    kinds = {"cai_runtime": decode.OurEngine, "llama.cpp": peers.LlamaCpp, "transformers": peers.Transformers}
+    kinds: dict[str, Callable[[Path, decode.DecodeSettings], decode.Subject]] = {
+        "cai_runtime": decode.OurEngine,
+        "llama.cpp": peers.LlamaCpp,
+        "transformers": peers.Transformers,
+    }
     settings = decode.DecodeSettings(**job["settings"])
     subject = kinds[job["subject"]](Path(job["path"]), settings)
     try:

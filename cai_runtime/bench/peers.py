@@ -94,7 +94,8 @@ class Transformers:
         from cai_runtime.cli import version_of
 
         torch.set_num_threads(settings.threads)
-        self._model = AutoModelForCausalLM.from_pretrained(
+        auto: Any = AutoModelForCausalLM  # its annotations do not fit what it returns
+        self._model = auto.from_pretrained(
             str(path), dtype=getattr(torch, settings.dtype), trust_remote_code=False, local_files_only=True
         )
         self._model.to(settings.device).eval()

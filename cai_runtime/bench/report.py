@@ -28,8 +28,17 @@ def figure(value: float | None, digits: int = 1) -> str:
 
 def format_decode(report: DecodeReport) -> str:
     """The table that `cai bench decode` prints."""
-    header = ("engine", "weights", "batch", "decode tok/s", "ms/step", "GB/s", "of floor")
-    header += ("first token ms", "prefill tok/s")
+    header = (
+        "engine",
+        "weights",
+        "batch",
+        "decode tok/s",
+        "ms/step",
+        "GB/s",
+        "of floor",
+        "first token ms",
+        "prefill tok/s",
+    )
     ours = {r.batch: r.decode_tokens_per_s for r in report.results if r.engine == "cai_runtime"}
     with_peers = any(r.engine != "cai_runtime" for r in report.results)
     table: list[Sequence[str]] = [(*header, "cai_runtime is") if with_peers else header]

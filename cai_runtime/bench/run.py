@@ -99,7 +99,7 @@ def bench_decode(
             job = {"do": "decode", "subject": subject, "path": str(where), "settings": asdict(settings)}
             results.append(DecodeResult(**child(f"{subject}, batch {settings.batch}", job)))
         after = child("bandwidth", {"do": "bandwidth", "device": device})
-    settings = {key: value for key, value in asdict(base).items() if key not in ("batch", "device")}
+    shared = {key: value for key, value in asdict(base).items() if key not in ("batch", "device")}
     return DecodeReport(
         checkpoint=str(path),
         peers={} if peers is None else {"gguf": str(peers.gguf), "dense": str(peers.dense)},
@@ -107,7 +107,7 @@ def bench_decode(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=describe_machine(),
         versions=versions(),
-        settings={**settings, "batches": list(batches)},
+        settings={**shared, "batches": list(batches)},
         bandwidth=max(before["bytes_per_s"], after["bytes_per_s"]),
         results=results,
     )

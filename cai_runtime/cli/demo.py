@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from cai_runtime.client import Client
@@ -22,7 +22,8 @@ MODEL = "smollm2-135m-instruct"
 QUESTION = "Why is the sky blue?"
 # The smallest of the round settings whose answers read as sense on SmolLM2-135M without any healing.
 KEEP, STORE = 0.9, "int8"
-KIND, ALLOCATION = "interpolative", "pooled"
+KIND: Literal["interpolative"] = "interpolative"
+ALLOCATION: Literal["pooled"] = "pooled"
 SAMPLES = 8  # calibration sequences of 512 tokens: a quarter of what `cai compress` takes, to be done in minutes
 EVALUATED_TOKENS = 4096
 MAX_TOKENS = 128
