@@ -114,11 +114,11 @@ void linear_group(Int desc, Int x_, Int M, Int ldx, Int out_, Int ldo, Int resid
     k.linear(from, M, ld, m.core[core], block0, block1, e);
   };
 
-  parallel(threads, [&](Region& region, int) {
-    for (Int p = region.next(0); p < deal0.first[count]; p = region.next(0)) run_piece(deal0, p, 0);
+  parallel(threads, [&](Region& region) {
+    region.deal(0, deal0.first[count], [&](Int p) { run_piece(deal0, p, 0); });
     if (!two_phases) return;
-    region.sync();
-    for (Int p = region.next(1); p < deal1.first[count]; p = region.next(1)) run_piece(deal1, p, 1);
+    region.wait(0, deal0.first[count]);
+    region.deal(1, deal1.first[count], [&](Int p) { run_piece(deal1, p, 1); });
   });
 }
 
@@ -137,8 +137,8 @@ void over_rows(Int rows, Int work_per_row, F f) {
     return;
   }
   const Int piece = std::max<Int>(1, rows / (threads * 4));
-  parallel(threads, [&](Region& region, int) {
-    for (Int p = region.next(0); p * piece < rows; p = region.next(0)) f(p * piece, std::min(rows, (p + 1) * piece));
+  parallel(threads, [&](Region& region) {
+    region.deal(0, (rows + piece - 1) / piece, [&](Int p) { f(p * piece, std::min(rows, (p + 1) * piece)); });
   });
 }
 
@@ -223,8 +223,8 @@ void paged_attention(Int q_, Int ldq, Int query_start_, Int context_len_, Int pa
   const Int tasks = first[S];
   if (tasks == 0) return;
   const int threads = static_cast<int>(std::min<Int>(tasks, work < (Int(1) << 16) ? 1 : num_threads()));
-  parallel(threads, [&](Region& region, int) {
-    for (Int claimed = region.next(0); claimed < tasks; claimed = region.next(0)) {
+  parallel(threads, [&](Region& region) {
+    region.deal(0, tasks, [&](Int claimed) {
       const Int t = tasks - 1 - claimed;  // the last rows of a prompt see the most keys: begin with them
       const Int i = std::upper_bound(first.begin(), first.end(), t) - first.begin() - 1;
       const Int local = t - first[i], head = local % s.kv_heads, row = local / s.kv_heads * kRowsPerTask;
@@ -234,7 +234,7 @@ void paged_attention(Int q_, Int ldq, Int query_start_, Int context_len_, Int pa
       k.attention(q + token * ldq, ldq, context_len[i] - rows + row, count, head,
                   page_table + i * s.pages_per_sequence, pointer<void>(k_cache), pointer<void>(v_cache), s,
                   out + token * ldo, ldo);
-    }
+    });
   });
 }
 

@@ -36,12 +36,12 @@ inline void spin_until(Done done) {
   }
 }
 
-constexpr auto kSpinTime = std::chrono::microseconds(200);
+constexpr auto kSpinTime = std::chrono::microseconds(200);  // Python between two regions takes less
 
 class Pool {
  public:
   explicit Pool(int threads) : threads_(threads), owner_(getpid()) {
-    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+    for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
   }
 
   ~Pool() {
@@ -51,8 +51,8 @@ class Pool {
     }
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      stop_ = true;
-      epoch_.fetch_add(1);
+      stop_.store(true);
+      ticket_.store(((epoch_ + 1) & 0xffffffffu) << 32);  // a new epoch, not open
     }
     wake_.notify_all();
     for (auto& w : workers_) w.join();
@@ -62,48 +62,63 @@ class Pool {
   pid_t owner() const { return owner_; }
 
   void run(int threads, RegionFunction f, void* context) {
-    Region region(threads);
-    if (threads == 1) {
-      f(context, region, 0);
-      return;
-    }
+    Region region;
     f_ = f;
     context_ = context;
     region_ = &region;
-    active_ = threads;
-    running_.store(threads_ - 1, std::memory_order_relaxed);
-    epoch_.fetch_add(1, std::memory_order_seq_cst);
+    helpers_.store(static_cast<uint64_t>(threads - 1), std::memory_order_relaxed);
+    left_.store(0, std::memory_order_relaxed);
+    epoch_ = (epoch_ + 1) & 0xffffffffu;
+    ticket_.store(epoch_ << 32 | kOpen, std::memory_order_seq_cst);
     if (sleeping_.load(std::memory_order_seq_cst) > 0) {
       std::lock_guard<std::mutex> lock(mutex_);
       wake_.notify_all();
     }
-    f(context, region, 0);
-    spin_until([&] { return running_.load(std::memory_order_acquire) == 0; });
+    f(context, region);
+    const uint64_t joined = ticket_.fetch_and(~kOpen, std::memory_order_acq_rel) & kJoined;
+    spin_until([&] { return left_.load(std::memory_order_acquire) == joined; });
   }
 
  private:
-  void work(int index) {
+  // The ticket: epoch in the high half, then whether the region is open, then how many workers have joined it. A worker reads
+  // the region only after it has counted itself in.
+  static constexpr uint64_t kOpen = uint64_t(1) << 31;
+  static constexpr uint64_t kJoined = kOpen - 1;
+
+  void work() {
     uint64_t seen = 0;
     for (;;) {
-      wait_for_work(seen);
-      seen = epoch_.load(std::memory_order_acquire);
-      if (stop_) return;
-      if (index < active_) f_(context_, *region_, index);
-      running_.fetch_sub(1, std::memory_order_release);
+      const uint64_t epoch = wait_for_epoch(seen);
+      if (stop_.load(std::memory_order_acquire)) return;
+      seen = epoch;
+      uint64_t t = ticket_.load(std::memory_order_acquire);
+      while (t >> 32 == epoch && (t & kOpen) && (t & kJoined) < helpers_.load(std::memory_order_relaxed)) {
+        if (ticket_.compare_exchange_weak(t, t + 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
+          f_(context_, *region_);
+          left_.fetch_add(1, std::memory_order_release);
+          break;
+        }
+      }
     }
   }
 
-  void wait_for_work(uint64_t seen) {
+  uint64_t wait_for_epoch(uint64_t seen) {
+    auto now = [&] { return ticket_.load(std::memory_order_seq_cst) >> 32; };
     const auto until = std::chrono::steady_clock::now() + kSpinTime;
     for (int i = 0;; ++i) {
-      if (epoch_.load(std::memory_order_acquire) != seen) return;
-      relax();
-      if (i % 64 == 63 && std::chrono::steady_clock::now() > until) break;
+      if (const uint64_t epoch = now(); epoch != seen) return epoch;
+      if (i < 512) {
+        relax();
+      } else {
+        std::this_thread::yield();
+        if (std::chrono::steady_clock::now() > until) break;
+      }
     }
     std::unique_lock<std::mutex> lock(mutex_);
     sleeping_.fetch_add(1, std::memory_order_seq_cst);
-    wake_.wait(lock, [&] { return epoch_.load(std::memory_order_seq_cst) != seen; });
+    wake_.wait(lock, [&] { return now() != seen || stop_.load(); });
     sleeping_.fetch_sub(1, std::memory_order_relaxed);
+    return now();
   }
 
   const int threads_;
@@ -111,14 +126,15 @@ class Pool {
   std::vector<std::thread> workers_;
   std::mutex mutex_;
   std::condition_variable wake_;
-  alignas(64) std::atomic<uint64_t> epoch_{0};
-  alignas(64) std::atomic<int> running_{0};
+  uint64_t epoch_ = 0;  // the caller's own count
+  alignas(64) std::atomic<uint64_t> ticket_{0};
+  alignas(64) std::atomic<uint64_t> left_{0};
+  std::atomic<uint64_t> helpers_{0};
   std::atomic<int> sleeping_{0};
-  bool stop_ = false;
+  std::atomic<bool> stop_{false};
   RegionFunction f_ = nullptr;
   void* context_ = nullptr;
   Region* region_ = nullptr;
-  int active_ = 0;
 };
 
 struct State {
@@ -140,22 +156,15 @@ int default_threads() {
 
 }  // namespace
 
-void Region::sync() {
-  if (threads_ == 1) return;
-  const int generation = generation_.load(std::memory_order_acquire);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
-    arrived_.store(0, std::memory_order_relaxed);
-    generation_.store(generation + 1, std::memory_order_release);
-  } else {
-    spin_until([&] { return generation_.load(std::memory_order_acquire) != generation; });
-  }
+void Region::wait(int phase, int64_t total) const {
+  spin_until([&] { return finished_[phase].value.load(std::memory_order_acquire) >= total; });
 }
 
 void run_region(int threads, RegionFunction f, void* context) {
   State& s = state();
   if (threads == 1) {
-    Region region(1);
-    f(context, region, 0);
+    Region region;
+    f(context, region);
     return;
   }
   std::lock_guard<std::mutex> lock(s.mutex);
@@ -165,7 +174,7 @@ void run_region(int threads, RegionFunction f, void* context) {
     s.pool.reset();
     s.pool = std::make_unique<Pool>(wanted);
   }
-  s.pool->run(threads <= 0 || threads > wanted ? wanted : threads, f, context);
+  s.pool->run(threads < wanted ? threads : wanted, f, context);
 }
 
 void set_num_threads(int n) { state().wanted.store(n < 1 ? 1 : n); }
