@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.5,
         metavar="SHARE",
-        help="pooled: least share of --keep for a layer (default 0.5)",
+        help="pooled: least share of --keep for a layer (default 0.25)",
     )
     parser.add_argument(
         "--rank-multiple", type=int, default=16, metavar="N", help="ranks are multiples of N (default 16)"
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help='.txt, or .jsonl of objects with a "text" (default: half of the Wikipedia sample)',
     )
-    parser.add_argument("--samples", type=int, default=32, metavar="N", help="calibration sequences (default 32)")
+    parser.add_argument("--samples", type=int, default=16, metavar="N", help="calibration sequences (default 16)")
     parser.add_argument(
         "--sequence-length", type=int, default=512, metavar="N", help="tokens in each of them (default 512)"
     )

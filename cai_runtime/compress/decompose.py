@@ -35,9 +35,9 @@ class Factors:
     right: torch.Tensor
     energy: torch.Tensor
 
-    def cpu(self) -> Factors:
-        """The same on the CPU."""
-        return Factors(self.left.cpu(), self.right.cpu(), self.energy.cpu())
+    def to(self, device: torch.device | str) -> Factors:
+        """The same on another device."""
+        return Factors(self.left.to(device), self.right.to(device), self.energy.to(device))
 
     def errors(self) -> list[float]:
         """[n + 1] floats: whitened squared error of the best approximation of rank 0, 1 .. n. Never rises; ends at 0."""

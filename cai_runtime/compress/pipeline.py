@@ -47,11 +47,11 @@ def compress(
     allocation: Allocation = "pooled",
     curvature: bool = True,
     calibration: str | Path | None = None,
-    samples: int = 32,
+    samples: int = 16,
     sequence_length: int = 512,
     embedding_store: str | None = None,
     rank_multiple: int = 16,
-    floor: float = 0.5,
+    floor: float = 0.25,
     device: str = "cpu",
     dtype: str | None = None,
     seed: int = 0,
@@ -67,7 +67,9 @@ def compress(
         store: how cores lie on disk: fp32, bf16, fp16 or int8.
         kind: "interpolative", or "lowrank" (a much lower rank at the same keep).
         allocation: "pooled" lets the layers compete for parameters, "uniform" gives each the same share.
-        curvature: weigh errors by what they do to the loss, from one backward pass over the calibration text.
+        curvature: weigh errors by what they do to the loss, from a backward pass over the calibration text. False: by the
+            layers' outputs alone, in half the time; SmolLM2-135M at keep 0.8, pooled: 2.1 times the dense perplexity
+            instead of 1.25.
         calibration: a .txt file, or a .jsonl file of objects with a "text"; None: half of the Wikipedia sample.
         samples, sequence_length: how much of it: sequences, and tokens in each.
         embedding_store: store of the token embedding and the head (None: as `store`). They stay dense.
@@ -78,6 +80,9 @@ def compress(
         seed: draws the calibration sequences; everything else is deterministic.
         overwrite: replace `dst`.
         progress: bars on stderr; None shows them on a terminal only.
+
+    Memory: the model in `dtype`, up to 8 GiB of moments, and in fp32 about 1.5 times the linear layers for their factors
+    plus one [in, in] matrix for each input.
 
     Returns the report that is also written as slim_report.json.
 
@@ -125,15 +130,17 @@ def compress(
             del model
             with _timed(seconds, "allocate"):
                 ranks = _ranks(decomposed, options)
+            with _timed(seconds, "hash"):
+                hashes = _hashes(checkpoint)
             report = Report(
                 source=str(src),
-                source_sha256=_hashes(checkpoint),
+                source_sha256=hashes,
                 options=asdict(options),
                 calibration={"source": text.source, "sequences": sequences.shape[0], "tokens": sequences.numel()},
                 versions={name: importlib.metadata.version(name) for name in ("cai-runtime", "torch", "transformers")},
                 seconds=seconds,
             )
-            with _timed(seconds, "write"):
+            with _timed(seconds, "round"):
                 _write(writer, checkpoint, decomposed, ranks, embeddings, options, report, progress)
             seconds.update({stage: round(took, 3) for stage, took in seconds.items()})
             writer.finish(report.to_json())
@@ -210,7 +217,7 @@ def _decompose(
                     )
                 outer = group.output_grams.get(target.name)
                 factors = factorize(weight, gram, None if outer is None else damped(outer, OUTPUT_DAMPING))
-                found[target.name] = _Decomposed(factors.cpu(), kept, group.tokens > 0)
+                found[target.name] = _Decomposed(factors.to("cpu"), kept, group.tokens > 0)
                 bar.update()
     bar.close()
     return found
@@ -246,17 +253,18 @@ def _write(
     report: Report,
     progress: bool | None,
 ) -> None:
-    """Every tensor of the checkpoint into the writer: targets as cores, embedding and head in their store, the rest as it
-    is. Fills in the report's modules and counts."""
+    """Round every target to its cores and hand all tensors of the checkpoint to the writer: targets as cores, embedding and
+    head in their store, the rest as it is. Fills in the report's modules and counts."""
     owned = {tensor for name in decomposed for tensor in checkpoint.module_tensors(name)}
     disable = tqdm_disable(progress)
-    for name, found in tqdm(decomposed.items(), desc="write", unit="layer", disable=disable):
+    for name, found in tqdm(decomposed.items(), desc="round", unit="layer", disable=disable):
         module, rank = checkpoint.module(name), ranks[name]
-        weight = module.dense()
+        weight = module.dense().to(options.device)
         if rank is None:
             stored = dense_module(weight, options.store)
         else:
-            stored = factorized_module(options.kind, weight, found.factors, rank, options.store, found.input_gram)
+            factors, gram = found.factors.to(options.device), found.input_gram.to(options.device)
+            stored = factorized_module(options.kind, weight, factors, rank, options.store, gram)
         spec = stored.spec
         writer.add_module(name, spec, stored.cores, pivot=stored.pivot, bias=module.bias)
         report.modules.append(
