@@ -24,7 +24,7 @@ from cai_runtime.compress.decompose import OUTPUT_DAMPING, Factors, damped, fact
 from cai_runtime.compress.evaluate import dense_reference
 from cai_runtime.compress.options import DTYPES, Options
 from cai_runtime.compress.report import ModuleReport, Report
-from cai_runtime.compress.targets import InputGroup, find_targets, group_by_input
+from cai_runtime.compress.targets import InputGroup, Target, find_targets, group_by_input
 from cai_runtime.convert.cache import sha256_of, tqdm_disable
 from cai_runtime.convert.sources import pull
 from cai_runtime.errors import CompressionError, UnsupportedModelError
@@ -199,28 +199,32 @@ def _decompose(
     found: dict[str, _Decomposed] = {}
     total = sum(len(group.targets) for group in groups)
     moments = gather_moments(model, groups, sequences, gradients=options.curvature, progress=progress)
-    bar = tqdm(total=total, desc="decompose", unit="layer", disable=tqdm_disable(progress))
-    while True:
-        with _timed(seconds, "calibrate"):
-            group = next(moments, None)
-        if group is None:
-            break
-        with _timed(seconds, "decompose"):
-            gram = damped(group.input_gram)
-            kept = gram.float().cpu()
-            for target in group.group.targets:
-                weight = checkpoint.tensor(f"{target.name}.weight")
-                if tuple(weight.shape) != tuple(target.module.weight.shape):
-                    raise UnsupportedModelError(
-                        f"{target.name} is {list(weight.shape)} on disk, {list(target.module.weight.shape)} in "
-                        "transformers' model"
+    with tqdm(total=total, desc="decompose", unit="layer", disable=tqdm_disable(progress)) as bar:
+        while True:
+            with _timed(seconds, "calibrate"):
+                group = next(moments, None)
+            if group is None:
+                return found
+            with _timed(seconds, "decompose"):
+                gram = damped(group.input_gram)
+                kept = gram.float().cpu()
+                for target in group.group.targets:
+                    outer = group.output_grams.get(target.name)
+                    factors = factorize(
+                        _weight(checkpoint, target), gram, None if outer is None else damped(outer, OUTPUT_DAMPING)
                     )
-                outer = group.output_grams.get(target.name)
-                factors = factorize(weight, gram, None if outer is None else damped(outer, OUTPUT_DAMPING))
-                found[target.name] = _Decomposed(factors.to("cpu"), kept, group.tokens > 0)
-                bar.update()
-    bar.close()
-    return found
+                    found[target.name] = _Decomposed(factors.to("cpu"), kept, group.tokens > 0)
+                    bar.update()
+
+
+def _weight(checkpoint: Checkpoint, target: Target) -> torch.Tensor:
+    """The target's weight as it lies on disk: the model may hold it in another dtype."""
+    weight, shape = checkpoint.tensor(f"{target.name}.weight"), target.module.weight.shape
+    if weight.shape != shape:
+        raise UnsupportedModelError(
+            f"{target.name} is {list(weight.shape)} on disk, {list(shape)} in transformers' model"
+        )
+    return weight
 
 
 def _ranks(decomposed: dict[str, _Decomposed], options: Options) -> dict[str, int | None]:

@@ -19,7 +19,7 @@ class ModuleReport:
     parameters: int
     nbytes: int
     relative_error: float
-    calibrated: bool  # whether the calibration text reached it; otherwise its error is that of the plain weight
+    calibrated: bool  # whether the calibration text reached it; one that it did not (an expert) tends to stay dense
 
 
 @dataclass
