@@ -34,6 +34,8 @@ inline V exp_ps(V x) {
 
 // ---------------------------------------------------------------------------------------------------------- linear
 
+constexpr int64_t kPrefetchDistance = 8192;  // bytes; the best of 4 to 32 KiB, into the second-level cache
+
 // MT rows of x against NB consecutive blocks of four weight rows. dot[(b * MT + m) * 4 + r].
 template <class T, int MT, int NB>
 inline void tile(const float* x, int64_t ldx, const T* w, int64_t block_stride, int64_t cols, float* dot) {
@@ -52,6 +54,15 @@ inline void tile(const float* x, int64_t ldx, const T* w, int64_t block_stride, 
           const V wv = Simd::load(wk + r * kBlockCols);
           for (int m = 0; m < MT; ++m) acc[b][m][r] = Simd::fma(xv[m], wv, acc[b][m][r]);
         }
+      }
+    }
+    if constexpr (NB > 1) {
+      // One row of x is bound by memory, and the hardware does not follow streams this short across blocks: fetch what is
+      // read some microseconds later. Past the end of the matrix this does nothing.
+      for (int b = 0; b < NB; ++b) {
+        const char* at = reinterpret_cast<const char*>(w + b * block_stride + k * kBlockRows);
+        for (size_t line = 0; line < kBlockRows * kBlockCols * sizeof(T); line += 64)
+          Simd::prefetch(at + kPrefetchDistance + line);
       }
     }
   }
@@ -73,10 +84,39 @@ inline void tile(const float* x, int64_t ldx, const T* w, int64_t block_stride, 
       Simd::sum4(acc[b][m][0], acc[b][m][1], acc[b][m][2], acc[b][m][3], dot + (b * MT + m) * 4);
 }
 
+// The sums of one row of x over a block of four weight rows, to where they belong.
+inline void write_whole_block(const PackedMatrix& w, const Epilogue& e, int64_t row0, int64_t m, const float* dot) {
+  float y[4];
+  std::memcpy(y, dot, sizeof y);
+  if (w.scale)
+    for (int r = 0; r < 4; ++r) y[r] *= w.scale[row0 + r];
+  if (e.copy) std::memcpy(e.copy + m * e.ld_copy + row0, y, sizeof y);
+  if (!e.out) return;
+  float* out = e.out + m * e.ld_out;
+  const float* residual = e.residual ? e.residual + m * e.ld_residual : nullptr;
+  if (!e.index) {
+    if (e.bias)
+      for (int r = 0; r < 4; ++r) y[r] += e.bias[row0 + r];
+    if (residual)
+      for (int r = 0; r < 4; ++r) y[r] += residual[row0 + r];
+    std::memcpy(out + row0, y, sizeof y);
+    return;
+  }
+  const int32_t* to = e.index + row0;
+  if (e.bias)
+    for (int r = 0; r < 4; ++r) y[r] += e.bias[to[r]];
+  if (residual)
+    for (int r = 0; r < 4; ++r) y[r] += residual[to[r]];
+  for (int r = 0; r < 4; ++r) out[to[r]] = y[r];
+}
+
 inline void write_block(const PackedMatrix& w, const Epilogue& e, int64_t block, int64_t m0, int mt, const float* dot) {
-  const int64_t row0 = block * kBlockRows;
-  const int64_t n = w.rows - row0 < 4 ? w.rows - row0 : 4;
-  for (int m = 0; m < mt; ++m) {
+  const int64_t row0 = block * kBlockRows, n = w.rows - row0;
+  if (n >= 4) {
+    for (int m = 0; m < mt; ++m) write_whole_block(w, e, row0, m0 + m, dot + m * 4);
+    return;
+  }
+  for (int m = 0; m < mt; ++m) {  // the last block, in part
     for (int64_t r = 0; r < n; ++r) {
       const int64_t row = row0 + r;
       float y = dot[m * 4 + r];

@@ -20,6 +20,7 @@ struct Simd {
     uint16_t bits;
   };
 
+  static void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T1); }
   static V zero() { return _mm512_setzero_ps(); }
   static V set1(float s) { return _mm512_set1_ps(s); }
   static V load(const float* p) { return _mm512_loadu_ps(p); }

@@ -73,6 +73,7 @@ struct Simd {
     uint16_t bits;
   };
 
+  static void prefetch(const char* p) { __builtin_prefetch(p, 0, 2); }
   static V zero() { return V{}; }
   static V set1(float s) { return V{s, s, s, s, s, s, s, s}; }
   static V load(const float* p) {
