@@ -299,7 +299,8 @@ def _write(
             if leaf != "bias":
                 continue
         elif leaf == "weight" and module_name in embeddings:
-            spec = ModuleSpec("dense", *info.shape, rank=None, store=(options.embedding_store,))
+            rows, width = info.shape
+            spec = ModuleSpec("dense", rows, width, None, (options.embedding_store,))
             writer.add_module(module_name, spec, [tensor])
             nbytes = spec.nbytes
         else:

@@ -93,7 +93,7 @@ class Checkpoint:
         """Every tensor's place, by name."""
         return dict(self._tensors)
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self._tensors
 
     def has_module(self, name: str) -> bool:
