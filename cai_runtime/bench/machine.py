@@ -26,7 +26,7 @@ def describe_machine() -> dict[str, Any]:
         "usable_threads": usable_threads(),
         "last_level_cache_bytes": last_level_cache(),
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        "system": platform.platform(),
+        "system": platform.system(),
         "architecture": platform.machine(),
     }
 

@@ -101,8 +101,8 @@ def bench_decode(
         after = child("bandwidth", {"do": "bandwidth", "device": device})
     shared = {key: value for key, value in asdict(base).items() if key not in ("batch", "device")}
     return DecodeReport(
-        checkpoint=str(path),
-        peers={} if peers is None else {"gguf": str(peers.gguf), "dense": str(peers.dense)},
+        checkpoint=path.name,
+        peers={} if peers is None else {"gguf": peers.gguf.name, "dense": peers.dense.name},
         device=base.device,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=describe_machine(),
