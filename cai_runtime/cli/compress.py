@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--floor",
         type=float,
-        default=0.5,
+        default=0.25,
         metavar="SHARE",
         help="pooled: least share of --keep for a layer (default 0.25)",
     )

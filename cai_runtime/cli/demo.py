@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 HELP = "fetch a small model, compress it, chat with it and show what that saved"
 MODEL = "smollm2-135m-instruct"
-QUESTION = "Why is the sky blue?"
+QUESTION = "Explain what a tensor is in two sentences."
 # The smallest of the round settings whose answers read as sense on SmolLM2-135M without any healing.
 KEEP, STORE = 0.9, "int8"
 KIND: Literal["interpolative"] = "interpolative"
