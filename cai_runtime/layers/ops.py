@@ -16,6 +16,7 @@ from cai_runtime.kernels.attention import (
     ReferenceAttention,
     ReferenceKVCache,
 )
+from cai_runtime.kernels.cpu_library import Arena
 from cai_runtime.kernels.embedding import CpuEmbedding, embedding_reference
 from cai_runtime.kernels.norm import rms_norm_cpu, rms_norm_reference
 from cai_runtime.kernels.program import NotRecordable, record
@@ -54,15 +55,15 @@ class CpuOps:
     rms_norm = staticmethod(rms_norm_cpu)
     swiglu = staticmethod(swiglu_cpu)
 
-    def __init__(self, arena: object = None):
+    def __init__(self, arena: Arena | None = None):
         self._arena = arena
 
     def attention(self, heads: HeadLayout, pages: int, page_size: int, dtype: torch.dtype) -> Attention:
         return CpuAttention(heads, CpuKVCache(pages, page_size, heads, dtype))
 
     def embedding_and_head(self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype):
-        packed = CpuLinear([table], self._arena)  # type: ignore[arg-type]
-        return CpuEmbedding(packed), packed if head is None else prepare([head], backend="cpu", arena=self._arena)  # type: ignore[arg-type]
+        packed = CpuLinear([table], self._arena)
+        return CpuEmbedding(packed), packed if head is None else prepare([head], backend="cpu", arena=self._arena)
 
     def compile(self, layers: Layers, width: int) -> Layers:
         """One call into C++ for all layers; call by call where a layer can't be recorded."""
@@ -92,7 +93,7 @@ class ReferenceOps:
         return layers
 
 
-def make_ops(backend: str, device: torch.device, arena: object = None) -> Ops:
+def make_ops(backend: str, device: torch.device, arena: Arena | None = None) -> Ops:
     """The operations of a resolved backend."""
     if backend == "cpu":
         return CpuOps(arena)
