@@ -35,12 +35,18 @@ class AttentionBatch:
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """Heads of an attention layer. rotary_dim: how many leading dimensions of a head are rotated."""
+    """Heads of an attention layer. rotary_dim: how many leading dimensions of a head are rotated. window: a query sees its
+    own position and the window - 1 before it (sliding window attention, Beltagy et al. 2020); None: all before it."""
 
     query_heads: int
     kv_heads: int
     head_dim: int
     rotary_dim: int
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise KernelError(f"a sliding window is at least 1 position, not {self.window}")
 
     @property
     def qkv_width(self) -> int:
@@ -86,9 +92,17 @@ def rope_kv_write_reference(
 
 
 def paged_attention_reference(
-    q: torch.Tensor, batch: AttentionBatch, scale: float, heads: HeadLayout, cache: ReferenceKVCache
+    q: torch.Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    heads: HeadLayout,
+    cache: ReferenceKVCache,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """q [T, Hq, D] -> [T, Hq * D], one sequence at a time, softmax in at least fp32."""
+    """q [T, Hq, D] -> [T, Hq * D], one sequence at a time, softmax in at least fp32.
+
+    sinks: fp32 [Hq], a logit of each head that takes part in the softmax and brings no value (Agarwal et al. 2025, gpt-oss).
+    """
     out = torch.empty(len(q), heads.query_width, dtype=q.dtype, device=q.device)
     starts, lengths = batch.query_start.tolist(), batch.context_len.tolist()
     group = heads.query_heads // heads.kv_heads
@@ -104,8 +118,13 @@ def paged_attention_reference(
         k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
         scores = q[rows].transpose(0, 1).to(wide) @ k.transpose(1, 2) * scale
         query_position = torch.arange(length - count, length, device=q.device)
-        future = torch.arange(length, device=q.device)[None] > query_position[:, None]
-        weights = scores.masked_fill(future, float("-inf")).softmax(-1)
+        distance = query_position[:, None] - torch.arange(length, device=q.device)[None]
+        unseen = distance < 0 if heads.window is None else (distance < 0) | (distance >= heads.window)
+        scores = scores.masked_fill(unseen, float("-inf"))
+        if sinks is not None:
+            sink = sinks.to(wide)[:, None, None].expand(-1, count, 1)
+            scores = torch.cat([scores, sink], dim=-1)
+        weights = scores.softmax(-1)[..., :length]
         out[rows] = (weights @ v).transpose(0, 1).reshape(count, -1).to(q.dtype)
     return out
 
@@ -175,9 +194,9 @@ class CpuAttention:
 class ReferenceAttention:
     """Both operations by the reference."""
 
-    def __init__(self, heads: HeadLayout, cache: ReferenceKVCache):
-        self.heads, self.cache = heads, cache
+    def __init__(self, heads: HeadLayout, cache: ReferenceKVCache, sinks: torch.Tensor | None = None):
+        self.heads, self.cache, self.sinks = heads, cache, sinks
 
     def __call__(self, qkv: torch.Tensor, batch: AttentionBatch, cos_sin: torch.Tensor, scale: float) -> torch.Tensor:
         q = rope_kv_write_reference(qkv, batch, cos_sin, self.heads, self.cache)
-        return paged_attention_reference(q, batch, scale, self.heads, self.cache)
+        return paged_attention_reference(q, batch, scale, self.heads, self.cache, self.sinks)

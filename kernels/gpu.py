@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from cai_runtime.kernels.slim_linear import PreparedLinear, SideBySide, as_dense, contract_mpo
+from cai_runtime.kernels.norm import RmsNorm
+from cai_runtime.kernels.slim_linear import PreparedLinear, SideBySide, as_dense, contract_mpo, transformed
 from cai_runtime.kernels.weights import LinearWeights
 
 
@@ -18,9 +19,18 @@ class TritonLinear:
         self.in_features = members[0].in_features
         self.out_features = sum(w.out_features for w in members)
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        from cai_runtime.kernels.triton import grouped_linear
+    def __call__(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        *,
+        norm: RmsNorm | None = None,
+        swiglu: bool = False,
+    ) -> torch.Tensor:
+        from cai_runtime.kernels.triton import grouped_linear, rms_norm
+        from cai_runtime.kernels.triton import swiglu as swiglu_op
 
+        x = transformed(x, norm, swiglu, rms_norm, swiglu_op)
         return grouped_linear(x, self.members, residual)
 
 
@@ -36,9 +46,19 @@ class CudaOrTritonLinear(TritonLinear):
         super().__init__(members)
         self._decode = CudaLinear(members)
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        *,
+        norm: RmsNorm | None = None,
+        swiglu: bool = False,
+    ) -> torch.Tensor:
         from cai_runtime.kernels.cuda import MAX_ROWS
+        from cai_runtime.kernels.triton import rms_norm
+        from cai_runtime.kernels.triton import swiglu as swiglu_op
 
+        x = transformed(x, norm, swiglu, rms_norm, swiglu_op)
         return self._decode(x, residual) if x.shape[0] <= MAX_ROWS else super().__call__(x, residual)
 
 
@@ -50,7 +70,18 @@ class GpuMpo:
         self._weights = w
         self._cores = [prepare_linear([as_dense(c)], backend) for c in w.cores]
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        *,
+        norm: RmsNorm | None = None,
+        swiglu: bool = False,
+    ) -> torch.Tensor:
+        from cai_runtime.kernels.triton import rms_norm
+        from cai_runtime.kernels.triton import swiglu as swiglu_op
+
+        x = transformed(x, norm, swiglu, rms_norm, swiglu_op)
         y = contract_mpo(x, self._weights, self._cores)
         if self._weights.bias is not None:
             y = y + self._weights.bias.to(y.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +10,14 @@ import torch
 from cai_runtime.kernels import cpu_library
 from cai_runtime.kernels.cpu_library import check_rows
 from cai_runtime.kernels.program import RMS_NORM, Slot, bits
+
+
+@dataclass(frozen=True)
+class RmsNorm:
+    """weight [H] in the activations' dtype and eps: a norm that a linear applies to its input."""
+
+    weight: torch.Tensor
+    eps: float
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -14,9 +14,12 @@ import torch
 
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels import cpu_library
+from cai_runtime.kernels.activation import swiglu_cpu, swiglu_reference
 from cai_runtime.kernels.backend import resolve_backend
 from cai_runtime.kernels.cpu_library import EMPTY_MATRIX, Arena, PackedMatrix, check_rows
+from cai_runtime.kernels.norm import RmsNorm, rms_norm_cpu, rms_norm_reference
 from cai_runtime.kernels.program import LINEAR, NotRecordable, Slot
+from cai_runtime.kernels.quantized_rows import rounded_rows
 from cai_runtime.kernels.weights import Core, LinearWeights
 
 
@@ -26,30 +29,50 @@ class PreparedLinear(Protocol):
     in_features: int
     out_features: int  # of all members together
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """x [M, in_features] -> [M, out_features], the members side by side, plus `residual` of the same shape."""
+    def __call__(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        *,
+        norm: RmsNorm | None = None,
+        swiglu: bool = False,
+    ) -> torch.Tensor:
+        """x [M, in_features] -> [M, out_features], the members side by side, plus `residual` of the same shape.
+
+        norm: apply it to x first. swiglu: x is [M, 2 in_features], gate and up side by side, and silu(gate) * up goes in.
+        At most one of them. A backend may fuse them: with one or without, the bits are the same for every number of rows.
+        """
         ...
 
 
 # ------------------------------------------------------------------------------------------------------ reference
 
 
-def reference(x: torch.Tensor, w: LinearWeights, residual: torch.Tensor | None = None) -> torch.Tensor:
-    """y [M, out] in x's dtype, computed as the factors say."""
+def reference(
+    x: torch.Tensor, w: LinearWeights, residual: torch.Tensor | None = None, *, int8_activations: bool = False
+) -> torch.Tensor:
+    """y [M, out] in x's dtype, computed as the factors say. int8_activations: the input of every int8 core is rounded to
+    int8, see `quantized_rows`."""
     dtype = x.dtype
-    cores = [c.values(dtype) for c in w.cores]
+
+    def multiply(core: Core, rows: torch.Tensor) -> torch.Tensor:
+        if int8_activations and core.store == "int8":
+            rows = rounded_rows(rows)
+        return rows @ core.values(dtype).T
+
+    steps = [partial(multiply, core) for core in w.cores]
     match w.kind:
         case "dense":
-            y = x @ cores[0].T
+            y = steps[0](x)
         case "lowrank":
-            y = (x @ cores[0].T) @ cores[1].T
+            y = steps[1](steps[0](x))
         case "interpolative":
             assert w.pivot is not None
-            z = x @ cores[0].T
+            z = steps[0](x)
             y = torch.empty(x.shape[0], w.out_features, dtype=dtype, device=x.device)
-            y[:, w.pivot.long()] = torch.cat([z, z @ cores[1].T], dim=1)
+            y[:, w.pivot.long()] = torch.cat([z, steps[1](z)], dim=1)
         case "mpo":
-            y = contract_mpo(x, w, [partial(torch.matmul, other=c.T) for c in cores])
+            y = contract_mpo(x, w, steps)
     if w.bias is not None:
         y = y + w.bias.to(dtype)
     return y if residual is None else y + residual
@@ -76,6 +99,21 @@ def contract_mpo(
     return state.reshape(rows, w.out_features)
 
 
+def transformed(
+    x: Any,
+    norm: RmsNorm | None,
+    swiglu: bool,
+    norm_op: Callable[[Any, torch.Tensor, float], Any],
+    swiglu_op: Callable[[Any], Any],
+) -> Any:
+    """What a linear's prologue makes of x, by the operations of their own: for backends that don't fuse them."""
+    if norm is not None and swiglu:
+        raise KernelError("a linear's input is normed or gated, not both")
+    if norm is not None:
+        return norm_op(x, norm.weight, norm.eps)
+    return swiglu_op(x) if swiglu else x
+
+
 class ReferenceLinear:
     """The reference as a prepared group: plain torch, on any device."""
 
@@ -84,7 +122,15 @@ class ReferenceLinear:
         self.in_features = members[0].in_features
         self.out_features = sum(w.out_features for w in members)
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        *,
+        norm: RmsNorm | None = None,
+        swiglu: bool = False,
+    ) -> torch.Tensor:
+        x = transformed(x, norm, swiglu, rms_norm_reference, swiglu_reference)
         y = torch.cat([reference(x, w) for w in self.members], dim=1)
         return y if residual is None else y + residual
 
@@ -142,7 +188,8 @@ class CpuLinear:
         recorder.scratch_columns = max(recorder.scratch_columns, self._z_columns)
         return recorder.note(LINEAR, x, self.out_features, self._address, residual=residual, keep=self)
 
-    def __call__(self, x: Any, residual: Any = None) -> Any:
+    def __call__(self, x: Any, residual: Any = None, *, norm: RmsNorm | None = None, swiglu: bool = False) -> Any:
+        x = transformed(x, norm, swiglu, rms_norm_cpu, swiglu_cpu)
         if isinstance(x, Slot):
             return self.record(x, residual)
         x = check_rows(x, self.in_features, "slim_linear")
@@ -173,7 +220,8 @@ class CpuMpo:
         self._cores = [CpuLinear([as_dense(c)], arena) for c in w.cores]
         self._bias = w.bias
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(self, x: Any, residual: Any = None, *, norm: RmsNorm | None = None, swiglu: bool = False) -> Any:
+        x = transformed(x, norm, swiglu, rms_norm_cpu, swiglu_cpu)
         if isinstance(x, Slot):
             raise NotRecordable("a matrix product operator permutes its input between cores")
         y = contract_mpo(check_rows(x, self.in_features, "slim_linear"), self._shape, self._cores)
@@ -184,7 +232,7 @@ class CpuMpo:
 
 def as_dense(core: Core) -> LinearWeights:
     """A single core as a projection of its own."""
-    rows, cols = core.data.shape
+    rows, cols = core.shape
     return LinearWeights("dense", cols, rows, (core,))
 
 
@@ -196,8 +244,15 @@ class SideBySide:
         self.in_features = parts[0].in_features
         self.out_features = sum(p.out_features for p in parts)
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        y = torch.cat([p(x) for p in self.parts], dim=1)
+    def __call__(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        *,
+        norm: RmsNorm | None = None,
+        swiglu: bool = False,
+    ) -> torch.Tensor:
+        y = torch.cat([p(x, norm=norm, swiglu=swiglu) for p in self.parts], dim=1)
         return y if residual is None else y + residual
 
 
@@ -205,12 +260,17 @@ class SideBySide:
 
 
 def prepare(
-    members: Sequence[LinearWeights], *, backend: str | None = None, arena: Arena | None = None
+    members: Sequence[LinearWeights],
+    *,
+    backend: str | None = None,
+    arena: Arena | None = None,
+    int8_activations: bool = False,
 ) -> PreparedLinear:
     """Make projections that share their input ready to run as one group.
 
-    backend: "reference", "cpu", "triton" or "cuda"; None chooses by device and `CAI_KERNELS`. Raises KernelError when the
-    members differ in in_features or device, or the backend can't run them.
+    backend: "reference", "cpu", "triton" or "cuda"; None chooses by device and `CAI_KERNELS`. int8_activations: the input
+    of every int8 core is rounded to int8 first (W8A8, see `quantized_rows`); cores of other stores are not touched by it.
+    Raises KernelError when the members differ in in_features or device, or the backend can't run them.
     """
     if not members:
         raise KernelError("a group of linears needs at least one member")
@@ -218,7 +278,9 @@ def prepare(
         raise KernelError(f"a group shares one input, but in_features are {[w.in_features for w in members]}")
     name = resolve_backend(backend, members[0].cores[0].data.device)
     if name == "reference":
-        return ReferenceLinear(members)
+        return ReferenceLinear(members, int8_activations)
+    if int8_activations:
+        raise KernelError(f"the {name} kernels have no int8 activations")
     if name == "cpu":
         if all(w.kind != "mpo" for w in members):
             return CpuLinear(members, arena)

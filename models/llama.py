@@ -15,6 +15,7 @@ import torch
 
 from cai_runtime.errors import InvalidConfigError, UnsupportedModelError
 from cai_runtime.kernels.attention import AttentionBatch, HeadLayout
+from cai_runtime.kernels.norm import RmsNorm
 from cai_runtime.kernels.slim_linear import PreparedLinear
 from cai_runtime.layers.linear import WeightLoader
 from cai_runtime.layers.ops import Attention, Layers, Ops, make_ops
@@ -67,10 +68,10 @@ class LlamaConfig:
 class Block:
     """One layer: its linears grouped by the input they share, its norms, its attention (with the layer's cache)."""
 
-    input_norm: torch.Tensor
+    input_norm: RmsNorm
     qkv: PreparedLinear
     output: PreparedLinear
-    post_norm: torch.Tensor
+    post_norm: RmsNorm
     gate_up: PreparedLinear
     down: PreparedLinear
     attention: Attention | None = None  # given by allocate_cache
@@ -97,12 +98,12 @@ class Llama:
             at, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
             self.blocks.append(
                 Block(
-                    loader.vector(f"model.layers.{i}.input_layernorm.weight", hidden),
+                    RmsNorm(loader.vector(f"model.layers.{i}.input_layernorm.weight", hidden), c.norm_eps),
                     loader.linear(
                         [at + "q_proj", at + "k_proj", at + "v_proj"], [(q, hidden), (kv, hidden), (kv, hidden)]
                     ),
                     loader.linear([at + "o_proj"], [(hidden, q)]),
-                    loader.vector(f"model.layers.{i}.post_attention_layernorm.weight", hidden),
+                    RmsNorm(loader.vector(f"model.layers.{i}.post_attention_layernorm.weight", hidden), c.norm_eps),
                     loader.linear([mlp + "gate_proj", mlp + "up_proj"], [(wide, hidden), (wide, hidden)]),
                     loader.linear([mlp + "down_proj"], [(hidden, wide)]),
                 )
@@ -134,14 +135,13 @@ class Llama:
 
     def layers(self, x: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         """Every block and the last norm, [T, hidden] -> [T, hidden]."""
-        ops, eps = self.ops, self.config.norm_eps
         for block in self.blocks:
             assert block.attention is not None
-            qkv = block.qkv(ops.rms_norm(x, block.input_norm, eps))
+            qkv = block.qkv(x, norm=block.input_norm)
             x = block.output(block.attention(qkv, batch, self.cos_sin, self.scale), x)
-            gate_up = block.gate_up(ops.rms_norm(x, block.post_norm, eps))
-            x = block.down(ops.swiglu(gate_up), x)
-        return ops.rms_norm(x, self.norm, eps)
+            gate_up = block.gate_up(x, norm=block.post_norm)
+            x = block.down(gate_up, x, swiglu=True)
+        return self.ops.rms_norm(x, self.norm, self.config.norm_eps)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, hidden] -> fp32 [N, vocabulary]."""

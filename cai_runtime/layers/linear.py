@@ -103,7 +103,7 @@ class WeightLoader:
             return w
         return replace(
             w,
-            cores=tuple(Core(c.data.clone(), None if c.scale is None else c.scale.clone()) for c in w.cores),
+            cores=tuple(c.map(torch.clone) for c in w.cores),
             pivot=None if w.pivot is None else w.pivot.clone(),
             bias=None if w.bias is None else w.bias.clone(),
         )
