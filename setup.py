@@ -28,22 +28,25 @@ ROOT = Path(__file__).parent
 LIB = "cai_runtime._lib"
 
 # Each instruction set is its own translation unit, compiled with its own flags and chosen at run time by cpuid.
-ISA_FLAGS = {
+X86_FLAGS = {
     "kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "kernels_avx512.cpp": [
         "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx2", "-mfma", "-mf16c",
         "-mprefer-vector-width=512",
     ],
 }  # fmt: skip
+ARM_FLAGS: dict[str, list[str]] = {"kernels_neon.cpp": []}  # NEON is part of every 64-bit ARM processor
 
 
-def is_x86() -> bool:
-    return platform.machine().lower() in ("x86_64", "amd64")
+def isa_flags() -> dict[str, list[str]]:
+    """The instruction sets of the machine built for: their sources and flags."""
+    machine = platform.machine().lower()
+    return X86_FLAGS if machine in ("x86_64", "amd64") else ARM_FLAGS if machine in ("aarch64", "arm64") else {}
 
 
 def cpu_sources() -> list[str]:
-    names = sorted(p.name for p in (ROOT / "csrc/cpu").glob("*.cpp"))
-    return [f"csrc/cpu/{n}" for n in names if is_x86() or n not in ISA_FLAGS]
+    others = (X86_FLAGS.keys() | ARM_FLAGS.keys()) - isa_flags().keys()
+    return [f"csrc/cpu/{p.name}" for p in sorted((ROOT / "csrc/cpu").glob("*.cpp")) if p.name not in others]
 
 
 def nvcc_path() -> str | None:
@@ -108,14 +111,14 @@ class BuildLibraries(build_ext):
 
     def _sanitize(self) -> list[str]:
         kinds = os.environ.get("CAI_CXX_SANITIZE")
-        return [f"-fsanitize={kinds}", "-fno-omit-frame-pointer", "-g"] if kinds else []
+        return [f"-fsanitize={kinds}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"] if kinds else []
 
     def _cxx_command(self, source: str) -> list[str]:
         flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
         # GCC 12 warns of its own AVX-512 headers, and that vectors in signatures follow another ABI without AVX.
         flags += ["-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-psabi"]
         # -ffp-contract=off: a fused multiply-add only where the code says so, so that every tile size rounds alike.
-        return [*self._cxx(), *flags, "-ffp-contract=off", *ISA_FLAGS.get(Path(source).name, []), *self._sanitize()]
+        return [*self._cxx(), *flags, "-ffp-contract=off", *isa_flags().get(Path(source).name, []), *self._sanitize()]
 
     def _nvcc_command(self, source: str) -> list[str]:
         nvcc = nvcc_path()

@@ -29,6 +29,8 @@ std::vector<const KernelTable*> supported() {
   __builtin_cpu_init();
   if (has_avx512()) tables.push_back(kernels_avx512());
   if (has_avx2()) tables.push_back(kernels_avx2());
+#elif defined(__aarch64__)
+  tables.push_back(kernels_neon());  // part of the architecture: nothing to ask for
 #endif
   tables.push_back(kernels_generic());
   return tables;

@@ -71,6 +71,8 @@ const KernelTable* kernels_generic();
 #if defined(__x86_64__) || defined(_M_X64)
 const KernelTable* kernels_avx2();
 const KernelTable* kernels_avx512();
+#elif defined(__aarch64__)
+const KernelTable* kernels_neon();
 #endif
 
 }  // namespace cai

@@ -1,0 +1,84 @@
+// Four lanes of NEON (ARMv8-A, AArch64). Only what every 64-bit ARM processor has: no dot product, bf16 or fp16 arithmetic
+// extension, so nothing to detect at run time.
+#pragma once
+
+#include <arm_neon.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace cai::neon {
+
+struct Simd {
+  static constexpr int kWidth = 4;
+  static constexpr int kTileM = 4;  // 4 x 4 accumulators, 4 rows of x and of w; at 5 x 4 GCC spills
+  static constexpr const char* kName = "neon";
+
+  using V = float32x4_t;
+  struct Bf16 {
+    uint16_t bits;
+  };
+  struct Fp16 {
+    uint16_t bits;
+  };
+
+  static void prefetch(const char* p) { __builtin_prefetch(p, 0, 2); }
+  static V zero() { return vdupq_n_f32(0.0f); }
+  static V set1(float s) { return vdupq_n_f32(s); }
+  static V load(const float* p) { return vld1q_f32(p); }
+  static V load_part(const float* p, int n) {  // the first n floats, zero beyond
+    if (n >= 4) return vld1q_f32(p);
+    V v = vdupq_n_f32(0.0f);
+    if (n == 3) v = vld1q_lane_f32(p + 2, v, 2);
+    if (n >= 2) return vcombine_f32(vld1_f32(p), vget_high_f32(v));
+    return n == 1 ? vld1q_lane_f32(p, v, 0) : v;
+  }
+  static void store(float* p, V v) { vst1q_f32(p, v); }
+
+  // Each byte to the top of a 32-bit lane (an index past the table gives zero), and the conversion divides by 2^24: two
+  // instructions where widening twice and converting takes three, and exact.
+  static V load(const int8_t* p) {
+    uint32_t four;
+    std::memcpy(&four, p, sizeof four);
+    const uint8x16_t bytes = vreinterpretq_u8_u32(vsetq_lane_u32(four, vdupq_n_u32(0), 0));
+    const uint8x16_t to_top = {16, 16, 16, 0, 16, 16, 16, 1, 16, 16, 16, 2, 16, 16, 16, 3};
+    return vcvtq_n_f32_s32(vreinterpretq_s32_u8(vqtbl1q_u8(bytes, to_top)), 24);
+  }
+  static V load(const Bf16* p) {
+    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16));
+  }
+  static V load(const Fp16* p) {
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))));
+  }
+  static void store(Bf16* p, V v) {
+    const uint32x4_t bits = vreinterpretq_u32_f32(v);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+    const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
+    vst1_u16(reinterpret_cast<uint16_t*>(p), vshrn_n_u32(vbslq_u32(vceqq_f32(v, v), rounded, quiet), 16));
+  }
+  static void store(Fp16* p, V v) {
+    vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(v)));
+  }
+  static V fma(V a, V b, V c) { return vfmaq_f32(c, a, b); }
+  static V add(V a, V b) { return vaddq_f32(a, b); }
+  static V sub(V a, V b) { return vsubq_f32(a, b); }
+  static V mul(V a, V b) { return vmulq_f32(a, b); }
+  static V div(V a, V b) { return vdivq_f32(a, b); }
+  static V max(V a, V b) { return vmaxq_f32(a, b); }
+  static V min(V a, V b) { return vminq_f32(a, b); }
+  static V round(V a) { return vrndnq_f32(a); }
+  static V pow2i(V n) {  // 2^n for whole n in [-126, 127]
+    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23));
+  }
+  static float sum(V a) {  // (0 + 1) + (2 + 3), as sum4
+    const V pairs = vpaddq_f32(a, a);
+    return vgetq_lane_f32(vpaddq_f32(pairs, pairs), 0);
+  }
+  static float maximum(V a) { return vmaxvq_f32(a); }
+  static void sum4(V a, V b, V c, V d, float out[4]) {
+    vst1q_f32(out, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));
+  }
+};
+
+}  // namespace cai::neon
