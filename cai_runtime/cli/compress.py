@@ -8,14 +8,28 @@ HELP = "compress a model to a slim checkpoint"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from cai_runtime.slim.spec import STORE_ALIASES, STORES
+
     parser.add_argument("src", metavar="SRC", help="a known name, a URI or a directory, as for `cai pull`")
     parser.add_argument("dst", metavar="DST", help="the directory to make")
     parser.add_argument(
         "--keep", type=float, default=0.8, metavar="SHARE", help="parameters of the linear layers to keep (default 0.8)"
     )
-    stores = ("fp32", "bf16", "fp16", "int8")
-    parser.add_argument("--store", choices=stores, default="int8", help="how cores are stored (default int8)")
-    parser.add_argument("--embedding-store", choices=stores, help="store of embedding and head (default: as --store)")
+    stores = [*STORES, *STORE_ALIASES]
+    parser.add_argument(
+        "--store",
+        choices=stores,
+        default="int8",
+        metavar="STORE",
+        help=f"how cores are stored: {', '.join(stores)}; default int8. int4: a scale for every 32, 64 or 128 columns, -zp: "
+        "a zero point, too; int4 alone is int4-g64",
+    )
+    parser.add_argument(
+        "--embedding-store",
+        choices=stores,
+        metavar="STORE",
+        help="store of embedding and head (default: as --store, but int8 with int4, which would hurt there)",
+    )
     parser.add_argument("--kind", choices=("interpolative", "lowrank"), default="interpolative", help="kind of cores")
     parser.add_argument(
         "--allocation",

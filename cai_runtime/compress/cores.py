@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from cai_runtime.compress.decompose import Factors, interpolate
-from cai_runtime.compress.rounding import round_int8
-from cai_runtime.slim.module import CoreData, ModuleWeights
-from cai_runtime.slim.spec import ModuleSpec
-from cai_runtime.slim.stores import quantize
+from cai_runtime.compress.rounding import round_with_feedback
+from cai_runtime.slim.module import ModuleWeights
+from cai_runtime.slim.spec import STORES, ModuleSpec
+from cai_runtime.slim.stores import CoreData, quantize
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,19 @@ class StoredModule:
         return ModuleWeights("", self.spec, self.cores, self.pivot).dense()
 
 
-def dense_module(weight: torch.Tensor, store: str) -> StoredModule:
-    """The weight itself, rounded to the nearest value of its store."""
+def dense_module(weight: torch.Tensor, store: str, input_gram: torch.Tensor) -> StoredModule:
+    """The weight itself: to 4 bits rounded with feedback, otherwise to the nearest value of its store. Arguments as in
+    `factorized_module`."""
     spec = ModuleSpec("dense", weight.shape[0], weight.shape[1], None, (store,))
-    return StoredModule(spec, [CoreData(*quantize(weight, store), store)])
+    return StoredModule(spec, [_rounded_first(weight, store, input_gram)])
 
 
 def factorized_module(
     kind: str, weight: torch.Tensor, factors: Factors, rank: int, store: str, input_gram: torch.Tensor
 ) -> StoredModule:
-    """Cores of an interpolative or lowrank module. core_0 is rounded to its store; core_1 is then fitted anew to what
-    core_0 has become and, to 8 bits, rounded with feedback. On SmolLM2 that takes nine tenths off the error which plain
-    rounding to 8 bits adds.
+    """Cores of an interpolative or lowrank module. core_0 is rounded to its store (to 4 bits with feedback); core_1 is then
+    fitted anew to what core_0 has become and, to 8 or 4 bits, rounded with feedback. On SmolLM2 that takes nine tenths off
+    the error which plain rounding to 8 bits adds.
 
     weight: [out, in], any float dtype. input_gram: [in, in], the damped mean of x x^T that the factors were made with.
     """
@@ -49,14 +50,19 @@ def factorized_module(
         rest = weight[pivot[rank:]]
     else:
         core_0, core_1, pivot, rest = right, left, None, weight
-    stored_0 = CoreData(*quantize(core_0, store), store)
+    stored_0 = _rounded_first(core_0, store, input_gram)
     if store == "fp32":
-        stored_1 = CoreData(*quantize(core_1, store), store)
+        stored_1 = quantize(core_1, store)
     else:
         core_1, inner = refit(rest, stored_0.values(), input_gram)
-        stored_1 = round_int8(core_1, inner) if store == "int8" else CoreData(*quantize(core_1, store), store)
+        stored_1 = round_with_feedback(core_1, inner, store) if STORES[store].scale else quantize(core_1, store)
     spec = ModuleSpec("lowrank" if pivot is None else "interpolative", out, inp, rank, (store, store))
     return StoredModule(spec, [stored_0, stored_1], pivot)
+
+
+def _rounded_first(matrix: torch.Tensor, store: str, input_gram: torch.Tensor) -> CoreData:
+    """The core that the module's own input goes into. 8 bits are so fine that feedback gains nothing there."""
+    return round_with_feedback(matrix, input_gram, store) if STORES[store].bits == 4 else quantize(matrix, store)
 
 
 def refit(rows: torch.Tensor, core_0: torch.Tensor, input_gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

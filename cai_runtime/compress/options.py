@@ -9,7 +9,7 @@ import torch
 
 from cai_runtime.compress.allocate import Allocation
 from cai_runtime.errors import CompressionError
-from cai_runtime.slim.spec import STORES, Kind
+from cai_runtime.slim.spec import STORE_ALIASES, STORES, Kind
 
 KINDS = ("interpolative", "lowrank")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -17,7 +17,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Options:
-    """What `compress` was asked for; see there. Checked when made: CompressionError names the option."""
+    """What `compress` was asked for; see there, with the stores' names as files have them. Checked when made:
+    CompressionError names the option."""
 
     keep: float
     store: str
@@ -46,7 +47,8 @@ class Options:
         )
         for name in ("store", "embedding_store"):
             value = getattr(self, name)
-            need(value in STORES, f"{name} must be one of {', '.join(STORES)}, is {value!r}")
+            known = ", ".join([*STORES, *STORE_ALIASES])
+            need(value in STORES, f"{name} must be one of {known}, is {value!r}")
         need(self.dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, is {self.dtype!r}")
         need(self.samples >= 1, f"samples must be at least 1, is {self.samples}")
         need(self.sequence_length >= 2, f"sequence_length must be at least 2, is {self.sequence_length}")

@@ -29,7 +29,7 @@ from cai_runtime.convert.cache import sha256_of, tqdm_disable
 from cai_runtime.convert.sources import pull
 from cai_runtime.errors import CompressionError, UnsupportedModelError
 from cai_runtime.slim.reader import Checkpoint
-from cai_runtime.slim.spec import DENSE_REFERENCE_BYTES, STORES, Kind, ModuleSpec
+from cai_runtime.slim.spec import DENSE_REFERENCE_BYTES, STORES, Kind, ModuleSpec, canonical_store
 from cai_runtime.slim.writer import CheckpointWriter
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,8 @@ def compress(
         src: a known name, a URI or a directory (see `cai_runtime.convert.sources.pull`).
         dst: the directory to make.
         keep: parameters of the linear layers to keep, as a share of their dense count, in (0, 1].
-        store: how cores lie on disk: fp32, bf16, fp16 or int8.
+        store: how cores lie on disk: fp32, bf16, fp16, int8, or 4 bits with a scale for every 32, 64 or 128 columns:
+            int4-g32, int4-g64 (also called int4), int4-g128, each with "-zp" behind it for zero points, too.
         kind: "interpolative", or "lowrank" (a much lower rank at the same keep).
         allocation: "pooled" lets the layers compete for parameters, "uniform" gives each the same share.
         curvature: weigh errors by what they do to the loss, from a backward pass over the calibration text. False: by the
@@ -72,8 +73,10 @@ def compress(
             instead of 1.25.
         calibration: a .txt file, or a .jsonl file of objects with a "text"; None: half of the Wikipedia sample.
         samples, sequence_length: how much of it: sequences, and tokens in each.
-        embedding_store: store of the token embedding and the head (None: as `store`). They stay dense.
-        rank_multiple: ranks are multiples of this; 16 keeps the rows of 8-bit cores aligned for vector loads.
+        embedding_store: store of the token embedding and the head (None: as `store`, but int8 with the int4 stores: 4 bits
+            hurt there, where nothing makes up for the rounding). They stay dense.
+        rank_multiple: ranks are multiples of this; 16 keeps the rows of 8-bit cores aligned for vector loads. With an int4
+            store, a multiple of the group wastes no part of a group's scale.
         floor: pooled: every layer keeps at least this share of `keep`.
         device: "cpu" or "cuda[:n]", where the model runs and is decomposed.
         dtype: in which the model runs (None: fp32 on the CPU, bf16 on CUDA).
@@ -92,13 +95,16 @@ def compress(
         SourceError, CheckpointError, UnsupportedModelError: the source can't be fetched, read, or factorized.
         CheckpointWriteError: `dst` exists or can't be written.
     """
+    store = canonical_store(store)
+    if embedding_store is None:
+        embedding_store = "int8" if store in STORES and STORES[store].bits == 4 else store
     options = Options(
         keep=keep,
         store=store,
         kind=kind,
         allocation=allocation,
         curvature=curvature,
-        embedding_store=embedding_store or store,
+        embedding_store=canonical_store(embedding_store),
         samples=samples,
         sequence_length=sequence_length,
         rank_multiple=rank_multiple,
@@ -177,7 +183,7 @@ def _tokenizer(path: Path) -> Any:
 
 def _require_room(checkpoint: Checkpoint, options: Options, dst: Path) -> None:
     """Refuse before the work what the disk can't hold. An estimate from above: everything at the wider of its stores."""
-    size = max(STORES[options.store].itemsize, STORES[options.embedding_store].itemsize)
+    size = max(STORES[store].bytes_per_number for store in (options.store, options.embedding_store))
     numbers = sum(math.prod(info.shape) for info in checkpoint.tensors().values())
     need = int(numbers * size * 1.05)
     parent = next(p for p in dst.absolute().parents if p.exists())
@@ -263,11 +269,11 @@ def _write(
     disable = tqdm_disable(progress)
     for name, found in tqdm(decomposed.items(), desc="round", unit="layer", disable=disable):
         module, rank = checkpoint.module(name), ranks[name]
-        weight = module.dense().to(options.device)
+        weight, gram = module.dense().to(options.device), found.input_gram.to(options.device)
         if rank is None:
-            stored = dense_module(weight, options.store)
+            stored = dense_module(weight, options.store, gram)
         else:
-            factors, gram = found.factors.to(options.device), found.input_gram.to(options.device)
+            factors = found.factors.to(options.device)
             stored = factorized_module(options.kind, weight, factors, rank, options.store, gram)
         spec = stored.spec
         writer.add_module(name, spec, stored.cores, pivot=stored.pivot, bias=module.bias)

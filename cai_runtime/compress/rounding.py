@@ -1,41 +1,63 @@
-"""Rounding cores to 8 bits so that the outputs, not the numbers, change least.
+"""Rounding cores to 8 or 4 bits so that the outputs, not the numbers, change least.
 
 Rounded one column at a time, each column's error is made up for by the columns still to come, as far as their inputs are
 correlated (Frantar, Ashkboos, Hoefler and Alistarh, "GPTQ: Accurate post-training quantization for generative pre-trained
-transformers", 2023). It matters for core_1: its inputs are a few hundred outputs of core_0, strongly correlated.
+transformers", 2023). It matters for core_1: its inputs are a few hundred outputs of core_0, strongly correlated. At 4 bits
+it matters for every core.
 """
 
 from __future__ import annotations
 
 import torch
 
-from cai_runtime.slim.module import CoreData
-from cai_runtime.slim.stores import INT8_MAX
+from cai_runtime.slim.int4 import MAX_CODE, fit_groups, pack
+from cai_runtime.slim.spec import STORES
+from cai_runtime.slim.stores import INT8_MAX, CoreData
 
 DAMPING = 1e-2  # of the mean diagonal
-BLOCK = 128  # columns whose feedback is applied one by one; beyond them, by one matrix product a block
+BLOCK = (
+    128  # columns whose feedback is applied one by one; beyond them, by one matrix product. A multiple of every group
+)
 
 
-def round_int8(core: torch.Tensor, input_gram: torch.Tensor) -> CoreData:
-    """core: [rows, columns], any float; input_gram: [columns, columns], mean of z z^T of the core's inputs z.
+def round_with_feedback(core: torch.Tensor, input_gram: torch.Tensor, store: str) -> CoreData:
+    """core: [rows, columns], any float; input_gram: [columns, columns], mean of z z^T of the core's inputs z; store: int8 or
+    one of int4.
 
-    The scales are those of plain rounding (max |row| / 127).
+    int8: the scales are those of plain rounding (max |row| / 127). int4: a group's scale and zero point are chosen when its
+    first column is reached, for the values as the columns before have left them, each weighed by what its error will cost.
     """
+    kind = STORES[store]
     w = core.to(torch.float32).clone()
     rows, columns = w.shape
-    scale = (w.abs().amax(dim=1) / INT8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
-    codes = torch.empty(rows, columns, dtype=torch.int8, device=w.device)
     feedback = _feedback(input_gram)
+    weights = (
+        feedback.diagonal().square().reciprocal()
+    )  # a column's squared error, once its followers have done their best
+    weights = weights / weights.mean()
+    codes = torch.empty(rows, columns, dtype=torch.uint8 if kind.group else torch.int8, device=w.device)
+    scale = (w.abs().amax(dim=1) / INT8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
+    zero, least, most = torch.zeros_like(scale), -INT8_MAX, INT8_MAX
+    scales, zeros = [], []
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         errors = torch.empty(rows, stop - start, device=w.device)
         for k in range(start, stop):
-            code = (w[:, k] / scale).round_().clamp_(-INT8_MAX, INT8_MAX)
-            codes[:, k] = code.to(torch.int8)
-            errors[:, k - start] = (w[:, k] - code * scale) / feedback[k, k]
+            if kind.group and k % kind.group == 0:
+                end = min(k + kind.group, columns)
+                narrow, zero = fit_groups(w[:, k:end], kind.zeros, weights[k:end])
+                scales.append(narrow)
+                zeros.append(zero.to(torch.uint8))
+                scale, least, most = narrow.float(), 0, MAX_CODE
+            code = ((w[:, k] / scale).round_() + zero).clamp_(least, most)
+            codes[:, k] = code.to(codes.dtype)
+            errors[:, k - start] = (w[:, k] - (code - zero) * scale) / feedback[k, k]
             w[:, k + 1 : stop].addr_(errors[:, k - start], feedback[k, k + 1 : stop], alpha=-1)
         w[:, stop:].addmm_(errors, feedback[start:stop, stop:], alpha=-1)
-    return CoreData(codes, scale, "int8")
+    if not kind.group:
+        return CoreData(codes, scale, store)
+    found = torch.stack(zeros, dim=1) if kind.zeros else None
+    return CoreData(pack(codes), torch.stack(scales, dim=1), store, found, (rows, columns))
 
 
 def _feedback(gram: torch.Tensor) -> torch.Tensor:

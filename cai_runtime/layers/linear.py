@@ -12,33 +12,38 @@ from cai_runtime.errors import TensorShapeError
 from cai_runtime.kernels.cpu_library import Arena
 from cai_runtime.kernels.slim_linear import PreparedLinear, prepare
 from cai_runtime.kernels.weights import Core, LinearWeights
+from cai_runtime.slim.spec import STORES, matrix_shape
 
 if TYPE_CHECKING:
-    from cai_runtime.slim.reader import Checkpoint, ModuleWeights
+    from cai_runtime.slim.module import ModuleWeights
+    from cai_runtime.slim.reader import Checkpoint
+    from cai_runtime.slim.stores import CoreData
 
 
 def kernel_weights(module: ModuleWeights, *, dtype: torch.dtype | None, device: torch.device) -> LinearWeights:
     """The kernels' view of a stored module. Float cores are converted to `dtype` (None: kept as stored); packed ones
-    (int8) stay as they are. Nothing is copied that needs no conversion."""
+    (int8, int4) stay as they are. Nothing is copied that needs no conversion."""
     spec = module.spec
 
-    def core(data: torch.Tensor, scale: torch.Tensor | None) -> Core:
+    def core(stored: CoreData) -> Core:
+        data, group = stored.matrix(), STORES[stored.store].group
         if data.is_floating_point() and dtype is not None:
             data = data.to(dtype)
-        return Core(data.to(device), None if scale is None else scale.to(device))
+        columns = matrix_shape(stored.shape)[1] if group else None
+        return Core(data, stored.scale, stored.zero, group, columns).map(lambda tensor: tensor.to(device))
 
     mpo = spec.kind == "mpo"
     return LinearWeights(
         kind=spec.kind,
         in_features=spec.in_features,
         out_features=spec.out_features,
-        cores=tuple(core(c.matrix(), c.scale) for c in module.cores),
+        cores=tuple(core(c) for c in module.cores),
         rank=spec.rank if isinstance(spec.rank, int) else None,
         pivot=None if module.pivot is None else module.pivot.to(device),
         bias=None if module.bias is None else module.bias.to(device, torch.float32),
         out_dims=spec.out_dims,
         in_dims=spec.in_dims,
-        bonds=(1, *(c.data.shape[3] for c in module.cores)) if mpo else (),
+        bonds=(1, *(c.shape[3] for c in module.cores)) if mpo else (),
     )
 
 

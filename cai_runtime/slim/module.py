@@ -7,24 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from cai_runtime.slim.spec import ModuleSpec
-from cai_runtime.slim.stores import as_matrix, dequantize
-
-
-@dataclass(frozen=True)
-class CoreData:
-    """One stored core. `data`: shape as on disk, dtype as its store says; `scale`: int8 only, fp32 [matrix rows]."""
-
-    data: torch.Tensor
-    scale: torch.Tensor | None
-    store: str
-
-    def matrix(self) -> torch.Tensor:
-        """[rows, columns] in the stored dtype, as the runtime applies it, one scale per row. See `as_matrix`."""
-        return as_matrix(self.data)
-
-    def values(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The core's numbers in its own shape."""
-        return dequantize(self.data, self.scale, self.store, dtype)
+from cai_runtime.slim.stores import CoreData
 
 
 @dataclass(frozen=True)

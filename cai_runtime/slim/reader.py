@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cai_runtime.errors import (
     CheckpointError,
@@ -34,6 +34,14 @@ CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 REPORT_FILE = "slim_report.json"
+
+
+class _Part(NamedTuple):
+    """Which of a core's tensors one is."""
+
+    suffix: str  # see `StoreType.tensors`
+    store: str
+    core_shape: tuple[int, ...]
 
 
 class Checkpoint:
@@ -143,14 +151,25 @@ class Checkpoint:
         return tensor
 
     def module(self, name: str, check_finite: bool = True) -> ModuleWeights:
-        """All tensors of one linear module, as views of the mapped files. Raises what `tensor` and `spec` raise."""
-        from cai_runtime.slim.module import CoreData, ModuleWeights
+        """All tensors of one linear module, as views of the mapped files.
+
+        check_finite: read every value once: no NaN, no infinity, and what `damage` knows of.
+
+        Raises:
+            CorruptFileError: a scale is not positive, a zero point above 15, an unused half byte not zero.
+            Besides, what `tensor` and `spec` raise.
+        """
+        from cai_runtime.slim.module import ModuleWeights
+        from cai_runtime.slim.stores import CoreData
 
         spec = self.spec(name)
         cores = []
-        for core, store in zip(spec.core_names, spec.store, strict=True):
-            scale = self._scale(f"{name}.{core}_scale", check_finite) if STORES[store].scaled else None
-            cores.append(CoreData(self.tensor(f"{name}.{core}", check_finite), scale, store))
+        for core, shape, store in zip(spec.core_names, spec.core_shapes, spec.store, strict=True):
+            parts = {
+                suffix: self._stored(f"{name}.{core}{suffix}", check_finite, _Part(suffix, store, shape))
+                for suffix in STORES[store].tensors(shape)
+            }
+            cores.append(CoreData(parts[""], parts.get("_scale"), store, parts.get("_zero"), shape))
         pivot = self.tensor(f"{name}.pivot") if spec.has_pivot else None
         bias = self.tensor(f"{name}.bias", check_finite) if f"{name}.bias" in self._tensors else None
         return ModuleWeights(name, spec, cores, pivot, bias)
@@ -167,18 +186,21 @@ class Checkpoint:
             self._maps[info.file].release(info.start, info.nbytes)
 
     def verify(self, progress: bool | None = None) -> None:
-        """Read everything once: no NaN, no infinity, every int8 scale positive. Raises for the first tensor that fails.
+        """Read everything once: no NaN, no infinity, every scale positive, zero points and unused half bytes as they must
+        be. Raises for the first tensor that fails.
 
         progress: show a bar (None: only when stderr is a terminal).
         """
-        scales = {t for name, spec in self.modules.items() for t in spec.tensors(name) if t.endswith("_scale")}
+        parts = {
+            f"{name}.{core}{suffix}": _Part(suffix, store, shape)
+            for name, spec in self.modules.items()
+            for core, shape, store in zip(spec.core_names, spec.core_shapes, spec.store, strict=True)
+            for suffix in STORES[store].tensors(shape)
+        }
         ordered = sorted(self._tensors.values(), key=lambda info: (info.file, info.start))
         with _progress_bar(self.nbytes, "verify", progress) as update:
             for info in ordered:
-                if info.name in scales:
-                    self._scale(info.name)
-                else:
-                    self.tensor(info.name)
+                self._stored(info.name, True, parts.get(info.name))
                 self.release(info.name)
                 update(info.nbytes)
 
@@ -207,11 +229,15 @@ class Checkpoint:
             raise TensorMissingError("the checkpoint has no such tensor", file=self.path, tensor=name)
         return info
 
-    def _scale(self, name: str, check: bool = True) -> torch.Tensor:
-        scale = self.tensor(name, check)
-        if check and scale.numel() and not bool((scale > 0).all()):
-            raise CorruptFileError("a scale is not positive", file=self._info(name).file, tensor=name)
-        return scale
+    def _stored(self, name: str, check: bool, part: _Part | None) -> torch.Tensor:
+        """A tensor whose values are checked for what it is part of, too."""
+        from cai_runtime.slim.stores import damage
+
+        tensor = self.tensor(name, check)
+        problem = damage(part.suffix, tensor, part.store, part.core_shape) if check and part is not None else None
+        if problem is not None:
+            raise CorruptFileError(problem, file=self._info(name).file, tensor=name)
+        return tensor
 
     def _check_module(self, name: str, spec: ModuleSpec) -> None:
         wanted = spec.tensors(name)
@@ -242,7 +268,7 @@ class Checkpoint:
             )
         # What no entry explains, a left-over dense weight say, would make it a guess which of the two is the module.
         cores = ["weight", *(f"core_{k}" for k in range(len(spec.store) + 1))]
-        for suffix in ("pivot", *cores, *(f"{core}_scale" for core in cores)):
+        for suffix in ("pivot", *cores, *(core + beside for core in cores for beside in ("_scale", "_zero"))):
             extra = f"{name}.{suffix}"
             if extra in self._tensors and extra not in wanted:
                 raise InvalidConfigError(

@@ -19,6 +19,7 @@ from cai_runtime.errors import (
     UnknownStoreError,
     UnknownVersionError,
 )
+from cai_runtime.slim.shard import DTYPES
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "cai"
@@ -31,20 +32,50 @@ DENSE_REFERENCE_BYTES = 2  # `keep` in bytes is against the same module dense in
 
 
 class StoreType(NamedTuple):
-    """How one core's numbers lie on disk."""
+    """How one core's numbers lie on disk; dtypes by safetensors' names."""
 
-    dtype: str  # safetensors' name of the dtype of the packed tensor
-    itemsize: int  # bytes per element
-    scaled: bool  # whether `<core>_scale`, fp32 [rows of the core's matrix], lies beside it
+    dtype: str  # of the core's tensor
+    bits: int  # per number
+    scale: str | None = None  # dtype of `<core>_scale`, which has one number for each group of columns of each row
+    group: int = 0  # columns of the core's matrix in a group; 0: all of them, the scale is [rows]
+    zeros: bool = False  # whether `<core>_zero`, U8 of the scale's shape, holds the codes of 0
+
+    @property
+    def bytes_per_number(self) -> float:
+        """Of a long row: with the scales and zero points of its groups, without what there is once a row."""
+        per_group = (DTYPES[self.scale][1] if self.scale else 0) + self.zeros
+        return self.bits / 8 + (per_group / self.group if self.group else 0)
+
+    def tensors(self, core_shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """A core's tensors: what follows the core's name ("", "_scale", "_zero") -> (dtype, shape on disk)."""
+        rows, columns = matrix_shape(core_shape)
+        packed = (rows, -(-columns // 2)) if self.bits == 4 else core_shape
+        found: dict[str, tuple[str, tuple[int, ...]]] = {"": (self.dtype, packed)}
+        groups = (rows, -(-columns // self.group)) if self.group else (rows,)
+        if self.scale is not None:
+            found["_scale"] = (self.scale, groups)
+        if self.zeros:
+            found["_zero"] = ("U8", groups)
+        return found
 
 
+INT4_GROUPS = (32, 64, 128)
 STORES: dict[str, StoreType] = {
-    "fp32": StoreType("F32", 4, False),
-    "bf16": StoreType("BF16", 2, False),
-    "fp16": StoreType("F16", 2, False),
-    "int8": StoreType("I8", 1, True),
+    "fp32": StoreType("F32", 32),
+    "bf16": StoreType("BF16", 16),
+    "fp16": StoreType("F16", 16),
+    "int8": StoreType("I8", 8, "F32"),
+    **{f"int4-g{group}": StoreType("U8", 4, "BF16", group) for group in INT4_GROUPS},
+    **{f"int4-g{group}-zp": StoreType("U8", 4, "BF16", group, True) for group in INT4_GROUPS},
 }
-FLOAT_STORE_OF_DTYPE = {s.dtype: name for name, s in STORES.items() if not s.scaled}
+STORE_ALIASES = {"int4": "int4-g64"}  # for people; a file holds the names of `STORES` alone
+FLOAT_STORE_OF_DTYPE = {s.dtype: name for name, s in STORES.items() if s.scale is None}
+
+
+def canonical_store(name: str) -> str:
+    """The name that a file uses for what a person may call "int4"; any other name as it is."""
+    return STORE_ALIASES.get(name, name)
+
 
 _MODULE_KEYS = {
     "dense": {"kind", "store", "shape"},
@@ -87,7 +118,8 @@ class ModuleSpec:
 
     @property
     def core_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes on disk, one per core: 2-D, or [chi_{k-1}, out_k, in_k, chi_k] for mpo."""
+        """Shapes of the cores: 2-D, or [chi_{k-1}, out_k, in_k, chi_k] for mpo. Those on disk, except that int4 packs the
+        core's matrix (`tensors`)."""
         out, inp, rank = self.out_features, self.in_features, self.rank
         if self.kind == "dense":
             return ((out, inp),)
@@ -102,7 +134,7 @@ class ModuleSpec:
 
     @property
     def matrix_shapes(self) -> tuple[tuple[int, int], ...]:
-        """[rows, columns] of each core as the matrix that the runtime applies; an int8 core has one scale per row.
+        """[rows, columns] of each core as the matrix that the runtime applies; scales go by its rows (and columns).
 
         For mpo the rows are (out_k, chi_k) and the columns (chi_{k-1}, in_k); elsewhere the core is the matrix.
         """
@@ -114,17 +146,13 @@ class ModuleSpec:
 
     @property
     def parameters(self) -> int:
-        """Stored weights: elements of all cores. Scales, pivot and bias are not parameters."""
+        """Stored weights: elements of all cores. Scales, zero points, pivot and bias are not parameters."""
         return sum(math.prod(shape) for shape in self.core_shapes)
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk of cores, scales and pivot, without the bias (a dense module has the same one)."""
-        total = 4 * self.out_features if self.has_pivot else 0
-        for shape, name in zip(self.core_shapes, self.store, strict=True):
-            store = STORES[name]
-            total += math.prod(shape) * store.itemsize + (4 * matrix_shape(shape)[0] if store.scaled else 0)
-        return total
+        """Bytes on disk of cores, scales, zero points and pivot, without the bias (a dense module has the same one)."""
+        return sum(math.prod(shape) * DTYPES[dtype][1] for dtype, shape in self.tensors("").values())
 
     @property
     def dense_parameters(self) -> int:
@@ -149,10 +177,8 @@ class ModuleSpec:
         """Every tensor that module `name` must have: full name -> (safetensors dtype, shape). The bias is optional."""
         wanted: dict[str, tuple[str, tuple[int, ...]]] = {}
         for core, shape, store_name in zip(self.core_names, self.core_shapes, self.store, strict=True):
-            store = STORES[store_name]
-            wanted[f"{name}.{core}"] = (store.dtype, shape)
-            if store.scaled:
-                wanted[f"{name}.{core}_scale"] = ("F32", (matrix_shape(shape)[0],))
+            stored = STORES[store_name].tensors(shape)
+            wanted.update((f"{name}.{core}{suffix}", tensor) for suffix, tensor in stored.items())
         if self.has_pivot:
             wanted[f"{name}.pivot"] = ("I32", (self.out_features,))
         return wanted

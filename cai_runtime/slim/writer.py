@@ -20,12 +20,11 @@ from cai_runtime.errors import (
     TensorDtypeError,
     TensorShapeError,
 )
-from cai_runtime.slim.module import CoreData
 from cai_runtime.slim.publish import publish
 from cai_runtime.slim.reader import CONFIG_FILE, INDEX_FILE, REPORT_FILE, SINGLE_FILE, Checkpoint
 from cai_runtime.slim.shard import DTYPE_NAMES
-from cai_runtime.slim.spec import FLOAT_STORE_OF_DTYPE, STORES, ModuleSpec, SlimConfig, matrix_shape
-from cai_runtime.slim.stores import all_finite, quantize, store_dtype
+from cai_runtime.slim.spec import FLOAT_STORE_OF_DTYPE, ModuleSpec, SlimConfig
+from cai_runtime.slim.stores import CoreData, all_finite, damage, quantize
 
 if TYPE_CHECKING:
     import torch
@@ -109,8 +108,8 @@ class CheckpointWriter:
     ) -> None:
         """Add one linear module and list it in `quantization_config`.
 
-        cores: one per core of `spec`, in its shape on disk; floats are packed as the spec's store says (`quantize`), a
-            `CoreData` (already packed, from another checkpoint or a finer rounding) is stored as it is.
+        cores: one per core of `spec`, in its shape (`core_shapes`); floats are packed as the spec's store says
+            (`quantize`), a `CoreData` (already packed, from another checkpoint or a finer rounding) is stored as it is.
         pivot: an integer permutation of the outputs, [out]; interpolative only.
         bias: fp32, bf16 or fp16, [out], stored as it is.
         """
@@ -125,15 +124,12 @@ class CheckpointWriter:
         tensors: dict[str, torch.Tensor] = {}
         for core, label, shape, store in zip(cores, spec.core_names, spec.core_shapes, spec.store, strict=True):
             tensor = f"{name}.{label}"
-            given = core.data if isinstance(core, CoreData) else core
-            if tuple(given.shape) != shape:
+            if tuple(core.shape) != shape:
                 raise TensorShapeError(
-                    f"kind {spec.kind}, rank {spec.rank}, needs {list(shape)}, is {list(given.shape)}", tensor=tensor
+                    f"kind {spec.kind}, rank {spec.rank}, needs {list(shape)}, is {list(core.shape)}", tensor=tensor
                 )
-            data, scale = _packed(core, store, tensor)
-            tensors[tensor] = data
-            if scale is not None:
-                tensors[f"{tensor}_scale"] = scale
+            for suffix, part in _packed(core, store, tensor).tensors.items():
+                tensors[tensor + suffix] = part
         if spec.has_pivot != (pivot is not None):
             raise InvalidPivotError(f"kind {spec.kind} {'needs a' if spec.has_pivot else 'has no'} pivot", tensor=name)
         if pivot is not None:
@@ -323,22 +319,18 @@ def _dtype_name(tensor: torch.Tensor) -> str | None:
     return DTYPE_NAMES.get(str(tensor.dtype).removeprefix("torch."))
 
 
-def _packed(core: torch.Tensor | CoreData, store: str, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Data and scale to store; errors name the tensor."""
-    import torch
-
+def _packed(core: torch.Tensor | CoreData, store: str, name: str) -> CoreData:
+    """The core as it is stored; errors name the tensor."""
     if not isinstance(core, CoreData):
         try:
             return quantize(core, store)
         except CheckpointError as e:
             raise type(e)(str(e), tensor=name) from None
-    if core.store != store or core.data.dtype != store_dtype(store):
-        raise TensorDtypeError(f"is packed as {core.store} ({core.data.dtype}), the spec says {store}", tensor=name)
-    if not STORES[store].scaled:
-        return core.data, None
-    rows = (matrix_shape(tuple(core.data.shape))[0],)
-    if core.scale is None or tuple(core.scale.shape) != rows or core.scale.dtype != torch.float32:
-        raise TensorShapeError(f"needs an fp32 scale of shape {list(rows)}", tensor=f"{name}_scale")
-    if not bool((core.scale > 0).all()):
-        raise NonFiniteTensorError("every scale must be positive and finite", tensor=f"{name}_scale")
-    return core.data, core.scale
+    if core.store != store:
+        raise TensorDtypeError(f"is packed as {core.store}, the spec says {store}", tensor=name)
+    core.check_layout(name)
+    for suffix, tensor in core.tensors.items():
+        problem = damage(suffix, tensor, store, core.shape)
+        if problem is not None:
+            raise InvalidConfigError(problem, tensor=name + suffix)
+    return core

@@ -9,8 +9,13 @@ import torch
 
 from cai_runtime.compress import compress
 from cai_runtime.compress.evaluate import dense_reference, slim_as_transformers
+from cai_runtime.engine.open import load_runner
+from cai_runtime.engine.runner import ScheduledSequence
 from cai_runtime.errors import CheckpointWriteError, CompressionError, SourceError, UnsupportedModelError
+from cai_runtime.kernels.slim_linear import reference
+from cai_runtime.layers.linear import kernel_weights
 from cai_runtime.slim.reader import Checkpoint
+from cai_runtime.slim.stores import quantize
 
 IDS = torch.randint(2, 62, (2, 40), generator=torch.Generator().manual_seed(3))
 
@@ -23,6 +28,13 @@ def run(src, dst, text_file, **options):
 def logits(model):
     with torch.inference_mode():
         return model(input_ids=IDS, use_cache=False).logits
+
+
+def engine_logits(path, ids):
+    """[tokens, vocabulary] of the reference backend, one token at a time."""
+    runner, _ = load_runner(path, kv_cache="1MiB", backend="reference", dtype="fp32", device="cpu", progress=False)
+    pages = list(range(1, 2 + len(ids) // runner.page_size))
+    return torch.cat([runner.run([ScheduledSequence([token], at, pages, True)]) for at, token in enumerate(ids)])
 
 
 def distance(a, b):
@@ -78,6 +90,46 @@ def test_int8_adds_little_error(tiny, text_file, tmp_path):
         assert slim.modules["model.embed_tokens"].store == ("int8",)
         assert slim.modules["model.layers.0.mlp.up_proj"].store == ("int8", "int8")
         assert slim.tensors()["model.norm.weight"].dtype == "F32"
+
+
+@pytest.mark.parametrize(
+    ("store", "stored", "embedding"),
+    [("int4", "int4-g64", "int8"), ("int4-g32-zp", "int4-g32-zp", "int8"), ("int4-g128", "int4-g128", "int4-g32")],
+)
+def test_int4_runs_as_its_dense_reconstruction(tiny, text_file, tmp_path, store, stored, embedding):
+    """The reference kernels on the packed cores against stock transformers on the matrices that they stand for."""
+    options = {"embedding_store": "int4-g32"} if embedding != "int8" else {}
+    report = run(tiny, tmp_path / "slim", text_file, keep=0.9, store=store, **options)
+    with Checkpoint.open(tmp_path / "slim") as slim:
+        assert slim.modules["model.embed_tokens"].store == (embedding,)
+        assert {s for name, spec in slim.modules.items() if "layers" in name for s in spec.store} == {stored}
+        assert report.total_bytes == slim.nbytes and report.options["store"] == stored
+        assert report.options["embedding_store"] == embedding
+        slim.verify(progress=False)
+        x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).double()
+        for name in slim.modules:
+            module = slim.module(name)
+            rows = x if module.spec.in_features == 32 else torch.cat([x, x], 1)[:, : module.spec.in_features]
+            y = reference(rows, kernel_weights(module, dtype=None, device=torch.device("cpu")))
+            torch.testing.assert_close(y, rows @ module.dense(torch.float64).mT, rtol=1e-9, atol=1e-9)
+    if embedding == "int8":
+        found = engine_logits(tmp_path / "slim", IDS[0].tolist())
+        torch.testing.assert_close(found, logits(slim_as_transformers(tmp_path / "slim"))[0], rtol=1e-3, atol=1e-3)
+
+
+def test_int4_with_feedback_is_closer_to_the_original_than_without(tiny, text_file, tmp_path, monkeypatch):
+    reference_logits = logits(dense_reference(tiny))
+    settings = {"keep": 1.0, "store": "int4-g32"}
+    run(tiny, tmp_path / "feedback", text_file, **settings)
+    monkeypatch.setattr(
+        "cai_runtime.compress.cores.round_with_feedback", lambda core, gram, store: quantize(core, store)
+    )
+    run(tiny, tmp_path / "plain", text_file, **settings)
+    found = {
+        name: distance(reference_logits, logits(slim_as_transformers(tmp_path / name)))
+        for name in ("feedback", "plain")
+    }
+    assert found["feedback"] < found["plain"]
 
 
 def test_the_embedding_may_have_another_store(make_tiny, text_file, tmp_path):

@@ -3,10 +3,13 @@
 import pytest
 import torch
 
-from cai_runtime.compress.cores import dense_module, factorized_module, refit
+from cai_runtime.compress.cores import StoredModule, dense_module, factorized_module, refit
 from cai_runtime.compress.decompose import damped, factorize
-from cai_runtime.compress.rounding import round_int8
-from cai_runtime.slim.stores import dequantize, quantize
+from cai_runtime.compress.rounding import round_with_feedback
+from cai_runtime.slim.spec import STORES
+from cai_runtime.slim.stores import quantize
+
+INT4 = [name for name, store in STORES.items() if store.bits == 4]
 
 
 def problem(out, inp, seed=0):
@@ -28,18 +31,42 @@ def error(weight, approximation, gram):
 @pytest.mark.parametrize("columns", [5, 128, 200])
 def test_feedback_beats_plain_rounding_and_keeps_the_grid(columns):
     core, gram = problem(64, columns)
-    found = round_int8(core, gram)
-    data, scale = quantize(core, "int8")
-    torch.testing.assert_close(found.scale, scale)
+    found, plain = round_with_feedback(core, gram, "int8"), quantize(core, "int8")
+    torch.testing.assert_close(found.scale, plain.scale)
     assert found.data.dtype == torch.int8 and int(found.data.abs().max()) <= 127
-    plain = error(core, dequantize(data, scale, "int8"), gram)
-    assert error(core, found.values(), gram) < 0.7 * plain
+    assert error(core, found.values(), gram) < 0.7 * error(core, plain.values(), gram)
+
+
+@pytest.mark.parametrize("store", INT4)
+@pytest.mark.parametrize("columns", [5, 128, 201])
+def test_feedback_beats_plain_rounding_to_4_bits(columns, store):
+    core, gram = problem(64, columns)
+    found, plain = round_with_feedback(core, gram, store), quantize(core, store)
+    found.check_layout()
+    assert found.shape == core.shape and bool((found.scale > 0).all())
+    assert error(core, found.values(), gram) < 0.8 * error(core, plain.values(), gram)
+
+
+def test_finer_groups_and_zero_points_leave_less_error():
+    core, gram = problem(64, 256)
+    core = core + 0.7 * torch.randn(64, 1, generator=torch.Generator().manual_seed(1))
+    errors = {store: error(core, round_with_feedback(core, gram, store).values(), gram) for store in INT4}
+    assert errors["int4-g32"] < errors["int4-g64"] < errors["int4-g128"]
+    assert all(errors[f"int4-g{group}-zp"] < errors[f"int4-g{group}"] for group in (32, 64, 128))
 
 
 def test_feedback_on_uncorrelated_inputs_is_plain_rounding():
     core, _ = problem(16, 40)
-    found = round_int8(core, 3.0 * torch.eye(40, dtype=torch.float64))
-    assert torch.equal(found.data, quantize(core, "int8")[0])
+    for store in ("int8", *INT4):
+        found, plain = round_with_feedback(core, 3.0 * torch.eye(40, dtype=torch.float64), store), quantize(core, store)
+        assert found.tensors.keys() == plain.tensors.keys()
+        assert all(torch.equal(found.tensors[suffix], plain.tensors[suffix]) for suffix in plain.tensors)
+
+
+def test_a_core_of_zeros_stays_zero():
+    for store in ("int8", *INT4):
+        found = round_with_feedback(torch.zeros(3, 40), torch.zeros(40, 40), store)
+        assert not bool(found.values().any())
 
 
 def test_refit_is_least_squares():
@@ -66,6 +93,20 @@ def test_8_bits_cost_little_of_the_best_error(kind, out, inp):
     assert best <= error(weight, made["int8"], gram) < 1.05 * best
 
 
+@pytest.mark.parametrize("kind", ["interpolative", "lowrank"])
+@pytest.mark.parametrize("store", ["int4-g32", "int4-g64-zp"])
+def test_feedback_in_both_cores_at_4_bits(kind, store):
+    """Against the same factors rounded number by number, the error that 4 bits add is at least halved."""
+    weight, gram = problem(60, 48)
+    factors, rank = factorize(weight, gram), 30
+    exact = factorized_module(kind, weight, factors, rank, "fp32", gram)
+    made = factorized_module(kind, weight, factors, rank, store, gram)
+    assert made.spec.store == (store, store)
+    plain = StoredModule(made.spec, [quantize(core.values(), store) for core in exact.cores], exact.pivot)
+    best = error(weight, exact.dense(), gram)
+    assert best < error(weight, made.dense(), gram) < best + 0.5 * (error(weight, plain.dense(), gram) - best)
+
+
 def test_refitting_is_best_under_any_weighting_of_the_outputs():
     """With curvature the factors are not plain projections of the rows, and yet refitting must not undo them."""
     weight, gram = problem(40, 30)
@@ -77,6 +118,9 @@ def test_refitting_is_best_under_any_weighting_of_the_outputs():
 
 
 def test_a_dense_module_is_the_weight():
-    weight, _ = problem(12, 20)
-    assert torch.equal(dense_module(weight, "fp32").dense(), weight)
-    assert float((dense_module(weight, "int8").dense() - weight).abs().max()) <= float(weight.abs().max()) / 254
+    weight, gram = problem(12, 20)
+    assert torch.equal(dense_module(weight, "fp32", gram).dense(), weight)
+    assert float((dense_module(weight, "int8", gram).dense() - weight).abs().max()) <= float(weight.abs().max()) / 254
+    made = dense_module(weight, "int4-g32", gram)
+    assert made.spec.store == ("int4-g32",)
+    assert error(weight, made.dense(), gram) < error(weight, quantize(weight, "int4-g32").values(), gram)

@@ -17,6 +17,7 @@ SPECS = {
     "layers.0.dense": ModuleSpec("dense", 7, 5, None, ("int8",)),
     "layers.0.low": ModuleSpec("lowrank", 9, 6, 4, ("int8", "bf16")),
     "layers.1.inter": ModuleSpec("interpolative", 8, 6, 3, ("int8", "fp16")),
+    "layers.0.four": ModuleSpec("lowrank", 8, 35, 5, ("int4-g32-zp", "int4-g64")),
     "layers.1.mpo": ModuleSpec("mpo", 6, 10, (4, 3), ("int8", "fp32", "bf16"), (2, 3, 1), (5, 1, 2)),
 }
 

@@ -71,7 +71,14 @@ def test_a_shard_of_the_index_is_gone(tmp_path: Path, write_checkpoint: Callable
 
 @pytest.mark.parametrize(
     "tensor",
-    ["layers.0.dense.weight_scale", "layers.0.low.core_1", "layers.1.inter.pivot", "layers.1.mpo.core_0_scale"],
+    [
+        "layers.0.dense.weight_scale",
+        "layers.0.low.core_1",
+        "layers.0.four.core_0_scale",
+        "layers.0.four.core_0_zero",
+        "layers.1.inter.pivot",
+        "layers.1.mpo.core_0_scale",
+    ],
 )
 def test_a_tensor_of_a_module_is_missing(good: Path, edit_header: EditFile, tensor: str) -> None:
     edit_header(good / SHARD, lambda header: header.update({"other": header.pop(tensor)}))
@@ -154,6 +161,10 @@ def test_quantized_by_something_else(good: Path, edit_json: EditFile) -> None:
         ("layers.0.low.bias", [9, 1]),
         ("layers.1.inter.pivot", [2, 4]),
         ("layers.1.mpo.core_1", [4, 1, 3, 3]),
+        ("layers.0.four.core_0", [18, 5]),
+        ("layers.0.four.core_0_scale", [10, 1]),
+        ("layers.0.four.core_0_zero", [2, 5]),
+        ("layers.0.four.core_1_scale", [8]),
     ],
 )
 def test_wrong_shape(good: Path, edit_header: EditFile, tensor: str, shape: list[int]) -> None:
@@ -169,6 +180,9 @@ def test_wrong_shape(good: Path, edit_header: EditFile, tensor: str, shape: list
         ("layers.0.low.core_0_scale", "I32"),
         ("layers.0.low.bias", "I32"),
         ("layers.1.inter.pivot", "U32"),
+        ("layers.0.four.core_0", "I8"),
+        ("layers.0.four.core_0_scale", "F16"),
+        ("layers.0.four.core_0_zero", "I8"),
         ("norm.weight", "F31"),
     ],
 )
@@ -177,7 +191,9 @@ def test_wrong_dtype(good: Path, edit_header: EditFile, tensor: str, dtype: str)
     check(good, errors.TensorDtypeError, file=SHARD, tensor=tensor)
 
 
-@pytest.mark.parametrize("extra", ["layers.0.low.weight", "layers.1.inter.core_2", "layers.1.mpo.pivot"])
+@pytest.mark.parametrize(
+    "extra", ["layers.0.low.weight", "layers.1.inter.core_2", "layers.1.mpo.pivot", "layers.0.four.core_1_zero"]
+)
 def test_a_tensor_that_no_entry_explains(good: Path, edit_header: EditFile, extra: str) -> None:
     edit_header(good / SHARD, lambda header: header.update({extra: header.pop("norm.weight")}))
     check(good, errors.InvalidConfigError, file=SHARD, tensor=extra)
@@ -301,6 +317,7 @@ NAN_F32, INF_F32, NAN_BF16 = b"\x00\x00\xc0\x7f", b"\x00\x00\x80\xff", b"\xc0\x7
         ("layers.0.low", "layers.0.low.core_1", NAN_BF16),
         ("layers.0.low", "layers.0.low.bias", INF_F32),
         ("layers.1.mpo", "layers.1.mpo.core_1", NAN_F32),
+        ("layers.0.four", "layers.0.four.core_0_scale", NAN_BF16),
     ],
 )
 def test_nan_and_infinity(good: Path, module: str, tensor: str, value: bytes) -> None:
@@ -313,15 +330,27 @@ def test_nan_and_infinity(good: Path, module: str, tensor: str, value: bytes) ->
         checkpoint.module(module, check_finite=False)
 
 
-@pytest.mark.parametrize("value", [b"\0\0\0\0", b"\0\0\x80\xbf"])
-def test_scales_must_be_positive(good: Path, value: bytes) -> None:
-    tensor = "layers.1.inter.core_0_scale"
-    overwrite(good, tensor, 0, value)
+@pytest.mark.parametrize(
+    ("tensor", "at", "value", "match"),
+    [
+        ("layers.1.inter.core_0_scale", 0, b"\0\0\0\0", "positive"),
+        ("layers.1.inter.core_0_scale", 0, b"\0\0\x80\xbf", "positive"),
+        ("layers.0.four.core_0_scale", 4, b"\0\0", "positive"),
+        ("layers.0.four.core_1_scale", 2, b"\x80\xbf", "positive"),
+        ("layers.0.four.core_0_zero", 9, b"\x10", "zero point"),
+        ("layers.0.four.core_0", 17, b"\x10", "half"),  # 35 columns: the 18th byte of a row has one code
+        ("layers.0.four.core_1", 5, b"\x10", "half"),
+    ],
+)
+def test_values_that_no_writer_stores(good: Path, tensor: str, at: int, value: bytes, match: str) -> None:
+    overwrite(good, tensor, at, value)
+    name = tensor.rpartition(".")[0]
     with Checkpoint.open(good) as checkpoint:
-        for read in (lambda: checkpoint.module("layers.1.inter"), lambda: checkpoint.verify(progress=False)):
-            with pytest.raises(errors.CorruptFileError) as caught:
+        for read in (lambda: checkpoint.module(name), lambda: checkpoint.verify(progress=False)):
+            with pytest.raises(errors.CorruptFileError, match=match) as caught:
                 read()
-            assert caught.value.tensor == tensor
+            assert caught.value.tensor == tensor and caught.value.file == str(good / SHARD)
+        checkpoint.module(name, check_finite=False)
 
 
 def test_a_file_that_shrinks_while_open(good: Path) -> None:
@@ -368,7 +397,7 @@ def good_files() -> dict[str, bytes]:
             for k, spec in enumerate(
                 [
                     ModuleSpec("interpolative", 6, 4, 3, ("int8", "bf16")),
-                    ModuleSpec("mpo", 4, 6, (3,), ("int8", "int8"), (2, 2), (2, 3)),
+                    ModuleSpec("mpo", 4, 6, (3,), ("int8", "int4-g32-zp"), (2, 2), (2, 3)),
                 ]
             ):
                 cores = [torch.randn(shape, generator=generator) for shape in spec.core_shapes]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -87,8 +86,18 @@ def test_every_kind(tmp_path: Path, write_checkpoint: Callable[..., Path]) -> No
     assert all(kind in text for kind in ("dense", "lowrank", "interpolative", "mpo"))
     assert len(inspection.files) > 1
     with Checkpoint.open(tmp_path / "c") as checkpoint:
-        stored = [i for i in checkpoint.tensors().values() if not i.name.endswith(("_scale", ".pivot"))]
-        assert inspection.parameters == sum(math.prod(i.shape) for i in stored)
+        cores = [core for name in checkpoint.modules for core in checkpoint.module(name).cores]
+        rest = [
+            checkpoint.tensor(name)
+            for name in ("embed.weight", "norm.weight", "layers.0.low.bias", "layers.0.four.bias")
+        ]
+        assert inspection.parameters == sum(core.values().numel() for core in cores) + sum(t.numel() for t in rest)
+        assert inspection.nbytes == sum(info.nbytes for info in checkpoint.tensors().values())
+    four = next(row for row in inspection.to_json()["modules"] if row["name"] == "layers.0.four")
+    # [5, 35] in groups of 32 with zero points, [8, 5] in groups of 64 without
+    assert four["store"] == ["int4-g32-zp", "int4-g64"] and four["parameters"] == 5 * 35 + 8 * 5
+    assert four["bytes"] == 5 * (18 + 2 * 2 + 2) + 8 * (3 + 2)
+    assert "int4-g32-zp+int4-g64" in text
 
 
 def test_a_plain_dense_directory(tmp_path: Path) -> None:

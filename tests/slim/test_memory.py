@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from cai_runtime.slim.module import CoreData
 from cai_runtime.slim.spec import ModuleSpec
 from cai_runtime.slim.stores import quantize
 from cai_runtime.slim.writer import CheckpointWriter
@@ -48,7 +47,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = ModuleSpec("interpolative", 4096, 1024, 767, ("int8", "bf16"))  # odd sizes: pages shared between tensors
     dense = ModuleSpec("dense", 1024, 4096, None, ("bf16",))
     packed = zip(spec.core_shapes, spec.store, strict=True)
-    cores = [CoreData(*quantize(torch.randn(shape), store), store) for shape, store in packed]  # packed once: faster
+    cores = [quantize(torch.randn(shape), store) for shape, store in packed]  # packed once: faster
     weight = torch.randn(dense.core_shapes[0])
     with CheckpointWriter(path, config={"model_type": "llama"}, max_shard_bytes=120 << 20) as writer:
         writer.add_tensor("embed.weight", torch.randn(20_000, 1024).bfloat16())

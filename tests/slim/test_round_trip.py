@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from cai_runtime.slim.module import CoreData, ModuleWeights
+from cai_runtime.slim.module import ModuleWeights
 from cai_runtime.slim.reader import Checkpoint
 from cai_runtime.slim.spec import STORES, ModuleSpec
 from cai_runtime.slim.stores import quantize
@@ -85,10 +85,10 @@ def test_every_module_comes_back(spec: ModuleSpec, seed: int, biased: bool) -> N
         assert (module.bias is None) == (bias is None)
         assert bias is None or (module.bias is not None and torch.equal(module.bias, bias))
         for core, given_core, store in zip(module.cores, cores, spec.store, strict=True):
-            data, scale = quantize(given_core, store)
-            assert torch.equal(core.data, data) and core.store == store
-            assert (core.scale is None) == (scale is None)
-            assert scale is None or (core.scale is not None and torch.equal(core.scale, scale))
+            packed = quantize(given_core, store)
+            assert core.store == store and core.shape == given_core.shape
+            assert core.tensors.keys() == packed.tensors.keys()
+            assert all(torch.equal(core.tensors[suffix], tensor) for suffix, tensor in packed.tensors.items())
         expected = by_hand(spec, [core.values(torch.float64) for core in module.cores], pivot)
         assert torch.allclose(module.dense(torch.float64), expected, rtol=1e-12, atol=1e-12)
         assert torch.allclose(module.dense().double(), expected, rtol=1e-4, atol=1e-4)
@@ -99,7 +99,7 @@ def test_mpo_core_matrices_applied_in_turn_are_the_dense_product() -> None:
     """The rows and columns that `CoreData.matrix` and the int8 scales use are those a runtime can apply one by one."""
     spec = ModuleSpec("mpo", 24, 30, (5, 4), ("int8", "int8", "int8"), (2, 3, 4), (5, 3, 2))
     cores, _ = random_parts(spec, 1)
-    packed = [CoreData(*quantize(core, "int8"), "int8") for core in cores]
+    packed = [quantize(core, "int8") for core in cores]
     x = torch.randn(30, dtype=torch.float64)
     state, bond = x.reshape(1, 1, 30), 1  # [outputs so far, bond, inputs left]
     for core, out, inp, right in zip(packed, spec.out_dims, spec.in_dims, (5, 4, 1), strict=True):

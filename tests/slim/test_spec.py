@@ -17,7 +17,7 @@ from cai_runtime.errors import (
     UnknownStoreError,
     UnknownVersionError,
 )
-from cai_runtime.slim.spec import STORES, ModuleSpec, SlimConfig
+from cai_runtime.slim.spec import STORE_ALIASES, STORES, ModuleSpec, SlimConfig, canonical_store
 
 STORE = st.sampled_from(sorted(STORES))
 
@@ -48,11 +48,12 @@ def test_json_round_trip(spec: ModuleSpec) -> None:
 @settings(deadline=None)
 @given(spec=specs())
 def test_counts_are_those_of_the_tensors(spec: ModuleSpec) -> None:
-    size = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "I32": 4}
+    size = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "I32": 4, "U8": 1}
     tensors = spec.tensors("m")
     assert spec.nbytes == sum(math.prod(shape) * size[dtype] for dtype, shape in tensors.values())
-    cores = [shape for name, (_, shape) in tensors.items() if not name.endswith(("_scale", "pivot"))]
-    assert spec.parameters == sum(map(math.prod, cores))
+    assert spec.parameters == sum(map(math.prod, spec.core_shapes))
+    for name, shape, store in zip(spec.core_names, spec.core_shapes, spec.store, strict=True):
+        assert store.startswith("int4") or tensors[f"m.{name}"][1] == shape
     out, inp, r = spec.out_features, spec.in_features, spec.rank
     if spec.kind == "lowrank":
         assert isinstance(r, int) and spec.parameters == r * (out + inp)
@@ -60,6 +61,42 @@ def test_counts_are_those_of_the_tensors(spec: ModuleSpec) -> None:
         assert isinstance(r, int) and spec.parameters == r * (out + inp - r) <= out * inp
     assert spec.keep_parameters == spec.parameters / (out * inp)
     assert spec.keep_bytes == spec.nbytes / (2 * out * inp)
+
+
+@pytest.mark.parametrize(
+    ("store", "shape", "nbytes"),
+    [
+        ("int8", (10, 64), 10 * 64 + 10 * 4),
+        ("int4-g32", (10, 64), 10 * 32 + 10 * 2 * 2),
+        ("int4-g64", (10, 64), 10 * 32 + 10 * 1 * 2),
+        ("int4-g128", (10, 64), 10 * 32 + 10 * 1 * 2),
+        ("int4-g32-zp", (10, 65), 10 * 33 + 10 * 3 * 3),
+        ("int4-g64-zp", (10, 129), 10 * 65 + 10 * 3 * 3),
+        ("int4-g128-zp", (10, 257), 10 * 129 + 10 * 3 * 3),
+        ("int4-g64", (1, 1), 1 + 2),
+    ],
+)
+def test_bytes_of_packed_stores(store: str, shape: tuple[int, int], nbytes: int) -> None:
+    assert ModuleSpec("dense", *shape, None, (store,)).nbytes == nbytes
+
+
+def test_int4_of_an_mpo_lies_as_its_cores_matrices() -> None:
+    spec = ModuleSpec("mpo", 24, 40, (5,), ("int4-g32-zp", "int8"), (4, 6), (5, 8))
+    assert spec.core_shapes == ((1, 4, 5, 5), (5, 6, 8, 1)) and spec.parameters == 100 + 240
+    assert spec.tensors("m") == {
+        "m.core_0": ("U8", (20, 3)),  # 5 columns
+        "m.core_0_scale": ("BF16", (20, 1)),
+        "m.core_0_zero": ("U8", (20, 1)),
+        "m.core_1": ("I8", (5, 6, 8, 1)),
+        "m.core_1_scale": ("F32", (6,)),
+    }
+
+
+def test_a_short_name_is_for_people_alone() -> None:
+    assert canonical_store("int4") == "int4-g64" and canonical_store("int4-g128") == "int4-g128"
+    assert set(STORE_ALIASES).isdisjoint(STORES) and set(STORE_ALIASES.values()) <= set(STORES)
+    with pytest.raises(UnknownStoreError, match=r"'int4' is unknown.*int8, int4-g32, .*int4-g128-zp"):
+        ModuleSpec.from_json("m", {"kind": "dense", "store": ["int4"], "shape": [4, 6]})
 
 
 def entry(**changes: Any) -> dict[str, Any]:

@@ -7,9 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cai_runtime.errors import InvalidConfigError, NonFiniteTensorError, UnknownStoreError
+from cai_runtime.errors import (
+    InvalidConfigError,
+    NonFiniteTensorError,
+    TensorDtypeError,
+    TensorShapeError,
+    UnknownStoreError,
+)
 from cai_runtime.slim.spec import STORES, matrix_shape
-from cai_runtime.slim.stores import all_finite, as_matrix, dequantize, quantize
+from cai_runtime.slim.stores import CoreData, all_finite, as_matrix, from_matrix, quantize
 
 SIDE = st.integers(1, 9)
 SHAPES = st.one_of(st.tuples(SIDE, SIDE), st.tuples(SIDE, SIDE, SIDE, SIDE))
@@ -26,15 +32,26 @@ def random_core(shape: tuple[int, ...], magnitude: int, seed: int) -> torch.Tens
 @given(shape=SHAPES, store=st.sampled_from(sorted(STORES)), magnitude=st.integers(-4, 0), seed=st.integers(0, 2**31))
 def test_error_bound_of_every_store(shape: tuple[int, ...], store: str, magnitude: int, seed: int) -> None:
     core = random_core(shape, magnitude, seed)
-    data, scale = quantize(core, store)
-    assert data.shape == core.shape and data.is_contiguous()
-    error = (dequantize(data, scale, store, torch.float64) - core.double()).abs()
+    found = quantize(core, store)
+    data, scale = found.data, found.scale
+    assert found.shape == core.shape and all(tensor.is_contiguous() for tensor in found.tensors.values())
+    assert found.values().shape == core.shape
+    error = (found.values(torch.float64) - core.double()).abs()
     if store == "fp32":
         assert torch.equal(data, core)
     elif store == "bf16":  # 8 bits of significand
         assert bool((error <= core.abs() * 2.0**-8).all())
     elif store == "fp16":  # 11 bits, and denormals in steps of 2^-24
         assert bool((error <= core.abs() * 2.0**-11 + 2.0**-25).all())
+    elif store.startswith("int4"):  # the least squared error of several: not more than without any clipping
+        rows, group = as_matrix(core.double()), STORES[store].group
+        for start in range(0, rows.shape[1], group):
+            part = rows[:, start : start + group]
+            low, high = part.amin(1).clamp_max(0), part.amax(1).clamp_min(0)
+            step = (high - low) / 15 if store.endswith("-zp") else torch.maximum(high / 7, -low / 8)
+            # Half a step for every value; zero points and bf16 scales cost a little more at the ends.
+            bound = part.shape[1] * (step * 0.5 * 1.2) ** 2
+            assert bool((as_matrix(error)[:, start : start + group].square().sum(1) <= bound + 1e-60).all())
     else:
         assert scale is not None and scale.shape == (matrix_shape(shape)[0],)
         assert int(data.min()) >= -127
@@ -47,27 +64,33 @@ def test_error_bound_of_every_store(shape: tuple[int, ...], store: str, magnitud
 def test_int8_rows_of_an_mpo_core_are_output_and_right_bond() -> None:
     core = torch.zeros(2, 3, 4, 5)
     core[:, 1, :, 2] = 12.7  # one row of the matrix, all its columns
-    data, scale = quantize(core, "int8")
+    found = quantize(core, "int8")
+    data, scale = found.data, found.scale
     assert scale is not None
     assert torch.nonzero(scale > 1e-6).flatten().tolist() == [1 * 5 + 2]
     assert torch.equal(data[:, 1, :, 2], torch.full((2, 4), 127, dtype=torch.int8))
-    matrix = as_matrix(torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5))
+    numbers = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5)
+    matrix = as_matrix(numbers)
+    assert torch.equal(from_matrix(matrix, (2, 3, 4, 5)), numbers)
     for left, out, inp, right in [(0, 0, 0, 0), (1, 2, 3, 4), (1, 0, 2, 3)]:
         assert matrix[out * 5 + right, left * 4 + inp] == ((left * 3 + out) * 4 + inp) * 5 + right
 
 
 def test_rows_of_zeros_and_denormals_keep_the_bound() -> None:
     core = torch.tensor([[0.0, 0.0], [1e-44, -3e-42], [1.0, -2.0]])
-    data, scale = quantize(core, "int8")
-    assert scale is not None and bool((scale > 0).all())
-    error = (dequantize(data, scale, "int8", torch.float64) - core.double()).abs()
-    assert bool((error <= scale.double()[:, None] / 2).all())
-    assert bool((data[0] == 0).all())
+    found = quantize(core, "int8")
+    assert found.scale is not None and bool((found.scale > 0).all())
+    error = (found.values(torch.float64) - core.double()).abs()
+    assert bool((error <= found.scale.double()[:, None] / 2).all())
+    assert bool((found.data[0] == 0).all())
 
 
-def test_empty_core() -> None:
-    data, scale = quantize(torch.empty(0, 3), "int8")
-    assert data.shape == (0, 3) and scale is not None and scale.shape == (0,)
+@pytest.mark.parametrize("store", sorted(STORES))
+@pytest.mark.parametrize("shape", [(0, 3), (0, 2, 0, 3)])
+def test_empty_core(store: str, shape: tuple[int, ...]) -> None:
+    found = quantize(torch.empty(shape), store)
+    found.check_layout()
+    assert found.shape == shape and found.values().shape == shape
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -91,8 +114,14 @@ def test_unknown_store_and_wrong_shape() -> None:
         quantize(torch.ones(2, 2), "int3")
     with pytest.raises(InvalidConfigError):
         quantize(torch.ones(2, 2, 2), "int8")
-    with pytest.raises(InvalidConfigError):
-        dequantize(torch.ones(2, 2), None, "int8")
+    with pytest.raises(TensorDtypeError):
+        CoreData(torch.ones(2, 2), torch.ones(2), "int8").values()
+    with pytest.raises(TensorShapeError):
+        CoreData(torch.ones(2, 2, dtype=torch.int8), None, "int8").values()
+    with pytest.raises(TensorShapeError, match="no scale"):
+        CoreData(torch.ones(2, 2), torch.ones(2), "fp32").values()
+    with pytest.raises(InvalidConfigError, match="shape"):
+        CoreData(torch.ones(2, 2, dtype=torch.uint8), torch.ones(2, 1).bfloat16(), "int4-g32")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])

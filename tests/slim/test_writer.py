@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,9 @@ import torch
 
 from cai_runtime import errors
 from cai_runtime.slim import publish
-from cai_runtime.slim.module import CoreData
 from cai_runtime.slim.reader import Checkpoint
 from cai_runtime.slim.spec import ModuleSpec
-from cai_runtime.slim.stores import quantize
+from cai_runtime.slim.stores import CoreData, quantize
 from cai_runtime.slim.writer import CheckpointWriter
 
 LOW = ModuleSpec("lowrank", 8, 6, 2, ("fp32", "fp32"))
@@ -228,6 +228,54 @@ def test_what_was_added_may_change_afterwards(tmp_path: Path) -> None:
         assert torch.equal(checkpoint.module("m").cores[0].data, expected)
 
 
+INT4 = ModuleSpec("dense", 3, 35, None, ("int4-g32-zp",))
+INT4_DAMAGE = [
+    ("no scale", errors.TensorShapeError, "m.weight_scale"),
+    ("no zero", errors.TensorShapeError, "m.weight_zero"),
+    ("fp32 scale", errors.TensorDtypeError, "m.weight_scale"),
+    ("int8 codes", errors.TensorDtypeError, "m.weight"),
+    ("unpacked", errors.TensorShapeError, "m.weight"),
+    ("one scale a row", errors.TensorShapeError, "m.weight_scale"),
+    ("scale 0", errors.InvalidConfigError, "m.weight_scale"),
+    ("zero 16", errors.InvalidConfigError, "m.weight_zero"),
+    ("half byte", errors.InvalidConfigError, "m.weight"),
+    ("another group", errors.TensorDtypeError, "m.weight"),
+    ("another shape", errors.TensorShapeError, "m.weight"),
+]
+
+
+def damaged_int4(what: str) -> CoreData:
+    """A core of `INT4` with one thing wrong."""
+    good = quantize(torch.linspace(-1, 2, 105).view(3, 35), "int4-g32-zp")
+    data, scale, zero = good.data.clone(), good.scale, good.zero
+    assert scale is not None and zero is not None
+    match what:
+        case "no scale":
+            return replace(good, scale=None)
+        case "no zero":
+            return replace(good, zero=None)
+        case "fp32 scale":
+            return replace(good, scale=scale.float())
+        case "int8 codes":
+            return replace(good, data=data.to(torch.int8))
+        case "unpacked":
+            return replace(good, data=torch.zeros(3, 35, dtype=torch.uint8))
+        case "one scale a row":
+            return replace(good, scale=scale[:, :1], zero=zero[:, :1])
+        case "scale 0":
+            return replace(good, scale=torch.zeros_like(scale))
+        case "zero 16":
+            return replace(good, zero=zero + 16)
+        case "half byte":
+            data[1, -1] |= 16
+            return replace(good, data=data)
+        case "another group":
+            return quantize(torch.ones(3, 35), "int4-g64-zp")
+        case "another shape":
+            return quantize(torch.ones(3, 36), "int4-g32-zp")
+    raise AssertionError(what)
+
+
 @pytest.mark.parametrize(
     ("error", "tensor", "arguments"),
     [
@@ -248,7 +296,7 @@ def test_what_was_added_may_change_afterwards(tmp_path: Path) -> None:
             (INTER, [CoreData(torch.ones(2, 6).to(torch.int8), None, "int8"), torch.ones(6, 2)], torch.arange(8)),
         ),
         (
-            errors.NonFiniteTensorError,
+            errors.InvalidConfigError,
             "m.core_0_scale",
             (
                 INTER,
@@ -256,6 +304,7 @@ def test_what_was_added_may_change_afterwards(tmp_path: Path) -> None:
                 torch.arange(8),
             ),
         ),
+        *[(error, tensor, (INT4, [damaged_int4(what)])) for what, error, tensor in INT4_DAMAGE],
     ],
 )
 def test_modules_that_contradict_their_spec(
@@ -292,6 +341,6 @@ def test_packing_is_quantize(tmp_path: Path) -> None:
     with Checkpoint.open(tmp_path / "c") as checkpoint:
         module = checkpoint.module("m")
         assert module.pivot is not None and module.pivot.tolist() == [7, 6, 5, 4, 3, 2, 1, 0]
-        data, scale = quantize(parts[1], "int8")
-        assert scale is not None and module.cores[1].scale is not None
-        assert torch.equal(module.cores[1].data, data) and torch.equal(module.cores[1].scale, scale)
+        packed = quantize(parts[1], "int8").tensors
+        assert packed.keys() == module.cores[1].tensors.keys() == {"", "_scale"}
+        assert all(torch.equal(module.cores[1].tensors[suffix], tensor) for suffix, tensor in packed.items())
