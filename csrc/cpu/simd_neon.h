@@ -35,14 +35,21 @@ struct Simd {
   }
   static void store(float* p, V v) { vst1q_f32(p, v); }
 
-  // Each byte to the top of a 32-bit lane (an index past the table gives zero), and the conversion divides by 2^24: two
-  // instructions where widening twice and converting takes three, and exact.
-  static V load(const int8_t* p) {
+  // Four bytes to the tops of four 32-bit lanes, zeros below (an index past the table gives zero).
+  static uint32x4_t bytes_at_top(const void* p) {
     uint32_t four;
     std::memcpy(&four, p, sizeof four);
     const uint8x16_t bytes = vreinterpretq_u8_u32(vsetq_lane_u32(four, vdupq_n_u32(0), 0));
     const uint8x16_t to_top = {16, 16, 16, 0, 16, 16, 16, 1, 16, 16, 16, 2, 16, 16, 16, 3};
-    return vcvtq_n_f32_s32(vreinterpretq_s32_u8(vqtbl1q_u8(bytes, to_top)), 24);
+    return vreinterpretq_u32_u8(vqtbl1q_u8(bytes, to_top));
+  }
+  // The conversion divides by 2^24: two instructions where widening twice and converting takes three, and exact.
+  static V load(const int8_t* p) { return vcvtq_n_f32_s32(vreinterpretq_s32_u32(bytes_at_top(p)), 24); }
+  // The low and the high halves of four bytes.
+  static void int4(const uint8_t* p, V& low, V& high) {
+    const uint32x4_t top = bytes_at_top(p);
+    low = vcvtq_n_f32_u32(vshlq_n_u32(top, 4), 28);
+    high = vcvtq_f32_u32(vshrq_n_u32(top, 28));
   }
   static V load(const Bf16* p) {
     return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16));
@@ -78,6 +85,28 @@ struct Simd {
   static float maximum(V a) { return vmaxvq_f32(a); }
   static void sum4(V a, V b, V c, V d, float out[4]) {
     vst1q_f32(out, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));
+  }
+
+  // int8 activations: 16 columns of one row of x against four rows of w.
+  static constexpr bool kInt8Shifted = false;
+  static constexpr int kInt8TileM = 3;  // 3 x 4 accumulators; with 16 GCC begins to spill
+  static constexpr int kInt8Blocks = 1;
+  struct Int8Sums {
+    int32x4_t row[4];
+  };
+  static Int8Sums int8_zero() { return {{vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0)}}; }
+  static Int8Sums int8_add(Int8Sums acc, const int8_t* x, const int8_t* w) {
+    const int8x16_t xv = vld1q_s8(x);
+    for (int r = 0; r < 4; ++r) {
+      const int8x16_t wv = vld1q_s8(w + r * 16);
+      // Codes of x end at -127: two products are at most 2 * 127 * 128 = 32512 and fit 16 bits.
+      const int16x8_t pairs = vmlal_high_s8(vmull_s8(vget_low_s8(xv), vget_low_s8(wv)), xv, wv);
+      acc.row[r] = vpadalq_s16(acc.row[r], pairs);
+    }
+    return acc;
+  }
+  static void int8_sums(Int8Sums acc, int32_t out[4]) {
+    vst1q_s32(out, vpaddq_s32(vpaddq_s32(acc.row[0], acc.row[1]), vpaddq_s32(acc.row[2], acc.row[3])));
   }
 };
 

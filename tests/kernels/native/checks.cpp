@@ -1,0 +1,172 @@
+#include "checks.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <numeric>
+
+namespace cai::check {
+
+std::vector<int32_t> Random::permutation(int64_t n) {
+  std::vector<int32_t> p(n);
+  std::iota(p.begin(), p.end(), 0);
+  for (int64_t i = n - 1; i > 0; --i) std::swap(p[i], p[between(0, i)]);
+  return p;
+}
+
+void Report::fail(Line& line, const std::string& kernel, const std::string& what) {
+  if (++line.failures <= 5) std::printf("FAILED %s %s: %s\n", table_.c_str(), kernel.c_str(), what.c_str());
+}
+
+void Report::value(const std::string& kernel, double got, double want, double size, double tolerance) {
+  Line& line = lines_[kernel];
+  ++line.values;
+  line.tolerance = tolerance;
+  const double error = got == want ? 0.0 : std::fabs(got - want) / size;
+  if (!(error <= line.worst)) line.worst = error;
+  if (!(error <= tolerance)) {
+    char text[128];
+    std::snprintf(text, sizeof text, "%.9g instead of %.9g, an error of %.2g", got, want, error);
+    fail(line, kernel, text);
+  }
+}
+
+void Report::expect(bool holds, const std::string& kernel, const std::string& what) {
+  Line& line = lines_[kernel];
+  ++line.checks;
+  if (!holds) fail(line, kernel, what);
+}
+
+int Report::print() const {
+  int64_t failures = 0;
+  for (const auto& [kernel, line] : lines_) {
+    std::printf("%-14s %-18s %8lld values, worst error %.1e of %.1e; %6lld exact checks; %lld failures\n", table_.c_str(),
+                kernel.c_str(), static_cast<long long>(line.values), line.worst, line.tolerance,
+                static_cast<long long>(line.checks), static_cast<long long>(line.failures));
+    failures += line.failures;
+  }
+  return static_cast<int>(failures);
+}
+
+const char* name(Store store) {
+  switch (store) {
+    case Store::kFp32: return "fp32";
+    case Store::kBf16: return "bf16";
+    case Store::kFp16: return "fp16";
+    case Store::kInt8: return "int8";
+    case Store::kInt4: return "int4";
+  }
+  return "unknown";
+}
+
+int64_t element_size(Store store) { return store == Store::kFp32 ? 4 : store == Store::kInt8 ? 1 : 2; }
+
+namespace {
+
+// A binary float of `fraction` stored bits whose smallest normal exponent is `lowest`.
+double decode_float(uint32_t bits, int fraction, int exponent_bits) {
+  const int bias = (1 << (exponent_bits - 1)) - 1;
+  const double sign = bits >> (fraction + exponent_bits) & 1 ? -1.0 : 1.0;
+  const int exponent = static_cast<int>(bits >> fraction) & ((1 << exponent_bits) - 1);
+  const double f = bits & ((1u << fraction) - 1);
+  if (exponent == (1 << exponent_bits) - 1)
+    return f != 0 ? std::numeric_limits<double>::quiet_NaN() : sign * std::numeric_limits<double>::infinity();
+  if (exponent == 0) return sign * std::ldexp(f, 1 - bias - fraction);
+  return sign * std::ldexp(f + std::ldexp(1.0, fraction), exponent - bias - fraction);
+}
+
+uint32_t encode_float(double value, int fraction, int exponent_bits) {
+  const int bias = (1 << (exponent_bits - 1)) - 1;
+  const uint32_t sign = std::signbit(value) ? 1u << (fraction + exponent_bits) : 0;
+  const uint32_t infinity = ((1u << exponent_bits) - 1) << fraction;
+  const double magnitude = std::fabs(value);
+  if (std::isnan(value)) return sign | infinity | 1u << (fraction - 1);
+  if (magnitude == 0.0) return sign;
+  const int exponent = std::isinf(magnitude) ? bias : std::max(std::ilogb(magnitude), 1 - bias);
+  const double steps = std::nearbyint(std::ldexp(magnitude, fraction - exponent));  // of one unit in the last place
+  if (std::ldexp(steps, exponent - fraction) >= std::ldexp(1.0, bias + 1)) return sign | infinity;
+  // A normal number's leading one adds one to the exponent field; rounding up to the next power of two likewise.
+  return sign | ((static_cast<uint32_t>(exponent + bias - 1) << fraction) + static_cast<uint32_t>(steps));
+}
+
+}  // namespace
+
+double decode(Store store, const void* at) {
+  if (store == Store::kFp32) {
+    float f;
+    std::memcpy(&f, at, 4);
+    return f;
+  }
+  if (store == Store::kInt8) return *static_cast<const int8_t*>(at);
+  uint16_t bits;
+  std::memcpy(&bits, at, 2);
+  return store == Store::kBf16 ? decode_float(bits, 7, 8) : decode_float(bits, 10, 5);
+}
+
+void encode(Store store, double value, void* at) {
+  if (store == Store::kFp32) {
+    const float f = static_cast<float>(value);
+    std::memcpy(at, &f, 4);
+  } else if (store == Store::kInt8) {
+    *static_cast<int8_t*>(at) = static_cast<int8_t>(value);
+  } else {
+    const auto bits = static_cast<uint16_t>(store == Store::kBf16 ? encode_float(value, 7, 8) : encode_float(value, 10, 5));
+    std::memcpy(at, &bits, 2);
+  }
+}
+
+namespace {
+
+// Codes, scales and zero points of int4. What pads a block is anything at all: no result may depend on it.
+Matrix random_int4(Random& random, int64_t rows, int64_t cols) {
+  Matrix w{Store::kInt4, rows, cols, int64_t(32) << random.between(0, 2), {}, {}, {}, {}, {}, {}};
+  const int64_t blocks = round_up(rows, kBlockRows) / kBlockRows, chunks = round_up(cols, kInt4Cols) / kInt4Cols;
+  const int64_t groups = round_up(cols, w.group) / w.group;
+  w.data.resize(blocks * chunks * kBlockRows * 16);
+  for (uint8_t& b : w.data) b = static_cast<uint8_t>(random.next());
+  w.group_scale.assign(blocks * groups * kBlockRows, 0xffff);
+  if (random.between(0, 1)) w.zero.assign(w.group_scale.size(), 255);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t at = (i / kBlockRows * groups + g) * kBlockRows + i % kBlockRows;
+      encode(Store::kBf16, random.uniform(0.01f, 0.2f), &w.group_scale[at]);
+      if (!w.zero.empty()) w.zero[at] = static_cast<uint8_t>(random.between(0, 15));
+    }
+    for (int64_t j = 0; j < cols; ++j) {
+      const uint8_t byte =
+          w.data[((i / kBlockRows * chunks + j / kInt4Cols) * kBlockRows + i % kBlockRows) * 16 + j % 16];
+      const int64_t at = (i / kBlockRows * groups + j / w.group) * kBlockRows + i % kBlockRows;
+      const int code = j % kInt4Cols < 16 ? byte & 15 : byte >> 4, zero = w.zero.empty() ? 8 : w.zero[at];
+      w.values.push_back((code - zero) * decode(Store::kBf16, &w.group_scale[at]));
+    }
+  }
+  return w;
+}
+
+}  // namespace
+
+Matrix random_matrix(Random& random, Store store, int64_t rows, int64_t cols, int64_t lowest) {
+  if (store == Store::kInt4) return random_int4(random, rows, cols);
+  Matrix w{store, rows, cols, 0, {}, {}, {}, {}, {}, {}};
+  const int64_t size = element_size(store), padded = round_up(cols, kBlockCols);
+  w.data.assign(round_up(rows, kBlockRows) * padded * size, 0);
+  if (store == Store::kInt8) {
+    w.scale = random.floats(rows, 0.001f, 0.02f);
+    w.row_sum.assign(rows, 0);
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < cols; ++j) {
+      const int64_t place = (i / kBlockRows * padded + j / kBlockCols * kBlockCols) * kBlockRows +
+                            i % kBlockRows * kBlockCols + j % kBlockCols;
+      uint8_t* at = w.data.data() + place * size;
+      encode(store, store == Store::kInt8 ? random.between(lowest, 127) : random.uniform(-1.0f, 1.0f), at);
+      const double stored = decode(store, at);
+      if (store == Store::kInt8) w.row_sum[i] += static_cast<int32_t>(stored);
+      w.values.push_back(stored * (w.scale.empty() ? 1.0 : w.scale[i]));
+    }
+  }
+  return w;
+}
+
+}  // namespace cai::check

@@ -1,0 +1,110 @@
+// What the checks of the kernel tables share: random numbers, matrices in every store with their exact values, and the
+// report of errors against float64.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace cai::check {
+
+class Random {  // splitmix64 (Steele, Lea and Flood 2014): the same numbers on every machine
+ public:
+  explicit Random(uint64_t seed) : state_(seed) {}
+  uint64_t next() {
+    uint64_t z = (state_ += 0x9e3779b97f4a7c15u);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+  }
+  int64_t between(int64_t low, int64_t high) { return low + static_cast<int64_t>(next() % (high - low + 1)); }
+  float uniform(float low, float high) { return low + (high - low) * static_cast<float>(next() >> 40) * 0x1p-24f; }
+  std::vector<float> floats(int64_t n, float low = -1.0f, float high = 1.0f) {
+    std::vector<float> values(n);
+    for (float& v : values) v = uniform(low, high);
+    return values;
+  }
+  std::vector<int32_t> permutation(int64_t n);
+
+ private:
+  uint64_t state_;
+};
+
+// Worst errors by kernel and store, and what failed.
+class Report {
+ public:
+  explicit Report(std::string table) : table_(std::move(table)) {}
+  // Fails unless |got - want| <= tolerance * size; `size` is what rounding errors are proportional to.
+  void value(const std::string& kernel, double got, double want, double size, double tolerance);
+  void expect(bool holds, const std::string& kernel, const std::string& what);
+  void same(const std::vector<float>& a, const std::vector<float>& b, const std::string& kernel, const std::string& what) {
+    expect(a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0), kernel,
+           what);
+  }
+  int print() const;  // returns the number of failures
+
+ private:
+  struct Line {
+    int64_t values = 0, checks = 0, failures = 0;
+    double worst = 0, tolerance = 0;
+  };
+  void fail(Line& line, const std::string& kernel, const std::string& what);
+  std::string table_;
+  std::map<std::string, Line> lines_;
+};
+
+constexpr float kUntouched = -12345.678f;  // marks what a kernel must not write
+
+const char* name(Store store);
+int64_t element_size(Store store);                 // bytes; of a store whose elements have whole ones
+double decode(Store store, const void* at);        // one element, exactly
+void encode(Store store, double value, void* at);  // rounded to nearest, ties to even; int8 takes a whole number
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// A matrix as kernels.h packs it, each part in memory of exactly its size, and its values [rows, cols].
+struct Matrix {
+  Store store = Store::kFp32;
+  int64_t rows = 0, cols = 0, group = 0;
+  std::vector<uint8_t> data, zero;
+  std::vector<float> scale;           // int8
+  std::vector<uint16_t> group_scale;  // int4
+  std::vector<int32_t> row_sum;       // int8: of the codes
+  std::vector<double> values;
+
+  PackedMatrix packed() const {
+    const void* scales = nullptr;
+    if (!scale.empty()) scales = scale.data();
+    if (!group_scale.empty()) scales = group_scale.data();
+    return {data.data(), scales, store, rows, cols, zero.empty() ? nullptr : zero.data(), group,
+            row_sum.empty() ? nullptr : row_sum.data()};
+  }
+};
+// lowest: the smallest code of int8.
+Matrix random_matrix(Random& random, Store store, int64_t rows, int64_t cols, int64_t lowest = -128);
+constexpr Store kStores[] = {Store::kFp32, Store::kBf16, Store::kFp16, Store::kInt8, Store::kInt4};
+constexpr Store kCacheStores[] = {Store::kFp32, Store::kBf16, Store::kFp16};
+
+void check_linear(const KernelTable& table, Report& report);
+void check_linear_int8(const KernelTable& table, Report& report);
+void check_quantize_rows(const KernelTable& table, Report& report);
+void check_gather(const KernelTable& table, Report& report);
+void check_rms_norm(const KernelTable& table, Report& report);
+void check_swiglu(const KernelTable& table, Report& report);
+void check_rotate(const KernelTable& table, Report& report);
+void check_write_kv(const KernelTable& table, Report& report);
+void check_attention(const KernelTable& table, Report& report);
+
+// Each lane-wise function of one Simd type (simd_checks.cpp, compiled once per instruction set).
+void check_simd_generic(Report& report);
+#if defined(__x86_64__)
+void check_simd_avx2(Report& report);
+void check_simd_avx512(Report& report);
+#elif defined(__aarch64__)
+void check_simd_neon(Report& report);
+#endif
+
+}  // namespace cai::check

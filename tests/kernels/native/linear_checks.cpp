@@ -1,0 +1,151 @@
+// linear: every store, odd shapes, every part of the epilogue.
+#include <algorithm>
+#include <cmath>
+
+#include "checks.h"
+
+namespace cai::check {
+namespace {
+
+constexpr double kLinearTolerance = 5e-7;  // of the sum of |x w|, for up to 400 columns
+
+struct Rows {  // x of one case and where its results go
+  int64_t M, ldx, ld_out, ld_copy;
+  std::vector<float> x;
+};
+
+struct Parts {  // of the epilogue; see Epilogue
+  bool out, index, bias, residual, copy;
+};
+
+struct Results {
+  std::vector<float> out, copy;
+};
+
+struct Case {
+  const KernelTable& table;
+  const Matrix& w;
+  Rows rows;
+  Parts parts;
+  std::vector<int32_t> index;
+  std::vector<float> bias, residual;
+
+  int64_t blocks() const { return blocks_of(w.packed()); }
+
+  // The rows [m0, m1) alone, the row blocks in two calls split at `split`.
+  Results run(int64_t m0, int64_t m1, int64_t split) const {
+    Results r;
+    r.out.assign((m1 - m0) * rows.ld_out, kUntouched);
+    r.copy.assign((m1 - m0) * rows.ld_copy, kUntouched);
+    Epilogue e{};
+    if (parts.out) {
+      e.out = r.out.data();
+      e.ld_out = rows.ld_out;
+    }
+    if (parts.index) e.index = index.data();
+    if (parts.bias) e.bias = bias.data();
+    if (parts.residual) {
+      e.residual = residual.data() + m0 * rows.ld_out;
+      e.ld_residual = rows.ld_out;
+    }
+    if (parts.copy) {
+      e.copy = r.copy.data();
+      e.ld_copy = rows.ld_copy;
+    }
+    // x in memory that ends with the last row's last column: a read past it is seen by AddressSanitizer.
+    const std::vector<float> x(rows.x.begin() + m0 * rows.ldx, rows.x.begin() + (m1 - 1) * rows.ldx + w.cols);
+    const char* data = reinterpret_cast<const char*>(w.data.data());
+    const Ahead ahead{data + w.data.size(), data};
+    std::vector<float> panel(kBlockRows * round_up(w.cols, kInt4Cols));
+    table.linear(x.data(), m1 - m0, rows.ldx, w.packed(), 0, split, e, ahead, panel.data());
+    table.linear(x.data(), m1 - m0, rows.ldx, w.packed(), split, blocks(), e, ahead, panel.data());
+    return r;
+  }
+};
+
+void compare(const Case& c, const Results& r, Report& report, const std::string& kernel) {
+  std::vector<bool> written(c.rows.ld_out);
+  for (int64_t m = 0; m < c.rows.M; ++m) {
+    std::fill(written.begin(), written.end(), false);
+    for (int64_t i = 0; i < c.w.rows; ++i) {
+      double want = 0, size = 1e-30;
+      for (int64_t k = 0; k < c.w.cols; ++k) {
+        const double product = c.rows.x[m * c.rows.ldx + k] * c.w.values[i * c.w.cols + k];
+        want += product;
+        size += std::fabs(product);
+      }
+      if (c.parts.copy) report.value(kernel, r.copy[m * c.rows.ld_copy + i], want, size, kLinearTolerance);
+      if (!c.parts.out) continue;
+      const int64_t feature = c.parts.index ? c.index[i] : i;
+      if (c.parts.bias) want += c.bias[feature];
+      if (c.parts.residual) want += c.residual[m * c.rows.ld_out + feature];
+      report.value(kernel, r.out[m * c.rows.ld_out + feature], want, size + 1, kLinearTolerance);
+      written[feature] = true;
+    }
+    bool kept = true;
+    for (int64_t i = 0; i < c.rows.ld_out; ++i) kept &= written[i] || r.out[m * c.rows.ld_out + i] == kUntouched;
+    for (int64_t i = c.parts.copy ? c.w.rows : 0; i < c.rows.ld_copy; ++i)
+      kept &= r.copy[m * c.rows.ld_copy + i] == kUntouched;
+    report.expect(kept, kernel, "wrote where no result belongs");
+  }
+}
+
+void check_case(const KernelTable& table, Random& random, const Matrix& w, int64_t M, Parts parts, Report& report) {
+  Case c{table, w, {M, w.cols + random.between(0, 3), 0, w.rows + random.between(0, 5), {}}, parts, {}, {}, {}};
+  const int64_t features = w.rows + (parts.index ? random.between(0, 9) : 0);  // an index may leave some out
+  c.rows.ld_out = features + random.between(0, 3);
+  c.rows.x = random.floats(M * c.rows.ldx);
+  c.index = random.permutation(features);
+  c.index.resize(w.rows);
+  c.bias = random.floats(features);
+  c.residual = random.floats(M * c.rows.ld_out);
+  const std::string kernel = std::string("linear ") + name(w.store);
+  const Results all = c.run(0, M, c.blocks());
+  compare(c, all, report, kernel);
+  const Results split = c.run(0, M, random.between(0, c.blocks()));
+  report.same(all.out, split.out, kernel, "the bits depend on how the row blocks are split");
+  report.same(all.copy, split.copy, kernel, "the copy's bits depend on how the row blocks are split");
+  for (int64_t m = 0; m < M; ++m) {
+    const Results one = c.run(m, m + 1, random.between(0, c.blocks()));
+    const auto row = [m](const std::vector<float>& v, int64_t ld) {
+      return std::vector<float>(v.begin() + m * ld, v.begin() + (m + 1) * ld);
+    };
+    report.same(one.out, row(all.out, c.rows.ld_out), kernel, "a row's bits depend on the number of rows");
+    report.same(one.copy, row(all.copy, c.rows.ld_copy), kernel, "a copied row's bits depend on the number of rows");
+  }
+}
+
+}  // namespace
+
+void check_linear(const KernelTable& table, Report& report) {
+  Random random(1);
+  const int64_t cols[] = {1, 3, 4, 15, 16, 17, 31, 33, 48, 100, 255, 400};
+  for (Store store : kStores) {
+    for (int64_t K : cols) {
+      const Matrix w = random_matrix(random, store, random.between(1, 23), K);
+      for (int64_t M : {int64_t(1), random.between(2, 7), random.between(8, 20)}) {
+        const uint64_t bits = random.next();
+        const bool out = (bits & 31) != 0;
+        check_case(table, random, w, M, {out, (bits & 32) != 0, (bits & 64) != 0, (bits & 128) != 0, !out || (bits & 256)},
+                   report);
+      }
+    }
+    const Matrix w = random_matrix(random, store, 9, 40);
+    check_case(table, random, w, 7, {true, false, false, false, false}, report);
+    check_case(table, random, w, 7, {true, true, true, true, true}, report);
+    check_case(table, random, w, 1, {false, false, false, false, true}, report);
+  }
+  // More rows than the panel of x that stays in the second-level cache (about 512 KiB).
+  for (Store store : {Store::kInt8, Store::kInt4}) {
+    const Matrix w = random_matrix(random, store, 5, 4000);
+    Case c{table, w, {41, 4000, 5, 5, random.floats(41 * 4000)}, {true, false, false, false, false}, {}, {}, {}};
+    const Results all = c.run(0, 41, 2);
+    for (int64_t m : {0, 30, 31, 32, 33, 36, 40}) {
+      const Results one = c.run(m, m + 1, 1);
+      report.same(one.out, {all.out.begin() + m * 5, all.out.begin() + (m + 1) * 5},
+                  std::string("linear ") + name(store), "a row's bits depend on the panel it is in");
+    }
+  }
+}
+
+}  // namespace cai::check

@@ -1,0 +1,192 @@
+// Every function of one Simd type, lane by lane. Compiled once per instruction set with its flags and -DCAI_SIMD_NEON,
+// -DCAI_SIMD_AVX2, -DCAI_SIMD_AVX512 or none of them.
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "checks.h"
+
+#include "cpu/simd_generic.h"
+#if defined(CAI_SIMD_NEON)
+#include "cpu/simd_neon.h"
+#define CAI_SIMD neon
+#define CAI_CHECK check_simd_neon
+#elif defined(CAI_SIMD_AVX2)
+#include "cpu/simd_avx2.h"
+#define CAI_SIMD avx2
+#define CAI_CHECK check_simd_avx2
+#elif defined(CAI_SIMD_AVX512)
+#include "cpu/simd_avx512.h"
+#define CAI_SIMD avx512
+#define CAI_CHECK check_simd_avx512
+#else
+#define CAI_SIMD generic
+#define CAI_CHECK check_simd_generic
+#endif
+
+namespace cai::check {
+namespace {
+
+using Simd = CAI_SIMD::Simd;
+constexpr int kW = Simd::kWidth;
+
+bool same_float(double got, double want) {
+  return std::isnan(want) ? std::isnan(got) : got == want && std::signbit(got) == std::signbit(want);
+}
+
+// Loads of all 2^16 patterns (2^8 of int8), each in every lane.
+template <class T>
+void check_loads(Store store, Report& report) {
+  const int64_t patterns = int64_t(1) << (8 * sizeof(T));
+  std::vector<T> in(patterns + kW);
+  for (int64_t i = 0; i < patterns + kW; ++i) {
+    const auto bits = static_cast<uint16_t>(i % patterns);
+    std::memcpy(&in[i], &bits, sizeof(T));  // the low byte first: little-endian, as both architectures are
+  }
+  bool right = true;
+  for (int64_t i = 0; i < patterns; i += kW > 1 ? kW - 1 : 1) {
+    float out[kW];
+    Simd::store(out, Simd::load(in.data() + i));
+    for (int lane = 0; lane < kW; ++lane) right &= same_float(out[lane], decode(store, &in[i + lane]));
+  }
+  report.expect(right, std::string("load ") + name(store), "an element is not what its bits mean");
+}
+
+void check_int4(Report& report) {
+  std::vector<uint8_t> codes(256 + kW);
+  for (size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<uint8_t>(i * 7);
+  bool right = true;
+  for (size_t i = 0; i + kW <= codes.size(); ++i) {
+    Simd::V low, high;
+    float lows[kW], highs[kW];
+    Simd::int4(codes.data() + i, low, high);
+    Simd::store(lows, low);
+    Simd::store(highs, high);
+    for (int lane = 0; lane < kW; ++lane)
+      right &= lows[lane] == (codes[i + lane] & 15) && highs[lane] == codes[i + lane] >> 4;
+  }
+  report.expect(right, "int4", "not the low and the high half of each byte");
+}
+
+// Sums of 16 columns against four rows, with the extremes; what the instruction adds for a sign is taken off again.
+void check_int8(Report& report) {
+  Random random(12);
+  for (int round = 0; round < 200; ++round) {
+    int32_t sums[4], want[4] = {0, 0, 0, 0}, row_sum[4] = {0, 0, 0, 0};
+    Simd::Int8Sums acc = Simd::int8_zero();
+    for (int step = 0; step < 5; ++step) {
+      int8_t x[16], w[64];
+      for (int8_t& code : x) code = static_cast<int8_t>(round < 2 ? 254 * round - 127 : random.between(-127, 127));
+      for (int8_t& code : w) code = static_cast<int8_t>(round < 4 ? 254 * (round / 2) - 127 : random.between(-127, 127));
+      acc = Simd::int8_add(acc, x, w);
+      for (int i = 0; i < 64; ++i) {
+        want[i / 16] += x[i % 16] * w[i];
+        row_sum[i / 16] += w[i];
+      }
+    }
+    Simd::int8_sums(acc, sums);
+    for (int r = 0; r < 4; ++r)
+      report.expect(sums[r] - (Simd::kInt8Shifted ? 128 * row_sum[r] : 0) == want[r], "int8", "not the sum of the products");
+  }
+}
+
+template <class T>
+void check_store(Store store, Report& report) {
+  Random random(7);
+  std::vector<float> in = {0.0f, -0.0f, 1.0f, 65504.0f, 65519.9f, 65520.0f, -65536.0f, 3.4e38f, 1e-8f, -5.9604645e-8f,
+                           2.9802322e-8f, 6.1e-5f, 1e-40f, INFINITY, -INFINITY, NAN};
+  for (int i = 0; i < 4096; ++i) {
+    const auto bits = static_cast<uint32_t>(random.next());
+    float f;
+    std::memcpy(&f, &bits, 4);
+    in.push_back(f);
+    in.push_back(random.uniform(-2, 2));
+  }
+  bool right = true;
+  for (size_t i = 0; i + kW <= in.size(); i += kW) {
+    T out[kW], want;
+    Simd::store(out, Simd::load(in.data() + i));
+    for (int lane = 0; lane < kW; ++lane) {
+      encode(store, in[i + lane], &want);
+      right &= std::isnan(in[i + lane]) ? std::isnan(decode(store, &out[lane])) : std::memcmp(&want, &out[lane], sizeof want) == 0;
+    }
+  }
+  report.expect(right, std::string("store ") + name(store), "not rounded to nearest, ties to even");
+}
+
+void check_part_loads(Report& report) {
+  for (int n = 1; n <= kW + 2; ++n) {
+    std::vector<float> in;  // of exactly the floats that may be read
+    for (int i = 0; i < (n < kW ? n : kW); ++i) in.push_back(static_cast<float>(i) + 1);
+    float out[kW];
+    Simd::store(out, Simd::load_part(in.data(), n));
+    for (int lane = 0; lane < kW; ++lane)
+      report.expect(out[lane] == (lane < n ? lane + 1 : 0), "load_part", "not the first n floats and zeros");
+  }
+}
+
+void check_arithmetic(Report& report) {
+  Random random(8);
+  for (int round = 0; round < 500; ++round) {
+    const std::vector<float> a = random.floats(kW, -100, 100), b = random.floats(kW, -100, 100), c = random.floats(kW);
+    const auto va = Simd::load(a.data()), vb = Simd::load(b.data()), vc = Simd::load(c.data());
+    auto each = [&](Simd::V v, const char* what, auto f) {
+      float out[kW];
+      Simd::store(out, v);
+      for (int i = 0; i < kW; ++i) report.expect(out[i] == f(i), what, "wrong in a lane");
+    };
+    each(Simd::add(va, vb), "add", [&](int i) { return a[i] + b[i]; });
+    each(Simd::sub(va, vb), "sub", [&](int i) { return a[i] - b[i]; });
+    each(Simd::mul(va, vb), "mul", [&](int i) { return a[i] * b[i]; });
+    each(Simd::div(va, vb), "div", [&](int i) { return a[i] / b[i]; });
+    each(Simd::max(va, vb), "max", [&](int i) { return a[i] > b[i] ? a[i] : b[i]; });
+    each(Simd::min(va, vb), "min", [&](int i) { return a[i] < b[i] ? a[i] : b[i]; });
+    each(Simd::round(va), "round", [&](int i) { return std::nearbyint(a[i]); });
+    each(Simd::set1(a[0]), "set1", [&](int) { return a[0]; });
+    each(Simd::zero(), "zero", [](int) { return 0.0f; });
+    float fused[kW];
+    Simd::store(fused, Simd::fma(va, vb, vc));
+    for (int i = 0; i < kW; ++i) {
+      const double want = static_cast<double>(a[i]) * b[i] + c[i];
+      report.value("fma", fused[i], want, std::fabs(want) + std::fabs(static_cast<double>(a[i]) * b[i]), 1.2e-7);
+    }
+    double total = 0, size = 0;
+    float top = a[0], sums[4];
+    for (float f : a) {
+      total += f;
+      size += std::fabs(f);
+      top = f > top ? f : top;
+    }
+    report.value("sum", Simd::sum(va), total, size, 3e-7);
+    report.expect(Simd::maximum(va) == top, "maximum", "not the largest lane");
+    Simd::sum4(va, vb, vc, Simd::mul(va, vc), sums);
+    const float single[4] = {Simd::sum(va), Simd::sum(vb), Simd::sum(vc), Simd::sum(Simd::mul(va, vc))};
+    for (int i = 0; i < 4; ++i) report.value("sum4", sums[i], single[i], size * 2, 3e-7);
+  }
+  for (float tie : {0.5f, 1.5f, -0.5f, -2.5f}) {
+    float out[kW];
+    Simd::store(out, Simd::round(Simd::set1(tie)));
+    report.expect(out[0] == std::nearbyint(tie), "round", "a tie does not go to even");
+  }
+  for (int n = -126; n <= 127; ++n) {
+    float out[kW];
+    Simd::store(out, Simd::pow2i(Simd::set1(static_cast<float>(n))));
+    for (float f : out) report.expect(f == std::ldexp(1.0, n), "pow2i", "not a power of two");
+  }
+}
+
+}  // namespace
+
+void CAI_CHECK(Report& report) {
+  check_loads<Simd::Bf16>(Store::kBf16, report);
+  check_loads<Simd::Fp16>(Store::kFp16, report);
+  check_loads<int8_t>(Store::kInt8, report);
+  check_int4(report);
+  check_int8(report);
+  check_store<Simd::Bf16>(Store::kBf16, report);
+  check_store<Simd::Fp16>(Store::kFp16, report);
+  check_part_loads(report);
+  check_arithmetic(report);
+}
+
+}  // namespace cai::check
