@@ -15,22 +15,7 @@ import torch
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels import cpu_library
 from cai_runtime.kernels.cpu_library import STORE_CODES, check_rows
-from cai_runtime.kernels.program import ATTENTION, Slot, bits
-
-
-@dataclass(frozen=True)
-class AttentionBatch:
-    """Where each row of a step's flattened tokens belongs. All int32, on the model's device.
-
-    T tokens of S sequences, sequence i owning rows query_start[i] to query_start[i + 1]. context_len counts a sequence's
-    tokens in the cache after this step. A slot is page * page_size + offset.
-    """
-
-    positions: torch.Tensor  # [T]
-    slots: torch.Tensor  # [T]
-    query_start: torch.Tensor  # [S + 1]
-    context_len: torch.Tensor  # [S]
-    page_table: torch.Tensor  # [S, P]
+from cai_runtime.kernels.program import ATTENTION, AttentionBatch, Slot, batch_addresses, bits
 
 
 @dataclass(frozen=True)
@@ -152,42 +137,50 @@ class CpuKVCache:
         self._v = mmap.mmap(-1, max(4096, pages * heads.kv_heads * padded * page_size * item))
         self.k = torch.frombuffer(self._k, dtype=dtype)
         self.v = torch.frombuffer(self._v, dtype=dtype)
+        self.pages = pages
         self.addresses = (self.k.data_ptr(), self.v.data_ptr())
         self.store = STORE_CODES[dtype]
 
 
 class CpuAttention:
-    """Both operations for one layer's heads; the shape descriptor follows the page table's width."""
+    """Both operations for one layer's heads, in one call. sinks: see `paged_attention_reference`."""
 
-    def __init__(self, heads: HeadLayout, cache: CpuKVCache):
+    def __init__(self, heads: HeadLayout, cache: CpuKVCache, sinks: torch.Tensor | None = None):
         self.heads, self.cache = heads, cache
-        fields = [heads.query_heads, heads.kv_heads, heads.head_dim, cache.page_size, 0, cache.store]
-        self._shape = torch.tensor(fields, dtype=torch.int64)
-        self._rope = cpu_library.function("rope_kv_write")
-        self._attend = cpu_library.function("paged_attention")
+        self._sinks = None
+        if sinks is not None:
+            if tuple(sinks.shape) != (heads.query_heads,):
+                raise KernelError(f"sinks are one number per query head [{heads.query_heads}], not {list(sinks.shape)}")
+            self._sinks = sinks.to("cpu", torch.float32).contiguous().clone()
+        address = 0 if self._sinks is None else self._sinks.data_ptr()
+        fields = [heads.query_heads, heads.kv_heads, heads.head_dim, cache.page_size, cache.store, heads.window or 0]
+        self._shape = torch.tensor([*fields, address, cache.pages, 0], dtype=torch.int64)  # the last: rotary positions
+        self._run = cpu_library.function("attention")
 
     def __call__(self, qkv: Any, batch: Any, cos_sin: torch.Tensor, scale: float) -> Any:
-        """qkv fp32 [T, (Hq + 2 Hkv) D], overwritten by its rotation -> [T, Hq D]. Or a Slot, and no batch yet."""
+        """qkv fp32 [T, (Hq + 2 Hkv) D], which may be overwritten by its rotation -> [T, Hq D]. Or a Slot, and no batch yet.
+
+        Raises KernelError for a batch that does not fit the cache or the rotary table.
+        """
         heads = self.heads
+        if cos_sin.dim() != 2 or cos_sin.dtype != torch.float32 or cos_sin.shape[1] > heads.head_dim:
+            raise KernelError(f"cos_sin is fp32 [positions, rotary_dim], not {cos_sin.dtype} {list(cos_sin.shape)}")
+        self._shape[-1] = cos_sin.shape[0]
+        shape, (k, v) = self._shape.data_ptr(), self.cache.addresses
         if isinstance(qkv, Slot):
-            k, v = self.cache.addresses
-            arguments = (self._shape.data_ptr(), k, v, cos_sin.data_ptr(), cos_sin.shape[1], bits(scale))
+            arguments = (shape, k, v, cos_sin.data_ptr(), cos_sin.shape[1], bits(scale))
             return qkv.recorder.note(ATTENTION, qkv, heads.query_width, *arguments, keep=(self, cos_sin))
         qkv = check_rows(qkv, heads.qkv_width, "attention").contiguous()
         rows = qkv.shape[0]
-        self._shape[4] = batch.page_table.shape[1]
-        shape = self._shape.data_ptr()
-        k, v = self.cache.addresses
-        self._rope(
-            qkv.data_ptr(), rows, batch.positions.data_ptr(), batch.slots.data_ptr(), cos_sin.data_ptr(),
-            cos_sin.shape[1], shape, k, v,
-        )  # fmt: skip
         out = torch.empty(rows, heads.query_width)
-        self._attend(
-            qkv.data_ptr(), heads.qkv_width, batch.query_start.data_ptr(), batch.context_len.data_ptr(),
-            batch.page_table.data_ptr(), batch.context_len.shape[0], shape, scale, k, v, out.data_ptr(),
-            heads.query_width,
-        )  # fmt: skip
+        places = batch_addresses(batch)
+        try:
+            self._run(
+                qkv.data_ptr(), rows, places.data_ptr(), cos_sin.data_ptr(), cos_sin.shape[1], shape, scale, k, v,
+                out.data_ptr(),
+            )  # fmt: skip
+        except (IndexError, ValueError) as e:
+            raise KernelError(str(e)) from None
         return out
 
 

@@ -9,7 +9,6 @@ import functools
 import importlib.resources
 import mmap
 import os
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,8 +17,10 @@ from cai_runtime.errors import KernelError
 from cai_runtime.kernels.weights import Core
 
 STORE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # csrc/cpu/kernels.h: Store
+INT4_CODE = 4
 BLOCK_ROWS = 4
 BLOCK_COLS = 16
+INT4_COLS = 32
 
 
 @functools.cache
@@ -122,45 +123,76 @@ def _heap(nbytes: int) -> torch.Tensor:
     return torch.zeros(nbytes, dtype=torch.uint8)
 
 
-@dataclass
 class PackedMatrix:
-    """A core in the layout of csrc/cpu/kernels.h: [ceil(rows/4)][ceil(cols/16)][4][16], zero padded."""
+    """A core in the layout of csrc/cpu/kernels.h, copied: blocks of four rows, each a stream of whole cache lines.
 
-    rows: int
-    cols: int
-    dtype: torch.dtype
-    data: torch.Tensor  # uint8
-    scale: torch.Tensor | None
-    fields: list[int] = field(init=False)  # what C++ reads
+    `fields` are the eight integers that C++ reads, `tensors` what they point to. row_sums: also keep the sums of the rows'
+    codes, which int8 activations need (int8 cores alone). Raises KernelError for a core that the CPU backend can't take.
+    """
 
-    def __post_init__(self) -> None:
-        scale = 0 if self.scale is None else self.scale.data_ptr()
-        self.fields = [self.data.data_ptr(), scale, STORE_CODES[self.dtype], self.rows, self.cols]
+    def __init__(self, core: Core, arena: Arena | None = None, *, row_sums: bool = False):
+        self._allocate = arena.allocate if arena is not None else _heap
+        self.rows, self.cols = core.shape
+        self.tensors: list[torch.Tensor] = []
+        if core.data.device.type != "cpu":
+            raise KernelError(f"the CPU backend packs tensors on the CPU, not on {core.data.device}")
+        if core.is_int4:
+            self.fields = self._pack_int4(core)
+        else:
+            self.fields = self._pack(core, row_sums and core.data.dtype == torch.int8)
 
-    @classmethod
-    def pack(cls, core: Core, arena: Arena | None = None) -> PackedMatrix:
-        """Copies `core`; the original may be dropped afterwards."""
+    def _pack(self, core: Core, row_sums: bool) -> list[int]:
         data = core.data
-        if data.dtype not in STORE_CODES or data.device.type != "cpu":
-            raise KernelError(
-                f"the CPU backend packs fp32, bf16, fp16 and int8 on the CPU, not {data.dtype} {data.device}"
-            )
+        if data.dtype not in STORE_CODES:
+            raise KernelError(f"the CPU backend packs fp32, bf16, fp16, int8 and int4, not {data.dtype}")
         if (data.dtype == torch.int8) != (core.scale is not None):
             raise KernelError("an int8 core needs a scale, and only an int8 core takes one")
         data = data.contiguous()
-        rows, cols = data.shape
-        allocate = arena.allocate if arena is not None else _heap
-        padded = -(-rows // BLOCK_ROWS) * BLOCK_ROWS * (-(-cols // BLOCK_COLS) * BLOCK_COLS)
-        packed = allocate(max(1, padded * data.element_size()))
-        function("pack")(data.data_ptr(), rows, cols, data.element_size(), packed.data_ptr())
-        scale = None
+        padded = _round_up(self.rows, BLOCK_ROWS) * _round_up(self.cols, BLOCK_COLS)
+        packed = self._new(padded * data.element_size(), torch.uint8)
+        function("pack")(data.data_ptr(), self.rows, self.cols, data.element_size(), packed.data_ptr())
+        scale = sums = 0
         if core.scale is not None:
-            scale = allocate(max(4, 4 * rows)).view(torch.float32)
-            scale[:rows] = core.scale
-        return cls(rows, cols, data.dtype, packed, scale)
+            scale = self._copy(core.scale.to(torch.float32))
+        if row_sums:
+            if data.numel() and int(data.min()) == -128:
+                raise KernelError("int8 activations need weights' codes from -127 to 127, and one is -128")
+            sums = self._copy(data.sum(dim=1, dtype=torch.int32))
+        return [packed.data_ptr(), scale, STORE_CODES[data.dtype], self.rows, self.cols, 0, 0, sums]
+
+    def _pack_int4(self, core: Core) -> list[int]:
+        assert core.scale is not None
+        data = core.data.contiguous()
+        packed = self._new(_round_up(self.rows, BLOCK_ROWS) * _round_up(self.cols, INT4_COLS) // 2, torch.uint8)
+        function("pack_int4")(data.data_ptr(), self.rows, self.cols, packed.data_ptr())
+        scale = self._copy(_blocked(core.scale))
+        zero = 0 if core.zero is None else self._copy(_blocked(core.zero))
+        return [packed.data_ptr(), scale, INT4_CODE, self.rows, self.cols, zero, core.group, 0]
+
+    def _new(self, nbytes: int, dtype: torch.dtype) -> torch.Tensor:
+        t = self._allocate(_round_up(max(1, nbytes), 16)).view(dtype)
+        self.tensors.append(t)
+        return t
+
+    def _copy(self, source: torch.Tensor) -> int:
+        t = self._new(source.nbytes, source.dtype)
+        t[: source.numel()] = source.reshape(-1)
+        return t.data_ptr()
 
 
-EMPTY_MATRIX = [0, 0, 0, 0, 0]
+def _round_up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def _blocked(groups: torch.Tensor) -> torch.Tensor:
+    """[rows, groups] as [ceil(rows/4), groups, 4], padded with zeros: what a block of four rows needs lies together."""
+    rows, count = groups.shape
+    padded = groups.new_zeros(_round_up(rows, BLOCK_ROWS), count)
+    padded[:rows] = groups
+    return padded.view(-1, BLOCK_ROWS, count).transpose(1, 2).contiguous()
+
+
+EMPTY_MATRIX = [0] * 8
 
 
 def check_rows(x: torch.Tensor, cols: int, what: str) -> torch.Tensor:

@@ -10,15 +10,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels import cpu_library
-
-if TYPE_CHECKING:
-    from cai_runtime.kernels.attention import AttentionBatch
 
 # csrc/cpu/program.cpp: OpCode
 RMS_NORM, LINEAR, ATTENTION, SWIGLU = range(4)
@@ -32,6 +28,33 @@ class NotRecordable(KernelError):
 def bits(value: float) -> int:
     """A double's bits as the integer that carries it."""
     return struct.unpack("<q", struct.pack("<d", value))[0]
+
+
+@dataclass(frozen=True)
+class AttentionBatch:
+    """Where each row of a step's flattened tokens belongs. All int32, on the model's device.
+
+    T tokens of S sequences, sequence i owning rows query_start[i] to query_start[i + 1]. context_len counts a sequence's
+    tokens in the cache after this step. A slot is page * page_size + offset.
+    """
+
+    positions: torch.Tensor  # [T]
+    slots: torch.Tensor  # [T]
+    query_start: torch.Tensor  # [S + 1]
+    context_len: torch.Tensor  # [S]
+    page_table: torch.Tensor  # [S, P]
+
+
+def batch_addresses(batch: AttentionBatch) -> torch.Tensor:
+    """What C++ reads of a batch; `batch` must outlive it. Raises KernelError for tensors that are not int32 on the CPU."""
+    tensors = (batch.positions, batch.slots, batch.query_start, batch.context_len, batch.page_table)
+    for t in tensors:
+        if t.dtype != torch.int32 or t.device.type != "cpu" or not t.is_contiguous():
+            raise KernelError(
+                f"a batch for the CPU kernels is of contiguous int32 on the CPU, not {t.dtype} {t.device}"
+            )
+    sizes = (batch.context_len.shape[0], batch.page_table.shape[1])
+    return torch.tensor([*(t.data_ptr() for t in tensors), *sizes], dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -104,16 +127,14 @@ class Program:
         x = cpu_library.check_rows(x, self.in_features, "program").contiguous()
         rows = x.shape[0]
         out = torch.empty(rows, self.out_features)
-        workspace = torch.empty(rows * self._workspace_columns)
-        places = torch.tensor(
-            [
-                batch.positions.data_ptr(), batch.slots.data_ptr(), batch.query_start.data_ptr(),
-                batch.context_len.data_ptr(), batch.page_table.data_ptr(), batch.context_len.shape[0],
-                batch.page_table.shape[1],
-            ],
-            dtype=torch.int64,
-        )  # fmt: skip
-        self._run(self._fields.data_ptr(), x.data_ptr(), rows, out.data_ptr(), workspace.data_ptr(), places.data_ptr())
+        places = batch_addresses(batch)
+        if len(batch.positions) != rows or len(batch.slots) != rows:
+            raise KernelError(f"{rows} rows, but {len(batch.positions)} positions and {len(batch.slots)} slots")
+        fields, workspace = self._fields.data_ptr(), torch.empty(rows * self._workspace_columns)
+        try:
+            self._run(fields, x.data_ptr(), rows, out.data_ptr(), workspace.data_ptr(), places.data_ptr())
+        except (IndexError, ValueError) as e:
+            raise KernelError(str(e)) from None
         return out
 
 

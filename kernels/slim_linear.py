@@ -18,8 +18,9 @@ from cai_runtime.kernels.activation import swiglu_cpu, swiglu_reference
 from cai_runtime.kernels.backend import resolve_backend
 from cai_runtime.kernels.cpu_library import EMPTY_MATRIX, Arena, PackedMatrix, check_rows
 from cai_runtime.kernels.norm import RmsNorm, rms_norm_cpu, rms_norm_reference
-from cai_runtime.kernels.program import LINEAR, NotRecordable, Slot
+from cai_runtime.kernels.program import LINEAR, NotRecordable, Slot, bits
 from cai_runtime.kernels.quantized_rows import rounded_rows
+from cai_runtime.kernels.relocation import strip_addresses, with_addresses
 from cai_runtime.kernels.weights import Core, LinearWeights
 
 
@@ -117,10 +118,11 @@ def transformed(
 class ReferenceLinear:
     """The reference as a prepared group: plain torch, on any device."""
 
-    def __init__(self, members: Sequence[LinearWeights]):
+    def __init__(self, members: Sequence[LinearWeights], int8_activations: bool = False):
         self.members = tuple(members)
         self.in_features = members[0].in_features
         self.out_features = sum(w.out_features for w in members)
+        self._int8_activations = int8_activations
 
     def __call__(
         self,
@@ -131,13 +133,16 @@ class ReferenceLinear:
         swiglu: bool = False,
     ) -> torch.Tensor:
         x = transformed(x, norm, swiglu, rms_norm_reference, swiglu_reference)
-        y = torch.cat([reference(x, w) for w in self.members], dim=1)
+        y = torch.cat([reference(x, w, int8_activations=self._int8_activations) for w in self.members], dim=1)
         return y if residual is None else y + residual
 
 
 # ------------------------------------------------------------------------------------------------------------ cpu
 
+# csrc/cpu/ops.h: Kind, Prologue, kMaxMembers
 KIND_CODES = {"dense": 0, "lowrank": 1, "interpolative": 2}
+NO_PROLOGUE, NORM, SWIGLU_INPUT = range(3)
+MAX_MEMBERS = 64
 
 
 def checked_pivot(pivot: torch.Tensor) -> torch.Tensor:
@@ -148,12 +153,15 @@ def checked_pivot(pivot: torch.Tensor) -> torch.Tensor:
 
 
 class CpuLinear:
-    """Members packed for the C++ kernels; one call runs every core of every member. fp32 in, fp32 out.
+    """Members packed for the C++ kernels; one call runs the prologue and every core of every member. fp32 in, fp32 out.
 
-    The weights are copied into `arena` (or the heap): the tensors given may be dropped afterwards.
+    The weights are copied into `arena` (or the heap): the tensors given may be dropped afterwards. int8_activations: see
+    `prepare`.
     """
 
-    def __init__(self, members: Sequence[LinearWeights], arena: Arena | None = None):
+    def __init__(self, members: Sequence[LinearWeights], arena: Arena | None = None, *, int8_activations: bool = False):
+        if len(members) > MAX_MEMBERS:
+            raise KernelError(f"a group on the CPU has up to {MAX_MEMBERS} members, not {len(members)}")
         self.in_features = members[0].in_features
         self.out_features = sum(w.out_features for w in members)
         self._matrices: list[PackedMatrix] = []  # with _keep, what the descriptor points to
@@ -161,7 +169,7 @@ class CpuLinear:
         fields: list[int] = []
         out_offset = z_offset = 0
         for w in members:
-            cores = [PackedMatrix.pack(c, arena) for c in w.cores]
+            cores = [PackedMatrix(c, arena, row_sums=int8_activations) for c in w.cores]
             self._matrices += cores
             pivot = None if w.pivot is None else checked_pivot(w.pivot)
             bias = None if w.bias is None else w.bias.to(torch.float32).contiguous().clone()
@@ -173,8 +181,14 @@ class CpuLinear:
             fields += cores[1].fields if len(cores) > 1 else EMPTY_MATRIX
             out_offset += w.out_features
             z_offset += -(-rank // 16) * 16
+        # Floats of scratch per row: z; the input after its prologue; and with int8 activations the codes of both.
         self._z_columns = z_offset
-        self._descriptor = torch.tensor([len(members), self.in_features, z_offset, *fields], dtype=torch.int64)
+        self._scratch_columns = z_offset + self.in_features
+        if int8_activations:
+            widths = [self.in_features, *(w.rank or 0 for w in members)]
+            self._scratch_columns += sum(-(-n // 16) * 4 + 16 for n in widths)
+        head = [len(members), self.in_features, z_offset, int(int8_activations)]
+        self._descriptor = torch.tensor([*head, *fields], dtype=torch.int64)
         self._address = self._descriptor.data_ptr()
         self._run = cpu_library.function("linear_group")
 
@@ -182,42 +196,68 @@ class CpuLinear:
         """The first core of the first member: of a dense linear, its weight."""
         return self._matrices[0]
 
-    def record(self, x: Slot, residual: Slot | None) -> Slot:
+    def _record(self, x: Slot, residual: Slot | None, prologue: int, norm: RmsNorm | None) -> Slot:
         """Note this call in x's program."""
         recorder = x.recorder
-        recorder.scratch_columns = max(recorder.scratch_columns, self._z_columns)
-        return recorder.note(LINEAR, x, self.out_features, self._address, residual=residual, keep=self)
+        recorder.scratch_columns = max(recorder.scratch_columns, self._scratch_columns)
+        weight, eps = (0, 0) if norm is None else (norm.weight.data_ptr(), bits(norm.eps))
+        arguments = (self._address, prologue, weight, eps)
+        return recorder.note(LINEAR, x, self.out_features, *arguments, residual=residual, keep=(self, norm))
 
     def __call__(self, x: Any, residual: Any = None, *, norm: RmsNorm | None = None, swiglu: bool = False) -> Any:
-        x = transformed(x, norm, swiglu, rms_norm_cpu, swiglu_cpu)
+        if norm is not None and swiglu:
+            raise KernelError("a linear's input is normed or gated, not both")
+        prologue = NORM if norm is not None else SWIGLU_INPUT if swiglu else NO_PROLOGUE
+        if norm is not None and tuple(norm.weight.shape) != (self.in_features,):
+            raise KernelError(f"slim_linear: a norm of {list(norm.weight.shape)} for {self.in_features} features")
         if isinstance(x, Slot):
-            return self.record(x, residual)
-        x = check_rows(x, self.in_features, "slim_linear")
+            return self._record(x, residual, prologue, norm)
+        x = check_rows(x, self.in_features * (2 if swiglu else 1), "slim_linear")
+        if norm is not None:
+            x = x.contiguous()
         rows = x.shape[0]
         out = torch.empty(rows, self.out_features)
-        z = torch.empty(rows, self._z_columns)
+        scratch = torch.empty(rows, self._scratch_columns if rows > 1 or norm or swiglu else self._z_columns)
         address = stride = 0
         if residual is not None:
             residual = check_rows(residual, self.out_features, "slim_linear's residual")
             if residual.shape[0] != rows:
                 raise KernelError(f"slim_linear: {residual.shape[0]} rows of residual for {rows} rows of x")
             address, stride = residual.data_ptr(), residual.stride(0)
+        weight, eps = (0, 0.0) if norm is None else (norm.weight.data_ptr(), norm.eps)
         self._run(
-            self._address, x.data_ptr(), rows, x.stride(0), out.data_ptr(), self.out_features, address, stride,
-            z.data_ptr(),
+            self._address, x.data_ptr(), rows, x.stride(0), prologue, weight, eps, out.data_ptr(), self.out_features,
+            address, stride, scratch.data_ptr(),
         )  # fmt: skip
         return out
+
+    def state(self) -> tuple[list[torch.Tensor], list[int]]:
+        """The packed tensors, and numbers that tell `from_state` what they are, wherever they lie then."""
+        tensors = [t for m in self._matrices for t in m.tensors] + [t for t in self._keep if t is not None]
+        numbers = strip_addresses(self._descriptor.tolist(), tensors)
+        return tensors, [self.in_features, self.out_features, self._z_columns, self._scratch_columns, *numbers]
+
+    @classmethod
+    def from_state(cls, tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> CpuLinear:
+        """A linear over the tensors of another's `state`, or equal ones. Raises KernelError where they don't fit."""
+        linear = cls.__new__(cls)
+        linear.in_features, linear.out_features, linear._z_columns, linear._scratch_columns = numbers[:4]
+        linear._matrices, linear._keep = [], list(tensors)
+        linear._descriptor = torch.tensor(with_addresses(numbers[4:], tensors), dtype=torch.int64)
+        linear._address = linear._descriptor.data_ptr()
+        linear._run = cpu_library.function("linear_group")
+        return linear
 
 
 class CpuMpo:
     """A matrix product operator on the CPU: each core is one row-wise linear of the C++ kernels."""
 
-    def __init__(self, w: LinearWeights, arena: Arena | None = None):
+    def __init__(self, w: LinearWeights, arena: Arena | None = None, *, int8_activations: bool = False):
         self.in_features, self.out_features = w.in_features, w.out_features
         self._shape = LinearWeights(
             "mpo", w.in_features, w.out_features, w.cores, None, None, None, w.out_dims, w.in_dims, w.bonds
         )
-        self._cores = [CpuLinear([as_dense(c)], arena) for c in w.cores]
+        self._cores = [CpuLinear([as_dense(c)], arena, int8_activations=int8_activations) for c in w.cores]
         self._bias = w.bias
 
     def __call__(self, x: Any, residual: Any = None, *, norm: RmsNorm | None = None, swiglu: bool = False) -> Any:
@@ -279,16 +319,22 @@ def prepare(
     name = resolve_backend(backend, members[0].cores[0].data.device)
     if name == "reference":
         return ReferenceLinear(members, int8_activations)
-    if int8_activations:
-        raise KernelError(f"the {name} kernels have no int8 activations")
     if name == "cpu":
         if all(w.kind != "mpo" for w in members):
-            return CpuLinear(members, arena)
-        parts = [CpuMpo(w, arena) if w.kind == "mpo" else CpuLinear([w], arena) for w in members]
+            return CpuLinear(members, arena, int8_activations=int8_activations)
+        parts = [
+            (CpuMpo if w.kind == "mpo" else _cpu_single)(w, arena, int8_activations=int8_activations) for w in members
+        ]
         return parts[0] if len(parts) == 1 else SideBySide(parts)
     from cai_runtime.kernels.gpu import prepare_linear
 
+    if int8_activations:
+        raise KernelError(f"the {name} kernels have no int8 activations")
     return prepare_linear(members, name)
+
+
+def _cpu_single(w: LinearWeights, arena: Arena | None, *, int8_activations: bool) -> CpuLinear:
+    return CpuLinear([w], arena, int8_activations=int8_activations)
 
 
 def slim_linear(

@@ -5,9 +5,8 @@
 #include <string>
 #include <vector>
 
-#include "kernels.h"
 #include "ops.h"
-#include "thread_pool.h"
+#include "program.h"
 
 namespace cai {
 namespace {
@@ -51,6 +50,64 @@ const KernelTable& kernels() {
 
 namespace {
 
+// -------------------------------------------------------------------------------------- one operation, one region
+
+// Threads for `work` multiply-adds or so: waking them costs microseconds.
+int threads_for(Int work) { return work < (Int(1) << 16) ? 1 : num_threads(); }
+
+void linear_group_alone(Int group, Int x, Int M, Int ldx, Int prologue, Int norm_weight, double eps, Int out, Int ldo,
+                        Int residual, Int ldr, Int scratch) {
+  const LinearCall c{pointer<const LinearGroup>(group), pointer<const float>(x), ldx, M, static_cast<Prologue>(prologue),
+                     pointer<const float>(norm_weight), static_cast<float>(eps), pointer<const float>(residual), ldr,
+                     pointer<float>(out), ldo, pointer<float>(scratch)};
+  if (c.group->members < 1 || c.group->members > kMaxMembers)
+    TVM_FFI_THROW(ValueError) << "a group has 1 to " << kMaxMembers << " members";
+  if (M == 0) return;
+  parallel(threads_for(linear_work(*c.group) * M), kLinearPhases, [&](Team& team) { linear_group(team, c, nullptr); });
+}
+
+// residual and residual_out are both 0 or both given.
+void rms_norm_alone(Int x, Int residual, Int weight, double eps, Int width, Int M, Int residual_out, Int out) {
+  const NormCall c{pointer<const float>(x), pointer<const float>(residual), pointer<const float>(weight),
+                   static_cast<float>(eps), width, M, pointer<float>(residual_out), pointer<float>(out)};
+  parallel(threads_for(M * width), 1, [&](Team& team) { rms_norm(team, c); });
+}
+
+void swiglu_alone(Int gate_up, Int width, Int M, Int out) {
+  const SwigluCall c{pointer<const float>(gate_up), width, M, pointer<float>(out)};
+  parallel(threads_for(4 * M * width), 1, [&](Team& team) { swiglu(team, c); });
+}
+
+// matrix: the eight integers of a PackedMatrix.
+void gather_alone(Int matrix, Int ids, Int count, Int out) {
+  const GatherCall c{pointer<const PackedMatrix>(matrix), pointer<const int32_t>(ids), count, pointer<float>(out)};
+  check_gather(c);
+  parallel(threads_for(count * c.matrix->cols), 1, [&](Team& team) { gather(team, c); });
+}
+
+// batch: [positions, slots, query_start, context_len, page_table, sequences, pages_per_sequence]
+void attention_alone(Int qkv, Int M, Int batch, Int cos_sin, Int rotary_dim, Int shape, double scale, Int k_cache,
+                     Int v_cache, Int out) {
+  const Int* b = pointer<const Int>(batch);
+  if (M == 0) return;
+  AttentionCall c{};
+  c.batch = {pointer<const int32_t>(b[0]), pointer<const int32_t>(b[1]), pointer<const int32_t>(b[2]),
+             pointer<const int32_t>(b[3]), pointer<const int32_t>(b[4]), b[5]};
+  c.qkv = pointer<float>(qkv);
+  c.M = M;
+  c.cos_sin = pointer<const float>(cos_sin);
+  c.rotary_dim = rotary_dim;
+  c.k_cache = pointer<void>(k_cache);
+  c.v_cache = pointer<void>(v_cache);
+  c.out = pointer<float>(out);
+  Int work = 0;
+  for (Int i = 0; i < b[5]; ++i) work += Int(c.batch.query_start[i + 1] - c.batch.query_start[i]) * c.batch.context_len[i];
+  const Int* d = pointer<const Int>(shape);
+  const int threads = threads_for(work * d[0] * d[2]);
+  plan_attention(c, d, scale, b[6], threads);
+  parallel(threads, kAttentionPhases, [&](Team& team) { attention(team, c); });
+}
+
 tvm::ffi::String instruction_set() { return kernels().name; }
 
 tvm::ffi::String instruction_sets() {
@@ -75,13 +132,13 @@ Int threads() { return num_threads(); }
 }  // namespace
 }  // namespace cai
 
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear_group, cai::linear_group);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(rms_norm, cai::rms_norm);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(swiglu, cai::swiglu);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(gather, cai::gather);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(rope_kv_write, cai::rope_kv_write);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(paged_attention, cai::paged_attention);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear_group, cai::linear_group_alone);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(rms_norm, cai::rms_norm_alone);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(swiglu, cai::swiglu_alone);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(gather, cai::gather_alone);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention, cai::attention_alone);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack, cai::pack);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_int4, cai::pack_int4);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(run_program, cai::run_program);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(instruction_set, cai::instruction_set);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(instruction_sets, cai::instruction_sets);

@@ -1,9 +1,10 @@
 // The table of single-thread kernels that each instruction set provides. Row-wise arithmetic only: who calls them with
-// which rows, on which thread, is decided in ops.cpp.
+// which rows, on which thread, is decided in the operations (linear_ops.cpp, row_ops.cpp, attention_ops.cpp).
 //
 // Order of reduction. A dot product over K columns is one vector accumulator of the instruction set's width, filled from
 // column 0 upwards, then summed by one fixed tree (Simd::sum4). It does not depend on how many rows of x are in a tile, on
-// the number of tiles or on the thread, so a row of the result is the same bits alone and in a batch.
+// the number of tiles or on the thread, so a row of the result is the same bits alone and in a batch. With int8 activations
+// the sums are of integers, exact in any order.
 #pragma once
 
 #include <cstdint>
@@ -11,20 +12,37 @@
 namespace cai {
 
 // How a matrix element is stored. The values are shared with kernels/cpu_library.py.
-enum class Store : int32_t { kFp32 = 0, kBf16 = 1, kFp16 = 2, kInt8 = 3 };
+enum class Store : int64_t { kFp32 = 0, kBf16 = 1, kFp16 = 2, kInt8 = 3, kInt4 = 4 };
 
 constexpr int64_t kBlockRows = 4;   // rows of a packed matrix that lie interleaved
 constexpr int64_t kBlockCols = 16;  // columns of one row that lie together
+constexpr int64_t kInt4Cols = 32;   // likewise for int4: 16 bytes
 
-// A matrix packed for streaming: [ceil(rows/4)][ceil(cols/16)][4][16] elements, padded with zeros, so that a block of four
-// rows is one sequential stream of whole cache lines.
+// A matrix packed for streaming, so that a block of four rows is one sequential stream of whole cache lines:
+//   [ceil(rows/4)][ceil(cols/16)][4][16] elements, padded with zeros;
+//   int4: [ceil(rows/4)][ceil(cols/32)][4][16] bytes, byte i holding column i in its low half and 16 + i in its high half,
+//   with scales and zero points per group of columns, [ceil(rows/4)][ceil(cols/group)][4].
+// kernels/cpu_library.py lays these eight integers out.
 struct PackedMatrix {
   const void* data;
-  const float* scale;  // per row, or null
+  const void* scale;  // fp32 [rows] for int8; bf16 blocks for int4; else null
   Store store;
   int64_t rows;
   int64_t cols;
+  const uint8_t* zero;     // int4: blocks of zero points, or null for 8
+  int64_t group;           // int4: columns that share a scale, a multiple of 32
+  const int32_t* row_sum;  // [rows]: sums of the codes, where int8 activations are wanted; else null
 };
+static_assert(sizeof(PackedMatrix) == 64 && sizeof(void*) == 8, "read where Python wrote it, as eight 64-bit fields");
+
+inline int64_t blocks_of(const PackedMatrix& w) { return (w.rows + kBlockRows - 1) / kBlockRows; }
+
+// Bytes of one block of four rows.
+inline int64_t block_bytes(const PackedMatrix& w) {
+  constexpr int64_t kSize[] = {4, 2, 2, 1};
+  if (w.store == Store::kInt4) return (w.cols + kInt4Cols - 1) / kInt4Cols * 64;
+  return (w.cols + kBlockCols - 1) / kBlockCols * kBlockCols * kBlockRows * kSize[static_cast<int64_t>(w.store)];
+}
 
 // Where the result of a row goes: out[m * ld + (index ? index[row] : row)], plus residual at the same place, and
 // optionally a copy in row order (the input of the next core).
@@ -39,33 +57,70 @@ struct Epilogue {
   int64_t ld_copy;
 };
 
+// What a kernel fetches ahead of its own reading: the bytes behind the ones in use, and past `limit` those at `next`, where
+// this thread will go on.
+struct Ahead {
+  const char* limit;
+  const char* next;
+};
+
+// Rows of x rounded to int8 (see int8_rows.inl): codes [M, ld] of ceil(K/16) * 16 columns, scale [M].
+struct Int8Rows {
+  const int8_t* codes;
+  int64_t ld;
+  const float* scale;
+};
+
 struct AttentionShape {
   int64_t query_heads, kv_heads, head_dim, page_size, pages_per_sequence;
+  int64_t window;      // a query sees this many positions, its own included; 0: all before it
+  const float* sinks;  // [query_heads], or null
   float scale;
   Store store;  // of the cache
 };
 
 struct KernelTable {
   const char* name;
-  // y[m, row] for row blocks [block0, block1) of four rows each and all M rows of x.
+  // y[m, row] for row blocks [block0, block1) of four rows each and all M rows of x. panel: 4 * round_up(cols, 32) floats
+  // of scratch, used by int4 and M > 1.
   void (*linear)(const float* x, int64_t M, int64_t ldx, const PackedMatrix& w, int64_t block0, int64_t block1,
-                 const Epilogue& e);
+                 const Epilogue& e, const Ahead& ahead, float* panel);
+  // The same for int8 weights and rows of x rounded to int8.
+  void (*linear_int8)(const Int8Rows& x, int64_t M, const PackedMatrix& w, int64_t block0, int64_t block1,
+                      const Epilogue& e, const Ahead& ahead);
+  // Rows [row0, row1) of x [M, K] to codes [M, ld] (padded with zero codes) and scale [M].
+  void (*quantize_rows)(const float* x, int64_t ldx, int64_t K, int64_t row0, int64_t row1, int8_t* codes, int64_t ld,
+                        float* scale);
   // out = x / rms(x) * weight for rows [row0, row1); when residual_out is given, x + residual is stored there first.
   void (*rms_norm)(const float* x, const float* residual, const float* weight, float eps, int64_t H, int64_t row0,
                    int64_t row1, float* residual_out, float* out);
   // out[m, i] = silu(gate_up[m, i]) * gate_up[m, I + i]
-  void (*swiglu)(const float* gate_up, int64_t I, int64_t row0, int64_t row1, float* out);
+  void (*swiglu)(const float* gate_up, int64_t ld, int64_t I, int64_t row0, int64_t row1, float* out);
   // Rows of a packed matrix, dequantized.
   void (*gather)(const PackedMatrix& w, const int32_t* ids, int64_t row0, int64_t row1, float* out);
-  // Rotate q and k of rows [row0, row1) in place, write k and v into the cache. See ops.cpp for the layouts.
-  void (*rope_kv_write)(float* qkv, const int32_t* positions, const int32_t* slots, const float* cos_sin,
-                        int64_t rotary_dim, const AttentionShape& shape, void* k_cache, void* v_cache, int64_t row0,
-                        int64_t row1);
-  // Causal attention of `count` query rows of one sequence, the first at absolute position `position`, for one KV head.
+  // Rotates the first rotary_dim dimensions of `heads` heads of one row, of head_dim each, from x to out (which may be x).
+  // cos_sin: that position's cosines, then sines.
+  void (*rotate)(const float* x, int64_t heads, int64_t head_dim, const float* cos_sin, int64_t rotary_dim, float* out);
+  // One rotated key and one value into a slot of the cache, for one KV head.
+  void (*write_kv)(const float* k, const float* v, int64_t slot, int64_t kv_head, const AttentionShape& shape,
+                   void* k_cache, void* v_cache);
+  // Causal attention of `count` query rows of one sequence, the first at absolute position `position`, for one KV head, over
+  // the splits [split0, split1) of the keys. Without `partial` those must be all that the rows see: the result goes to out.
+  // With it (one split) the state of every row and head goes there: see attention.inl.
   void (*attention)(const float* q, int64_t ldq, int64_t position, int64_t count, int64_t kv_head,
                     const int32_t* pages, const void* k_cache, const void* v_cache, const AttentionShape& shape,
-                    float* out, int64_t ldo);
+                    int64_t split0, int64_t split1, float* partial, float* out, int64_t ldo);
+  // Merges the states of `splits` splits, `stride` floats apart, in order, and finishes one row's heads of one KV head.
+  void (*combine)(const float* partial, int64_t splits, int64_t stride, int64_t kv_head, const AttentionShape& shape,
+                  float* out);
 };
+
+// Keys of a sequence that are attended as one chain of sums; the boundaries lie at multiples of it from position 0, so that
+// neither the batch nor the number of threads moves them. In pages:
+inline int64_t split_pages(int64_t page_size) { return 256 / page_size > 0 ? 256 / page_size : 1; }
+
+// Floats of the state of one query head: maximum, sum, and the weighted values, padded.
+inline int64_t state_floats(int64_t head_dim) { return 16 + (head_dim + 15) / 16 * 16; }
 
 const KernelTable* kernels_generic();
 #if defined(__x86_64__) || defined(_M_X64)

@@ -4,9 +4,9 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "simd_generic.h"
-
 
 namespace cai {
 namespace generic {

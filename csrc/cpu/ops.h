@@ -1,10 +1,12 @@
-// The operations on whole tensors, by address: the functions that Python calls (exports.cpp) and that a recorded program
-// runs (program.cpp). The callers in kernels/ have checked shapes, dtypes and contiguity. Activations are fp32, row-major.
+// The operations on whole tensors. Each is a function that every thread of a region runs (Team), so that an operation alone
+// (exports.cpp) and a recorded forward pass of hundreds (program.cpp) are the same code. The callers in kernels/ have
+// checked shapes, dtypes and contiguity. Activations are fp32, row-major.
 #pragma once
 
 #include <cstdint>
 
 #include "kernels.h"
+#include "thread_pool.h"
 
 namespace cai {
 
@@ -18,28 +20,112 @@ inline T* pointer(Int address) {
 // The kernels in use: the best instruction set of this processor, or the one chosen by name.
 const KernelTable& kernels();
 
-// y [M, ldo] = the members' outputs side by side (+ residual). desc: [members, in_features, z_ld], then the members as
-// CpuLinear in kernels/slim_linear.py lays them out. scratch: M * z_ld floats.
-void linear_group(Int desc, Int x, Int M, Int ldx, Int out, Int ldo, Int residual, Int ldr, Int scratch);
+// Memory of the calling thread, 64-byte aligned, that stays until the next call with the same purpose.
+enum class Private { kInput, kCodes, kPanel, kQuery, kPartial, kCount };
+void* private_memory(Private purpose, Int bytes);
 
-// residual and residual_out are both 0 or both given.
-void rms_norm(Int x, Int residual, Int weight, double eps, Int H, Int M, Int residual_out, Int out);
+// ------------------------------------------------------------------------------------------------------ linear group
 
-void swiglu(Int gate_up, Int I, Int M, Int out);
+enum class Kind : Int { kDense = 0, kLowRank = 1, kInterpolative = 2 };
 
-// matrix: the five integers of a PackedMatrix. Raises IndexError for an id outside it.
-void gather(Int matrix, Int ids, Int n, Int out);
+// One projection, as CpuLinear in kernels/slim_linear.py lays it out.
+struct Member {
+  Kind kind;
+  Int out_features, out_offset, rank, z_offset;
+  const int32_t* pivot;
+  const float* bias;
+  PackedMatrix core[2];
+};
+static_assert(sizeof(Member) == 23 * sizeof(Int), "read where Python wrote it, as 64-bit fields");
 
-// shape: [query_heads, kv_heads, head_dim, page_size, pages_per_sequence, store]
-void rope_kv_write(Int qkv, Int M, Int positions, Int slots, Int cos_sin, Int rotary_dim, Int shape, Int k_cache,
-                   Int v_cache);
-void paged_attention(Int q, Int ldq, Int query_start, Int context_len, Int page_table, Int sequences, Int shape,
-                     double scale, Int k_cache, Int v_cache, Int out, Int ldo);
+struct LinearGroup {
+  Int members, in_features, z_columns, int8_activations;
+  const Member* begin() const { return reinterpret_cast<const Member*>(this + 1); }
+  const Member& operator[](Int i) const { return begin()[i]; }
+};
+constexpr Int kMaxMembers = 64;
+
+enum class Prologue : Int { kNone = 0, kNorm = 1, kSwiglu = 2 };
+
+struct LinearCall {
+  const LinearGroup* group;
+  const float* x;  // [M, in_features]; with kSwiglu [M, 2 in_features]
+  Int ldx, M;
+  Prologue prologue;
+  const float* norm_weight;
+  float eps;
+  const float* residual;  // [M, ldr] or null
+  Int ldr;
+  float* out;  // [M, ldo]: the members' outputs side by side (+ residual)
+  Int ldo;
+  float* scratch;  // M * scratch_columns(...) floats
+};
+// After it comes another phase: `after` is where this thread will read weights next, or null.
+void linear_group(Team& team, const LinearCall& call, const char* after);
+constexpr Int kLinearPhases = 4;
+// Where a thread of a team begins to read a group's weights.
+const char* first_weights(const Team& team, const LinearGroup& group);
+Int linear_work(const LinearGroup& group);  // multiply-adds of one row
+
+// ------------------------------------------------------------------------------------------------------------ row-wise
+
+struct NormCall {
+  const float *x, *residual, *weight;  // residual and residual_out: both null or both given
+  float eps;
+  Int width, M;
+  float *residual_out, *out;
+};
+void rms_norm(Team& team, const NormCall& call);
+
+struct SwigluCall {
+  const float* gate_up;  // [M, 2 width]
+  Int width, M;
+  float* out;
+};
+void swiglu(Team& team, const SwigluCall& call);
+
+struct GatherCall {
+  const PackedMatrix* matrix;
+  const int32_t* ids;
+  Int count;
+  float* out;
+};
+void check_gather(const GatherCall& call);  // raises IndexError for an id outside the matrix
+void gather(Team& team, const GatherCall& call);
+
+// ----------------------------------------------------------------------------------------------------------- attention
+
+// Which rows belong to which sequence; see AttentionBatch in kernels/attention.py.
+struct Batch {
+  const int32_t *positions, *slots, *query_start, *context_len, *page_table;
+  Int sequences;
+};
+
+struct AttentionCall {
+  AttentionShape shape;
+  Batch batch;
+  float* qkv;  // [M, (query_heads + 2 kv_heads) head_dim]; may be overwritten by its rotation
+  Int M;
+  const float* cos_sin;  // [positions, rotary_dim]: cosines, then sines
+  Int rotary_dim;
+  void *k_cache, *v_cache;
+  float* out;  // [M, query_heads * head_dim]
+  // Filled in by plan_attention:
+  bool decode;     // one row of each sequence
+  Int splits;      // of the longest sequence, where they are dealt apart; else 1
+  float* partial;  // room for their states
+};
+// Reads [query_heads, kv_heads, head_dim, page_size, store, window, sinks, pages, rope positions], checks it and the batch
+// against it, and decides how the work is cut. Raises ValueError or IndexError. To be called before the region.
+void plan_attention(AttentionCall& call, const Int* shape, double scale, Int pages_per_sequence, int threads);
+void attention(Team& team, const AttentionCall& call);
+constexpr Int kAttentionPhases = 2;
+
+// ------------------------------------------------------------------------------------------------------------ weights
 
 // A row-major matrix of elements of `size` bytes into the layout of PackedMatrix.
 void pack(Int source, Int rows, Int cols, Int size, Int target);
-
-// A recorded sequence of the operations above over M rows; see program.cpp.
-void run_program(Int program, Int x, Int M, Int out, Int workspace, Int batch);
+// int4: rows of ceil(cols / 2) bytes, column 2 j in the low half of a byte, into the layout of PackedMatrix.
+void pack_int4(Int source, Int rows, Int cols, Int target);
 
 }  // namespace cai

@@ -32,6 +32,35 @@ struct Simd {
   static V load(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
+  // The low and the high halves of 8 bytes.
+  static void int4(const uint8_t* p, V& low, V& high) {
+    const __m256i codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    low = _mm256_cvtepi32_ps(_mm256_and_si256(codes, _mm256_set1_epi32(15)));
+    high = _mm256_cvtepi32_ps(_mm256_srli_epi32(codes, 4));
+  }
+  // Sums of 16 columns of x times four rows of weights, 64 bytes. The instruction takes its first operand without a sign:
+  // |x| and w with x's sign give the same products, and two of them (at most 127 * 127 each) fit 16 bits.
+  static constexpr bool kInt8Shifted = false;
+  static constexpr int kInt8TileM = 2, kInt8Blocks = 2;
+  struct Int8Sums {
+    __m256i rows01, rows23;
+  };
+  static Int8Sums int8_zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static Int8Sums int8_add(Int8Sums acc, const int8_t* x, const int8_t* w) {
+    const __m256i codes = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+    const __m256i magnitude = _mm256_abs_epi8(codes), ones = _mm256_set1_epi16(1);
+    const __m256i w01 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+    const __m256i w23 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 32));
+    const __m256i p01 = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(w01, codes));
+    const __m256i p23 = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(w23, codes));
+    return {_mm256_add_epi32(acc.rows01, _mm256_madd_epi16(p01, ones)),
+            _mm256_add_epi32(acc.rows23, _mm256_madd_epi16(p23, ones))};
+  }
+  static void int8_sums(Int8Sums acc, int32_t out[4]) {
+    const __m128i ab = _mm_hadd_epi32(_mm256_castsi256_si128(acc.rows01), _mm256_extracti128_si256(acc.rows01, 1));
+    const __m128i cd = _mm_hadd_epi32(_mm256_castsi256_si128(acc.rows23), _mm256_extracti128_si256(acc.rows23, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_hadd_epi32(ab, cd));
+  }
   static V load(const Bf16* p) {
     __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));

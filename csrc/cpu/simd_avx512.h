@@ -31,6 +31,29 @@ struct Simd {
   static V load(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
+  // The low and the high halves of 16 bytes, by a table of the 16 numbers; the permutation looks at four bits only.
+  static void int4(const uint8_t* p, V& low, V& high) {
+    const V numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    low = _mm512_permutexvar_ps(codes, numbers);
+    high = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), numbers);
+  }
+  // Sums of 16 columns of x times four rows of weights, 64 bytes: lane 4 r + i sums columns 4 i to 4 i + 3 of row r.
+  // VNNI takes its first operand without a sign, so x goes in 128 higher.
+  static constexpr bool kInt8Shifted = true;
+  static constexpr int kInt8TileM = 6, kInt8Blocks = 4;
+  using Int8Sums = __m512i;
+  static Int8Sums int8_zero() { return _mm512_setzero_si512(); }
+  static Int8Sums int8_add(Int8Sums acc, const int8_t* x, const int8_t* w) {
+    const __m512i codes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+    const __m512i shifted = _mm512_xor_si512(codes, _mm512_set1_epi8(-128));
+    return _mm512_dpbusd_epi32(acc, shifted, _mm512_loadu_si512(w));
+  }
+  static void int8_sums(Int8Sums acc, int32_t out[4]) {
+    const __m128i ab = _mm_hadd_epi32(_mm512_castsi512_si128(acc), _mm512_extracti32x4_epi32(acc, 1));
+    const __m128i cd = _mm_hadd_epi32(_mm512_extracti32x4_epi32(acc, 2), _mm512_extracti32x4_epi32(acc, 3));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_hadd_epi32(ab, cd));
+  }
   static V load(const Bf16* p) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));

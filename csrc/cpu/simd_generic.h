@@ -92,6 +92,32 @@ struct Simd {
     for (int i = 0; i < 8; ++i) wide[i] = p[i];
     return __builtin_convertvector(wide, V);
   }
+  // The low and the high halves of 8 bytes.
+  static void int4(const uint8_t* p, V& low, V& high) {
+    I lows, highs;
+    for (int i = 0; i < 8; ++i) {
+      lows[i] = p[i] & 15;
+      highs[i] = p[i] >> 4;
+    }
+    low = __builtin_convertvector(lows, V);
+    high = __builtin_convertvector(highs, V);
+  }
+  // Sums of 16 columns of x times four rows of weights, 64 bytes.
+  static constexpr bool kInt8Shifted = false;  // whether x goes in 128 higher, to be corrected by row sums
+  static constexpr int kInt8TileM = 2, kInt8Blocks = 1;
+  struct Int8Sums {
+    int32_t row[4];
+  };
+  static Int8Sums int8_zero() { return {}; }
+  static Int8Sums int8_add(Int8Sums acc, const int8_t* x, const int8_t* w) {
+    for (int r = 0; r < 4; ++r) {
+      int32_t sum = 0;
+      for (int i = 0; i < 16; ++i) sum += int32_t(x[i]) * int32_t(w[r * 16 + i]);
+      acc.row[r] += sum;
+    }
+    return acc;
+  }
+  static void int8_sums(const Int8Sums& acc, int32_t out[4]) { std::memcpy(out, acc.row, sizeof acc.row); }
   static V load(const Bf16* p) {
     I bits;
     for (int i = 0; i < 8; ++i) bits[i] = static_cast<int32_t>(static_cast<uint32_t>(p[i].bits) << 16);

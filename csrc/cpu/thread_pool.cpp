@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <condition_variable>
+#include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -25,14 +26,11 @@ inline void relax() {
 }
 
 // Spins, then yields the processor: with fewer processors than threads the one waited for must get to run.
-template <class Done>
-inline void spin_until(Done done) {
-  for (int i = 0; !done(); ++i) {
-    if (i < 4096) {
-      relax();
-    } else {
-      std::this_thread::yield();
-    }
+inline void spin(int spins) {
+  if (spins < 4096) {
+    relax();
+  } else {
+    std::this_thread::yield();
   }
 }
 
@@ -61,22 +59,26 @@ class Pool {
   int threads() const { return threads_; }
   pid_t owner() const { return owner_; }
 
-  void run(int threads, RegionFunction f, void* context) {
-    Region region;
+  void run(int threads, int64_t phases, RegionFunction f, void* context) {
+    const size_t wanted = static_cast<size_t>(Team::counters(threads, phases));
+    if (counters_.size() < wanted) counters_ = std::vector<TaggedCounter>(wanted);
     f_ = f;
     context_ = context;
-    region_ = &region;
+    team_threads_ = threads;
+    phases_ = phases;
     helpers_.store(static_cast<uint64_t>(threads - 1), std::memory_order_relaxed);
     left_.store(0, std::memory_order_relaxed);
     epoch_ = (epoch_ + 1) & 0xffffffffu;
+    if (epoch_ == 0) epoch_ = 1;  // 0 is the tag of counters that were never used
     ticket_.store(epoch_ << 32 | kOpen, std::memory_order_seq_cst);
     if (sleeping_.load(std::memory_order_seq_cst) > 0) {
       std::lock_guard<std::mutex> lock(mutex_);
       wake_.notify_all();
     }
-    f(context, region);
+    Team team(0, threads, static_cast<uint32_t>(epoch_), counters_.data(), phases);
+    f(context, team);
     const uint64_t joined = ticket_.fetch_and(~kOpen, std::memory_order_acq_rel) & kJoined;
-    spin_until([&] { return left_.load(std::memory_order_acquire) == joined; });
+    for (int i = 0; left_.load(std::memory_order_acquire) != joined; ++i) spin(i);
   }
 
  private:
@@ -94,7 +96,9 @@ class Pool {
       uint64_t t = ticket_.load(std::memory_order_acquire);
       while (t >> 32 == epoch && (t & kOpen) && (t & kJoined) < helpers_.load(std::memory_order_relaxed)) {
         if (ticket_.compare_exchange_weak(t, t + 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
-          f_(context_, *region_);
+          Team team(static_cast<int>(t & kJoined) + 1, team_threads_, static_cast<uint32_t>(epoch), counters_.data(),
+                    phases_);
+          f_(context_, team);
           left_.fetch_add(1, std::memory_order_release);
           break;
         }
@@ -134,7 +138,9 @@ class Pool {
   std::atomic<bool> stop_{false};
   RegionFunction f_ = nullptr;
   void* context_ = nullptr;
-  Region* region_ = nullptr;
+  int team_threads_ = 1;
+  int64_t phases_ = 0;
+  std::vector<TaggedCounter> counters_;  // grows between regions only
 };
 
 struct State {
@@ -156,15 +162,18 @@ int default_threads() {
 
 }  // namespace
 
-void Region::wait(int phase, int64_t total) const {
-  spin_until([&] { return finished_[phase].value.load(std::memory_order_acquire) >= total; });
+TaggedCounter* Team::next_phase() {
+  if (phase_ >= phases_) std::abort();  // a region that counted its phases wrongly would write past the counters
+  return counters_ + phase_++ * (threads_ + 1);
 }
 
-void run_region(int threads, RegionFunction f, void* context) {
+void Team::pause(int spins) { spin(spins); }
+
+void run_region(int threads, int64_t phases, RegionFunction f, void* context) {
   State& s = state();
   if (threads == 1) {
-    Region region;
-    f(context, region);
+    Team alone(0, 1, 0, nullptr, 0);
+    f(context, alone);
     return;
   }
   std::lock_guard<std::mutex> lock(s.mutex);
@@ -174,7 +183,7 @@ void run_region(int threads, RegionFunction f, void* context) {
     s.pool.reset();
     s.pool = std::make_unique<Pool>(wanted);
   }
-  s.pool->run(threads < wanted ? threads : wanted, f, context);
+  s.pool->run(threads < wanted ? threads : wanted, phases, f, context);
 }
 
 void set_num_threads(int n) { state().wanted.store(n < 1 ? 1 : n); }

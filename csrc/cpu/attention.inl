@@ -1,0 +1,246 @@
+// Rotary embedding, the KV cache and attention over it. Part of kernels.inl.
+//
+// Cache layouts, per page and KV head: keys [head_dim][page_size], so that one vector holds one dimension of many keys and
+// scores need no sum across lanes; values [page_size][round_up(head_dim, 16)], padded with zeros.
+//
+// Order of sums. The keys of a sequence are cut at fixed positions into splits (kernels.h: split_pages). Within a split a
+// running softmax (Milakov and Gimelshein 2018) takes one page after the other; the states of the splits are merged in order
+// (flash decoding, Dao et al. 2023). Whether one thread does that or many, and whatever else is attended beside it, a query
+// has the same bits.
+
+inline void put(float* p, float x) { *p = x; }
+inline void put(Simd::Bf16* p, float x) { p->bits = generic::float_to_bf16(x); }
+inline void put(Simd::Fp16* p, float x) { p->bits = generic::float_to_fp16(x); }
+
+void rotate(const float* x, int64_t heads, int64_t head_dim, const float* cos_sin, int64_t rotary_dim, float* out) {
+  const int64_t half = rotary_dim / 2;
+  for (int64_t h = 0; h < heads; ++h, x += head_dim, out += head_dim) {
+    for (int64_t d = 0; d < half; ++d) {
+      const float a = x[d], b = x[d + half], c = cos_sin[d], sn = cos_sin[d + half];
+      out[d] = a * c - b * sn;
+      out[d + half] = b * c + a * sn;
+    }
+    if (out != x) std::memcpy(out + rotary_dim, x + rotary_dim, (head_dim - rotary_dim) * sizeof(float));
+  }
+}
+
+template <class T>
+void write_kv_store(const float* k, const float* v, int64_t slot, int64_t kv_head, const AttentionShape& s, T* k_cache,
+                    T* v_cache) {
+  const int64_t D = s.head_dim, DV = round_up(D, 16), page = slot / s.page_size, offset = slot % s.page_size;
+  T* kc = k_cache + ((page * s.kv_heads + kv_head) * D) * s.page_size + offset;
+  T* vc = v_cache + ((page * s.kv_heads + kv_head) * s.page_size + offset) * DV;
+  for (int64_t d = 0; d < D; ++d) put(kc + d * s.page_size, k[d]);
+  for (int64_t d = 0; d < D; ++d) put(vc + d, v[d]);
+  for (int64_t d = D; d < DV; ++d) put(vc + d, 0.0f);
+}
+
+void write_kv(const float* k, const float* v, int64_t slot, int64_t kv_head, const AttentionShape& s, void* k_cache,
+              void* v_cache) {
+  switch (s.store) {
+    case Store::kFp32:
+      return write_kv_store(k, v, slot, kv_head, s, static_cast<float*>(k_cache), static_cast<float*>(v_cache));
+    case Store::kBf16:
+      return write_kv_store(k, v, slot, kv_head, s, static_cast<Simd::Bf16*>(k_cache),
+                            static_cast<Simd::Bf16*>(v_cache));
+    case Store::kFp16:
+      return write_kv_store(k, v, slot, kv_head, s, static_cast<Simd::Fp16*>(k_cache),
+                            static_cast<Simd::Fp16*>(v_cache));
+    default: return;  // refused before
+  }
+}
+
+constexpr int kTileQ = 4;         // query vectors that share one pass over a page
+constexpr int64_t kMaxDim = 512;  // largest head_dim; checked in attention_ops.cpp
+constexpr int64_t kMaxPage = 64;  // largest page_size; likewise
+
+constexpr float kNothing = -std::numeric_limits<float>::infinity();
+
+// The softmax of one query so far: acc / sum is its result, weights relative to e^maximum.
+struct State {
+  float maximum, sum;
+  float acc[kMaxDim];
+};
+
+inline void clear(State& s, int64_t DV) {
+  s.maximum = kNothing;
+  s.sum = 0.0f;
+  std::memset(s.acc, 0, DV * sizeof(float));
+}
+
+inline float exp_of(float x) {
+  float lanes[kW];
+  Simd::store(lanes, exp_ps(Simd::set1(x)));
+  return lanes[0];
+}
+
+inline void scale_state(State& s, float by, int64_t DV) {
+  s.sum *= by;
+  const V factor = Simd::set1(by);
+  for (int64_t d = 0; d < DV; d += kW) Simd::store(s.acc + d, Simd::mul(factor, Simd::load(s.acc + d)));
+}
+
+// The state of the keys up to here, and that of the split behind them.
+inline void merge(State& total, float maximum, float sum, const float* acc, int64_t DV) {
+  if (maximum == kNothing) return;
+  if (total.maximum == kNothing) {
+    total.maximum = maximum;
+    total.sum = sum;
+    std::memcpy(total.acc, acc, DV * sizeof(float));
+    return;
+  }
+  const float top = greater(total.maximum, maximum);
+  scale_state(total, exp_of(total.maximum - top), DV);
+  const float by = exp_of(maximum - top);
+  total.maximum = top;
+  total.sum += by * sum;
+  const V factor = Simd::set1(by);
+  for (int64_t d = 0; d < DV; d += kW)
+    Simd::store(total.acc + d, Simd::fma(factor, Simd::load(acc + d), Simd::load(total.acc + d)));
+}
+
+// The result of a head: the sink, a logit without a value, joins the softmax last.
+inline void finish(State& s, const float* sinks, int64_t head, int64_t D, int64_t DV, float* out) {
+  if (sinks) {
+    const float top = greater(s.maximum, sinks[head]);
+    scale_state(s, exp_of(s.maximum - top), DV);
+    s.sum += exp_of(sinks[head] - top);
+  }
+  const float inverse = 1.0f / s.sum;
+  for (int64_t d = 0; d < D; ++d) out[d] = s.acc[d] * inverse;
+}
+
+struct QueryTile {
+  int count;
+  const float* q[kTileQ];
+  int64_t first[kTileQ], end[kTileQ];  // the keys that each may see
+  State state[kTileQ];
+};
+
+// One page of keys and values into the state of each query of the tile. Pages come in order of position.
+template <class T>
+inline void attend_page(QueryTile& t, int64_t first_key, const T* k, const T* v, const AttentionShape& s) {
+  const int64_t D = s.head_dim, DV = round_up(D, 16), P = s.page_size;
+  float weight[kTileQ][kMaxPage];
+  for (int64_t j = 0; j < P; j += kW) {
+    V score[kTileQ];
+    for (int i = 0; i < kTileQ; ++i) score[i] = Simd::zero();
+    for (int64_t d = 0; d < D; ++d) {
+      const V key = Simd::load(k + d * P + j);
+      for (int i = 0; i < kTileQ; ++i) score[i] = Simd::fma(Simd::set1(t.q[i][d]), key, score[i]);
+    }
+    for (int i = 0; i < kTileQ; ++i) Simd::store(weight[i] + j, Simd::mul(score[i], Simd::set1(s.scale)));
+  }
+  for (int i = 0; i < t.count; ++i) {
+    const int64_t from = greater<int64_t>(t.first[i] - first_key, 0), n = lesser(P, t.end[i] - first_key);
+    if (n <= from) continue;
+    State& state = t.state[i];
+    float* p = weight[i];
+    for (int64_t j = 0; j < from; ++j) p[j] = kNothing;
+    for (int64_t j = n; j < P; ++j) p[j] = kNothing;
+    V top = Simd::load(p);
+    for (int64_t j = kW; j < P; j += kW) top = Simd::max(top, Simd::load(p + j));
+    const float maximum = greater(state.maximum, Simd::maximum(top));
+    V total = Simd::zero();
+    for (int64_t j = 0; j < P; j += kW) Simd::store(p + j, exp_ps(Simd::sub(Simd::load(p + j), Simd::set1(maximum))));
+    for (int64_t j = 0; j < from; ++j) p[j] = 0.0f;
+    for (int64_t j = n; j < P; ++j) p[j] = 0.0f;
+    for (int64_t j = 0; j < P; j += kW) total = Simd::add(total, Simd::load(p + j));
+    if (maximum != state.maximum) {
+      scale_state(state, state.maximum == kNothing ? 0.0f : exp_of(state.maximum - maximum), DV);
+      state.maximum = maximum;
+    }
+    state.sum += Simd::sum(total);
+    constexpr int kGroup = 4;  // accumulators held in registers while the values of a page stream past
+    int64_t d = 0;
+    for (; d + kGroup * kW <= DV; d += kGroup * kW) {
+      V acc[kGroup];
+      for (int g = 0; g < kGroup; ++g) acc[g] = Simd::load(state.acc + d + g * kW);
+      for (int64_t j = from; j < n; ++j) {
+        const V pj = Simd::set1(p[j]);
+        for (int g = 0; g < kGroup; ++g) acc[g] = Simd::fma(pj, Simd::load(v + j * DV + d + g * kW), acc[g]);
+      }
+      for (int g = 0; g < kGroup; ++g) Simd::store(state.acc + d + g * kW, acc[g]);
+    }
+    for (; d < DV; d += kW) {
+      V acc = Simd::load(state.acc + d);
+      for (int64_t j = from; j < n; ++j) acc = Simd::fma(Simd::set1(p[j]), Simd::load(v + j * DV + d), acc);
+      Simd::store(state.acc + d, acc);
+    }
+  }
+}
+
+template <class T>
+void attention_store(const float* q, int64_t ldq, int64_t position, int64_t count, int64_t kv_head,
+                     const int32_t* pages, const T* k_cache, const T* v_cache, const AttentionShape& s, int64_t split0,
+                     int64_t split1, float* partial, float* out, int64_t ldo) {
+  const int64_t D = s.head_dim, DV = round_up(D, 16), P = s.page_size, group = s.query_heads / s.kv_heads;
+  const int64_t total = count * group, width = split_pages(P);
+  for (int64_t t0 = 0; t0 < total; t0 += kTileQ) {
+    QueryTile t;
+    State whole[kTileQ];
+    t.count = static_cast<int>(lesser<int64_t>(kTileQ, total - t0));
+    int64_t first = position + count, end = 0;
+    for (int i = 0; i < kTileQ; ++i) {
+      const int64_t n = t0 + lesser<int64_t>(i, t.count - 1);  // an unused place repeats the last query
+      const int64_t row = n / group, head = kv_head * group + n % group;
+      t.q[i] = q + row * ldq + head * D;
+      t.end[i] = position + row + 1;
+      t.first[i] = s.window ? greater<int64_t>(0, t.end[i] - s.window) : 0;
+      first = lesser(first, t.first[i]);
+      end = greater(end, t.end[i]);
+      clear(whole[i], DV);
+    }
+    for (int64_t split = greater(split0, first / (width * P)); split < split1 && split * width * P < end; ++split) {
+      for (int i = 0; i < t.count; ++i) clear(t.state[i], DV);
+      const int64_t last = lesser((split + 1) * width, (end + P - 1) / P);
+      for (int64_t page = greater(split * width, first / P); page < last; ++page) {
+        const int64_t base = static_cast<int64_t>(pages[page]) * s.kv_heads + kv_head;
+        attend_page(t, page * P, k_cache + base * D * P, v_cache + base * P * DV, s);
+      }
+      for (int i = 0; i < t.count; ++i) merge(whole[i], t.state[i].maximum, t.state[i].sum, t.state[i].acc, DV);
+    }
+    for (int i = 0; i < t.count; ++i) {
+      const int64_t n = t0 + i, row = n / group, head = kv_head * group + n % group;
+      if (partial == nullptr) {
+        finish(whole[i], s.sinks, head, D, DV, out + row * ldo + head * D);
+        continue;
+      }
+      float* to = partial + n * state_floats(D);
+      to[0] = whole[i].maximum;
+      to[1] = whole[i].sum;
+      std::memcpy(to + 16, whole[i].acc, DV * sizeof(float));
+    }
+  }
+}
+
+void attention(const float* q, int64_t ldq, int64_t position, int64_t count, int64_t kv_head, const int32_t* pages,
+               const void* k_cache, const void* v_cache, const AttentionShape& s, int64_t split0, int64_t split1,
+               float* partial, float* out, int64_t ldo) {
+  auto run = [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    attention_store(q, ldq, position, count, kv_head, pages, static_cast<const T*>(k_cache),
+                    static_cast<const T*>(v_cache), s, split0, split1, partial, out, ldo);
+  };
+  switch (s.store) {
+    case Store::kFp32: return run(static_cast<float*>(nullptr));
+    case Store::kBf16: return run(static_cast<Simd::Bf16*>(nullptr));
+    case Store::kFp16: return run(static_cast<Simd::Fp16*>(nullptr));
+    default: return;  // refused before
+  }
+}
+
+void combine(const float* partial, int64_t splits, int64_t stride, int64_t kv_head, const AttentionShape& s,
+             float* out) {
+  const int64_t D = s.head_dim, DV = round_up(D, 16), group = s.query_heads / s.kv_heads;
+  for (int64_t i = 0; i < group; ++i) {
+    State whole;
+    clear(whole, DV);
+    for (int64_t split = 0; split < splits; ++split) {
+      const float* from = partial + split * stride + i * state_floats(D);
+      merge(whole, from[0], from[1], from + 16, DV);
+    }
+    const int64_t head = kv_head * group + i;
+    finish(whole, s.sinks, head, D, DV, out + head * D);
+  }
+}

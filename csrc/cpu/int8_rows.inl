@@ -1,0 +1,105 @@
+// int8 activations: rows of x rounded to int8 meet int8 weights, and the sums are exact. Part of kernels.inl.
+// See kernels/quantized_rows.py for the rounding.
+
+void quantize_rows(const float* x, int64_t ldx, int64_t K, int64_t row0, int64_t row1, int8_t* codes, int64_t ld,
+                   float* scale) {
+  for (int64_t i = row0; i < row1; ++i) {
+    const float* from = x + i * ldx;
+    int8_t* to = codes + i * ld;
+    V top = Simd::zero(), odd = Simd::zero();  // odd: zero, unless something is infinite or no number
+    for (int64_t k = 0; k < K; k += kW) {
+      const V v = Simd::load_part(from + k, static_cast<int>(lesser<int64_t>(kW, K - k)));
+      top = Simd::max(top, Simd::max(v, Simd::sub(Simd::zero(), v)));
+      odd = Simd::fma(v, Simd::zero(), odd);
+    }
+    const bool finite = Simd::sum(odd) == 0.0f;
+    const float peak = finite ? Simd::maximum(top) : 0.0f;
+    const V inverse = Simd::set1(peak > 0.0f ? 127.0f / peak : 0.0f);
+    scale[i] = finite ? peak / 127.0f : std::numeric_limits<float>::quiet_NaN();
+    std::memset(to + K / 16 * 16, 0, ld - K / 16 * 16);
+    for (int64_t k = 0; k < K; k += kW) {
+      const int n = static_cast<int>(lesser<int64_t>(kW, K - k));
+      float rounded[kW];
+      const V v = Simd::round(Simd::mul(Simd::load_part(from + k, n), inverse));
+      Simd::store(rounded, Simd::min(Simd::max(v, Simd::set1(-127.0f)), Simd::set1(127.0f)));
+      for (int j = 0; j < n; ++j) to[k + j] = static_cast<int8_t>(rounded[j]);
+    }
+  }
+}
+
+// MT rows of x against NB blocks of four weight rows: sums[(b * MT + m) * 4 + r].
+template <int MT, int NB, bool kFetch>
+inline void int8_tile(const int8_t* x, int64_t ldx, const int8_t* w, int64_t block_stride, int64_t cols,
+                      const Ahead& ahead, int32_t* sums) {
+  using Sums = typename Simd::Int8Sums;
+  Sums acc[NB][MT];
+  for (int b = 0; b < NB; ++b)
+    for (int m = 0; m < MT; ++m) acc[b][m] = Simd::int8_zero();
+  for (int64_t k = 0; k < cols; k += kBlockCols) {
+    for (int b = 0; b < NB; ++b) {
+      const int8_t* wk = w + b * block_stride + k * kBlockRows;
+      for (int m = 0; m < MT; ++m) acc[b][m] = Simd::int8_add(acc[b][m], x + m * ldx + k, wk);
+      if constexpr (kFetch) fetch_ahead(reinterpret_cast<const char*>(wk), 64, ahead);
+    }
+  }
+  for (int b = 0; b < NB; ++b)
+    for (int m = 0; m < MT; ++m) Simd::int8_sums(acc[b][m], sums + (b * MT + m) * 4);
+}
+
+template <int MT, int NB, bool kFetch>
+inline void int8_tile_and_write(const Int8Rows& x, const PackedMatrix& w, int64_t block, int64_t m0, const Epilogue& e,
+                                const Ahead& ahead) {
+  const int64_t stride = round_up(w.cols, kBlockCols) * kBlockRows;
+  int32_t sums[NB * MT * 4];
+  int8_tile<MT, NB, kFetch>(x.codes + m0 * x.ld, x.ld, static_cast<const int8_t*>(w.data) + block * stride, stride,
+                            w.cols, ahead, sums);
+  float dot[NB * MT * 4];
+  for (int b = 0; b < NB; ++b) {
+    for (int m = 0; m < MT; ++m) {
+      for (int r = 0; r < 4; ++r) {
+        const int64_t row = (block + b) * kBlockRows + r;
+        const int at = (b * MT + m) * 4 + r;
+        // Where the instruction takes x without a sign, its codes went in 128 higher.
+        const int32_t correction = Simd::kInt8Shifted && row < w.rows ? 128 * w.row_sum[row] : 0;
+        dot[at] = static_cast<float>(sums[at] - correction) * x.scale[m0 + m];
+      }
+    }
+    write_block(w, e, block + b, m0, MT, dot + b * MT * 4);
+  }
+}
+
+template <int MT, int NB, bool kFetch>
+inline void int8_tile_of(int64_t rows, const Int8Rows& x, const PackedMatrix& w, int64_t block, int64_t m0,
+                         const Epilogue& e, const Ahead& ahead) {
+  if constexpr (MT > 0) {
+    if (rows == MT) {
+      int8_tile_and_write<MT, NB, kFetch>(x, w, block, m0, e, ahead);
+    } else {
+      int8_tile_of<MT - 1, NB, kFetch>(rows, x, w, block, m0, e, ahead);
+    }
+  }
+}
+
+void linear_int8(const Int8Rows& x, int64_t M, const PackedMatrix& w, int64_t block0, int64_t block1, const Epilogue& e,
+                 const Ahead& ahead) {
+  constexpr int MT = Simd::kInt8TileM, NB = Simd::kInt8Blocks;
+  const int64_t panel = greater<int64_t>(MT, (512 << 10) / greater<int64_t>(x.ld, 1) / MT * MT);
+  for (int64_t p0 = 0; p0 < M; p0 += panel) {
+    const int64_t p1 = lesser(p0 + panel, M);
+    int64_t block = block0;
+    for (; block + NB <= block1; block += NB) {
+      if (M == 1) {
+        int8_tile_and_write<1, NB, true>(x, w, block, 0, e, ahead);
+        continue;
+      }
+      int64_t m = p0;
+      for (; m + MT <= p1; m += MT) int8_tile_and_write<MT, NB, false>(x, w, block, m, e, ahead);
+      int8_tile_of<MT - 1, NB, false>(p1 - m, x, w, block, m, e, ahead);
+    }
+    for (; block < block1; ++block) {
+      int64_t m = p0;
+      for (; m + MT <= p1; m += MT) int8_tile_and_write<MT, 1, false>(x, w, block, m, e, ahead);
+      int8_tile_of<MT - 1, 1, false>(p1 - m, x, w, block, m, e, ahead);
+    }
+  }
+}

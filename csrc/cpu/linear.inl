@@ -1,0 +1,177 @@
+// y = W x of float and int8 stores, and where a result goes. Part of kernels.inl.
+
+constexpr int64_t kPrefetchDistance = 8192;  // bytes; the best of 4 to 32 KiB, into the second-level cache
+
+// One row of x is bound by memory, and the hardware does not follow streams this short across blocks: fetch what is read some
+// microseconds later, here or at the next place of this thread. Past the end of memory this does nothing.
+inline void fetch_ahead(const char* at, int64_t bytes, const Ahead& ahead) {
+  const char* from = at + kPrefetchDistance;
+  if (from >= ahead.limit) from = ahead.next + (from - ahead.limit);
+  for (int64_t line = 0; line < bytes; line += 64) Simd::prefetch(from + line);
+}
+
+// MT rows of x against NB consecutive blocks of four weight rows. dot[(b * MT + m) * 4 + r].
+template <class T, int MT, int NB, bool kFetch>
+inline void tile(const float* x, int64_t ldx, const T* w, int64_t block_stride, int64_t cols, const Ahead& ahead,
+                 float* dot) {
+  V acc[NB][MT][4];
+  for (int b = 0; b < NB; ++b)
+    for (int m = 0; m < MT; ++m)
+      for (int r = 0; r < 4; ++r) acc[b][m][r] = Simd::zero();
+  const int64_t whole = cols / kBlockCols * kBlockCols;
+  for (int64_t k = 0; k < whole; k += kBlockCols) {
+    for (int v = 0; v < kBlockCols; v += kW) {
+      V xv[MT];
+      for (int m = 0; m < MT; ++m) xv[m] = Simd::load(x + m * ldx + k + v);
+      for (int b = 0; b < NB; ++b) {
+        const T* wk = w + b * block_stride + k * kBlockRows + v;
+        for (int r = 0; r < 4; ++r) {
+          const V wv = Simd::load(wk + r * kBlockCols);
+          for (int m = 0; m < MT; ++m) acc[b][m][r] = Simd::fma(xv[m], wv, acc[b][m][r]);
+        }
+      }
+    }
+    if constexpr (kFetch) {
+      for (int b = 0; b < NB; ++b) {
+        const char* at = reinterpret_cast<const char*>(w + b * block_stride + k * kBlockRows);
+        fetch_ahead(at, kBlockRows * kBlockCols * sizeof(T), ahead);
+      }
+    }
+  }
+  // The last columns: x is read under a mask, the packed weights are padded with zeros.
+  for (int64_t v = 0; whole + v < cols; v += kW) {
+    const int n = static_cast<int>(cols - whole - v);
+    V xv[MT];
+    for (int m = 0; m < MT; ++m) xv[m] = Simd::load_part(x + m * ldx + whole + v, n);
+    for (int b = 0; b < NB; ++b) {
+      const T* wk = w + b * block_stride + whole * kBlockRows + v;
+      for (int r = 0; r < 4; ++r) {
+        const V wv = Simd::load(wk + r * kBlockCols);
+        for (int m = 0; m < MT; ++m) acc[b][m][r] = Simd::fma(xv[m], wv, acc[b][m][r]);
+      }
+    }
+  }
+  for (int b = 0; b < NB; ++b)
+    for (int m = 0; m < MT; ++m)
+      Simd::sum4(acc[b][m][0], acc[b][m][1], acc[b][m][2], acc[b][m][3], dot + (b * MT + m) * 4);
+}
+
+// The sums of one row of x over a block of four weight rows, to where they belong. scale: per row of the block, or null.
+inline void write_whole_block(const float* scale, const Epilogue& e, int64_t row0, int64_t m, const float* dot) {
+  float y[4];
+  std::memcpy(y, dot, sizeof y);
+  if (scale)
+    for (int r = 0; r < 4; ++r) y[r] *= scale[r];
+  if (e.copy) std::memcpy(e.copy + m * e.ld_copy + row0, y, sizeof y);
+  if (!e.out) return;
+  float* out = e.out + m * e.ld_out;
+  const float* residual = e.residual ? e.residual + m * e.ld_residual : nullptr;
+  if (!e.index) {
+    if (e.bias)
+      for (int r = 0; r < 4; ++r) y[r] += e.bias[row0 + r];
+    if (residual)
+      for (int r = 0; r < 4; ++r) y[r] += residual[row0 + r];
+    std::memcpy(out + row0, y, sizeof y);
+    return;
+  }
+  const int32_t* to = e.index + row0;
+  if (e.bias)
+    for (int r = 0; r < 4; ++r) y[r] += e.bias[to[r]];
+  if (residual)
+    for (int r = 0; r < 4; ++r) y[r] += residual[to[r]];
+  for (int r = 0; r < 4; ++r) out[to[r]] = y[r];
+}
+
+inline void write_block(const PackedMatrix& w, const Epilogue& e, int64_t block, int64_t m0, int mt, const float* dot) {
+  const int64_t row0 = block * kBlockRows, n = w.rows - row0;
+  // int4 has its scales in the products already.
+  const float* scale = w.store == Store::kInt8 ? static_cast<const float*>(w.scale) + row0 : nullptr;
+  if (n >= 4) {
+    for (int m = 0; m < mt; ++m) write_whole_block(scale, e, row0, m0 + m, dot + m * 4);
+    return;
+  }
+  for (int m = 0; m < mt; ++m) {  // the last block, in part
+    for (int64_t r = 0; r < n; ++r) {
+      const int64_t row = row0 + r;
+      float y = dot[m * 4 + r];
+      if (scale) y *= scale[r];
+      if (e.copy) e.copy[(m0 + m) * e.ld_copy + row] = y;
+      if (!e.out) continue;
+      const int64_t feature = e.index ? e.index[row] : row;
+      if (e.bias) y += e.bias[feature];
+      if (e.residual) y += e.residual[(m0 + m) * e.ld_residual + feature];
+      e.out[(m0 + m) * e.ld_out + feature] = y;
+    }
+  }
+}
+
+template <class T, int MT, int NB, bool kFetch>
+inline void tile_and_write(const float* x, int64_t ldx, const PackedMatrix& w, const T* data, int64_t block, int64_t m0,
+                           const Epilogue& e, const Ahead& ahead) {
+  const int64_t stride = round_up(w.cols, kBlockCols) * kBlockRows;
+  float dot[NB * MT * 4];
+  tile<T, MT, NB, kFetch>(x + m0 * ldx, ldx, data, stride, w.cols, ahead, dot);
+  for (int b = 0; b < NB; ++b) write_block(w, e, block + b, m0, MT, dot + b * MT * 4);
+}
+
+// A tile of `rows` rows of x, at most MT.
+template <class T, int MT>
+inline void tile_of(int64_t rows, const float* x, int64_t ldx, const PackedMatrix& w, const T* data, int64_t block,
+                    int64_t m0, const Epilogue& e) {
+  if constexpr (MT > 0) {
+    if (rows == MT) {
+      tile_and_write<T, MT, 1, false>(x, ldx, w, data, block, m0, e, Ahead{});
+    } else {
+      tile_of<T, MT - 1>(rows, x, ldx, w, data, block, m0, e);
+    }
+  }
+}
+
+// Rows [m0, m1) of x against one block, in tiles as even as can be: 8 rows are 4 and 4, not 6 and 2.
+template <class T>
+inline void rows_of_block(const float* x, int64_t ldx, const PackedMatrix& w, const T* data, int64_t block, int64_t m0,
+                          int64_t m1, const Epilogue& e) {
+  constexpr int64_t MT = Simd::kTileM;
+  for (int64_t tiles = (m1 - m0 + MT - 1) / MT; tiles > 0; --tiles) {
+    const int64_t rows = (m1 - m0 + tiles - 1) / tiles;
+    tile_of<T, MT>(rows, x, ldx, w, data, block, m0, e);
+    m0 += rows;
+  }
+}
+
+// Rows of x that stay in the second-level cache while the weights stream past.
+inline int64_t panel_rows(int64_t cols) {
+  return round_up(greater<int64_t>(Simd::kTileM, (512 << 10) / (4 * greater<int64_t>(cols, 1))), Simd::kTileM);
+}
+
+template <class T>
+void linear_store(const float* x, int64_t M, int64_t ldx, const PackedMatrix& w, int64_t block0, int64_t block1,
+                  const Epilogue& e, const Ahead& ahead) {
+  const int64_t stride = round_up(w.cols, kBlockCols) * kBlockRows;
+  const T* data = static_cast<const T*>(w.data);
+  if (M == 1) {
+    // One row: two blocks at once, for enough independent accumulators to hide the latency of the multiply-add.
+    int64_t block = block0;
+    for (; block + 2 <= block1; block += 2)
+      tile_and_write<T, 1, 2, true>(x, ldx, w, data + block * stride, block, 0, e, ahead);
+    if (block < block1) tile_and_write<T, 1, 1, true>(x, ldx, w, data + block * stride, block, 0, e, ahead);
+    return;
+  }
+  const int64_t panel = panel_rows(w.cols);
+  for (int64_t p0 = 0; p0 < M; p0 += panel) {
+    const int64_t p1 = lesser(p0 + panel, M);
+    for (int64_t block = block0; block < block1; ++block)
+      rows_of_block(x, ldx, w, data + block * stride, block, p0, p1, e);
+  }
+}
+
+void linear(const float* x, int64_t M, int64_t ldx, const PackedMatrix& w, int64_t block0, int64_t block1,
+            const Epilogue& e, const Ahead& ahead, float* panel) {
+  switch (w.store) {
+    case Store::kFp32: return linear_store<float>(x, M, ldx, w, block0, block1, e, ahead);
+    case Store::kBf16: return linear_store<Simd::Bf16>(x, M, ldx, w, block0, block1, e, ahead);
+    case Store::kFp16: return linear_store<Simd::Fp16>(x, M, ldx, w, block0, block1, e, ahead);
+    case Store::kInt8: return linear_store<int8_t>(x, M, ldx, w, block0, block1, e, ahead);
+    case Store::kInt4: return linear_int4(x, M, ldx, w, block0, block1, e, ahead, panel);
+  }
+}

@@ -1,0 +1,283 @@
+// A group of slim linears over one input: prologue, core 0 of every member, core 1 of every member.
+#include <algorithm>
+#include <cstdint>
+
+#include "ops.h"
+
+namespace cai {
+namespace {
+
+// The row blocks of one core of every member, cut into pieces small enough to balance and large enough to stream.
+struct Pieces {
+  Int blocks;                  // of a piece, at most
+  Int first[kMaxMembers + 1];  // prefix sums of pieces
+
+  Pieces(const LinearGroup& group, int core, int threads) {
+    Int total = 0;
+    for (Int i = 0; i < group.members; ++i) total += blocks_of(group[i].core[core]);
+    blocks = std::min<Int>(32, std::max<Int>(2, total / (threads * 6) / 2 * 2));
+    first[0] = 0;
+    for (Int i = 0; i < group.members; ++i)
+      first[i + 1] = first[i] + (blocks_of(group[i].core[core]) + blocks - 1) / blocks;
+    members = group.members;
+  }
+  Int total() const { return first[members]; }
+  Int member_of(Int piece) const {
+    Int i = 0;
+    while (first[i + 1] <= piece) ++i;
+    return i;
+  }
+
+ private:
+  Int members;
+};
+
+const char* address(const PackedMatrix& w, Int block) {
+  return static_cast<const char*>(w.data) + block * block_bytes(w);
+}
+
+// Where a thread's own run of pieces begins, or null when it has none.
+const char* own_begin(const Team& team, const LinearGroup& group, const Pieces& pieces, int core) {
+  const Int p = team.own_begin(pieces.total());
+  if (p >= team.own_end(pieces.total())) return nullptr;
+  const Int i = pieces.member_of(p);
+  return address(group[i].core[core], (p - pieces.first[i]) * pieces.blocks);
+}
+
+// What follows the bytes that this thread is reading: the end of its run within the member, and where it goes on.
+Ahead ahead_of(const Team& team, const LinearGroup& group, const Pieces& pieces, int core, Int piece, const char* after) {
+  const Int begin = team.own_begin(pieces.total()), end = team.own_end(pieces.total());
+  const char* unlimited = reinterpret_cast<const char*>(UINTPTR_MAX);
+  if (piece < begin || piece >= end) return {unlimited, nullptr};  // someone else's run: it ends soon
+  const Int i = pieces.member_of(piece), last = std::min(end, pieces.first[i + 1]);
+  const PackedMatrix& w = group[i].core[core];
+  const char* limit = address(w, std::min((last - pieces.first[i]) * pieces.blocks, blocks_of(w)));
+  const char* next = after;
+  if (last < end) {
+    Int following = i + 1;
+    while (blocks_of(group[following].core[core]) == 0) ++following;
+    next = address(group[following].core[core], 0);
+  }
+  return next ? Ahead{limit, next} : Ahead{unlimited, nullptr};
+}
+
+// Weights of the next phase come into the second-level cache while this thread waits for the last one.
+class Fetcher {
+ public:
+  explicit Fetcher(const char* next) : at_(next), end_(next ? next + 32768 : next) {}
+  void operator()() {
+    for (int line = 0; line < 4 && at_ < end_; ++line, at_ += 64) __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  const char *at_, *end_;
+};
+
+Int padded16(Int n) { return (n + 15) / 16 * 16; }
+
+// Elements that each thread had better compute for itself than wait for another to have done it.
+constexpr Int kPrivateNorm = 8192, kPrivateSwiglu = 4096, kPrivateCodes = 8192;
+
+void apply_prologue(const LinearCall& c, Int row0, Int row1, float* to) {
+  const Int K = c.group->in_features;
+  if (c.prologue == Prologue::kNorm) {
+    kernels().rms_norm(c.x, nullptr, c.norm_weight, c.eps, K, row0, row1, nullptr, to);
+  } else {
+    kernels().swiglu(c.x, c.ldx, K, row0, row1, to);
+  }
+}
+
+struct Codes {
+  int8_t* codes;
+  float* scale;
+  Int ld;
+};
+
+// Room for M rows of K columns, codes first.
+Codes codes_at(void* memory, Int M, Int K) {
+  const Int ld = padded16(K);
+  return {static_cast<int8_t*>(memory), reinterpret_cast<float*>(static_cast<char*>(memory) + M * ld), ld};
+}
+Int codes_bytes(Int M, Int K) { return M * padded16(K) + padded16(M) * Int(sizeof(float)); }
+
+bool takes_codes(const LinearGroup& g, int core) {
+  if (!g.int8_activations) return false;
+  for (const Member* m = g.begin(); m != g.begin() + g.members; ++m)
+    if (m->core[core].store == Store::kInt8 && m->core[core].rows > 0) return true;
+  return false;
+}
+
+// The input of core 0: x, or what the prologue and the rounding make of it. Made once, by each thread for itself or by all
+// of them together in a phase.
+class Input {
+ public:
+  Input(Team& team, const LinearCall& c) : c_(c), x_(c.x), ldx_(c.ldx), coded_(takes_codes(*c.group, 0)) {
+    const Int K = c.group->in_features, elements = c.M * K;
+    const bool transformed = c.prologue != Prologue::kNone;
+    if (!transformed && !coded_) return;
+    lazy_ = elements <= (c.prologue == Prologue::kSwiglu ? kPrivateSwiglu : kPrivateNorm);
+    if (lazy_) return;
+    float* to = c.scratch + c.M * c.group->z_columns;
+    Codes codes = codes_at(to + (transformed ? elements : 0), c.M, K);
+    const Int rows = std::max<Int>(1, c.M / (team.threads() * 4));
+    team.deal((c.M + rows - 1) / rows, [&](Int p) {
+      const Int row0 = p * rows, row1 = std::min(c.M, row0 + rows);
+      if (transformed) apply_prologue(c, row0, row1, to);
+      if (coded_)
+        kernels().quantize_rows(transformed ? to : c.x, transformed ? K : c.ldx, K, row0, row1, codes.codes, codes.ld,
+                                codes.scale);
+    });
+    team.sync();
+    if (transformed) use(to, K);
+    if (coded_) rows_ = {codes.codes, codes.ld, codes.scale};
+  }
+
+  // To be called on a claimed piece, before reading: until it is finished nobody overwrites x.
+  void make() {
+    if (!lazy_) return;
+    lazy_ = false;
+    const Int K = c_.group->in_features;
+    if (c_.prologue != Prologue::kNone) {
+      float* to = static_cast<float*>(private_memory(Private::kInput, c_.M * K * Int(sizeof(float))));
+      apply_prologue(c_, 0, c_.M, to);
+      use(to, K);
+    }
+    if (coded_) {
+      Codes codes = codes_at(private_memory(Private::kCodes, codes_bytes(c_.M, K)), c_.M, K);
+      kernels().quantize_rows(x_, ldx_, K, 0, c_.M, codes.codes, codes.ld, codes.scale);
+      rows_ = {codes.codes, codes.ld, codes.scale};
+    }
+  }
+
+  const float* x() const { return x_; }
+  Int ldx() const { return ldx_; }
+  const Int8Rows& rows() const { return rows_; }
+
+ private:
+  void use(const float* x, Int ld) {
+    x_ = x;
+    ldx_ = ld;
+  }
+
+  const LinearCall& c_;
+  const float* x_;
+  Int ldx_;
+  bool coded_, lazy_ = false;
+  Int8Rows rows_{};
+};
+
+// The intermediates z, rounded for core 1 of each member that takes codes. `made` tells which are there.
+struct Intermediates {
+  Int8Rows rows[kMaxMembers];
+  bool made[kMaxMembers] = {};
+};
+
+}  // namespace
+
+const char* first_weights(const Team& team, const LinearGroup& group) {
+  return own_begin(team, group, Pieces(group, 0, team.threads()), 0);
+}
+
+Int linear_work(const LinearGroup& group) {
+  Int work = 0;
+  for (Int i = 0; i < group.members; ++i)
+    for (const PackedMatrix& w : group[i].core) work += w.rows * w.cols;
+  return work;
+}
+
+void linear_group(Team& team, const LinearCall& c, const char* after) {
+  const LinearGroup& group = *c.group;
+  const KernelTable& k = kernels();
+  const Pieces pieces0(group, 0, team.threads()), pieces1(group, 1, team.threads());
+  const bool two = pieces1.total() > 0;
+  float* z = c.scratch;
+
+  auto multiply = [&](const PackedMatrix& w, const float* x, Int ldx, const Int8Rows& codes, Int block0, Int block1,
+                      const Epilogue& e, const Ahead& ahead) {
+    if (group.int8_activations && w.store == Store::kInt8) {
+      k.linear_int8(codes, c.M, w, block0, block1, e, ahead);
+      return;
+    }
+    float* panel = nullptr;
+    if (w.store == Store::kInt4 && c.M > 1)
+      panel = static_cast<float*>(private_memory(Private::kPanel, (w.cols + 31) / 32 * 32 * 4 * Int(sizeof(float))));
+    k.linear(x, c.M, ldx, w, block0, block1, e, ahead, panel);
+  };
+  auto epilogue = [&](const Member& m) {
+    return Epilogue{c.out + m.out_offset, c.ldo, nullptr, m.bias, c.residual ? c.residual + m.out_offset : nullptr, c.ldr,
+                    nullptr, 0};
+  };
+  auto blocks = [&](const Pieces& pieces, const PackedMatrix& w, Int i, Int piece) {
+    const Int begin = (piece - pieces.first[i]) * pieces.blocks;
+    return std::pair<Int, Int>(begin, std::min(begin + pieces.blocks, blocks_of(w)));
+  };
+
+  Input input(team, c);
+  const char* second = two ? own_begin(team, group, pieces1, 1) : after;
+  team.deal(pieces0.total(), [&](Int piece) {
+    input.make();
+    const Int i = pieces0.member_of(piece);
+    const Member& m = group[i];
+    Epilogue e = epilogue(m);
+    if (m.kind != Kind::kDense) {
+      e.copy = z + m.z_offset;
+      e.ld_copy = group.z_columns;
+      if (m.kind == Kind::kInterpolative) {
+        e.index = m.pivot;
+      } else {
+        e.out = nullptr;
+      }
+    }
+    const auto [block0, block1] = blocks(pieces0, m.core[0], i, piece);
+    multiply(m.core[0], input.x(), input.ldx(), input.rows(), block0, block1, e,
+             ahead_of(team, group, pieces0, 0, piece, second));
+  });
+  if (!two) return;
+  team.sync(Fetcher(second));
+
+  Intermediates codes;
+  const bool coded = takes_codes(group, 1), apart = coded && c.M * group.z_columns > kPrivateCodes;
+  auto round_member = [&](Int i, Codes to, Int row0, Int row1) {
+    const Member& m = group[i];
+    k.quantize_rows(z + m.z_offset, group.z_columns, m.rank, row0, row1, to.codes, to.ld, to.scale);
+    codes.rows[i] = {to.codes, to.ld, to.scale};
+    codes.made[i] = true;
+  };
+  if (coded) {
+    // One after the other in memory: behind the input's in the scratch, or this thread's own.
+    const Int K = group.in_features;
+    Int bytes = 0;
+    for (Int i = 0; i < group.members; ++i) bytes += codes_bytes(c.M, group[i].rank);
+    char* memory = apart ? reinterpret_cast<char*>(z + c.M * (group.z_columns + K)) + codes_bytes(c.M, K)
+                         : static_cast<char*>(private_memory(Private::kCodes, bytes));
+    for (Int i = 0; i < group.members; ++i) {
+      const Codes to = codes_at(memory, c.M, group[i].rank);
+      codes.rows[i] = {to.codes, to.ld, to.scale};
+      memory += codes_bytes(c.M, group[i].rank);
+    }
+  }
+  auto member_codes = [&](Int i) {
+    const Int8Rows& r = codes.rows[i];
+    return Codes{const_cast<int8_t*>(r.codes), const_cast<float*>(r.scale), r.ld};
+  };
+  if (apart) {
+    const Int rows = std::max<Int>(1, c.M / (team.threads() * 4));
+    team.deal((c.M + rows - 1) / rows, [&](Int p) {
+      for (Int i = 0; i < group.members; ++i)
+        if (group[i].kind != Kind::kDense) round_member(i, member_codes(i), p * rows, std::min(c.M, (p + 1) * rows));
+    });
+    team.sync();
+  }
+  team.deal(pieces1.total(), [&](Int piece) {
+    const Int i = pieces1.member_of(piece);
+    const Member& m = group[i];
+    Epilogue e = epilogue(m);
+    if (m.kind == Kind::kInterpolative) e.index = m.pivot + m.rank;
+    if (coded && !apart && !codes.made[i]) round_member(i, member_codes(i), 0, c.M);
+    const auto [block0, block1] = blocks(pieces1, m.core[1], i, piece);
+    multiply(m.core[1], z + m.z_offset, group.z_columns, codes.rows[i], block0, block1, e,
+             ahead_of(team, group, pieces1, 1, piece, after));
+  });
+}
+
+}  // namespace cai
