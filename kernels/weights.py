@@ -64,6 +64,8 @@ class Core:
         if not self.is_int4:
             x = self.data.to(dtype)
             return x if self.scale is None else x * self.scale.to(dtype)[:, None]
+        import torch
+
         assert self.scale is not None
         rows, cols = self.shape
         codes = torch.stack([self.data & 15, self.data >> 4], dim=-1).view(rows, -1)[:, :cols].to(dtype)
