@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from cai_runtime.errors import KernelError
 from cai_runtime.kernels import cpu_library
 from cai_runtime.kernels.cpu_library import check_rows
 from cai_runtime.kernels.program import SWIGLU, Slot
@@ -19,6 +20,9 @@ def swiglu_reference(gate_up: torch.Tensor) -> torch.Tensor:
 
 def swiglu_cpu(gate_up: Any) -> Any:
     """gate_up fp32 [M, 2 I], or a Slot of a program being recorded."""
+    width = gate_up.width if isinstance(gate_up, Slot) else gate_up.shape[-1]
+    if width % 2:
+        raise KernelError(f"swiglu takes gate and up side by side, not {width} columns")
     if isinstance(gate_up, Slot):
         return gate_up.recorder.note(SWIGLU, gate_up, gate_up.width // 2)
     gate_up = check_rows(gate_up, gate_up.shape[1], "swiglu").contiguous()

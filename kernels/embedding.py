@@ -12,8 +12,8 @@ from cai_runtime.kernels.weights import Core
 
 def embedding_reference(table: Core, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """ids [M] -> [M, H] in `dtype`."""
-    rows = table.data[ids.long()].to(dtype)
-    return rows if table.scale is None else rows * table.scale[ids.long()].to(dtype)[:, None]
+    at = ids.long()
+    return table.map(lambda t: t[at]).values(dtype)
 
 
 class CpuEmbedding:

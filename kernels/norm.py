@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from cai_runtime.errors import KernelError
 from cai_runtime.kernels import cpu_library
 from cai_runtime.kernels.cpu_library import check_rows
 from cai_runtime.kernels.program import RMS_NORM, Slot, bits
@@ -35,9 +36,21 @@ def add_rms_norm_reference(
     return rms_norm_reference(total, weight, eps), total
 
 
+def checked_weight(weight: torch.Tensor, what: str) -> torch.Tensor:
+    """A norm's weight as the C++ kernels read it: fp32, contiguous. Raises KernelError for another dtype or device."""
+    if weight.dtype != torch.float32 or weight.device.type != "cpu" or weight.dim() != 1:
+        raise KernelError(
+            f"{what}: the weight is fp32 [H] on the CPU, not {weight.dtype} {list(weight.shape)} {weight.device}"
+        )
+    return weight.contiguous()
+
+
 def rms_norm_cpu(x: Any, weight: torch.Tensor, eps: float) -> Any:
     """x fp32 [M, H], or a Slot of a program being recorded."""
+    weight = checked_weight(weight, "rms_norm")
     if isinstance(x, Slot):
+        if x.width != weight.shape[0]:
+            raise KernelError(f"rms_norm: a weight of {weight.shape[0]} for rows of {x.width}")
         return x.recorder.note(RMS_NORM, x, x.width, weight.data_ptr(), bits(eps), keep=weight)
     x = check_rows(x, weight.shape[0], "rms_norm").contiguous()
     out = torch.empty_like(x)
@@ -49,8 +62,11 @@ def rms_norm_cpu(x: Any, weight: torch.Tensor, eps: float) -> Any:
 def add_rms_norm_cpu(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    weight = checked_weight(weight, "add_rms_norm")
     x = check_rows(x, weight.shape[0], "add_rms_norm").contiguous()
-    residual = check_rows(residual, weight.shape[0], "add_rms_norm").contiguous()
+    residual = check_rows(residual, weight.shape[0], "add_rms_norm's residual").contiguous()
+    if residual.shape != x.shape:
+        raise KernelError(f"add_rms_norm: {residual.shape[0]} rows of residual for {x.shape[0]} rows of x")
     out, total = torch.empty_like(x), torch.empty_like(x)
     rows, width = x.shape
     cpu_library.function("rms_norm")(

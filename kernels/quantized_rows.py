@@ -17,7 +17,8 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     wide = x.float()
     peak = wide.abs().amax(dim=1) if x.shape[1] else wide.new_zeros(x.shape[0])
-    inverse = torch.where(peak > 0, 127.0 / peak, torch.zeros_like(peak))
+    # A tensor divided by a tensor: torch makes 127.0 / peak a multiplication by the reciprocal, which rounds twice.
+    inverse = torch.where(peak > 0, torch.full_like(peak, 127.0) / peak, torch.zeros_like(peak))
     codes = (wide * inverse[:, None]).round().clamp(-127, 127).to(torch.int8)
     return codes, peak / 127.0
 

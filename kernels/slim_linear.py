@@ -17,7 +17,7 @@ from cai_runtime.kernels import cpu_library
 from cai_runtime.kernels.activation import swiglu_cpu, swiglu_reference
 from cai_runtime.kernels.backend import resolve_backend
 from cai_runtime.kernels.cpu_library import EMPTY_MATRIX, Arena, PackedMatrix, check_rows
-from cai_runtime.kernels.norm import RmsNorm, rms_norm_cpu, rms_norm_reference
+from cai_runtime.kernels.norm import RmsNorm, checked_weight, rms_norm_cpu, rms_norm_reference
 from cai_runtime.kernels.program import LINEAR, NotRecordable, Slot, bits
 from cai_runtime.kernels.quantized_rows import rounded_rows
 from cai_runtime.kernels.relocation import strip_addresses, with_addresses
@@ -89,7 +89,7 @@ def contract_mpo(
     """
     rows = x.shape[0]
     done, left = 1, list(w.in_dims)  # outputs finished; inputs still to contract
-    state = x.reshape(rows, 1, 1, -1)  # [M, outputs done, bond, inputs left]
+    state = x.reshape(rows, 1, 1, w.in_features)  # [M, outputs done, bond, inputs left]
     for k, multiply in enumerate(apply):
         i, right, bond = left.pop(0), w.bonds[k + 1], w.bonds[k]
         rest = state.shape[3] // i
@@ -208,8 +208,10 @@ class CpuLinear:
         if norm is not None and swiglu:
             raise KernelError("a linear's input is normed or gated, not both")
         prologue = NORM if norm is not None else SWIGLU_INPUT if swiglu else NO_PROLOGUE
-        if norm is not None and tuple(norm.weight.shape) != (self.in_features,):
-            raise KernelError(f"slim_linear: a norm of {list(norm.weight.shape)} for {self.in_features} features")
+        if norm is not None:
+            norm = RmsNorm(checked_weight(norm.weight, "slim_linear's norm"), norm.eps)
+            if norm.weight.shape[0] != self.in_features:
+                raise KernelError(f"slim_linear: a norm of {norm.weight.shape[0]} for {self.in_features} features")
         if isinstance(x, Slot):
             return self._record(x, residual, prologue, norm)
         x = check_rows(x, self.in_features * (2 if swiglu else 1), "slim_linear")

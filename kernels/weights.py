@@ -67,8 +67,8 @@ class Core:
         import torch
 
         assert self.scale is not None
-        rows, cols = self.shape
-        codes = torch.stack([self.data & 15, self.data >> 4], dim=-1).view(rows, -1)[:, :cols].to(dtype)
+        cols = self.shape[1]
+        codes = torch.stack([self.data & 15, self.data >> 4], dim=-1).flatten(1)[:, :cols].to(dtype)
         zero = 8 if self.zero is None else self.zero.to(dtype).repeat_interleave(self.group, 1)[:, :cols]
         return (codes - zero) * self.scale.to(dtype).repeat_interleave(self.group, 1)[:, :cols]
 

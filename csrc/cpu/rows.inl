@@ -64,7 +64,9 @@ void swiglu(const float* gate_up, int64_t ld, int64_t I, int64_t row0, int64_t r
     for (int64_t k = 0; k < I; k += kW) {
       const int n = static_cast<int>(lesser<int64_t>(kW, I - k));
       const V g = Simd::load_part(gate + k, n), u = Simd::load_part(up + k, n);
-      const V silu = Simd::div(g, Simd::add(one, exp_ps(Simd::sub(Simd::zero(), g))));
+      // Below -88 silu is 0 in fp32, and e^-g beyond what exp_ps gives.
+      const V gate_value = Simd::max(Simd::set1(-88.0f), g);
+      const V silu = Simd::div(gate_value, Simd::add(one, exp_ps(Simd::sub(Simd::zero(), gate_value))));
       if (n == kW) {
         Simd::store(to + k, Simd::mul(silu, u));
       } else {
