@@ -1,4 +1,5 @@
-"""How fast memory can be read: the floor under every decode step, which reads all weights once."""
+"""How fast memory can be read, the floor under every decode step, which reads all weights once; and how fast matrices can be
+multiplied, the floor under prefill."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from collections.abc import Callable
 
 MIN_BUFFER = 512 << 20
 PASSES = 5
+MATRIX = {"cpu": 1024, "cuda": 8192}  # rows and columns of the matrices that are multiplied
+MATRIX_DTYPES = ("float32", "bfloat16")
 
 
 def read_bandwidth(device: str = "cpu", *, threads: int | None = None, buffer_bytes: int | None = None) -> float:
@@ -37,3 +40,31 @@ def read_bandwidth(device: str = "cpu", *, threads: int | None = None, buffer_by
     with torch.inference_mode():
         fastest = min(seconds(reduce) for reduce in reductions for _ in range(PASSES))
     return x.nbytes / fastest
+
+
+def matmul_rates(device: str = "cpu", *, threads: int | None = None, size: int | None = None) -> dict[str, float]:
+    """Operations per second (a multiplication and an addition are two) of torch's matrix product, by dtype.
+
+    Square matrices of 1024 on a CPU and of 8192 on a GPU (or `size`), which are large enough for its best rate; the
+    fastest of five passes counts. fp32 and bf16: whether a processor has units for the second shows in the figure.
+    """
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    on_gpu = device.startswith("cuda")
+    n = size or MATRIX["cuda" if on_gpu else "cpu"]
+    rates = {}
+    with torch.inference_mode():
+        for name in MATRIX_DTYPES:
+            a, b = (torch.rand(n, n, device=device).to(getattr(torch, name)) for _ in range(2))
+            out = torch.mm(a, b)
+            fastest = float("inf")
+            for _ in range(PASSES):
+                start = time.perf_counter()
+                torch.mm(a, b, out=out)
+                if on_gpu:
+                    torch.cuda.synchronize(device)
+                fastest = min(fastest, time.perf_counter() - start)
+            rates[name] = 2 * n**3 / fastest
+    return rates

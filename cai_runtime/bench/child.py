@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ STDERR_LINES = 20  # of a failed child that are shown
 def run_child(job: dict[str, Any], *, threads: int) -> Any:
     """Run `job` in a new process with `threads` threads for every library, and return its result.
 
-    job: {"do": "bandwidth", "device": ...} or {"do": "decode", "subject": ..., "path": ..., "settings": {...}}.
+    job: {"do": "bandwidth" or "roofs", "device": ...}, or {"do": "decode" or "prefill", "subject": ..., "path": ...,
+    "settings": {...}}.
 
     Raises BenchmarkError with the child's error, or with the end of what it printed.
     """
@@ -55,9 +57,13 @@ def perform(job: dict[str, Any]) -> Any:
 
         device = str(choose_device(job["device"]))
         return {"device": device, "bytes_per_s": read_bandwidth(device, threads=job["threads"])}
-    from dataclasses import asdict
+    if job["do"] == "roofs":
+        from cai_runtime.bench.roofs import measure_roofs
+        from cai_runtime.engine.open import choose_device
 
-    from cai_runtime.bench import decode, peers
+        device = str(choose_device(job["device"]))
+        return {"device": device, **asdict(measure_roofs(device, job["threads"]))}
+    from cai_runtime.bench import decode, peers, prefill
 
     kinds: dict[str, Callable[[Path, decode.DecodeSettings], decode.Subject]] = {
         "cai_runtime": decode.OurEngine,
@@ -67,6 +73,8 @@ def perform(job: dict[str, Any]) -> Any:
     settings = decode.DecodeSettings(**job["settings"])
     subject = kinds[job["subject"]](Path(job["path"]), settings)
     try:
+        if job["do"] == "prefill":
+            return prefill.measure_prefill(subject, settings)
         return asdict(decode.measure(subject, settings))
     finally:
         subject.close()

@@ -53,6 +53,27 @@ def last_level_cache() -> int:
     return max(sizes)
 
 
+def cache_bytes(device: str) -> int:
+    """Bytes of the last cache before the memory: of the processor, or a GPU's L2. 0 where the system does not say."""
+    if not device.startswith("cuda"):
+        return last_level_cache()
+    import torch
+
+    return int(torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+def available_memory(device: str) -> int:
+    """Bytes that can still be allocated: of the machine without swapping, or of the GPU."""
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists() and (found := re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo.read_text(), re.MULTILINE)):
+        return int(found[1]) << 10
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def describe_gpus() -> list[dict[str, Any]]:
     """Name, compute capability and memory in bytes of every GPU that torch sees. Imports torch."""
     import torch

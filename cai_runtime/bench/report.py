@@ -6,6 +6,8 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cai_runtime.bench.attention import AttentionReport
+    from cai_runtime.bench.linear import LinearReport
     from cai_runtime.bench.run import DecodeReport
 
 
@@ -24,6 +26,22 @@ def aligned(table: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> l
 def figure(value: float | None, digits: int = 1) -> str:
     """A number for a table; "-" for None."""
     return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def device_name(report: LinearReport | AttentionReport) -> str:
+    device = report.settings.device
+    if device.startswith("cuda"):
+        return str(report.gpus[int(device.removeprefix("cuda:"))]["name"])
+    return f"{report.machine['cpu']}, {report.threads} threads"
+
+
+def device_line(report: LinearReport | AttentionReport) -> str:
+    """What it ran on and the machine's roofs."""
+    rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in report.roofs.matmul.items())
+    return (
+        f"{report.settings.device}: {device_name(report)}; reads {report.roofs.read / 1e9:.1f} GB/s, multiplies matrices "
+        f"at {rates} GFLOP/s"
+    )
 
 
 def format_decode(report: DecodeReport) -> str:

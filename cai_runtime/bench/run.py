@@ -135,14 +135,19 @@ def check_at_least(minimum: int, **counts: int) -> None:
 
 def check_peers(config: dict[str, Any], peers: Peers) -> None:
     """Raise BenchmarkError unless the peers are installed and have the same architecture as `config`."""
-    from cai_runtime.slim.reader import read_json
-
     if find_spec("xllamacpp") is None:
         raise BenchmarkError("llama.cpp is not installed: pip install 'cai-runtime[peers]'")
-    other = read_json(peers.dense / "config.json")
+    check_same_model(config, peers.dense)
+
+
+def check_same_model(config: dict[str, Any], dense: Path) -> None:
+    """Raise BenchmarkError unless the directory's model has the same architecture as `config`."""
+    from cai_runtime.slim.reader import read_json
+
+    other = read_json(dense / "config.json")
     for key in SAME:
         if config.get(key) != other.get(key):
             raise BenchmarkError(
-                f"the peers' model is another one: {key} is {other.get(key)} in {peers.dense} and {config.get(key)} in "
+                f"the peers' model is another one: {key} is {other.get(key)} in {dense} and {config.get(key)} in "
                 "the checkpoint; name its source with --peers-model"
             )

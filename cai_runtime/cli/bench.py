@@ -1,66 +1,37 @@
-"""Measure the speed of a checkpoint, alone or beside other engines.
+"""Measure speed: of a checkpoint, of linears, of attention; alone or beside other engines.
 
-`cai bench decode DIR`: tokens/s while decoding, GB/s read and the fraction of the memory's bandwidth that this is, time
-to first token and prefill tokens/s, at several batch sizes. With --peers, llama.cpp (xllamacpp) and transformers run
-the same prompts in the same run. `cai_runtime/bench/decode.py` says exactly what is measured.
+`cai bench decode DIR`      tokens/s of a checkpoint while decoding, time to first token, at several batch sizes
+`cai bench linear`          linears by themselves: backends side by side, beside torch, with a roofline plot
+`cai bench attention`       attention over a paged cache, beside torch
+`cai bench prefill [DIR]`   linears at prompt lengths; with a checkpoint, the tokens/s of whole prompts
+
+`cai bench linear --help` explains one of them. Every figure comes with its floor, as measured in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
+from functools import partial
+from importlib import import_module
 
 HELP = "measure the speed of a checkpoint, alone or beside other engines"
-PEERS_MODEL = "smollm2-135m-instruct"
+BENCHMARKS = {
+    "decode": "tokens/s of a checkpoint while decoding",
+    "linear": "linears by themselves, backends side by side",
+    "attention": "attention over a paged cache, backends side by side",
+    "prefill": "linears at prompt lengths, or whole prompts of a checkpoint",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("benchmark", choices=("decode",), help="what to measure")
-    parser.add_argument("dir", metavar="DIR", help="checkpoint directory, slim or plain dense")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], metavar="N", help="default: 1 8 32")
-    parser.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens of each answer; default: 64")
-    parser.add_argument("--prompt-tokens", type=int, default=64, metavar="N", help="of each prompt; default: 64")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="medians are over these; default: 3")
-    parser.add_argument("--threads", type=int, metavar="N", help="of the CPU; default: all that this process may use")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default: a GPU if there is one")
-    parser.add_argument("--dtype", default="auto", help="what float weights are held in: fp32, bf16, fp16, auto")
-    parser.add_argument("--peers", action="store_true", help="measure llama.cpp and transformers too")
-    parser.add_argument(
-        "--peers-model",
-        default=PEERS_MODEL,
-        metavar="SOURCE",
-        help="where the peers get the same model, as a GGUF file and converted: a name or URI of `cai pull`; "
-        f"default: {PEERS_MODEL}",
-    )
-    parser.add_argument("--json", metavar="FILE", help="also write everything, machine and versions included, to FILE")
+    benchmarks = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
+    for name, text in BENCHMARKS.items():
+        module = import_module(f"cai_runtime.cli.benchmarks.{name}")
+        own = benchmarks.add_parser(name, help=text, description=module.__doc__, formatter_class=parser.formatter_class)
+        module.add_arguments(own)
+    # Commands are parsed with options and positionals intermixed, which argparse refuses where there are subcommands.
+    parser.parse_intermixed_args = partial(parser.parse_args)  # type: ignore[method-assign]
 
 
 def run(args: argparse.Namespace) -> int:
-    from cai_runtime.bench.report import decode_json, format_decode
-    from cai_runtime.bench.run import Peers, bench_decode
-    from cai_runtime.errors import BenchmarkError
-
-    out = None if args.json is None else Path(args.json).expanduser()
-    if out is not None and not out.absolute().parent.is_dir():
-        raise BenchmarkError(f"--json {args.json}: there is no directory {out.absolute().parent}")
-    peers = None
-    if args.peers:
-        from cai_runtime.convert.sources import fetch_file, pull
-
-        peers = Peers(gguf=fetch_file(args.peers_model), dense=pull(args.peers_model))
-    report = bench_decode(
-        args.dir,
-        batches=args.batch,
-        tokens=args.tokens,
-        prompt_tokens=args.prompt_tokens,
-        repeats=args.repeats,
-        threads=args.threads,
-        device=args.device,
-        dtype=args.dtype,
-        peers=peers,
-    )
-    print(format_decode(report))
-    if out is not None:
-        out.write_text(json.dumps(decode_json(report), indent=2) + "\n")
-    return 0
+    return int(import_module(f"cai_runtime.cli.benchmarks.{args.benchmark}").run(args))

@@ -1,0 +1,253 @@
+"""Attention by itself: our backends over a paged cache, torch over the same keys and values gathered.
+
+A step as the engine makes it, for one layer: RoPE on the queries and keys of the new tokens, their keys and values written
+to the cache, attention. `decode`: each of `batch` sequences brings one token to a context of `context` positions, itself
+included. `prefill`: one sequence brings `context` tokens to an empty cache. Pages of all sequences are shuffled. torch's
+scaled_dot_product_attention gets queries and keys that are rotated already and contiguous, with a causal mask or none; at
+decode the query heads that share a key head are its queries, at prefill keys and values are repeated for each of them
+beforehand: what it needs for its best, and what no engine has for nothing.
+
+    GB/s         bytes of the keys and values that the queries see, at decode / median time
+    GFLOP/s      four operations for each query head, dimension and pair of positions that see each other / median time
+    floor        the larger of bytes / read bandwidth and operations / matrix rate, as in `linear.py`
+
+Before anything is timed, up to eight rows are held against softmax(q k^T) v in float64. Times are taken as `timing.py`
+says: the sequences rotate, so that no call finds its keys in a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from cai_runtime.bench.attention_cases import Case, gathered_calls, paged_calls
+from cai_runtime.bench.contenders import TOLERANCE, check_backends, default_backends
+from cai_runtime.bench.machine import describe_gpus, describe_machine, versions
+from cai_runtime.bench.roofs import Roofs, measure_roofs
+from cai_runtime.bench.timing import Call, Schedule, interleaved, make_clock, rotation, thread_count
+from cai_runtime.errors import BenchmarkError, KernelError
+
+if TYPE_CHECKING:
+    from cai_runtime.models.shapes import AttentionHeads
+
+CACHE_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """What is measured. `device` is resolved. None: the window of no layer, the backends of the device, fp32 and bf16
+    caches on a CPU and bf16 on a GPU."""
+
+    heads: AttentionHeads
+    window: int | None = None
+    contexts: tuple[int, ...] = (128, 512, 2048, 8192)  # of decode
+    batches: tuple[int, ...] = (1, 8)  # of decode
+    prompts: tuple[int, ...] = (128, 512, 2048)  # of prefill
+    caches: tuple[str, ...] | None = None
+    backends: tuple[str, ...] | None = None
+    device: str = "cpu"
+    threads: int | None = None
+    peers: bool = True
+    schedule: Schedule = field(default_factory=Schedule)
+
+    def __post_init__(self) -> None:
+        h = self.heads
+        if min(h.query, h.kv, h.dim) < 1 or h.query % h.kv or h.dim % 2:
+            raise BenchmarkError(f"{h.query} query heads don't share {h.kv} key heads, of an even dimension {h.dim}")
+        for name in self.caches or ():
+            if name not in CACHE_DTYPES:
+                raise BenchmarkError(f"unknown cache dtype {name!r}; there are: {', '.join(CACHE_DTYPES)}")
+        if self.window is not None and self.window < 1:
+            raise BenchmarkError(f"window is {self.window}; it is at least 1 position")
+        check_backends(self.backends or ())
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.startswith("cuda")
+
+    @property
+    def cases(self) -> list[Case]:
+        decode = [Case("decode", self.heads, n, b, self.window) for b in self.batches for n in self.contexts]
+        return decode + [Case("prefill", self.heads, n, 1, self.window) for n in self.prompts]
+
+
+@dataclass(frozen=True)
+class AttentionResult:
+    """One contender on one case. Times are None where it is not supported."""
+
+    mode: str
+    batch: int
+    context: int
+    engine: str
+    method: str
+    cache: str
+    activations: str
+    cache_bytes: int
+    flops: int
+    sets: int = 0
+    calls: int = 0
+    median_s: float | None = None
+    best_s: float | None = None
+    relative_error: float | None = None
+    unsupported: str | None = None  # why
+
+    def rate(self, amount: float) -> float | None:
+        """`amount` per second, by the median."""
+        return None if self.median_s is None else amount / self.median_s
+
+
+@dataclass(frozen=True)
+class AttentionReport:
+    subject: str
+    notes: tuple[str, ...]
+    date: str
+    machine: dict[str, Any]
+    gpus: list[dict[str, Any]]
+    versions: dict[str, str | None]
+    settings: AttentionSettings
+    threads: int
+    roofs: Roofs
+    results: list[AttentionResult]
+
+    def floor(self, r: AttentionResult) -> float:
+        """Seconds."""
+        return self.roofs.floor(r.cache_bytes, r.flops, r.activations)
+
+    def floor_fraction(self, r: AttentionResult) -> float | None:
+        return None if r.median_s is None else self.floor(r) / r.median_s
+
+    @property
+    def baseline(self) -> str:
+        """Dtype of torch that the table compares with."""
+        return "bf16" if self.settings.on_gpu else "fp32"
+
+    def speedup(self, r: AttentionResult) -> float | None:
+        """Against torch in the baseline's dtype on the same case."""
+        for other in self.results:
+            same = (other.mode, other.batch, other.context) == (r.mode, r.batch, r.context)
+            if same and (other.engine, other.cache) == ("torch", self.baseline) and other.median_s and r.median_s:
+                return other.median_s / r.median_s
+        return None
+
+
+@dataclass(frozen=True)
+class _Contender:
+    """torch, or one of our backends; its cache's and its activations' dtypes."""
+
+    engine: str
+    method: str
+    cache: str
+    activations: str
+
+    @property
+    def tolerance(self) -> float:
+        return max(TOLERANCE[self.activations], TOLERANCE[CACHE_DTYPES[self.cache]])
+
+    def calls(self, case: Case, sets: int, device: str) -> list[Call]:
+        dtype, activations = CACHE_DTYPES[self.cache], self.activations
+        if self.engine == "torch":
+            return gathered_calls(case, sets, device, dtype)
+        return paged_calls(case, sets, device, dtype, activations, self.engine)
+
+
+def bench_attention(
+    settings: AttentionSettings,
+    *,
+    subject: str,
+    notes: Sequence[str] = (),
+    progress: bool | None = None,
+    roofs: Callable[[str, int | None], Roofs] = measure_roofs,
+) -> AttentionReport:
+    """Measure every case; the module says what. Memory: one case's caches at a time.
+
+    Raises BenchmarkError: caches that don't fit in memory, a result that is wrong.
+    """
+    import torch
+
+    from cai_runtime.progress import progress_bar
+
+    contenders = attention_contenders(settings)
+    cases = settings.cases
+    results: list[AttentionResult] = []
+    turns = len(cases) * len(contenders) * settings.schedule.rounds
+    with (
+        thread_count(settings.threads) as threads,
+        progress_bar("measure", total=turns, unit="turn", show=progress) as bar,
+        torch.inference_mode(),
+    ):
+        before = roofs(settings.device, None)
+        for case in cases:
+            results += _measure(case, contenders, settings, bar)
+        after = roofs(settings.device, None)
+    return AttentionReport(
+        subject=subject,
+        notes=tuple(notes),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=describe_machine(),
+        gpus=describe_gpus(),
+        versions=versions(),
+        settings=settings,
+        threads=threads,
+        roofs=before.higher(after),
+        results=results,
+    )
+
+
+def attention_contenders(settings: AttentionSettings) -> list[_Contender]:
+    """torch in each dtype of the caches, then each backend with each."""
+    caches = settings.caches or (("bf16",) if settings.on_gpu else ("fp32", "bf16"))
+    ours = "bfloat16" if settings.on_gpu else "float32"
+    found = []
+    if settings.peers:
+        found += [_Contender("torch", "sdpa gathered", cache, CACHE_DTYPES[cache]) for cache in caches]
+    for backend in settings.backends or default_backends(settings.device):
+        found += [_Contender(backend, "paged", cache, ours) for cache in caches]
+    return found
+
+
+def _measure(
+    case: Case, contenders: Sequence[_Contender], settings: AttentionSettings, bar: Any
+) -> list[AttentionResult]:
+    sizes = [case.held_bytes(CACHE_DTYPES[c.cache]) for c in contenders]
+    sets = rotation(sizes, settings.device)
+    clocks, running, reasons, errors = [], [], {}, {}
+    for index, c in enumerate(contenders):
+        bar.set_postfix_str(f"{case.label}: {c.engine} {c.cache}")
+        try:
+            calls = c.calls(case, sets[index], settings.device)
+            errors[index] = _check(case, c, calls[0](), settings.device)
+            clocks.append(make_clock(calls, settings.device))
+            running.append(index)
+        except KernelError as error:
+            reasons[index] = str(error)
+            bar.update(settings.schedule.rounds)
+
+    def after_turn(_: int) -> None:
+        bar.update()
+
+    times = dict(zip(running, interleaved(clocks, settings.schedule, after_turn=after_turn), strict=True))
+    results = []
+    for index, c in enumerate(contenders):
+        timed: dict[str, Any] = {"unsupported": reasons.get(index)}
+        if (found := times.get(index)) is not None:
+            timed = {
+                "sets": sets[index], "calls": len(found.seconds), "median_s": found.median, "best_s": found.best,
+                "relative_error": errors[index],
+            }  # fmt: skip
+        what = (case.mode, case.batch, case.context, c.engine, c.method, c.cache, c.activations)
+        results.append(AttentionResult(*what, case.seen_bytes(CACHE_DTYPES[c.cache]), case.flops, **timed))
+    return results
+
+
+def _check(case: Case, contender: _Contender, out: Any, device: str) -> float:
+    """The relative error of the first set's output. Raises BenchmarkError when it is wrong."""
+    rows, expected = case.expected(device, CACHE_DTYPES[contender.cache], contender.activations)
+    error = float((out[rows].double() - expected).norm() / expected.norm())
+    if not error <= contender.tolerance:
+        raise BenchmarkError(
+            f"{contender.engine} with a {contender.cache} cache is wrong on {case.label}: relative error {error:.1e} "
+            f"against float64, where {contender.tolerance:.0e} is allowed"
+        )
+    return error

@@ -1,0 +1,377 @@
+"""Linears by themselves: our backends and torch on the same random weights, in one run.
+
+For each group of linears that runs as one call (`models/shapes.json`, or shapes by hand) and each number of rows, every
+contender (`contenders.py`) does the same work. Before anything is timed its result is held against the reference on up to
+eight of the rows, in float64 (float32 where a linear has more than 2^27 parameters); a wrong one is an error. Then times
+are taken as `timing.py` says: weights and inputs rotate, contenders take turns.
+
+    GB/s            bytes of the stored weights / median time
+    GFLOP/s         operations of the factors as they are multiplied, two for each parameter and row / median time
+    floor           the larger of bytes / read bandwidth and operations / matrix rate (`roofs.py`), both measured at the
+                    start and at the end of the run, the higher counts. The matrix rate is that of torch's products in the
+                    dtype of the activations. Activations are left out of the bytes: they may stay in a cache.
+    of floor        floor / median time
+    vs dense        time of torch's dense linear in the same rows / median time; fp32 on a CPU, whose kernels compute in
+                    fp32, bf16 on a GPU
+
+On a CPU inputs are fp32, but for torch in bf16; on a GPU all are bf16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from cai_runtime.bench.contenders import (
+    Contender,
+    Linear,
+    check_backends,
+    default_backends,
+    linear_contenders,
+)
+from cai_runtime.bench.factors import STORES, Factorization, RandomWeights, flops_per_row, stored_bytes
+from cai_runtime.bench.machine import describe_gpus, describe_machine, versions
+from cai_runtime.bench.roofs import Roofs, measure_roofs
+from cai_runtime.bench.timing import Schedule, Times, interleaved, make_clock, rotation, thread_count
+from cai_runtime.errors import BenchmarkError, KernelError
+
+if TYPE_CHECKING:
+    import torch
+
+    from cai_runtime.kernels.weights import LinearWeights
+    from cai_runtime.models.shapes import LinearGroup
+
+INPUTS = 8  # that calls rotate through
+CHECKED_ROWS = 8
+JUDGE_PARAMETERS = 1 << 27  # of one linear; above it, the judge is float32
+
+
+@dataclass(frozen=True)
+class LinearSettings:
+    """What is measured. `device` is resolved ("cpu", "cuda:0"); None for backends: those of the device."""
+
+    how: Factorization = field(default_factory=lambda: Factorization("interpolative", 0.5))
+    stores: tuple[str, ...] = ("fp32", "bf16", "int8", "int4")
+    int4_group: int = 64
+    batches: tuple[int, ...] = (1, 4, 16, 512)
+    backends: tuple[str, ...] | None = None
+    device: str = "cpu"
+    threads: int | None = None
+    peers: bool = True
+    schedule: Schedule = field(default_factory=Schedule)
+
+    def __post_init__(self) -> None:
+        from cai_runtime.kernels.weights import INT4_GROUPS
+
+        for store in self.stores:
+            if store not in STORES:
+                raise BenchmarkError(f"unknown store {store!r}; there are: {', '.join(STORES)}")
+        if self.int4_group not in INT4_GROUPS:
+            raise BenchmarkError(f"group is {self.int4_group}; int4 has groups of {', '.join(map(str, INT4_GROUPS))}")
+        if not self.stores or not self.batches or min(self.batches) < 1:
+            raise BenchmarkError("name at least one store, and batches of at least 1")
+        check_backends(self.backends or ())
+
+
+@dataclass(frozen=True)
+class LinearResult:
+    """One contender on one group of linears at one number of rows. Times are None where it is not supported."""
+
+    group: str
+    shape: str
+    active: int  # such groups that a token goes through in the model
+    batch: int
+    engine: str
+    method: str
+    ranks: tuple[int, ...]
+    keep: float  # parameters over those of dense
+    store: str
+    activations: str
+    weight_bytes: int
+    flops: int
+    sets: int = 0  # of weights, rotated
+    calls: int = 0
+    median_s: float | None = None
+    best_s: float | None = None
+    relative_error: float | None = None
+    judge: str | None = None
+    unsupported: str | None = None  # why
+
+    @property
+    def label(self) -> str:
+        return f"{self.engine} {self.method} {self.store}"
+
+    @property
+    def intensity(self) -> float:
+        """Operations per byte of weights."""
+        return self.flops / self.weight_bytes
+
+    def rate(self, amount: float) -> float | None:
+        """`amount` per second, by the median."""
+        return None if self.median_s is None else amount / self.median_s
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    benchmark: str
+    subject: str  # the model or the shapes
+    of_model: bool  # whether the groups are all linears of a model
+    notes: tuple[str, ...]
+    date: str
+    machine: dict[str, Any]
+    gpus: list[dict[str, Any]]
+    versions: dict[str, str | None]
+    settings: LinearSettings
+    threads: int
+    roofs: Roofs
+    results: list[LinearResult]
+
+    def floor(self, r: LinearResult) -> float:
+        """Seconds."""
+        return self.roofs.floor(r.weight_bytes, r.flops, r.activations)
+
+    def floor_fraction(self, r: LinearResult) -> float | None:
+        return None if r.median_s is None else self.floor(r) / r.median_s
+
+    def speedup(self, r: LinearResult, store: str) -> float | None:
+        """Against torch's dense linear in `store` on the same group and rows."""
+        for other in self.results:
+            dense = (other.engine, other.method, other.store) == ("torch", "dense", store)
+            if dense and (other.group, other.batch) == (r.group, r.batch) and other.median_s and r.median_s:
+                return other.median_s / r.median_s
+        return None
+
+    @property
+    def baseline(self) -> str:
+        """Store of the dense linear that the table compares with."""
+        return "bf16" if self.settings.device.startswith("cuda") else "fp32"
+
+
+def bench_linear(
+    groups: Sequence[LinearGroup],
+    settings: LinearSettings,
+    *,
+    subject: str,
+    of_model: bool = False,
+    notes: Sequence[str] = (),
+    benchmark: str = "linear",
+    progress: bool | None = None,
+    roofs: Callable[[str, int | None], Roofs] = measure_roofs,
+) -> LinearReport:
+    """Measure every group at every number of rows; the module says what. Memory: one group's weights at a time.
+
+    subject, notes: what the report says about where the groups come from; of_model: that they are all those of a model.
+    roofs: how the floors are measured.
+
+    Raises BenchmarkError: a rank too high, weights that don't fit in memory, a result that is wrong.
+    """
+    import torch
+
+    from cai_runtime.progress import progress_bar
+
+    backends = settings.backends or default_backends(settings.device)
+    contenders = linear_contenders(backends, settings.how, settings.stores, settings.device, peers=settings.peers)
+    turns = len(groups) * len(settings.batches) * len(contenders) * settings.schedule.rounds
+    results: list[LinearResult] = []
+    with (
+        thread_count(settings.threads) as threads,
+        progress_bar("measure", total=turns, unit="turn", show=progress) as bar,
+        torch.inference_mode(),
+    ):
+        before = roofs(settings.device, None)
+        for group in groups:
+            results += _measure_group(group, contenders, settings, bar)
+        after = roofs(settings.device, None)
+    return LinearReport(
+        benchmark=benchmark,
+        subject=subject,
+        of_model=of_model,
+        notes=tuple(notes),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=describe_machine(),
+        gpus=describe_gpus(),
+        versions=versions(),
+        settings=settings,
+        threads=threads,
+        roofs=before.higher(after),
+        results=results,
+    )
+
+
+@dataclass
+class _Entry:
+    """A contender with a group's weights: `sets` of them, each prepared; or the reason why there are none."""
+
+    contender: Contender
+    members: list[LinearWeights]  # of the first set
+    sets: int
+    prepared: list[Linear]
+    expected: dict[int, torch.Tensor]  # by number of rows, of the checked rows
+    unsupported: str | None = None
+
+
+def _measure_group(
+    group: LinearGroup, contenders: Sequence[Contender], settings: LinearSettings, bar: Any
+) -> list[LinearResult]:
+    inputs = _inputs(group.in_features, settings)
+    entries = _prepare(group, contenders, inputs, settings, bar)
+    results = []
+    for batch in settings.batches:
+        results += _measure_rows(group, entries, batch, inputs[batch], settings, bar)
+    return results
+
+
+def _prepare(
+    group: LinearGroup,
+    contenders: Sequence[Contender],
+    inputs: dict[int, list[torch.Tensor]],
+    settings: LinearSettings,
+    bar: Any,
+) -> list[_Entry]:
+    """Every contender with its weights. Those that want the same weights share the random numbers and the judge's word."""
+    from cai_runtime.kernels.cpu_library import Arena
+    from cai_runtime.kernels.slim_linear import reference
+
+    sizes = [
+        sum(stored_bytes(c.how, group.in_features, out, c.store, settings.int4_group) for out in group.out_features)
+        for c in contenders
+    ]
+    counts = rotation(sizes, settings.device)
+    bar.set_postfix_str(f"{group.name}: weights")
+    draw = RandomWeights(settings.device, settings.int4_group)
+    entries: dict[str, _Entry] = {}
+    for how, store in dict.fromkeys((c.how, c.store) for c in contenders):
+        sharing = [(c, n) for c, n in zip(contenders, counts, strict=True) if (c.how, c.store) == (how, store)]
+        arenas = {c.label: None if settings.device.startswith("cuda") else Arena() for c, _ in sharing}
+        expected: dict[int, torch.Tensor] = {}
+        for index in range(max(n for _, n in sharing)):
+            members = draw.group_of(group.in_features, group.out_features, how, store)
+            if index == 0:
+                for rows, xs in inputs.items():
+                    x = xs[0][checked_rows(rows)].to(judge(members))
+                    expected[rows] = _side_by_side([reference(x, w) for w in members])
+            for contender, wanted in sharing:
+                entry = entries.setdefault(contender.label, _Entry(contender, members, wanted, [], expected))
+                if index < wanted and entry.unsupported is None:
+                    try:
+                        entry.prepared.append(contender.prepare(members, arenas[contender.label]))
+                    except KernelError as error:
+                        entry.unsupported = str(error)
+    return [entries[c.label] for c in contenders]
+
+
+def _measure_rows(
+    group: LinearGroup,
+    entries: Sequence[_Entry],
+    batch: int,
+    inputs: Sequence[torch.Tensor],
+    settings: LinearSettings,
+    bar: Any,
+) -> list[LinearResult]:
+    import torch
+
+    rounds = settings.schedule.rounds
+    clocks, running, reasons, errors = [], [], {}, {}
+    for index, entry in enumerate(entries):
+        c = entry.contender
+        bar.set_postfix_str(f"{group.name}, {batch} rows: {c.label}")
+        xs = [x.to(getattr(torch, c.activations)) for x in inputs]
+        try:
+            if entry.unsupported is not None:
+                raise KernelError(entry.unsupported)
+            errors[index] = check(c, entry.prepared[0](xs[0]), entry.expected[batch], f"{group.name}, {batch} rows")
+            clocks.append(
+                make_clock([partial(f, xs[i % len(xs)]) for i, f in enumerate(entry.prepared)], settings.device)
+            )
+            running.append(index)
+        except KernelError as error:
+            reasons[index] = str(error)
+            bar.update(rounds)
+
+    def after_turn(_: int) -> None:
+        bar.update()
+
+    times = dict(zip(running, interleaved(clocks, settings.schedule, after_turn=after_turn), strict=True))
+    return [
+        _result(group, entry, batch, times.get(index), errors.get(index), reasons.get(index))
+        for index, entry in enumerate(entries)
+    ]
+
+
+def _result(
+    group: LinearGroup, entry: _Entry, batch: int, times: Times | None, error: float | None, unsupported: str | None
+) -> LinearResult:
+    c, members = entry.contender, entry.members
+    # An mpo's rank is its largest bond.
+    ranks = tuple(w.rank or max(w.bonds, default=0) for w in members)
+    timed: dict[str, Any] = {"unsupported": unsupported}
+    if times is not None:
+        timed = {
+            "sets": entry.sets,
+            "calls": len(times.seconds),
+            "median_s": times.median,
+            "best_s": times.best,
+            "relative_error": error,
+            "judge": str(judge(members)).removeprefix("torch."),
+        }
+    return LinearResult(
+        group=group.name,
+        shape=group.shape,
+        active=group.active,
+        batch=batch,
+        engine=c.engine,
+        method=c.method,
+        ranks=() if c.how.kind == "dense" else ranks,
+        keep=sum(w.parameters for w in members) / group.parameters,
+        store=c.store,
+        activations=c.activations,
+        weight_bytes=sum(w.nbytes for w in members),
+        flops=batch * sum(flops_per_row(w) for w in members),
+        **timed,
+    )
+
+
+def _inputs(width: int, settings: LinearSettings) -> dict[int, list[torch.Tensor]]:
+    """By number of rows: fp32 numbers that bf16 can hold, so that all contenders and the judge see the same."""
+    import torch
+
+    draw = torch.Generator(settings.device).manual_seed(1)
+    device = settings.device
+    return {
+        rows: [torch.randn(rows, width, device=device, generator=draw).bfloat16().float() for _ in range(INPUTS)]
+        for rows in settings.batches
+    }
+
+
+def checked_rows(rows: int) -> list[int]:
+    """Up to eight rows spread over the batch, the first and the last among them."""
+    return sorted({round(i * (rows - 1) / (CHECKED_ROWS - 1)) for i in range(CHECKED_ROWS)})
+
+
+def judge(members: Sequence[LinearWeights]) -> torch.dtype:
+    """The dtype in which the reference says what is right."""
+    import torch
+
+    return torch.float64 if max(w.parameters for w in members) <= JUDGE_PARAMETERS else torch.float32
+
+
+def check(contender: Contender, y: torch.Tensor, expected: torch.Tensor, where: str) -> float:
+    """The relative error of y, of which `expected` has some rows. Raises BenchmarkError when it is wrong."""
+    rows = y[checked_rows(y.shape[0])].to(expected.dtype)
+    norm = float(expected.norm())
+    error = float((rows - expected).norm()) / norm if norm else float(rows.norm())
+    if not error <= contender.tolerance:
+        raise BenchmarkError(
+            f"{contender.label} is wrong on {where}: relative error {error:.1e} against the reference, where "
+            f"{contender.tolerance:.0e} is allowed with {contender.activations} activations"
+        )
+    return error
+
+
+def _side_by_side(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    import torch
+
+    return torch.cat(list(parts), dim=1)

@@ -1,0 +1,1 @@
+"""The benchmarks of `cai bench`: one file each, with `add_arguments(parser)` and `run(args) -> exit status`."""
