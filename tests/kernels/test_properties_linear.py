@@ -16,6 +16,7 @@ from kernel_cases import (
     CPU,
     INT4,
     ROWS,
+    STORES,
     bits_equal,
     bounded,
     dense_matrix,
@@ -23,8 +24,6 @@ from kernel_cases import (
     linears,
     random_core,
     random_linear,
-    stores_of,
-    takes_int8_activations,
     tensors,
     threads,
     using,
@@ -80,7 +79,7 @@ def prologues(draw: st.DrawFn, inp: int, dtype: torch.dtype = torch.float32) -> 
 @bounded(60)
 def test_a_group_is_within_the_bound(backend: str, data: st.DataObject):
     dtype = data.draw(st.sampled_from(ACTIVATIONS.get(backend, [torch.float32])))
-    members = [c.build() for c in data.draw(groups(stores_of(backend)))]
+    members = [c.build() for c in data.draw(groups())]
     inp, out = members[0].in_features, sum(w.out_features for w in members)
     rows = data.draw(st.sampled_from(ROWS))
     prologue = data.draw(prologues(inp, dtype))
@@ -96,10 +95,8 @@ def test_a_group_is_within_the_bound(backend: str, data: st.DataObject):
 @given(data=st.data())
 @bounded(40)
 def test_int8_activations_are_within_the_bound(backend: str, data: st.DataObject):
-    if not takes_int8_activations(backend):
-        pytest.skip(f"the {backend} kernels have no int8 activations yet")
     dtype = data.draw(st.sampled_from(ACTIVATIONS.get(backend, [torch.float32])))
-    members = [c.build() for c in data.draw(groups(["int8", "int8", *stores_of(backend)]))]
+    members = [c.build() for c in data.draw(groups(["int8", "int8", *STORES]))]
     rows = data.draw(st.sampled_from(ROWS))
     x = data.draw(tensors(rows, members[0].in_features, dtype))
     residual = data.draw(st.none() | tensors(rows, sum(w.out_features for w in members), dtype))
@@ -112,8 +109,7 @@ def test_int8_activations_are_within_the_bound(backend: str, data: st.DataObject
 @given(data=st.data())
 @bounded(60)
 def test_the_reference_is_the_matrix_of_the_definition(data: st.DataObject):
-    stores = stores_of("reference")
-    w = data.draw(linears(data.draw(st.integers(1, 120)), stores)).build()
+    w = data.draw(linears(data.draw(st.integers(1, 120)))).build()
     x = data.draw(tensors(data.draw(st.sampled_from([0, 1, 9])), w.in_features)).double()
     y = x @ dense_matrix(w).T + (0 if w.bias is None else w.bias.double())
     torch.testing.assert_close(reference(x, w), y, rtol=1e-11, atol=1e-11)
@@ -123,8 +119,8 @@ def test_the_reference_is_the_matrix_of_the_definition(data: st.DataObject):
 @given(data=st.data())
 @bounded(40)
 def test_a_row_has_the_same_bits_in_any_batch(backend: str, data: st.DataObject):
-    int8_activations = takes_int8_activations(backend) and data.draw(st.booleans())
-    members = [c.build() for c in data.draw(groups(stores_of(backend)))]
+    int8_activations = data.draw(st.booleans())
+    members = [c.build() for c in data.draw(groups())]
     inp, out = members[0].in_features, sum(w.out_features for w in members)
     rows = data.draw(st.sampled_from([2, 9, 33, 150]))
     prologue = data.draw(prologues(inp))
@@ -153,7 +149,7 @@ def test_a_row_has_the_same_bits_in_any_batch(backend: str, data: st.DataObject)
 @given(data=st.data())
 @bounded(25)
 def test_strides_and_neighbours_do_not_change_the_bits(backend: str, data: st.DataObject):
-    members = [c.build() for c in data.draw(groups(stores_of(backend)))]
+    members = [c.build() for c in data.draw(groups())]
     inp, out = members[0].in_features, sum(w.out_features for w in members)
     rows = data.draw(st.sampled_from([1, 3, 17, 64]))
     x, residual = data.draw(tensors(rows, inp)), data.draw(tensors(rows, out))
@@ -168,8 +164,6 @@ def test_strides_and_neighbours_do_not_change_the_bits(backend: str, data: st.Da
 @pytest.mark.parametrize("store", ["fp32", "bf16", "fp16", "int8", INT4[0], INT4[-1]])
 @pytest.mark.parametrize("kind", ["dense", "lowrank", "interpolative", "mpo"])
 def test_4097_rows(kind: str, store: str, backend: str):
-    if store not in stores_of(backend):
-        pytest.skip(f"the {backend} kernels have no {store} yet")
     g = torch.Generator().manual_seed(4097)
     w = random_linear(kind, 45, 21, 11, [store], True, g)
     x, residual = torch.randn(4097, 45, generator=g), torch.randn(4097, 21, generator=g)
@@ -185,7 +179,7 @@ def test_4097_rows(kind: str, store: str, backend: str):
 @pytest.mark.parametrize("backend", CPU)
 @pytest.mark.parametrize("kind", ["dense", "lowrank", "interpolative", "mpo"])
 def test_nan_and_infinity_stay_in_their_row(kind: str, backend: str):
-    for store in stores_of(backend):
+    for store in STORES:
         g = torch.Generator().manual_seed(3)
         w = random_linear(kind, 75, 38, 19, [store], True, g)
         x = torch.randn(40, 75, generator=g)
@@ -208,7 +202,7 @@ def test_nan_and_infinity_stay_in_their_row(kind: str, backend: str):
 @pytest.mark.parametrize("kind", ["dense", "lowrank", "interpolative", "mpo"])
 @pytest.mark.parametrize("size", [0.0, 1e-40, 1e-38, 1e-30, 1e30])
 def test_zeros_denormal_and_huge_values(size: float, kind: str, backend: str):
-    for store in stores_of(backend):
+    for store in STORES:
         g = torch.Generator().manual_seed(9)
         w = random_linear(kind, 75, 38, 19, [store], False, g)
         x = torch.randn(21, 75, generator=g) * size

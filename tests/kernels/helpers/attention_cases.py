@@ -12,7 +12,6 @@ sum_j w_j r_j, where w is the softmax.
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, field
 
 import torch
@@ -32,10 +31,6 @@ POSITIONS = 512
 HEAD_DIMS = [2, 3, 5, 8, 15, 16, 17, 24, 33, 40, 63, 64, 65, 80, 96, 100, 127, 128, 129, 160, 191, 192]
 
 
-def has_windows_and_sinks(backend: str) -> bool:
-    return backend == "reference" or "sinks" in inspect.signature(CpuAttention.__init__).parameters
-
-
 def make_attention(
     name: str, heads: HeadLayout, pages: int, page_size: int, dtype: torch.dtype, sinks: torch.Tensor | None = None
 ) -> CpuAttention | ReferenceAttention:
@@ -44,7 +39,7 @@ def make_attention(
         cache = CpuKVCache(pages, page_size, heads, dtype)
         cache.k.fill_(float("nan"))
         cache.v.fill_(float("nan"))
-        return CpuAttention(heads, cache) if sinks is None else CpuAttention(heads, cache, sinks)
+        return CpuAttention(heads, cache, sinks)
     plain = ReferenceKVCache(pages, page_size, heads, dtype, torch.device("cpu"))
     plain.k.fill_(float("nan"))
     plain.v.fill_(float("nan"))
@@ -210,7 +205,6 @@ def attention_cases(draw: st.DrawFn, backend: str) -> AttentionCase:
     sequences = draw(st.integers(1, 4))
     first = [draw(chunk.filter(bool)) for _ in range(sequences)]
     later = [[draw(chunk) for _ in range(sequences)] for _ in range(draw(st.integers(0, 2)))]
-    free = has_windows_and_sinks(backend)
     return AttentionCase(
         draw(st.integers(1, 3)),
         draw(st.integers(1, 8)),
@@ -218,8 +212,8 @@ def attention_cases(draw: st.DrawFn, backend: str) -> AttentionCase:
         draw(st.sampled_from([dim // 2 * 2, dim // 4 * 2, 2, 0])),
         page,
         draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
-        draw(st.none() | st.sampled_from([1, 2, page, page + 1]) | st.integers(1, 100)) if free else None,
-        draw(st.booleans()) if free else False,
+        draw(st.none() | st.sampled_from([1, 2, page, page + 1]) | st.integers(1, 100)),
+        draw(st.booleans()),
         tuple(tuple(row) for row in (first, *later)),
         draw(st.integers(0, 2**31)),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,15 +10,14 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from cai_runtime.errors import KernelError
 from cai_runtime.kernels import cpu_library
-from cai_runtime.kernels.slim_linear import as_dense, prepare
 from cai_runtime.kernels.weights import INT4_GROUPS, Core, LinearWeights
 
 CPU = [f"cpu-{isa}" for isa in cpu_library.instruction_sets()]
 BACKENDS = ["reference", *CPU]
 INT4 = [f"int4-{group}{zero}" for group in INT4_GROUPS for zero in ("", "-zero")]
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STORES = [*FLOATS, "int8", *INT4]
 KINDS = ["dense", "lowrank", "interpolative", "mpo"]
 
 
@@ -148,27 +146,6 @@ def dense_matrix(w: LinearWeights) -> torch.Tensor:
     return chain[..., 0]
 
 
-@functools.cache
-def stores_of(backend: str) -> tuple[str, ...]:
-    """The stores that a backend of BACKENDS takes."""
-    name, plain = backend.partition("-")[0], (*FLOATS, "int8")
-    try:
-        prepare([as_dense(random_core(4, 40, INT4[0], torch.Generator()))], backend=name)
-    except KernelError:
-        return plain
-    return (*plain, *INT4)
-
-
-@functools.cache
-def takes_int8_activations(backend: str) -> bool:
-    try:
-        core = random_core(4, 40, "int8", torch.Generator())
-        prepare([as_dense(core)], backend=backend.partition("-")[0], int8_activations=True)
-    except KernelError:
-        return False
-    return True
-
-
 ODD_SIZES = [1, 2, 3, 7, 15, 16, 17, 31, 33, 64, 65, 100, 127, 129, 191, 200]
 ROWS = [0, 1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 33, 64, 70, 130]
 
@@ -196,7 +173,7 @@ class LinearCase:
 
 
 @st.composite
-def linears(draw: st.DrawFn, inp: int, stores: Sequence[str], kinds: Sequence[str] = KINDS) -> LinearCase:
+def linears(draw: st.DrawFn, inp: int, stores: Sequence[str] = STORES, kinds: Sequence[str] = KINDS) -> LinearCase:
     out = draw(sizes(150))
     rank = draw(st.sampled_from([1, out]) | st.integers(1, out))
     two = draw(st.tuples(st.sampled_from(stores), st.sampled_from(stores)))
@@ -206,7 +183,7 @@ def linears(draw: st.DrawFn, inp: int, stores: Sequence[str], kinds: Sequence[st
 
 
 @st.composite
-def groups(draw: st.DrawFn, stores: Sequence[str], kinds: Sequence[str] = KINDS) -> list[LinearCase]:
+def groups(draw: st.DrawFn, stores: Sequence[str] = STORES, kinds: Sequence[str] = KINDS) -> list[LinearCase]:
     """One to four members of any kind and store over one input."""
     inp = draw(sizes(200))
     return draw(st.lists(linears(inp, stores, kinds), min_size=1, max_size=4))

@@ -1,0 +1,203 @@
+"""Prepared operations as `torch.nn.Module`s that torch.compile (with fullgraph=True) and torch.export can see through.
+
+    qkv = torch_module(prepare([q, k, v]))
+    attention = torch_module(CpuAttention(heads, cache))
+
+A module shares the prepared object's memory and gives its bits. Its tensors are buffers that are not saved with a
+state_dict: the weights' file is the slim checkpoint. An exported program holds them, packed as this version packs them, so
+it is for the version that wrote it; the process that loads it imports this module first. Inference only, see `torch_ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch.utils import _pytree
+
+from cai_runtime.errors import KernelError
+from cai_runtime.kernels import torch_ops
+from cai_runtime.kernels.attention import AttentionBatch, CpuAttention, ReferenceAttention
+from cai_runtime.kernels.embedding import CpuEmbedding
+from cai_runtime.kernels.frozen import freeze, freeze_core
+from cai_runtime.kernels.norm import RmsNorm
+from cai_runtime.kernels.relocation import strip_addresses
+from cai_runtime.kernels.slim_linear import CpuMpo, PreparedLinear, SideBySide, contract_mpo
+from cai_runtime.kernels.weights import Core, LinearWeights
+
+# So that a step's batch can be an argument of an exported program, and an example of it can be in the program's file.
+if AttentionBatch not in _pytree.SUPPORTED_NODES:
+    torch.export.register_dataclass(AttentionBatch, serialized_type_name="cai_runtime.AttentionBatch")
+    torch.serialization.add_safe_globals([AttentionBatch])
+
+
+class TensorsModule(torch.nn.Module):
+    """Holds tensors in order, as buffers that move with the module and are not in its state_dict."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]):
+        super().__init__()
+        self._names = tuple(f"tensor_{i}" for i in range(len(tensors)))
+        for name, t in zip(self._names, tensors, strict=True):
+            self.register_buffer(name, t, persistent=False)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [getattr(self, name) for name in self._names]
+
+
+class Linear(TensorsModule):
+    """A group of projections that one call runs; called like the `PreparedLinear` it was made of."""
+
+    def __init__(self, prepared: PreparedLinear):
+        frozen = freeze(prepared)
+        super().__init__(frozen.tensors)
+        self.in_features, self.out_features = prepared.in_features, prepared.out_features
+        self._backend, self._layout = frozen.backend, frozen.layout
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        *,
+        norm: RmsNorm | None = None,
+        swiglu: bool = False,
+    ) -> torch.Tensor:
+        """x [M, in_features] -> [M, out_features] in x's dtype; the arguments of `PreparedLinear.__call__`."""
+        weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        if norm is not None and swiglu:
+            raise KernelError("a linear's input is normed or gated, not both")
+        return torch_ops.slim_linear(x, residual, weight, eps, swiglu, self.tensors(), self._layout, self._backend)
+
+
+def transformed(x: torch.Tensor, norm: RmsNorm | None, swiglu: bool, backend: str) -> torch.Tensor:
+    """A linear's prologue by the operators of their own."""
+    if norm is not None and swiglu:
+        raise KernelError("a linear's input is normed or gated, not both")
+    if norm is not None:
+        return torch_ops.rms_norm(x, norm.weight, norm.eps, backend)
+    return torch_ops.swiglu(x, backend) if swiglu else x
+
+
+@dataclass(frozen=True)
+class MpoShape:
+    """What `contract_mpo` reads of a linear."""
+
+    in_features: int
+    out_features: int
+    out_dims: tuple[int, ...]
+    in_dims: tuple[int, ...]
+    bonds: tuple[int, ...]
+
+
+class Mpo(torch.nn.Module):
+    """A matrix product operator: an operator call for each core."""
+
+    def __init__(self, w: LinearWeights, cores: Sequence[PreparedLinear], bias: torch.Tensor | None):
+        super().__init__()
+        self.in_features, self.out_features = w.in_features, w.out_features
+        self._shape = MpoShape(w.in_features, w.out_features, w.out_dims, w.in_dims, w.bonds)
+        self.cores = torch.nn.ModuleList(Linear(c) for c in cores)
+        self._backend = cast(Linear, self.cores[0])._backend
+        self.register_buffer("bias", bias, persistent=False)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        *,
+        norm: RmsNorm | None = None,
+        swiglu: bool = False,
+    ) -> torch.Tensor:
+        """As `Linear.forward`."""
+        x = transformed(x, norm, swiglu, self._backend)
+        y = contract_mpo(x, cast(LinearWeights, self._shape), list(self.cores))
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return y if residual is None else y + residual
+
+
+class Beside(torch.nn.Module):
+    """Linears over one input whose outputs are concatenated."""
+
+    def __init__(self, parts: Sequence[PreparedLinear]):
+        super().__init__()
+        self.parts = torch.nn.ModuleList(cast(torch.nn.Module, torch_module(p)) for p in parts)
+        self.in_features = parts[0].in_features
+        self.out_features = sum(p.out_features for p in parts)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        *,
+        norm: RmsNorm | None = None,
+        swiglu: bool = False,
+    ) -> torch.Tensor:
+        """As `Linear.forward`."""
+        y = torch.cat([p(x, norm=norm, swiglu=swiglu) for p in self.parts], dim=1)
+        return y if residual is None else y + residual
+
+
+class Attention(torch.nn.Module):
+    """One layer's attention over its pages; called like the attention that it was made of, but leaves qkv as it is.
+
+    The caches are its buffers, changed by every call.
+    """
+
+    def __init__(self, attention: CpuAttention | ReferenceAttention):
+        super().__init__()
+        self.heads, self._page_size = attention.heads, attention.cache.page_size
+        self._backend = "cpu" if isinstance(attention, CpuAttention) else "reference"
+        self.register_buffer("k", attention.cache.k, persistent=False)
+        self.register_buffer("v", attention.cache.v, persistent=False)
+        sinks = attention._sinks if isinstance(attention, CpuAttention) else attention.sinks
+        self.register_buffer("sinks", sinks, persistent=False)
+
+    def forward(self, qkv: torch.Tensor, batch: AttentionBatch, cos_sin: torch.Tensor, scale: float) -> torch.Tensor:
+        """qkv [T, (Hq + 2 Hkv) D], cos_sin fp32 [positions, rotary_dim] -> [T, Hq D]."""
+        return torch_ops.rope_paged_attention(
+            qkv, batch.positions, batch.slots, batch.query_start, batch.context_len, batch.page_table, cos_sin, scale,
+            self.k, self.v, self.sinks, self.heads.query_heads, self.heads.kv_heads, self._page_size, self.heads.window,
+            self._backend,
+        )  # fmt: skip
+
+
+class Embedding(TensorsModule):
+    """Rows of a stored matrix: of the packed one of a `CpuEmbedding`, or of a plain `Core` in any float dtype."""
+
+    def __init__(self, table: CpuEmbedding | Core, dtype: torch.dtype = torch.float32):
+        numbers: list[int] = []
+        if isinstance(table, Core):
+            tensors: list[torch.Tensor] = []
+            freeze_core(table, tensors, numbers)
+            hidden = table.shape[1]
+        else:
+            if dtype != torch.float32:
+                raise KernelError(f"the CPU kernels look up fp32 rows, not {dtype}")
+            matrix = table._head.first_matrix()
+            tensors, hidden = matrix.tensors, table.hidden
+            numbers = strip_addresses(matrix.fields, tensors)
+        super().__init__(tensors)
+        self.hidden, self._dtype, self._layout = hidden, dtype, tuple(numbers)
+        self._backend = "reference" if isinstance(table, Core) else "cpu"
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids int32 or int64 [M] -> [M, hidden]."""
+        return torch_ops.embedding(ids, self.tensors(), self._layout, self.hidden, self._dtype, self._backend)
+
+
+def torch_module(prepared: Any) -> Linear | Mpo | Beside | Attention | Embedding:
+    """A module over a prepared group of linears, an attention object (reference or CPU), or an embedding (`CpuEmbedding`,
+    or a table as a `Core`). Raises KernelError for anything else."""
+    if isinstance(prepared, CpuAttention | ReferenceAttention):
+        return Attention(prepared)
+    if isinstance(prepared, CpuEmbedding | Core):
+        return Embedding(prepared)
+    if isinstance(prepared, SideBySide):
+        return Beside(prepared.parts)
+    if isinstance(prepared, CpuMpo):
+        return Mpo(prepared._shape, prepared._cores, prepared._bias)
+    if type(prepared).__name__ == "GpuMpo":  # named, not imported: its module needs triton
+        return Mpo(prepared._weights, prepared._cores, prepared._weights.bias)
+    return Linear(prepared)
