@@ -11,40 +11,21 @@ from cai_runtime.kernels.slim_linear import PreparedLinear, SideBySide, as_dense
 from cai_runtime.kernels.weights import LinearWeights
 
 
-class TritonLinear:
-    """Members run by the Triton kernels."""
-
-    def __init__(self, members: Sequence[LinearWeights]):
-        self.members = tuple(members)
-        self.in_features = members[0].in_features
-        self.out_features = sum(w.out_features for w in members)
-
-    def __call__(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None = None,
-        *,
-        norm: RmsNorm | None = None,
-        swiglu: bool = False,
-    ) -> torch.Tensor:
-        from cai_runtime.kernels.triton import grouped_linear, rms_norm
-        from cai_runtime.kernels.triton import swiglu as swiglu_op
-
-        x = transformed(x, norm, swiglu, rms_norm, swiglu_op)
-        return grouped_linear(x, self.members, residual)
-
-
-class CudaOrTritonLinear(TritonLinear):
+class CudaOrTritonLinear:
     """Up to 16 rows by the CUDA kernels, more by Triton's.
 
     The two sum in different orders, so on a GPU a row's last bits may depend on which of them its batch took.
     """
 
-    def __init__(self, members: Sequence[LinearWeights]):
+    def __init__(self, members: Sequence[LinearWeights], int8_activations: bool = False):
         from cai_runtime.kernels.cuda import CudaLinear
+        from cai_runtime.kernels.triton.linear import TritonLinear
 
-        super().__init__(members)
-        self._decode = CudaLinear(members)
+        self.in_features = members[0].in_features
+        self.out_features = sum(w.out_features for w in members)
+        self._many = TritonLinear(members, int8_activations)
+        # The CUDA kernels have no int8 activations: with them, all rows go through Triton.
+        self._few = None if int8_activations else CudaLinear(members)
 
     def __call__(
         self,
@@ -58,17 +39,18 @@ class CudaOrTritonLinear(TritonLinear):
         from cai_runtime.kernels.triton import rms_norm
         from cai_runtime.kernels.triton import swiglu as swiglu_op
 
-        x = transformed(x, norm, swiglu, rms_norm, swiglu_op)
-        return self._decode(x, residual) if x.shape[0] <= MAX_ROWS else super().__call__(x, residual)
+        if self._few is None or x.shape[0] > MAX_ROWS:
+            return self._many(x, residual, norm=norm, swiglu=swiglu)
+        return self._few(transformed(x, norm, swiglu, rms_norm, swiglu_op), residual)
 
 
 class GpuMpo:
     """A matrix product operator: each core is one row-wise linear."""
 
-    def __init__(self, w: LinearWeights, backend: str):
+    def __init__(self, w: LinearWeights, backend: str, int8_activations: bool = False):
         self.in_features, self.out_features = w.in_features, w.out_features
         self._weights = w
-        self._cores = [prepare_linear([as_dense(c)], backend) for c in w.cores]
+        self._cores = [prepare_linear([as_dense(c)], backend, int8_activations) for c in w.cores]
 
     def __call__(
         self,
@@ -88,9 +70,16 @@ class GpuMpo:
         return y if residual is None else y + residual
 
 
-def prepare_linear(members: Sequence[LinearWeights], backend: str) -> PreparedLinear:
-    """backend: "triton" or "cuda"."""
+def prepare_linear(members: Sequence[LinearWeights], backend: str, int8_activations: bool = False) -> PreparedLinear:
+    """backend: "triton" or "cuda". int8_activations: the input of every int8 core is rounded to int8 first."""
     if any(w.kind == "mpo" for w in members):
-        parts = [GpuMpo(w, backend) if w.kind == "mpo" else prepare_linear([w], backend) for w in members]
+        parts = [
+            GpuMpo(w, backend, int8_activations) if w.kind == "mpo" else prepare_linear([w], backend, int8_activations)
+            for w in members
+        ]
         return parts[0] if len(parts) == 1 else SideBySide(parts)
-    return CudaOrTritonLinear(members) if backend == "cuda" else TritonLinear(members)
+    if backend == "cuda":
+        return CudaOrTritonLinear(members, int8_activations)
+    from cai_runtime.kernels.triton.linear import TritonLinear
+
+    return TritonLinear(members, int8_activations)

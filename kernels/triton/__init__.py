@@ -15,6 +15,8 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "TritonLinear": "linear",
+    "quantize_rows": "quantized_rows",
     "slim_linear": "linear",
     "grouped_linear": "linear",
     "rms_norm": "rows",
@@ -25,10 +27,12 @@ _HOME = {
 }
 
 __all__ = [
+    "TritonLinear",
     "add_rms_norm",
     "available",
     "grouped_linear",
     "paged_attention",
+    "quantize_rows",
     "rms_norm",
     "rope_kv_write",
     "slim_linear",

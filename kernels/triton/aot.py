@@ -14,21 +14,16 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cai_runtime.kernels.triton.attention import attention_tile, paged_attention_kernel
-from cai_runtime.kernels.triton.launch import compile_options, interpreting, operand_dtype
-from cai_runtime.kernels.triton.linear import TO_BOTH, TO_Y, TO_Z, compute_dtype, products_kernel, tile_for
-from cai_runtime.kernels.triton.rope import rope_kv_write_kernel
-from cai_runtime.kernels.triton.rows import rms_norm_kernel, swiglu_kernel
+from cai_runtime.kernels.triton.aot_cases import Case, cases
+from cai_runtime.kernels.triton.launch import compile_options, interpreting
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -38,28 +33,6 @@ TARGETS = {
 }
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 
-_POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8"}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One specialization of a kernel, as a launch on a real model would make it.
-
-    `types`: argument -> "*bf16", "i32", "fp32"; a trailing "!" says that the value is a multiple of 16 (pointers: that
-    it is so aligned). `constants`: the rest.
-    """
-
-    name: str
-    kernel: Any
-    types: dict[str, str]
-    constants: dict[str, Any]
-    num_warps: int
-    num_stages: int = 1
-    decode: bool = False  # bound by memory latency: a spill is an error
-    products: bool = True  # has matrix products
-    max_registers: int | None = None
-    fp32: bool = False  # in float32: fused multiply-adds on NVIDIA
-
 
 @dataclass
 class Outcome:
@@ -67,91 +40,6 @@ class Outcome:
     spilled: int  # bytes of local memory a thread (NVIDIA), registers (AMD)
     shared: int  # bytes
     problems: list[str] = field(default_factory=list)
-
-
-def _linear_case(activation: torch.dtype, store: torch.dtype, rows: int, to: tuple[int, ...]) -> Case:
-    compute = compute_dtype(activation, store)
-    tile = tile_for(rows, compute)
-    x = _POINTER[activation] + "!"
-    types = {"x": x, "y": x, "M": "i32", **dict.fromkeys(("ldx", "ldz", "ldy"), "i32!")}
-    types["z"] = x
-    constants: dict[str, Any] = {"residual": None, "ldr": 0, "COMPUTE": operand_dtype(compute)}
-    constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
-    for g in range(3):
-        fields = ("w", "scale", "index", "bias", "N", "K", "ldw", "x_col", "z_col", "y_col")
-        w, scale, index, bias, *numbers = (f"{name}{g}" for name in fields)
-        constants[f"TO_{g}"] = to[g] if g < len(to) else 0
-        constants[bias] = None
-        if g >= len(to):
-            constants |= dict.fromkeys((w, scale, index)) | dict.fromkeys(numbers, 0)
-            continue
-        types[w] = _POINTER[store] + "!"
-        types |= dict.fromkeys(numbers, "i32!")
-        if store == torch.int8:
-            types[scale] = "*fp32!"
-        else:
-            constants[scale] = None
-        if to[g] == TO_Z:
-            constants[index] = None
-        else:
-            types[index] = "*i32"  # the second part of a pivot starts anywhere
-    decode = rows <= 16
-    name = f"products {'decode' if decode else 'prefill'} x{len(to)} {activation} {store}".replace("torch.", "")
-    fp32 = compute == torch.float32
-    return Case(name, products_kernel, types, constants, tile.num_warps, tile.num_stages, decode, fp32=fp32)
-
-
-def _attention_case(dtype: torch.dtype, dim: int, group: int, tokens: int) -> Case:
-    t = _POINTER[dtype] + "!"
-    types = dict.fromkeys(("q", "k_cache", "v_cache", "out"), t)
-    types |= dict.fromkeys(("query_start", "context_len", "page_table"), "*i32!")
-    types |= {"sequences": "i32", "scale_log2": "fp32", "ldt": "i32"}
-    strides = ("ldq", "q_head", "ldo", "k_page", "k_head", "k_slot", "v_page", "v_head", "v_slot")
-    types |= dict.fromkeys(strides, "i32!")
-    decode = tokens == 1
-    tile = attention_tile(group, dim, dtype, decode=decode)
-    constants = {
-        "GROUP": group, "HEADS": tile.heads, "DIM": dim, "PAGE": 16, "COMPUTE": operand_dtype(dtype),
-        "TOKENS": tile.tokens, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "BLOCK_D": max(16, triton.next_power_of_2(dim)),
-    }  # fmt: skip
-    name = f"attention {'decode' if decode else 'prefill'} {dtype} D={dim}".replace("torch.", "")
-    fp32 = dtype == torch.float32
-    return Case(
-        name,
-        paged_attention_kernel,
-        types,
-        constants,
-        tile.num_warps,
-        2,
-        decode,
-        fp32=fp32,
-        max_registers=tile.max_registers,
-    )
-
-
-def cases() -> Iterator[Case]:
-    """The specializations that a bf16 or int8 model's decode and prefill launch, and fp32's."""
-    bf16, fp32, int8 = torch.bfloat16, torch.float32, torch.int8
-    for store in (bf16, int8):
-        yield _linear_case(bf16, store, 1, (TO_BOTH, TO_BOTH, TO_BOTH))
-        yield _linear_case(bf16, store, 512, (TO_Y,))
-    yield _linear_case(fp32, int8, 1, (TO_BOTH,))
-    yield _linear_case(fp32, fp32, 512, (TO_Z,))
-    yield _attention_case(bf16, 128, 4, 1)
-    yield _attention_case(bf16, 128, 4, 512)
-    yield _attention_case(fp32, 64, 3, 1)
-    b = "*bf16!"
-    types = {"x": b, "residual": b, "weight": b, "normed": b, "total": b, "eps": "fp32"}
-    types |= dict.fromkeys(("width", "ldx", "ldr", "ldn", "ldt"), "i32!")
-    blocks = {"BLOCK": 4096, "ONE_BLOCK": True}
-    yield Case("add_rms_norm 4096", rms_norm_kernel, types, blocks, 8, decode=True, products=False)
-    types = {"gate_up": b, "out": b} | dict.fromkeys(("width", "ldg", "ldo"), "i32!")
-    yield Case("swiglu", swiglu_kernel, types, {"BLOCK": 1024}, 4, decode=True, products=False)
-    types = {"qkv": b, "cos_sin": "*fp32!", "k_cache": b, "v_cache": b, "positions": "*i32!", "slots": "*i32!"}
-    numbers = ("ldq", "ldc", "page_size", "k_page", "k_head", "k_slot", "v_page", "v_head", "v_slot")
-    types |= dict.fromkeys(numbers, "i32!")
-    heads = {"Q_HEADS": 32, "KV_HEADS": 8, "DIM": 128, "BLOCK": 64}
-    yield Case("rope_kv_write", rope_kv_write_kernel, types, heads, 1, decode=True, products=False)
 
 
 def compile_case(case: Case, target_name: str) -> Outcome:
@@ -189,6 +77,10 @@ def _read_nvidia(case: Case, compiled: Any) -> Outcome:
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout)}
     outcome = Outcome(found["REG"], found["STACK"] + found["LOCAL"], compiled.metadata.shared)
     ptx = compiled.asm["ptx"]
+    if case.wide_loads and not re.search(r"cp\.async\.cg\.shared\.global|ld\.global\S*\.v4\.b32", ptx):
+        outcome.problems.append("no 16-byte loads")
+    if case.int8:
+        return outcome
     if "wgmma" in ptx or "tcgen05" in ptx:
         outcome.problems.append("uses wgmma or tcgen05: sums depend on the number of rows")
     if case.products:
@@ -223,19 +115,19 @@ def main(argv: list[str] | None = None) -> int:
     if interpreting():
         parser.error("TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it")
     failures = 0
-    print(f"triton {triton.__version__}\n{'kernel':<44}{'target':<8}{'registers':>10}{'spilled':>9}{'shared':>9}")
+    print(f"triton {triton.__version__}\n{'kernel':<52}{'target':<8}{'registers':>10}{'spilled':>9}{'shared':>9}")
     for case in cases():
         for target in targets:
             try:
                 outcome = compile_case(case, target)
             except Exception as error:  # noqa: BLE001  # any compiler failure is a finding; the next case may pass
                 failures += 1
-                print(f"{case.name:<44}{target:<8}  does not compile: {type(error).__name__}: {error}", flush=True)
+                print(f"{case.name:<52}{target:<8}  does not compile: {type(error).__name__}: {error}", flush=True)
                 continue
             failures += bool(outcome.problems)
             note = "".join(f"  FAIL: {p}" for p in outcome.problems)
             row = f"{outcome.registers:>10}{outcome.spilled:>9}{outcome.shared:>9}"
-            print(f"{case.name:<44}{target:<8}{row}{note}", flush=True)
+            print(f"{case.name:<52}{target:<8}{row}{note}", flush=True)
     print(f"{failures} failed" if failures else "all compiled as they should")
     return 1 if failures else 0
 

@@ -55,6 +55,15 @@ def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
 
 
 def _check_core(name: str, core: Core, rows: int, cols: int, device: torch.device) -> None:
+    if core.shape != (rows, cols):
+        raise KernelError(f"{name} is a matrix {list(core.shape)}, expected [{rows}, {cols}]")
+    if core.is_int4:
+        check_tensor(f"{name}.data", core.data, shape=(rows, None), device=device, dtypes=(torch.uint8,))
+        groups = (rows, -(-cols // core.group))
+        check_tensor(f"{name}.scale", core.scale, shape=groups, device=device, dtypes=(torch.bfloat16,))
+        if core.zero is not None:
+            check_tensor(f"{name}.zero", core.zero, shape=groups, device=device, dtypes=(torch.uint8,))
+        return
     check_tensor(f"{name}.data", core.data, shape=(rows, cols), device=device, dtypes=STORES)
     if core.data.dtype == torch.int8:
         require(core.scale is not None, f"{name} is int8 and has no scale: one fp32 scale per row is needed")
