@@ -2,8 +2,13 @@
 
 The library is built by setup.py when nvcc finds a GPU or `CAI_CUDA_ARCHS` names architectures, and is loaded on first use.
 
-A row's bits do not depend on how many rows there are, up to 16. They are not the bits of the Triton kernels, which sum by
-matrix instructions: a caller that promises batch invariance takes a sequence's prompt and its decode through the same one.
+A group of linears is one launch for its first cores and one for its second, with the norm or the gate before it inside the
+first. Two launches rather than one with a barrier across the grid: every output of the second needs all of the first, so
+either way its blocks wait for the slowest of the others, about a microsecond; programmatic dependent launch lets them wait
+with their weights already on the way, as a barrier would, and needs no grid that fits the device at once.
+
+A row's bits do not depend on how many rows there are, up to 16. They are not the bits of the Triton kernels, whose sums run
+in another order: a caller that promises batch invariance takes a sequence's prompt and its decode through the same one.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ from __future__ import annotations
 import functools
 import importlib.resources
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +25,23 @@ from cai_runtime.errors import KernelError
 if TYPE_CHECKING:
     import torch
 
-    from cai_runtime.kernels.weights import LinearWeights
+    from cai_runtime.kernels.norm import RmsNorm
+    from cai_runtime.kernels.weights import Core, LinearWeights
 
 MAX_ROWS = 16
+FUSED_SWIGLU_ROWS = 2  # kFusedSwigluRows of csrc/cuda/matrix_products.cuh
+
+
+@dataclass(frozen=True)
+class CudaOptions:
+    """How launches are made; for measurements: results do not depend on it.
+
+    dependent_launch: programmatic dependent launch, on GPUs that have it (compute capability 9.0 and later).
+    fused_swiglu_rows: up to how many rows (at most 2) the gate is applied inside the linear rather than by a launch before.
+    """
+
+    dependent_launch: bool = True
+    fused_swiglu_rows: int = FUSED_SWIGLU_ROWS
 
 
 def library_path() -> Path:
@@ -58,48 +78,59 @@ def library() -> Any:
 class CudaLinear:
     """A group of linears over one input, ready to run: their tensors are handed to the library once.
 
-    members: dense, lowrank or interpolative, on one CUDA device, biases float32. The tensors are kept alive.
-    Raises KernelError when the library is missing or a tensor does not fit.
+    members: dense, lowrank or interpolative, on one CUDA device, cores fp32, bf16, fp16, int8 or int4, biases float32. The
+    tensors are kept alive. Raises KernelError when the library is missing or a tensor does not fit.
     """
 
-    def __init__(self, members: Sequence[LinearWeights]):
-        import torch
-
-        from cai_runtime.kernels.triton.checks import check_weights, require
+    def __init__(self, members: Sequence[LinearWeights], options: CudaOptions | None = None):
+        from cai_runtime.kernels.triton.checks import require
 
         require(len(members) > 0, "a group of linears needs at least one member")
+        self.options = options or CudaOptions()
         self.device = members[0].cores[0].data.device
         require(
             self.device.type == "cuda", f"the CUDA kernels need weights on a CUDA device, these are on {self.device}"
         )
         self.in_features = members[0].in_features
         self.out_features = sum(w.out_features for w in members)
+        self._first_stores = {w.cores[0].store for w in members}
         tensors: list[torch.Tensor | None] = []
         self._z_columns = 0
         for i, w in enumerate(members):
-            name = f"members[{i}]"
-            require(w.in_features == self.in_features, f"{name} takes {w.in_features} features, not {self.in_features}")
-            check_weights(w, self.device, name)
-            require(w.bias is None or w.bias.dtype == torch.float32, f"{name}.bias must be float32")
+            require(
+                w.in_features == self.in_features,
+                f"members[{i}] takes {w.in_features} features, not {self.in_features}",
+            )
+            _check_member(w, self.device, f"members[{i}]")
             for core in (*w.cores, None)[:2]:
-                tensors += [None, None] if core is None else [core.data, core.scale]
+                tensors += [None, None, None] if core is None else _core_tensors(core)
             tensors += [w.pivot if w.kind == "interpolative" else None, w.bias]
             if w.kind != "dense":
                 self._z_columns += -(-(w.rank or 0) // 16) * 16
-        self._run = library().decode_linear
+        self._decode, self._swiglu = library().decode_linear, library().swiglu
         self._members = _as_ffi_array(tensors)
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        *,
+        norm: RmsNorm | None = None,
+        swiglu: bool = False,
+    ) -> torch.Tensor:
         """x [M, in_features] -> [M, out_features], the members side by side, plus `residual` of the same shape and dtype.
 
-        M is 0 to 16; x is float32, bfloat16 or float16. The result is newly allocated, in x's dtype; the launches go to
-        torch's current stream. Raises KernelError for any other argument.
+        M is 0 to 16; x is float32, bfloat16 or float16. norm: x goes through it first. swiglu: x is [M, 2 in_features],
+        gate and up side by side, and silu(gate) * up goes in. At most one of them. The result is newly allocated, in x's
+        dtype; the launches go to torch's current stream, and can be captured in a graph. Raises KernelError for any other
+        argument.
         """
         import torch
 
         from cai_runtime.kernels.triton.checks import check_activation, check_tensor, require, rows_contiguous
 
-        check_activation("x", x, self.in_features)
+        require(norm is None or not swiglu, "a linear's input is normed or gated, not both")
+        check_activation("x", x, self.in_features * (2 if swiglu else 1))
         require(x.device == self.device, f"x is on {x.device}, the weights on {self.device}")
         rows = x.shape[0]
         require(
@@ -108,11 +139,87 @@ class CudaLinear:
         y = torch.empty((rows, self.out_features), dtype=x.dtype, device=x.device)
         if residual is not None:
             check_tensor("residual", residual, shape=tuple(y.shape), device=x.device, dtypes=(x.dtype,))
+        if norm is not None:
+            check_tensor(
+                "norm.weight", norm.weight, shape=(self.in_features,), device=x.device,
+                dtypes=(torch.float32, torch.bfloat16, torch.float16),
+            )  # fmt: skip
         if rows == 0:
             return y
+        x = rows_contiguous(x)
+        dependent = self.options.dependent_launch
+        if norm is not None and not (self._norm_fuses(x) and norm.weight.dtype == x.dtype):
+            from cai_runtime.kernels.triton import rms_norm
+
+            x, norm = rms_norm(x, norm.weight, norm.eps), None
+        if swiglu and not (self._first_on_tensor_cores(x) and rows <= self.options.fused_swiglu_rows):
+            gated = torch.empty((rows, self.in_features), dtype=x.dtype, device=x.device)
+            self._swiglu(x, gated, dependent)
+            x, swiglu = gated, False
         z = torch.empty((rows, self._z_columns), dtype=x.dtype, device=x.device) if self._z_columns else None
-        self._run(rows_contiguous(x), residual, y, z, self._members)
+        weight, eps = (None, 0.0) if norm is None else (norm.weight, float(norm.eps))
+        self._decode(x, residual, y, z, weight, eps, swiglu, dependent, self._members)
         return y
+
+    def _first_on_tensor_cores(self, x: torch.Tensor) -> bool:
+        """Whether every first core goes through the kernel that has prologues; `multiplies_matrices` of launch.cuh."""
+        own = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}.get(str(x.dtype))
+        return own is not None and self._first_stores <= {own, "int8", "int4"}
+
+    def _norm_fuses(self, x: torch.Tensor) -> bool:
+        # The kernel multiplies x by the norm's weight before it knows the root mean square: a half could overflow.
+        return str(x.dtype) == "torch.bfloat16" and self._first_on_tensor_cores(x)
+
+
+def _check_member(w: LinearWeights, device: torch.device, name: str) -> None:
+    """What the library can't say with the member's name. LinearWeights and Core have checked the shapes."""
+    import torch
+
+    from cai_runtime.kernels.triton.checks import check_tensor, require
+
+    kinds = ("dense", "lowrank", "interpolative")
+    require(w.kind in kinds, f"{name}.kind {w.kind!r} has no CUDA kernel: {', '.join(kinds)} have")
+    require(w.in_features > 0 and w.out_features > 0, f"{name} has {w.in_features} inputs, {w.out_features} outputs")
+    for i, c in enumerate(w.cores):
+        at = f"{name}.cores[{i}]"
+        require(c.store in ("fp32", "bf16", "fp16", "int8", "int4"), f"{at} is stored as {c.store}")
+        require(c.store != "int8" or c.scale is not None, f"{at} is int8 and has no scale: one fp32 scale per row")
+        require(
+            c.scale is None or c.store in ("int8", "int4"), f"{at} is {c.store} and has a scale: only int8 and int4 do"
+        )
+        shape = tuple(c.data.shape)
+        check_tensor(f"{at}.data", c.data, shape=shape, device=device, dtypes=(c.data.dtype,))
+        if c.scale is not None:
+            dtype = torch.bfloat16 if c.is_int4 else torch.float32
+            check_tensor(f"{at}.scale", c.scale, shape=tuple(c.scale.shape), device=device, dtypes=(dtype,))
+        if c.zero is not None:
+            check_tensor(f"{at}.zero", c.zero, shape=tuple(c.zero.shape), device=device, dtypes=(torch.uint8,))
+    require(w.kind == "dense" or (w.rank or 0) > 0, f"{name}.rank must be positive, not {w.rank!r}")
+    if w.kind == "interpolative":
+        assert w.pivot is not None
+        check_tensor(f"{name}.pivot", w.pivot, shape=(w.out_features,), device=device, dtypes=(torch.int32,))
+    if w.bias is not None:
+        check_tensor(f"{name}.bias", w.bias, shape=(w.out_features,), device=device, dtypes=(torch.float32,))
+
+
+def _core_tensors(core: Core) -> list[torch.Tensor | None]:
+    """Data, scale and zero points as the library takes them. An int4 core's scales and zero points are copied where their
+    rows lie so that the kernel could not fetch a chunk's with one copy."""
+    if not core.is_int4:
+        return [core.data, core.scale, None]
+    assert core.scale is not None
+
+    def aligned(t: torch.Tensor, multiple: int) -> torch.Tensor:
+        rows, groups = t.shape
+        width = -(-groups // multiple) * multiple
+        if t.stride(0) % multiple == 0 and (groups == 1 or t.stride(1) == 1):
+            return t
+        wide = t.new_zeros(rows, width)
+        wide[:, :groups] = t
+        return wide[:, :groups]
+
+    zero = None if core.zero is None else aligned(core.zero, 4)
+    return [core.data, aligned(core.scale, 4 if core.group == 32 else 2), zero]
 
 
 def _as_ffi_array(tensors: Sequence[torch.Tensor | None]) -> Any:

@@ -9,7 +9,7 @@
 #include <array>
 #include <vector>
 
-#include "products_launch.cuh"
+#include "launch.cuh"
 
 namespace cai {
 namespace {
@@ -17,7 +17,8 @@ namespace {
 namespace ffi = tvm::ffi;
 using ffi::TensorView;
 
-constexpr int kFields = 6;  // per member: core_0, scale_0, core_1, scale_1, pivot, bias; each may be None but the first
+// Per member: core_0, scale_0, zero_0, core_1, scale_1, zero_1, pivot, bias; each may be None but the first.
+constexpr int kFields = 8;
 
 void require(bool condition, const char* message) {
   if (!condition) TVM_FFI_THROW(ValueError) << message;
@@ -36,7 +37,8 @@ Store store_of(const DLDataType& t) {
   if (is_type(t, kDLBfloat, 16)) return Store::kBFloat16;
   if (is_type(t, kDLFloat, 16)) return Store::kFloat16;
   if (is_type(t, kDLInt, 8)) return Store::kInt8;
-  TVM_FFI_THROW(TypeError) << "decode_linear: tensors are float32, bfloat16 or float16, cores also int8";
+  if (is_type(t, kDLUInt, 8)) return Store::kInt4;  // two codes to a byte
+  TVM_FFI_THROW(TypeError) << "decode_linear: tensors are float32, bfloat16 or float16, cores also int8 or int4 (uint8)";
   return Store::kFloat32;  // not reached
 }
 
@@ -68,30 +70,64 @@ struct Part {
   Product product;
 };
 
-Part make_part(const TensorView& core, const float* scale, int x_col, int destination, int z_col, int y_col) {
+// The columns that share one of `groups` scales in a row of `cols`. Where two would do, they mean the same.
+int group_of(int64_t cols, int64_t groups) {
+  for (int group : {32, 64, 128})
+    if ((cols + group - 1) / group == groups) return group;
+  TVM_FFI_THROW(ValueError) << "decode_linear: an int4 core of " << cols << " columns has scales in groups of 32, 64 or "
+                            << "128 columns, not " << groups << " of them";
+  return 0;  // not reached
+}
+
+// members[at], [at + 1], [at + 2]: a core [rows, cols], its scale and zero point.
+Part make_part(const ffi::Array<ffi::Optional<ffi::Tensor>>& members, size_t at, int64_t cols, int device) {
+  const TensorView core = view(members[at]);
+  require_rows(core, "a core", device);
   Part part{store_of(core.dtype()), {}};
   Product& p = part.product;
-  require(core.size(0) < (int64_t{1} << 31) && core.size(1) < (int64_t{1} << 31), "decode_linear: core too large");
-  require(part.store != Store::kInt8 || scale != nullptr, "decode_linear: an int8 core needs a scale");
+  const int64_t width = part.store == Store::kInt4 ? (cols + 1) / 2 : cols;
+  if (core.size(1) != width)
+    TVM_FFI_THROW(ValueError) << "decode_linear: a core of " << cols << " columns has " << core.size(1) << " in memory";
+  require(core.size(0) < (int64_t{1} << 31) && cols < (int64_t{1} << 31), "decode_linear: core too large");
   p.w = core.data_ptr();
-  p.scale = scale;
-  p.w_stride = core.stride(0);
+  p.w_stride = core.stride(0) * ((core.dtype().bits + 7) / 8);
   p.rows = static_cast<int32_t>(core.size(0));
-  p.cols = static_cast<int32_t>(core.size(1));
-  p.x_col = x_col;
-  p.z_col = z_col;
-  p.y_col = y_col;
-  p.destination = destination;
+  p.cols = static_cast<int32_t>(cols);
+  if (part.store == Store::kInt8) {
+    p.scale = vector_or_null<float>(members[at + 1], kDLFloat, 32, core.size(0), device, "an int8 core's scale");
+    require(p.scale != nullptr, "decode_linear: an int8 core needs a scale");
+  } else if (part.store == Store::kInt4) {
+    require(members[at + 1].has_value(), "decode_linear: an int4 core needs scales");
+    const TensorView scale = view(members[at + 1]);
+    require_rows(scale, "an int4 core's scale", device);
+    require(is_type(scale.dtype(), kDLBfloat, 16) && scale.size(0) == core.size(0),
+            "decode_linear: an int4 core's scales are bfloat16 [rows, groups]");
+    p.group = group_of(cols, scale.size(1));
+    p.scale = scale.data_ptr();
+    p.scale_stride = static_cast<int32_t>(scale.stride(0));
+    if (members[at + 2].has_value()) {
+      const TensorView zero = view(members[at + 2]);
+      require_rows(zero, "an int4 core's zero point", device);
+      require(is_type(zero.dtype(), kDLUInt, 8) && zero.size(0) == scale.size(0) && zero.size(1) == scale.size(1),
+              "decode_linear: zero points are uint8 of the scales' shape");
+      p.zero = static_cast<const uint8_t*>(zero.data_ptr());
+      p.zero_stride = static_cast<int32_t>(zero.stride(0));
+    }
+  } else {
+    require(!members[at + 1].has_value(), "decode_linear: a float core has no scale");
+  }
   return part;
 }
 
 // Launch a stage: products that share a store go together, kMaxMembers to a launch.
 template <typename T>
-void launch_stage(const std::vector<Part>& parts, const Rows<T>& rows, cudaStream_t stream) {
-  std::array<Group, 4> groups{};
+void launch_stage(const std::vector<Part>& parts, Prologue prologue, const Rows<T>& rows, const LaunchOptions& options) {
+  std::array<Group, kStores> groups{};
   const auto flush = [&](int store) {
     if (groups[store].count == 0) return;
-    TVM_FFI_CHECK_CUDA_ERROR(launch_products<T>(static_cast<Store>(store), rows, groups[store], stream));
+    if (prologue != Prologue::kNone && !multiplies_matrices<T>(static_cast<Store>(store)))
+      TVM_FFI_THROW(ValueError) << "decode_linear: this activation type and store have no prologue";
+    TVM_FFI_CHECK_CUDA_ERROR(launch_group<T>(static_cast<Store>(store), prologue, rows, groups[store], options));
     groups[store].count = 0;
   };
   for (const Part& part : parts) {
@@ -100,83 +136,101 @@ void launch_stage(const std::vector<Part>& parts, const Rows<T>& rows, cudaStrea
     group.product[group.count++] = part.product;
     if (group.count == kMaxMembers) flush(static_cast<int>(part.store));
   }
-  for (int store = 0; store < 4; ++store) flush(store);
+  for (int store = 0; store < kStores; ++store) flush(store);
 }
 
+struct Arguments {
+  TensorView x, y;
+  const TensorView *residual, *z, *norm;
+  double eps;
+  Prologue prologue;
+};
+
 template <typename T>
-void run(const TensorView& x, const TensorView* residual, const TensorView& y, const TensorView* z,
-         const std::vector<Part>& first, const std::vector<Part>& second, cudaStream_t stream) {
+void run(const Arguments& a, const std::vector<Part>& first, const std::vector<Part>& second,
+         const LaunchOptions& options) {
   Rows<T> rows{};
-  rows.x = static_cast<const T*>(x.data_ptr());
-  rows.x_stride = x.stride(0);
-  rows.y = static_cast<T*>(y.data_ptr());
-  rows.y_stride = y.stride(0);
-  rows.count = static_cast<int32_t>(x.size(0));
-  if (residual != nullptr) {
-    rows.residual = static_cast<const T*>(residual->data_ptr());
-    rows.residual_stride = residual->stride(0);
+  rows.x = static_cast<const T*>(a.x.data_ptr());
+  rows.x_stride = a.x.stride(0);
+  rows.y = static_cast<T*>(a.y.data_ptr());
+  rows.y_stride = a.y.stride(0);
+  rows.count = static_cast<int32_t>(a.x.size(0));
+  if (a.residual != nullptr) {
+    rows.residual = static_cast<const T*>(a.residual->data_ptr());
+    rows.residual_stride = a.residual->stride(0);
   }
-  if (z != nullptr) {
-    rows.z = static_cast<T*>(z->data_ptr());
-    rows.z_stride = z->stride(0);
+  if (a.z != nullptr) {
+    rows.z = static_cast<T*>(a.z->data_ptr());
+    rows.z_stride = a.z->stride(0);
   }
-  launch_stage(first, rows, stream);
+  if (a.norm != nullptr) {
+    rows.norm = static_cast<const T*>(a.norm->data_ptr());
+    rows.eps = static_cast<float>(a.eps);
+  }
+  launch_stage(first, a.prologue, rows, options);
   if (second.empty()) return;
+  rows.norm = nullptr;
   rows.x = rows.z;
   rows.x_stride = rows.z_stride;
-  launch_stage(second, rows, stream);
+  launch_stage(second, Prologue::kNone, rows, options);
+}
+
+LaunchOptions options_for(int device, bool dependent) {
+  return {static_cast<cudaStream_t>(TVMFFIEnvGetStream(kDLCUDA, device)), dependent};
+}
+
+bool alike(const TensorView& a, const TensorView& b) {
+  return a.dtype().code == b.dtype().code && a.dtype().bits == b.dtype().bits;
 }
 
 // y [M, sum of out] = the members' linears of x [M, in], side by side, plus residual; 1 to 16 rows. members holds kFields
-// entries for each: core_0 [rows, in], scale_0, core_1, scale_1, pivot int32 [out], bias float32 [out]. Without core_1 a
-// member is dense, without pivot lowrank, else interpolative. z [M, columns] is scratch of x's type: every member with two
-// cores takes its rank of columns, rounded up to 16.
+// entries for each: core_0 [rows, in], core_1, pivot int32 [out], bias float32 [out]; scale: float32 [rows] of an int8 core,
+// bfloat16 [rows, groups] of an int4 core, which may have zero points, uint8 [rows, groups], too. Without core_1 a member
+// is dense, without pivot lowrank, else interpolative. z [M, columns] is scratch of x's type: every member with two cores
+// takes its rank of columns, rounded up to 16. norm [in]: x goes through RMSNorm with this weight and eps first (bfloat16
+// alone). swiglu: x is [M, 2 in] and goes through silu(gate) * up first (up to kFusedSwigluRows rows). dependent: use
+// programmatic dependent launch where the device has it.
 void decode_linear(TensorView x, ffi::Optional<TensorView> residual, TensorView y, ffi::Optional<TensorView> z,
+                   ffi::Optional<TensorView> norm, double eps, bool swiglu, bool dependent,
                    ffi::Array<ffi::Optional<ffi::Tensor>> members) {
   require(x.device().device_type == kDLCUDA, "decode_linear: x must be on a CUDA device");
   const int device = x.device().device_id;
   require_rows(x, "x", device);
   require_rows(y, "y", device);
   require(x.size(0) >= 1 && x.size(0) <= kMaxRows, "decode_linear: x must have 1 to 16 rows");
-  const auto matches = [&](const TensorView& t) {
-    return t.size(0) == x.size(0) && t.dtype().code == x.dtype().code && t.dtype().bits == x.dtype().bits;
-  };
+  const auto matches = [&](const TensorView& t) { return t.size(0) == x.size(0) && alike(t, x); };
   require(matches(y), "decode_linear: y must have x's rows and dtype");
-  require(!members.empty() && members.size() % kFields == 0, "decode_linear: six entries per member");
+  require(!members.empty() && members.size() % kFields == 0, "decode_linear: eight entries per member");
+  require(!swiglu || (x.size(1) % 2 == 0 && x.size(0) <= kFusedSwigluRows && !norm.has_value()),
+          "decode_linear: a gated x has up to two rows, gate and up, and no norm");
+  const int64_t in = swiglu ? x.size(1) / 2 : x.size(1);
 
   std::vector<Part> first, second;
   int64_t z_col = 0, y_col = 0;
   for (size_t at = 0; at < members.size(); at += kFields) {
     require(members[at].has_value(), "decode_linear: core_0 is missing");
-    const TensorView core0 = view(members[at]);
-    require_rows(core0, "core_0", device);
-    require(core0.size(1) == x.size(1), "decode_linear: core_0's columns must be x's");
-    const bool two = members[at + 2].has_value(), interpolative = members[at + 4].has_value();
+    const bool two = members[at + 3].has_value(), interpolative = members[at + 6].has_value();
     require(two || !interpolative, "decode_linear: a pivot needs core_1");
-    const int64_t rank = core0.size(0);
+    Part part = make_part(members, at, in, device);
+    const int64_t rank = part.product.rows;
     int64_t out = rank;
-    if (two) {
-      const TensorView core1 = view(members[at + 2]);
-      require_rows(core1, "core_1", device);
-      require(core1.size(1) == rank, "decode_linear: core_1's columns must be core_0's rows");
-      out = interpolative ? rank + core1.size(0) : core1.size(0);
-    }
+    if (two) out = view(members[at + 3]).size(0) + (interpolative ? rank : 0);
     require(y_col + out < (int64_t{1} << 31), "decode_linear: y is too wide");
-    const auto* scale0 = vector_or_null<float>(members[at + 1], kDLFloat, 32, rank, device, "scale_0");
-    const auto* pivot = vector_or_null<int32_t>(members[at + 4], kDLInt, 32, out, device, "pivot");
-    const auto* bias = vector_or_null<float>(members[at + 5], kDLFloat, 32, out, device, "bias");
-    const int z_at = static_cast<int>(z_col), y_at = static_cast<int>(y_col);
-    Part part = make_part(core0, scale0, 0, !two ? kToY : interpolative ? kToZ | kToY : kToZ, z_at, y_at);
+    const auto* pivot = vector_or_null<int32_t>(members[at + 6], kDLInt, 32, out, device, "pivot");
+    const auto* bias = vector_or_null<float>(members[at + 7], kDLFloat, 32, out, device, "bias");
     part.product.index = pivot;
     part.product.bias = bias;
+    part.product.destination = !two ? kToY : interpolative ? kToZ | kToY : kToZ;
+    part.product.z_col = static_cast<int32_t>(z_col);
+    part.product.y_col = static_cast<int32_t>(y_col);
     first.push_back(part);
     if (two) {
-      const TensorView core1 = view(members[at + 2]);
-      const auto* scale1 =
-          vector_or_null<float>(members[at + 3], kDLFloat, 32, core1.size(0), device, "scale_1");
-      part = make_part(core1, scale1, z_at, kToY, 0, y_at);
+      part = make_part(members, at + 3, rank, device);
       part.product.index = interpolative ? pivot + rank : nullptr;
       part.product.bias = bias;
+      part.product.destination = kToY;
+      part.product.x_col = static_cast<int32_t>(z_col);
+      part.product.y_col = static_cast<int32_t>(y_col);
       second.push_back(part);
       z_col += (rank + 15) / 16 * 16;
     }
@@ -184,26 +238,59 @@ void decode_linear(TensorView x, ffi::Optional<TensorView> residual, TensorView 
   }
   require(y.size(1) == y_col, "decode_linear: y's columns must be the members' outputs");
   require(second.empty() || z.has_value(), "decode_linear: z is missing");
-  const TensorView* z_view = nullptr;
+  Arguments a{x, y, nullptr, nullptr, nullptr, eps, Prologue::kNone};
   if (z.has_value()) {
-    z_view = &*z;
-    require_rows(*z_view, "z", device);
-    require(matches(*z_view) && z_view->size(1) >= z_col, "decode_linear: z must have x's rows and dtype, and room");
+    a.z = &*z;
+    require_rows(*a.z, "z", device);
+    require(matches(*a.z) && a.z->size(1) >= z_col, "decode_linear: z must have x's rows and dtype, and room");
   }
-  const TensorView* residual_view = nullptr;
   if (residual.has_value()) {
-    residual_view = &*residual;
-    require_rows(*residual_view, "residual", device);
-    require(matches(*residual_view) && residual_view->size(1) == y_col, "decode_linear: residual must be like y");
+    a.residual = &*residual;
+    require_rows(*a.residual, "residual", device);
+    require(matches(*a.residual) && a.residual->size(1) == y_col, "decode_linear: residual must be like y");
   }
+  if (norm.has_value()) {
+    a.norm = &*norm;
+    const TensorView& n = *a.norm;
+    require(n.ndim() == 1 && n.size(0) == in && n.IsContiguous() && alike(n, x) &&
+                n.device().device_type == kDLCUDA && n.device().device_id == device,
+            "decode_linear: the norm's weight has x's columns, dtype and device");
+    a.prologue = Prologue::kNorm;
+  }
+  if (swiglu) a.prologue = Prologue::kSwiglu;
 
   ffi::CUDADeviceGuard guard(device);
-  const auto stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(kDLCUDA, device));
+  const LaunchOptions options = options_for(device, dependent);
   switch (store_of(x.dtype())) {
-    case Store::kFloat32: return run<float>(x, residual_view, y, z_view, first, second, stream);
-    case Store::kBFloat16: return run<__nv_bfloat16>(x, residual_view, y, z_view, first, second, stream);
-    case Store::kFloat16: return run<__half>(x, residual_view, y, z_view, first, second, stream);
-    case Store::kInt8: require(false, "decode_linear: x is float32, bfloat16 or float16");
+    case Store::kFloat32: return run<float>(a, first, second, options);
+    case Store::kBFloat16: return run<__nv_bfloat16>(a, first, second, options);
+    case Store::kFloat16: return run<__half>(a, first, second, options);
+    default: require(false, "decode_linear: x is float32, bfloat16 or float16");
+  }
+}
+
+template <typename T>
+void run_swiglu(const TensorView& x, const TensorView& y, const LaunchOptions& options) {
+  TVM_FFI_CHECK_CUDA_ERROR(launch_swiglu<T>(static_cast<const T*>(x.data_ptr()), x.stride(0),
+                                            static_cast<T*>(y.data_ptr()), y.stride(0),
+                                            static_cast<int>(x.size(0)), static_cast<int>(y.size(1)), options));
+}
+
+// y [M, columns] = silu(gate) * up of x [M, 2 columns], with the bits that decode_linear's swiglu gives its rows.
+void swiglu(TensorView x, TensorView y, bool dependent) {
+  require(x.device().device_type == kDLCUDA, "swiglu: x must be on a CUDA device");
+  const int device = x.device().device_id;
+  require_rows(x, "x", device);
+  require_rows(y, "y", device);
+  require(alike(x, y) && x.size(0) == y.size(0) && x.size(1) == 2 * y.size(1), "swiglu: y has half of x's columns");
+  require(x.size(0) >= 1 && x.size(0) < 65536 && y.size(1) >= 1, "swiglu: x has 1 to 65535 rows");
+  ffi::CUDADeviceGuard guard(device);
+  const LaunchOptions options = options_for(device, dependent);
+  switch (store_of(x.dtype())) {
+    case Store::kFloat32: return run_swiglu<float>(x, y, options);
+    case Store::kBFloat16: return run_swiglu<__nv_bfloat16>(x, y, options);
+    case Store::kFloat16: return run_swiglu<__half>(x, y, options);
+    default: require(false, "swiglu: x is float32, bfloat16 or float16");
   }
 }
 
@@ -211,3 +298,4 @@ void decode_linear(TensorView x, ffi::Optional<TensorView> residual, TensorView 
 }  // namespace cai
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(decode_linear, cai::decode_linear);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(swiglu, cai::swiglu);

@@ -1,0 +1,5 @@
+#include "launch.cuh"
+
+namespace cai {
+CAI_LINEAR(, float)
+}  // namespace cai

@@ -1,0 +1,474 @@
+// The decode kernel for 16-bit activations: y = W x for 1 to 16 rows of x by the tensor cores, weights of x's type, int8 or
+// int4, accumulated in float32.
+//
+// At these sizes a linear costs the reading of its weights. A tile is 16 weight rows. A block takes tiles in turn; its warps
+// share a tile's columns, a chunk of 64 bytes a row at a time, and each keeps a ring of chunks in flight from device to
+// shared memory (cp.async), across the ends of tiles, so that memory is never idle while sums are formed. Weights are
+// widened in registers, exactly; an int4 group's scale multiplies the float32 sum of its products. x comes from the caches.
+//
+// Batch invariance: which warp takes which chunk, and in which order the sums meet (chunks ascending within a warp, then
+// warps in order), depends on the number of columns and the store alone; an instruction treats all rows of x alike.
+//
+// Free of launches and of FFI, so that tests can run the same code on a CPU.
+#pragma once
+
+#include "device.cuh"
+#include "group.cuh"
+#include "unpack.cuh"
+
+namespace cai {
+
+constexpr int kWarpsPerTile = 8;
+constexpr int kTileThreads = 32 * kWarpsPerTile;
+constexpr int kTileRows = 16;        // weight rows: two operands of eight
+constexpr int kChunkBytes = 64;      // of a weight row: 16 from each of the four lanes that share it
+constexpr int kStages = 4;           // chunks in a warp's ring
+constexpr int kFusedSwigluRows = 2;  // more rows of x than this are gated once, by a kernel of their own
+
+// What x goes through first. kSwiglu: x holds gate and up side by side.
+enum class Prologue : int { kNone, kNorm, kSwiglu };
+
+// Blocks that must fit a multiprocessor, which bounds the registers of a thread.
+template <typename W, int kHalves, Prologue kPrologue>
+constexpr int kBlocksPerProcessor = is_same<W, Int4> && kHalves == 2 && kPrologue == Prologue::kNorm ? 2 : 3;
+
+template <typename W>
+constexpr int kChunkColumns = 4 * Stored<W>::kPer16Bytes;  // of a row
+
+template <typename T, typename W, int kHalves, Prologue kPrologue>
+struct alignas(16) TileMemory {
+  static constexpr bool kInt4 = is_same<W, Int4>;
+  static constexpr int kWeightBytes = kTileRows * kChunkBytes;
+  static constexpr int kSlotBytes = kWeightBytes + (kInt4 ? kTileRows * (8 + 4) : 0);  // with scales and zero points
+  uint8_t ring[kWarpsPerTile][kStages][kSlotBytes];
+  float partial[kWarpsPerTile][8 * kHalves][kTileRows];
+  float squares[kPrologue == Prologue::kNorm ? kWarpsPerTile : 1][8 * kHalves];
+  float factor[8 * kHalves];  // of the norm, by row of x
+  alignas(16) T gated[kPrologue == Prologue::kSwiglu ? kWarpsPerTile : 1][kFusedSwigluRows][kChunkColumns<W>];
+};
+
+// `BYTES` at a time, so many that `from` is aligned to; `valid` of 16 bytes are read, the rest become zero.
+__device__ __forceinline__ void copy_16_bytes(uint8_t* to, const uint8_t* from, int valid, int at_a_time) {
+  if (at_a_time == 16) {
+    copy_async<16>(to, from, valid);
+  } else if (at_a_time == 8) {
+    for (int i = 0; i < 16; i += 8) {
+      const int part = valid - i < 0 ? 0 : valid - i < 8 ? valid - i : 8;
+      copy_async<8>(to + i, part > 0 ? from + i : from, part);
+    }
+  } else if (at_a_time == 4) {
+    for (int i = 0; i < 16; i += 4) {
+      const int part = valid - i < 0 ? 0 : valid - i < 4 ? valid - i : 4;
+      copy_async<4>(to + i, part > 0 ? from + i : from, part);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < 16; ++i) to[i] = i < valid ? from[i] : 0;
+  }
+}
+
+template <typename T, typename W, int kHalves, Prologue kPrologue>
+class TileWorker {
+  using Memory = TileMemory<T, W, kHalves, kPrologue>;
+  static constexpr bool kInt4 = is_same<W, Int4>;
+  static constexpr int kColumns = kChunkColumns<W>;
+  static constexpr int kSubgroups = 4;  // groups of 32 columns in a chunk of int4
+
+  const Rows<T>& rows_;
+  const Group& group_;
+  Memory& memory_;
+  const int tiles_, step_;  // tiles of the launch; blocks of the grid
+  const int warp_, lane_, g_, t_;
+  // The next chunk to ask memory for.
+  int next_tile_, next_chunk_, next_member_ = 0;
+  bool more_ = true;
+  int asked_ = 0, used_ = 0;  // chunks so far
+
+ public:
+  __device__ TileWorker(const Rows<T>& rows, const Group& group, Memory& memory, int tiles, int block, int blocks,
+                        int thread)
+      : rows_(rows), group_(group), memory_(memory), tiles_(tiles), step_(blocks), warp_(thread / 32),
+        lane_(thread % 32), g_(thread % 32 / 4), t_(thread % 4), next_tile_(block), next_chunk_(thread / 32) {}
+
+  __device__ __forceinline__ void run(int block, int thread) {
+#pragma unroll 1
+    for (int i = 0; i < kStages - 1; ++i) ask();
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    bool first = true;
+#pragma unroll 1
+    for (int tile = block; tile < tiles_; tile += step_) {
+      const Product& p = group_.product[member_of(tile)];
+      if constexpr (kPrologue == Prologue::kNorm) {
+        if (first) {
+          sum_chunks<true>(p);
+        } else {
+          sum_chunks<false>(p);
+        }
+      } else {
+        sum_chunks<false>(p);
+      }
+      __syncthreads();
+      if (kPrologue == Prologue::kNorm && first) {
+        if (thread < 8 * kHalves) {
+          float sum = memory_.squares[0][thread];
+          for (int warp = 1; warp < kWarpsPerTile; ++warp) sum += memory_.squares[warp][thread];
+          memory_.factor[thread] = inverse_root(sum / static_cast<float>(p.cols) + rows_.eps);
+        }
+        __syncthreads();
+      }
+      finish(p, (tile - p.first_block) * kTileRows, thread);
+      __syncthreads();
+      first = false;
+    }
+  }
+
+ private:
+  __device__ __forceinline__ int member_of(int tile) const {
+    int member = 0;
+    while (member + 1 < group_.count && tile >= group_.product[member + 1].first_block) ++member;
+    return member;
+  }
+
+  static __device__ __forceinline__ int chunks_of(const Product& p) { return (p.cols + kColumns - 1) / kColumns; }
+
+  __device__ __forceinline__ uint8_t* slot(int chunk) const { return memory_.ring[warp_][chunk % kStages]; }
+
+  // Where the 16 bytes of lane 4 g + t lie in their eight rows of a slot. Int4 is read back across the four lanes of a row,
+  // a word of each: the turn keeps those reads in different banks.
+  static __device__ __forceinline__ int place(int g, int t) { return (4 * g + (kInt4 ? t ^ (g / 2 % 4) : t)) * 16; }
+
+  // Ask memory for this warp's next chunk, or for nothing at the end: every call makes one group of copies.
+  __device__ __forceinline__ void ask() {
+    while (more_) {
+      more_ = next_tile_ < tiles_;
+      if (!more_) break;
+      next_member_ = member_of(next_tile_);
+      if (next_chunk_ < chunks_of(group_.product[next_member_])) break;
+      next_tile_ += step_;
+      next_chunk_ = warp_;
+    }
+    if (more_) {
+      copy_chunk(group_.product[next_member_], (next_tile_ - group_.product[next_member_].first_block) * kTileRows,
+                 next_chunk_, slot(asked_));
+      next_chunk_ += kWarpsPerTile;
+    }
+    ++asked_;
+    commit_copies();
+  }
+
+  __device__ __forceinline__ void copy_chunk(const Product& p, int first_row, int chunk, uint8_t* to) const {
+    const int at = chunk * kChunkBytes + t_ * 16;
+    const int left = static_cast<int>(Stored<W>::bytes(p.cols)) - at;
+    const int valid = left < 0 ? 0 : left < 16 ? left : 16;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_row + 8 * half + g_ < p.rows ? first_row + 8 * half + g_ : p.rows - 1;  // repeats the last
+      const uint8_t* from = static_cast<const uint8_t*>(p.w) + row * p.w_stride + (valid > 0 ? at : 0);
+      copy_16_bytes(to + half * 8 * kChunkBytes + place(g_, t_), from, valid, p.copy_bytes);
+    }
+    if constexpr (kInt4) {
+      if (lane_ < kTileRows) copy_groups(p, first_row + lane_ < p.rows ? first_row + lane_ : p.rows - 1, chunk, to);
+    }
+  }
+
+  // Scales (four, or the two or one of the wider groups among an aligned pair) and zero points (among an aligned four) of
+  // a row's chunk.
+  __device__ __forceinline__ void copy_groups(const Product& p, int row, int chunk, uint8_t* slot) const {
+    const int groups = (p.cols + p.group - 1) / p.group, first = chunk * kColumns / p.group;
+    const int base = p.group == 32 ? first : first & ~1, count = p.group == 32 ? 4 : 2;
+    const auto* scale = static_cast<const __nv_bfloat16*>(p.scale) + static_cast<int64_t>(row) * p.scale_stride + base;
+    uint8_t* to = slot + Memory::kWeightBytes + lane_ * 8;
+    const int there = groups - base < count ? groups - base : count;
+    if (p.copy_scales & 1) {
+      if (count == 4) {
+        copy_async<8>(to, scale, there * 2);
+      } else {
+        copy_async<4>(to, scale, there * 2);
+      }
+    } else {
+      auto* number = reinterpret_cast<uint16_t*>(to);
+      for (int i = 0; i < count; ++i) number[i] = i < there ? reinterpret_cast<const uint16_t*>(scale)[i] : 0;
+    }
+    if (p.zero == nullptr) return;
+    const int zero_base = first & ~3;
+    const uint8_t* zero = p.zero + static_cast<int64_t>(row) * p.zero_stride + zero_base;
+    to = slot + Memory::kWeightBytes + kTileRows * 8 + lane_ * 4;
+    const int zeros = groups - zero_base < 4 ? groups - zero_base : 4;
+    if (p.copy_scales & 2) {
+      copy_async<4>(to, zero, zeros);
+    } else {
+      for (int i = 0; i < 4; ++i) to[i] = i < zeros ? zero[i] : 0;
+    }
+  }
+
+  // This warp's chunks of a tile, summed; the sums go to shared memory. kSquares: also those of x's squares.
+  template <bool kSquares>
+  __device__ __forceinline__ void sum_chunks(const Product& p) {
+    float sum[2][4] = {};  // of the two operands of eight weight rows
+    float squares[kHalves][4] = {};
+    const int chunks = chunks_of(p);
+#pragma unroll 1
+    for (int chunk = warp_; chunk < chunks; chunk += kWarpsPerTile) {
+      wait_for_copies<kStages - 2>();
+      __syncwarp();  // every lane's copies are there, and the slot of the chunk before this one is read
+      ask();
+      const uint8_t* weights = slot(used_++);
+      if constexpr (kPrologue == Prologue::kSwiglu) gate(p, chunk * kColumns);
+      if constexpr (kInt4) {
+        multiply_int4<kSquares>(p, chunk, weights, sum, squares);
+      } else {
+        multiply<kSquares>(p, chunk, weights, sum, squares);
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+#pragma unroll
+      for (int operand = 0; operand < 2; ++operand) {
+        float* to = &memory_.partial[warp_][8 * half + g_][8 * operand + 2 * t_];
+        to[0] = sum[operand][2 * half];
+        to[1] = sum[operand][2 * half + 1];
+      }
+      if (kSquares && g_ / 2 == t_) {  // the diagonal of x times itself
+        memory_.squares[warp_][8 * half + g_] = g_ % 2 ? squares[half][2 * half + 1] : squares[half][2 * half];
+      }
+    }
+  }
+
+  // The 16-bit numbers of columns [k, k + 8) of x's rows g and g + 8, as pairs, after the prologue; zero outside of x.
+  template <bool kSquares>
+  __device__ __forceinline__ void load_x(const Product& p, int k, uint32_t (&x)[2][4],
+                                         float (&squares)[kHalves][4]) const {
+    uint32_t weight[4];
+    if constexpr (kPrologue == Prologue::kNorm) load_pairs(rows_.norm, k, p.cols, true, weight);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int m = g_ + 8 * half;
+      if (half >= kHalves) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[half][i] = 0;
+      } else if constexpr (kPrologue == Prologue::kSwiglu) {
+        const bool there = m < rows_.count;
+        const T* from = &memory_.gated[warp_][there ? m : 0][k % kColumns];
+        const uint4 bits = *reinterpret_cast<const uint4*>(from);
+        x[half][0] = there ? bits.x : 0;
+        x[half][1] = there ? bits.y : 0;
+        x[half][2] = there ? bits.z : 0;
+        x[half][3] = there ? bits.w : 0;
+      } else {
+        const bool there = m < rows_.count;
+        load_pairs(rows_.x + (there ? m : 0) * rows_.x_stride + p.x_col, k, p.cols, there, x[half]);
+      }
+    }
+    if constexpr (kSquares) {
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        const uint32_t a[4] = {x[0][i], x[1][i], x[0][i + 1], x[1][i + 1]};
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) multiply_accumulate<T>(squares[half], a, x[half][i], x[half][i + 1]);
+      }
+    }
+    if constexpr (kPrologue == Prologue::kNorm) {
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[half][i] = multiply_bfloat16_pairs(x[half][i], weight[i]);
+    }
+  }
+
+  __device__ __forceinline__ void load_pairs(const T* row, int k, int cols, bool there, uint32_t (&pairs)[4]) const {
+    if (there && rows_.x_vector && k + 8 <= cols) {
+      const uint4 bits = *reinterpret_cast<const uint4*>(row + k);
+      pairs[0] = bits.x;
+      pairs[1] = bits.y;
+      pairs[2] = bits.z;
+      pairs[3] = bits.w;
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pairs[i] = 0;
+    if (!there) return;
+    const auto* numbers = reinterpret_cast<const uint16_t*>(row);
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (k + i < cols) pairs[i / 2] |= static_cast<uint32_t>(numbers[k + i]) << (i % 2 * 16);
+  }
+
+  // silu(gate) * up of a chunk's columns, the warp together, for load_x.
+  __device__ __forceinline__ void gate(const Product& p, int first) {
+    constexpr int kEach = kColumns / 32;
+    const int k = first + lane_ * kEach;
+    __syncwarp();  // the chunk before this one is read
+    for (int m = 0; m < rows_.count && m < kFusedSwigluRows; ++m) {
+      const T* row = rows_.x + m * rows_.x_stride + p.x_col;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const bool there = k + i < p.cols;
+        const float gate = there ? Format<T>::widen(row[k + i]) : 0.0f;
+        const float up = there ? Format<T>::widen(row[p.cols + k + i]) : 0.0f;
+        memory_.gated[warp_][m][lane_ * kEach + i] = Format<T>::narrow(gated(gate, up));
+      }
+    }
+    __syncwarp();
+  }
+
+  template <bool kSquares>
+  __device__ __forceinline__ void multiply(const Product& p, int chunk, const uint8_t* weights, float (&sum)[2][4],
+                                           float (&squares)[kHalves][4]) const {
+    constexpr int kEach = Stored<W>::kPer16Bytes;  // columns of a lane: 8, or 16 of int8
+    uint4 bits[2];
+#pragma unroll
+    for (int operand = 0; operand < 2; ++operand)
+      bits[operand] = *reinterpret_cast<const uint4*>(weights + operand * 8 * kChunkBytes + place(g_, t_));
+#pragma unroll
+    for (int part = 0; part < kEach / 8; ++part) {
+      uint32_t x[2][4];
+      load_x<kSquares>(p, chunk * kColumns + t_ * kEach + 8 * part, x, squares);
+      uint32_t w[2][4];
+#pragma unroll
+      for (int operand = 0; operand < 2; ++operand) {
+        const uint32_t words[4] = {bits[operand].x, bits[operand].y, bits[operand].z, bits[operand].w};
+        if constexpr (is_same<W, int8_t>) {
+          unpack_int8<T>(words[2 * part], w[operand][0], w[operand][1]);
+          unpack_int8<T>(words[2 * part + 1], w[operand][2], w[operand][3]);
+        } else {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) w[operand][i] = words[i];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        const uint32_t a[4] = {x[0][i], x[1][i], x[0][i + 1], x[1][i + 1]};
+#pragma unroll
+        for (int operand = 0; operand < 2; ++operand)
+          multiply_accumulate<T>(sum[operand], a, w[operand][i], w[operand][i + 1]);
+      }
+    }
+  }
+
+  // A chunk of 128 columns: of every 32, a lane takes the eight of its word, whichever lane copied it, so that the columns
+  // of one instruction share a group.
+  template <bool kSquares>
+  __device__ __forceinline__ void multiply_int4(const Product& p, int chunk, const uint8_t* weights,
+                                                float (&sum)[2][4], float (&squares)[kHalves][4]) const {
+    const int first = chunk * kColumns / p.group;
+    const int shift = p.group == 32 ? 0 : p.group == 64 ? 1 : 2;
+    const int scale_at = p.group == 32 ? 0 : first & 1, zero_at = first & 3;
+    const auto* scales = reinterpret_cast<const __nv_bfloat16*>(weights + Memory::kWeightBytes);
+    const uint8_t* zeros = weights + Memory::kWeightBytes + kTileRows * 8;
+    float part[2][4] = {};
+#pragma unroll
+    for (int sub = 0; sub < kSubgroups; ++sub) {
+      uint32_t x[2][4];
+      load_x<kSquares>(p, chunk * kColumns + 32 * sub + 8 * t_, x, squares);
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) order_as_int4(x[half]);
+#pragma unroll
+      for (int operand = 0; operand < 2; ++operand) {
+        const int row = 8 * operand + g_;
+        const uint32_t zero = p.zero == nullptr ? 8 : zeros[row * 4 + zero_at + (sub >> shift)];
+        uint32_t word, w[4];
+        __builtin_memcpy(&word, weights + operand * 8 * kChunkBytes + place(g_, sub) + 4 * t_, 4);
+        unpack_int4<T>(word, int4_offset<T>(zero), w);
+#pragma unroll
+        for (int i = 0; i < 4; i += 2) {
+          const uint32_t a[4] = {x[0][i], x[1][i], x[0][i + 1], x[1][i + 1]};
+          multiply_accumulate<T>(part[operand], a, w[i], w[i + 1]);
+        }
+      }
+      if (((sub + 1) * 32) % p.group != 0) continue;
+#pragma unroll
+      for (int operand = 0; operand < 2; ++operand) {
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+          const float scale =
+              Format<__nv_bfloat16>::widen(scales[(8 * operand + 2 * t_ + side) * 4 + scale_at + (sub >> shift)]);
+#pragma unroll
+          for (int half = 0; half < kHalves; ++half) {
+            float& to = sum[operand][2 * half + side];
+            to = fmaf(scale, part[operand][2 * half + side], to);
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) part[operand][i] = 0.0f;
+      }
+    }
+  }
+
+  // The warps' sums of a tile, added in order, and stored.
+  __device__ __forceinline__ void finish(const Product& p, int first_row, int thread) const {
+    const int outputs = kTileRows * rows_.count;
+    if (thread >= outputs) return;
+    const int r = thread % kTileRows, m = thread / kTileRows, row = first_row + r;
+    if (row >= p.rows) return;
+    float value = memory_.partial[0][m][r];
+#pragma unroll
+    for (int warp = 1; warp < kWarpsPerTile; ++warp) value += memory_.partial[warp][m][r];
+    if constexpr (kPrologue == Prologue::kNorm) value *= memory_.factor[m];
+    if constexpr (is_same<W, int8_t>) value *= static_cast<const float*>(p.scale)[row];
+    store(p, rows_, row, m, value);
+  }
+};
+
+template <typename T, typename W, int kHalves, Prologue kPrologue>
+__global__ void __launch_bounds__(kTileThreads, (kBlocksPerProcessor<W, kHalves, kPrologue>))
+    matrix_products_kernel(const __grid_constant__ Rows<T> rows, const __grid_constant__ Group group,
+                           const int tiles) {
+  static_assert(kHalves == 1 || kHalves == 2, "up to 8, or up to 16 rows of x");
+  static_assert(kPrologue != Prologue::kSwiglu || kHalves == 1, "gated in the kernel: few rows only");
+  static_assert(kPrologue != Prologue::kNorm || is_same<T, __nv_bfloat16>, "the norm in the kernel: bfloat16 only");
+  static_assert(kTileThreads == kTileRows * kMaxRows, "a thread for every output of a tile");
+  __shared__ TileMemory<T, W, kHalves, kPrologue> memory;
+  static_assert(sizeof memory <= 48 << 10, "what a block has without asking for more");
+  const int block = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
+  TileWorker<T, W, kHalves, kPrologue> worker(rows, group, memory, tiles, block, static_cast<int>(gridDim.x), thread);
+  worker.run(block, thread);
+}
+
+// ------------------------------------------------------------------------------------------------------- planning
+
+// The widest copy that a matrix's rows are aligned to.
+inline int copy_width(const void* w, int64_t stride) {
+  for (int bytes : {16, 8, 4})
+    if (aligned_to(w, bytes) && stride % bytes == 0) return bytes;
+  return 0;
+}
+
+// Fills in what a launch needs of every product, and returns the number of tiles.
+template <typename T, typename W>
+int plan_tiles(Rows<T>& rows, Group& group) {
+  int tiles = 0;
+  rows.x_vector = aligned_to(rows.x, 16) && rows.x_stride * sizeof(T) % 16 == 0 && aligned_to(rows.norm, 16);
+  for (int i = 0; i < group.count; ++i) {
+    Product& p = group.product[i];
+    rows.x_vector = rows.x_vector && p.x_col * sizeof(T) % 16 == 0;
+    p.copy_bytes = copy_width(p.w, p.w_stride);
+    const int scale_bytes = p.group == 32 ? 8 : 4;
+    p.copy_scales = (aligned_to(p.scale, scale_bytes) && p.scale_stride * 2 % scale_bytes == 0 ? 1 : 0) |
+                    (aligned_to(p.zero, 4) && p.zero_stride % 4 == 0 ? 2 : 0);
+    p.first_block = tiles;
+    tiles += (p.rows + kTileRows - 1) / kTileRows;
+  }
+  return tiles;
+}
+
+// As many blocks as can run at once at most, and every block the same number of tiles, give or take one.
+inline int blocks_for(int tiles, int at_once) {
+  const int rounds = (tiles + at_once - 1) / at_once;
+  return (tiles + rounds - 1) / rounds;
+}
+
+// ------------------------------------------------------------------------------------------------- SwiGLU, alone
+
+// y [M, columns] = silu(gate) * up of x [M, 2 columns], with the bits of the prologue above. Grid: (columns, rows).
+template <typename T>
+__global__ void __launch_bounds__(256) swiglu_kernel(const T* x, int64_t x_stride, T* y, int64_t y_stride, int columns) {
+  const int k = static_cast<int>(blockIdx.x * 256 + threadIdx.x), m = static_cast<int>(blockIdx.y);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  if (k >= columns) return;
+  const T* row = x + m * x_stride;
+  y[m * y_stride + k] = Format<T>::narrow(gated(Format<T>::widen(row[k]), Format<T>::widen(row[columns + k])));
+}
+
+}  // namespace cai

@@ -1,3 +1,0 @@
-#include "products_launch.cuh"
-
-template cudaError_t cai::launch_products(Store, const Rows<float>&, const Group&, cudaStream_t);

@@ -1,0 +1,57 @@
+// Stored weights to pairs of 16-bit numbers for the tensor cores, exactly, by the bits of the formats: an integer below the
+// first bit of the mantissa is or-ed into the power of two whose last place is worth one, which is then subtracted.
+#pragma once
+
+#include "device.cuh"
+#include "group.cuh"
+
+namespace cai {
+
+// 128 in bfloat16 and 1024 in half, whose last places are worth one, in both halves of a register.
+template <typename T>
+constexpr uint32_t kOneInLastPlace = is_same<T, __nv_bfloat16> ? 0x43004300u : 0x64006400u;
+
+// Four int8 in a word -> the pairs (0, 1) and (2, 3).
+template <typename T>
+__device__ __forceinline__ void unpack_int8(uint32_t word, uint32_t& low, uint32_t& high) {
+  const uint32_t pairs[2] = {permute_bytes(word, 0, 0x4140), permute_bytes(word, 0, 0x4342)};  // a byte, then zero
+  uint32_t unpacked[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if constexpr (is_same<T, __nv_bfloat16>) {
+      // Seven bits fit: 128 + the low seven, less 128, or 256 where the sign is set (the sign's place is the exponent's).
+      const uint32_t seven = (pairs[i] & 0x007f007fu) | 0x43004300u, sign = (pairs[i] & 0x00800080u) | 0x43004300u;
+      unpacked[i] = subtract_pairs<T>(seven, sign);
+    } else {
+      unpacked[i] = subtract_pairs<T>((pairs[i] ^ 0x00800080u) | 0x64006400u, 0x64806480u);  // 1024 + 128
+    }
+  }
+  low = unpacked[0];
+  high = unpacked[1];
+}
+
+// `zero` (0 to 15) as what `unpack_int4` subtracts.
+template <typename T>
+__device__ __forceinline__ uint32_t int4_offset(uint32_t zero) {
+  return kOneInLastPlace<T> | zero | zero << 16;
+}
+
+// Eight codes in a word -> code - zero as the pairs (0, 4), (1, 5), (2, 6), (3, 7).
+template <typename T>
+__device__ __forceinline__ void unpack_int4(uint32_t word, uint32_t offset, uint32_t (&pairs)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    pairs[i] = subtract_pairs<T>((word >> (4 * i) & 0x000f000fu) | kOneInLastPlace<T>, offset);
+}
+
+// x's pairs (0, 1), (2, 3), (4, 5), (6, 7) in the order of `unpack_int4`.
+__device__ __forceinline__ void order_as_int4(uint32_t (&x)[4]) {
+  const uint32_t a = permute_bytes(x[0], x[2], 0x5410), b = permute_bytes(x[0], x[2], 0x7632);
+  const uint32_t c = permute_bytes(x[1], x[3], 0x5410), d = permute_bytes(x[1], x[3], 0x7632);
+  x[0] = a;
+  x[1] = b;
+  x[2] = c;
+  x[3] = d;
+}
+
+}  // namespace cai
