@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
 
+from cai_runtime.engine.cuda_graphs import DecodeGraphs, Forward
 from cai_runtime.engine.runner import ScheduledSequence
+from cai_runtime.errors import KernelError
 from cai_runtime.kernels.attention import AttentionBatch
 
 if TYPE_CHECKING:
@@ -18,7 +21,13 @@ LOGIT_ROWS = 256
 
 
 class ModelRunner:
-    """Implements `Runner` over a model and the cache that the model allocated."""
+    """Implements `Runner` over a model and the cache that the model allocated.
+
+    cuda_graphs: record decode steps of up to `max_batch` sequences as CUDA graphs and replay them; on a GPU, with kernels
+    that can be recorded (triton, cuda). Each size is recorded when first needed; `record_graphs` does all at once. The
+    cache then has one page more than `num_pages`, for padding.
+    capture: how a step is made repeatable, for tests; see `cuda_graphs.DecodeGraphs`.
+    """
 
     def __init__(
         self,
@@ -28,18 +37,39 @@ class ModelRunner:
         page_size: int,
         cache_dtype: torch.dtype,
         max_context: int | None = None,
+        cuda_graphs: bool = False,
+        max_batch: int = 64,
+        capture: Callable[[Forward], Forward] | None = None,
     ):
+        if cuda_graphs and capture is None and model.device.type != "cuda":
+            raise KernelError(f"CUDA graphs need a model on a GPU, this one is on {model.device}: cuda_graphs=False")
         self.page_size, self.num_pages = page_size, num_pages
         self.vocab_size = model.vocab_size
         self.max_context = min(max_context or model.max_context, model.max_context)
-        model.allocate_cache(num_pages, page_size, cache_dtype, self.max_context)
+        model.allocate_cache(num_pages + (1 if cuda_graphs else 0), page_size, cache_dtype, self.max_context)
         self._model: CausalLM | None = model
         self._device = model.device
+        self._graphs: DecodeGraphs | None = None
+        if cuda_graphs:
+            pages = min(-(-self.max_context // page_size), num_pages)
+            self._graphs = DecodeGraphs(
+                model, max_batch=max_batch, page_size=page_size, pages=pages, scratch_page=num_pages, capture=capture
+            )
+
+    def record_graphs(self, progress: bool | None = None) -> None:
+        """Record every decode graph now, rather than when it is first needed, with a progress bar (None: on a terminal).
+
+        Call before the engine's thread runs steps. Without CUDA graphs it does nothing. Raises KernelError when a step
+        can't be recorded."""
+        if self._graphs is not None:
+            self._graphs.record_all(progress)
 
     @torch.inference_mode()
     def run(self, step: list[ScheduledSequence]) -> torch.Tensor:
         if self._model is None:
             raise RuntimeError("the runner is closed")
+        if self._graphs is not None and self._graphs.takes(step):
+            return self._graphs.run(step)
         ids, batch = self._flatten(step)
         hidden = self._model.forward(ids, batch)
         ends = accumulate(len(s.token_ids) for s in step)
@@ -51,6 +81,9 @@ class ModelRunner:
         return torch.cat([self._model.logits(part).cpu() for part in hidden.split(LOGIT_ROWS)])
 
     def close(self) -> None:
+        if self._graphs is not None:
+            self._graphs.close()
+            self._graphs = None
         self._model = None
 
     def _flatten(self, step: list[ScheduledSequence]) -> tuple[torch.Tensor, AttentionBatch]:

@@ -1,0 +1,171 @@
+"""Decode steps as CUDA graphs: one recorded forward pass for each of a few batch sizes, replayed over fixed buffers.
+
+A decode step launches hundreds of small kernels, which the host can't issue as fast as a GPU runs them; a graph issues them
+in one call. It reads its inputs from the addresses it was recorded with, so a step's ids, positions, slots and page table
+are written to a `StaticBatch` first, padded to a recorded size. Padding rows stand for a sequence of one token in a page of
+nobody's, and as no kernel's result depends on how many rows there are, they change no bit of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cai_runtime.engine.runner import ScheduledSequence
+from cai_runtime.errors import KernelError
+from cai_runtime.kernels.attention import AttentionBatch
+from cai_runtime.progress import progress_bar
+
+if TYPE_CHECKING:
+    from cai_runtime.models.registry import CausalLM
+
+Forward = Callable[[], torch.Tensor]  # reads fixed inputs; its result lies at a fixed place
+
+
+def batch_sizes(max_batch: int) -> tuple[int, ...]:
+    """The sizes that are recorded: 1, 2, 4, then multiples of 8, the last at least `max_batch`."""
+    sizes = [n for n in (1, 2, 4) if n < max_batch]
+    last = max_batch if max_batch <= 4 else -(-max_batch // 8) * 8
+    return (*sizes, *(range(8, last + 1, 8) if last > 4 else (max(last, 1),)))
+
+
+class StaticBatch:
+    """The inputs of a decode step at fixed addresses, for `size` sequences of one token each.
+
+    pages: width of the page table, enough for the longest sequence. scratch_page: a page that no sequence owns.
+    """
+
+    def __init__(self, size: int, *, pages: int, page_size: int, scratch_page: int, device: torch.device):
+        self.size, self._page_size, self._scratch_page = size, page_size, scratch_page
+        # One tensor, so that a step's numbers travel in one copy: ids, positions, slots, context_len.
+        self._numbers = torch.zeros(4, size, dtype=torch.int32, device=device)
+        self._host = torch.zeros(4, size, dtype=torch.int32, pin_memory=device.type == "cuda")
+        ids, positions, slots, context_len = self._numbers
+        self.ids = ids
+        self.batch = AttentionBatch(
+            positions=positions,
+            slots=slots,
+            query_start=torch.arange(size + 1, dtype=torch.int32, device=device),
+            context_len=context_len,
+            page_table=torch.full((size, pages), scratch_page, dtype=torch.int32, device=device),
+        )
+        self.fill([])
+
+    def fill(self, step: list[ScheduledSequence]) -> None:
+        """Write the inputs of `step`, at most `size` sequences of one token each; the rest is padding."""
+        padding = self.size - len(step)
+        at = self._page_size
+        self._host[0] = torch.tensor([s.token_ids[0] for s in step] + [0] * padding)
+        self._host[1] = torch.tensor([s.start for s in step] + [0] * padding)
+        slots = [s.pages[s.start // at] * at + s.start % at for s in step]
+        self._host[2] = torch.tensor(slots + [self._scratch_page * at] * padding)
+        self._host[3] = torch.tensor([s.start + 1 for s in step] + [1] * padding)
+        self._numbers.copy_(self._host, non_blocking=True)
+        # Only columns that are read: the table is as wide as the longest context allows.
+        used = [s.start // at + 1 for s in step]
+        width = max(used, default=1)
+        rows = [[*s.pages[:n], *([self._scratch_page] * (width - n))] for s, n in zip(step, used, strict=True)]
+        rows += [[self._scratch_page] * width] * padding
+        self.batch.page_table[:, :width] = torch.tensor(rows, dtype=torch.int32).to(self._numbers.device)
+
+
+class CudaCapture:
+    """Records forwards as CUDA graphs that share one pool of memory. Only one of them may be in use at a time."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    def __call__(self, forward: Forward) -> Forward:
+        with torch.cuda.device(self._device):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                for _ in range(
+                    2
+                ):  # compiles kernels, loads modules, sizes work spaces: none of it may happen in a graph
+                    forward()
+            torch.cuda.current_stream().wait_stream(self._stream)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may use the device meanwhile: only this one's calls must be such as can be recorded.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                out = forward()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return out
+
+        return replay
+
+
+class DecodeGraphs:
+    """A model's decode steps, each recorded when first needed, or all by `record_all`.
+
+    model: with its cache allocated, `scratch_page` among its pages. max_batch: the most sequences of a step. pages: that
+    one sequence may have. capture: makes a forward repeatable; None: as CUDA graphs.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        *,
+        max_batch: int,
+        page_size: int,
+        pages: int,
+        scratch_page: int,
+        capture: Callable[[Forward], Forward] | None = None,
+    ):
+        self.sizes = batch_sizes(max_batch)
+        self._model = model
+        self._shape = {"pages": pages, "page_size": page_size, "scratch_page": scratch_page, "device": model.device}
+        self._capture = capture or CudaCapture(model.device)
+        self._recorded: dict[int, tuple[StaticBatch, Forward]] = {}
+        pinned = model.device.type == "cuda"
+        self._logits = torch.empty(self.sizes[-1], model.vocab_size, dtype=torch.float32, pin_memory=pinned)
+
+    def takes(self, step: list[ScheduledSequence]) -> bool:
+        """Whether `step` is a pure decode step of a recorded size."""
+        return 0 < len(step) <= self.sizes[-1] and all(len(s.token_ids) == 1 and s.sample for s in step)
+
+    def run(self, step: list[ScheduledSequence]) -> torch.Tensor:
+        """The step's logits, fp32 [sequences, vocabulary] on the CPU, good until the next call."""
+        batch, forward = self._get(next(n for n in self.sizes if n >= len(step)))
+        batch.fill(step)
+        out = self._logits[: len(step)]
+        out.copy_(forward()[: len(step)], non_blocking=True)
+        if self._model.device.type == "cuda":
+            torch.cuda.current_stream(self._model.device).synchronize()
+        return out
+
+    @torch.inference_mode()
+    def record_all(self, progress: bool | None = None) -> None:
+        """Record every size, the largest first, so that the smaller ones find room in its memory."""
+        with progress_bar("record", total=len(self.sizes), unit="graph", show=progress) as bar:
+            for size in reversed(self.sizes):
+                self._get(size)
+                bar.update()
+
+    def close(self) -> None:
+        """Let go of graphs, their memory and the model."""
+        self._recorded.clear()
+        gone: Any = None
+        self._model = self._capture = self._logits = gone
+
+    def _get(self, size: int) -> tuple[StaticBatch, Forward]:
+        if size not in self._recorded:
+            batch = StaticBatch(size, **self._shape)
+            model = self._model
+
+            def forward() -> torch.Tensor:
+                return model.logits(model.forward(batch.ids, batch.batch))
+
+            try:
+                self._recorded[size] = (batch, self._capture(forward))
+            except Exception as error:
+                raise KernelError(
+                    f"a decode step of {size} sequences can't be recorded as a CUDA graph ({error}): "
+                    "open the engine with cuda_graphs=False"
+                ) from error
+        return self._recorded[size]
