@@ -26,7 +26,7 @@ def format_linear(report: LinearReport) -> str:
         *report.notes,
         "",
     ]
-    table = [(*HEADER, f"vs dense {report.baseline}")]
+    table: list[tuple[str, ...]] = [(*HEADER, f"vs dense {report.baseline}")]
     reasons: list[str] = []
     for (group, batch), block in groupby(report.results, key=lambda r: (r.group, r.batch)):
         rows = _block(report, list(block), reasons)

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from importlib import import_module
 
 HELP = "measure the speed of a checkpoint, alone or beside other engines"
@@ -30,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         own = benchmarks.add_parser(name, help=text, description=module.__doc__, formatter_class=parser.formatter_class)
         module.add_arguments(own)
     # Commands are parsed with options and positionals intermixed, which argparse refuses where there are subcommands.
-    parser.parse_intermixed_args = partial(parser.parse_args)  # type: ignore[method-assign]
+    parser.parse_intermixed_args = parser.parse_args  # type: ignore[method-assign, assignment]
 
 
 def run(args: argparse.Namespace) -> int:

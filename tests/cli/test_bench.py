@@ -138,7 +138,8 @@ def test_the_command_writes_a_table_and_json(tiny_dir, tmp_path, capsys, monkeyp
     assert found["machine"]["cpu"]
     assert found["versions"]["torch"]
     for result in found["results"]:
-        assert result["floor_fraction"] == pytest.approx(result["gb_per_s"] / 8)
+        rate = result["gb_per_s"]  # None: less than the noise, on a machine that does other things
+        assert result["floor_fraction"] == (None if rate is None else pytest.approx(rate / 8))
         assert f"{result['first_token_ms']:,.1f}" in table
     assert "of floor" in table
 
