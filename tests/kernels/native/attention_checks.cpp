@@ -13,7 +13,7 @@ namespace {
 struct Caches {
   AttentionShape shape;
   int64_t size, value_dim;
-  std::vector<uint8_t> keys, values;
+  Buffer<uint8_t> keys, values;
 
   Caches(const AttentionShape& s, int64_t pages, uint8_t pattern)
       : shape(s), size(element_size(s.store)), value_dim(round_up(s.head_dim, 16)),
@@ -44,8 +44,8 @@ struct Sequence {
   const KernelTable& table;
   Caches caches;
   int64_t position, count, ldq, ldo;
-  std::vector<int32_t> pages;
-  std::vector<float> q;
+  Buffer<int32_t> pages;
+  Buffer<float> q;
 
   int64_t group() const { return caches.shape.query_heads / caches.shape.kv_heads; }
   int64_t width() const { return caches.shape.query_heads * caches.shape.head_dim; }
@@ -57,18 +57,18 @@ struct Sequence {
   const void* values() const { return caches.values.data(); }
 
   // Rows [first, last), in one call over all splits.
-  std::vector<float> run(int64_t first, int64_t last, int64_t head) const {
-    std::vector<float> out((last - first) * ldo, kUntouched);
-    const std::vector<float> rows(q.begin() + first * ldq, q.begin() + (last - 1) * ldq + width());
+  Buffer<float> run(int64_t first, int64_t last, int64_t head) const {
+    Buffer<float> out((last - first) * ldo, kUntouched);
+    const Buffer<float> rows(q.begin() + first * ldq, q.begin() + (last - 1) * ldq + width());
     table.attention(rows.data(), ldq, position + first, last - first, head, pages.data(), keys(), values(), caches.shape,
                     0, splits(), nullptr, out.data(), ldo);
     return out;
   }
 
   // All rows, one split a call, merged by combine.
-  std::vector<float> run_in_splits(int64_t head) const {
+  Buffer<float> run_in_splits(int64_t head) const {
     const int64_t row_floats = group() * state_floats(caches.shape.head_dim), stride = count * row_floats;
-    std::vector<float> partial(splits() * stride, kUntouched), out(count * ldo, kUntouched);
+    Buffer<float> partial(splits() * stride, kUntouched), out(count * ldo, kUntouched);
     for (int64_t s = splits() - 1; s >= 0; --s)
       table.attention(q.data(), ldq, position, count, head, pages.data(), keys(), values(), caches.shape, s, s + 1,
                       partial.data() + s * stride, nullptr, 0);
@@ -104,14 +104,13 @@ Sequence random_sequence(const KernelTable& table, Random& random, AttentionShap
   const int64_t P = shape.page_size, used = (position + count + P - 1) / P, pages = used + 2;
   shape.pages_per_sequence = used;
   // A place that no token has filled holds NaN (all bits one): it must not be seen.
-  Sequence s{table, Caches(shape, pages, 0xff), position, count, 0, 0, random.permutation(pages), {}};
+  Sequence s{table, Caches(shape, pages, 0xff), position, count, 0, 0, random.choice(used, pages), {}};
   s.ldq = s.width() + random.between(0, 5);
   s.ldo = s.width() + random.between(0, 5);
   s.q = random.floats(count * s.ldq, -2, 2);
-  s.pages.resize(used);
   for (int64_t j = 0; j < position + count; ++j) {
     for (int64_t h = 0; h < shape.kv_heads; ++h) {
-      const std::vector<float> k = random.floats(shape.head_dim, -2, 2), v = random.floats(shape.head_dim);
+      const Buffer<float> k = random.floats(shape.head_dim, -2, 2), v = random.floats(shape.head_dim);
       s.caches.write(s.pages[j / P], h, j % P, k.data(), v.data());
     }
   }
@@ -124,7 +123,7 @@ Sequence random_sequence(const KernelTable& table, Random& random, AttentionShap
 void check_sequence(const Sequence& s, int64_t head, Report& report) {
   const std::string kernel = std::string("attention ") + name(s.caches.shape.store);
   const int64_t D = s.caches.shape.head_dim;
-  const std::vector<float> out = s.run(0, s.count, head);
+  const Buffer<float> out = s.run(0, s.count, head);
   for (int64_t i = 0; i < s.count; ++i) {
     bool kept = true;
     for (int64_t n = 0; n < s.ldo; ++n)
@@ -147,7 +146,7 @@ void check_attention(const KernelTable& table, Report& report) {
   for (Store store : kCacheStores) {
     for (int64_t D : {1, 7, 16, 33, 64, 80, 128}) {
       const int64_t kv_heads = random.between(1, 2), query_heads = kv_heads * random.between(1, 5);
-      const std::vector<float> sinks = random.floats(query_heads, -1, 6);
+      const Buffer<float> sinks = random.floats(query_heads, -1, 6);
       for (const bool with_window : {false, true}) {
         const int64_t window = with_window ? random.between(1, 90) : 0, P = random.between(1, 4) * 16;
         const int64_t position = random.between(0, with_window ? 300 : 130), count = random.between(1, 9);
@@ -167,8 +166,8 @@ void check_rotate(const KernelTable& table, Report& report) {
   Random random(5);
   for (int64_t D : {2, 7, 16, 33, 64, 128}) {
     const int64_t heads = random.between(1, 5), rotary = random.between(0, D / 2) * 2, half = rotary / 2;
-    const std::vector<float> x = random.floats(heads * D, -4, 4);
-    std::vector<float> cos_sin(rotary), out(heads * D, kUntouched), in_place = x;
+    const Buffer<float> x = random.floats(heads * D, -4, 4);
+    Buffer<float> cos_sin(rotary), out(heads * D, kUntouched), in_place = x;
     for (int64_t d = 0; d < half; ++d) {
       const double angle = random.uniform(0, 5000);
       cos_sin[d] = static_cast<float>(std::cos(angle));
@@ -197,7 +196,7 @@ void check_write_kv(const KernelTable& table, Report& report) {
       const AttentionShape shape{2, 2, D, random.between(1, 4) * 16, 3, 0, nullptr, 1.0f, store};
       Caches got(shape, 3, 0x5a), want(shape, 3, 0x5a);
       for (int i = 0; i < 8; ++i) {
-        std::vector<float> k = random.floats(D, -100, 100), v = random.floats(D, -1e-4f, 1e-4f);
+        Buffer<float> k = random.floats(D, -100, 100), v = random.floats(D, -1e-4f, 1e-4f);
         if (i == 0) k[0] = 1e30f;  // an infinity in fp16
         if (i == 1) v[0] = NAN;
         const int64_t slot = random.between(0, 3 * shape.page_size - 1), head = random.between(0, 1);

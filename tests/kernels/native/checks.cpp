@@ -1,18 +1,48 @@
 #include "checks.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <limits>
+#include <new>
 #include <numeric>
 
 namespace cai::check {
 
-std::vector<int32_t> Random::permutation(int64_t n) {
-  std::vector<int32_t> p(n);
+bool guard_pages = false;
+
+namespace {
+
+size_t page_bytes() {
+  static const auto bytes = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  return bytes;
+}
+size_t whole_pages(size_t bytes) { return (bytes + page_bytes() - 1) / page_bytes() * page_bytes(); }
+
+}  // namespace
+
+void* allocate_guarded(size_t bytes) {
+  const size_t inner = whole_pages(bytes);
+  void* base = mmap(nullptr, inner + page_bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (base == MAP_FAILED) throw std::bad_alloc();
+  char* end = static_cast<char*>(base) + inner;
+  if (mprotect(end, page_bytes(), PROT_NONE) != 0) throw std::bad_alloc();
+  return end - bytes;
+}
+
+void release_guarded(void* p, size_t bytes) {
+  const size_t inner = whole_pages(bytes);
+  munmap(static_cast<char*>(p) + bytes - inner, inner + page_bytes());
+}
+
+Buffer<int32_t> Random::choice(int64_t n, int64_t from) {
+  std::vector<int32_t> p(from);
   std::iota(p.begin(), p.end(), 0);
-  for (int64_t i = n - 1; i > 0; --i) std::swap(p[i], p[between(0, i)]);
-  return p;
+  for (int64_t i = from - 1; i > 0; --i) std::swap(p[i], p[between(0, i)]);
+  return {p.begin(), p.begin() + n};
 }
 
 void Report::fail(Line& line, const std::string& kernel, const std::string& what) {

@@ -5,12 +5,39 @@
 #include <cstdint>
 #include <cstring>
 #include <map>
+#include <new>
 #include <string>
 #include <vector>
 
 #include "cpu/kernels.h"
 
 namespace cai::check {
+
+// Where kernels read and write. With `guard_pages` set (at the start, by --guard) memory ends where a page begins that no one
+// may touch, so that an access past the end stops the program whatever the instruction: AddressSanitizer sees ordinary loads
+// and stores, on both sides, but no masked ones.
+extern bool guard_pages;
+void* allocate_guarded(size_t bytes);
+void release_guarded(void* p, size_t bytes);
+
+template <class T>
+struct Allocator {
+  using value_type = T;
+  Allocator() = default;
+  template <class U>
+  Allocator(const Allocator<U>&) {}
+  T* allocate(size_t n) {
+    return static_cast<T*>(guard_pages ? allocate_guarded(n * sizeof(T)) : ::operator new(n * sizeof(T)));
+  }
+  void deallocate(T* p, size_t n) {
+    guard_pages ? release_guarded(p, n * sizeof(T)) : ::operator delete(p);
+  }
+  bool operator==(const Allocator&) const { return true; }
+  bool operator!=(const Allocator&) const { return false; }
+};
+// To end where its memory does, a buffer is made of its final size.
+template <class T>
+using Buffer = std::vector<T, Allocator<T>>;
 
 class Random {  // splitmix64 (Steele, Lea and Flood 2014): the same numbers on every machine
  public:
@@ -23,12 +50,13 @@ class Random {  // splitmix64 (Steele, Lea and Flood 2014): the same numbers on 
   }
   int64_t between(int64_t low, int64_t high) { return low + static_cast<int64_t>(next() % (high - low + 1)); }
   float uniform(float low, float high) { return low + (high - low) * static_cast<float>(next() >> 40) * 0x1p-24f; }
-  std::vector<float> floats(int64_t n, float low = -1.0f, float high = 1.0f) {
-    std::vector<float> values(n);
+  Buffer<float> floats(int64_t n, float low = -1.0f, float high = 1.0f) {
+    Buffer<float> values(n);
     for (float& v : values) v = uniform(low, high);
     return values;
   }
-  std::vector<int32_t> permutation(int64_t n);
+  Buffer<int32_t> permutation(int64_t n) { return choice(n, n); }
+  Buffer<int32_t> choice(int64_t n, int64_t from);  // n different numbers below `from`, in any order
 
  private:
   uint64_t state_;
@@ -41,7 +69,7 @@ class Report {
   // Fails unless |got - want| <= tolerance * size; `size` is what rounding errors are proportional to.
   void value(const std::string& kernel, double got, double want, double size, double tolerance);
   void expect(bool holds, const std::string& kernel, const std::string& what);
-  void same(const std::vector<float>& a, const std::vector<float>& b, const std::string& kernel, const std::string& what) {
+  void same(const Buffer<float>& a, const Buffer<float>& b, const std::string& kernel, const std::string& what) {
     expect(a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0), kernel,
            what);
   }
@@ -69,10 +97,10 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 struct Matrix {
   Store store = Store::kFp32;
   int64_t rows = 0, cols = 0, group = 0;
-  std::vector<uint8_t> data, zero;
-  std::vector<float> scale;           // int8
-  std::vector<uint16_t> group_scale;  // int4
-  std::vector<int32_t> row_sum;       // int8: of the codes
+  Buffer<uint8_t> data, zero;
+  Buffer<float> scale;           // int8
+  Buffer<uint16_t> group_scale;  // int4
+  Buffer<int32_t> row_sum;       // int8: of the codes
   std::vector<double> values;
 
   PackedMatrix packed() const {

@@ -1,7 +1,9 @@
 // Checks every kernel of every table linked in against float64, and that a row's bits don't depend on the rows it came with.
-// Usage: harness [TABLE...]: the tables named, or all that this processor runs. --list: print those. Exits 1 on a failure.
+// Usage: harness [--guard] [TABLE...]: the tables named, or all that this processor runs; --guard: with guard pages, see
+// checks.h. harness --list: print the tables. harness --overread TABLE: let a kernel read past its input, with guard pages,
+// which must end the program. Exits 1 on a failure.
+#include <algorithm>
 #include <cstdio>
-#include <cstring>
 
 #include "checks.h"
 
@@ -45,23 +47,36 @@ int check_all(const Tested& tested) {
   return lanes.print() + kernels.print();
 }
 
+int overread(const KernelTable& table) {
+  const check::Buffer<float> gate_up(2 * 16 - 1, 1.0f);
+  check::Buffer<float> out(16);
+  table.swiglu(gate_up.data(), 32, 16, 0, 1, out.data());
+  std::printf("%s read a float that is not its own, unnoticed\n", table.name);
+  return 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const std::vector<Tested> all = tables();
-  if (argc == 2 && std::strcmp(argv[1], "--list") == 0) {
-    for (const Tested& t : all) std::printf("%s\n", t.table->name);
-    return 0;
-  }
-  int failures = 0, run = 0;
+  std::vector<std::string> names(argv + 1, argv + argc);
+  const std::string option = names.empty() || names[0].compare(0, 2, "--") != 0 ? "" : names[0];
+  if (!option.empty()) names.erase(names.begin());
+  check::guard_pages = option == "--guard" || option == "--overread";
+  int failures = 0;
+  size_t known = 0;
   for (const Tested& t : all) {
-    bool wanted = argc == 1;
-    for (int i = 1; i < argc; ++i) wanted |= std::strcmp(argv[i], t.table->name) == 0;
-    if (!wanted) continue;
-    failures += check_all(t);
-    ++run;
+    const bool named = std::find(names.begin(), names.end(), t.table->name) != names.end();
+    known += named;
+    if (option == "--list") {
+      std::printf("%s\n", t.table->name);
+    } else if (option == "--overread") {
+      if (named) return overread(*t.table);
+    } else if (named || names.empty()) {
+      failures += check_all(t);
+    }
   }
-  if (run < (argc == 1 ? 1 : argc - 1)) {
+  if (known < names.size()) {
     std::fprintf(stderr, "harness: a table named is not linked in, or this processor does not run it; see --list\n");
     return 2;
   }

@@ -11,13 +11,12 @@ void check_quantize_rows(const KernelTable& table, Report& report) {
   for (int64_t K : {1, 3, 15, 16, 17, 33, 100, 256}) {
     const int64_t M = random.between(3, 7), row0 = random.between(0, 2), ldx = K + random.between(0, 3);
     const int64_t ld = round_up(K, 16) + 16 * random.between(0, 1);
-    std::vector<float> x = random.floats(M * ldx, -5, 5);
+    Buffer<float> x = random.floats((M - 1) * ldx + K, -5, 5);
     for (int64_t k = 0; k < K; ++k) x[row0 * ldx + k] = 0;
     const int64_t odd = M - 1;  // a row that holds no number, or an infinity
     x[odd * ldx + random.between(0, K - 1)] = random.between(0, 1) ? std::numeric_limits<float>::infinity() : NAN;
-    x.resize((M - 1) * ldx + K);
-    std::vector<int8_t> codes(M * ld, 77);
-    std::vector<float> scale(M, kUntouched);
+    Buffer<int8_t> codes(M * ld, 77);
+    Buffer<float> scale(M, kUntouched);
     table.quantize_rows(x.data(), ldx, K, row0, M, codes.data(), ld, scale.data());
     for (int64_t m = 0; m < M; ++m) {
       if (m < row0) {
@@ -51,16 +50,16 @@ void check_linear_int8(const KernelTable& table, Report& report) {
       // Codes from -127: kernels/cpu_library.py refuses -128 where activations are int8.
       const Matrix w = random_matrix(random, Store::kInt8, random.between(1, 39), K, -127);
       const int64_t ld = round_up(K, 16) + 16 * random.between(0, 1), blocks = blocks_of(w.packed());
-      std::vector<int8_t> codes(M * ld, 0);
+      Buffer<int8_t> codes(M * ld, 0);
       const bool extreme = random.between(0, 3) == 0;  // the largest sums that there are
       for (int64_t m = 0; m < M; ++m)
         for (int64_t k = 0; k < K; ++k)
           codes[m * ld + k] = static_cast<int8_t>(extreme ? (random.between(0, 9) ? -127 : 127) : random.between(-127, 127));
-      const std::vector<float> scale = random.floats(M, 0.001f, 0.1f), bias = random.floats(w.rows),
+      const Buffer<float> scale = random.floats(M, 0.001f, 0.1f), bias = random.floats(w.rows),
                                residual = random.floats(M * w.rows);
       const bool whole = random.between(0, 1) != 0;
       auto run = [&](int64_t m0, int64_t m1, int64_t split) {
-        std::vector<float> out((m1 - m0) * w.rows, kUntouched);
+        Buffer<float> out((m1 - m0) * w.rows, kUntouched);
         Epilogue e{};
         e.out = out.data();
         e.ld_out = e.ld_residual = w.rows;
@@ -69,7 +68,7 @@ void check_linear_int8(const KernelTable& table, Report& report) {
           e.residual = residual.data() + m0 * w.rows;
         }
         // Codes in memory that ends with the last row's padding.
-        const std::vector<int8_t> x(codes.begin() + m0 * ld, codes.begin() + (m1 - 1) * ld + round_up(K, 16));
+        const Buffer<int8_t> x(codes.begin() + m0 * ld, codes.begin() + (m1 - 1) * ld + round_up(K, 16));
         const char* data = reinterpret_cast<const char*>(w.data.data());
         const Ahead ahead{data + w.data.size(), data};
         const Int8Rows rows{x.data(), ld, scale.data() + m0};
@@ -77,7 +76,7 @@ void check_linear_int8(const KernelTable& table, Report& report) {
         table.linear_int8(rows, m1 - m0, w.packed(), split, blocks, e, ahead);
         return out;
       };
-      const std::vector<float> out = run(0, M, random.between(0, blocks));
+      const Buffer<float> out = run(0, M, random.between(0, blocks));
       for (int64_t m = 0; m < M; ++m) {
         for (int64_t i = 0; i < w.rows; ++i) {
           double want = 0;
@@ -90,7 +89,7 @@ void check_linear_int8(const KernelTable& table, Report& report) {
           }
           report.value(kernel, out[m * w.rows + i], want, size, 3e-7);
         }
-        const std::vector<float> one = run(m, m + 1, random.between(0, blocks));
+        const Buffer<float> one = run(m, m + 1, random.between(0, blocks));
         report.same(one, {out.begin() + m * w.rows, out.begin() + (m + 1) * w.rows}, kernel,
                     "a row's bits depend on the number of rows");
       }

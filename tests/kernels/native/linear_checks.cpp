@@ -11,7 +11,7 @@ constexpr double kLinearTolerance = 5e-7;  // of the sum of |x w|, for up to 400
 
 struct Rows {  // x of one case and where its results go
   int64_t M, ldx, ld_out, ld_copy;
-  std::vector<float> x;
+  Buffer<float> x;
 };
 
 struct Parts {  // of the epilogue; see Epilogue
@@ -19,7 +19,7 @@ struct Parts {  // of the epilogue; see Epilogue
 };
 
 struct Results {
-  std::vector<float> out, copy;
+  Buffer<float> out, copy;
 };
 
 struct Case {
@@ -27,8 +27,8 @@ struct Case {
   const Matrix& w;
   Rows rows;
   Parts parts;
-  std::vector<int32_t> index;
-  std::vector<float> bias, residual;
+  Buffer<int32_t> index;
+  Buffer<float> bias, residual;
 
   int64_t blocks() const { return blocks_of(w.packed()); }
 
@@ -53,10 +53,10 @@ struct Case {
       e.ld_copy = rows.ld_copy;
     }
     // x in memory that ends with the last row's last column: a read past it is seen by AddressSanitizer.
-    const std::vector<float> x(rows.x.begin() + m0 * rows.ldx, rows.x.begin() + (m1 - 1) * rows.ldx + w.cols);
+    const Buffer<float> x(rows.x.begin() + m0 * rows.ldx, rows.x.begin() + (m1 - 1) * rows.ldx + w.cols);
     const char* data = reinterpret_cast<const char*>(w.data.data());
     const Ahead ahead{data + w.data.size(), data};
-    std::vector<float> panel(kBlockRows * round_up(w.cols, kInt4Cols));
+    Buffer<float> panel(kBlockRows * round_up(w.cols, kInt4Cols));
     table.linear(x.data(), m1 - m0, rows.ldx, w.packed(), 0, split, e, ahead, panel.data());
     table.linear(x.data(), m1 - m0, rows.ldx, w.packed(), split, blocks(), e, ahead, panel.data());
     return r;
@@ -95,8 +95,7 @@ void check_case(const KernelTable& table, Random& random, const Matrix& w, int64
   const int64_t features = w.rows + (parts.index ? random.between(0, 9) : 0);  // an index may leave some out
   c.rows.ld_out = features + random.between(0, 3);
   c.rows.x = random.floats(M * c.rows.ldx);
-  c.index = random.permutation(features);
-  c.index.resize(w.rows);
+  c.index = random.choice(w.rows, features);
   c.bias = random.floats(features);
   c.residual = random.floats(M * c.rows.ld_out);
   const std::string kernel = std::string("linear ") + name(w.store);
@@ -107,8 +106,8 @@ void check_case(const KernelTable& table, Random& random, const Matrix& w, int64
   report.same(all.copy, split.copy, kernel, "the copy's bits depend on how the row blocks are split");
   for (int64_t m = 0; m < M; ++m) {
     const Results one = c.run(m, m + 1, random.between(0, c.blocks()));
-    const auto row = [m](const std::vector<float>& v, int64_t ld) {
-      return std::vector<float>(v.begin() + m * ld, v.begin() + (m + 1) * ld);
+    const auto row = [m](const Buffer<float>& v, int64_t ld) {
+      return Buffer<float>(v.begin() + m * ld, v.begin() + (m + 1) * ld);
     };
     report.same(one.out, row(all.out, c.rows.ld_out), kernel, "a row's bits depend on the number of rows");
     report.same(one.copy, row(all.copy, c.rows.ld_copy), kernel, "a copied row's bits depend on the number of rows");

@@ -1,10 +1,12 @@
 // The thread pool under stress: regions of one to six phases from several callers at once, of more and fewer pieces than
 // threads, with the number of threads changed between. What the pieces write is plain memory, so that ThreadSanitizer sees
-// every hand-over that the pool does not order. Usage: pool_stress [REGIONS] (per caller). Exits 1 on a wrong result.
+// every hand-over that the pool does not order. Usage: pool_stress [REGIONS] (per caller). --race: pieces that write one
+// place without order, which ThreadSanitizer must report. Exits 1 on a wrong result.
 #include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <thread>
 #include <vector>
 
@@ -86,9 +88,27 @@ void caller(int number, int regions) {
   }
 }
 
+void race() {
+  int64_t total = 0;
+  for (int i = 0; i < 200; ++i) {
+    cai::parallel(3, 1, [&](cai::Team& team) {
+      team.deal(30, [&](int64_t p) {
+        total += p;
+        std::this_thread::sleep_for(std::chrono::microseconds(10));
+      });
+    });
+  }
+  std::printf("%lld\n", static_cast<long long>(total));
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (argc == 2 && std::strcmp(argv[1], "--race") == 0) {
+    cai::set_num_threads(3);
+    race();
+    return 0;
+  }
   const int regions = argc > 1 ? std::atoi(argv[1]) : 1000;
   cai::set_num_threads(3);
   expect(cai::num_threads() == 3, "num_threads is not what was set");

@@ -11,16 +11,16 @@ void check_rms_norm(const KernelTable& table, Report& report) {
     for (const bool with_residual : {false, true}) {
       const int64_t M = random.between(1, 6), row0 = random.between(0, M - 1);
       const float eps = random.uniform(1e-6f, 1e-3f);
-      const std::vector<float> x = random.floats(M * H, -3, 3), residual = random.floats(M * H), weight = random.floats(H);
-      auto run = [&](int64_t first, int64_t last, std::vector<float>& sum) {
-        std::vector<float> out(M * H, kUntouched);
+      const Buffer<float> x = random.floats(M * H, -3, 3), residual = random.floats(M * H), weight = random.floats(H);
+      auto run = [&](int64_t first, int64_t last, Buffer<float>& sum) {
+        Buffer<float> out(M * H, kUntouched);
         sum.assign(M * H, kUntouched);
         table.rms_norm(x.data(), with_residual ? residual.data() : nullptr, weight.data(), eps, H, first, last,
                        with_residual ? sum.data() : nullptr, out.data());
         return out;
       };
-      std::vector<float> sum, sum_of_one;
-      const std::vector<float> out = run(row0, M, sum);
+      Buffer<float> sum, sum_of_one;
+      const Buffer<float> out = run(row0, M, sum);
       for (int64_t i = 0; i < M; ++i) {
         if (i < row0) {
           bool kept = true;
@@ -40,7 +40,7 @@ void check_rms_norm(const KernelTable& table, Report& report) {
           const double want = in[k] / std::sqrt(squares / H + eps) * weight[k];
           report.value("rms_norm", out[i * H + k], want, std::fabs(want), 1e-6);
         }
-        const std::vector<float> one = run(i, i + 1, sum_of_one);
+        const Buffer<float> one = run(i, i + 1, sum_of_one);
         report.expect(std::memcmp(one.data() + i * H, out.data() + i * H, H * sizeof(float)) == 0, "rms_norm",
                       "a row's bits depend on the rows it came with");
       }
@@ -53,14 +53,14 @@ void check_swiglu(const KernelTable& table, Report& report) {
   for (int64_t width : {1, 3, 4, 7, 8, 15, 16, 17, 50, 131}) {
     const int64_t M = random.between(1, 5), row0 = random.between(0, M - 1);
     const int64_t ld = 2 * width + random.between(0, 3);
-    std::vector<float> in = random.floats(M * ld, -12, 12);
+    Buffer<float> in = random.floats((M - 1) * ld + 2 * width, -12, 12);
     in[row0 * ld] = random.uniform(0, 1) < 0.5f ? -200.0f : 200.0f;  // past where e^x is clamped
     auto run = [&](int64_t first, int64_t last) {
-      std::vector<float> out(M * width, kUntouched);
+      Buffer<float> out(M * width, kUntouched);
       table.swiglu(in.data(), ld, width, first, last, out.data());
       return out;
     };
-    const std::vector<float> out = run(row0, M);
+    const Buffer<float> out = run(row0, M);
     for (int64_t i = 0; i < M; ++i) {
       if (i < row0) {
         for (int64_t k = 0; k < width; ++k)
@@ -73,7 +73,7 @@ void check_swiglu(const KernelTable& table, Report& report) {
         // e^x is clamped at e^87: what should be smaller than that allows is 12 * 200 * e^-87 at most.
         report.value("swiglu", out[i * width + k], want, std::fabs(want) + 1e-28, 1e-6);
       }
-      const std::vector<float> one = run(i, i + 1);
+      const Buffer<float> one = run(i, i + 1);
       report.expect(std::memcmp(one.data() + i * width, out.data() + i * width, width * sizeof(float)) == 0, "swiglu",
                     "a row's bits depend on the rows it came with");
     }
@@ -86,9 +86,9 @@ void check_gather(const KernelTable& table, Report& report) {
     for (int64_t cols : {1, 5, 16, 31, 64, 100}) {
       const Matrix w = random_matrix(random, store, random.between(1, 30), cols);
       const int64_t n = random.between(1, 12), row0 = random.between(0, n - 1);
-      std::vector<int32_t> ids(n);
+      Buffer<int32_t> ids(n);
       for (int32_t& id : ids) id = static_cast<int32_t>(random.between(0, w.rows - 1));
-      std::vector<float> out(n * cols, kUntouched), want(n * cols, kUntouched);
+      Buffer<float> out(n * cols, kUntouched), want(n * cols, kUntouched);
       for (int64_t i = row0; i < n; ++i)  // exact but for the product of an int8 and its scale
         for (int64_t k = 0; k < cols; ++k) want[i * cols + k] = static_cast<float>(w.values[ids[i] * cols + k]);
       table.gather(w.packed(), ids.data(), row0, n, out.data());

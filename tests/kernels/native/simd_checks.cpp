@@ -38,7 +38,7 @@ bool same_float(double got, double want) {
 template <class T>
 void check_loads(Store store, Report& report) {
   const int64_t patterns = int64_t(1) << (8 * sizeof(T));
-  std::vector<T> in(patterns + kW);
+  Buffer<T> in(patterns + kW);
   for (int64_t i = 0; i < patterns + kW; ++i) {
     const auto bits = static_cast<uint16_t>(i % patterns);
     std::memcpy(&in[i], &bits, sizeof(T));  // the low byte first: little-endian, as both architectures are
@@ -53,7 +53,7 @@ void check_loads(Store store, Report& report) {
 }
 
 void check_int4(Report& report) {
-  std::vector<uint8_t> codes(256 + kW);
+  Buffer<uint8_t> codes(256 + kW);
   for (size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<uint8_t>(i * 7);
   bool right = true;
   for (size_t i = 0; i + kW <= codes.size(); ++i) {
@@ -93,7 +93,7 @@ void check_int8(Report& report) {
 template <class T>
 void check_store(Store store, Report& report) {
   Random random(7);
-  std::vector<float> in = {0.0f, -0.0f, 1.0f, 65504.0f, 65519.9f, 65520.0f, -65536.0f, 3.4e38f, 1e-8f, -5.9604645e-8f,
+  Buffer<float> in = {0.0f, -0.0f, 1.0f, 65504.0f, 65519.9f, 65520.0f, -65536.0f, 3.4e38f, 1e-8f, -5.9604645e-8f,
                            2.9802322e-8f, 6.1e-5f, 1e-40f, INFINITY, -INFINITY, NAN};
   for (int i = 0; i < 4096; ++i) {
     const auto bits = static_cast<uint32_t>(random.next());
@@ -116,8 +116,8 @@ void check_store(Store store, Report& report) {
 
 void check_part_loads(Report& report) {
   for (int n = 1; n <= kW + 2; ++n) {
-    std::vector<float> in;  // of exactly the floats that may be read
-    for (int i = 0; i < (n < kW ? n : kW); ++i) in.push_back(static_cast<float>(i) + 1);
+    Buffer<float> in(n < kW ? n : kW);  // exactly the floats that may be read
+    for (size_t i = 0; i < in.size(); ++i) in[i] = static_cast<float>(i) + 1;
     float out[kW];
     Simd::store(out, Simd::load_part(in.data(), n));
     for (int lane = 0; lane < kW; ++lane)
@@ -128,7 +128,7 @@ void check_part_loads(Report& report) {
 void check_arithmetic(Report& report) {
   Random random(8);
   for (int round = 0; round < 500; ++round) {
-    const std::vector<float> a = random.floats(kW, -100, 100), b = random.floats(kW, -100, 100), c = random.floats(kW);
+    const Buffer<float> a = random.floats(kW, -100, 100), b = random.floats(kW, -100, 100), c = random.floats(kW);
     const auto va = Simd::load(a.data()), vb = Simd::load(b.data()), vc = Simd::load(c.data());
     auto each = [&](Simd::V v, const char* what, auto f) {
       float out[kW];
