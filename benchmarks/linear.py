@@ -14,16 +14,5 @@ RESULTS = Path(__file__).parent / "results"
 
 if __name__ == "__main__":
     RESULTS.mkdir(exist_ok=True)
-    sys.exit(
-        main(
-            [
-                "bench",
-                "linear",
-                "--json",
-                str(RESULTS / "linear.json"),
-                "--plot",
-                str(RESULTS / "linear.png"),
-                *sys.argv[1:],
-            ]
-        )
-    )
+    kept = ["--json", str(RESULTS / "linear.json"), "--plot", str(RESULTS / "linear.png")]
+    sys.exit(main(["bench", "linear", *kept, *sys.argv[1:]]))

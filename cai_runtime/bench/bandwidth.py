@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 MIN_BUFFER = 512 << 20
 PASSES = 5
-MATRIX = {"cpu": 1024, "cuda": 8192}  # rows and columns of the matrices that are multiplied
+MATRIX = {"cpu": 1536, "cuda": 8192}  # rows and columns of the matrices that are multiplied
 MATRIX_DTYPES = ("float32", "bfloat16")
 
 
@@ -45,7 +45,7 @@ def read_bandwidth(device: str = "cpu", *, threads: int | None = None, buffer_by
 def matmul_rates(device: str = "cpu", *, threads: int | None = None, size: int | None = None) -> dict[str, float]:
     """Operations per second (a multiplication and an addition are two) of torch's matrix product, by dtype.
 
-    Square matrices of 1024 on a CPU and of 8192 on a GPU (or `size`), which are large enough for its best rate; the
+    Square matrices of 1536 on a CPU and of 8192 on a GPU (or `size`), which are large enough for its best rate; the
     fastest of five passes counts. fp32 and bf16: whether a processor has units for the second shows in the figure.
     """
     import torch

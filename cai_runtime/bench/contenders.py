@@ -77,7 +77,7 @@ def linear_contenders(
             if how.kind in ("lowrank", "interpolative"):
                 found.append(Contender("torch", "two matmuls", how, store, dtype, torch_factors))
         if "int4" in stores:
-            found.append(Contender("torch", "tinygemm", DENSE, "int4", ours, torch_int4))
+            found.append(Contender("torch", "tinygemm", DENSE, "int4", "bfloat16", torch_int4))  # fp32 is its slow path
     for backend in backends:
         prepare = partial(our_linear, backend)
         dense = ["int4"] if peers and "int4" in stores and how.kind != "dense" else []
@@ -138,7 +138,7 @@ def torch_factors(members: Sequence[LinearWeights], arena: Arena | None) -> Line
 
 
 def torch_int4(members: Sequence[LinearWeights], arena: Arena | None) -> Linear:
-    """torch's own int4 kernels (tinygemm on a GPU, its counterpart on a CPU), the members stacked.
+    """torch's own int4 kernels (tinygemm on a GPU, its counterpart on a CPU) on bf16 activations, the members stacked.
 
     Raises KernelError where torch has none, or they don't take the shape.
     """
@@ -170,8 +170,7 @@ def torch_int4(members: Sequence[LinearWeights], arena: Arena | None) -> Linear:
         raise KernelError(f"torch's int4 kernel: {str(error).splitlines()[0]}") from error
     packed = placed(packed, arena)
     run = getattr(torch.ops.aten, multiply)
-    typed = {dtype: scales_and_zeros.to(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    return lambda x: run(x, packed, group, typed[x.dtype])
+    return lambda x: run(x, packed, group, scales_and_zeros)
 
 
 def _scales(core: Core) -> torch.Tensor:

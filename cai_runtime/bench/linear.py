@@ -14,7 +14,7 @@ are taken as `timing.py` says: weights and inputs rotate, contenders take turns.
     vs dense        time of torch's dense linear in the same rows / median time; fp32 on a CPU, whose kernels compute in
                     fp32, bf16 on a GPU
 
-On a CPU inputs are fp32, but for torch in bf16; on a GPU all are bf16.
+On a CPU inputs are fp32, but for torch in bf16 and torch's int4 kernel; on a GPU all are bf16.
 """
 
 from __future__ import annotations

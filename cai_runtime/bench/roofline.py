@@ -58,7 +58,7 @@ def plot_roofline(path: Path, points: Sequence[Point], roofs: Roofs, *, title: s
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     left = min(p.intensity for p in points) / 2
-    right = max(2 * max(p.intensity for p in points), 4 * roofs.flops / roofs.read)
+    right = max(12 * max(p.intensity for p in points), 12 * roofs.flops / roofs.read)  # the labels of the roofs fit in
     low = min(p.rate for p in points) / 1e9 / 1.6
     axes.set_xlim(left, right)
     axes.set_ylim(low, max(roofs.flops, *(p.rate for p in points)) / 1e9 * 1.5)
@@ -70,7 +70,7 @@ def plot_roofline(path: Path, points: Sequence[Point], roofs: Roofs, *, title: s
         hollow = _is_peer(p.kernel)
         colour = colours[p.kernel]
         axes.scatter(
-            p.intensity, p.rate / 1e9, s=_area(p.rows, largest), marker=MARKERS.get(p.store, "X"),
+            p.intensity, p.rate / 1e9, s=_area(p.rows, largest), marker=MARKERS[p.store],
             facecolors="none" if hollow else colour, edgecolors=colour if hollow else "white",
             linewidths=1.2 if hollow else 0.6, alpha=0.9, zorder=4 if hollow else 3,
         )  # fmt: skip
@@ -100,14 +100,13 @@ def _draw_roofs(axes: Any, roofs: Roofs, left: float, right: float) -> None:
         rotation=_slope(axes, at, roofs.read), rotation_mode="anchor", fontsize="small",
     )  # fmt: skip
     for name, rate in roofs.matmul.items():
-        best = rate == roofs.flops
-        if not best:
+        if rate != roofs.flops:
             axes.plot(
-                [rate / roofs.read, right], [rate / 1e9] * 2, color="black", linewidth=0.8, linestyle=":", zorder=2
+                [rate / roofs.read, right], [rate / 1e9] * 2, color="black", linewidth=1, linestyle="--", zorder=2
             )
         axes.annotate(
-            f"multiplies {name} matrices at {rate / 1e9:,.0f} GFLOP/s", (right, rate / 1e9),
-            xytext=(-2, 4 if best else -11), textcoords="offset points", ha="right", fontsize="small",
+            f"{name} matrices {rate / 1e9:,.0f} GFLOP/s", (right, rate / 1e9), xytext=(-2, 4), textcoords="offset points",
+            ha="right", fontsize="small",
         )  # fmt: skip
 
 
@@ -150,11 +149,11 @@ def _legends(figure: Any, points: Sequence[Point], colours: dict[str, str], larg
             markersize=area**0.5, label=label,
         )  # fmt: skip
 
-    stores = dict.fromkeys(p.store for p in points)
+    stores = [store for store in MARKERS if any(p.store == store for p in points)]
     rows = sorted({p.rows for p in points})
     sections = [
         ("kernel", [entry(name, "o", colour, 50, _is_peer(name)) for name, colour in colours.items()]),
-        ("store", [entry(store, MARKERS.get(store, "X"), "#333333", 45) for store in stores]),
+        ("store", [entry(store, MARKERS[store], "#333333", 45) for store in stores]),
         ("rows", [entry(f"{n}", "o", "#aaaaaa", _area(n, largest)) for n in rows]),
     ]
     top = 0.9

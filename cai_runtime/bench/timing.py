@@ -26,6 +26,7 @@ CACHE_FACTOR = 8  # data that is rotated, over the last cache
 MAX_SETS = 512  # of data that is so small that its calls measure the call
 MEMORY_SHARE = 0.5  # of what is available, that all contenders together may take
 SETTLE_SECONDS = 0.01
+ENOUGH_SECONDS = 5.0
 LONG_CALL = 0.1  # seconds; after such a call nothing of the contender before it is left
 
 Call = Callable[[], Any]
@@ -83,15 +84,18 @@ def rotation(sizes: Sequence[int], device: str, *, available: int | None = None)
 def interleaved(
     clocks: Sequence[Clock], schedule: Schedule, *, after_turn: Callable[[int], None] | None = None
 ) -> list[Times]:
-    """Times of every contender, taken in rounds. after_turn: told the contender's index after each of its turns."""
+    """Times of every contender, taken in rounds; one that has been timed for five seconds (twenty times its share, if that
+    is more) sits the others out. after_turn: told the contender's index after each of its turns."""
+    enough = max(ENOUGH_SECONDS, 20 * schedule.seconds)
     found: list[list[float]] = [[] for _ in clocks]
     for _ in range(schedule.rounds):
         for index, clock in enumerate(clocks):
-            clock.settle()
-            end = time.perf_counter() + schedule.seconds / schedule.rounds
-            found[index].append(clock.sample())
-            while time.perf_counter() < end:
+            if sum(found[index]) < enough:
+                clock.settle()
+                end = time.perf_counter() + schedule.seconds / schedule.rounds
                 found[index].append(clock.sample())
+                while time.perf_counter() < end:
+                    found[index].append(clock.sample())
             if after_turn is not None:
                 after_turn(index)
     return [Times(tuple(seconds)) for seconds in found]

@@ -65,7 +65,7 @@ def test_torch_s_own_int4_kernel_is_held_against_the_same_reference(bench):
     report = bench("128x64", stores=("int4",), backends=("reference",), int4_group=64)
     found = {(r.engine, r.method): r for r in report.results if r.store == "int4"}
     assert set(found) == {("torch", "tinygemm"), ("reference", "interpolative"), ("reference", "dense")}
-    assert found["torch", "tinygemm"].relative_error < 1e-4
+    assert found["torch", "tinygemm"].relative_error < 5e-3
 
 
 def test_what_a_backend_can_t_do_is_shown_with_its_reason(bench):
