@@ -6,9 +6,8 @@ saved and loaded, and the memory is given back with the tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -24,42 +23,46 @@ NONE = -1  # an optional number that is absent
 @dataclass(frozen=True)
 class Frozen:
     """backend: as `prepare` takes it. tensors: the first is empty and stands for the linear, see `thaw`; the rest are the
-    weights, packed if the backend packs them. layout: out_features, in_features, then what the tensors are."""
+    weights, packed if the backend packs them. layout: what the tensors are, as numbers in a text, which an operator's
+    arguments carry faster than a list."""
 
     backend: str
     tensors: tuple[torch.Tensor, ...]
-    layout: tuple[int, ...]
+    layout: str
+    in_features: int
+    out_features: int
 
 
 def freeze(prepared: PreparedLinear) -> Frozen:
-    """A prepared group that one call runs, of any backend, over the same memory. Raises KernelError for other objects."""
-    if isinstance(prepared, CpuLinear):
-        sizes = (prepared.out_features, prepared.in_features)
-        tensors, numbers = prepared.state()
-        return Frozen("cpu", (tensors[0].new_empty(0), *tensors), (*sizes, *numbers))
+    """A prepared group of the reference or the CPU kernels, over the same memory. Raises KernelError for another object."""
     if isinstance(prepared, ReferenceLinear):
-        backend = "reference"
-    else:
-        backend = gpu_backend(prepared)
-    members = cast(ReferenceLinear, prepared).members  # the others have it too
-    tensors, numbers = [], [int(getattr(prepared, "_int8_activations", False)), len(members)]
+        return freeze_members(prepared.members, "reference", prepared, int8_activations=prepared._int8_activations)
+    if isinstance(prepared, CpuLinear):
+        tensors, numbers = prepared.state()
+        return remembered("cpu", tensors, numbers, prepared)
+    raise KernelError(
+        f"a {type(prepared).__name__} is not a group that the reference or the CPU kernels run in one call; for a GPU see "
+        "torch_modules.prepare_module"
+    )
+
+
+def freeze_members(
+    members: Sequence[LinearWeights], backend: str, prepared: PreparedLinear, *, int8_activations: bool
+) -> Frozen:
+    """A group of a backend that takes the weights as they are. prepared: what `prepare` made of the other arguments."""
+    tensors: list[torch.Tensor] = []
+    numbers = [int(int8_activations), len(members)]
     for w in members:
         freeze_member(w, tensors, numbers)
-    sizes = (prepared.out_features, prepared.in_features)
-    return Frozen(backend, (tensors[0].new_empty(0), *tensors), (*sizes, *numbers))
+    return remembered(backend, tensors, [len(tensors), *numbers], prepared)
 
 
-def gpu_backend(prepared: PreparedLinear) -> str:
-    """ "triton" or "cuda". Raises KernelError for what is no such linear."""
-    try:
-        from cai_runtime.kernels.gpu import CudaOrTritonLinear, TritonLinear
-    except ImportError:  # no triton here, so it is none of its linears either
-        raise KernelError(f"a {type(prepared).__name__} is not a prepared group of linears") from None
-    if isinstance(prepared, CudaOrTritonLinear):
-        return "cuda"
-    if isinstance(prepared, TritonLinear):
-        return "triton"
-    raise KernelError(f"a {type(prepared).__name__} is not a group that one call runs")
+def as_text(numbers: Iterable[int]) -> str:
+    return " ".join(map(str, numbers))
+
+
+def as_numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split()]
 
 
 def freeze_member(w: LinearWeights, tensors: list[torch.Tensor], numbers: list[int]) -> None:
@@ -102,31 +105,40 @@ def thaw_member(tensors: Iterator[torch.Tensor], numbers: Iterator[int]) -> Line
     )
 
 
-def build(backend: str, tensors: Sequence[torch.Tensor], layout: Sequence[int]) -> PreparedLinear:
+def build(backend: str, tensors: Sequence[torch.Tensor], layout: str) -> PreparedLinear:
+    numbers = as_numbers(layout)
     if backend == "cpu":
-        return CpuLinear.from_state(tensors[1:], layout[2:])
-    numbers, held = iter(layout[2:]), iter(tensors[1:])
-    int8_activations, count = next(numbers), next(numbers)
-    members = [thaw_member(held, numbers) for _ in range(count)]
+        return CpuLinear.from_state(tensors[1:], numbers)
+    rest, held = iter(numbers), iter(tensors[1:])
+    expected, int8_activations, count = (next(rest) for _ in range(3))
+    if len(tensors) - 1 != expected:
+        raise KernelError(f"the weights are {expected} tensors, not {len(tensors) - 1}")
+    members = [thaw_member(held, rest) for _ in range(count)]
     return prepare(members, backend=backend, int8_activations=bool(int8_activations))
 
 
-# What `thaw` made, for as long as the first of its tensors lives: nobody else refers to that one.
-_thawed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# What was frozen, and what `thaw` made, for as long as the first of its tensors lives: nobody else refers to that one.
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def thaw(backend: str, tensors: Sequence[torch.Tensor], layout: Sequence[int]) -> PreparedLinear:
+def remembered(
+    backend: str, weights: Sequence[torch.Tensor], numbers: Sequence[int], prepared: PreparedLinear
+) -> Frozen:
+    tensors, layout = (weights[0].new_empty(0), *weights), as_text(numbers)
+    _known[tensors[0]] = (prepared, [t.data_ptr() for t in tensors], layout)
+    return Frozen(backend, tensors, layout, prepared.in_features, prepared.out_features)
+
+
+def thaw(backend: str, tensors: Sequence[torch.Tensor], layout: str) -> PreparedLinear:
     """The linear that was frozen, or an equal one over the tensors as they are now.
 
     Remembered under the empty first tensor, which the linear itself does not hold: with it the memory goes too. A tensor
     that has moved since makes a new one. Raises KernelError where the tensors do not fit the layout.
     """
     pointers = [t.data_ptr() for t in tensors]
-    known = _thawed.get(tensors[0])
-    if known is not None:
-        linear, at, name, numbers = known
-        if at == pointers and name == backend and numbers == layout:
-            return linear
+    known = _known.get(tensors[0])
+    if known is not None and known[1] == pointers and known[2] == layout:
+        return known[0]
     linear = build(backend, tensors, layout)
-    _thawed[tensors[0]] = (linear, pointers, backend, list(layout))
+    _known[tensors[0]] = (linear, pointers, layout)
     return linear

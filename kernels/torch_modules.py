@@ -1,6 +1,7 @@
 """Prepared operations as `torch.nn.Module`s that torch.compile (with fullgraph=True) and torch.export can see through.
 
-    qkv = torch_module(prepare([q, k, v]))
+    qkv = prepare_module([q, k, v])            # for `prepare`
+    qkv = torch_module(prepare([q, k, v]))     # of what is prepared already
     attention = torch_module(CpuAttention(heads, cache))
 
 A module shares the prepared object's memory and gives its bits. Its tensors are buffers that are not saved with a
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -20,11 +22,13 @@ from torch.utils import _pytree
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels import torch_ops
 from cai_runtime.kernels.attention import AttentionBatch, CpuAttention, ReferenceAttention
+from cai_runtime.kernels.backend import resolve_backend
+from cai_runtime.kernels.cpu_library import Arena
 from cai_runtime.kernels.embedding import CpuEmbedding
-from cai_runtime.kernels.frozen import freeze, freeze_core
+from cai_runtime.kernels.frozen import Frozen, as_text, freeze, freeze_core, freeze_members
 from cai_runtime.kernels.norm import RmsNorm
 from cai_runtime.kernels.relocation import strip_addresses
-from cai_runtime.kernels.slim_linear import CpuMpo, PreparedLinear, SideBySide, contract_mpo
+from cai_runtime.kernels.slim_linear import CpuMpo, PreparedLinear, SideBySide, as_dense, contract_mpo, prepare
 from cai_runtime.kernels.weights import Core, LinearWeights
 
 # So that a step's batch can be an argument of an exported program, and an example of it can be in the program's file.
@@ -38,22 +42,21 @@ class TensorsModule(torch.nn.Module):
 
     def __init__(self, tensors: Sequence[torch.Tensor]):
         super().__init__()
-        self._names = tuple(f"tensor_{i}" for i in range(len(tensors)))
-        for name, t in zip(self._names, tensors, strict=True):
-            self.register_buffer(name, t, persistent=False)
+        for i, t in enumerate(tensors):
+            self.register_buffer(f"tensor_{i}", t, persistent=False)
 
     def tensors(self) -> list[torch.Tensor]:
-        return [getattr(self, name) for name in self._names]
+        return [t for t in self._buffers.values() if t is not None]
 
 
 class Linear(TensorsModule):
     """A group of projections that one call runs; called like the `PreparedLinear` it was made of."""
 
-    def __init__(self, prepared: PreparedLinear):
-        frozen = freeze(prepared)
+    def __init__(self, frozen: Frozen):
         super().__init__(frozen.tensors)
-        self.in_features, self.out_features = prepared.in_features, prepared.out_features
-        self._backend, self._layout = frozen.backend, frozen.layout
+        self.in_features: int = frozen.in_features
+        self.out_features: int = frozen.out_features
+        self.backend, self._layout = frozen.backend, frozen.layout
 
     def forward(
         self,
@@ -67,7 +70,10 @@ class Linear(TensorsModule):
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
         if norm is not None and swiglu:
             raise KernelError("a linear's input is normed or gated, not both")
-        return torch_ops.slim_linear(x, residual, weight, eps, swiglu, self.tensors(), self._layout, self._backend)
+        return torch_ops.slim_linear(
+            x, residual, weight, eps, swiglu, self.tensors(), self._layout, self.in_features, self.out_features,
+            self.backend,
+        )  # fmt: skip
 
 
 def transformed(x: torch.Tensor, norm: RmsNorm | None, swiglu: bool, backend: str) -> torch.Tensor:
@@ -93,12 +99,15 @@ class MpoShape:
 class Mpo(torch.nn.Module):
     """A matrix product operator: an operator call for each core."""
 
-    def __init__(self, w: LinearWeights, cores: Sequence[PreparedLinear], bias: torch.Tensor | None):
+    bias: torch.Tensor | None
+
+    def __init__(self, w: LinearWeights, cores: Sequence[Linear], bias: torch.Tensor | None):
         super().__init__()
-        self.in_features, self.out_features = w.in_features, w.out_features
+        self.in_features: int = w.in_features
+        self.out_features: int = w.out_features
         self._shape = MpoShape(w.in_features, w.out_features, w.out_dims, w.in_dims, w.bonds)
-        self.cores = torch.nn.ModuleList(Linear(c) for c in cores)
-        self._backend = cast(Linear, self.cores[0])._backend
+        self.cores = torch.nn.ModuleList(cores)
+        self.backend = cores[0].backend
         self.register_buffer("bias", bias, persistent=False)
 
     def forward(
@@ -110,7 +119,7 @@ class Mpo(torch.nn.Module):
         swiglu: bool = False,
     ) -> torch.Tensor:
         """As `Linear.forward`."""
-        x = transformed(x, norm, swiglu, self._backend)
+        x = transformed(x, norm, swiglu, self.backend)
         y = contract_mpo(x, cast(LinearWeights, self._shape), list(self.cores))
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
@@ -120,11 +129,11 @@ class Mpo(torch.nn.Module):
 class Beside(torch.nn.Module):
     """Linears over one input whose outputs are concatenated."""
 
-    def __init__(self, parts: Sequence[PreparedLinear]):
+    def __init__(self, parts: Sequence[LinearModule]):
         super().__init__()
-        self.parts = torch.nn.ModuleList(cast(torch.nn.Module, torch_module(p)) for p in parts)
-        self.in_features = parts[0].in_features
-        self.out_features = sum(p.out_features for p in parts)
+        self.parts = torch.nn.ModuleList(parts)
+        self.in_features: int = parts[0].in_features
+        self.out_features: int = sum(p.out_features for p in parts)
 
     def forward(
         self,
@@ -179,7 +188,7 @@ class Embedding(TensorsModule):
             tensors, hidden = matrix.tensors, table.hidden
             numbers = strip_addresses(matrix.fields, tensors)
         super().__init__(tensors)
-        self.hidden, self._dtype, self._layout = hidden, dtype, tuple(numbers)
+        self.hidden, self._dtype, self._layout = hidden, dtype, as_text(numbers)
         self._backend = "reference" if isinstance(table, Core) else "cpu"
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -187,17 +196,43 @@ class Embedding(TensorsModule):
         return torch_ops.embedding(ids, self.tensors(), self._layout, self.hidden, self._dtype, self._backend)
 
 
-def torch_module(prepared: Any) -> Linear | Mpo | Beside | Attention | Embedding:
-    """A module over a prepared group of linears, an attention object (reference or CPU), or an embedding (`CpuEmbedding`,
-    or a table as a `Core`). Raises KernelError for anything else."""
+LinearModule = Linear | Mpo | Beside
+
+
+def torch_module(prepared: Any) -> LinearModule | Attention | Embedding:
+    """A module over what the reference or the CPU kernels have ready: a prepared group of linears, an attention object, an
+    embedding (`CpuEmbedding`, or a table as a `Core`). Raises KernelError for anything else."""
     if isinstance(prepared, CpuAttention | ReferenceAttention):
         return Attention(prepared)
     if isinstance(prepared, CpuEmbedding | Core):
         return Embedding(prepared)
+    return linear_module(prepared)
+
+
+def linear_module(prepared: PreparedLinear) -> LinearModule:
     if isinstance(prepared, SideBySide):
-        return Beside(prepared.parts)
+        return Beside([linear_module(p) for p in prepared.parts])
     if isinstance(prepared, CpuMpo):
-        return Mpo(prepared._shape, prepared._cores, prepared._bias)
-    if type(prepared).__name__ == "GpuMpo":  # named, not imported: its module needs triton
-        return Mpo(prepared._weights, prepared._cores, prepared._weights.bias)
-    return Linear(prepared)
+        return Mpo(prepared._shape, [Linear(freeze(c)) for c in prepared._cores], prepared._bias)
+    return Linear(freeze(prepared))
+
+
+def prepare_module(
+    members: Sequence[LinearWeights],
+    *,
+    backend: str | None = None,
+    arena: Arena | None = None,
+    int8_activations: bool = False,
+) -> LinearModule:
+    """`prepare`, of any backend, as a module. Raises KernelError as it does."""
+    prepared = prepare(members, backend=backend, arena=arena, int8_activations=int8_activations)
+    name = resolve_backend(backend, members[0].cores[0].data.device)
+    if name in ("reference", "cpu"):
+        return linear_module(prepared)
+    if all(w.kind != "mpo" for w in members):
+        return Linear(freeze_members(members, name, prepared, int8_activations=int8_activations))
+    alone = partial(prepare_module, backend=name, int8_activations=int8_activations)
+    if len(members) > 1:
+        return Beside([alone([w]) for w in members])
+    cores = [cast(Linear, alone([as_dense(c)])) for c in members[0].cores]
+    return Mpo(members[0], cores, members[0].bias)

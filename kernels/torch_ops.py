@@ -34,7 +34,7 @@ from cai_runtime.kernels.attention import (
 from cai_runtime.kernels.backend import resolve_backend
 from cai_runtime.kernels.cpu_library import STORE_CODES
 from cai_runtime.kernels.embedding import embedding_reference
-from cai_runtime.kernels.frozen import thaw, thaw_core
+from cai_runtime.kernels.frozen import as_numbers, thaw, thaw_core
 from cai_runtime.kernels.norm import RmsNorm
 from cai_runtime.kernels.relocation import with_addresses
 
@@ -45,8 +45,8 @@ from cai_runtime.kernels.relocation import with_addresses
     "cai::slim_linear",
     mutates_args=(),
     schema=(
-        "(Tensor x, Tensor? residual, Tensor? norm_weight, float norm_eps, bool swiglu, Tensor[] weights, int[] layout, "
-        "str backend) -> Tensor"
+        "(Tensor x, Tensor? residual, Tensor? norm_weight, float norm_eps, bool swiglu, Tensor[] weights, str layout, "
+        "int in_features, int out_features, str backend) -> Tensor"
     ),
 )
 def slim_linear(
@@ -56,20 +56,21 @@ def slim_linear(
     norm_eps: float,
     swiglu: bool,
     weights: Sequence[torch.Tensor],
-    layout: Sequence[int],
+    layout: str,
+    in_features: int,
+    out_features: int,
     backend: str,
 ) -> torch.Tensor:
     """x [M, in_features] (twice that with `swiglu`) -> [M, out_features]: `PreparedLinear.__call__`.
 
-    weights, layout, backend: of `frozen.freeze`. norm_eps counts with norm_weight alone.
+    weights to backend: of a `frozen.Frozen`. norm_eps counts with norm_weight alone.
     """
     rms_norm = None if norm_weight is None else RmsNorm(norm_weight, norm_eps)
     return thaw(backend, weights, layout)(x, residual, norm=rms_norm, swiglu=swiglu)
 
 
 @slim_linear.register_fake
-def _(x, residual, norm_weight, norm_eps, swiglu, weights, layout, backend):
-    out_features, in_features = layout[:2]
+def _(x, residual, norm_weight, norm_eps, swiglu, weights, layout, in_features, out_features, backend):
     expected = 2 * in_features if swiglu else in_features
     torch._check(x.dim() == 2 and x.shape[1] == expected, lambda: f"slim_linear: expected [rows, {expected}]")
     return x.new_empty(x.shape[0], out_features)
@@ -143,12 +144,12 @@ def _(gate_up, backend=None):
 @torch.library.custom_op(
     "cai::embedding",
     mutates_args=(),
-    schema="(Tensor ids, Tensor[] table, int[] layout, int hidden, ScalarType dtype, str backend) -> Tensor",
+    schema="(Tensor ids, Tensor[] table, str layout, int hidden, ScalarType dtype, str backend) -> Tensor",
 )
 def embedding(
     ids: torch.Tensor,
     table: Sequence[torch.Tensor],
-    layout: Sequence[int],
+    layout: str,
     hidden: int,
     dtype: torch.dtype,
     backend: str,
@@ -158,8 +159,8 @@ def embedding(
     table, layout: of `torch_modules.Embedding`. Raises KernelError for an id outside the table (CPU kernels).
     """
     if backend != "cpu":
-        return embedding_reference(thaw_core(iter(table), iter(layout)), ids, dtype)
-    fields = torch.tensor(with_addresses(layout, table), dtype=torch.int64)
+        return embedding_reference(thaw_core(iter(table), iter(as_numbers(layout))), ids, dtype)
+    fields = torch.tensor(with_addresses(as_numbers(layout), table), dtype=torch.int64)
     ids = ids.to(torch.int32).contiguous()
     out = torch.empty(ids.shape[0], hidden)
     try:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import io
+import os
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,7 +50,8 @@ def linear_arguments(backend: str, prologue: str, residual: bool, rows: int = 5)
     x = torch.randn(rows, INP * (2 if prologue == "swiglu" else 1), generator=generator(1))
     weight = torch.rand(INP, generator=generator(2)) if prologue == "norm" else None
     more = torch.randn(rows, prepared.out_features, generator=generator(4)) if residual else None
-    return (x, more, weight, 1e-5, prologue == "swiglu", list(held.tensors), list(held.layout), held.backend)
+    sizes = (prepared.in_features, prepared.out_features)
+    return (x, more, weight, 1e-5, prologue == "swiglu", list(held.tensors), held.layout, *sizes, held.backend)
 
 
 @pytest.mark.parametrize("backend", NAMES)
@@ -72,7 +76,7 @@ def test_embedding_is_a_proper_operator(backend: str):
         core = random_core(30, 37, store, generator())
         lookup = CpuEmbedding(CpuLinear([as_dense(core)])) if backend == "cpu" else core
         module, ids = torch_module(lookup), torch.tensor([3, 29, 0, 3])
-        arguments = (ids, module.tensors(), list(module._layout), 37, torch.float32, backend)
+        arguments = (ids, module.tensors(), module._layout, 37, torch.float32, backend)
         opcheck(torch.ops.cai.embedding.default, arguments)
         torch.testing.assert_close(module(ids), core.values(torch.float32)[ids], rtol=1e-6, atol=0)
 
@@ -241,12 +245,12 @@ def test_the_memory_goes_with_the_module(backend: str):
     module = torch_module(group(backend))
     held = weakref.ref(module.tensors()[1])
     module(torch.randn(2, INP))
-    assert module.tensors()[0] in frozen._thawed
-    remembered = len(frozen._thawed)
+    assert module.tensors()[0] in frozen._known
+    remembered = len(frozen._known)
     del module
     gc.collect()
     assert held() is None
-    assert len(frozen._thawed) < remembered
+    assert len(frozen._known) < remembered
 
 
 def test_packed_weights_follow_a_copy_and_refuse_a_cast():
@@ -255,21 +259,20 @@ def test_packed_weights_follow_a_copy_and_refuse_a_cast():
     expected = prepared(x)
     module = torch_module(prepared)
     assert bits_equal(module(x), expected)
-    for name in module._names[1:]:  # elsewhere in memory, the old place overwritten
-        old = getattr(module, name)
+    for name, old in list(module.named_buffers())[1:]:  # elsewhere in memory, the old place overwritten
         setattr(module, name, old.clone())
         old.zero_()
     assert bits_equal(module(x), expected)
-    biases = [n for n in module._names if getattr(module, n).dtype == torch.float32 and getattr(module, n).numel()]
-    assert biases
+    assert any(t.dtype == torch.float32 and t.numel() for t in module.tensors())
     with pytest.raises(KernelError, match="can't be moved or cast"):
         module.double()(x)
 
 
-def test_weights_missing_from_the_arguments_are_refused():
-    x, residual, weight, eps, swiglu, tensors, layout, backend = linear_arguments("cpu", "none", False)
+@pytest.mark.parametrize("backend", NAMES)
+def test_weights_missing_from_the_arguments_are_refused(backend: str):
+    *before, tensors, layout, inp, out, _ = linear_arguments(backend, "none", False)
     with pytest.raises(KernelError, match="tensors, not"):
-        torch.ops.cai.slim_linear(x, residual, weight, eps, swiglu, tensors[:-1], layout, backend)
+        torch.ops.cai.slim_linear(*before, [torch.empty(0), *tensors[1:-1]], layout, inp, out, backend)
 
 
 def test_wrong_width_is_refused_while_tracing():
@@ -296,6 +299,39 @@ def test_other_objects_are_refused():
         )
     assert isinstance(torch_module(group("cpu")), Linear)
     assert isinstance(make_attention("cpu", attention.heads, 2, 16, torch.float32), CpuAttention)
+
+
+INTERPRETED = """
+import sys
+sys.path.append(sys.argv[1])
+import torch
+from kernel_cases import random_linear
+from cai_runtime.kernels.slim_linear import prepare
+from cai_runtime.kernels.torch_modules import prepare_module, torch_module
+
+g = torch.Generator().manual_seed(0)
+for kinds in (["lowrank", "interpolative"], ["mpo", "dense"]):
+    members = [random_linear(kind, 20, 9, 5, ["int8", "fp32"], True, g) for kind in kinds]
+    prepared, module = prepare(members, backend="triton"), prepare_module(members, backend="triton")
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for rows in (1, 3):
+        x = torch.randn(rows, 20, generator=g)
+        assert torch.equal(module(x), prepared(x)) and torch.equal(compiled(x), prepared(x))
+    clone = [t.clone() for t in module.tensors()] if hasattr(module, "tensors") else None
+    if clone:  # tensors elsewhere: prepared anew
+        arguments = (None, None, 0.0, False, clone, module._layout, 20, 18, "triton")
+        assert torch.equal(torch.ops.cai.slim_linear(x, *arguments), prepared(x))
+print("same")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_triton_linears_as_modules():
+    helpers = str(Path(__file__).parent / "helpers")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED, helpers], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "same"
 
 
 def test_the_operators_come_with_their_module_alone():
