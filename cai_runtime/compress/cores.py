@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from cai_runtime.compress.decompose import Factors, interpolate
-from cai_runtime.compress.rounding import round_with_feedback
+from cai_runtime.compress.rounding import round_with_feedback, rounding_ridge
 from cai_runtime.slim.module import ModuleWeights
 from cai_runtime.slim.spec import STORES, ModuleSpec
 from cai_runtime.slim.stores import CoreData, quantize
@@ -38,7 +38,9 @@ def factorized_module(
 ) -> StoredModule:
     """Cores of an interpolative or lowrank module. core_0 is rounded to its store (to 4 bits with feedback); core_1 is then
     fitted anew to what core_0 has become and, to 8 or 4 bits, rounded with feedback. On SmolLM2 that takes nine tenths off
-    the error which plain rounding to 8 bits adds.
+    the error which plain rounding to 8 bits adds. For 4 bits core_1 is fitted with its own rounding in mind: smaller numbers
+    are rounded with smaller errors (`rounding_ridge`). Then core_0 is fitted to the rounded core_1, and both are rounded
+    once more. Together that takes a third to a half off the error which 4 bits add.
 
     weight: [out, in], any float dtype. input_gram: [in, in], the damped mean of x x^T that the factors were made with.
     """
@@ -47,6 +49,12 @@ def factorized_module(
     if kind == "interpolative":
         found = interpolate(left, right)
         core_0, core_1, pivot = found.core_0, found.core_1, found.pivot
+        if STORES[store].bits == 4:
+            # Any order of the pivot rows gives the same module. The strongest inputs of core_1 first: their errors can
+            # still be made up for by many others.
+            strength = ((core_0.to(torch.float64) @ input_gram.to(torch.float64)) * core_0).sum(dim=1)
+            order = strength.argsort(descending=True, stable=True)
+            core_0, core_1, pivot = core_0[order], core_1[:, order], torch.cat([pivot[:rank][order], pivot[rank:]])
         rest = weight[pivot[rank:]]
     else:
         core_0, core_1, pivot, rest = right, left, None, weight
@@ -54,8 +62,11 @@ def factorized_module(
     if store == "fp32":
         stored_1 = quantize(core_1, store)
     else:
-        core_1, inner = refit(rest, stored_0.values(), input_gram)
-        stored_1 = round_with_feedback(core_1, inner, store) if STORES[store].scale else quantize(core_1, store)
+        stored_1 = _rounded_second(rest, stored_0, store, input_gram)
+    if STORES[store].bits == 4:
+        core_0 = refit_first(core_0, core_1, stored_1.values(), pivoted=pivot is not None)
+        stored_0 = _rounded_first(core_0, store, input_gram)
+        stored_1 = _rounded_second(rest, stored_0, store, input_gram)
     spec = ModuleSpec("lowrank" if pivot is None else "interpolative", out, inp, rank, (store, store))
     return StoredModule(spec, [stored_0, stored_1], pivot)
 
@@ -65,9 +76,37 @@ def _rounded_first(matrix: torch.Tensor, store: str, input_gram: torch.Tensor) -
     return round_with_feedback(matrix, input_gram, store) if STORES[store].bits == 4 else quantize(matrix, store)
 
 
-def refit(rows: torch.Tensor, core_0: torch.Tensor, input_gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _rounded_second(rows: torch.Tensor, core_0: CoreData, store: str, input_gram: torch.Tensor) -> CoreData:
+    """core_1 fitted to what core_0 has become, and rounded. rows: see `refit`."""
+    core_1, inner = refit(rows, core_0.values(), input_gram)
+    if STORES[store].bits == 4:
+        core_1, _ = refit(rows, core_0.values(), input_gram, rounding_ridge(core_1, inner, store))
+    return round_with_feedback(core_1, inner, store) if STORES[store].scale else quantize(core_1, store)
+
+
+def refit_first(core_0: torch.Tensor, core_1: torch.Tensor, rounded: torch.Tensor, *, pivoted: bool) -> torch.Tensor:
+    """The core_0 [r, in], fp64, that with core_1 rounded comes closest to the product of the two as they were: least
+    squares in A, the rounded core_1 with the identity above it when the module is `pivoted`.
+
+    The product and not the weight is aimed at: it is best in a metric of the outputs that is not known here, and what the
+    product leaves out of the weight must not come back in another metric.
+    """
+    before, after = core_1.to(torch.float64), rounded.to(torch.float64)
+    normal, mixed = after.mT @ after, after.mT @ before
+    if pivoted:
+        eye = torch.eye(normal.shape[0], dtype=torch.float64, device=normal.device)
+        normal, mixed = normal + eye, mixed + eye
+    ridge = 1e-10 * float(normal.diagonal().mean()) + torch.finfo(torch.float64).tiny
+    normal.diagonal().add_(ridge)
+    return torch.cholesky_solve(mixed @ core_0.to(torch.float64), torch.linalg.cholesky(normal))
+
+
+def refit(
+    rows: torch.Tensor, core_0: torch.Tensor, input_gram: torch.Tensor, penalty: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The core_1 [rows, r] that, after the given core_0 C [r, in], comes closest to `rows` [rows, in] on the inputs:
-    least squares, rows G C^T (C G C^T)^-1; and C G C^T [r, r], the mean of z z^T for z = C x. Both fp64.
+    least squares, rows G C^T (C G C^T + penalty)^-1; and C G C^T [r, r], the mean of z z^T for z = C x. Both fp64.
+    penalty: what a unit of core_1's sum of squares counts, beside the squared error.
 
     Best for any weighting of the outputs, too: given the row space, each row is fitted by itself.
     """
@@ -75,6 +114,6 @@ def refit(rows: torch.Tensor, core_0: torch.Tensor, input_gram: torch.Tensor) ->
     projected = gram @ c.mT
     inner = c @ projected
     # The pivot rows are independent, but a caller may ask for more rank than the weight has.
-    ridge = 1e-10 * float(inner.diagonal().mean()) + torch.finfo(torch.float64).tiny
+    ridge = penalty + 1e-10 * float(inner.diagonal().mean()) + torch.finfo(torch.float64).tiny
     root = torch.linalg.cholesky(inner + ridge * torch.eye(inner.shape[0], dtype=torch.float64, device=inner.device))
     return torch.cholesky_solve((rows.to(torch.float64) @ projected).mT, root).mT, inner

@@ -12,7 +12,7 @@ import torch
 
 from cai_runtime.slim.int4 import MAX_CODE, fit_groups, pack
 from cai_runtime.slim.spec import STORES
-from cai_runtime.slim.stores import INT8_MAX, CoreData
+from cai_runtime.slim.stores import INT8_MAX, CoreData, quantize
 
 DAMPING = 1e-2  # of the mean diagonal
 BLOCK = (
@@ -31,9 +31,7 @@ def round_with_feedback(core: torch.Tensor, input_gram: torch.Tensor, store: str
     w = core.to(torch.float32).clone()
     rows, columns = w.shape
     feedback = _feedback(input_gram)
-    weights = (
-        feedback.diagonal().square().reciprocal()
-    )  # a column's squared error, once its followers have done their best
+    weights = _costs(feedback)
     weights = weights / weights.mean()
     codes = torch.empty(rows, columns, dtype=torch.uint8 if kind.group else torch.int8, device=w.device)
     scale = (w.abs().amax(dim=1) / INT8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
@@ -58,6 +56,22 @@ def round_with_feedback(core: torch.Tensor, input_gram: torch.Tensor, store: str
         return CoreData(codes, scale, store)
     found = torch.stack(zeros, dim=1) if kind.zeros else None
     return CoreData(pack(codes), torch.stack(scales, dim=1), store, found, (rows, columns))
+
+
+def rounding_ridge(core: torch.Tensor, input_gram: torch.Tensor, store: str) -> float:
+    """What the size of a core's numbers costs: the expected squared error of the outputs from rounding, over the numbers'
+    sum of squares. Rounding errors grow with the numbers, so that a least-squares fit of a core that will be rounded does
+    best with this as its ridge. Arguments as in `round_with_feedback`.
+    """
+    rounded = quantize(core.float(), store).values()
+    share = float((rounded - core).square().sum() / core.square().sum().clamp_min(torch.finfo(torch.float32).tiny))
+    return share * float(_costs(_feedback(input_gram)).mean())
+
+
+def _costs(feedback: torch.Tensor) -> torch.Tensor:
+    """What a squared error in each column costs once the columns after it have made up for it as well as they can: the
+    variance of its input that is left when theirs are known."""
+    return feedback.diagonal().square().reciprocal()
 
 
 def _feedback(gram: torch.Tensor) -> torch.Tensor:

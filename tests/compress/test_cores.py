@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from cai_runtime.compress.cores import StoredModule, dense_module, factorized_module, refit
+from cai_runtime.compress.cores import StoredModule, dense_module, factorized_module, refit, refit_first
 from cai_runtime.compress.decompose import damped, factorize
-from cai_runtime.compress.rounding import round_with_feedback
+from cai_runtime.compress.rounding import round_with_feedback, rounding_ridge
 from cai_runtime.slim.spec import STORES
 from cai_runtime.slim.stores import quantize
 
@@ -91,6 +91,36 @@ def test_8_bits_cost_little_of_the_best_error(kind, out, inp):
     assert error(weight, made["fp32"], gram) == pytest.approx(best, rel=1e-3)
     assert best <= error(weight, made["bf16"], gram) < 1.05 * best
     assert best <= error(weight, made["int8"], gram) < 1.05 * best
+
+
+@pytest.mark.parametrize("pivoted", [True, False])
+def test_refitting_the_first_core_is_least_squares(pivoted):
+    g = torch.Generator().manual_seed(2)
+    core_0, core_1 = torch.randn(9, 20, generator=g), torch.randn(15, 9, generator=g)
+    rounded = quantize(core_1, "int4-g32").values()
+    found = refit_first(core_0, core_1, rounded, pivoted=pivoted)
+    before, after = (torch.cat([torch.eye(9), core]) if pivoted else core for core in (core_1, rounded))
+    expected = torch.linalg.lstsq(after.double(), before.double() @ core_0.double()).solution
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    if pivoted:  # with the exact core_1 there is nothing to do
+        torch.testing.assert_close(refit_first(core_0, core_1, core_1, pivoted=True).float(), core_0)
+
+
+@pytest.mark.parametrize("columns", [12, 40])
+def test_the_ridge_is_near_the_best_one(columns):
+    """The error after rounding, over a range of ridges: the predicted one leaves less than none, and nearly the least."""
+    weight, gram = problem(300, columns + 20, seed=4)
+    core_0 = torch.randn(columns, columns + 20, generator=torch.Generator().manual_seed(5))
+    plain, inner = refit(weight, core_0, gram)
+    ridge = rounding_ridge(plain, inner, "int4-g32")
+
+    def rounded(penalty):
+        core_1, _ = refit(weight, core_0, gram, penalty)
+        return error(weight, round_with_feedback(core_1, inner, "int4-g32").values() @ core_0, gram)
+
+    tried = [rounded(ridge * 2.0**k) for k in range(-6, 7)]
+    assert rounded(ridge) < rounded(0.0)
+    assert rounded(ridge) < 1.05 * min(tried)
 
 
 @pytest.mark.parametrize("kind", ["interpolative", "lowrank"])
