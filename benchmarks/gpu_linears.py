@@ -1,7 +1,8 @@
-"""Decode linears at Llama-3.1-8B's shapes on a GPU: the timing part of gpu_suite.py.
+"""Decode linears and attention at Llama-3.1-8B's shapes on a GPU: the parts of gpu_suite.py that time single operations.
 
-Interpolative cores at keep 0.5, stored in bf16 and int8, beside cuBLAS on the dense bf16 matrix. Times are those of CUDA
-graphs that walk through several sets of weights, larger together than the L2 cache, so that every call reads memory.
+Interpolative cores at keep 0.5, stored in bf16, int8 and int4, by our kernels, beside cuBLAS on the dense bf16 matrix, and
+beside int4 dense matrices by our kernels and by torch's (tinygemm). Times are those of CUDA graphs that walk through several
+sets of weights, larger together than the L2 cache, so that every call reads memory.
 """
 
 from __future__ import annotations
@@ -10,145 +11,117 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-# The linears of one layer of Llama-3.1-8B that run as one call, as (in, out) of each member.
-GROUPS = {
-    "q/k/v": ((4096, 4096), (4096, 1024), (4096, 1024)),
-    "o": ((4096, 4096),),
-    "gate/up": ((4096, 14336), (4096, 14336)),
-    "down": ((14336, 4096),),
+from gpu_timing import graph_seconds, sets_needed
+
+# The linears of one layer of Llama-3.1-8B that run as one call: in, and the out of each member.
+GROUPS: dict[str, tuple[int, tuple[int, ...]]] = {
+    "q/k/v": (4096, (4096, 1024, 1024)),
+    "o": (4096, (4096,)),
+    "gate/up": (4096, (14336, 14336)),
+    "down": (14336, (4096,)),
 }
 LAYERS = 32
 KEEP = 0.5
+INT4_GROUP = 128
 BATCHES = (1, 4, 16)
-L2_FACTOR = 4  # sets of weights together hold this many times the L2 cache
+WEIGHTS = (("interpolative", "bf16"), ("interpolative", "int8"), ("interpolative", "int4"), ("dense", "int4"))
+TOLERANCE = 1e-2  # relative, against float64, with bf16 activations
+Entries = list[dict[str, Any]]
 
 
-def interpolative_rank(inp: int, out: int, keep: float) -> int:
-    """The largest multiple of 16 with r (in + out - r) parameters at most keep times in times out."""
-    half = (inp + out) / 2
-    return int(half - math.sqrt(half * half - keep * inp * out)) // 16 * 16
-
-
-def random_group(members: tuple[tuple[int, int], ...], store: str, device: str) -> list[Any]:
-    """Interpolative linears with random cores, in the store."""
+def time_linears(entries: Entries, bandwidth: float, kernels: list[str]) -> None:
+    """Every group at every batch: cuBLAS on dense bf16, tinygemm on dense int4, then each of `kernels` ("triton", "cuda").
+    `entries` grows by one for each. What fails or is wrong is left out, and named in the RuntimeError at the end."""
     import torch
 
-    from cai_runtime.kernels.weights import Core, LinearWeights
-
-    def core(rows: int, cols: int) -> Core:
-        if store == "int8":
-            data = torch.randint(-127, 128, (rows, cols), dtype=torch.int8, device=device)
-            return Core(data, torch.full((rows,), 1 / (73 * math.sqrt(cols)), device=device))
-        return Core((torch.randn(rows, cols, device=device) / math.sqrt(cols)).bfloat16())
-
-    group = []
-    for inp, out in members:
-        r = interpolative_rank(inp, out, KEEP)
-        pivot = torch.randperm(out, device=device).to(torch.int32)
-        group.append(LinearWeights("interpolative", inp, out, (core(r, inp), core(out - r, r)), rank=r, pivot=pivot))
-    return group
-
-
-def copy_bandwidth() -> dict[str, float]:
-    """Bytes a second of a device-to-device copy of 4 GiB, read plus written: the ceiling that the linears are held to."""
-    import torch
-
-    size = 4 << 30
-    a = torch.randint(0, 255, (size,), dtype=torch.uint8, device="cuda")
-    b = torch.empty_like(a)
-    seconds = median_seconds(lambda: b.copy_(a), 20)
-    print(f"copy: {2 * size / seconds / 1e9:.0f} GB/s")
-    return {"bytes_per_second": 2 * size / seconds}
-
-
-def median_seconds(run: Callable[[], Any], repeats: int) -> float:
-    import torch
-
-    times = []
-    for i in range(repeats + 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        if i >= 3:
-            times.append(begin.elapsed_time(end) / 1e3)
-    return sorted(times)[len(times) // 2]
-
-
-def graph_seconds(calls: list[Callable[[], Any]]) -> float:
-    """Seconds per call, of a CUDA graph that makes all of them in turn; every call reads weights of its own."""
-    import torch
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in calls:  # compiles, loads modules, fills the allocator
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return median_seconds(graph.replay, 20) / len(calls)
-
-
-def time_linears(entries: list[dict[str, Any]], bandwidth: float) -> None:
-    """Every group at every batch: cuBLAS on dense bf16, then each of our backends in bf16 and int8. `entries` grows by one
-    for each. A backend that fails or is wrong is left out, and named in the RuntimeError at the end."""
-    import torch
-
+    from cai_runtime.bench.factors import Factorization, RandomWeights
     from cai_runtime.kernels.gpu import prepare_linear
     from cai_runtime.kernels.slim_linear import reference
 
-    l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    problems = []
+    problems: list[str] = []
 
     def measure(name: str, kernel: str, store: str, rows: int, nbytes: int, calls: list[Callable[[], Any]]) -> None:
         seconds = graph_seconds(calls)
-        rate = nbytes / seconds
-        entry = {
-            "group": name, "kernel": kernel, "store": store, "batch": rows, "seconds": seconds, "weight_bytes": nbytes,
-            "sets": len(calls), "bytes_per_second": rate, "fraction_of_copy": rate / bandwidth,
-        }  # fmt: skip
-        entries.append(entry)
+        entries.append(
+            {
+                "group": name, "kernel": kernel, "weights": store, "batch": rows, "seconds": seconds,
+                "weight_bytes": nbytes, "sets": len(calls), "bytes_per_second": nbytes / seconds,
+                "fraction_of_copy": nbytes / seconds / bandwidth,
+            }
+        )  # fmt: skip
 
-    for name, members in GROUPS.items():
-        inp, out = members[0][0], sum(o for _, o in members)
-        dense_bytes = 2 * inp * out
-        sets = max(2, math.ceil(L2_FACTOR * l2 / dense_bytes))
-        matrices = [(torch.randn(out, inp, device="cuda") / math.sqrt(inp)).bfloat16() for _ in range(sets)]
+    def attempt(what: str, run: Callable[[], None]) -> None:
+        try:
+            run()
+        except Exception as error:  # noqa: BLE001  # the others' numbers are still wanted
+            problems.append(f"{what}: {type(error).__name__}: {error}")
+            print(problems[-1][:500], flush=True)
+
+    for name, (inp, outs) in GROUPS.items():
+        out = sum(outs)
         inputs = {m: [torch.randn(m, inp, device="cuda").bfloat16() for _ in range(8)] for m in BATCHES}
-        for rows in BATCHES:
-            xs = inputs[rows]
-            calls = [lambda w=w, x=xs[i % 8]: torch.nn.functional.linear(x, w) for i, w in enumerate(matrices)]
-            measure(name, "cublas", "bf16 dense", rows, dense_bytes, calls)
-        del matrices
-        for store in ("bf16", "int8"):
-            first = random_group(members, store, "cuda")
+
+        def cublas(name: str = name, inp: int = inp, out: int = out, inputs: Any = inputs) -> None:
+            count = sets_needed(2 * inp * out)
+            matrices = [(torch.randn(out, inp, device="cuda") / math.sqrt(inp)).bfloat16() for _ in range(count)]
+            for m in BATCHES:
+                calls = [
+                    lambda w=w, x=inputs[m][i % 8]: torch.nn.functional.linear(x, w) for i, w in enumerate(matrices)
+                ]
+                measure(name, "cublas", "dense bf16", m, 2 * inp * out, calls)
+
+        def tinygemm(name: str = name, inp: int = inp, out: int = out, inputs: Any = inputs) -> None:
+            packed = [tinygemm_weights(out, inp) for _ in range(sets_needed(inp * out // 2))]
+            nbytes = sum(t.nbytes for t in packed[0])
+            for m in BATCHES:
+                calls = [
+                    lambda w=w, s=s, x=inputs[m][i % 8]: torch._weight_int4pack_mm(x, w, INT4_GROUP, s)
+                    for i, (w, s) in enumerate(packed)
+                ]
+                measure(name, "tinygemm", "dense int4", m, nbytes, calls)
+
+        attempt(f"{name} cublas", cublas)
+        attempt(f"{name} tinygemm", tinygemm)
+        for kind, store in WEIGHTS:
+            draw = RandomWeights("cuda", group=INT4_GROUP)
+            how = Factorization(kind, KEEP)
+            first = draw.group_of(inp, outs, how, store)
             nbytes = sum(w.nbytes for w in first)
-            sets = max(2, math.ceil(L2_FACTOR * l2 / nbytes))
-            groups = [first] + [random_group(members, store, "cuda") for _ in range(sets - 1)]
+            groups = [first] + [draw.group_of(inp, outs, how, store) for _ in range(sets_needed(nbytes) - 1)]
             expected = {m: torch.cat([reference(inputs[m][0].double(), w) for w in first], dim=1) for m in BATCHES}
-            for kernel in ("triton", "cuda"):
-                try:
+            for kernel in kernels:
+
+                def ours(
+                    name: str = name, kernel: str = kernel, weights: str = f"{kind} {store}", nbytes: int = nbytes,
+                    groups: Any = groups, expected: Any = expected, inputs: Any = inputs,
+                ) -> None:  # fmt: skip
                     prepared = [prepare_linear(g, kernel) for g in groups]
-                    for rows in BATCHES:
-                        xs = inputs[rows]
-                        error = (prepared[0](xs[0]).double() - expected[rows]).norm() / expected[rows].norm()
-                        if not error < 1e-2:
-                            raise RuntimeError(f"relative error {float(error):.2e} against float64")
-                        calls = [lambda f=f, x=xs[i % 8]: f(x) for i, f in enumerate(prepared)]
-                        measure(name, kernel, store, rows, nbytes, calls)
-                except Exception as error:  # noqa: BLE001  # the other backend's numbers are still wanted
-                    problems.append(f"{name} {store} {kernel}: {type(error).__name__}: {error}")
-                    print(problems[-1], flush=True)
+                    for m in BATCHES:
+                        error = float((prepared[0](inputs[m][0]).double() - expected[m]).norm() / expected[m].norm())
+                        if not error < TOLERANCE:
+                            raise RuntimeError(f"relative error {error:.2e} against float64 at batch {m}")
+                        calls = [lambda f=f, x=inputs[m][i % 8]: f(x) for i, f in enumerate(prepared)]
+                        measure(name, kernel, weights, m, nbytes, calls)
+
+                attempt(f"{name} {kind} {store} {kernel}", ours)
+            del groups, first, expected
     if problems:
-        raise RuntimeError("; ".join(problems))
+        raise RuntimeError("; ".join(p[:300] for p in problems))
 
 
-def table(entries: list[dict[str, Any]]) -> str:
-    lines = [f"{'group':<9}{'kernel':<9}{'store':<12}{'batch':>6}{'us':>9}{'GB/s':>8}{'of copy':>9}{'vs cuBLAS':>11}"]
+def tinygemm_weights(out: int, inp: int) -> tuple[Any, Any]:
+    """A random int4 matrix as torch's own int4 kernel takes it: packed codes, and bf16 scales with zero points."""
+    import torch
+
+    codes = torch.randint(0, 256, (out, inp // 2), dtype=torch.uint8, device="cuda")
+    packed = torch._convert_weight_to_int4pack(codes, 8)
+    scales = torch.rand(inp // INT4_GROUP, out, 2, device="cuda").bfloat16()
+    return packed, scales
+
+
+def table(entries: Entries) -> str:
+    header = f"{'group':<9}{'kernel':<10}{'weights':<20}{'batch':>6}{'us':>9}{'GB/s':>8}{'of copy':>9}{'vs cuBLAS':>11}"
+    lines = [header]
     dense = {(e["group"], e["batch"]): e["seconds"] for e in entries if e["kernel"] == "cublas"}
     totals: dict[tuple[str, str, int], list[float]] = {}
     for e in entries:
@@ -157,30 +130,81 @@ def table(entries: list[dict[str, Any]]) -> str:
         numbers = (
             f"{e['seconds'] * 1e6:>9.1f}{e['bytes_per_second'] / 1e9:>8.0f}{e['fraction_of_copy']:>9.2f}{speedup:>11}"
         )
-        lines.append(f"{e['group']:<9}{e['kernel']:<9}{e['store']:<12}{e['batch']:>6}{numbers}")
-        totals.setdefault((e["kernel"], e["store"], e["batch"]), []).append(e["seconds"])
+        lines.append(f"{e['group']:<9}{e['kernel']:<10}{e['weights']:<20}{e['batch']:>6}{numbers}")
+        totals.setdefault((e["kernel"], e["weights"], e["batch"]), []).append(e["seconds"])
     lines.append(f"\nall linears of {LAYERS} layers, ms per step")
-    for (kernel, store, batch), seconds in totals.items():
+    for (kernel, weights, batch), seconds in totals.items():
         if len(seconds) == len(GROUPS):
-            lines.append(f"{kernel:<9}{store:<12} batch {batch:>2}: {sum(seconds) * LAYERS * 1e3:.3f}")
+            lines.append(f"{kernel:<10}{weights:<20} batch {batch:>2}: {sum(seconds) * LAYERS * 1e3:.3f}")
     return "\n".join(lines)
+
+
+def time_attention(entries: Entries, bandwidth: float) -> None:
+    """Paged decode attention with Llama-3.1-8B's heads: 1k and 8k positions, batch 1 and 16; bytes are the keys' and
+    values'. Checked against torch's own attention first."""
+    import torch
+
+    from cai_runtime.kernels.triton import paged_attention
+
+    heads, kv_heads, dim, page = 32, 8, 128, 16
+    for context in (1024, 8192):
+        for batch in (1, 16):
+            nbytes = 2 * 2 * batch * context * kv_heads * dim
+            pages = batch * context // page
+            count = min(sets_needed(nbytes), 64)
+            caches = [
+                [torch.randn(pages, kv_heads, page, dim, device="cuda").bfloat16() for _ in range(2)]
+                for _ in range(count)
+            ]
+            q = torch.randn(batch, heads, dim, device="cuda").bfloat16()
+            starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
+            lengths = torch.full((batch,), context, dtype=torch.int32, device="cuda")
+            tables = torch.randperm(pages, device="cuda").to(torch.int32).view(batch, -1)
+
+            def attend(k: Any, v: Any, q: Any = q, at: Any = (starts, lengths, tables)) -> Any:
+                return paged_attention(q, k, v, *at, dim**-0.5)
+
+            k, v = (
+                c[tables.long()].transpose(2, 3).reshape(batch, -1, kv_heads, dim).transpose(1, 2) for c in caches[0]
+            )
+            wanted = torch.nn.functional.scaled_dot_product_attention(
+                q[:, :, None].double(), k.double(), v.double(), enable_gqa=True
+            ).reshape(batch, -1)
+            error = float((attend(*caches[0]).double() - wanted).norm() / wanted.norm())
+            if not error < TOLERANCE:
+                raise RuntimeError(f"context {context}, batch {batch}: relative error {error:.2e} against float64")
+            seconds = graph_seconds([lambda k=k, v=v, f=attend: f(k, v) for k, v in caches])
+            entries.append(
+                {
+                    "context": context, "batch": batch, "seconds": seconds, "kv_bytes": nbytes,
+                    "fraction_of_copy": nbytes / seconds / bandwidth,
+                }
+            )  # fmt: skip
+            print(
+                f"attention, context {context}, batch {batch}: {seconds * 1e6:.1f} us, "
+                f"{nbytes / seconds / 1e9:.0f} GB/s, {nbytes / seconds / bandwidth:.2f} of copy",
+                flush=True,
+            )
 
 
 def check_benchmark_cases() -> dict[str, float]:
     """Without a GPU: the benchmark's groups, an eighth as wide, through the reference; returns each group's keep."""
     import torch
 
+    from cai_runtime.bench.factors import Factorization, RandomWeights
     from cai_runtime.kernels.slim_linear import reference
 
     kept = {}
-    for name, members in GROUPS.items():
-        group = random_group(tuple((i // 8, o // 8) for i, o in members), "int8", "cpu")
-        y = torch.cat([reference(torch.randn(2, group[0].in_features), w) for w in group], dim=1)
-        if y.shape != (2, sum(o // 8 for _, o in members)) or not y.isfinite().all():
-            raise RuntimeError(f"{name}: the reference gives {tuple(y.shape)}")
-        ranks = [interpolative_rank(i, o, KEEP) for i, o in members]
-        parameters = sum(r * (i + o - r) for r, (i, o) in zip(ranks, members, strict=True))
-        kept[name] = parameters / sum(i * o for i, o in members)
-        if not KEEP - 0.02 < kept[name] <= KEEP:
-            raise RuntimeError(f"{name}: keep is {kept[name]:.3f}, not {KEEP}")
+    for name, (inp, outs) in GROUPS.items():
+        for kind, store in WEIGHTS:
+            group = RandomWeights("cpu", group=INT4_GROUP).group_of(
+                inp // 8, tuple(o // 8 for o in outs), Factorization(kind, KEEP), store
+            )
+            y = torch.cat([reference(torch.randn(2, inp // 8), w) for w in group], dim=1)
+            if y.shape != (2, sum(outs) // 8) or not 0.3 < float(y.std()) < 3:
+                raise RuntimeError(f"{name}: the reference gives {tuple(y.shape)}, deviation {float(y.std()):.2f}")
+            if kind == "interpolative":
+                kept[name] = sum(w.parameters for w in group) / sum(w.in_features * w.out_features for w in group)
+                if not KEEP - 0.06 < kept[name] <= KEEP:
+                    raise RuntimeError(f"{name}: keep is {kept[name]:.3f}, not {KEEP}")
     return kept

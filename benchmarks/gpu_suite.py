@@ -1,15 +1,20 @@
 """Everything that only a GPU can show, in one command of under ten minutes:
 
-    python benchmarks/gpu_suite.py [--only build,kernels,engine,bandwidth,linears] [--out FOLDER] [--dry-run]
+    python benchmarks/gpu_suite.py [--only build,cuda,...] [--minutes 9] [--out FOLDER] [--dry-run]
 
-It builds the CUDA library for the GPU it finds, runs the tests of the Triton and CUDA kernels compiled (float64 is the
-judge), holds an engine on the GPU against transformers on a tiny random llama, and times decode linears at
-Llama-3.1-8B's shapes: interpolative at keep 0.5, stored in bf16 and int8, beside cuBLAS on the dense bf16 matrix. Times
-are those of CUDA graphs that walk through several sets of weights, larger together than the L2 cache; every one is given
-with its bandwidth and with the fraction of the measured copy bandwidth. Nothing needs to be installed: the repository is
-made importable from where it lies. A section that fails is recorded, the others go on, and the exit status is 1.
+Sections, in this order: `build` (the CUDA library for the GPU it finds), `cuda` (the tests of the CUDA kernels; float64 is
+the judge), `engine` (engines with and without CUDA graphs against transformers, and bit for bit against each other),
+`bandwidth` (of a copy: what everything is held to), `decode` (a whole graph-captured decode step of a model of
+Llama-3.1-8B's shape with random weights, dense and at keep 0.5, in bf16, int8 and int4), `linears` (its linears one by one,
+beside cuBLAS and int4 dense kernels), `attention` (paged decode at 1k and 8k), `triton` (the tests of the Triton kernels,
+compiled; they take what time is left). Figures come with the fraction of the floor: the bytes that must be read over the
+measured copy bandwidth.
 
-Without a GPU it checks what it can, says so and exits with 2.
+Nothing needs to be installed: the repository is made importable from where it lies. What is missing is named, and sections
+go on with what needs it not: without apache-tvm-ffi there are no CUDA kernels, and the Triton ones are measured alone. A
+section that fails is recorded, the others go on, and the exit status is 1. Results go to a JSON file after every section.
+
+Without a GPU, or with --dry-run, it checks what it can at tiny shapes on the CPU; without a GPU it exits with 2.
 """
 
 from __future__ import annotations
@@ -17,13 +22,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import importlib
 import importlib.metadata
 import importlib.util
 import json
-import math
-import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,33 +36,47 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpu_linears import check_benchmark_cases, copy_bandwidth, table, time_linears
+import gpu_checks
+import gpu_decode
+import gpu_linears
+import gpu_timing
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
 PACKAGES = (
     "torch", "triton", "transformers", "apache-tvm-ffi", "numpy", "openai", "safetensors", "tokenizers", "pydantic",
-    "platformdirs", "gguf", "jinja2", "pytest", "hypothesis", "setuptools",
+    "platformdirs", "gguf", "jinja2", "pytest", "pytest-xdist", "hypothesis", "setuptools",
 )  # fmt: skip
+SECTIONS = ("build", "cuda", "engine", "bandwidth", "decode", "linears", "attention", "triton")
 
 
 @dataclass
 class Report:
-    """What the run found; written as JSON."""
+    """What the run found; written as JSON after every section."""
 
     environment: dict[str, Any]
+    deadline: float  # by time.monotonic: no section begins later
+    path: Path | None = None
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+    decode: list[dict[str, Any]] = field(default_factory=list)
     linears: list[dict[str, Any]] = field(default_factory=list)
+    attention: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def failed(self) -> list[str]:
         return [name for name, s in self.sections.items() if not s["ok"]]
 
+    @property
+    def seconds_left(self) -> float:
+        return max(self.deadline - time.monotonic(), 1.0)
+
     def section(self, name: str, run: Callable[[], Any]) -> None:
         """Run one section; what it returns, or its failure, goes into the report."""
-        print(f"\n== {name}", flush=True)
+        print(f"\n== {name} ({self.seconds_left:.0f} s left)", flush=True)
         began = time.perf_counter()
         try:
+            if time.monotonic() >= self.deadline:
+                raise RuntimeError("not run: the time was used up")
             entry: dict[str, Any] = {"ok": True, "result": run()}
         except Exception as error:  # noqa: BLE001  # the next section is worth running whatever happened here
             entry = {"ok": False, "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
@@ -67,9 +84,13 @@ class Report:
         entry["seconds"] = round(time.perf_counter() - began, 1)
         self.sections[name] = entry
         print(f"-- {name}: {'ok' if entry['ok'] else 'FAILED'} in {entry['seconds']} s", flush=True)
+        self.write()
 
-
-# ------------------------------------------------------------------------------------------------------- environment
+    def write(self) -> None:
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            found = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("deadline", "path")}
+            self.path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def make_importable(folder: Path) -> None:
@@ -86,21 +107,6 @@ def make_importable(folder: Path) -> None:
         del sys.modules[name]
     sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
-
-
-def child_environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-
-
-def run_child(command: list[str], limit: float) -> str:
-    """The child's output; a failure raises with its end."""
-    done = subprocess.run(
-        command, cwd=ROOT, env=child_environment(), capture_output=True, text=True, timeout=limit, check=False
-    )
-    output = done.stdout + done.stderr
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command[:6])} exited with {done.returncode}:\n{output[-5000:]}")
-    return output
 
 
 def environment() -> dict[str, Any]:
@@ -125,154 +131,104 @@ def environment() -> dict[str, Any]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------ checks
+def backends() -> list[str]:
+    """Triton always, CUDA where its library is built and can be loaded; says why not otherwise."""
+    from cai_runtime.errors import KernelError
+    from cai_runtime.kernels import cuda
+
+    try:
+        cuda.library()
+    except (KernelError, ImportError) as error:
+        print(f"no CUDA kernels: {error}", flush=True)
+        return ["triton"]
+    return ["cuda", "triton"]
 
 
-def build() -> str:
-    """The native libraries, in place: CUDA for the GPU that is there."""
-    output = run_child([sys.executable, "setup.py", "build_ext", "--inplace"], 400)
-    library = ROOT / "cai_runtime/_lib/libcai_cuda.so"
-    if not library.exists():
-        raise RuntimeError(f"the build made no {library.name}: was nvcc found?\n{output[-2000:]}")
-    if any(int(n) for n in _numbers_before(output, "bytes spill stores")):
-        raise RuntimeError("a CUDA kernel spills registers; see the build's output")
-    return f"{library.stat().st_size} bytes"
+def need_cuda() -> None:
+    if "cuda" not in backends():
+        raise RuntimeError("there are no CUDA kernels to check (see build)")
 
 
-def _numbers_before(text: str, words: str) -> list[str]:
-    return [part.split()[-1] for part in text.split(words)[:-1]]
+def check_cuda(limit: float) -> str:
+    need_cuda()
+    return gpu_checks.run_tests(["tests/kernels/test_cuda_gpu.py"], limit)
 
 
-def check_kernels() -> dict[str, str]:
-    """The tests of the GPU kernels, compiled and on the GPU, file by file. They compile hundreds of variants: side by
-    side where pytest-xdist is there."""
-    outcome, broken = {}, []
-    pytest = [sys.executable, "-m", "pytest", "-q", "--tb=short"]
-    workers = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
-    for name in ("test_triton_linear", "test_triton_rows", "test_triton_attention", "test_cuda_gpu"):
-        try:
-            output = run_child([*pytest, *workers, f"tests/kernels/{name}.py"], 240)
-        except (RuntimeError, subprocess.TimeoutExpired) as error:
-            output = str(error)
-            broken.append(name)
-            print(output[-4000:])
-        outcome[name] = output.strip().splitlines()[-1]
-        print(f"{name}: {outcome[name]}", flush=True)
-        if name not in broken and "passed" not in outcome[name]:
-            broken.append(name)  # all skipped: nothing was checked
-    if broken:
-        raise RuntimeError(f"not right, or not run: {', '.join(f'{n} ({outcome[n]})' for n in broken)}")
+def check_engines() -> dict[str, Any]:
+    outcome: dict[str, Any] = {"bits": gpu_checks.check_graphs(backends())}
+    for backend in backends():
+        for graphs in (False, True):
+            outcome[f"{backend}, graphs {graphs}"] = gpu_checks.check_engine("cuda", backend, graphs=graphs)
     return outcome
 
 
-def check_engine(device: str, backend: str | None = None) -> dict[str, Any]:
-    """A tiny random llama, greedy: our engine's tokens one by one, batched, and transformers' own, in float32."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    from cai_runtime.engine.open import open_engine
-    from cai_runtime.engine.request import Request, SamplingParams
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320, hidden_size=192, intermediate_size=416, num_hidden_layers=3, num_attention_heads=6,
-        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval().float()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn_like(p) / math.sqrt(p.shape[-1]) if p.dim() > 1 else torch.ones_like(p))
-    words = {f"w{i}": i for i in range(config.vocab_size)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    lengths, new = (1, 5, 17, 40, 130), 24
-    prompts = [torch.randint(3, config.vocab_size, (n,)).tolist() for n in lengths]
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="w1", eos_token="w2").save_pretrained(folder)
-        greedy = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
-        with torch.no_grad():
-            expected = [_greedy_by_transformers(model.to(device), prompt, new) for prompt in prompts]
-        engine = open_engine(folder, device=device, dtype="fp32", backend=backend)
-        try:
-            alone = [list(engine.submit(Request(p, greedy)).result().token_ids) for p in prompts]
-            handles = [engine.submit(Request(p, greedy)) for p in prompts]
-            together = [list(h.result().token_ids) for h in handles]
-        finally:
-            engine.close()
-    same = sum(a == e for a, e in zip(alone, expected, strict=True))
-    batched = sum(a == t for a, t in zip(alone, together, strict=True))
-    print(
-        f"{backend or device}: of {len(prompts)} prompts {same} equal transformers', {batched} equal in a batch",
-        flush=True,
-    )
-    if same != len(prompts) or batched != len(prompts):
-        raise RuntimeError(f"{len(prompts) - same} differ from transformers', {len(prompts) - batched} in a batch")
-    return {"prompts": len(prompts), "new_tokens": new, "equal_transformers": same, "equal_batched": batched}
-
-
-def _greedy_by_transformers(model: Any, prompt: list[int], new: int) -> list[int]:
-    import torch
-
-    ids = list(prompt)
-    for _ in range(new):
-        logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1]
-        ids.append(int(logits.argmax()))
-    return ids[len(prompt) :]
-
-
-# --------------------------------------------------------------------------------------------------------------- runs
-
-
 def compile_for_hopper() -> str:
-    output = run_child([sys.executable, "-m", "cai_runtime.kernels.triton.aot", "--targets", "sm_90"], 300)
+    output = gpu_checks.run_child(
+        [sys.executable, "-m", "cai_runtime.kernels.triton.aot", "--targets", "sm_90"], limit=300
+    )
     return output.strip().splitlines()[-1]
+
+
+def run_on_gpu(report: Report, wanted: list[str]) -> None:
+    def bandwidth() -> float:
+        measured = report.sections.get("bandwidth", {})
+        if not measured.get("ok"):
+            raise RuntimeError("the copy bandwidth, which this is held to, was not measured")
+        return measured["result"]["bytes_per_second"]
+
+    runs: dict[str, Callable[[], Any]] = {
+        "build": lambda: gpu_checks.build(min(240, report.seconds_left)),
+        "cuda": lambda: check_cuda(min(150, report.seconds_left)),
+        "engine": check_engines,
+        "bandwidth": gpu_timing.copy_bandwidth,
+        "decode": lambda: gpu_decode.time_decode(report.decode, bandwidth(), backends()),
+        "linears": lambda: gpu_linears.time_linears(report.linears, bandwidth(), backends()),
+        "attention": lambda: gpu_linears.time_attention(report.attention, bandwidth()),
+        "triton": lambda: gpu_checks.run_tests(gpu_checks.triton_tests(), report.seconds_left),
+    }
+    for name in SECTIONS:
+        if name in wanted:
+            report.section(name, runs[name])
+    if report.linears:
+        print(f"\n{gpu_linears.table(report.linears)}")
+    if report.decode:
+        print(f"\n{gpu_decode.table(report.decode)}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="comma list of build, kernels, engine, bandwidth, linears")
+    parser.add_argument("--only", default="", help=f"comma list of {', '.join(SECTIONS)}")
+    parser.add_argument("--minutes", type=float, default=9.0, help="no section begins after these (default: 9)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON (default: benchmarks/results)")
     parser.add_argument("--dry-run", action="store_true", help="what can be checked without a GPU")
     args = parser.parse_args()
+    wanted = args.only.split(",") if args.only else list(SECTIONS)
+    unknown = sorted(set(wanted) - set(SECTIONS))
+    if unknown:
+        parser.error(f"unknown section {', '.join(unknown)}; known: {', '.join(SECTIONS)}")
+    if {"decode", "linears", "attention"} & set(wanted) and "bandwidth" not in wanted:
+        wanted.append("bandwidth")
+    deadline = time.monotonic() + args.minutes * 60
     import torch
 
     gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         make_importable(Path(folder))
-        report = Report(environment())
+        report = Report(environment(), deadline)
         if args.dry_run or not gpu:
-            report.section("benchmark cases", check_benchmark_cases)
-            report.section("engine on the CPU", lambda: check_engine("cpu"))
+            report.section("benchmark cases", gpu_linears.check_benchmark_cases)
+            report.section("decode step", gpu_decode.check_decode_on_cpu)
+            report.section("engine", lambda: gpu_checks.check_engine("cpu", "reference", graphs=False))
             report.section("compile for sm_90", compile_for_hopper)
-            print(f"\nfailed: {', '.join(report.failed) or 'nothing'}")
-            if not gpu:
-                print("torch sees no GPU: nothing was measured", file=sys.stderr)
-                return 2
-            return 1 if report.failed else 0
-        wanted = args.only.split(",") if args.only else ["build", "kernels", "engine", "bandwidth", "linears"]
-        runs: dict[str, Callable[[], Any]] = {
-            "build": build,
-            "kernels": check_kernels,
-            "engine": lambda: {backend: check_engine("cuda", backend) for backend in ("triton", "cuda")},
-            "bandwidth": copy_bandwidth,
-            "linears": lambda: time_linears(report.linears, report.sections["bandwidth"]["result"]["bytes_per_second"]),
-        }
-        unknown = sorted(set(wanted) - set(runs))
-        if unknown:
-            parser.error(f"unknown section {', '.join(unknown)}; known: {', '.join(runs)}")
-        if "linears" in wanted and "bandwidth" not in wanted:
-            wanted.append("bandwidth")
-        for name, run in runs.items():
-            if name in wanted:
-                report.section(name, run)
-    device = report.environment["device"]["name"].replace(" ", "-")
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"gpu_suite_{device}_{datetime.date.today().isoformat()}.json"
-    path.write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n")
-    print(f"\n{table(report.linears)}\n\nwritten to {path}")
+        else:
+            device = report.environment["device"]["name"].replace(" ", "-")
+            report.path = args.out / f"gpu_suite_{device}_{datetime.date.today().isoformat()}.json"
+            run_on_gpu(report, wanted)
+            print(f"\nwritten to {report.path}")
     print(f"failed: {', '.join(report.failed) or 'nothing'}")
+    if not gpu:
+        print("torch sees no GPU: nothing was measured", file=sys.stderr)
+        return 2
     return 1 if report.failed else 0
 
 

@@ -44,6 +44,9 @@ class CudaOptions:
     fused_swiglu_rows: int = FUSED_SWIGLU_ROWS
 
 
+default_options = CudaOptions()  # of every CudaLinear that is not given its own
+
+
 def library_path() -> Path:
     """Where the build puts the library, whether it is there or not."""
     return Path(str(importlib.resources.files("cai_runtime") / "_lib" / "libcai_cuda.so"))
@@ -79,14 +82,15 @@ class CudaLinear:
     """A group of linears over one input, ready to run: their tensors are handed to the library once.
 
     members: dense, lowrank or interpolative, on one CUDA device, cores fp32, bf16, fp16, int8 or int4, biases float32. The
-    tensors are kept alive. Raises KernelError when the library is missing or a tensor does not fit.
+    tensors are kept alive. options: None for `default_options` at each call. Raises KernelError when the library is missing
+    or a tensor does not fit.
     """
 
     def __init__(self, members: Sequence[LinearWeights], options: CudaOptions | None = None):
         from cai_runtime.kernels.triton.checks import require
 
         require(len(members) > 0, "a group of linears needs at least one member")
-        self.options = options or CudaOptions()
+        self._options = options
         self.device = members[0].cores[0].data.device
         require(
             self.device.type == "cuda", f"the CUDA kernels need weights on a CUDA device, these are on {self.device}"
@@ -147,12 +151,13 @@ class CudaLinear:
         if rows == 0:
             return y
         x = rows_contiguous(x)
-        dependent = self.options.dependent_launch
+        options = self._options or default_options
+        dependent = options.dependent_launch
         if norm is not None and not (self._norm_fuses(x) and norm.weight.dtype == x.dtype):
             from cai_runtime.kernels.triton import rms_norm
 
             x, norm = rms_norm(x, norm.weight, norm.eps), None
-        if swiglu and not (self._first_on_tensor_cores(x) and rows <= self.options.fused_swiglu_rows):
+        if swiglu and not (self._first_on_tensor_cores(x) and rows <= options.fused_swiglu_rows):
             gated = torch.empty((rows, self.in_features), dtype=x.dtype, device=x.device)
             self._swiglu(x, gated, dependent)
             x, swiglu = gated, False

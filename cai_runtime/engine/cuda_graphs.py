@@ -131,13 +131,20 @@ class DecodeGraphs:
 
     def run(self, step: list[ScheduledSequence]) -> torch.Tensor:
         """The step's logits, fp32 [sequences, vocabulary] on the CPU, good until the next call."""
-        batch, forward = self._get(next(n for n in self.sizes if n >= len(step)))
-        batch.fill(step)
+        forward = self.prepare(step)
         out = self._logits[: len(step)]
         out.copy_(forward()[: len(step)], non_blocking=True)
         if self._model.device.type == "cuda":
             torch.cuda.current_stream(self._model.device).synchronize()
         return out
+
+    @torch.inference_mode()
+    def prepare(self, step: list[ScheduledSequence]) -> Forward:
+        """The recorded pass for `step`, its inputs written: calling it gives the logits of the padded batch, on the model's
+        device, at a fixed place."""
+        batch, forward = self._get(next(n for n in self.sizes if n >= len(step)))
+        batch.fill(step)
+        return forward
 
     @torch.inference_mode()
     def record_all(self, progress: bool | None = None) -> None:
