@@ -98,12 +98,14 @@ def test_int8_activations_are_within_the_bound(backend: str, data: st.DataObject
     dtype = data.draw(st.sampled_from(ACTIVATIONS.get(backend, [torch.float32])))
     members = [c.build() for c in data.draw(groups(["int8", "int8", *STORES]))]
     rows = data.draw(st.sampled_from(ROWS))
-    x = data.draw(tensors(rows, members[0].in_features, dtype))
+    inp = members[0].in_features
+    prologue = data.draw(prologues(inp, dtype))
+    x = data.draw(tensors(rows, 2 * inp if prologue == "swiglu" else inp, dtype))
     residual = data.draw(st.none() | tensors(rows, sum(w.out_features for w in members), dtype))
     with using(backend) as name:
-        y = prepare(members, backend=name, int8_activations=True)(x, residual)
+        y = call(prepare(members, backend=name, int8_activations=True), x, residual, prologue)
     # Not sharp: where a code may tip to its neighbour is known only for the worst case.
-    check(y, lambda growth: expected(x, members, residual, None, growth, int8_activations=True), sharp=False)
+    check(y, lambda growth: expected(x, members, residual, prologue, growth, int8_activations=True), sharp=False)
 
 
 @given(data=st.data())

@@ -146,3 +146,20 @@ def test_an_embedding_looks_up_the_stored_rows(backend: str, data: st.DataObject
     # One product of two numbers: rounded once, and exact without a scale.
     values = table.values(torch.float64)[ids.long()]
     check(y, lambda growth: Bounded.exact(values) if table.scale is None else Bounded.exact(values).rounded(y.dtype))
+
+
+def test_what_the_cpu_kernels_would_misread_is_refused():
+    x, weight = torch.randn(3, 20), torch.randn(20)
+    for bad in (weight.double(), weight.bfloat16(), weight[:19], weight[None]):
+        with pytest.raises(KernelError):
+            rms_norm_cpu(x, bad, 1e-5)
+        with pytest.raises(KernelError):
+            add_rms_norm_cpu(x, x, bad, 1e-5)
+        with pytest.raises(KernelError):
+            CpuLinear([as_dense(random_core(4, 20, "fp32", torch.Generator()))])(x, norm=RmsNorm(bad, 1e-5))
+    for residual in (x[:2], x[:, :19], x.double()):
+        with pytest.raises(KernelError, match="residual"):
+            add_rms_norm_cpu(x, residual, weight, 1e-5)
+    for gate_up in (torch.randn(3, 7), torch.randn(3, 8).half()):
+        with pytest.raises(KernelError, match="swiglu"):
+            swiglu_cpu(gate_up)
