@@ -69,7 +69,7 @@ def main() -> int:
             print(f"the library does not notice a read past the end\n{seen.stderr}", file=sys.stderr)
             return 1
         tests = arguments.tests or [f"tests/kernels/test_{name}.py" for name in TESTS]
-        pytest = [*python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+        pytest = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
         return subprocess.run(pytest, cwd=ROOT, env=env).returncode
 
 
