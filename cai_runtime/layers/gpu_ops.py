@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from cai_runtime.kernels.attention import AttentionBatch, HeadLayout, ReferenceKVCache, rope_kv_write_reference
+from cai_runtime.kernels.attention import AttentionBatch, HeadLayout, ReferenceKVCache
 from cai_runtime.kernels.embedding import embedding_reference
 from cai_runtime.kernels.slim_linear import PreparedLinear, prepare
 from cai_runtime.kernels.weights import LinearWeights
@@ -14,24 +14,28 @@ from cai_runtime.layers.ops import Attention, Layers
 
 
 class GpuAttention:
-    """RoPE with the cache write, then attention over pages [pages, kv_heads, page_size, head_dim]."""
+    """RoPE with the cache write, then attention over pages [pages, kv_heads, page_size, head_dim].
 
-    def __init__(self, heads: HeadLayout, cache: ReferenceKVCache):
-        self.heads, self.cache = heads, cache
+    sinks: fp32 [query_heads] on the model's device, or None.
+    """
+
+    def __init__(self, heads: HeadLayout, cache: ReferenceKVCache, sinks: torch.Tensor | None = None):
+        self.heads, self.cache, self.sinks = heads, cache, sinks
 
     def __call__(self, qkv: torch.Tensor, batch: AttentionBatch, cos_sin: torch.Tensor, scale: float) -> torch.Tensor:
+        """qkv [T, (Hq + 2 Hkv) D], whose queries and keys are rotated in place -> [T, Hq D]."""
         from cai_runtime.kernels.triton import paged_attention, rope_kv_write
 
         heads, cache = self.heads, self.cache
-        if heads.rotary_dim == heads.head_dim:
-            rope_kv_write(
-                qkv, batch.positions, cos_sin, cache.k, cache.v, batch.slots, heads.query_heads, heads.kv_heads,
-                heads.head_dim,
-            )  # fmt: skip
-            q = qkv[:, : heads.query_width].view(-1, heads.query_heads, heads.head_dim)
-        else:  # the Triton kernel rotates whole heads
-            q = rope_kv_write_reference(qkv, batch, cos_sin, heads, cache)
-        return paged_attention(q, cache.k, cache.v, batch.query_start, batch.context_len, batch.page_table, scale)
+        rope_kv_write(
+            qkv, batch.positions, cos_sin, cache.k, cache.v, batch.slots, heads.query_heads, heads.kv_heads,
+            heads.head_dim,
+        )  # fmt: skip
+        q = qkv[:, : heads.query_width].view(-1, heads.query_heads, heads.head_dim)
+        return paged_attention(
+            q, cache.k, cache.v, batch.query_start, batch.context_len, batch.page_table, scale,
+            window=heads.window, sinks=self.sinks,
+        )  # fmt: skip
 
 
 class GpuOps:

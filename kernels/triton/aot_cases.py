@@ -10,7 +10,7 @@ import torch
 import triton
 
 from cai_runtime.kernels.triton import products as p
-from cai_runtime.kernels.triton.attention import attention_tile, paged_attention_kernel
+from cai_runtime.kernels.triton.attention import attention_tile, merge_splits_kernel, paged_attention_kernel
 from cai_runtime.kernels.triton.launch import operand_dtype
 from cai_runtime.kernels.triton.linear import MEMBERS, compute_dtype
 from cai_runtime.kernels.triton.quantized_rows import quantize_rows_kernel
@@ -93,32 +93,30 @@ def _linear_case(
     )  # fmt: skip
 
 
-def _attention_case(dtype: torch.dtype, dim: int, group: int, tokens: int) -> Case:
+def _attention_case(
+    dtype: torch.dtype, dim: int, group: int, tokens: int, *, splits: bool = False, window: int = 0, sinks: bool = False
+) -> Case:
     t = _POINTER[dtype] + "!"
     types = dict.fromkeys(("q", "k_cache", "v_cache", "out"), t)
     types |= dict.fromkeys(("query_start", "context_len", "page_table"), "*i32!")
-    types |= {"sequences": "i32", "scale_log2": "fp32", "ldt": "i32"}
+    types |= {"sequences": "i32", "rows": "i32", "scale_log2": "fp32", "ldt": "i32"}
     strides = ("ldq", "q_head", "ldo", "k_page", "k_head", "k_slot", "v_page", "v_head", "v_slot")
     types |= dict.fromkeys(strides, "i32!")
     decode = tokens == 1
     tile = attention_tile(group, dim, dtype, decode=decode)
     constants = {
-        "GROUP": group, "HEADS": tile.heads, "DIM": dim, "PAGE": 16, "COMPUTE": operand_dtype(dtype),
+        "GROUP": group, "HEADS": tile.heads, "DIM": dim, "PAGE": 16, "WINDOW": window, "COMPUTE": operand_dtype(dtype),
         "TOKENS": tile.tokens, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "BLOCK_D": max(16, triton.next_power_of_2(dim)),
     }  # fmt: skip
+    optional = {"states": splits, "numerators": splits, "sinks": sinks}
+    types |= {name: "*fp32!" for name, there in optional.items() if there}
+    constants |= {name: None for name, there in optional.items() if not there}
     name = f"attention {'decode' if decode else 'prefill'} {dtype} D={dim}".replace("torch.", "")
-    fp32 = dtype == torch.float32
+    name += "".join(f" {word}" for word, on in (("splits", splits), ("window", window), ("sinks", sinks)) if on)
     return Case(
-        name,
-        paged_attention_kernel,
-        types,
-        constants,
-        tile.num_warps,
-        2,
-        decode,
-        fp32=fp32,
+        name, paged_attention_kernel, types, constants, tile.num_warps, 2, decode, fp32=dtype == torch.float32,
         max_registers=tile.max_registers,
-    )
+    )  # fmt: skip
 
 
 def cases() -> Iterator[Case]:
@@ -144,9 +142,20 @@ def cases() -> Iterator[Case]:
     types = {"x": "*bf16!", "codes": "*i8!", "scales": "*fp32!", "starts": "*i32!", "widths": "*i32!"}
     types |= dict.fromkeys(("ldx", "ldc", "lds"), "i32!")
     yield Case("quantize rows", quantize_rows_kernel, types, {"BLOCK": 1024}, 4, decode=True, products=False)
-    yield _attention_case(bf16, 128, 4, 1)
+    for splits in (False, True):
+        yield _attention_case(bf16, 128, 4, 1, splits=splits)
+        yield _attention_case(bf16, 64, 8, 1, splits=splits, window=128, sinks=True)
     yield _attention_case(bf16, 128, 4, 512)
+    yield _attention_case(bf16, 64, 8, 512, window=128, sinks=True)
     yield _attention_case(fp32, 64, 3, 1)
+    types = dict.fromkeys(("states", "numerators", "sinks"), "*fp32!") | {
+        "out": "*bf16!",
+        "sequences": "i32",
+        "ldo": "i32!",
+    }
+    types |= dict.fromkeys(("query_start", "context_len"), "*i32!")
+    constants = {"DIM": 128, "WINDOW": 128, "BLOCK_D": 128}
+    yield Case("merge splits", merge_splits_kernel, types, constants, 1, decode=True, products=False)
     b = "*bf16!"
     types = {"x": b, "residual": b, "weight": b, "normed": b, "total": b, "eps": "fp32"}
     types |= dict.fromkeys(("width", "ldx", "ldr", "ldn", "ldt"), "i32!")
@@ -157,5 +166,5 @@ def cases() -> Iterator[Case]:
     types = {"qkv": b, "cos_sin": "*fp32!", "k_cache": b, "v_cache": b, "positions": "*i32!", "slots": "*i32!"}
     numbers = ("ldq", "ldc", "page_size", "k_page", "k_head", "k_slot", "v_page", "v_head", "v_slot")
     types |= dict.fromkeys(numbers, "i32!")
-    heads = {"Q_HEADS": 32, "KV_HEADS": 8, "DIM": 128, "BLOCK": 64}
+    heads = {"Q_HEADS": 32, "KV_HEADS": 8, "DIM": 128, "ROTARY": 128, "BLOCK_HALF": 64, "BLOCK_DIM": 128}
     yield Case("rope_kv_write", rope_kv_write_kernel, types, heads, 1, decode=True, products=False)

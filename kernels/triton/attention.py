@@ -1,10 +1,16 @@
-"""Causal attention over a paged KV cache, grouped-query, decode and ragged prefill in one kernel.
+"""Causal attention over a paged KV cache, grouped-query, for decode and ragged prefill; sliding windows, attention sinks.
 
-Online softmax (Milakov and Gimelshein 2018; Dao et al. 2022) over pages (Kwon et al. 2023). A program takes one KV
-head and a tile of rows, a row being one query head of one token: the query heads that share a KV head sit in one tile,
-so each key is read once for all of them. Keys run in blocks of one width from position 0, and the softmax's denominator
-is summed by the matrix unit next to the numerator, so a row's result depends neither on its tile, nor on its prompt's
-chunking, nor on the other sequences. A key block wholly after a row's position leaves that row as it was, exactly.
+Online softmax (Milakov and Gimelshein 2018; Dao et al. 2022) over pages (Kwon et al. 2023). A program takes one KV head and
+a tile of rows, a row being one query head of one token: the query heads that share a KV head sit in one tile, so each key is
+read once for all of them.
+
+Order. Keys are cut into splits of 512 positions, counted from position 0. Within a split they run in blocks of one width,
+in order, the softmax's denominator summed by the matrix unit next to the numerator; the splits are merged in order. With
+few rows, where one program per row and head would leave the GPU idle, each split has a program of its own and a second
+kernel merges what they found (flash-decoding, Dao et al. 2023); with many, one program runs through the splits and merges
+as it goes. Both by the same formula, so a row's bits depend neither on which of them ran, nor on its tile, nor on its
+prompt's chunking, nor on the other sequences. A block that a row does not see, after its position or before its window,
+leaves that row as it was, exactly: so blocks that no row of a tile sees are not read.
 """
 
 from __future__ import annotations
@@ -17,85 +23,185 @@ import triton
 import triton.language as tl
 
 from cai_runtime.kernels.triton.checks import ACTIVATIONS, check_tensor, require
-from cai_runtime.kernels.triton.launch import compile_options, operand_dtype
+from cai_runtime.kernels.triton.launch import compile_options, on_device, operand_dtype
 
-LOG2_E = math.log2(math.e)
+LOG2_E = tl.constexpr(math.log2(math.e))
+SPLIT = tl.constexpr(512)  # positions; a multiple of every block of keys
 
 
-@triton.jit(do_not_specialize=["sequences"])
+@triton.jit
+def find_sequence(query_start, sequences, row_or_tile, TOKENS: tl.constexpr):
+    """The last sequence whose first row, or first tile of TOKENS rows, is not after this one."""
+    low = 0
+    high = sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        if TOKENS == 0:
+            start = tl.load(query_start + middle)
+        else:
+            start = tl.load(query_start + middle) // TOKENS + middle
+        if start <= row_or_tile:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def merge(largest, total, numerator, next_largest, next_total, next_numerator):
+    """Softmax state of the keys so far and of those that follow: the maximum [R], the denominator [R], the numerator
+    [R, D], both relative to the maximum. A state without keys is (-inf, 0, 0), and merging it changes nothing."""
+    new = tl.maximum(largest, next_largest)
+    shift = tl.where(new == float("-inf"), 0.0, new)
+    keep = tl.exp2(largest - shift)
+    add = tl.exp2(next_largest - shift)
+    total = tl.fma(total, keep, next_total * add)
+    numerator = tl.fma(numerator, keep[:, None], next_numerator * add[:, None])
+    return new, total, numerator
+
+
+@triton.jit
+def finish(largest, total, numerator, sinks, head, head_ok):
+    """The softmax's quotient. A head's sink is one more logit in the denominator (Agarwal et al. 2025)."""
+    if sinks is not None:
+        sink = tl.load(sinks + head, mask=head_ok, other=0.0)
+        new = tl.maximum(largest, sink * LOG2_E)
+        keep = tl.exp2(largest - new)
+        total = tl.fma(total, keep, tl.exp2(tl.fma(sink, LOG2_E, -new)))
+        numerator = numerator * keep[:, None]
+    return numerator / tl.where(total == 0.0, 1.0, total)[:, None]
+
+
+@triton.jit
+def _attend(
+    query, k_cache, v_cache, table, position, begin, stop, scale_log2, k_page, k_slot, v_page, v_slot,
+    DIM: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The softmax state of `query` [BLOCK_M, BLOCK_D] over keys begin to stop of one KV head."""
+    dim = tl.arange(0, BLOCK_D)
+    dim_ok = dim < DIM
+    largest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    # Sixteen equal columns, the matrix unit's narrowest tile: its sums run in the numerator's order.
+    denominator = tl.zeros((BLOCK_M, 16), dtype=tl.float32)
+    numerator = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    ones = tl.full((BLOCK_N, 16), 1.0, dtype=COMPUTE)
+    for at in range(begin, stop, BLOCK_N):
+        key_at = at + tl.arange(0, BLOCK_N)
+        key_ok = key_at < stop
+        page = tl.load(table + key_at // PAGE, mask=key_ok, other=0).to(tl.int64)
+        in_page = key_at % PAGE
+        k_at = k_cache + page * k_page + in_page * k_slot
+        key = tl.load(k_at[None, :] + dim[:, None], mask=key_ok[None, :] & dim_ok[:, None], other=0)
+        scores = tl.dot(query, key.to(COMPUTE), input_precision="ieee") * scale_log2
+        seen = key_ok[None, :] & (key_at[None, :] <= position[:, None])
+        if WINDOW:
+            seen = seen & (key_at[None, :] > position[:, None] - WINDOW)
+        scores = tl.where(seen, scores, float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(scores, axis=1))
+        shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+        weights = tl.exp2(scores - shift[:, None]).to(COMPUTE)
+        shrink = tl.exp2(largest - shift)
+        v_at = v_cache + page * v_page + in_page * v_slot
+        value = tl.load(v_at[:, None] + dim[None, :], mask=key_ok[:, None] & dim_ok[None, :], other=0)
+        denominator = tl.dot(weights, ones, denominator * shrink[:, None], input_precision="ieee")
+        numerator = tl.dot(weights, value.to(COMPUTE), numerator * shrink[:, None], input_precision="ieee")
+        largest = new_largest
+    return largest, tl.sum(denominator, axis=1) / 16, numerator  # equal summands: exact
+
+
+@triton.jit(do_not_specialize=["sequences", "rows"])
 def paged_attention_kernel(
-    q, k_cache, v_cache, out, query_start, context_len, page_table, sequences, scale_log2,
-    ldq, q_head, ldo, k_page, k_head, k_slot, v_page, v_head, v_slot, ldt,
-    GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
+    q, k_cache, v_cache, out, states, numerators, sinks, query_start, context_len, page_table, sequences, rows,
+    scale_log2, ldq, q_head, ldo, k_page, k_head, k_slot, v_page, v_head, v_slot, ldt,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
     COMPUTE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles, KV heads times parts). Sequence s owns the tiles from query_start[s] // TOKENS + s on: enough for its
-    tokens, and known without reading the lengths back to the host."""
+    """Grid: (tiles, KV heads times parts, 1 or splits). Sequence s owns the tiles from query_start[s] // TOKENS + s on:
+    enough for its tokens, and known without reading the lengths back to the host. With `states` [splits, rows, heads, 2] and
+    `numerators` [splits, rows, heads, DIM], a program takes the split of its third index and leaves its state there."""
     tile = tl.program_id(0)
     # A KV head's query heads take one program, or several of HEADS each when there are very many.
     parts = tl.cdiv(GROUP, HEADS)
     kv_head = tl.program_id(1) // parts
     first_head = tl.program_id(1) % parts * HEADS
-    # The last sequence whose first tile is not after this one.
-    low = 0
-    high = sequences
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(query_start + middle) // TOKENS + middle <= tile:
-            low = middle
-        else:
-            high = middle
-    sequence = low
+    sequence = find_sequence(query_start, sequences, tile, TOKENS)
     start = tl.load(query_start + sequence)
     queries = tl.load(query_start + sequence + 1) - start
     first = (tile - (start // TOKENS + sequence)) * TOKENS
     if first < queries:
-        context = tl.load(context_len + sequence)
+        before = tl.load(context_len + sequence) - queries  # positions before this step
         row = tl.arange(0, BLOCK_M)
         token = first + row // HEADS
         in_group = first_head + row % HEADS
         head = kv_head * GROUP + in_group
         row_ok = (row < TOKENS * HEADS) & (token < queries) & (in_group < GROUP)
-        position = context - queries + token  # of each row's token in its sequence
+        position = before + token  # of each row's token in its sequence
         dim = tl.arange(0, BLOCK_D)
-        dim_ok = dim < DIM
+        ok = row_ok[:, None] & (dim < DIM)[None, :]
         rows64 = (start + token).to(tl.int64)
-        query = tl.load(
-            q + rows64[:, None] * ldq + head[:, None] * q_head + dim[None, :],
-            mask=row_ok[:, None] & dim_ok[None, :], other=0,
-        ).to(COMPUTE)  # fmt: skip
-        largest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
-        # Sixteen equal columns, the matrix unit's narrowest tile: its sums run in the numerator's order.
-        denominator = tl.zeros((BLOCK_M, 16), dtype=tl.float32)
-        numerator = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-        ones = tl.full((BLOCK_N, 16), 1.0, dtype=COMPUTE)
-        last = tl.minimum(first + TOKENS, queries) + context - queries  # keys that this tile's last token may see
-        for begin in range(0, last, BLOCK_N):
-            key_at = begin + tl.arange(0, BLOCK_N)
-            key_ok = key_at < last
-            page = tl.load(page_table + sequence.to(tl.int64) * ldt + key_at // PAGE, mask=key_ok, other=0).to(tl.int64)
-            in_page = key_at % PAGE
-            k_at = k_cache + page * k_page + kv_head * k_head + in_page * k_slot
-            key = tl.load(k_at[None, :] + dim[:, None], mask=key_ok[None, :] & dim_ok[:, None], other=0)
-            scores = tl.dot(query, key.to(COMPUTE), input_precision="ieee") * scale_log2
-            seen = key_ok[None, :] & (key_at[None, :] <= position[:, None])
-            scores = tl.where(seen, scores, float("-inf"))
-            new_largest = tl.maximum(largest, tl.max(scores, axis=1))
-            # Key 0 is seen by every row that is stored, so only padding rows can have no maximum yet.
-            shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-            weights = tl.exp2(scores - shift[:, None]).to(COMPUTE)
-            shrink = tl.exp2(largest - shift)
-            v_at = v_cache + page * v_page + kv_head * v_head + in_page * v_slot
-            value = tl.load(v_at[:, None] + dim[None, :], mask=key_ok[:, None] & dim_ok[None, :], other=0)
-            denominator = tl.dot(weights, ones, denominator * shrink[:, None], input_precision="ieee")
-            numerator = tl.dot(weights, value.to(COMPUTE), numerator * shrink[:, None], input_precision="ieee")
-            largest = new_largest
-        total = tl.sum(denominator, axis=1) / 16  # equal summands: exact
-        result = numerator / tl.where(total == 0.0, 1.0, total)[:, None]
-        tl.store(
-            out + rows64[:, None] * ldo + head[:, None] * DIM + dim[None, :],
-            result.to(out.dtype.element_ty), mask=row_ok[:, None] & dim_ok[None, :],
-        )  # fmt: skip
+        query = tl.load(q + rows64[:, None] * ldq + head[:, None] * q_head + dim[None, :], mask=ok, other=0).to(COMPUTE)
+        k_cache += kv_head * k_head
+        v_cache += kv_head * v_head
+        table = page_table + sequence.to(tl.int64) * ldt
+        stop = before + tl.minimum(first + TOKENS, queries)  # keys that this tile's last token sees
+        visible = tl.maximum(before + first - WINDOW + 1, 0) if WINDOW else 0  # the first that its first token sees
+        if states is not None:
+            split = tl.program_id(2)
+            begin = tl.maximum(split * SPLIT, visible // BLOCK_N * BLOCK_N)
+            end = tl.minimum((split + 1) * SPLIT, stop)
+            if begin < end:
+                largest, total, numerator = _attend(
+                    query, k_cache, v_cache, table, position, begin, end, scale_log2, k_page, k_slot, v_page, v_slot,
+                    DIM, PAGE, WINDOW, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_D,
+                )  # fmt: skip
+                heads = tl.num_programs(1) // parts * GROUP
+                at = (split.to(tl.int64) * rows + rows64) * heads + head
+                tl.store(states + 2 * at, largest, mask=row_ok)
+                tl.store(states + 2 * at + 1, total, mask=row_ok)
+                tl.store(numerators + at[:, None] * DIM + dim[None, :], numerator, mask=ok)
+        else:
+            largest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+            total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+            numerator = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+            for split in range(visible // SPLIT, tl.cdiv(stop, SPLIT)):
+                begin = tl.maximum(split * SPLIT, visible // BLOCK_N * BLOCK_N)
+                next_largest, next_total, next_numerator = _attend(
+                    query, k_cache, v_cache, table, position, begin, tl.minimum((split + 1) * SPLIT, stop), scale_log2,
+                    k_page, k_slot, v_page, v_slot, DIM, PAGE, WINDOW, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_D,
+                )  # fmt: skip
+                largest, total, numerator = merge(largest, total, numerator, next_largest, next_total, next_numerator)
+            result = finish(largest, total, numerator, sinks, head, row_ok)
+            at = out + rows64[:, None] * ldo + head[:, None] * DIM + dim[None, :]
+            tl.store(at, result.to(out.dtype.element_ty), mask=ok)
+
+
+@triton.jit(do_not_specialize=["sequences"])
+def merge_splits_kernel(
+    states, numerators, out, sinks, query_start, context_len, sequences, ldo,
+    DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """What the splits of one head of one row left, merged in order. Grid: (rows, heads)."""
+    row = tl.program_id(0)
+    head = tl.program_id(1) + tl.zeros((1,), dtype=tl.int64)
+    sequence = find_sequence(query_start, sequences, row, 0)
+    after = tl.load(query_start + sequence + 1)
+    if row < after:
+        position = tl.load(context_len + sequence) - after + row
+        visible = tl.maximum(position - WINDOW + 1, 0) if WINDOW else 0
+        dim = tl.arange(0, BLOCK_D)
+        dim_ok = (dim < DIM)[None, :]
+        largest = tl.full((1,), float("-inf"), dtype=tl.float32)
+        total = tl.zeros((1,), dtype=tl.float32)
+        numerator = tl.zeros((1, BLOCK_D), dtype=tl.float32)
+        for split in range(visible // SPLIT, position // SPLIT + 1):
+            at = (split * tl.num_programs(0) + row) * tl.num_programs(1) + head
+            found = tl.load(numerators + at[:, None] * DIM + dim[None, :], mask=dim_ok, other=0.0)
+            state = tl.load(states + 2 * at), tl.load(states + 2 * at + 1)
+            largest, total, numerator = merge(largest, total, numerator, state[0], state[1], found)
+        result = finish(largest, total, numerator, sinks, head, head >= 0)
+        at = out + row.to(tl.int64) * ldo + head[:, None] * DIM + dim[None, :]
+        tl.store(at, result.to(out.dtype.element_ty), mask=dim_ok)
 
 
 MAX_ROWS = 32  # of a tile; 64 would switch Hopper and Blackwell to wgmma and tcgen05, whose sums round differently
@@ -117,14 +223,17 @@ class AttentionTile:
         return self.rows // self.heads
 
 
+FULL_GRID = 256  # programs that keep a GPU busy: with fewer, and more than one split, splits get programs of their own
+
+
 def attention_tile(group: int, dim: int, dtype: torch.dtype, *, decode: bool) -> AttentionTile:
     """The tile for `group` query heads per KV head; a larger one when sequences bring more than a token each."""
+    # Without a stated limit on registers, ptxas takes a lower one and spills.
     heads = min(group, MAX_ROWS)
     rows = max(16 if decode else MAX_ROWS, triton.next_power_of_2(heads))
     if dtype == torch.float32:
-        # Without a stated limit ptxas squeezes eight warps into 48 registers and spills one.
         return AttentionTile(rows, heads, 16, 8, 128)
-    return AttentionTile(rows, heads, 64 if dim <= 128 else 32, 4)
+    return AttentionTile(rows, heads, 64 if dim <= 128 else 32, 4, 255)
 
 
 def paged_attention(
@@ -135,6 +244,9 @@ def paged_attention(
     context_len: torch.Tensor,
     page_table: torch.Tensor,
     scale: float,
+    *,
+    window: int | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(scale q k^T, causal) v of every new token over its sequence's cached keys.
 
@@ -144,9 +256,12 @@ def paged_attention(
             tokens' keys and values are already there.
         query_start: int32 [S + 1]: sequence s's new tokens are rows query_start[s] to query_start[s + 1]. It ascends,
             from 0 to M (rows beyond the last entry are left unwritten).
-        context_len: int32 [S]: positions of each sequence, the new ones included.
+        context_len: int32 [S]: positions of each sequence, the new ones included; at most P * page_size.
         page_table: int32 [S, P], contiguous in P: position p of sequence s lives in page page_table[s, p // page_size].
+            P, not the lengths, sizes the launch and its scratch memory, so that a captured graph holds for all lengths.
         scale: multiplies q k^T, usually D ** -0.5.
+        window: a query sees its own position and the window - 1 before it; None: all before it.
+        sinks: float32 [Hq], a logit of each head that takes part in the softmax and brings no value.
 
     Returns:
         [M, Hq D] in q's dtype, newly allocated.
@@ -172,18 +287,33 @@ def paged_attention(
     check_tensor("query_start", query_start, shape=(sequences + 1,), device=device, dtypes=(torch.int32,))
     check_tensor("page_table", page_table, shape=(sequences, None), device=device, dtypes=(torch.int32,))
     require(sequences > 0 or rows == 0, "q has rows but context_len names no sequence")
+    require(window is None or window >= 1, f"a sliding window is at least 1 position, not {window}")
+    if sinks is not None:
+        check_tensor("sinks", sinks, shape=(q_heads,), device=device, dtypes=(torch.float32,))
     out = torch.empty((rows, q_heads * dim), dtype=q.dtype, device=device)
     if rows == 0:
         return out
     group = q_heads // kv_heads
-    tile = attention_tile(group, dim, q.dtype, decode=rows <= sequences)
-    parts = triton.cdiv(group, tile.heads)
+    decode = rows <= sequences
+    tile = attention_tile(group, dim, q.dtype, decode=decode)
+    tiles, head_programs = rows // tile.tokens + sequences, kv_heads * triton.cdiv(group, tile.heads)
+    splits = triton.cdiv(page_table.shape[1] * page_size, SPLIT.value)
+    states = numerators = None
+    if decode and splits > 1 and rows * head_programs < FULL_GRID:
+        states = torch.empty((splits, rows, q_heads, 2), dtype=torch.float32, device=device)
+        numerators = torch.empty((splits, rows, q_heads, dim), dtype=torch.float32, device=device)
+    block_d = max(16, triton.next_power_of_2(dim))
     options = compile_options(tile.num_warps, 2, max_registers=tile.max_registers)
-    with torch.cuda.device_of(q):
-        paged_attention_kernel[(rows // tile.tokens + sequences, kv_heads * parts)](
-            q, k_cache, v_cache, out, query_start, context_len, page_table, sequences, float(scale) * LOG2_E,
-            q.stride(0), q.stride(1), out.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], page_table.stride(0),
-            group, tile.heads, dim, page_size, operand_dtype(q.dtype),
-            tile.tokens, tile.rows, tile.keys, max(16, triton.next_power_of_2(dim)), **options,
+    with on_device(q):
+        paged_attention_kernel[(tiles, head_programs, 1 if states is None else splits)](
+            q, k_cache, v_cache, out, states, numerators, sinks, query_start, context_len, page_table, sequences, rows,
+            float(scale) * LOG2_E.value, q.stride(0), q.stride(1), out.stride(0), *k_cache.stride()[:3],
+            *v_cache.stride()[:3], page_table.stride(0), group, tile.heads, dim, page_size, window or 0,
+            operand_dtype(q.dtype), tile.tokens, tile.rows, tile.keys, block_d, **options,
         )  # fmt: skip
+        if states is not None:
+            merge_splits_kernel[(rows, q_heads)](
+                states, numerators, out, sinks, query_start, context_len, sequences, out.stride(0), dim, window or 0,
+                block_d, num_warps=1,
+            )  # fmt: skip
     return out

@@ -7,28 +7,31 @@ import triton
 import triton.language as tl
 
 from cai_runtime.kernels.triton.checks import ACTIVATIONS, check_tensor, require
+from cai_runtime.kernels.triton.launch import on_device
 
 
 @triton.jit
 def rope_kv_write_kernel(
     qkv, positions, cos_sin, k_cache, v_cache, slots,
     ldq, ldc, page_size, k_page, k_head, k_slot, v_page, v_head, v_slot,
-    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """One head of one row per program: q heads are rotated in place, k heads also written to the cache, v heads only
-    written. Grid: (rows, Q_HEADS + 2 KV_HEADS)."""
+    """One head of one row per program: the first ROTARY dimensions of q heads are rotated in place, k heads also written to
+    the cache, v heads only written. Grid: (rows, Q_HEADS + 2 KV_HEADS)."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    HALF: tl.constexpr = DIM // 2
-    at = tl.arange(0, BLOCK)
-    ok = at < HALF
+    HALF: tl.constexpr = ROTARY // 2
     source = qkv + row * ldq + head * DIM
-    low = tl.load(source + at, mask=ok, other=0)
-    high = tl.load(source + HALF + at, mask=ok, other=0)
     slot = tl.load(slots + row)
     page = (slot // page_size).to(tl.int64)
     in_page = slot % page_size
+    whole = tl.arange(0, BLOCK_DIM)
     if head < Q_HEADS + KV_HEADS:
+        at = tl.arange(0, BLOCK_HALF)
+        ok = at < HALF
+        low = tl.load(source + at, mask=ok, other=0)
+        high = tl.load(source + HALF + at, mask=ok, other=0)
         angle = cos_sin + tl.load(positions + row).to(tl.int64) * ldc
         cos = tl.load(angle + at, mask=ok, other=0.0)
         sin = tl.load(angle + HALF + at, mask=ok, other=0.0)
@@ -42,11 +45,15 @@ def rope_kv_write_kernel(
             kept = k_cache + page * k_page + (head - Q_HEADS) * k_head + in_page * k_slot
             tl.store(kept + at, low.to(k_cache.dtype.element_ty), mask=ok)
             tl.store(kept + HALF + at, high.to(k_cache.dtype.element_ty), mask=ok)
+            if ROTARY < DIM:
+                rest = (whole >= ROTARY) & (whole < DIM)
+                x = tl.load(source + whole, mask=rest, other=0)
+                tl.store(kept + whole, x.to(k_cache.dtype.element_ty), mask=rest)
     else:
         if slot >= 0:
             kept = v_cache + page * v_page + (head - Q_HEADS - KV_HEADS) * v_head + in_page * v_slot
-            tl.store(kept + at, low.to(v_cache.dtype.element_ty), mask=ok)
-            tl.store(kept + HALF + at, high.to(v_cache.dtype.element_ty), mask=ok)
+            x = tl.load(source + whole, mask=whole < DIM, other=0)
+            tl.store(kept + whole, x.to(v_cache.dtype.element_ty), mask=whole < DIM)
 
 
 def rope_kv_write(
@@ -65,16 +72,17 @@ def rope_kv_write(
     Args:
         qkv: [M, (Hq + 2 Hkv) D]: q heads, k heads, v heads; float32, bfloat16 or float16; rows may lie apart.
         positions: int32 [M], each below cos_sin's number of rows (not checked: the values live on the device).
-        cos_sin: float32 [max_pos, D]: D/2 cosines, then D/2 sines, for the angles of one position.
+        cos_sin: float32 [max_pos, R]: R/2 cosines, then R/2 sines, for the angles of one position. R is even, 2 to D: the
+            dimensions of a head that are rotated, the first ones; the others stay.
         k_cache, v_cache: [pages, Hkv, page_size, D], any activation dtype, contiguous in D.
         slots: int32 [M]: page * page_size + offset, where each row goes; negative: nowhere (padding).
-        Hq, Hkv, D: query heads, key/value heads, head dimension (even).
+        Hq, Hkv, D: query heads, key/value heads, head dimension.
 
     Raises:
         KernelError: a shape, dtype or device is not as above; names the argument.
     """
     require(Hq > 0 and Hkv > 0, f"Hq and Hkv must be positive, are {Hq} and {Hkv}")
-    require(D > 0 and D % 2 == 0, f"D must be even and positive, is {D}")
+    require(D > 0, f"D must be positive, is {D}")
     require(isinstance(qkv, torch.Tensor), "qkv must be a tensor")
     device = qkv.device
     heads = Hq + 2 * Hkv
@@ -82,14 +90,16 @@ def rope_kv_write(
     rows = qkv.shape[0]
     check_tensor("positions", positions, shape=(rows,), device=device, dtypes=(torch.int32,))
     check_tensor("slots", slots, shape=(rows,), device=device, dtypes=(torch.int32,))
-    check_tensor("cos_sin", cos_sin, shape=(None, D), device=device, dtypes=(torch.float32,))
+    check_tensor("cos_sin", cos_sin, shape=(None, None), device=device, dtypes=(torch.float32,))
+    rotary = cos_sin.shape[1]
+    require(rotary % 2 == 0 and 2 <= rotary <= D, f"cos_sin must have an even 2 to D = {D} columns, has {rotary}")
     check_tensor("k_cache", k_cache, shape=(None, Hkv, None, D), device=device, dtypes=ACTIVATIONS)
     check_tensor("v_cache", v_cache, shape=tuple(k_cache.shape), device=device, dtypes=ACTIVATIONS)
     if rows == 0:
         return
-    with torch.cuda.device_of(qkv):
+    with on_device(qkv):
         rope_kv_write_kernel[(rows, heads)](
             qkv, positions, cos_sin, k_cache, v_cache, slots,
             qkv.stride(0), cos_sin.stride(0), k_cache.shape[2], *k_cache.stride()[:3], *v_cache.stride()[:3],
-            Hq, Hkv, D, triton.next_power_of_2(D // 2), num_warps=1,
+            Hq, Hkv, D, rotary, triton.next_power_of_2(rotary // 2), triton.next_power_of_2(D), num_warps=1,
         )  # fmt: skip

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from cai_runtime.kernels.triton.checks import ACTIVATIONS, check_activation, check_tensor, require, rows_contiguous
+from cai_runtime.kernels.triton.launch import on_device
 
 MAX_BLOCK = 8192
 
@@ -62,21 +63,14 @@ def rms_norm_kernel(
 
 
 @triton.jit
-def gated(gate, up):
-    """silu(gate) * up in float32: the one formula of this file's kernel and of a linear that gates its own input."""
-    gate = gate.to(tl.float32)
-    return gate * tl.sigmoid(gate) * up.to(tl.float32)
-
-
-@triton.jit
 def swiglu_kernel(gate_up, out, width, ldg, ldo, BLOCK: tl.constexpr):
     """out = silu(gate) * up in float32. Grid: (rows, blocks of the width)."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok = at < width
-    gate = tl.load(gate_up + row * ldg + at, mask=ok, other=0)
-    up = tl.load(gate_up + row * ldg + width + at, mask=ok, other=0)
-    tl.store(out + row * ldo + at, gated(gate, up).to(out.dtype.element_ty), mask=ok)
+    gate = tl.load(gate_up + row * ldg + at, mask=ok, other=0).to(tl.float32)
+    up = tl.load(gate_up + row * ldg + width + at, mask=ok, other=0).to(tl.float32)
+    tl.store(out + row * ldo + at, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=ok)
 
 
 def _norm(
@@ -97,7 +91,7 @@ def _norm(
     if rows == 0:
         return normed, total
     block = min(triton.next_power_of_2(width), MAX_BLOCK)
-    with torch.cuda.device_of(x):
+    with on_device(x):
         rms_norm_kernel[(rows,)](
             x, residual, weight, normed, total, width,
             x.stride(0), residual.stride(0) if residual is not None else 0, width, width, float(eps),
@@ -166,7 +160,7 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     out = torch.empty((rows, width), dtype=gate_up.dtype, device=gate_up.device)
     if rows:
         block = min(triton.next_power_of_2(width), 1024)
-        with torch.cuda.device_of(gate_up):
+        with on_device(gate_up):
             swiglu_kernel[(rows, triton.cdiv(width, block))](
                 gate_up, out, width, gate_up.stride(0), width, block, num_warps=4
             )

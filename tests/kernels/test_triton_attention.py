@@ -13,6 +13,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels import triton as backend
+from cai_runtime.kernels.triton import attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -31,11 +32,11 @@ class Batch:
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
 
-    def run(self, scale: float) -> torch.Tensor:
+    def run(self, scale: float, **options) -> torch.Tensor:
         arguments = (self.q, self.k_cache, self.v_cache, self.query_start, self.context_len, self.page_table)
-        return backend.paged_attention(*arguments, scale)
+        return backend.paged_attention(*arguments, scale, **options)
 
-    def expected(self, scale: float) -> torch.Tensor:
+    def expected(self, scale: float, window: int | None = None, sinks: torch.Tensor | None = None) -> torch.Tensor:
         out = []
         starts = self.query_start.tolist()
         for s, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
@@ -45,8 +46,12 @@ class Batch:
             k, v = (t.double().repeat_interleave(group, dim=1) for t in (k, v))
             scores = torch.einsum("qhd,khd->hqk", q, k) * scale
             at = torch.arange(context, device=q.device)
-            hidden = at[None, :] > at[context - new :, None]
-            weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+            distance = at[context - new :, None] - at[None, :]
+            hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
+            scores = scores.masked_fill(hidden, float("-inf"))
+            if sinks is not None:
+                scores = torch.cat([scores, sinks.double()[:, None, None].expand(-1, new, 1)], dim=-1)
+            weights = scores.softmax(-1)[..., :context]
             out.append(torch.einsum("hqk,khd->qhd", weights, v).reshape(new, -1))
         return torch.cat(out)
 
@@ -124,16 +129,72 @@ def test_sequences_without_new_tokens():
     assert busy.run(0.25).shape == (0, 32)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter multiplies with a BLAS whose order depends on the shape")
+@pytest.fixture
+def ordered_sums(monkeypatch: pytest.MonkeyPatch):
+    """The interpreter multiplies matrices with a BLAS, whose order of sums depends on the shape; here it is that of a chain
+    over the inner dimension, as in a chain of matrix instructions. A GPU is left alone."""
+    if DEVICE == "cuda":
+        return
+    from triton.runtime import interpreter
+
+    def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        total = d.data.copy()
+        for k in range(a.data.shape[-1]):
+            total += a.data[:, k, None].astype(total.dtype) * b.data[None, k, :].astype(total.dtype)
+        return interpreter.TensorHandle(total, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+
+
+LONG = [(1, 1100), (1, 512), (1, 513), (1, 5)]  # three splits, one, two, one
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-def test_bits_do_not_depend_on_chunking_or_on_the_batch(dtype: torch.dtype):
+@pytest.mark.parametrize("window", [None, 70, 600])
+def test_decode_over_several_splits(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, window: int | None):
+    """Each split by a program of its own, then all by one: against float64, and the same bits."""
+    torch.manual_seed(6)
+    b = batch(LONG, (4, 2, 16), 16, dtype)
+    sinks = torch.randn(4, device=DEVICE) if window != 70 else None
+    apart = b.run(0.25, window=window, sinks=sinks)
+    assert relative_error(apart, b.expected(0.25, window, sinks)) < TOLERANCE[dtype]
+    monkeypatch.setattr(attention, "FULL_GRID", 0)
+    assert torch.equal(b.run(0.25, window=window, sinks=sinks), apart)
+
+
+@pytest.mark.parametrize("window", [1, 7, 16, 33])
+def test_sliding_window_and_sinks_of_a_ragged_step(window: int):
+    torch.manual_seed(7)
+    b = batch(RAGGED, (6, 2, 16), 16, torch.float32)
+    sinks = 2 * torch.randn(6, device=DEVICE)
+    for options in ({"window": window}, {"window": window, "sinks": sinks}, {"sinks": sinks}):
+        assert relative_error(b.run(0.25, **options), b.expected(0.25, **options)) < TOLERANCE[torch.float32]
+
+
+def test_rows_beyond_the_last_sequence_are_left_alone():
+    """Padding of a captured graph: rows that no sequence owns, and sequences without tokens."""
+    torch.manual_seed(8)
+    b = batch([(1, 700), (1, 3), (0, 0)], (2, 1, 16), 16, torch.float32)
+    wanted = b.run(0.25)
+    b.q = torch.cat([b.q, torch.full_like(b.q[:1], torch.nan)])
+    assert torch.equal(b.run(0.25)[:2], wanted)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("window", [None, 40])
+def test_bits_do_not_depend_on_chunking_or_on_the_batch(ordered_sums, dtype: torch.dtype, window: int | None):
+    """Rows of a prompt, alone as decode steps (split and not) and in chunks; across the border of a split."""
     torch.manual_seed(4)
-    b = batch([(150, 150), (9, 77)], (6, 2, 64), 16, dtype)
-    whole = b.run(0.125)
-    for start, stop in ((0, 150), (0, 1), (149, 150), (30, 47), (100, 150)):
-        length = torch.tensor([stop], dtype=torch.int32, device=DEVICE)
+    big = DEVICE == "cuda"
+    b = batch([(20, 530), (9, 77)], (6, 2, 64) if big else (2, 1, 16), 16, dtype)
+    options = {"window": window, "sinks": torch.randn(b.q.shape[1], device=DEVICE)}
+    whole = b.run(0.125, **options)
+    for start, stop in ((0, 20), (0, 1), (1, 2), (2, 3), (19, 20), (0, 17), (3, 20)):
+        length = torch.tensor([510 + stop], dtype=torch.int32, device=DEVICE)
         rows = torch.tensor([0, stop - start], dtype=torch.int32, device=DEVICE)
-        alone = backend.paged_attention(b.q[start:stop], b.k_cache, b.v_cache, rows, length, b.page_table[:1], 0.125)
+        alone = backend.paged_attention(
+            b.q[start:stop], b.k_cache, b.v_cache, rows, length, b.page_table[:1], 0.125, **options
+        )
         assert torch.equal(alone, whole[start:stop])
 
 
@@ -156,3 +217,7 @@ def test_bad_arguments_are_named():
         arguments = [*ok[:at], bad, *ok[at + 1 :]]
         with pytest.raises(KernelError, match=message):
             backend.paged_attention(*arguments)
+    with pytest.raises(KernelError, match="at least 1 position"):
+        backend.paged_attention(*ok, window=0)
+    with pytest.raises(KernelError, match="sinks has shape"):
+        backend.paged_attention(*ok, sinks=torch.zeros(3, device=DEVICE))

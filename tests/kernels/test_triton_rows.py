@@ -70,15 +70,15 @@ def test_swiglu(dtype: torch.dtype, shape: tuple[int, int]):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads", [(4, 2, 16), (3, 1, 6), (2, 2, 80)])
-def test_rope_and_kv_write(dtype: torch.dtype, heads: tuple[int, int, int]):
+@pytest.mark.parametrize("heads", [(4, 2, 16, 16), (3, 1, 6, 6), (2, 2, 80, 80), (3, 1, 20, 6), (2, 1, 7, 2)])
+def test_rope_and_kv_write(dtype: torch.dtype, heads: tuple[int, int, int, int]):
     torch.manual_seed(3)
-    q_heads, kv_heads, dim = heads
+    q_heads, kv_heads, dim, rotary = heads
     rows, page_size, width = 5, 4, (q_heads + 2 * kv_heads) * dim
     kept = draw(rows, width + 3, dtype=dtype)
     qkv = kept[:, :width]  # rows lie apart
     before = kept.clone()
-    angle = torch.rand(50, dim // 2) * 6
+    angle = torch.rand(50, rotary // 2) * 6
     cos_sin = torch.cat([angle.cos(), angle.sin()], 1).to(DEVICE)
     positions = torch.tensor([0, 7, 49, 7, 3], dtype=torch.int32, device=DEVICE)
     slots = torch.tensor([11, 2, -1, 0, 7], dtype=torch.int32, device=DEVICE)  # -1: padding
@@ -87,11 +87,12 @@ def test_rope_and_kv_write(dtype: torch.dtype, heads: tuple[int, int, int]):
 
     old = before[:, :width].double().view(rows, -1, dim)
     cos, sin = cos_sin.double()[positions.long()][:, None].chunk(2, dim=-1)
-    low, high = old.chunk(2, dim=-1)
-    rotated = torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
+    low, high = old[..., :rotary].chunk(2, dim=-1)
+    rotated = torch.cat([low * cos - high * sin, high * cos + low * sin, old[..., rotary:]], -1)
     new = qkv.reshape(rows, -1, dim)
     split = q_heads + kv_heads
     assert close(new[:, :split], rotated[:, :split])
+    assert torch.equal(new[..., rotary:].double(), old[..., rotary:])
     assert torch.equal(new[:, split:].double(), old[:, split:])
     assert torch.equal(kept[:, width:], before[:, width:])
     expected = [torch.full_like(c, 9.0) for c in caches]
@@ -119,7 +120,8 @@ def test_bad_arguments_are_named():
         (lambda: backend.rope_kv_write(x, ints.long(), table, cache, cache, ints, 2, 1, 2), "positions is torch.int64"),
         (lambda: backend.rope_kv_write(x, ints, table, cache, cache[:, :, :3], ints, 2, 1, 2), "v_cache has shape"),
         (lambda: backend.rope_kv_write(x, ints, table, cache, cache, ints[:1], 2, 1, 2), "slots has shape"),
-        (lambda: backend.rope_kv_write(draw(2, 12), ints, table, cache, cache, ints, 2, 1, 3), "even"),
+        (lambda: backend.rope_kv_write(x, ints, draw(3, 1), cache, cache, ints, 2, 1, 2), "even 2 to D"),
+        (lambda: backend.rope_kv_write(x, ints, draw(3, 4), cache, cache, ints, 2, 1, 2), "even 2 to D"),
     ]
     for call, message in cases:
         with pytest.raises(KernelError, match=message):
