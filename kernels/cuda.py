@@ -86,6 +86,8 @@ class CudaLinear:
     or a tensor does not fit.
     """
 
+    device_type = "cuda"  # another where the tests put a library for another device
+
     def __init__(self, members: Sequence[LinearWeights], options: CudaOptions | None = None):
         from cai_runtime.kernels.triton.checks import require
 
@@ -93,7 +95,8 @@ class CudaLinear:
         self._options = options
         self.device = members[0].cores[0].data.device
         require(
-            self.device.type == "cuda", f"the CUDA kernels need weights on a CUDA device, these are on {self.device}"
+            self.device.type == self.device_type,
+            f"the CUDA kernels need weights on a CUDA device, these are on {self.device}",
         )
         self.in_features = members[0].in_features
         self.out_features = sum(w.out_features for w in members)

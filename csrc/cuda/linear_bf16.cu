@@ -1,5 +1,5 @@
-#include "launch.cuh"
+#include "launch_instances.cuh"
 
 namespace cai {
-CAI_LINEAR(, __nv_bfloat16)
+CAI_LINEAR(__nv_bfloat16)
 }  // namespace cai

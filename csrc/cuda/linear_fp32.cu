@@ -1,5 +1,5 @@
-#include "launch.cuh"
+#include "launch_instances.cuh"
 
 namespace cai {
-CAI_LINEAR(, float)
+CAI_LINEAR(float)
 }  // namespace cai
