@@ -53,19 +53,29 @@ void check_loads(Store store, Report& report) {
 }
 
 void check_int4(Report& report) {
-  Buffer<uint8_t> codes(256 + kW);
-  for (size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<uint8_t>(i * 7);
-  bool right = true;
-  for (size_t i = 0; i + kW <= codes.size(); ++i) {
-    Simd::V low, high;
-    float lows[kW], highs[kW];
-    Simd::int4(codes.data() + i, low, high);
-    Simd::store(lows, low);
-    Simd::store(highs, high);
-    for (int lane = 0; lane < kW; ++lane)
-      right &= lows[lane] == (codes[i + lane] & 15) && highs[lane] == codes[i + lane] >> 4;
+  Random random(13);
+  for (int round = 0; round < 16; ++round) {
+    uint16_t bits;  // a scale in bf16, so that an element is exact in fp32
+    encode(Store::kBf16, random.uniform(0.01f, 0.2f), &bits);
+    const float scale = static_cast<float>(decode(Store::kBf16, &bits)), offset = -static_cast<float>(round) * scale;
+    Simd::Int4 row;
+    row.set(&scale, &offset);
+    Buffer<uint8_t> codes(256 + kW);
+    for (size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<uint8_t>(i * 7);
+    bool right = true;
+    for (size_t i = 0; i + kW <= codes.size(); ++i) {
+      Simd::V low, high;
+      float lows[kW], highs[kW];
+      row.elements(codes.data() + i, low, high);
+      Simd::store(lows, low);
+      Simd::store(highs, high);
+      for (int lane = 0; lane < kW; ++lane) {
+        right &= lows[lane] == ((codes[i + lane] & 15) - round) * scale;
+        right &= highs[lane] == ((codes[i + lane] >> 4) - round) * scale;
+      }
+    }
+    report.expect(right, "int4", "not (code - zero) * scale of the low and the high half of each byte");
   }
-  report.expect(right, "int4", "not the low and the high half of each byte");
 }
 
 // Sums of 16 columns against four rows, with the extremes; what the instruction adds for a sign is taken off again.
