@@ -2,7 +2,7 @@
 
     qkv = prepare_module([q, k, v])            # for `prepare`
     qkv = torch_module(prepare([q, k, v]))     # of what is prepared already
-    attention = torch_module(CpuAttention(heads, cache))
+    attention = Attention(heads, cache)
 
 A module shares the prepared object's memory and gives its bits. Its tensors are buffers that are not saved with a
 state_dict: the weights' file is the slim checkpoint. An exported program holds them, packed as this version packs them, so
@@ -21,7 +21,14 @@ from torch.utils import _pytree
 
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels import torch_ops
-from cai_runtime.kernels.attention import AttentionBatch, CpuAttention, ReferenceAttention
+from cai_runtime.kernels.attention import (
+    AttentionBatch,
+    CpuAttention,
+    CpuKVCache,
+    HeadLayout,
+    ReferenceAttention,
+    ReferenceKVCache,
+)
 from cai_runtime.kernels.backend import resolve_backend
 from cai_runtime.kernels.cpu_library import Arena
 from cai_runtime.kernels.embedding import CpuEmbedding
@@ -149,18 +156,26 @@ class Beside(torch.nn.Module):
 
 
 class Attention(torch.nn.Module):
-    """One layer's attention over its pages; called like the attention that it was made of, but leaves qkv as it is.
+    """One layer's attention over its pages; called like the attention of a backend, but leaves qkv as it is.
 
-    The caches are its buffers, changed by every call.
+    cache: of the backend, shared; its k and v are buffers of the module, changed by every call. sinks: fp32 [query_heads].
     """
 
-    def __init__(self, attention: CpuAttention | ReferenceAttention):
+    def __init__(
+        self,
+        heads: HeadLayout,
+        cache: CpuKVCache | ReferenceKVCache,
+        sinks: torch.Tensor | None = None,
+        *,
+        backend: str | None = None,
+    ):
         super().__init__()
-        self.heads, self._page_size = attention.heads, attention.cache.page_size
-        self._backend = "cpu" if isinstance(attention, CpuAttention) else "reference"
-        self.register_buffer("k", attention.cache.k, persistent=False)
-        self.register_buffer("v", attention.cache.v, persistent=False)
-        sinks = attention._sinks if isinstance(attention, CpuAttention) else attention.sinks
+        self.heads, self._page_size = heads, cache.page_size
+        self.backend = resolve_backend(backend, cache.k.device)
+        if (self.backend == "cpu") != isinstance(cache, CpuKVCache):
+            raise KernelError(f"a {type(cache).__name__} is not a cache of the {self.backend} kernels")
+        self.register_buffer("k", cache.k, persistent=False)
+        self.register_buffer("v", cache.v, persistent=False)
         self.register_buffer("sinks", sinks, persistent=False)
 
     def forward(self, qkv: torch.Tensor, batch: AttentionBatch, cos_sin: torch.Tensor, scale: float) -> torch.Tensor:
@@ -168,7 +183,7 @@ class Attention(torch.nn.Module):
         return torch_ops.rope_paged_attention(
             qkv, batch.positions, batch.slots, batch.query_start, batch.context_len, batch.page_table, cos_sin, scale,
             self.k, self.v, self.sinks, self.heads.query_heads, self.heads.kv_heads, self._page_size, self.heads.window,
-            self._backend,
+            self.backend,
         )  # fmt: skip
 
 
@@ -202,8 +217,10 @@ LinearModule = Linear | Mpo | Beside
 def torch_module(prepared: Any) -> LinearModule | Attention | Embedding:
     """A module over what the reference or the CPU kernels have ready: a prepared group of linears, an attention object, an
     embedding (`CpuEmbedding`, or a table as a `Core`). Raises KernelError for anything else."""
-    if isinstance(prepared, CpuAttention | ReferenceAttention):
-        return Attention(prepared)
+    if isinstance(prepared, CpuAttention):
+        return Attention(prepared.heads, prepared.cache, prepared._sinks, backend="cpu")
+    if isinstance(prepared, ReferenceAttention):
+        return Attention(prepared.heads, prepared.cache, prepared.sinks, backend="reference")
     if isinstance(prepared, CpuEmbedding | Core):
         return Embedding(prepared)
     return linear_module(prepared)

@@ -230,21 +230,27 @@ def rope_paged_attention(
 ) -> torch.Tensor:
     """qkv [T, (Hq + 2 Hkv) D] -> [T, Hq D]: rotate, write keys and values to their slots, attend. qkv stays as it is.
 
-    positions to page_table: of an `AttentionBatch`. cos_sin fp32 [positions, rotary_dim]. k_cache, v_cache: in the backend's
-    layout ("reference" or "cpu"), changed in place. Without a compiler that reuses buffers a graph copies them whole.
-    Raises KernelError for another backend, and as the backend does.
+    positions to page_table: of an `AttentionBatch`. cos_sin fp32 [positions, rotary_dim]. sinks: fp32 [Hq]. k_cache,
+    v_cache: in the backend's layout, changed in place; "cuda" is "triton" here. In a graph, a compiler that doesn't reuse
+    buffers copies them whole. Raises KernelError as the backend does.
     """
     head_dim = qkv.shape[1] // (query_heads + 2 * kv_heads)
     heads = HeadLayout(query_heads, kv_heads, head_dim, cos_sin.shape[1], window)
     batch = AttentionBatch(positions, slots, query_start, context_len, page_table)
-    attend: CpuAttention | ReferenceAttention
-    if backend == "cpu":
-        attend = CpuAttention(heads, BorrowedCpuCache(k_cache, v_cache, page_size, heads), sinks)
-    elif backend == "reference":
-        attend = ReferenceAttention(heads, BorrowedCache(k_cache, v_cache), sinks)
-    else:
-        raise KernelError(f"cai::rope_paged_attention runs on reference and cpu, not on {backend!r}")
-    return attend(qkv.clone(), batch, cos_sin, scale)
+    qkv = qkv.clone(memory_format=torch.contiguous_format)
+    match resolve_backend(backend, qkv.device):
+        case "cpu":
+            cache = BorrowedCpuCache(k_cache, v_cache, page_size, heads)
+            return CpuAttention(heads, cache, sinks)(qkv, batch, cos_sin, scale)
+        case "reference":
+            return ReferenceAttention(heads, BorrowedCache(k_cache, v_cache), sinks)(qkv, batch, cos_sin, scale)
+    from cai_runtime.kernels import triton
+
+    triton.rope_kv_write(qkv, positions, cos_sin, k_cache, v_cache, slots, query_heads, kv_heads, head_dim)
+    q = qkv[:, : heads.query_width].view(-1, query_heads, head_dim)
+    return triton.paged_attention(
+        q, k_cache, v_cache, query_start, context_len, page_table, scale, window=window, sinks=sinks
+    )
 
 
 @rope_paged_attention.register_fake

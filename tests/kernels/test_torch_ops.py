@@ -20,11 +20,11 @@ from torch.library import opcheck
 
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels import frozen, torch_ops
-from cai_runtime.kernels.attention import AttentionBatch, CpuAttention, HeadLayout
+from cai_runtime.kernels.attention import AttentionBatch, HeadLayout
 from cai_runtime.kernels.embedding import CpuEmbedding
 from cai_runtime.kernels.norm import RmsNorm
 from cai_runtime.kernels.slim_linear import CpuLinear, PreparedLinear, as_dense, prepare
-from cai_runtime.kernels.torch_modules import Linear, torch_module
+from cai_runtime.kernels.torch_modules import Attention, Linear, torch_module
 
 NAMES = ["reference", "cpu"]
 INP, OUT = 45, 21
@@ -291,23 +291,20 @@ def test_backward_says_that_there_is_none():
 def test_other_objects_are_refused():
     with pytest.raises(KernelError, match="str"):
         torch_module("a linear")
-    attention, qkv, batch, table = attention_step("reference")
-    held = torch_module(attention)
-    with pytest.raises(KernelError, match="'triton'"):
-        torch.ops.cai.rope_paged_attention(
-            qkv, *fields(batch), table, 0.2, held.k, held.v, None, 6, 2, 16, None, "triton"
-        )
+    attention, *_ = attention_step("reference")
+    with pytest.raises(KernelError, match="not a cache of the cpu kernels"):
+        Attention(attention.heads, attention.cache, backend="cpu")
     assert isinstance(torch_module(group("cpu")), Linear)
-    assert isinstance(make_attention("cpu", attention.heads, 2, 16, torch.float32), CpuAttention)
 
 
 INTERPRETED = """
 import sys
 sys.path.append(sys.argv[1])
 import torch
+from attention_cases import AttentionCase, batch_of, make_attention, rope_table
 from kernel_cases import random_linear
 from cai_runtime.kernels.slim_linear import prepare
-from cai_runtime.kernels.torch_modules import prepare_module, torch_module
+from cai_runtime.kernels.torch_modules import Attention, prepare_module
 
 g = torch.Generator().manual_seed(0)
 for kinds in (["lowrank", "interpolative"], ["mpo", "dense"]):
@@ -321,12 +318,27 @@ for kinds in (["lowrank", "interpolative"], ["mpo", "dense"]):
     if clone:  # tensors elsewhere: prepared anew
         arguments = (None, None, 0.0, False, clone, module._layout, 20, 18, "triton")
         assert torch.equal(torch.ops.cai.slim_linear(x, *arguments), prepared(x))
+
+case = AttentionCase(2, 2, 16, 16, 16, torch.float32, 5, True, ((20, 1),), 7)
+sequences, pages = case.sequences(g)
+reference = make_attention("reference", case.heads, pages, 16, torch.float32, case.sink_logits(g))
+for cache in (reference.cache.k, reference.cache.v):
+    cache.zero_()
+qkv, batch = torch.randn(21, case.heads.qkv_width, generator=g), batch_of(sequences, [20, 1], 16)
+attention = Attention(case.heads, reference.cache, reference.sinks, backend="triton")
+with torch.no_grad():
+    out = torch.compile(attention, fullgraph=True, backend="aot_eager")(qkv, batch, rope_table(16, quarter_turns=False), 0.2)
+written = reference.cache.k.clone()
+expected = reference(qkv, batch, rope_table(16, quarter_turns=False), 0.2)
+torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+torch.testing.assert_close(written, reference.cache.k)
+assert written.any()
 print("same")
 """
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_triton_linears_as_modules():
+def test_triton_operations_as_modules():
     helpers = str(Path(__file__).parent / "helpers")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", INTERPRETED, helpers], capture_output=True, text=True, env=environment)
