@@ -82,7 +82,7 @@ struct AttentionShape {
 struct KernelTable {
   const char* name;
   // y[m, row] for row blocks [block0, block1) of four rows each and all M rows of x. panel: 4 * round_up(cols, 32) floats
-  // of scratch, used by int4 and M > 1.
+  // of scratch, used by int4.
   void (*linear)(const float* x, int64_t M, int64_t ldx, const PackedMatrix& w, int64_t block0, int64_t block1,
                  const Epilogue& e, const Ahead& ahead, float* panel);
   // The same for int8 weights and rows of x rounded to int8.

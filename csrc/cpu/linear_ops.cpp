@@ -199,7 +199,7 @@ void linear_group(Team& team, const LinearCall& c, const char* after) {
       return;
     }
     float* panel = nullptr;
-    if (w.store == Store::kInt4 && c.M > 1)
+    if (w.store == Store::kInt4)
       panel = static_cast<float*>(private_memory(Private::kPanel, (w.cols + 31) / 32 * 32 * 4 * Int(sizeof(float))));
     k.linear(x, c.M, ldx, w, block0, block1, e, ahead, panel);
   };

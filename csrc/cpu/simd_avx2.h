@@ -32,12 +32,22 @@ struct Simd {
   static V load(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
-  // The low and the high halves of 8 bytes.
-  static void int4(const uint8_t* p, V& low, V& high) {
-    const __m256i codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-    low = _mm256_cvtepi32_ps(_mm256_and_si256(codes, _mm256_set1_epi32(15)));
-    high = _mm256_cvtepi32_ps(_mm256_srli_epi32(codes, 4));
-  }
+  // int4 elements code * scale + offset of a row's group.
+  static constexpr int kInt4Blocks = 1;  // at once against one row of x
+  struct Int4 {
+    const float *scale, *offset;  // spread at each use: there are no registers to keep them in
+    void set(const float* s, const float* o) {
+      scale = s;
+      offset = o;
+    }
+    // Of the low and the high halves of 8 bytes.
+    void elements(const uint8_t* p, V& low, V& high) const {
+      const __m256i codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+      const V s = _mm256_broadcast_ss(scale), o = _mm256_broadcast_ss(offset);
+      low = fma(_mm256_cvtepi32_ps(_mm256_and_si256(codes, _mm256_set1_epi32(15))), s, o);
+      high = fma(_mm256_cvtepi32_ps(_mm256_srli_epi32(codes, 4)), s, o);
+    }
+  };
   // Sums of 16 columns of x times four rows of weights, 64 bytes. The instruction takes its first operand without a sign:
   // |x| and w with x's sign give the same products, and two of them (at most 127 * 127 each) fit 16 bits.
   static constexpr bool kInt8Shifted = false;

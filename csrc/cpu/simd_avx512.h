@@ -31,13 +31,22 @@ struct Simd {
   static V load(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
-  // The low and the high halves of 16 bytes, by a table of the 16 numbers; the permutation looks at four bits only.
-  static void int4(const uint8_t* p, V& low, V& high) {
-    const V numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    low = _mm512_permutexvar_ps(codes, numbers);
-    high = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), numbers);
-  }
+  // int4 elements code * scale + offset: the 16 there are of a row's group are a table, and the permutation that looks them
+  // up takes four bits of each lane only.
+  static constexpr int kInt4Blocks = 2;  // at once against one row of x
+  struct Int4 {
+    V table;
+    void set(const float* scale, const float* offset) {
+      const V numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+      table = fma(numbers, set1(*scale), set1(*offset));
+    }
+    // Of the low and the high halves of 16 bytes.
+    void elements(const uint8_t* p, V& low, V& high) const {
+      const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+      low = _mm512_permutexvar_ps(codes, table);
+      high = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), table);
+    }
+  };
   // Sums of 16 columns of x times four rows of weights, 64 bytes: lane 4 r + i sums columns 4 i to 4 i + 3 of row r.
   // VNNI takes its first operand without a sign, so x goes in 128 higher.
   static constexpr bool kInt8Shifted = true;

@@ -92,16 +92,25 @@ struct Simd {
     for (int i = 0; i < 8; ++i) wide[i] = p[i];
     return __builtin_convertvector(wide, V);
   }
-  // The low and the high halves of 8 bytes.
-  static void int4(const uint8_t* p, V& low, V& high) {
-    I lows, highs;
-    for (int i = 0; i < 8; ++i) {
-      lows[i] = p[i] & 15;
-      highs[i] = p[i] >> 4;
+  // int4 elements code * scale + offset of a row's group.
+  static constexpr int kInt4Blocks = 1;  // at once against one row of x
+  struct Int4 {
+    float scale, offset;
+    void set(const float* s, const float* o) {
+      scale = *s;
+      offset = *o;
     }
-    low = __builtin_convertvector(lows, V);
-    high = __builtin_convertvector(highs, V);
-  }
+    // Of the low and the high halves of 8 bytes.
+    void elements(const uint8_t* p, V& low, V& high) const {
+      I lows, highs;
+      for (int i = 0; i < 8; ++i) {
+        lows[i] = p[i] & 15;
+        highs[i] = p[i] >> 4;
+      }
+      low = fma(__builtin_convertvector(lows, V), set1(scale), set1(offset));
+      high = fma(__builtin_convertvector(highs, V), set1(scale), set1(offset));
+    }
+  };
   // Sums of 16 columns of x times four rows of weights, 64 bytes.
   static constexpr bool kInt8Shifted = false;  // whether x goes in 128 higher, to be corrected by row sums
   static constexpr int kInt8TileM = 2, kInt8Blocks = 1;

@@ -45,12 +45,21 @@ struct Simd {
   }
   // The conversion divides by 2^24: two instructions where widening twice and converting takes three, and exact.
   static V load(const int8_t* p) { return vcvtq_n_f32_s32(vreinterpretq_s32_u32(bytes_at_top(p)), 24); }
-  // The low and the high halves of four bytes.
-  static void int4(const uint8_t* p, V& low, V& high) {
-    const uint32x4_t top = bytes_at_top(p);
-    low = vcvtq_n_f32_u32(vshlq_n_u32(top, 4), 28);
-    high = vcvtq_f32_u32(vshrq_n_u32(top, 28));
-  }
+  // int4 elements code * scale + offset of a row's group.
+  static constexpr int kInt4Blocks = 1;  // at once against one row of x
+  struct Int4 {
+    V scale, offset;
+    void set(const float* s, const float* o) {
+      scale = vld1q_dup_f32(s);
+      offset = vld1q_dup_f32(o);
+    }
+    // Of the low and the high halves of 4 bytes.
+    void elements(const uint8_t* p, V& low, V& high) const {
+      const uint32x4_t top = bytes_at_top(p);
+      low = vfmaq_f32(offset, vcvtq_n_f32_u32(vshlq_n_u32(top, 4), 28), scale);
+      high = vfmaq_f32(offset, vcvtq_f32_u32(vshrq_n_u32(top, 28)), scale);
+    }
+  };
   static V load(const Bf16* p) {
     return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16));
   }
