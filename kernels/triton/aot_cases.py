@@ -12,11 +12,11 @@ import triton
 from cai_runtime.kernels.triton import products as p
 from cai_runtime.kernels.triton.attention import attention_tile, merge_splits_kernel, paged_attention_kernel
 from cai_runtime.kernels.triton.launch import operand_dtype
-from cai_runtime.kernels.triton.linear import MEMBERS, compute_dtype
+from cai_runtime.kernels.triton.plan import MEMBERS, compute_dtype
 from cai_runtime.kernels.triton.quantized_rows import quantize_rows_kernel
 from cai_runtime.kernels.triton.rope import rope_kv_write_kernel
 from cai_runtime.kernels.triton.rows import rms_norm_kernel, swiglu_kernel
-from cai_runtime.kernels.triton.tiles import DECODE_ROWS, block_k, default_tile
+from cai_runtime.kernels.triton.tiles import DECODE_ROWS, Products, block_k, default_tile
 
 _POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8"}
 _STORE = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16", "int8": "*i8", "int4": "*i32"}
@@ -57,7 +57,7 @@ def _linear_case(
 ) -> Case:
     compute = torch.int8 if int8_activations else compute_dtype(activation, store)
     decode = rows <= DECODE_ROWS
-    tile = default_tile(decode, compute, store, group)
+    tile = default_tile(Products(decode, compute, store, group, 4096, 4096, torch.device("cuda")))
     x = _POINTER[activation] + "!"
     types = {"x": "*i8!" if int8_activations else x, "y": x, "z": x, "M": "i32", "eps": "fp32"}
     types |= dict.fromkeys(("ldx", "ldz", "ldy"), "i32!")

@@ -31,21 +31,28 @@ def check_tensor(
 ) -> None:
     """`t` is a tensor of `shape` (None: any size) on `device`, of one of `dtypes`; its last dimension is contiguous
     unless `unit_stride` is False."""
-    require(isinstance(t, torch.Tensor), f"{name} must be a tensor, not {type(t).__name__}")
-    fits = t.dim() == len(shape) and all(want is None or want == got for want, got in zip(shape, t.shape, strict=True))
+    # Runs at every launch: no message is formed before it is needed.
+    if not isinstance(t, torch.Tensor):
+        raise KernelError(f"{name} must be a tensor, not {type(t).__name__}")
+    fits = t.dim() == len(shape)
+    if fits:
+        for want, got in zip(shape, t.shape, strict=True):
+            fits = fits and (want is None or want == got)
     if not fits:
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
         raise KernelError(f"{name} has shape {tuple(t.shape)}, expected [{wanted}]")
-    require(t.device == device, f"{name} is on {t.device}, expected {device}: move it with .to({str(device)!r})")
+    if t.device != device:
+        raise KernelError(f"{name} is on {t.device}, expected {device}: move it with .to({str(device)!r})")
     if t.dtype not in dtypes:
         raise KernelError(f"{name} is {t.dtype}, expected one of {', '.join(str(d) for d in dtypes)}")
-    if unit_stride and t.numel() and t.shape[-1] != 1:
-        require(t.stride(-1) == 1, f"{name} must be contiguous in its last dimension: call .contiguous()")
+    if unit_stride and t.stride(-1) != 1 and t.numel() and t.shape[-1] != 1:
+        raise KernelError(f"{name} must be contiguous in its last dimension: call .contiguous()")
 
 
 def check_activation(name: str, x: torch.Tensor, width: int | None = None) -> None:
     """`x` is [rows, width] of an activation dtype; any strides."""
-    require(isinstance(x, torch.Tensor), f"{name} must be a tensor, not {type(x).__name__}")
+    if not isinstance(x, torch.Tensor):
+        raise KernelError(f"{name} must be a tensor, not {type(x).__name__}")
     check_tensor(name, x, shape=(None, width), device=x.device, dtypes=ACTIVATIONS, unit_stride=False)
 
 

@@ -45,13 +45,13 @@ def on_device(t: torch.Tensor) -> contextlib.AbstractContextManager[object]:
 def number_class(value: int) -> int:
     """What Triton compiles an integer argument for: 1 is a constant, multiples of 16 are known as such, 64 bits apart."""
     if value == 1:
-        return 1
+        return -1
     return (16 if value % 16 == 0 else 0) + (value >> 31 != 0)
 
 
 def pointer_class(t: torch.Tensor | None) -> int:
     """What Triton compiles a pointer argument of a known dtype for: absent, aligned to 16 bytes, or neither."""
-    return -1 if t is None else t.data_ptr() % 16 == 0
+    return -1 if t is None else t.data_ptr() & 15 == 0
 
 
 class Launcher:

@@ -12,6 +12,19 @@ MAX_BLOCK_M = 32
 
 
 @dataclass(frozen=True)
+class Products:
+    """The products of a launch, as far as they decide on its tile."""
+
+    decode: bool  # up to DECODE_ROWS rows
+    compute: torch.dtype
+    store: str
+    group: int  # of int4, else 0
+    columns: int  # of the result, of all members
+    features: int  # of the input
+    device: torch.device
+
+
+@dataclass(frozen=True)
 class Tile:
     """What of a program changes no bit of a result. The step along the input features, which would, is `block_k`."""
 
@@ -29,14 +42,15 @@ def block_k(compute: torch.dtype, group: int) -> int:
     return 128
 
 
-def default_tile(decode: bool, compute: torch.dtype, store: str, group: int) -> Tile:
+def default_tile(products: Products) -> Tile:
     """Few rows: narrow tiles, so that many programs pull on memory. Many rows: wide tiles, for reuse."""
-    if compute == torch.float32:
+    decode = products.decode
+    if products.compute == torch.float32:
         return Tile(16, 32, 4, 3) if decode else Tile(32, 32, 4, 3)
-    if compute == torch.int8:
+    if products.compute == torch.int8:
         return Tile(16, 16, 2, 6) if decode else Tile(64, 128, 4, 3)
     if not decode:
         return Tile(32, 128, 4, 2)
-    if store == "int4":
+    if products.store == "int4":
         return Tile(16, 32, 2, 4, 192)  # left alone, ptxas stops at 128 for sm_100 and spills
     return Tile(16, 16, 2, 4)

@@ -16,6 +16,7 @@ from cai_runtime.kernels.gpu import prepare_linear
 from cai_runtime.kernels.norm import RmsNorm, rms_norm_reference
 from cai_runtime.kernels.quantized_rows import quantize_rows
 from cai_runtime.kernels.slim_linear import reference
+from cai_runtime.kernels.triton.plan import padded_rows
 from cai_runtime.kernels.weights import Core, LinearWeights
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -228,8 +229,6 @@ def test_rounded_rows_are_the_reference_s(dtype: torch.dtype):
 
 def test_rows_that_are_not_whole_16_bytes_are_copied():
     w = core(5, 24, "fp32")
-    from cai_runtime.kernels.triton.linear import padded_rows
-
     assert padded_rows(w.data) is w.data
     for odd in (core(5, 23, "fp32").data, core(5, 24, "int8").data, core(5, 24, "int4/32").data):
         wide = padded_rows(odd)
