@@ -20,12 +20,12 @@ def swiglu_reference(gate_up: torch.Tensor) -> torch.Tensor:
 
 def swiglu_cpu(gate_up: Any) -> Any:
     """gate_up fp32 [M, 2 I], or a Slot of a program being recorded."""
-    width = gate_up.width if isinstance(gate_up, Slot) else gate_up.shape[-1]
+    width = gate_up.width if isinstance(gate_up, Slot) else gate_up.shape[-1] if gate_up.dim() else 1
     if width % 2:
         raise KernelError(f"swiglu takes gate and up side by side, not {width} columns")
     if isinstance(gate_up, Slot):
         return gate_up.recorder.note(SWIGLU, gate_up, gate_up.width // 2)
-    gate_up = check_rows(gate_up, gate_up.shape[1], "swiglu").contiguous()
+    gate_up = check_rows(gate_up, width, "swiglu").contiguous()
     rows, width = gate_up.shape
     out = torch.empty(rows, width // 2)
     cpu_library.function("swiglu")(gate_up.data_ptr(), width // 2, rows, out.data_ptr())

@@ -21,6 +21,7 @@ INT4_CODE = 4
 BLOCK_ROWS = 4
 BLOCK_COLS = 16
 INT4_COLS = 32
+MAX_INT8_COLUMNS = (2**31 - 1) // (255 * 128)  # whose products with codes that go in 128 higher fit int32 for certain
 
 
 @functools.cache
@@ -155,6 +156,8 @@ class PackedMatrix:
         if core.scale is not None:
             scale = self._copy(core.scale.to(torch.float32))
         if row_sums:
+            if self.cols > MAX_INT8_COLUMNS:
+                raise KernelError(f"int8 activations sum up to {MAX_INT8_COLUMNS} columns in int32, not {self.cols}")
             if data.numel() and int(data.min()) == -128:
                 raise KernelError("int8 activations need weights' codes from -127 to 127, and one is -128")
             sums = self._copy(data.sum(dim=1, dtype=torch.int32))

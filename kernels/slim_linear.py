@@ -7,6 +7,7 @@ backends are in `cai_runtime.kernels.triton` and `cai_runtime.kernels.cuda`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -79,8 +80,19 @@ def reference(
     return y if residual is None else y + residual
 
 
+@dataclass(frozen=True)
+class MpoShape:
+    """What contracting a matrix product operator needs to know of it; see LinearWeights."""
+
+    in_features: int
+    out_features: int
+    out_dims: tuple[int, ...]
+    in_dims: tuple[int, ...]
+    bonds: tuple[int, ...]
+
+
 def contract_mpo(
-    x: torch.Tensor, w: LinearWeights, apply: Sequence[Callable[[torch.Tensor], torch.Tensor]]
+    x: torch.Tensor, w: LinearWeights | MpoShape, apply: Sequence[Callable[[torch.Tensor], torch.Tensor]]
 ) -> torch.Tensor:
     """Contract x [M, in] with the cores of a matrix product operator (Oseledets 2011; Novikov et al. 2015), left to right.
 
@@ -256,9 +268,7 @@ class CpuMpo:
 
     def __init__(self, w: LinearWeights, arena: Arena | None = None, *, int8_activations: bool = False):
         self.in_features, self.out_features = w.in_features, w.out_features
-        self._shape = LinearWeights(
-            "mpo", w.in_features, w.out_features, w.cores, None, None, None, w.out_dims, w.in_dims, w.bonds
-        )
+        self._shape = MpoShape(w.in_features, w.out_features, w.out_dims, w.in_dims, w.bonds)
         self._cores = [CpuLinear([as_dense(c)], arena, int8_activations=int8_activations) for c in w.cores]
         self._bias = w.bias
 

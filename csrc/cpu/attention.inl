@@ -117,57 +117,103 @@ struct QueryTile {
   State state[kTileQ];
 };
 
+// Scores of NV vectors of keys, from key j of a page, for the queries of a tile.
+template <class T, int NV>
+inline void score_keys(const QueryTile& t, const T* k, const AttentionShape& s, int64_t j,
+                       float (*weight)[kMaxPage]) {
+  V score[kTileQ][NV];
+  for (int i = 0; i < kTileQ; ++i)
+    for (int n = 0; n < NV; ++n) score[i][n] = Simd::zero();
+  for (int64_t d = 0; d < s.head_dim; ++d) {
+    V key[NV];
+    for (int n = 0; n < NV; ++n) key[n] = Simd::load(k + d * s.page_size + j + n * kW);
+    for (int i = 0; i < kTileQ; ++i) {
+      const V q = Simd::set1(t.q[i][d]);
+      for (int n = 0; n < NV; ++n) score[i][n] = Simd::fma(q, key[n], score[i][n]);
+    }
+  }
+  for (int i = 0; i < kTileQ; ++i)
+    for (int n = 0; n < NV; ++n)
+      Simd::store(weight[i] + j + n * kW, Simd::mul(score[i][n], Simd::set1(s.scale)));
+}
+
+// Adds the values of keys [from, to) of a page, weighted, to NQ states, NV vectors from dimension d on.
+template <class T, int NQ, int NV>
+inline void add_values(State* const* states, const float* const* weights, int64_t from, int64_t to, const T* v,
+                       int64_t DV, int64_t d) {
+  V acc[NQ][NV];
+  for (int i = 0; i < NQ; ++i)
+    for (int n = 0; n < NV; ++n) acc[i][n] = Simd::load(states[i]->acc + d + n * kW);
+  for (int64_t j = from; j < to; ++j) {
+    V value[NV];
+    for (int n = 0; n < NV; ++n) value[n] = Simd::load(v + j * DV + d + n * kW);
+    for (int i = 0; i < NQ; ++i) {
+      const V p = Simd::set1(weights[i][j]);
+      for (int n = 0; n < NV; ++n) acc[i][n] = Simd::fma(p, value[n], acc[i][n]);
+    }
+  }
+  for (int i = 0; i < NQ; ++i)
+    for (int n = 0; n < NV; ++n) Simd::store(states[i]->acc + d + n * kW, acc[i][n]);
+}
+
+template <class T, int NQ, int NV>
+inline void add_all_values(State* const* states, const float* const* weights, int64_t from, int64_t to, const T* v,
+                           int64_t DV) {
+  if (to <= from) return;
+  int64_t d = 0;
+  for (; d + NV * kW <= DV; d += NV * kW) add_values<T, NQ, NV>(states, weights, from, to, v, DV, d);
+  for (; d < DV; d += kW) add_values<T, NQ, 1>(states, weights, from, to, v, DV, d);
+}
+
 // One page of keys and values into the state of each query of the tile. Pages come in order of position.
 template <class T>
 inline void attend_page(QueryTile& t, int64_t first_key, const T* k, const T* v, const AttentionShape& s) {
-  const int64_t D = s.head_dim, DV = round_up(D, 16), P = s.page_size;
+  const int64_t DV = round_up(s.head_dim, 16), P = s.page_size;
   float weight[kTileQ][kMaxPage];
-  for (int64_t j = 0; j < P; j += kW) {
-    V score[kTileQ];
-    for (int i = 0; i < kTileQ; ++i) score[i] = Simd::zero();
-    for (int64_t d = 0; d < D; ++d) {
-      const V key = Simd::load(k + d * P + j);
-      for (int i = 0; i < kTileQ; ++i) score[i] = Simd::fma(Simd::set1(t.q[i][d]), key, score[i]);
-    }
-    for (int i = 0; i < kTileQ; ++i) Simd::store(weight[i] + j, Simd::mul(score[i], Simd::set1(s.scale)));
-  }
-  for (int i = 0; i < t.count; ++i) {
-    const int64_t from = greater<int64_t>(t.first[i] - first_key, 0), n = lesser(P, t.end[i] - first_key);
-    if (n <= from) continue;
+  int64_t j = 0;
+  for (; j + 2 * kW <= P; j += 2 * kW) score_keys<T, 2>(t, k, s, j, weight);
+  for (; j < P; j += kW) score_keys<T, 1>(t, k, s, j, weight);
+  // The keys that all queries see are added for all at once: their values are read once.
+  int64_t from[kTileQ], to[kTileQ], common_from = 0, common_to = P;
+  State* states[kTileQ];
+  const float* weights[kTileQ];
+  for (int i = 0; i < kTileQ; ++i) {
+    const int64_t first = greater<int64_t>(t.first[i] - first_key, 0), n = lesser(P, t.end[i] - first_key);
+    from[i] = first;
+    to[i] = greater(n, first);
+    states[i] = &t.state[i];
+    weights[i] = weight[i];
+    common_from = greater(common_from, from[i]);
+    common_to = lesser(common_to, to[i]);
+    if (i >= t.count || n <= first) continue;
     State& state = t.state[i];
     float* p = weight[i];
-    for (int64_t j = 0; j < from; ++j) p[j] = kNothing;
-    for (int64_t j = n; j < P; ++j) p[j] = kNothing;
+    for (int64_t at = 0; at < first; ++at) p[at] = kNothing;
+    for (int64_t at = n; at < P; ++at) p[at] = kNothing;
     V top = Simd::load(p);
-    for (int64_t j = kW; j < P; j += kW) top = Simd::max(top, Simd::load(p + j));
+    for (int64_t at = kW; at < P; at += kW) top = Simd::max(top, Simd::load(p + at));
     const float maximum = greater(state.maximum, Simd::maximum(top));
     V total = Simd::zero();
-    for (int64_t j = 0; j < P; j += kW) Simd::store(p + j, exp_ps(Simd::sub(Simd::load(p + j), Simd::set1(maximum))));
-    for (int64_t j = 0; j < from; ++j) p[j] = 0.0f;
-    for (int64_t j = n; j < P; ++j) p[j] = 0.0f;
-    for (int64_t j = 0; j < P; j += kW) total = Simd::add(total, Simd::load(p + j));
+    for (int64_t at = 0; at < P; at += kW)
+      Simd::store(p + at, exp_ps(Simd::sub(Simd::load(p + at), Simd::set1(maximum))));
+    for (int64_t at = 0; at < first; ++at) p[at] = 0.0f;
+    for (int64_t at = n; at < P; ++at) p[at] = 0.0f;
+    for (int64_t at = 0; at < P; at += kW) total = Simd::add(total, Simd::load(p + at));
     if (maximum != state.maximum) {
       scale_state(state, state.maximum == kNothing ? 0.0f : exp_of(state.maximum - maximum), DV);
       state.maximum = maximum;
     }
     state.sum += Simd::sum(total);
-    constexpr int kGroup = 4;  // accumulators held in registers while the values of a page stream past
-    int64_t d = 0;
-    for (; d + kGroup * kW <= DV; d += kGroup * kW) {
-      V acc[kGroup];
-      for (int g = 0; g < kGroup; ++g) acc[g] = Simd::load(state.acc + d + g * kW);
-      for (int64_t j = from; j < n; ++j) {
-        const V pj = Simd::set1(p[j]);
-        for (int g = 0; g < kGroup; ++g) acc[g] = Simd::fma(pj, Simd::load(v + j * DV + d + g * kW), acc[g]);
-      }
-      for (int g = 0; g < kGroup; ++g) Simd::store(state.acc + d + g * kW, acc[g]);
-    }
-    for (; d < DV; d += kW) {
-      V acc = Simd::load(state.acc + d);
-      for (int64_t j = from; j < n; ++j) acc = Simd::fma(Simd::set1(p[j]), Simd::load(v + j * DV + d), acc);
-      Simd::store(state.acc + d, acc);
-    }
   }
+  constexpr int kVectors = Simd::kTileM > 4 ? 4 : 2;  // registers allow 16 or 8 sums at a time
+  if (t.count == kTileQ && common_from < common_to) {
+    for (int i = 0; i < kTileQ; ++i)
+      add_all_values<T, 1, 4>(states + i, weights + i, from[i], common_from, v, DV);
+    add_all_values<T, kTileQ, kVectors>(states, weights, common_from, common_to, v, DV);
+    for (int i = 0; i < kTileQ; ++i) add_all_values<T, 1, 4>(states + i, weights + i, common_to, to[i], v, DV);
+    return;
+  }
+  for (int i = 0; i < t.count; ++i) add_all_values<T, 1, 4>(states + i, weights + i, from[i], to[i], v, DV);
 }
 
 template <class T>

@@ -150,10 +150,12 @@ void linear_store(const float* x, int64_t M, int64_t ldx, const PackedMatrix& w,
   const int64_t stride = round_up(w.cols, kBlockCols) * kBlockRows;
   const T* data = static_cast<const T*>(w.data);
   if (M == 1) {
-    // One row: two blocks at once, for enough independent accumulators to hide the latency of the multiply-add.
+    // One row. Float weights come two blocks at once, for enough independent accumulators to hide the latency of the
+    // multiply-add; int8 is slower to convert than that latency, and one stream is read faster than two.
+    constexpr int NB = sizeof(T) > 1 ? 2 : 1;
     int64_t block = block0;
-    for (; block + 2 <= block1; block += 2)
-      tile_and_write<T, 1, 2, true>(x, ldx, w, data + block * stride, block, 0, e, ahead);
+    for (; block + NB <= block1; block += NB)
+      tile_and_write<T, 1, NB, true>(x, ldx, w, data + block * stride, block, 0, e, ahead);
     if (block < block1) tile_and_write<T, 1, 1, true>(x, ldx, w, data + block * stride, block, 0, e, ahead);
     return;
   }
