@@ -117,16 +117,28 @@ struct QueryTile {
   State state[kTileQ];
 };
 
+// A page of keys and one of values, and the pages that come next: they lie anywhere, so no hardware foresees them.
+template <class T>
+struct Page {
+  const T *k, *v, *next_k, *next_v;
+};
+
+template <class T, int N>
+inline void fetch_elements(const T* p) {
+  for (size_t line = 0; line < N * sizeof(T); line += 64) Simd::prefetch(reinterpret_cast<const char*>(p) + line);
+}
+
 // Scores of NV vectors of keys, from key j of a page, for the queries of a tile.
 template <class T, int NV>
-inline void score_keys(const QueryTile& t, const T* k, const AttentionShape& s, int64_t j,
+inline void score_keys(const QueryTile& t, const Page<T>& page, const AttentionShape& s, int64_t j,
                        float (*weight)[kMaxPage]) {
   V score[kTileQ][NV];
   for (int i = 0; i < kTileQ; ++i)
     for (int n = 0; n < NV; ++n) score[i][n] = Simd::zero();
   for (int64_t d = 0; d < s.head_dim; ++d) {
     V key[NV];
-    for (int n = 0; n < NV; ++n) key[n] = Simd::load(k + d * s.page_size + j + n * kW);
+    for (int n = 0; n < NV; ++n) key[n] = Simd::load(page.k + d * s.page_size + j + n * kW);
+    fetch_elements<T, NV * kW>(page.next_k + d * s.page_size + j);
     for (int i = 0; i < kTileQ; ++i) {
       const V q = Simd::set1(t.q[i][d]);
       for (int n = 0; n < NV; ++n) score[i][n] = Simd::fma(q, key[n], score[i][n]);
@@ -139,14 +151,15 @@ inline void score_keys(const QueryTile& t, const T* k, const AttentionShape& s, 
 
 // Adds the values of keys [from, to) of a page, weighted, to NQ states, NV vectors from dimension d on.
 template <class T, int NQ, int NV>
-inline void add_values(State* const* states, const float* const* weights, int64_t from, int64_t to, const T* v,
-                       int64_t DV, int64_t d) {
+inline void add_values(State* const* states, const float* const* weights, int64_t from, int64_t to,
+                       const Page<T>& page, int64_t DV, int64_t d) {
   V acc[NQ][NV];
   for (int i = 0; i < NQ; ++i)
     for (int n = 0; n < NV; ++n) acc[i][n] = Simd::load(states[i]->acc + d + n * kW);
   for (int64_t j = from; j < to; ++j) {
     V value[NV];
-    for (int n = 0; n < NV; ++n) value[n] = Simd::load(v + j * DV + d + n * kW);
+    for (int n = 0; n < NV; ++n) value[n] = Simd::load(page.v + j * DV + d + n * kW);
+    fetch_elements<T, NV * kW>(page.next_v + j * DV + d);
     for (int i = 0; i < NQ; ++i) {
       const V p = Simd::set1(weights[i][j]);
       for (int n = 0; n < NV; ++n) acc[i][n] = Simd::fma(p, value[n], acc[i][n]);
@@ -157,22 +170,22 @@ inline void add_values(State* const* states, const float* const* weights, int64_
 }
 
 template <class T, int NQ, int NV>
-inline void add_all_values(State* const* states, const float* const* weights, int64_t from, int64_t to, const T* v,
-                           int64_t DV) {
+inline void add_all_values(State* const* states, const float* const* weights, int64_t from, int64_t to,
+                           const Page<T>& page, int64_t DV) {
   if (to <= from) return;
   int64_t d = 0;
-  for (; d + NV * kW <= DV; d += NV * kW) add_values<T, NQ, NV>(states, weights, from, to, v, DV, d);
-  for (; d < DV; d += kW) add_values<T, NQ, 1>(states, weights, from, to, v, DV, d);
+  for (; d + NV * kW <= DV; d += NV * kW) add_values<T, NQ, NV>(states, weights, from, to, page, DV, d);
+  for (; d < DV; d += kW) add_values<T, NQ, 1>(states, weights, from, to, page, DV, d);
 }
 
 // One page of keys and values into the state of each query of the tile. Pages come in order of position.
 template <class T>
-inline void attend_page(QueryTile& t, int64_t first_key, const T* k, const T* v, const AttentionShape& s) {
+inline void attend_page(QueryTile& t, int64_t first_key, const Page<T>& page, const AttentionShape& s) {
   const int64_t DV = round_up(s.head_dim, 16), P = s.page_size;
   float weight[kTileQ][kMaxPage];
   int64_t j = 0;
-  for (; j + 2 * kW <= P; j += 2 * kW) score_keys<T, 2>(t, k, s, j, weight);
-  for (; j < P; j += kW) score_keys<T, 1>(t, k, s, j, weight);
+  for (; j + 2 * kW <= P; j += 2 * kW) score_keys<T, 2>(t, page, s, j, weight);
+  for (; j < P; j += kW) score_keys<T, 1>(t, page, s, j, weight);
   // The keys that all queries see are added for all at once: their values are read once.
   int64_t from[kTileQ], to[kTileQ], common_from = 0, common_to = P;
   State* states[kTileQ];
@@ -208,12 +221,12 @@ inline void attend_page(QueryTile& t, int64_t first_key, const T* k, const T* v,
   constexpr int kVectors = Simd::kTileM > 4 ? 4 : 2;  // registers allow 16 or 8 sums at a time
   if (t.count == kTileQ && common_from < common_to) {
     for (int i = 0; i < kTileQ; ++i)
-      add_all_values<T, 1, 4>(states + i, weights + i, from[i], common_from, v, DV);
-    add_all_values<T, kTileQ, kVectors>(states, weights, common_from, common_to, v, DV);
-    for (int i = 0; i < kTileQ; ++i) add_all_values<T, 1, 4>(states + i, weights + i, common_to, to[i], v, DV);
+      add_all_values<T, 1, 4>(states + i, weights + i, from[i], common_from, page, DV);
+    add_all_values<T, kTileQ, kVectors>(states, weights, common_from, common_to, page, DV);
+    for (int i = 0; i < kTileQ; ++i) add_all_values<T, 1, 4>(states + i, weights + i, common_to, to[i], page, DV);
     return;
   }
-  for (int i = 0; i < t.count; ++i) add_all_values<T, 1, 4>(states + i, weights + i, from[i], to[i], v, DV);
+  for (int i = 0; i < t.count; ++i) add_all_values<T, 1, 4>(states + i, weights + i, from[i], to[i], page, DV);
 }
 
 template <class T>
@@ -242,7 +255,9 @@ void attention_store(const float* q, int64_t ldq, int64_t position, int64_t coun
       const int64_t last = lesser((split + 1) * width, (end + P - 1) / P);
       for (int64_t page = greater(split * width, first / P); page < last; ++page) {
         const int64_t base = static_cast<int64_t>(pages[page]) * s.kv_heads + kv_head;
-        attend_page(t, page * P, k_cache + base * D * P, v_cache + base * P * DV, s);
+        const int64_t next = page + 1 < last ? static_cast<int64_t>(pages[page + 1]) * s.kv_heads + kv_head : base;
+        const Page<T> at{k_cache + base * D * P, v_cache + base * P * DV, k_cache + next * D * P, v_cache + next * P * DV};
+        attend_page(t, page * P, at, s);
       }
       for (int i = 0; i < t.count; ++i) merge(whole[i], t.state[i].maximum, t.state[i].sum, t.state[i].acc, DV);
     }
