@@ -3,10 +3,12 @@
 Importing this package imports neither torch nor triton; the first attribute does. Under `TRITON_INTERPRET=1`, set
 before triton is first imported, the same kernels run on the CPU, which is how they are tested without a GPU.
 
-Batch invariance. No reduction depends on the number of rows: the tile along the reduced dimension is fixed by dtype and
-width alone, no kernel is specialized on the number of rows, and sums run through one chain of matrix instructions of
-one shape (m16n8k16 on NVIDIA, 16x16 on AMD). The wider wgmma and tcgen05 instructions need 64 rows and could round a
-long prompt differently from a short one: the number of warps keeps them out. `aot.py` checks that on the compiled code.
+Batch invariance. No reduction depends on the number of rows: the step along the reduced dimension is fixed by dtype and
+int4 group alone, attention's splits lie at fixed positions, no kernel is specialized on the number of rows, and sums run
+through one chain of matrix instructions of one shape (m16n8k16 on NVIDIA, 16x16 on AMD). The wider wgmma and tcgen05
+instructions need 64 rows and could round a long prompt differently from a short one: the tiles' height keeps them out,
+except for int8 activations, whose int32 sums are exact. `aot.py` checks that on the compiled code, and `tuning.py` lets a
+measured tile change only what changes no bit.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Case:
     max_registers: int | None = None
     fp32: bool = False  # in float32: fused multiply-adds on NVIDIA
     int8: bool = False  # sums of int8 products: exact, by any instruction
-    wide_loads: bool = False  # the weights must be read 16 bytes at a time
+    wide_loads: bool = False  # most loads must be of 16 bytes (NVIDIA)
 
 
 def _linear_case(
@@ -89,7 +89,8 @@ def _linear_case(
     name += names[prologue] + (" w8a8" if int8_activations else "")
     return Case(
         name, p.products_kernel, types, constants, tile.num_warps, tile.num_stages, decode,
-        fp32=compute == torch.float32, int8=compute == torch.int8, wide_loads=True, max_registers=tile.max_registers,
+        fp32=compute == torch.float32, int8=compute == torch.int8,
+        wide_loads=compute != torch.float32, max_registers=tile.max_registers,
     )  # fmt: skip
 
 

@@ -193,6 +193,7 @@ class Stage:
         for (compute, _, _), alike in kinds.items():
             self.launches += [Launch(alike[at : at + MEMBERS], compute, tiles) for at in range(0, len(alike), MEMBERS)]
         self.computes = {compute for compute, _, _ in kinds}
+        self.stores = {store for _, store, _ in kinds}
         rounded_products = [q for (compute, _, _), alike in kinds.items() if compute == torch.int8 for q in alike]
         self.slices = Slices.of(rounded_products) if rounded_products else None
 

@@ -89,10 +89,17 @@ def _product_tile(
         w_at = w + cols.to(tl.int64)[None, :] * ldw + ks[:, None]
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32 if COMPUTE == tl.int8 else tl.float32)
         for k in range(0, K, BLOCK_K):
-            a = tl.load(x_at, mask=row_ok[:, None] & (ks < K - k)[None, :], other=0).to(COMPUTE)
+            x_ok = row_ok[:, None] & (ks < K - k)[None, :]
+            a = tl.load(x_at, mask=x_ok, other=0).to(COMPUTE)
             b = tl.load(w_at, mask=(ks < ldw - k)[:, None] & col_ok[None, :], other=0).to(COMPUTE)
             if PROLOGUE == NORM:
-                squares = add_squares(a, squares)
+                if w.dtype.element_ty == tl.int8:
+                    # Loaded once more, under a policy that keeps the compiler from seeing that: products with int8 take
+                    # x in another layout than its squares, and a load that feeds both would not be made ahead.
+                    again = tl.load(x_at, mask=x_ok, other=0, eviction_policy="evict_last")
+                    squares = add_squares(again.to(COMPUTE), squares)
+                else:
+                    squares = add_squares(a, squares)
             if PROLOGUE == NORM or PROLOGUE == FACTOR:
                 a = a * tl.load(gain + k + ks, mask=ks < K - k, other=0).to(COMPUTE)[None, :]
             acc = tl.dot(a, b, acc, input_precision="ieee")

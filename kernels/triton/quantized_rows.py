@@ -31,7 +31,7 @@ def quantize_rows_kernel(x, codes, scales, starts, widths, ldx, ldc, lds, BLOCK:
         peaks = tl.maximum(peaks, tl.abs(v), propagate_nan=tl.PropagateNan.ALL)
     broken = tl.max((peaks != peaks).to(tl.int32), axis=0) > 0  # a NaN must not vanish in the rounding
     peak = tl.where(broken, float("nan"), tl.max(peaks, axis=0))
-    inverse = tl.where(peak > 0, tl.div_rn(1.0, tl.where(peak > 0, peak, 1.0)) * 127.0, 0.0)  # as torch divides
+    inverse = tl.where(peak > 0, tl.div_rn(127.0, tl.where(peak > 0, peak, 1.0)), 0.0)
     tl.store(scales + row * lds + start // 16, tl.div_rn(peak, 127.0))
     for begin in range(0, width, BLOCK):
         ok = begin + at < width

@@ -52,5 +52,6 @@ def default_tile(products: Products) -> Tile:
     if not decode:
         return Tile(32, 128, 4, 2)
     if products.store == "int4":
-        return Tile(16, 32, 2, 4, 192)  # left alone, ptxas stops at 128 for sm_100 and spills
+        # 16 bytes of a step for each thread. Left alone, ptxas stops at 128 registers for sm_100 and spills.
+        return Tile(16, 64 if products.group == 32 else 32, 2, 4, 192)
     return Tile(16, 16, 2, 4)

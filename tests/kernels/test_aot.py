@@ -36,6 +36,15 @@ def test_products_that_would_break_batch_invariance_are_found():
     assert any("wgmma" in problem for problem in outcome.problems)
 
 
+@pytest.mark.parametrize("name", ["int4/64", "int4/128 norm"])
+def test_int4_decode_reads_weights_in_wide_loads(name: str):
+    good = case(f"products decode x3 bfloat16 {name}")
+    assert aot.compile_case(good, "sm_100").problems == []
+    types = {key: kind.rstrip("!") if key.startswith("w") else kind for key, kind in good.types.items()}  # not aligned
+    outcome = aot.compile_case(dataclasses.replace(good, types=types), "sm_100")
+    assert any("narrower" in problem for problem in outcome.problems)
+
+
 def test_spills_of_decode_kernels_are_found():
     good = case("attention decode float32 D=64")
     bad = dataclasses.replace(good, num_warps=1)

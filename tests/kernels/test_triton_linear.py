@@ -16,6 +16,7 @@ from cai_runtime.kernels.gpu import prepare_linear
 from cai_runtime.kernels.norm import RmsNorm, rms_norm_reference
 from cai_runtime.kernels.quantized_rows import quantize_rows
 from cai_runtime.kernels.slim_linear import reference
+from cai_runtime.kernels.triton import linear as linear_module
 from cai_runtime.kernels.triton.plan import padded_rows
 from cai_runtime.kernels.weights import Core, LinearWeights
 
@@ -161,14 +162,22 @@ def prologues(width: int, dtype: torch.dtype) -> dict[str, dict]:
     return {"norm": {"norm": RmsNorm(weight, 1e-5)}, "swiglu": {"swiglu": True}}
 
 
-@pytest.mark.parametrize("store", ["bf16", "int8", "int4/32", "int4/64z"])
-@pytest.mark.parametrize("dtype", ACTIVATIONS)
-def test_norm_and_swiglu_on_the_way_in(ordered_sums, dtype: torch.dtype, store: str):
+# What the stores of a group lead to: the norm in the launch or before it, by the backend's choice or against it.
+NORMED = [("fp32", torch.float32, False), ("bf16", torch.bfloat16, False), ("bf16", torch.float32, False)]
+NORMED += [(store, dtype, dtype != torch.float16) for store in ("int8", "int4/32", "int4/64z") for dtype in ACTIVATIONS]
+
+
+@pytest.mark.parametrize(("store", "dtype", "force"), NORMED)
+def test_norm_and_swiglu_on_the_way_in(
+    ordered_sums, monkeypatch: pytest.MonkeyPatch, store: str, dtype: torch.dtype, force: bool
+):
     """Against float64, and the same bits whether a launch forms the mean square, for few rows, or a kernel of its own."""
     torch.manual_seed(6)
     inp = 131
+    if force:
+        monkeypatch.setattr(linear_module, "NORM_IN_LAUNCH", {"int8", "int4"})
     w = linear("interpolative", inp, 67, 21, (store, store), bias=True)
-    group = backend.TritonLinear([w, linear("dense", inp, 20, 0, ("int8", "int8"))])
+    group = backend.TritonLinear([w, linear("dense", inp, 20, 0, (store, store))])
     for name, options in prologues(inp, dtype).items():
         x = 3 * activations(19, inp * (2 if name == "swiglu" else 1), dtype)
         residual = activations(19, 87, dtype)
@@ -225,6 +234,18 @@ def test_rounded_rows_are_the_reference_s(dtype: torch.dtype):
     assert backend.quantize_rows(x[:0])[0].shape == (0, 1100)
     columns, _ = backend.quantize_rows(x[:, ::2])
     assert torch.equal(columns, quantize_rows(x[:, ::2])[0])
+
+
+@pytest.mark.parametrize("store", ["bf16", "int4/32z"])
+def test_matrix_product_operator(store: str):
+    torch.manual_seed(9)
+    cores = (core(6 * 5, 4, store), core(7, 5 * 9, store))
+    w = LinearWeights("mpo", 36, 42, cores, out_dims=(6, 7), in_dims=(4, 9), bonds=(1, 5, 1))
+    both = prepare_linear([w, linear("dense", 36, 10, 0, ("bf16", "bf16"))], "triton")
+    x = activations(3, 36, torch.float32)
+    y = both(x, norm=RmsNorm(torch.ones(36, device=DEVICE), 1e-5))
+    given = rms_norm_reference(x.double(), torch.ones(36, device=DEVICE).double(), 1e-5)
+    assert y.shape == (3, 52) and relative_error(y[:, :42], reference(given, w)) < TOLERANCE[torch.float32]
 
 
 def test_rows_that_are_not_whole_16_bytes_are_copied():
