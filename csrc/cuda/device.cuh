@@ -82,6 +82,13 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32
   return __byte_perm(a, b, picks);
 }
 
+// (a & mask) | bits, in one instruction: the compiler makes two of it where both are constants.
+__device__ __forceinline__ uint32_t masked_or(uint32_t a, uint32_t mask, uint32_t bits) {
+  uint32_t out;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out) : "r"(a), "r"(mask), "r"(bits));
+  return out;
+}
+
 template <typename T>
 __device__ __forceinline__ uint32_t subtract_pairs(uint32_t a, uint32_t b);
 template <>

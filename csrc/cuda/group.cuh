@@ -26,7 +26,7 @@ struct Product {
   const float* bias;     // by column of y, or null
   int64_t w_stride;      // bytes from row to row
   int32_t scale_stride, zero_stride;  // elements from row to row of an int4 core's scales and zero points
-  int32_t group;                      // columns that share a scale (int4: 32, 64 or 128)
+  int32_t group_bits;                 // int4: 1 << group_bits columns share a scale (5, 6 or 7)
   int32_t rows, cols;
   int32_t x_col, z_col, y_col;  // where the member's columns start in x, z and y
   int32_t destination;

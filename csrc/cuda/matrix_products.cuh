@@ -1,5 +1,5 @@
 // The decode kernel for 16-bit activations: y = W x for 1 to 16 rows of x by the tensor cores, weights of x's type, int8 or
-// int4, accumulated in float32.
+// int4, accumulated in float32. The instruction's 16 rows are weight rows, its eight columns rows of x.
 //
 // At these sizes a linear costs the reading of its weights. A tile is 16 weight rows. A block takes tiles in turn; its warps
 // share a tile's columns, a chunk of 64 bytes a row at a time, and each keeps a ring of chunks in flight from device to
@@ -30,7 +30,11 @@ enum class Prologue : int { kNone, kNorm, kSwiglu };
 
 // Blocks that must fit a multiprocessor, which bounds the registers of a thread.
 template <typename W, int kHalves, Prologue kPrologue>
-constexpr int kBlocksPerProcessor = is_same<W, Int4> && kHalves == 2 && kPrologue == Prologue::kNorm ? 2 : 3;
+constexpr int kBlocksPerProcessor =
+    (is_same<W, Int4> && (kHalves == 2 || kPrologue == Prologue::kNorm)) ||
+            (is_same<W, int8_t> && kHalves == 2 && kPrologue == Prologue::kNorm)
+        ? 2
+        : 3;
 
 template <typename W>
 constexpr int kChunkColumns = 4 * Stored<W>::kPer16Bytes;  // of a row
@@ -79,9 +83,13 @@ class TileWorker {
   Memory& memory_;
   const int tiles_, step_;  // tiles of the launch; blocks of the grid
   const int warp_, lane_, g_, t_;
-  // The next chunk to ask memory for.
+  // The next chunk to ask memory for: its tile's product, and where this lane's rows of weights begin.
   int next_tile_, next_chunk_, next_member_ = 0;
-  bool more_ = true;
+  bool more_ = true, settled_ = false;
+  const uint8_t* next_rows_[2] = {};
+  int next_scales_ = 0;  // the row whose scales and zero points this lane copies
+  // Rows g and g + 8 of x for the tile in work. Rows beyond the last repeat it; their sums are not stored.
+  const T* x_rows_[2] = {};
   int asked_ = 0, used_ = 0;  // chunks so far
 
  public:
@@ -130,6 +138,8 @@ class TileWorker {
     return member;
   }
 
+  __device__ __forceinline__ int row_of_x(int m) const { return m < rows_.count ? m : rows_.count - 1; }
+
   static __device__ __forceinline__ int chunks_of(const Product& p) { return (p.cols + kColumns - 1) / kColumns; }
 
   __device__ __forceinline__ uint8_t* slot(int chunk) const { return memory_.ring[warp_][chunk % kStages]; }
@@ -140,44 +150,58 @@ class TileWorker {
 
   // Ask memory for this warp's next chunk, or for nothing at the end: every call makes one group of copies.
   __device__ __forceinline__ void ask() {
-    while (more_) {
-      more_ = next_tile_ < tiles_;
-      if (!more_) break;
-      next_member_ = member_of(next_tile_);
-      if (next_chunk_ < chunks_of(group_.product[next_member_])) break;
-      next_tile_ += step_;
-      next_chunk_ = warp_;
-    }
+    if (!settled_) settle();
     if (more_) {
-      copy_chunk(group_.product[next_member_], (next_tile_ - group_.product[next_member_].first_block) * kTileRows,
-                 next_chunk_, slot(asked_));
+      const Product& p = group_.product[next_member_];
+      copy_chunk(p, next_chunk_, slot(asked_));
       next_chunk_ += kWarpsPerTile;
+      settled_ = next_chunk_ < chunks_of(p);
+      if (!settled_) next_tile_ += step_;
     }
     ++asked_;
     commit_copies();
   }
 
-  __device__ __forceinline__ void copy_chunk(const Product& p, int first_row, int chunk, uint8_t* to) const {
+  // On to the next tile of which this warp has a chunk.
+  __device__ __forceinline__ void settle() {
+    next_chunk_ = warp_;
+    for (; more_; next_tile_ += step_) {
+      more_ = next_tile_ < tiles_;
+      if (!more_) return;
+      next_member_ = member_of(next_tile_);
+      if (next_chunk_ < chunks_of(group_.product[next_member_])) break;
+    }
+    settled_ = true;
+    const Product& p = group_.product[next_member_];
+    const int first_row = (next_tile_ - p.first_block) * kTileRows;
+    const auto row = [&](int i) { return first_row + i < p.rows ? first_row + i : p.rows - 1; };  // repeats the last
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      next_rows_[half] = static_cast<const uint8_t*>(p.w) + row(8 * half + g_) * p.w_stride;
+    if constexpr (kInt4) next_scales_ = row(lane_ % kTileRows);
+  }
+
+  __device__ __forceinline__ void copy_chunk(const Product& p, int chunk, uint8_t* to) const {
     const int at = chunk * kChunkBytes + t_ * 16;
     const int left = static_cast<int>(Stored<W>::bytes(p.cols)) - at;
     const int valid = left < 0 ? 0 : left < 16 ? left : 16;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = first_row + 8 * half + g_ < p.rows ? first_row + 8 * half + g_ : p.rows - 1;  // repeats the last
-      const uint8_t* from = static_cast<const uint8_t*>(p.w) + row * p.w_stride + (valid > 0 ? at : 0);
+      const uint8_t* from = next_rows_[half] + (valid > 0 ? at : 0);
       copy_16_bytes(to + half * 8 * kChunkBytes + place(g_, t_), from, valid, p.copy_bytes);
     }
     if constexpr (kInt4) {
-      if (lane_ < kTileRows) copy_groups(p, first_row + lane_ < p.rows ? first_row + lane_ : p.rows - 1, chunk, to);
+      if (lane_ < kTileRows) copy_groups(p, chunk, to);
     }
   }
 
   // Scales (four, or the two or one of the wider groups among an aligned pair) and zero points (among an aligned four) of
   // a row's chunk.
-  __device__ __forceinline__ void copy_groups(const Product& p, int row, int chunk, uint8_t* slot) const {
-    const int groups = (p.cols + p.group - 1) / p.group, first = chunk * kColumns / p.group;
-    const int base = p.group == 32 ? first : first & ~1, count = p.group == 32 ? 4 : 2;
-    const auto* scale = static_cast<const __nv_bfloat16*>(p.scale) + static_cast<int64_t>(row) * p.scale_stride + base;
+  __device__ __forceinline__ void copy_groups(const Product& p, int chunk, uint8_t* slot) const {
+    const int groups = ((p.cols - 1) >> p.group_bits) + 1, first = chunk << (7 - p.group_bits);
+    const int base = p.group_bits == 5 ? first : first & ~1, count = p.group_bits == 5 ? 4 : 2;
+    const int64_t row = next_scales_;
+    const auto* scale = static_cast<const uint16_t*>(p.scale) + row * p.scale_stride + base;
     uint8_t* to = slot + Memory::kWeightBytes + lane_ * 8;
     const int there = groups - base < count ? groups - base : count;
     if (p.copy_scales & 1) {
@@ -187,12 +211,11 @@ class TileWorker {
         copy_async<4>(to, scale, there * 2);
       }
     } else {
-      auto* number = reinterpret_cast<uint16_t*>(to);
-      for (int i = 0; i < count; ++i) number[i] = i < there ? reinterpret_cast<const uint16_t*>(scale)[i] : 0;
+      for (int i = 0; i < count; ++i) reinterpret_cast<uint16_t*>(to)[i] = i < there ? scale[i] : 0;
     }
     if (p.zero == nullptr) return;
     const int zero_base = first & ~3;
-    const uint8_t* zero = p.zero + static_cast<int64_t>(row) * p.zero_stride + zero_base;
+    const uint8_t* zero = p.zero + row * p.zero_stride + zero_base;
     to = slot + Memory::kWeightBytes + kTileRows * 8 + lane_ * 4;
     const int zeros = groups - zero_base < 4 ? groups - zero_base : 4;
     if (p.copy_scales & 2) {
@@ -205,9 +228,12 @@ class TileWorker {
   // This warp's chunks of a tile, summed; the sums go to shared memory. kSquares: also those of x's squares.
   template <bool kSquares>
   __device__ __forceinline__ void sum_chunks(const Product& p) {
-    float sum[2][4] = {};  // of the two operands of eight weight rows
+    float sum[kHalves][4] = {};  // by the instruction's rows, those of the weights, and columns, those of x
     float squares[kHalves][4] = {};
-    const int chunks = chunks_of(p);
+    const int chunks = chunks_of(p), whole = rows_.x_vector ? p.cols / kColumns : 0;  // of those, whole and aligned ones
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half)
+      x_rows_[half] = rows_.x + row_of_x(g_ + 8 * half) * rows_.x_stride + p.x_col;
 #pragma unroll 1
     for (int chunk = warp_; chunk < chunks; chunk += kWarpsPerTile) {
       wait_for_copies<kStages - 2>();
@@ -215,49 +241,38 @@ class TileWorker {
       ask();
       const uint8_t* weights = slot(used_++);
       if constexpr (kPrologue == Prologue::kSwiglu) gate(p, chunk * kColumns);
-      if constexpr (kInt4) {
-        multiply_int4<kSquares>(p, chunk, weights, sum, squares);
+      if (chunk < whole) {
+        multiply<kSquares, true>(p, chunk, weights, sum, squares);
       } else {
-        multiply<kSquares>(p, chunk, weights, sum, squares);
+        multiply<kSquares, false>(p, chunk, weights, sum, squares);
       }
     }
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
 #pragma unroll
-      for (int operand = 0; operand < 2; ++operand) {
-        float* to = &memory_.partial[warp_][8 * half + g_][8 * operand + 2 * t_];
-        to[0] = sum[operand][2 * half];
-        to[1] = sum[operand][2 * half + 1];
-      }
+      for (int i = 0; i < 4; ++i) memory_.partial[warp_][8 * half + 2 * t_ + i % 2][g_ + i / 2 * 8] = sum[half][i];
       if (kSquares && g_ / 2 == t_) {  // the diagonal of x times itself
         memory_.squares[warp_][8 * half + g_] = g_ % 2 ? squares[half][2 * half + 1] : squares[half][2 * half];
       }
     }
   }
 
-  // The 16-bit numbers of columns [k, k + 8) of x's rows g and g + 8, as pairs, after the prologue; zero outside of x.
-  template <bool kSquares>
+  // The 16-bit numbers of columns [k, k + 8) of x's rows g and g + 8, as pairs, after the prologue; zero beyond its columns.
+  // kWhole: all columns are there, and aligned for one load.
+  template <bool kSquares, bool kWhole>
   __device__ __forceinline__ void load_x(const Product& p, int k, uint32_t (&x)[2][4],
                                          float (&squares)[kHalves][4]) const {
     uint32_t weight[4];
-    if constexpr (kPrologue == Prologue::kNorm) load_pairs(rows_.norm, k, p.cols, true, weight);
+    if constexpr (kPrologue == Prologue::kNorm) load_pairs<kWhole>(rows_.norm, k, p.cols, weight);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int m = g_ + 8 * half;
       if (half >= kHalves) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) x[half][i] = 0;
       } else if constexpr (kPrologue == Prologue::kSwiglu) {
-        const bool there = m < rows_.count;
-        const T* from = &memory_.gated[warp_][there ? m : 0][k % kColumns];
-        const uint4 bits = *reinterpret_cast<const uint4*>(from);
-        x[half][0] = there ? bits.x : 0;
-        x[half][1] = there ? bits.y : 0;
-        x[half][2] = there ? bits.z : 0;
-        x[half][3] = there ? bits.w : 0;
+        load_pairs<true>(memory_.gated[warp_][row_of_x(g_)], k % kColumns, kColumns, x[half]);
       } else {
-        const bool there = m < rows_.count;
-        load_pairs(rows_.x + (there ? m : 0) * rows_.x_stride + p.x_col, k, p.cols, there, x[half]);
+        load_pairs<kWhole>(x_rows_[half], k, p.cols, x[half]);
       }
     }
     if constexpr (kSquares) {
@@ -276,22 +291,25 @@ class TileWorker {
     }
   }
 
-  __device__ __forceinline__ void load_pairs(const T* row, int k, int cols, bool there, uint32_t (&pairs)[4]) const {
-    if (there && rows_.x_vector && k + 8 <= cols) {
+  template <bool kWhole>
+  static __device__ __forceinline__ void load_pairs(const T* row, int k, int cols, uint32_t (&pairs)[4]) {
+    if constexpr (kWhole) {
       const uint4 bits = *reinterpret_cast<const uint4*>(row + k);
       pairs[0] = bits.x;
       pairs[1] = bits.y;
       pairs[2] = bits.z;
       pairs[3] = bits.w;
-      return;
+    } else {
+      const auto* numbers = reinterpret_cast<const uint16_t*>(row);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) pairs[i] = 0;
+#pragma unroll 1
+      for (int i = 0; i < 8 && k + i < cols; ++i) {
+        const uint32_t number = static_cast<uint32_t>(numbers[k + i]) << (i % 2 * 16);
+#pragma unroll
+        for (int pair = 0; pair < 4; ++pair) pairs[pair] |= i / 2 == pair ? number : 0;
+      }
     }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) pairs[i] = 0;
-    if (!there) return;
-    const auto* numbers = reinterpret_cast<const uint16_t*>(row);
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      if (k + i < cols) pairs[i / 2] |= static_cast<uint32_t>(numbers[k + i]) << (i % 2 * 16);
   }
 
   // silu(gate) * up of a chunk's columns, the warp together, for load_x.
@@ -312,9 +330,16 @@ class TileWorker {
     __syncwarp();
   }
 
-  template <bool kSquares>
-  __device__ __forceinline__ void multiply(const Product& p, int chunk, const uint8_t* weights, float (&sum)[2][4],
+  template <bool kSquares, bool kWhole>
+  __device__ __forceinline__ void multiply(const Product& p, int chunk, const uint8_t* weights, float (&sum)[kHalves][4],
                                            float (&squares)[kHalves][4]) const {
+    if constexpr (kInt4) {
+      switch (p.group_bits) {  // the ends of groups known to the compiler
+        case 5: return multiply_int4<kSquares, kWhole, 0>(p, chunk, weights, sum, squares);
+        case 6: return multiply_int4<kSquares, kWhole, 1>(p, chunk, weights, sum, squares);
+        default: return multiply_int4<kSquares, kWhole, 2>(p, chunk, weights, sum, squares);
+      }
+    }
     constexpr int kEach = Stored<W>::kPer16Bytes;  // columns of a lane: 8, or 16 of int8
     uint4 bits[2];
 #pragma unroll
@@ -323,7 +348,7 @@ class TileWorker {
 #pragma unroll
     for (int part = 0; part < kEach / 8; ++part) {
       uint32_t x[2][4];
-      load_x<kSquares>(p, chunk * kColumns + t_ * kEach + 8 * part, x, squares);
+      load_x<kSquares, kWhole>(p, chunk * kColumns + t_ * kEach + 8 * part, x, squares);
       uint32_t w[2][4];
 #pragma unroll
       for (int operand = 0; operand < 2; ++operand) {
@@ -338,59 +363,55 @@ class TileWorker {
       }
 #pragma unroll
       for (int i = 0; i < 4; i += 2) {
-        const uint32_t a[4] = {x[0][i], x[1][i], x[0][i + 1], x[1][i + 1]};
+        const uint32_t a[4] = {w[0][i], w[1][i], w[0][i + 1], w[1][i + 1]};
 #pragma unroll
-        for (int operand = 0; operand < 2; ++operand)
-          multiply_accumulate<T>(sum[operand], a, w[operand][i], w[operand][i + 1]);
+        for (int half = 0; half < kHalves; ++half) multiply_accumulate<T>(sum[half], a, x[half][i], x[half][i + 1]);
       }
     }
   }
 
   // A chunk of 128 columns: of every 32, a lane takes the eight of its word, whichever lane copied it, so that the columns
-  // of one instruction share a group.
-  template <bool kSquares>
+  // of one instruction share a group. A group is 1 << kShift times 32 columns.
+  template <bool kSquares, bool kWhole, int kShift>
   __device__ __forceinline__ void multiply_int4(const Product& p, int chunk, const uint8_t* weights,
-                                                float (&sum)[2][4], float (&squares)[kHalves][4]) const {
-    const int first = chunk * kColumns / p.group;
-    const int shift = p.group == 32 ? 0 : p.group == 64 ? 1 : 2;
-    const int scale_at = p.group == 32 ? 0 : first & 1, zero_at = first & 3;
-    const auto* scales = reinterpret_cast<const __nv_bfloat16*>(weights + Memory::kWeightBytes);
-    const uint8_t* zeros = weights + Memory::kWeightBytes + kTileRows * 8;
-    float part[2][4] = {};
-#pragma unroll
+                                                float (&sum)[kHalves][4], float (&squares)[kHalves][4]) const {
+    const int first = chunk << (2 - kShift);
+    // By row: four scales and four zero points, of which the chunk's own begin at `first`.
+    const auto* scales = reinterpret_cast<const __nv_bfloat16*>(weights + Memory::kWeightBytes) + g_ * 4 +
+                         (kShift == 0 ? 0 : first & 1);
+    const uint8_t* zeros = weights + Memory::kWeightBytes + kTileRows * 8 + g_ * 4 + (first & 3);
+    float part[kHalves][4] = {};
+    constexpr int kUnroll = kWhole ? kSubgroups : 1;  // the ends of rows are rare
+#pragma unroll kUnroll
     for (int sub = 0; sub < kSubgroups; ++sub) {
-      uint32_t x[2][4];
-      load_x<kSquares>(p, chunk * kColumns + 32 * sub + 8 * t_, x, squares);
+      uint32_t x[2][4], w[2][4];
+      load_x<kSquares, kWhole>(p, chunk * kColumns + 32 * sub + 8 * t_, x, squares);
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) order_as_int4(x[half]);
 #pragma unroll
       for (int operand = 0; operand < 2; ++operand) {
-        const int row = 8 * operand + g_;
-        const uint32_t zero = p.zero == nullptr ? 8 : zeros[row * 4 + zero_at + (sub >> shift)];
-        uint32_t word, w[4];
+        const uint32_t zero = p.zero == nullptr ? 8 : zeros[8 * operand * 4 + (sub >> kShift)];
+        uint32_t word;
         __builtin_memcpy(&word, weights + operand * 8 * kChunkBytes + place(g_, sub) + 4 * t_, 4);
-        unpack_int4<T>(word, int4_offset<T>(zero), w);
-#pragma unroll
-        for (int i = 0; i < 4; i += 2) {
-          const uint32_t a[4] = {x[0][i], x[1][i], x[0][i + 1], x[1][i + 1]};
-          multiply_accumulate<T>(part[operand], a, w[i], w[i + 1]);
-        }
+        unpack_int4<T>(word, int4_offset<T>(zero), w[operand]);
       }
-      if (((sub + 1) * 32) % p.group != 0) continue;
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        const uint32_t a[4] = {w[0][i], w[1][i], w[0][i + 1], w[1][i + 1]};
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) multiply_accumulate<T>(part[half], a, x[half][i], x[half][i + 1]);
+      }
+      if (((sub + 1) & ((1 << kShift) - 1)) != 0) continue;
 #pragma unroll
       for (int operand = 0; operand < 2; ++operand) {
+        const float scale = Format<__nv_bfloat16>::widen(scales[8 * operand * 4 + (sub >> kShift)]);
 #pragma unroll
-        for (int side = 0; side < 2; ++side) {
-          const float scale =
-              Format<__nv_bfloat16>::widen(scales[(8 * operand + 2 * t_ + side) * 4 + scale_at + (sub >> shift)]);
+        for (int half = 0; half < kHalves; ++half)
 #pragma unroll
-          for (int half = 0; half < kHalves; ++half) {
-            float& to = sum[operand][2 * half + side];
-            to = fmaf(scale, part[operand][2 * half + side], to);
+          for (int side = 0; side < 2; ++side) {
+            sum[half][2 * operand + side] = fmaf(scale, part[half][2 * operand + side], sum[half][2 * operand + side]);
+            part[half][2 * operand + side] = 0.0f;
           }
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) part[operand][i] = 0.0f;
       }
     }
   }
@@ -443,7 +464,7 @@ int plan_tiles(Rows<T>& rows, Group& group) {
     Product& p = group.product[i];
     rows.x_vector = rows.x_vector && p.x_col * sizeof(T) % 16 == 0;
     p.copy_bytes = copy_width(p.w, p.w_stride);
-    const int scale_bytes = p.group == 32 ? 8 : 4;
+    const int scale_bytes = p.group_bits == 5 ? 8 : 4;
     p.copy_scales = (aligned_to(p.scale, scale_bytes) && p.scale_stride * 2 % scale_bytes == 0 ? 1 : 0) |
                     (aligned_to(p.zero, 4) && p.zero_stride % 4 == 0 ? 2 : 0);
     p.first_block = tiles;

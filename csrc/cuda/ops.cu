@@ -70,10 +70,10 @@ struct Part {
   Product product;
 };
 
-// The columns that share one of `groups` scales in a row of `cols`. Where two would do, they mean the same.
-int group_of(int64_t cols, int64_t groups) {
-  for (int group : {32, 64, 128})
-    if ((cols + group - 1) / group == groups) return group;
+// How many columns share one of `groups` scales in a row of `cols`, as a power of two. Where two would do, they mean the same.
+int group_bits_of(int64_t cols, int64_t groups) {
+  for (int bits : {5, 6, 7})
+    if (((cols - 1) >> bits) + 1 == groups) return bits;
   TVM_FFI_THROW(ValueError) << "decode_linear: an int4 core of " << cols << " columns has scales in groups of 32, 64 or "
                             << "128 columns, not " << groups << " of them";
   return 0;  // not reached
@@ -102,7 +102,7 @@ Part make_part(const ffi::Array<ffi::Optional<ffi::Tensor>>& members, size_t at,
     require_rows(scale, "an int4 core's scale", device);
     require(is_type(scale.dtype(), kDLBfloat, 16) && scale.size(0) == core.size(0),
             "decode_linear: an int4 core's scales are bfloat16 [rows, groups]");
-    p.group = group_of(cols, scale.size(1));
+    p.group_bits = group_bits_of(cols, scale.size(1));
     p.scale = scale.data_ptr();
     p.scale_stride = static_cast<int32_t>(scale.stride(0));
     if (members[at + 2].has_value()) {

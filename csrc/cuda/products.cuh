@@ -50,12 +50,12 @@ struct WeightRow<Int4> {
   const uint8_t* w;
   const __nv_bfloat16* scale;
   const uint8_t* zero;
-  int group;
+  int group_bits;
 
   __device__ __forceinline__ WeightRow(const Product& p, int row)
       : w(static_cast<const uint8_t*>(p.w) + row * p.w_stride),
         scale(static_cast<const __nv_bfloat16*>(p.scale) + static_cast<int64_t>(row) * p.scale_stride),
-        zero(p.zero == nullptr ? nullptr : p.zero + static_cast<int64_t>(row) * p.zero_stride), group(p.group) {}
+        zero(p.zero == nullptr ? nullptr : p.zero + static_cast<int64_t>(row) * p.zero_stride), group_bits(p.group_bits) {}
 
   struct Vector {
     uint32_t codes[4];
@@ -68,13 +68,13 @@ struct WeightRow<Int4> {
   };
   __device__ __forceinline__ Vector load(int k) const {
     const uint4 bits = load_streaming(w + k / 2);
-    return {{bits.x, bits.y, bits.z, bits.w}, Format<__nv_bfloat16>::widen(scale[k / group]), zero_of(k)};
+    return {{bits.x, bits.y, bits.z, bits.w}, Format<__nv_bfloat16>::widen(scale[k >> group_bits]), zero_of(k)};
   }
   __device__ __forceinline__ float at(int k) const {
     const int code = w[k / 2] >> (k % 2 * 4) & 15;
-    return Format<__nv_bfloat16>::widen(scale[k / group]) * static_cast<float>(code - zero_of(k));
+    return Format<__nv_bfloat16>::widen(scale[k >> group_bits]) * static_cast<float>(code - zero_of(k));
   }
-  __device__ __forceinline__ int zero_of(int k) const { return zero == nullptr ? 8 : zero[k / group]; }
+  __device__ __forceinline__ int zero_of(int k) const { return zero == nullptr ? 8 : zero[k >> group_bits]; }
 };
 
 // --------------------------------------------------------------------------------------------------- the products

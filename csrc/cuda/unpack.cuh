@@ -20,7 +20,8 @@ __device__ __forceinline__ void unpack_int8(uint32_t word, uint32_t& low, uint32
   for (int i = 0; i < 2; ++i) {
     if constexpr (is_same<T, __nv_bfloat16>) {
       // Seven bits fit: 128 + the low seven, less 128, or 256 where the sign is set (the sign's place is the exponent's).
-      const uint32_t seven = (pairs[i] & 0x007f007fu) | 0x43004300u, sign = (pairs[i] & 0x00800080u) | 0x43004300u;
+      const uint32_t seven = masked_or(pairs[i], 0x007f007fu, 0x43004300u);
+      const uint32_t sign = masked_or(pairs[i], 0x00800080u, 0x43004300u);
       unpacked[i] = subtract_pairs<T>(seven, sign);
     } else {
       unpacked[i] = subtract_pairs<T>((pairs[i] ^ 0x00800080u) | 0x64006400u, 0x64806480u);  // 1024 + 128
@@ -41,7 +42,7 @@ template <typename T>
 __device__ __forceinline__ void unpack_int4(uint32_t word, uint32_t offset, uint32_t (&pairs)[4]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    pairs[i] = subtract_pairs<T>((word >> (4 * i) & 0x000f000fu) | kOneInLastPlace<T>, offset);
+    pairs[i] = subtract_pairs<T>(masked_or(word >> (4 * i), 0x000f000fu, kOneInLastPlace<T>), offset);
 }
 
 // x's pairs (0, 1), (2, 3), (4, 5), (6, 7) in the order of `unpack_int4`.

@@ -37,7 +37,7 @@ class Product(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("w", "scale", "zero", "index", "bias")),
         ("w_stride", ctypes.c_int64),
-        *((n, ctypes.c_int32) for n in ("scale_stride", "zero_stride", "group", "rows", "cols")),
+        *((n, ctypes.c_int32) for n in ("scale_stride", "zero_stride", "group_bits", "rows", "cols")),
         *((n, ctypes.c_int32) for n in ("x_col", "z_col", "y_col", "destination")),
         *((n, ctypes.c_int32) for n in ("team", "copy_bytes", "copy_scales", "first_block", "reserved")),
     ]  # fmt: skip
@@ -127,7 +127,9 @@ def run(
         rows, cols = c.shape
         strides = [0 if t is None or not c.is_int4 else t.stride(0) for t in (c.scale, c.zero)]
         fields = [*map(address, (c.data, c.scale, c.zero, m.index, m.bias)), c.data.stride(0) * c.data.element_size()]
-        group.product[g] = Product(*fields, *strides, c.group, rows, cols, m.x_col, z_col, y_col, m.destination)
+        group.product[g] = Product(
+            *fields, *strides, c.group.bit_length() - 1, rows, cols, m.x_col, z_col, y_col, m.destination
+        )
         z_col += rows
         y_col += m.width
     strides = (x.stride(0), residual.stride(0) if residual is not None else 0, z.stride(0), y.stride(0))

@@ -251,6 +251,8 @@ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t picks) {
   return out;
 }
 
+inline uint32_t masked_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
+
 template <typename T>
 uint32_t subtract_pairs(uint32_t a, uint32_t b) {
   return pair_of<T>(number_of<T>(a, 0) - number_of<T>(b, 0), number_of<T>(a, 1) - number_of<T>(b, 1));
