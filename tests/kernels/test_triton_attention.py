@@ -146,16 +146,16 @@ def ordered_sums(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
 
 
-LONG = [(1, 1100), (1, 512), (1, 513), (1, 5)]  # three splits, one, two, one
+LONG = [(1, 1030), (1, 512), (1, 513)]  # three splits, one, two
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("window", [None, 70, 600])
+@pytest.mark.parametrize("window", [None, 600])
 def test_decode_over_several_splits(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, window: int | None):
     """Each split by a program of its own, then all by one: against float64, and the same bits."""
     torch.manual_seed(6)
     b = batch(LONG, (4, 2, 16), 16, dtype)
-    sinks = torch.randn(4, device=DEVICE) if window != 70 else None
+    sinks = torch.randn(4, device=DEVICE) if window else None
     apart = b.run(0.25, window=window, sinks=sinks)
     assert relative_error(apart, b.expected(0.25, window, sinks)) < TOLERANCE[dtype]
     monkeypatch.setattr(attention, "FULL_GRID", 0)

@@ -146,15 +146,18 @@ def bits_do_not_depend_on_rows(run, x: torch.Tensor, counts: tuple[int, ...]):
     assert torch.equal(run(x[-3:]), whole[-3:])
 
 
-@pytest.mark.parametrize("store", STORES)
-@pytest.mark.parametrize("dtype", ACTIVATIONS)
-def test_bits_of_a_row_do_not_depend_on_rows(ordered_sums, dtype: torch.dtype, store: str):
+SAME_BITS = [(store, dtype) for store in STORES for dtype in ACTIVATIONS[:2]]
+SAME_BITS += [(store, torch.float16) for store in ("fp16", "int4/64z")]
+
+
+@pytest.mark.parametrize(("store", "dtype"), SAME_BITS)
+def test_bits_of_a_row_do_not_depend_on_rows(ordered_sums, store: str, dtype: torch.dtype):
     torch.manual_seed(5)
     big = DEVICE == "cuda"
-    inp, out, rank = (1000, 700, 301) if big else (150, 60, 35)
+    inp, out, rank = (1000, 700, 301) if big else (150, 50, 21)
     w = linear("interpolative", inp, out, rank, (store, store))
-    x = activations(100 if big else 37, inp, dtype)
-    bits_do_not_depend_on_rows(backend.TritonLinear([w]), x, (1, 2, 16, 17, 33))
+    x = activations(100 if big else 34, inp, dtype)
+    bits_do_not_depend_on_rows(backend.TritonLinear([w]), x, (1, 2, 16, 17, 33) if big else (1, 16, 17))
 
 
 def prologues(width: int, dtype: torch.dtype) -> dict[str, dict]:
