@@ -9,6 +9,7 @@ nobody's, and as no kernel's result depends on how many rows there are, they cha
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -119,7 +120,9 @@ class DecodeGraphs:
     ):
         self.sizes = batch_sizes(max_batch)
         self._model = model
-        self._shape = {"pages": pages, "page_size": page_size, "scratch_page": scratch_page, "device": model.device}
+        self._buffers = partial(
+            StaticBatch, pages=pages, page_size=page_size, scratch_page=scratch_page, device=model.device
+        )
         self._capture = capture or CudaCapture(model.device)
         self._recorded: dict[int, tuple[StaticBatch, Forward]] = {}
         pinned = model.device.type == "cuda"
@@ -162,7 +165,7 @@ class DecodeGraphs:
 
     def _get(self, size: int) -> tuple[StaticBatch, Forward]:
         if size not in self._recorded:
-            batch = StaticBatch(size, **self._shape)
+            batch = self._buffers(size)
             model = self._model
 
             def forward() -> torch.Tensor:
