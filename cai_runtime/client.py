@@ -50,6 +50,7 @@ class _BaseClient:
         prefill_chunk: int | None = None,
         prefix_cache: bool | None = None,
         max_waiting: int | None = None,
+        int8_activations: bool | None = None,
         progress: bool | None = None,
         _engine_factory: EngineFactory | None = None,
     ):
@@ -67,6 +68,8 @@ class _BaseClient:
             prefill_chunk: prompt tokens fed in one step. Default: the engine's.
             prefix_cache: whether prompts reuse what equal beginnings left in the cache. Default: yes.
             max_waiting: requests that may wait for their turn; further ones raise RateLimitError. Default: no limit.
+            int8_activations: round the inputs of int8 weights to int8 as well (W8A8): faster prefill for some accuracy.
+                Default: no.
             progress: show a bar while weights load; None shows it on a terminal only.
 
         Raises:
@@ -81,6 +84,7 @@ class _BaseClient:
             "prefill_chunk": prefill_chunk,
             "prefix_cache": prefix_cache,
             "max_waiting": max_waiting,
+            "int8_activations": int8_activations,
             "progress": progress,
         }
         given = {name: value for name, value in options.items() if value is not None}

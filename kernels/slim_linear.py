@@ -334,19 +334,16 @@ def prepare(
     if name == "cpu":
         if all(w.kind != "mpo" for w in members):
             return CpuLinear(members, arena, int8_activations=int8_activations)
-        parts = [
-            (CpuMpo if w.kind == "mpo" else _cpu_single)(w, arena, int8_activations=int8_activations) for w in members
-        ]
+        parts: list[PreparedLinear] = []
+        for w in members:
+            if w.kind == "mpo":
+                parts.append(CpuMpo(w, arena, int8_activations=int8_activations))
+            else:
+                parts.append(CpuLinear([w], arena, int8_activations=int8_activations))
         return parts[0] if len(parts) == 1 else SideBySide(parts)
     from cai_runtime.kernels.gpu import prepare_linear
 
-    if int8_activations:
-        raise KernelError(f"the {name} kernels have no int8 activations")
-    return prepare_linear(members, name)
-
-
-def _cpu_single(w: LinearWeights, arena: Arena | None, *, int8_activations: bool) -> CpuLinear:
-    return CpuLinear([w], arena, int8_activations=int8_activations)
+    return prepare_linear(members, name, int8_activations)
 
 
 def slim_linear(

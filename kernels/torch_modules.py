@@ -12,7 +12,6 @@ it is for the version that wrote it; the process that loads it imports this modu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -35,7 +34,15 @@ from cai_runtime.kernels.embedding import CpuEmbedding
 from cai_runtime.kernels.frozen import Frozen, as_text, freeze, freeze_core, freeze_members
 from cai_runtime.kernels.norm import RmsNorm
 from cai_runtime.kernels.relocation import strip_addresses
-from cai_runtime.kernels.slim_linear import CpuMpo, PreparedLinear, SideBySide, as_dense, contract_mpo, prepare
+from cai_runtime.kernels.slim_linear import (
+    CpuMpo,
+    MpoShape,
+    PreparedLinear,
+    SideBySide,
+    as_dense,
+    contract_mpo,
+    prepare,
+)
 from cai_runtime.kernels.weights import Core, LinearWeights
 
 # So that a step's batch can be an argument of an exported program, and an example of it can be in the program's file.
@@ -92,17 +99,6 @@ def transformed(x: torch.Tensor, norm: RmsNorm | None, swiglu: bool, backend: st
     return torch_ops.swiglu(x, backend) if swiglu else x
 
 
-@dataclass(frozen=True)
-class MpoShape:
-    """What `contract_mpo` reads of a linear."""
-
-    in_features: int
-    out_features: int
-    out_dims: tuple[int, ...]
-    in_dims: tuple[int, ...]
-    bonds: tuple[int, ...]
-
-
 class Mpo(torch.nn.Module):
     """A matrix product operator: an operator call for each core."""
 
@@ -127,7 +123,7 @@ class Mpo(torch.nn.Module):
     ) -> torch.Tensor:
         """As `Linear.forward`."""
         x = transformed(x, norm, swiglu, self.backend)
-        y = contract_mpo(x, cast(LinearWeights, self._shape), list(self.cores))
+        y = contract_mpo(x, self._shape, list(self.cores))
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y if residual is None else y + residual

@@ -27,6 +27,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     parser.add_argument("--dtype", default="auto", help="what float weights are held in: fp32, bf16, fp16, auto")
     parser.add_argument(
+        "--int8-activations",
+        action="store_true",
+        help="round the inputs of int8 weights to int8 as well: faster prefill",
+    )
+    parser.add_argument(
         "--kv-cache",
         type=kv_cache_budget,
         metavar="BUDGET",
@@ -64,6 +69,8 @@ def open_client(model: str | None, args: argparse.Namespace) -> Client:
     from cai_runtime.client import Client
 
     options = {"device": args.device, "dtype": args.dtype, "kv_cache": args.kv_cache}
+    if getattr(args, "int8_activations", False):
+        options["int8_activations"] = True
     if path is None:
         return Client(name, **options)
     return Client(name, models={name: path}, **options)

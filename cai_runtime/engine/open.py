@@ -32,6 +32,8 @@ def open_engine(
     max_context: int | None = None,
     max_batch: int = 64,
     backend: str | None = None,
+    int8_activations: bool = False,
+    cuda_graphs: bool | None = None,
     progress: bool | None = None,
     **engine_options: Any,
 ) -> Engine:
@@ -41,7 +43,9 @@ def open_engine(
     float weights are held in; "auto" keeps them as stored on the CPU, whose kernels convert in registers and compute in
     fp32, and elsewhere takes the checkpoint's own dtype. kv_cache: budget of the KV cache, see `memory.cache_budget`.
     kv_dtype: of the cached keys and values; "auto" is the activations'. max_context: at most the model's. max_batch:
-    sequences decoded together. backend: kernels to use, see `kernels.backend`. engine_options: passed to `Engine`.
+    sequences decoded together. backend: kernels to use, see `kernels.backend`. int8_activations: round the inputs of
+    int8 cores to int8 (W8A8): faster prefill, and a loss of accuracy that hangs on the model; the head is left out.
+    cuda_graphs: record decode steps as CUDA graphs; None: where there is a GPU. engine_options: passed to `Engine`.
 
     Raises CheckpointError (the checkpoint is damaged), UnsupportedModelError, MemoryBudgetError (not one sequence fits),
     KernelError (the device or backend is not there).
@@ -58,6 +62,8 @@ def open_engine(
         max_context=max_context,
         max_batch=max_batch,
         backend=backend,
+        int8_activations=int8_activations,
+        cuda_graphs=cuda_graphs,
         progress=progress,
     )
     tokenizer = load_tokenizer(path)
@@ -81,6 +87,8 @@ def load_runner(
     max_context: int | None = None,
     max_batch: int = 64,
     backend: str | None = None,
+    int8_activations: bool = False,
+    cuda_graphs: bool | None = None,
     progress: bool | None = None,
 ) -> tuple[ModelRunner, dict[str, Any]]:
     """The model of a checkpoint with its KV cache, and its config.json. See `open_engine`."""
@@ -99,7 +107,7 @@ def load_runner(
     with Checkpoint.open(path) as checkpoint:
         config = checkpoint.config
         weights = choose_dtype(dtype, config, kernels)
-        loader = WeightLoader(checkpoint, place, weights, kernels)
+        loader = WeightLoader(checkpoint, place, weights, kernels, int8_activations=int8_activations)
         layers = int(config.get("num_hidden_layers") or 0)
         with progress_bar("load", total=layers, unit="layer", show=progress) as bar:
             model = build_model(loader, bar.update)
@@ -117,7 +125,13 @@ def load_runner(
         )
     try:
         runner = ModelRunner(
-            model, num_pages=pages, page_size=PAGE_SIZE, cache_dtype=cache_dtype, max_context=max_context
+            model,
+            num_pages=pages,
+            page_size=PAGE_SIZE,
+            cache_dtype=cache_dtype,
+            max_context=max_context,
+            cuda_graphs=kernels in ("triton", "cuda") and place.type == "cuda" if cuda_graphs is None else cuda_graphs,
+            max_batch=max_batch,
         )
     except (torch.OutOfMemoryError, OSError, MemoryError) as e:
         raise MemoryBudgetError(

@@ -52,7 +52,8 @@ class WeightLoader:
     """Reads modules and tensors of one checkpoint in the form a model wants, and lets go of each mapped page after use.
 
     dtype: activations' and float weights' dtype; None keeps float weights as stored (the CPU kernels convert in registers).
-    backend: a resolved kernel backend.
+    backend: a resolved kernel backend. int8_activations: the inputs of int8 cores are rounded to int8 (W8A8, see
+    `kernels.quantized_rows`), in every linear that `linear` gives.
     """
 
     checkpoint: Checkpoint
@@ -60,6 +61,7 @@ class WeightLoader:
     dtype: torch.dtype | None
     backend: str
     arena: Arena | None = field(default=None)
+    int8_activations: bool = False
 
     def __post_init__(self) -> None:
         if self.backend == "cpu" and self.arena is None:
@@ -79,7 +81,7 @@ class WeightLoader:
     def linear(self, names: Sequence[str], shapes: Sequence[tuple[int, int]]) -> PreparedLinear:
         """Projections that share their input, as one prepared group."""
         members = [self.weights(n, s) for n, s in zip(names, shapes, strict=True)]
-        group = prepare(members, backend=self.backend, arena=self.arena)
+        group = prepare(members, backend=self.backend, arena=self.arena, int8_activations=self.int8_activations)
         del members
         for name in names:
             self.checkpoint.release(self.checkpoint.module_tensors(name))

@@ -83,15 +83,15 @@ inline void int8_tile_of(int64_t rows, const Int8Rows& x, const PackedMatrix& w,
 void linear_int8(const Int8Rows& x, int64_t M, const PackedMatrix& w, int64_t block0, int64_t block1, const Epilogue& e,
                  const Ahead& ahead) {
   constexpr int MT = Simd::kInt8TileM, NB = Simd::kInt8Blocks;
+  if (M == 1) {  // one stream of weights
+    for (int64_t block = block0; block < block1; ++block) int8_tile_and_write<1, 1, true>(x, w, block, 0, e, ahead);
+    return;
+  }
   const int64_t panel = greater<int64_t>(MT, (512 << 10) / greater<int64_t>(x.ld, 1) / MT * MT);
   for (int64_t p0 = 0; p0 < M; p0 += panel) {
     const int64_t p1 = lesser(p0 + panel, M);
     int64_t block = block0;
     for (; block + NB <= block1; block += NB) {
-      if (M == 1) {
-        int8_tile_and_write<1, NB, true>(x, w, block, 0, e, ahead);
-        continue;
-      }
       int64_t m = p0;
       for (; m + MT <= p1; m += MT) int8_tile_and_write<MT, NB, false>(x, w, block, m, e, ahead);
       int8_tile_of<MT - 1, NB, false>(p1 - m, x, w, block, m, e, ahead);

@@ -30,9 +30,9 @@ def logits(model):
         return model(input_ids=IDS, use_cache=False).logits
 
 
-def engine_logits(path, ids):
-    """[tokens, vocabulary] of the reference backend, one token at a time."""
-    runner, _ = load_runner(path, kv_cache="1MiB", backend="reference", dtype="fp32", device="cpu", progress=False)
+def engine_logits(path, ids, backend="reference"):
+    """[tokens, vocabulary] of a kernel backend, one token at a time."""
+    runner, _ = load_runner(path, kv_cache="1MiB", backend=backend, dtype="fp32", device="cpu", progress=False)
     pages = list(range(1, 2 + len(ids) // runner.page_size))
     return torch.cat([runner.run([ScheduledSequence([token], at, pages, True)]) for at, token in enumerate(ids)])
 
@@ -97,7 +97,7 @@ def test_int8_adds_little_error(tiny, text_file, tmp_path):
     [("int4", "int4-g64", "int8"), ("int4-g32-zp", "int4-g32-zp", "int8"), ("int4-g128", "int4-g128", "int4-g32")],
 )
 def test_int4_runs_as_its_dense_reconstruction(tiny, text_file, tmp_path, store, stored, embedding):
-    """The reference kernels on the packed cores against stock transformers on the matrices that they stand for."""
+    """The kernels on the packed cores against stock transformers on the matrices that they stand for."""
     options = {"embedding_store": "int4-g32"} if embedding != "int8" else {}
     report = run(tiny, tmp_path / "slim", text_file, keep=0.9, store=store, **options)
     with Checkpoint.open(tmp_path / "slim") as slim:
@@ -112,8 +112,8 @@ def test_int4_runs_as_its_dense_reconstruction(tiny, text_file, tmp_path, store,
             rows = x if module.spec.in_features == 32 else torch.cat([x, x], 1)[:, : module.spec.in_features]
             y = reference(rows, kernel_weights(module, dtype=None, device=torch.device("cpu")))
             torch.testing.assert_close(y, rows @ module.dense(torch.float64).mT, rtol=1e-9, atol=1e-9)
-    if embedding == "int8":
-        found = engine_logits(tmp_path / "slim", IDS[0].tolist())
+    for backend in ("reference", "cpu"):
+        found = engine_logits(tmp_path / "slim", IDS[0].tolist(), backend)
         torch.testing.assert_close(found, logits(slim_as_transformers(tmp_path / "slim"))[0], rtol=1e-3, atol=1e-3)
 
 

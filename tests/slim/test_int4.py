@@ -165,6 +165,16 @@ def test_what_the_kernels_get_is_what_is_stored(checkpoint: Checkpoint, name: st
 
 
 @pytest.mark.parametrize("name", SPECS)
+def test_the_cpu_kernels_run_a_stored_module(checkpoint: Checkpoint, name: str) -> None:
+    loader = WeightLoader(checkpoint, torch.device("cpu"), None, "cpu")
+    spec = SPECS[name]
+    x = random(7, spec.in_features)
+    expected = x.double() @ checkpoint.module(name).dense(torch.float64).mT
+    y = loader.linear([name], [(spec.out_features, spec.in_features)])(x)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SPECS)
 def test_the_loader_owns_what_it_hands_out(checkpoint: Checkpoint, name: str) -> None:
     loader = WeightLoader(checkpoint, torch.device("cpu"), None, "reference")
     spec = SPECS[name]
