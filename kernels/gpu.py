@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from cai_runtime.kernels.norm import RmsNorm
-from cai_runtime.kernels.slim_linear import PreparedLinear, SideBySide, as_dense, contract_mpo, transformed
+from cai_runtime.kernels.slim_linear import MpoShape, PreparedLinear, SideBySide, as_dense, contract_mpo, transformed
 from cai_runtime.kernels.weights import LinearWeights
 
 
@@ -36,12 +36,9 @@ class CudaOrTritonLinear:
         swiglu: bool = False,
     ) -> torch.Tensor:
         from cai_runtime.kernels.cuda import MAX_ROWS
-        from cai_runtime.kernels.triton import rms_norm
-        from cai_runtime.kernels.triton import swiglu as swiglu_op
 
-        if self._few is None or x.shape[0] > MAX_ROWS:
-            return self._many(x, residual, norm=norm, swiglu=swiglu)
-        return self._few(transformed(x, norm, swiglu, rms_norm, swiglu_op), residual)
+        linear = self._many if self._few is None or x.shape[0] > MAX_ROWS else self._few
+        return linear(x, residual, norm=norm, swiglu=swiglu)
 
 
 class GpuMpo:
@@ -49,7 +46,9 @@ class GpuMpo:
 
     def __init__(self, w: LinearWeights, backend: str, int8_activations: bool = False):
         self.in_features, self.out_features = w.in_features, w.out_features
-        self._weights = w
+        # Not `w` itself: its tensors may have been copied for the kernels.
+        self._shape = MpoShape(w.in_features, w.out_features, w.out_dims, w.in_dims, w.bonds)
+        self._bias = w.bias
         self._cores = [prepare_linear([as_dense(c)], backend, int8_activations) for c in w.cores]
 
     def __call__(
@@ -62,11 +61,17 @@ class GpuMpo:
     ) -> torch.Tensor:
         from cai_runtime.kernels.triton import rms_norm
         from cai_runtime.kernels.triton import swiglu as swiglu_op
+        from cai_runtime.kernels.triton.checks import check_activation, check_tensor
 
+        check_activation("x", x, self.in_features * (2 if swiglu else 1))
         x = transformed(x, norm, swiglu, rms_norm, swiglu_op)
-        y = contract_mpo(x, self._weights, self._cores)
-        if self._weights.bias is not None:
-            y = y + self._weights.bias.to(y.dtype)
+        y = contract_mpo(x, self._shape, self._cores)
+        if residual is not None:
+            check_tensor(
+                "residual", residual, shape=tuple(y.shape), device=y.device, dtypes=(y.dtype,), unit_stride=False
+            )
+        if self._bias is not None:
+            y = y + self._bias.to(y.dtype)
         return y if residual is None else y + residual
 
 

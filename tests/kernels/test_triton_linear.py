@@ -249,6 +249,11 @@ def test_matrix_product_operator(store: str):
     y = both(x, norm=RmsNorm(torch.ones(36, device=DEVICE), 1e-5))
     given = rms_norm_reference(x.double(), torch.ones(36, device=DEVICE).double(), 1e-5)
     assert y.shape == (3, 52) and relative_error(y[:, :42], reference(given, w)) < TOLERANCE[torch.float32]
+    alone = prepare_linear([w], "triton")
+    with pytest.raises(KernelError, match="x has shape"):
+        alone(x[:, :35])
+    with pytest.raises(KernelError, match="residual has shape"):
+        alone(x, y)
 
 
 def test_rows_that_are_not_whole_16_bytes_are_copied():
