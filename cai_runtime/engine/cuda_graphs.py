@@ -9,6 +9,7 @@ nobody's, and as no kernel's result depends on how many rows there are, they cha
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,17 @@ def batch_sizes(max_batch: int) -> tuple[int, ...]:
     return (*sizes, *(range(8, last + 1, 8) if last > 4 else (max(last, 1),)))
 
 
+def table_widths(pages: int) -> tuple[int, ...]:
+    """The widths of the page table that are recorded: 64 pages, then eight times as many, the last `pages`. Attention over a
+    long cache is divided by the width it may have, so a short context does not pay for the longest."""
+    widths = []
+    width = 64
+    while width < pages:
+        widths.append(width)
+        width *= 8
+    return (*widths, pages)
+
+
 class StaticBatch:
     """The inputs of a decode step at fixed addresses, for `size` sequences of one token each.
 
@@ -53,6 +65,10 @@ class StaticBatch:
             page_table=torch.full((size, pages), scratch_page, dtype=torch.int32, device=device),
         )
         self.fill([])
+
+    def narrowed(self, width: int) -> AttentionBatch:
+        """The batch with the first `width` columns of the page table, the same memory."""
+        return replace(self.batch, page_table=self.batch.page_table[:, :width])
 
     def fill(self, step: list[ScheduledSequence]) -> None:
         """Write the inputs of `step`, at most `size` sequences of one token each; the rest is padding."""
@@ -118,13 +134,15 @@ class DecodeGraphs:
         scratch_page: int,
         capture: Callable[[Forward], Forward] | None = None,
     ):
-        self.sizes = batch_sizes(max_batch)
+        self.sizes, self.widths = batch_sizes(max_batch), table_widths(pages)
+        self._page_size = page_size
         self._model = model
         self._buffers = partial(
             StaticBatch, pages=pages, page_size=page_size, scratch_page=scratch_page, device=model.device
         )
         self._capture = capture or CudaCapture(model.device)
-        self._recorded: dict[int, tuple[StaticBatch, Forward]] = {}
+        self._batches: dict[int, StaticBatch] = {}  # by size
+        self._recorded: dict[tuple[int, int], Forward] = {}  # by size and width
         pinned = model.device.type == "cuda"
         self._logits = torch.empty(self.sizes[-1], model.vocab_size, dtype=torch.float32, pin_memory=pinned)
 
@@ -145,37 +163,38 @@ class DecodeGraphs:
     def prepare(self, step: list[ScheduledSequence]) -> Forward:
         """The recorded pass for `step`, its inputs written: calling it gives the logits of the padded batch, on the model's
         device, at a fixed place."""
-        batch, forward = self._get(next(n for n in self.sizes if n >= len(step)))
-        batch.fill(step)
+        size = next(n for n in self.sizes if n >= len(step))
+        used = max(s.start for s in step) // self._page_size + 1
+        forward = self._get(size, next(w for w in self.widths if w >= used))
+        self._batches[size].fill(step)
         return forward
 
     @torch.inference_mode()
     def record_all(self, progress: bool | None = None) -> None:
-        """Record every size, the largest first, so that the smaller ones find room in its memory."""
-        with progress_bar("record", total=len(self.sizes), unit="graph", show=progress) as bar:
-            for size in reversed(self.sizes):
-                self._get(size)
+        """Record every size and width, the largest first, so that the smaller ones find room in its memory."""
+        shapes = [(size, width) for size in reversed(self.sizes) for width in reversed(self.widths)]
+        with progress_bar("record", total=len(shapes), unit="graph", show=progress) as bar:
+            for shape in shapes:
+                self._get(*shape)
                 bar.update()
 
     def close(self) -> None:
         """Let go of graphs, their memory and the model."""
         self._recorded.clear()
+        self._batches.clear()
         gone: Any = None
         self._model = self._capture = self._logits = gone
 
-    def _get(self, size: int) -> tuple[StaticBatch, Forward]:
-        if size not in self._recorded:
-            batch = self._buffers(size)
-            model = self._model
-
-            def forward() -> torch.Tensor:
-                return model.logits(model.forward(batch.ids, batch.batch))
-
+    def _get(self, size: int, width: int) -> Forward:
+        if (size, width) not in self._recorded:
+            if size not in self._batches:
+                self._batches[size] = self._buffers(size)
+            ids, batch, model = self._batches[size].ids, self._batches[size].narrowed(width), self._model
             try:
-                self._recorded[size] = (batch, self._capture(forward))
+                self._recorded[size, width] = self._capture(lambda: model.logits(model.forward(ids, batch)))
             except Exception as error:
                 raise KernelError(
                     f"a decode step of {size} sequences can't be recorded as a CUDA graph ({error}): "
                     "open the engine with cuda_graphs=False"
                 ) from error
-        return self._recorded[size]
+        return self._recorded[size, width]

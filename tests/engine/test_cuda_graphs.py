@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cai_runtime.engine.cuda_graphs import DecodeGraphs, Forward, StaticBatch, batch_sizes
+from cai_runtime.engine.cuda_graphs import DecodeGraphs, Forward, StaticBatch, batch_sizes, table_widths
 from cai_runtime.engine.model_runner import ModelRunner
 from cai_runtime.engine.runner import ScheduledSequence
 from cai_runtime.errors import KernelError
@@ -44,6 +44,27 @@ class Replays:
 )  # fmt: skip
 def test_sizes(most: int, sizes: tuple[int, ...]):
     assert batch_sizes(most) == sizes
+
+
+@pytest.mark.parametrize(
+    ("pages", "widths"), [(1, (1,)), (64, (64,)), (65, (64, 65)), (512, (64, 512)), (8192, (64, 512, 4096, 8192))]
+)
+def test_table_widths(pages: int, widths: tuple[int, ...]):
+    assert table_widths(pages) == widths
+
+
+def test_a_longer_context_takes_a_wider_table(checkpoint: Path):
+    """Past a recorded width the next one is recorded; the logits are those of the plain path."""
+    prompts, tables = sequences(5, [5, 2])
+    plain = decode(open_runner(checkpoint, capture=None), prompts, tables, 6)
+    capture = Replays()
+    runner = open_runner(checkpoint, capture=capture)
+    assert runner._graphs is not None
+    runner._graphs.widths = (2, 16)
+    padded = decode(runner, prompts, tables, 6)
+    assert capture.captured == 2  # up to 8 positions, and beyond
+    for a, b in zip(plain, padded, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
 
 
 def test_static_batch_keeps_its_addresses_and_pads():
