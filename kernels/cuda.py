@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from cai_runtime.kernels.weights import Core, LinearWeights
 
 MAX_ROWS = 16
-FUSED_SWIGLU_ROWS = 2  # kFusedSwigluRows of csrc/cuda/matrix_products.cuh
+FUSED_SWIGLU_ROWS = 2  # kFusedSwigluRows of csrc/cuda/tile.cuh
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ def test_library_links_and_refuses_what_it_cannot_take(tmp_path: Path):
 
 
 def test_the_gate_is_fused_up_to_as_many_rows_as_the_kernel_takes():
-    source = (ROOT / "csrc/cuda/matrix_products.cuh").read_text()
+    source = (ROOT / "csrc/cuda/tile.cuh").read_text()
     found = re.search(r"kFusedSwigluRows = (\d+);", source)
     assert found is not None and int(found[1]) == cuda.FUSED_SWIGLU_ROWS
 
