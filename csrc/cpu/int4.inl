@@ -43,17 +43,22 @@ template <int NB>
 inline void int4_tile(const float* x, const PackedMatrix& w, int64_t block, const Ahead& ahead, float* scales,
                       float* dot) {
   spread_scales<NB>(w, block, scales);
+  // The scales of the blocks after the next, which no multiplication waits for yet.
+  const char* later = static_cast<const char*>(w.scale) + (block + 2 * NB) * groups_of(w) * kBlockRows * 2;
+  for (int64_t line = 0; line < NB * groups_of(w) * kBlockRows * 2; line += 64) Simd::prefetch(later + line);
   const int64_t stride = block_bytes(w), spread = groups_of(w) * kBlockRows;
   const uint8_t* data = static_cast<const uint8_t*>(w.data) + block * stride;
   V acc[NB][4];
   for (int b = 0; b < NB; ++b)
     for (int r = 0; r < 4; ++r) acc[b][r] = Simd::zero();
-  auto chunk = [&](int64_t k, const Simd::Int4 (&rows)[NB][4], const float* xk) {
+  auto chunk = [&](int64_t k, const float* xk) {
     for (int b = 0; b < NB; ++b) {
       const uint8_t* codes = data + b * stride + k * 2;
       for (int r = 0; r < 4; ++r) {
         V low[kParts], high[kParts];
-        int4_elements(codes + r * 16, rows[b][r], low, high);
+        Simd::Int4 row;
+        row.set(scales + b * 2 * spread + r, scales + (b * 2 + 1) * spread + r);
+        int4_elements(codes + r * 16, row, low, high);
         for (int p = 0; p < kParts; ++p) acc[b][r] = Simd::fma(Simd::load(xk + p * kW), low[p], acc[b][r]);
         for (int p = 0; p < kParts; ++p) acc[b][r] = Simd::fma(Simd::load(xk + 16 + p * kW), high[p], acc[b][r]);
       }
@@ -61,16 +66,13 @@ inline void int4_tile(const float* x, const PackedMatrix& w, int64_t block, cons
     }
   };
   for (int64_t g0 = 0; g0 < w.cols; g0 += w.group, scales += kBlockRows) {
-    Simd::Int4 rows[NB][4];
-    for (int b = 0; b < NB; ++b)
-      for (int r = 0; r < 4; ++r) rows[b][r].set(scales + b * 2 * spread + r, scales + (b * 2 + 1) * spread + r);
     const int64_t end = lesser(g0 + w.group, w.cols);
     int64_t k = g0;
-    for (; k + kInt4Cols <= end; k += kInt4Cols) chunk(k, rows, x + k);
+    for (; k + kInt4Cols <= end; k += kInt4Cols) chunk(k, x + k);
     if (k < end) {  // the last columns; codes there are padding, whose products with zeros change no sum
       float rest[kInt4Cols] = {};
       std::memcpy(rest, x + k, (end - k) * sizeof(float));
-      chunk(k, rows, rest);
+      chunk(k, rest);
     }
   }
   for (int b = 0; b < NB; ++b) Simd::sum4(acc[b][0], acc[b][1], acc[b][2], acc[b][3], dot + b * 4);

@@ -35,17 +35,18 @@ struct Simd {
   // int4 elements code * scale + offset of a row's group.
   static constexpr int kInt4Blocks = 1;  // at once against one row of x
   struct Int4 {
-    const float *scale, *offset;  // spread at each use: there are no registers to keep them in
+    V scale, offset;
+    // From memory, each time anew: kept in registers, those of four rows would drive the sums out of them.
     void set(const float* s, const float* o) {
-      scale = s;
-      offset = o;
+      __asm__("" : "+r"(s), "+r"(o));
+      scale = _mm256_broadcast_ss(s);
+      offset = _mm256_broadcast_ss(o);
     }
     // Of the low and the high halves of 8 bytes.
     void elements(const uint8_t* p, V& low, V& high) const {
       const __m256i codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-      const V s = _mm256_broadcast_ss(scale), o = _mm256_broadcast_ss(offset);
-      low = fma(_mm256_cvtepi32_ps(_mm256_and_si256(codes, _mm256_set1_epi32(15))), s, o);
-      high = fma(_mm256_cvtepi32_ps(_mm256_srli_epi32(codes, 4)), s, o);
+      low = fma(_mm256_cvtepi32_ps(_mm256_and_si256(codes, _mm256_set1_epi32(15))), scale, offset);
+      high = fma(_mm256_cvtepi32_ps(_mm256_srli_epi32(codes, 4)), scale, offset);
     }
   };
   // Sums of 16 columns of x times four rows of weights, 64 bytes. The instruction takes its first operand without a sign:

@@ -33,7 +33,7 @@ struct Simd {
   }
   // int4 elements code * scale + offset: the 16 there are of a row's group are a table, and the permutation that looks them
   // up takes four bits of each lane only.
-  static constexpr int kInt4Blocks = 2;  // at once against one row of x
+  static constexpr int kInt4Blocks = 1;  // at once against one row of x
   struct Int4 {
     V table;
     void set(const float* scale, const float* offset) {
