@@ -64,7 +64,9 @@ def _run(arguments: list[str]) -> int:
     command = import_module(f"cai_runtime.cli.{name}")
     parser = argparse.ArgumentParser(prog=f"cai {name}", description=command.__doc__, formatter_class=_Formatter)
     command.add_arguments(parser)
-    # Intermixed: options may stand anywhere among MODEL and PROMPT.
+    if getattr(command, "SUBCOMMANDS", False):
+        return command.run(parser.parse_args(rest))
+    # Intermixed, which argparse refuses where there are subcommands: options may stand anywhere among MODEL and PROMPT.
     return command.run(parser.parse_intermixed_args(rest))
 
 

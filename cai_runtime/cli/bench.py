@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from importlib import import_module
 
+SUBCOMMANDS = True
 HELP = "measure the speed of a checkpoint, alone or beside other engines"
 BENCHMARKS = {
     "decode": "tokens/s of a checkpoint while decoding",
@@ -28,8 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         module = import_module(f"cai_runtime.cli.benchmarks.{name}")
         own = benchmarks.add_parser(name, help=text, description=module.__doc__, formatter_class=parser.formatter_class)
         module.add_arguments(own)
-    # Commands are parsed with options and positionals intermixed, which argparse refuses where there are subcommands.
-    parser.parse_intermixed_args = parser.parse_args  # type: ignore[method-assign, assignment]
 
 
 def run(args: argparse.Namespace) -> int:

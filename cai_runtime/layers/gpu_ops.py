@@ -52,8 +52,10 @@ class GpuOps:
 
         return swiglu(gate_up)
 
-    def attention(self, heads: HeadLayout, pages: int, page_size: int, dtype: torch.dtype) -> Attention:
-        return GpuAttention(heads, ReferenceKVCache(pages, page_size, heads, dtype, self._device))
+    def attention(
+        self, heads: HeadLayout, pages: int, page_size: int, dtype: torch.dtype, sinks: torch.Tensor | None = None
+    ) -> Attention:
+        return GpuAttention(heads, ReferenceKVCache(pages, page_size, heads, dtype, self._device), sinks)
 
     def embedding_and_head(
         self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype

@@ -39,7 +39,12 @@ class Ops(Protocol):
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor: ...
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor: ...
-    def attention(self, heads: HeadLayout, pages: int, page_size: int, dtype: torch.dtype) -> Attention: ...
+    def attention(
+        self, heads: HeadLayout, pages: int, page_size: int, dtype: torch.dtype, sinks: torch.Tensor | None = None
+    ) -> Attention:
+        """One layer's attention with its pages. sinks: fp32 [query_heads], see `paged_attention_reference`."""
+        ...
+
     def embedding_and_head(
         self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype
     ) -> tuple[Callable[[torch.Tensor], torch.Tensor], PreparedLinear]:
@@ -58,8 +63,10 @@ class CpuOps:
     def __init__(self, arena: Arena | None = None):
         self._arena = arena
 
-    def attention(self, heads: HeadLayout, pages: int, page_size: int, dtype: torch.dtype) -> Attention:
-        return CpuAttention(heads, CpuKVCache(pages, page_size, heads, dtype))
+    def attention(
+        self, heads: HeadLayout, pages: int, page_size: int, dtype: torch.dtype, sinks: torch.Tensor | None = None
+    ) -> Attention:
+        return CpuAttention(heads, CpuKVCache(pages, page_size, heads, dtype), sinks)
 
     def embedding_and_head(self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype):
         packed = CpuLinear([table], self._arena)
@@ -82,8 +89,10 @@ class ReferenceOps:
     def __init__(self, device: torch.device):
         self._device = device
 
-    def attention(self, heads: HeadLayout, pages: int, page_size: int, dtype: torch.dtype) -> Attention:
-        return ReferenceAttention(heads, ReferenceKVCache(pages, page_size, heads, dtype, self._device))
+    def attention(
+        self, heads: HeadLayout, pages: int, page_size: int, dtype: torch.dtype, sinks: torch.Tensor | None = None
+    ) -> Attention:
+        return ReferenceAttention(heads, ReferenceKVCache(pages, page_size, heads, dtype, self._device), sinks)
 
     def embedding_and_head(self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype):
         core = table.cores[0]

@@ -53,16 +53,19 @@ inline void int8_tile_and_write(const Int8Rows& x, const PackedMatrix& w, int64_
   int32_t sums[NB * MT * 4];
   int8_tile<MT, NB, kFetch>(x.codes + m0 * x.ld, x.ld, static_cast<const int8_t*>(w.data) + block * stride, stride,
                             w.cols, ahead, sums);
+  typedef int32_t I4 __attribute__((vector_size(16)));
+  typedef float F4 __attribute__((vector_size(16)));
   float dot[NB * MT * 4];
   for (int b = 0; b < NB; ++b) {
+    const int64_t row0 = (block + b) * kBlockRows, rows = lesser(kBlockRows, w.rows - row0);
+    I4 correction = {};  // where the instruction takes x without a sign, its codes went in 128 higher
+    if (Simd::kInt8Shifted) std::memcpy(&correction, w.row_sum + row0, rows * sizeof(int32_t));
+    correction *= 128;
     for (int m = 0; m < MT; ++m) {
-      for (int r = 0; r < 4; ++r) {
-        const int64_t row = (block + b) * kBlockRows + r;
-        const int at = (b * MT + m) * 4 + r;
-        // Where the instruction takes x without a sign, its codes went in 128 higher.
-        const int32_t correction = Simd::kInt8Shifted && row < w.rows ? 128 * w.row_sum[row] : 0;
-        dot[at] = static_cast<float>(sums[at] - correction) * x.scale[m0 + m];
-      }
+      I4 sum;
+      std::memcpy(&sum, sums + (b * MT + m) * 4, sizeof sum);
+      const F4 value = __builtin_convertvector(sum - correction, F4) * x.scale[m0 + m];
+      std::memcpy(dot + (b * MT + m) * 4, &value, sizeof value);
     }
     write_block(w, e, block + b, m0, MT, dot + b * MT * 4);
   }

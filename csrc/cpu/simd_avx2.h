@@ -33,7 +33,7 @@ struct Simd {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
   // int4 elements code * scale + offset of a row's group.
-  static constexpr int kInt4Blocks = 1;  // at once against one row of x
+  static constexpr int kInt4Blocks = 2;  // at once against one row of x
   struct Int4 {
     V scale, offset;
     // From memory, each time anew: kept in registers, those of four rows would drive the sums out of them.

@@ -15,7 +15,7 @@ import pytest
 import cai_runtime
 from cai_runtime.errors import CaiError
 
-REQUESTS, THREADS, ROUNDS = 200, 16, 3
+REQUESTS, THREADS, ROUNDS = 200, 16, 4
 
 pytestmark = pytest.mark.slow
 
@@ -101,4 +101,5 @@ def test_threads_aborts_and_bad_requests(smollm2_dir: Path):
         # The weights alone are 270 MB in bf16.
         assert inside - rss[-1] > 250e6, "close() did not give the weights back"
         assert threading.active_count() <= threads_before + 1, threading.enumerate()  # the watcher of the exit
-    assert rss[-1] - rss[0] < 40e6, f"memory grows from round to round: {rss}"
+    # What the allocator holds on to goes up and down by some 50 MB (eight rounds: 623 to 675 MiB, without a trend).
+    assert min(rss[2:]) - min(rss[:2]) < 45e6, f"memory grows from round to round: {rss}"
