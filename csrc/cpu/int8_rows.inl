@@ -27,22 +27,29 @@ void quantize_rows(const float* x, int64_t ldx, int64_t K, int64_t row0, int64_t
   }
 }
 
-// MT rows of x against NB blocks of four weight rows: sums[(b * MT + m) * 4 + r].
+// MT rows of x against NB blocks of four weight rows: sums[(b * MT + m) * 4 + r]. The pragmas: without them GCC unrolls too late to
+// keep the sums in registers.
 template <int MT, int NB, bool kFetch>
 inline void int8_tile(const int8_t* x, int64_t ldx, const int8_t* w, int64_t block_stride, int64_t cols,
                       const Ahead& ahead, int32_t* sums) {
   using Sums = typename Simd::Int8Sums;
   Sums acc[NB][MT];
+#pragma GCC unroll 8
   for (int b = 0; b < NB; ++b)
+#pragma GCC unroll 8
     for (int m = 0; m < MT; ++m) acc[b][m] = Simd::int8_zero();
   for (int64_t k = 0; k < cols; k += kBlockCols) {
+#pragma GCC unroll 8
     for (int b = 0; b < NB; ++b) {
       const int8_t* wk = w + b * block_stride + k * kBlockRows;
+#pragma GCC unroll 8
       for (int m = 0; m < MT; ++m) acc[b][m] = Simd::int8_add(acc[b][m], x + m * ldx + k, wk);
       if constexpr (kFetch) fetch_ahead(reinterpret_cast<const char*>(wk), 64, ahead);
     }
   }
+#pragma GCC unroll 8
   for (int b = 0; b < NB; ++b)
+#pragma GCC unroll 8
     for (int m = 0; m < MT; ++m) Simd::int8_sums(acc[b][m], sums + (b * MT + m) * 4);
 }
 

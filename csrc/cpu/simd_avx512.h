@@ -50,7 +50,7 @@ struct Simd {
   // Sums of 16 columns of x times four rows of weights, 64 bytes: lane 4 r + i sums columns 4 i to 4 i + 3 of row r.
   // VNNI takes its first operand without a sign, so x goes in 128 higher.
   static constexpr bool kInt8Shifted = true;
-  static constexpr int kInt8TileM = 6, kInt8Blocks = 4;
+  static constexpr int kInt8TileM = 4, kInt8Blocks = 4;
   using Int8Sums = __m512i;
   static Int8Sums int8_zero() { return _mm512_setzero_si512(); }
   static Int8Sums int8_add(Int8Sums acc, const int8_t* x, const int8_t* w) {
