@@ -1,6 +1,9 @@
 #include "thread_pool.h"
 
 #include <unistd.h>
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 #include <chrono>
 #include <condition_variable>
@@ -34,6 +37,23 @@ inline void spin(int spins) {
   }
 }
 
+#if defined(__linux__)
+int current_cpu() { return sched_getcpu(); }
+
+// A worker is often woken on its waker's processor, and the scheduler may leave both there for many milliseconds, while
+// another is idle: the region then takes twice as long. Forbidding this thread that processor for a moment moves it away.
+void leave_cpu(int cpu) {
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0 || !CPU_ISSET(cpu, &allowed) || CPU_COUNT(&allowed) < 2) return;
+  cpu_set_t others = allowed;
+  CPU_CLR(cpu, &others);
+  if (sched_setaffinity(0, sizeof others, &others) == 0) sched_setaffinity(0, sizeof allowed, &allowed);
+}
+#else
+int current_cpu() { return -1; }
+void leave_cpu(int) {}
+#endif
+
 constexpr auto kSpinTime = std::chrono::microseconds(200);  // Python between two regions takes less
 
 class Pool {
@@ -66,6 +86,7 @@ class Pool {
     context_ = context;
     team_threads_ = threads;
     phases_ = phases;
+    caller_cpu_ = current_cpu();
     helpers_.store(static_cast<uint64_t>(threads - 1), std::memory_order_relaxed);
     left_.store(0, std::memory_order_relaxed);
     epoch_ = (epoch_ + 1) & 0xffffffffu;
@@ -98,6 +119,7 @@ class Pool {
         if (ticket_.compare_exchange_weak(t, t + 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
           Team team(static_cast<int>(t & kJoined) + 1, team_threads_, static_cast<uint32_t>(epoch), counters_.data(),
                     phases_);
+          if (caller_cpu_ >= 0 && current_cpu() == caller_cpu_) leave_cpu(caller_cpu_);
           f_(context_, team);
           left_.fetch_add(1, std::memory_order_release);
           break;
@@ -139,6 +161,7 @@ class Pool {
   RegionFunction f_ = nullptr;
   void* context_ = nullptr;
   int team_threads_ = 1;
+  int caller_cpu_ = -1;
   int64_t phases_ = 0;
   std::vector<TaggedCounter> counters_;  // grows between regions only
 };
