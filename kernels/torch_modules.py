@@ -104,7 +104,7 @@ class Mpo(torch.nn.Module):
 
     bias: torch.Tensor | None
 
-    def __init__(self, w: LinearWeights, cores: Sequence[Linear], bias: torch.Tensor | None):
+    def __init__(self, w: LinearWeights | MpoShape, cores: Sequence[Linear], bias: torch.Tensor | None):
         super().__init__()
         self.in_features: int = w.in_features
         self.out_features: int = w.out_features
