@@ -1,6 +1,7 @@
 // A group of slim linears over one input: prologue, core 0 of every member, core 1 of every member.
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 #include "ops.h"
 
@@ -60,18 +61,6 @@ Ahead ahead_of(const Team& team, const LinearGroup& group, const Pieces& pieces,
   }
   return next ? Ahead{limit, next} : Ahead{unlimited, nullptr};
 }
-
-// Weights of the next phase come into the second-level cache while this thread waits for the last one.
-class Fetcher {
- public:
-  explicit Fetcher(const char* next) : at_(next), end_(next ? next + 32768 : next) {}
-  void operator()() {
-    for (int line = 0; line < 4 && at_ < end_; ++line, at_ += 64) __builtin_prefetch(at_, 0, 2);
-  }
-
- private:
-  const char *at_, *end_;
-};
 
 Int padded16(Int n) { return (n + 15) / 16 * 16; }
 

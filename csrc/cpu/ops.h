@@ -24,6 +24,18 @@ const KernelTable& kernels();
 enum class Private { kInput, kCodes, kPanel, kQuery, kPartial, kCount };
 void* private_memory(Private purpose, Int bytes);
 
+// Weights of the next phase come into the second-level cache while a thread waits for the last one: for Team::sync.
+class Fetcher {
+ public:
+  explicit Fetcher(const char* next) : at_(next), end_(next ? next + 32768 : next) {}
+  void operator()() {
+    for (int line = 0; line < 4 && at_ < end_; ++line, at_ += 64) __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  const char *at_, *end_;
+};
+
 // ------------------------------------------------------------------------------------------------------ linear group
 
 enum class Kind : Int { kDense = 0, kLowRank = 1, kInterpolative = 2 };

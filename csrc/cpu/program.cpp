@@ -47,10 +47,7 @@ void run_steps(Team& team, const std::vector<Step>& steps) {
       }
     std::visit(Runner{team, after}, steps[i]);
     if (i + 1 == steps.size()) break;
-    const char *at = after, *end = after ? after + 32768 : after;
-    team.sync([&] {
-      for (int line = 0; line < 4 && at < end; ++line, at += 64) __builtin_prefetch(at, 0, 2);
-    });
+    team.sync(Fetcher(after));
   }
 }
 
