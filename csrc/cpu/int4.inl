@@ -78,6 +78,15 @@ inline void int4_tile(const float* x, const PackedMatrix& w, int64_t block, cons
   for (int b = 0; b < NB; ++b) Simd::sum4(acc[b][0], acc[b][1], acc[b][2], acc[b][3], dot + b * 4);
 }
 
+// The elements of one row's group, whose scale and zero point lie at `at`.
+inline Simd::Int4 int4_group(const PackedMatrix& w, int64_t at) {
+  const float scale = generic::bf16_to_float(static_cast<const uint16_t*>(w.scale)[at]);
+  const float offset = (w.zero ? -static_cast<float>(w.zero[at]) : -8.0f) * scale;
+  Simd::Int4 elements;
+  elements.set(&scale, &offset);
+  return elements;
+}
+
 // A block as floats in the layout of a float matrix: [cols / 16][4][16].
 inline void int4_panel(const PackedMatrix& w, int64_t block, float* panel) {
   const uint8_t* data = static_cast<const uint8_t*>(w.data) + block * block_bytes(w);
@@ -85,11 +94,7 @@ inline void int4_panel(const PackedMatrix& w, int64_t block, float* panel) {
   for (int64_t g0 = 0, group = 0; g0 < w.cols; g0 += w.group, ++group) {
     const int64_t end = lesser(g0 + w.group, w.cols);
     for (int r = 0; r < 4; ++r) {
-      const float scale = generic::bf16_to_float(static_cast<const uint16_t*>(w.scale)[at + group * kBlockRows + r]);
-      const float zero = w.zero ? static_cast<float>(w.zero[at + group * kBlockRows + r]) : 8.0f;
-      const float offset = -zero * scale;
-      Simd::Int4 row;
-      row.set(&scale, &offset);
+      const Simd::Int4 row = int4_group(w, at + group * kBlockRows + r);
       for (int64_t k = g0; k < end; k += kInt4Cols) {
         V low[kParts], high[kParts];
         int4_elements(data + k * 2 + r * 16, row, low, high);
@@ -136,14 +141,8 @@ void int4_row(const PackedMatrix& w, int64_t row, float* out) {
   const uint8_t* codes = static_cast<const uint8_t*>(w.data) + block * block_bytes(w) + r * 16;
   const int64_t at = block * groups_of(w) * kBlockRows + r;
   for (int64_t k = 0; k < w.cols; k += kInt4Cols) {
-    const int64_t group = k / w.group;
-    const float scale = generic::bf16_to_float(static_cast<const uint16_t*>(w.scale)[at + group * kBlockRows]);
-    const float zero = w.zero ? static_cast<float>(w.zero[at + group * kBlockRows]) : 8.0f;
     V low[kParts], high[kParts];
-    const float offset = -zero * scale;
-    Simd::Int4 element;
-    element.set(&scale, &offset);
-    int4_elements(codes + k * 2, element, low, high);
+    int4_elements(codes + k * 2, int4_group(w, at + k / w.group * kBlockRows), low, high);
     float buffer[kInt4Cols];
     for (int p = 0; p < kParts; ++p) {
       Simd::store(buffer + p * kW, low[p]);

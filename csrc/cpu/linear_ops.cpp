@@ -76,10 +76,12 @@ void apply_prologue(const LinearCall& c, Int row0, Int row1, float* to) {
   }
 }
 
+// Room for rounded rows.
 struct Codes {
   int8_t* codes;
   float* scale;
   Int ld;
+  Int8Rows rows() const { return {codes, ld, scale}; }
 };
 
 // Room for M rows of K columns, codes first.
@@ -118,7 +120,7 @@ class Input {
     });
     team.sync();
     if (transformed) use(to, K);
-    if (coded_) rows_ = {codes.codes, codes.ld, codes.scale};
+    if (coded_) rows_ = codes.rows();
   }
 
   // To be called on a claimed piece, before reading: until it is finished nobody overwrites x.
@@ -134,7 +136,7 @@ class Input {
     if (coded_) {
       Codes codes = codes_at(private_memory(Private::kCodes, codes_bytes(c_.M, K)), c_.M, K);
       kernels().quantize_rows(x_, ldx_, K, 0, c_.M, codes.codes, codes.ld, codes.scale);
-      rows_ = {codes.codes, codes.ld, codes.scale};
+      rows_ = codes.rows();
     }
   }
 
@@ -153,12 +155,6 @@ class Input {
   Int ldx_;
   bool coded_, lazy_ = false;
   Int8Rows rows_{};
-};
-
-// The intermediates z, rounded for core 1 of each member that takes codes. `made` tells which are there.
-struct Intermediates {
-  Int8Rows rows[kMaxMembers];
-  bool made[kMaxMembers] = {};
 };
 
 }  // namespace
@@ -224,36 +220,30 @@ void linear_group(Team& team, const LinearCall& c, const char* after) {
   if (!two) return;
   team.sync(Fetcher(second));
 
-  Intermediates codes;
+  // The intermediates, rounded for the members whose core 1 takes codes: behind the input's in the scratch, or this thread's own.
   const bool coded = takes_codes(group, 1), apart = coded && c.M * group.z_columns > kPrivateCodes;
-  auto round_member = [&](Int i, Codes to, Int row0, Int row1) {
+  Codes codes[kMaxMembers] = {};
+  bool made[kMaxMembers] = {};
+  auto round_member = [&](Int i, Int row0, Int row1) {
     const Member& m = group[i];
-    k.quantize_rows(z + m.z_offset, group.z_columns, m.rank, row0, row1, to.codes, to.ld, to.scale);
-    codes.rows[i] = {to.codes, to.ld, to.scale};
-    codes.made[i] = true;
+    k.quantize_rows(z + m.z_offset, group.z_columns, m.rank, row0, row1, codes[i].codes, codes[i].ld, codes[i].scale);
   };
   if (coded) {
-    // One after the other in memory: behind the input's in the scratch, or this thread's own.
     const Int K = group.in_features;
     Int bytes = 0;
     for (Int i = 0; i < group.members; ++i) bytes += codes_bytes(c.M, group[i].rank);
     char* memory = apart ? reinterpret_cast<char*>(z + c.M * (group.z_columns + K)) + codes_bytes(c.M, K)
                          : static_cast<char*>(private_memory(Private::kCodes, bytes));
     for (Int i = 0; i < group.members; ++i) {
-      const Codes to = codes_at(memory, c.M, group[i].rank);
-      codes.rows[i] = {to.codes, to.ld, to.scale};
+      codes[i] = codes_at(memory, c.M, group[i].rank);
       memory += codes_bytes(c.M, group[i].rank);
     }
   }
-  auto member_codes = [&](Int i) {
-    const Int8Rows& r = codes.rows[i];
-    return Codes{const_cast<int8_t*>(r.codes), const_cast<float*>(r.scale), r.ld};
-  };
   if (apart) {
     const Int rows = std::max<Int>(1, c.M / (team.threads() * 4));
     team.deal((c.M + rows - 1) / rows, [&](Int p) {
       for (Int i = 0; i < group.members; ++i)
-        if (group[i].kind != Kind::kDense) round_member(i, member_codes(i), p * rows, std::min(c.M, (p + 1) * rows));
+        if (group[i].kind != Kind::kDense) round_member(i, p * rows, std::min(c.M, (p + 1) * rows));
     });
     team.sync();
   }
@@ -262,9 +252,12 @@ void linear_group(Team& team, const LinearCall& c, const char* after) {
     const Member& m = group[i];
     Epilogue e = epilogue(m);
     if (m.kind == Kind::kInterpolative) e.index = m.pivot + m.rank;
-    if (coded && !apart && !codes.made[i]) round_member(i, member_codes(i), 0, c.M);
+    if (coded && !apart && !made[i]) {
+      round_member(i, 0, c.M);
+      made[i] = true;
+    }
     const auto [block0, block1] = blocks(pieces1, m.core[1], i, piece);
-    multiply(m.core[1], z + m.z_offset, group.z_columns, codes.rows[i], block0, block1, e,
+    multiply(m.core[1], z + m.z_offset, group.z_columns, codes[i].rows(), block0, block1, e,
              ahead_of(team, group, pieces1, 1, piece, after));
   });
 }

@@ -129,23 +129,6 @@ def test_sequences_without_new_tokens():
     assert busy.run(0.25).shape == (0, 32)
 
 
-@pytest.fixture
-def ordered_sums(monkeypatch: pytest.MonkeyPatch):
-    """The interpreter multiplies matrices with a BLAS, whose order of sums depends on the shape; here it is that of a chain
-    over the inner dimension, as in a chain of matrix instructions. A GPU is left alone."""
-    if DEVICE == "cuda":
-        return
-    from triton.runtime import interpreter
-
-    def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        total = d.data.copy()
-        for k in range(a.data.shape[-1]):
-            total += a.data[:, k, None].astype(total.dtype) * b.data[None, k, :].astype(total.dtype)
-        return interpreter.TensorHandle(total, d.dtype.scalar)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
-
-
 LONG = [(1, 1030), (1, 512), (1, 513)]  # three splits, one, two
 
 

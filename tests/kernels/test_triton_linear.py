@@ -28,23 +28,6 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.2e-3}
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@pytest.fixture
-def ordered_sums(monkeypatch: pytest.MonkeyPatch):
-    """The interpreter multiplies matrices with a BLAS, whose order of sums depends on the shape; here it is that of a chain
-    over the inner dimension, as in a chain of matrix instructions. A GPU is left alone."""
-    if DEVICE == "cuda":
-        return
-    from triton.runtime import interpreter
-
-    def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        total = d.data.copy()
-        for k in range(a.data.shape[-1]):
-            total += a.data[:, k, None].astype(total.dtype) * b.data[None, k, :].astype(total.dtype)
-        return interpreter.TensorHandle(total, d.dtype.scalar)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
-
-
 def core(rows: int, cols: int, store: str) -> Core:
     if store == "int8":
         scale = (torch.rand(rows) + 0.5) / (60 * cols**0.5)
