@@ -14,6 +14,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from cai_runtime.integrations import registration
+
 if TYPE_CHECKING:
     from cai_runtime.api.errors import (
         APIError,
@@ -112,3 +114,4 @@ def __dir__() -> list[str]:
 
 
 sys.modules[__name__].__class__ = _Package
+registration.install()  # transformers reads slim checkpoints from here on

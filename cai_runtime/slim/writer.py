@@ -29,6 +29,8 @@ from cai_runtime.slim.stores import CoreData, all_finite, damage, quantize
 if TYPE_CHECKING:
     import torch
 
+    from cai_runtime.slim.elastic import ElasticTable
+
 T = TypeVar("T")
 
 # Copied from `source_dir` as they are. Names, not patterns: never weights, never code.
@@ -39,6 +41,12 @@ COPIED_FILES = (
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
     "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md",
 )  # fmt: skip
+
+# transformers skips a quantization method that it does not know, with a warning, and would go on with weights drawn at
+# random. It does look for its weights where config.json's `transformers_weights` says: there is no such file, so it stops,
+# naming it. cai_runtime.integrations takes the entry away once it is imported.
+GUARD_KEY = "transformers_weights"
+GUARD = "import-cai_runtime-to-load-this-slim-checkpoint.safetensors"
 
 DEFAULT_SHARD_BYTES = 1 << 30
 ALIGNMENT = 64  # bytes; a cache line, and the widest vector load
@@ -58,7 +66,7 @@ class CheckpointWriter:
     Args:
         dst: the directory to make. Its parents are made when missing.
         config: config.json. `quantization_config` is replaced by that of the added modules, or dropped when there
-            are none.
+            are none; so is the entry that keeps transformers from loading a slim checkpoint as a dense one (`GUARD`).
         source_dir: where tokenizer, chat template, generation settings and licence are copied from (`COPIED_FILES`).
         max_shard_bytes: a shard is written before it would exceed this; a larger tensor has a shard of its own.
         overwrite: replace an existing directory, once the new one is complete. Otherwise one that isn't empty is an
@@ -87,6 +95,7 @@ class CheckpointWriter:
         self._max_shard_bytes = max_shard_bytes
         self._overwrite = overwrite
         self._modules: dict[str, ModuleSpec] = {}
+        self._elastic: ElasticTable | None = None
         self._placed: dict[str, int] = {}  # tensor -> number of its shard
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0
@@ -117,19 +126,7 @@ class CheckpointWriter:
 
         if name in self._modules:
             raise InvalidConfigError("the module was already added", tensor=name)
-        if len(cores) != len(spec.store):
-            raise InvalidConfigError(
-                f"kind {spec.kind} has {len(spec.store)} cores, {len(cores)} were given", tensor=name
-            )
-        tensors: dict[str, torch.Tensor] = {}
-        for core, label, shape, store in zip(cores, spec.core_names, spec.core_shapes, spec.store, strict=True):
-            tensor = f"{name}.{label}"
-            if tuple(core.shape) != shape:
-                raise TensorShapeError(
-                    f"kind {spec.kind}, rank {spec.rank}, needs {list(shape)}, is {list(core.shape)}", tensor=tensor
-                )
-            for suffix, part in _packed(core, store, tensor).tensors.items():
-                tensors[tensor + suffix] = part
+        tensors = _core_tensors(name, spec, cores)
         if spec.has_pivot != (pivot is not None):
             raise InvalidPivotError(f"kind {spec.kind} {'needs a' if spec.has_pivot else 'has no'} pivot", tensor=name)
         if pivot is not None:
@@ -150,6 +147,19 @@ class CheckpointWriter:
         self._add(tensors)
         self._modules[name] = spec
 
+    def add_second_form(self, name: str, spec: ModuleSpec, cores: Sequence[torch.Tensor | CoreData]) -> None:
+        """Add the lowrank form of a module that was added as dense, for the keeps of an elastic checkpoint at which it is
+        lowrank. The table must list it. cores: as in `add_module`."""
+        listed = self._modules.get(name)
+        if spec.kind != "lowrank" or listed is None or listed.kind != "dense":
+            raise InvalidConfigError("only a module added as dense has a second form, and that is lowrank", tensor=name)
+        self._add(_core_tensors(name, spec, cores))
+
+    def set_elastic(self, table: ElasticTable) -> None:
+        """Make the checkpoint elastic. Call it when the modules of the table were added."""
+        table.check(self._modules)
+        self._elastic = table
+
     def add_tensor(self, name: str, tensor: torch.Tensor) -> None:
         """Add a tensor as it is: embeddings, norms, the weights of modules that stay dense and unlisted."""
         self._add({name: tensor})
@@ -165,9 +175,10 @@ class CheckpointWriter:
             if not self._shards:
                 raise CheckpointWriteError("nothing was added", file=self._dst)
             self._guard(self._name_shards)
-            config = {k: v for k, v in self._config.items() if k != "quantization_config"}
+            config = {k: v for k, v in self._config.items() if k not in ("quantization_config", GUARD_KEY)}
             if self._modules:
-                config["quantization_config"] = SlimConfig(self._modules).to_json()
+                config[GUARD_KEY] = GUARD
+                config["quantization_config"] = SlimConfig(self._modules, elastic=self._elastic).to_json()
             self._write_json(CONFIG_FILE, config)
             if report is not None:
                 self._write_json(REPORT_FILE, report)
@@ -317,6 +328,22 @@ class CheckpointWriter:
 
 def _dtype_name(tensor: torch.Tensor) -> str | None:
     return DTYPE_NAMES.get(str(tensor.dtype).removeprefix("torch."))
+
+
+def _core_tensors(name: str, spec: ModuleSpec, cores: Sequence[torch.Tensor | CoreData]) -> dict[str, torch.Tensor]:
+    """Every tensor of a module's cores by full name, checked against its spec."""
+    if len(cores) != len(spec.store):
+        raise InvalidConfigError(f"kind {spec.kind} has {len(spec.store)} cores, {len(cores)} were given", tensor=name)
+    tensors: dict[str, torch.Tensor] = {}
+    for core, label, shape, store in zip(cores, spec.core_names, spec.core_shapes, spec.store, strict=True):
+        tensor = f"{name}.{label}"
+        if tuple(core.shape) != shape:
+            raise TensorShapeError(
+                f"kind {spec.kind}, rank {spec.rank}, needs {list(shape)}, is {list(core.shape)}", tensor=tensor
+            )
+        for suffix, part in _packed(core, store, tensor).tensors.items():
+            tensors[tensor + suffix] = part
+    return tensors
 
 
 def _packed(core: torch.Tensor | CoreData, store: str, name: str) -> CoreData:

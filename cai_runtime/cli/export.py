@@ -1,0 +1,40 @@
+"""`cai export --dense SRC DIR`: a slim checkpoint as a stock one, which transformers and others load without cai_runtime.
+
+It has the slim model's weights, multiplied out: the quality of the slim one, the size and speed of a dense one.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "write a slim checkpoint as a stock dense one"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from cai_runtime.slim.export import DEFAULT_SHARD_BYTES, EXPORT_DTYPES
+
+    parser.add_argument("src", metavar="SRC", help="directory of a slim checkpoint")
+    parser.add_argument("dst", metavar="DIR", help="the directory to make")
+    parser.add_argument(
+        "--dense", action="store_true", required=True, help="the form to write: every module as its dense matrix"
+    )
+    parser.add_argument("--dtype", choices=EXPORT_DTYPES, default="bf16", help="of the weights (default bf16)")
+    parser.add_argument(
+        "--max-shard-bytes",
+        type=int,
+        default=DEFAULT_SHARD_BYTES,
+        metavar="N",
+        help="largest file; a larger tensor has a file of its own (default 1 GiB)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR")
+
+
+def run(args: argparse.Namespace) -> int:
+    from cai_runtime.slim.export import export_dense
+
+    print(
+        export_dense(
+            args.src, args.dst, dtype=args.dtype, max_shard_bytes=args.max_shard_bytes, overwrite=args.overwrite
+        )
+    )
+    return 0

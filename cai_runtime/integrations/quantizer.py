@@ -1,0 +1,266 @@
+"""What transformers calls to load and save a slim checkpoint: its quantization method "cai".
+
+Imported while transformers imports its own quantizers, so torch and our modules are imported in methods.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from cai_runtime.errors import CheckpointWriteError, InvalidConfigError, TensorShapeError, UnsupportedModelError
+from cai_runtime.slim.spec import QUANT_METHOD, STORES, ModuleSpec, SlimConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+CONFIG_FILE = "config.json"
+
+
+def register() -> None:
+    """Put the method into transformers' tables. Idempotent."""
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(SlimQuantizationConfig)
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(QUANT_METHOD)(SlimQuantizer)
+
+
+class SlimQuantizationConfig(QuantizationConfigMixin):
+    """`quantization_config` of a slim checkpoint, kept as it was read and checked as the reader checks it.
+
+    Raises InvalidConfigError and its kin, see `SlimConfig.from_config`.
+    """
+
+    quant_method: Any = QUANT_METHOD
+
+    def __init__(self, **entries: Any):
+        self._entries = {"quant_method": QUANT_METHOD} | entries
+        slim = SlimConfig.from_config({"quantization_config": self._entries})
+        assert slim is not None
+        self.modules: dict[str, ModuleSpec] = slim.modules
+        self.quant_method = QUANT_METHOD
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        return copy.deepcopy(self._entries)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SlimQuantizationConfig:
+        return type(self)(**copy.deepcopy(self._entries, memo))
+
+
+class SlimQuantizer(HfQuantizer):
+    """Puts modules that hold cores where the checkpoint lists them, before transformers loads the tensors by name."""
+
+    requires_calibration = True  # a dense model isn't made slim while it is loaded: `cai compress` does that
+    quantization_config: SlimQuantizationConfig
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # adapters: gradients pass through
+
+    @property
+    def is_compileable(self) -> bool:
+        # torch.compile works, on the plain torch path. `generate` must not switch to it by itself: kernels are faster.
+        return False
+
+    # Both see the config between its reading and the look for weights; the second is the older one's successor.
+    def update_tp_plan(self, config: Any) -> Any:
+        return _without_guard(config)
+
+    def update_ep_plan(self, config: Any) -> Any:
+        return config
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        return _without_guard(config)
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, dtype: torch.dtype | None = None, **_: Any
+    ) -> Any:
+        """Raises what `Checkpoint.open` raises, UnsupportedModelError, TensorShapeError."""
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise UnsupportedModelError("a slim checkpoint can't be loaded with tensor parallelism; use a device_map")
+        biases = _checked_biases(checkpoint_files)
+        for name, spec in self.quantization_config.modules.items():
+            if spec.kind == "dense" and STORES[spec.store[0]].scale is None:
+                continue  # a stock module, in the dtype that was asked for
+            found = _name_in(model, name)
+            if found is not None:
+                _put(model, found, spec, dtype or model.dtype, f"{name}.bias" in biases)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        """Raises TensorDtypeError, InvalidPivotError."""
+        from cai_runtime.integrations.dense import slim_modules
+        from cai_runtime.integrations.linear import SlimLinear
+
+        for name, module in slim_modules(model).items():
+            module.check(name)
+            module.arrange()
+            if isinstance(module, SlimLinear):
+                module.protect()
+        _guard_saves(model)
+        return model
+
+    def get_state_dict_and_metadata(
+        self, model: Any, *_: Any, **__: Any
+    ) -> tuple[dict[str, torch.Tensor] | None, dict]:
+        """What `save_pretrained` writes: the model's state, its listed dense modules in their float stores again."""
+        import torch
+
+        from cai_runtime.slim.shard import DTYPES
+
+        state = model.state_dict()
+        changed: dict[int, torch.Tensor] = {}
+        for name, spec in self.quantization_config.modules.items():
+            weight = state.get(f"{name}.weight")
+            if weight is None or spec.kind != "dense" or not weight.is_floating_point():
+                continue
+            stored = getattr(torch, DTYPES[STORES[spec.store[0]].dtype][0])
+            if weight.dtype != stored and weight.device.type != "meta":
+                changed[weight.data_ptr()] = weight.to(stored)
+        if not changed:
+            return None, {}
+        # By address: tied weights stay one tensor, of which transformers keeps one name.
+        return {name: changed.get(tensor.data_ptr(), tensor) for name, tensor in state.items()}, {}
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        from cai_runtime.integrations.dense import make_dense
+
+        make_dense(model, dtype)
+        model.__dict__.pop("save_pretrained", None)
+        return model
+
+
+# ------------------------------------------------------------------------------------------------------- loading
+
+
+def _checked_biases(checkpoint_files: list[str] | None) -> set[str]:
+    """Names of the checkpoint's biases, after checking that its tensors are what its config says. transformers itself
+    would draw a missing core at random. Nothing to check where the tensors were given as a state_dict."""
+    from cai_runtime.slim.reader import Checkpoint
+
+    if not checkpoint_files:
+        return set()
+    directory = Path(checkpoint_files[0]).parent
+    if not (directory / CONFIG_FILE).exists():  # a config from elsewhere: shapes are compared while loading
+        return set()
+    with Checkpoint.open(directory) as checkpoint:
+        return {tensor for tensor in checkpoint.tensors() if tensor.endswith(".bias")}
+
+
+def _name_in(model: Any, name: str) -> str | None:
+    """The module's name in this class of model, which may be the base model alone, or have another head."""
+    prefix = f"{model.base_model_prefix}."
+    modules = dict(model.named_modules())
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        if candidate in modules:
+            return candidate
+    if not name.startswith(prefix) and name.split(".")[0] not in modules:
+        return None  # of a head that this class doesn't have
+    raise UnsupportedModelError(
+        f"{type(model).__name__} has no module {name}, which the checkpoint stores as cores: transformers fuses or renames "
+        "it in this architecture. Use cai_runtime.Client, or `cai export --dense`"
+    )
+
+
+def _put(model: Any, name: str, spec: ModuleSpec, dtype: torch.dtype, has_bias: bool) -> None:
+    """Replace a stock module by one that holds the cores, and what is tied to it."""
+    from torch import nn
+
+    from cai_runtime.integrations.embedding import SlimEmbedding
+    from cai_runtime.integrations.linear import FactorizedLinear, SlimLinear, TiedLinear
+
+    stock = model.get_submodule(name)
+    if type(stock) is nn.Linear:
+        _check_shape(name, spec, (stock.out_features, stock.in_features))
+        kind = SlimLinear if spec.kind == "dense" else FactorizedLinear
+        model.set_submodule(name, kind(spec, bias=has_bias or stock.bias is not None, dtype=dtype))
+        return
+    if type(stock) is not nn.Embedding or spec.kind != "dense":
+        raise UnsupportedModelError(
+            f"{name} is a {type(stock).__name__} in {type(model).__name__}; in transformers a {spec.kind} module of "
+            f"{'+'.join(spec.store)} can stand for a plain Linear (or, if dense, Embedding) alone. Use cai_runtime.Client, "
+            "or `cai export --dense`"
+        )
+    _check_shape(name, spec, (stock.num_embeddings, stock.embedding_dim))
+    table = SlimEmbedding(spec, padding_idx=stock.padding_idx, dtype=dtype)
+    model.set_submodule(name, table)
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if source == f"{name}.weight" and target.endswith(".weight"):
+            head = model.get_submodule(target.removesuffix(".weight"))
+            if type(head) is not nn.Linear:
+                raise UnsupportedModelError(f"{target} is tied to a packed embedding and belongs to no plain Linear")
+            tied = TiedLinear(table, bias=head.bias is not None, dtype=dtype)
+            model.set_submodule(target.removesuffix(".weight"), tied)
+
+
+def _check_shape(name: str, spec: ModuleSpec, wanted: tuple[int, int]) -> None:
+    found = (spec.out_features, spec.in_features)
+    if found != wanted:
+        raise TensorShapeError(f"the module is {list(found)}, but config.json asks for {list(wanted)}", tensor=name)
+
+
+# -------------------------------------------------------------------------------------------------------- guard
+
+
+def _without_guard(config: Any) -> Any:
+    """The checkpoint is about to be read as what it is: look for its weights under their own name."""
+    from cai_runtime.slim.writer import GUARD, GUARD_KEY
+
+    if getattr(config, GUARD_KEY, None) == GUARD:
+        delattr(config, GUARD_KEY)
+    return config
+
+
+def _guard_saves(model: nn.Module) -> None:
+    """Let the model's `save_pretrained` leave the guard in config.json, from where transformers takes it."""
+    from types import MethodType
+
+    model.__dict__["save_pretrained"] = MethodType(_save_pretrained, model)
+
+
+def _save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    """`PreTrainedModel.save_pretrained`; without `push_to_hub=True`, for which there is `model.push_to_hub`."""
+    if kwargs.get("push_to_hub"):
+        raise CheckpointWriteError("save_pretrained can't upload a slim checkpoint; use model.push_to_hub(...)")
+    type(self).save_pretrained(self, save_directory, *args, **kwargs)
+    file = Path(save_directory) / CONFIG_FILE
+    if kwargs.get("is_main_process", True) and not getattr(self, "_hf_peft_config_loaded", False) and file.exists():
+        add_guard(file)
+
+
+def add_guard(file: Path) -> None:
+    """Put the guard into a config.json whose checkpoint is slim, in one step."""
+    from cai_runtime.slim.writer import GUARD, GUARD_KEY
+
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if (config.get("quantization_config") or {}).get("quant_method") != QUANT_METHOD:
+        raise InvalidConfigError("the saved config has no slim quantization_config", file=file)
+    config[GUARD_KEY] = GUARD
+    new = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    new.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    new.replace(file)

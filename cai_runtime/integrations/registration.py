@@ -1,0 +1,75 @@
+"""Registers the slim format with transformers, now or when transformers is imported. No torch, no transformers here.
+
+transformers keeps its quantization methods in tables of `transformers.quantizers.auto` and reads no entry points, so
+somebody has to call `register_quantizer` in the process. Importing that module costs seconds and brings in torch, which
+`import cai_runtime` must not; where it is not loaded yet, a finder at the head of `sys.meta_path` waits for that one name,
+registers behind it and takes itself out again.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+
+WATCHED = "transformers.quantizers.auto"
+
+
+def install() -> None:
+    """Register with transformers as soon as it can be used: at once if it is loaded. Idempotent; never raises."""
+    if WATCHED in sys.modules:
+        import_module(WATCHED)  # waits where another thread is in the middle of it
+        _register()
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+def _register() -> None:
+    """A failure is a warning: it must not break an `import transformers` that never meets a slim checkpoint, and
+    without a registration a slim checkpoint does not load (`cai_runtime.slim.writer.GUARD`)."""
+    try:
+        from cai_runtime.integrations.quantizer import register
+
+        register()
+    except Exception as e:  # noqa: BLE001
+        warnings.warn(
+            f"cai_runtime can't register its checkpoints with transformers: {e!r}", RuntimeWarning, stacklevel=2
+        )
+
+
+class _Finder(MetaPathFinder):
+    """Finds `WATCHED` as the other finders do, with a loader that registers behind it. Used once."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != WATCHED:
+            return None
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+class _Loader(Loader):
+    """The module's own loader, and a registration once the module is there."""
+
+    def __init__(self, loader: Loader):
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader  # what tools that look at a module expect
+        module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        _register()
