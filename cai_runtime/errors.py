@@ -72,6 +72,10 @@ class InvalidConfigError(CheckpointError):
     """config.json or quantization_config is malformed or contradicts itself."""
 
 
+class KeepError(CheckpointError):
+    """The `keep` asked for is not one that the checkpoint opens at: it is not elastic, or does not go as low or as high."""
+
+
 class CheckpointWriteError(CheckpointError):
     """A checkpoint can't be written: the place is taken, the disk is full, or the system refused. Nothing is left."""
 

@@ -4,9 +4,9 @@ checked in `Checkpoint.open`, and tensors are handed out as views of the mapped 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,14 +15,17 @@ from cai_runtime.errors import (
     CheckpointError,
     CorruptFileError,
     InvalidConfigError,
-    InvalidPivotError,
+    KeepError,
     MissingFileError,
     NonFiniteTensorError,
     TensorDtypeError,
     TensorMissingError,
     TensorShapeError,
 )
-from cai_runtime.slim.shard import MappedFile, TensorInfo, read_header
+from cai_runtime.progress import progress_bar
+from cai_runtime.slim.check import check_modules
+from cai_runtime.slim.elastic import ElasticTable, checked_keep
+from cai_runtime.slim.shard import DTYPES, MappedFile, TensorInfo, read_header
 from cai_runtime.slim.spec import FLOAT_STORE_OF_DTYPE, STORES, ModuleSpec, SlimConfig
 
 if TYPE_CHECKING:
@@ -53,26 +56,60 @@ class Checkpoint:
         modules: the modules that `quantization_config` lists, by full name; empty for a plain dense checkpoint.
         is_slim: whether there is a slim `quantization_config`.
         nbytes: bytes of all tensors.
+        elastic: the table of an elastic checkpoint, otherwise None.
+        keep: of an elastic checkpoint: the share of its table's parameters that is in use, at most what was asked for.
+
+    An elastic checkpoint that is opened at some `keep` looks like the smaller checkpoint that it holds: `modules`,
+    `tensors`, `nbytes` and everything that is read are that one's, and so is `config`, which is no longer elastic. Only
+    `TensorInfo.start` and `.file` tell where the larger tensor lies. Opened without, it is at its largest keep, and
+    `config` is as it is on disk.
 
     Reading from several threads is fine. The files must not be changed while they are open.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], slim: SlimConfig | None, tensors: dict[str, TensorInfo]):
+    def __init__(
+        self,
+        path: Path,
+        config: dict[str, Any],
+        slim: SlimConfig | None,
+        tensors: dict[str, TensorInfo],
+        keep: float | None = None,
+    ):
         self.path = path
         self.config = config
         self.is_slim = slim is not None
         self.format_version = slim.format_version if slim is not None else None
         self.modules: dict[str, ModuleSpec] = slim.modules if slim is not None else {}
+        self.elastic = slim.elastic if slim is not None else None
+        self.keep: float | None = None
         self._closed = False
-        self._tensors = tensors
+        # As `quantization_config` lists them, each with the second form of an elastic module that has two.
+        seconds = {m.name: m.second for m in self.elastic.modules if m.second} if self.elastic is not None else {}
+        self._forms = {
+            name: [spec, seconds[name]] if name in seconds else [spec] for name, spec in self.modules.items()
+        }
+        self._on_disk = tensors
+        self._tensors = tensors  # those in use, in the shape in use
         self._maps = {file: MappedFile(file) for file in {info.file for info in tensors.values()}}
-        self.nbytes = sum(info.nbytes for info in tensors.values())
+        if self.elastic is not None:
+            self._take(self.elastic, keep)
+        elif keep is not None:
+            raise KeepError(
+                f"keep {checked_keep(keep):g} was asked for, but the checkpoint is not elastic: it has one size. Open it "
+                "without keep, or make an elastic one (cai compress --elastic)",
+                file=path,
+            )
+        self.nbytes = sum(info.nbytes for info in self._tensors.values())
 
     @classmethod
-    def open(cls, path: str | Path) -> Checkpoint:
+    def open(cls, path: str | Path, keep: float | None = None) -> Checkpoint:
         """Open and check a directory. No weight is read; the pivots of interpolative modules are.
 
+        keep: of an elastic checkpoint: the share of parameters to use, at most, in the range that its table spans; None: the
+        largest.
+
         Raises:
+            KeepError: the checkpoint is not elastic, or does not go as low or as high. TypeError: `keep` is no number.
             MissingFileError: the directory, config.json, or a shard is not there.
             InvalidConfigError: config.json or the index is malformed, or contradicts itself or the files.
             UnknownVersionError, UnknownKindError, UnknownStoreError: written by a version this one does not know.
@@ -85,20 +122,16 @@ class Checkpoint:
             raise MissingFileError("no such checkpoint directory", file=path)
         config = read_json(path / CONFIG_FILE)
         slim = SlimConfig.from_config(config, path / CONFIG_FILE)
-        checkpoint = cls(path, config, slim, _read_tensors(path))
+        checkpoint = cls(path, config, slim, _read_tensors(path), keep)
         try:
-            for name, spec in checkpoint.modules.items():
-                checkpoint._check_module(name, spec)
-            for name, spec in checkpoint.modules.items():
-                if spec.has_pivot:
-                    checkpoint._check_pivot(name, spec)
+            check_modules(path, checkpoint._forms, checkpoint._on_disk)
         except BaseException:
             checkpoint.close()
             raise
         return checkpoint
 
     def tensors(self) -> dict[str, TensorInfo]:
-        """Every tensor's place, by name."""
+        """The place of every tensor in use, by name. The other forms of an elastic checkpoint's modules are not in use."""
         return dict(self._tensors)
 
     def __contains__(self, name: object) -> bool:
@@ -132,23 +165,14 @@ class Checkpoint:
         return ModuleSpec("dense", info.shape[0], info.shape[1], None, (store,))
 
     def tensor(self, name: str, check_finite: bool = True) -> torch.Tensor:
-        """The tensor as a view of the mapped file (do not write to it). It stays valid after `release` and `close`.
+        """The tensor as a view of the mapped file (do not write to it); a copy, where an elastic checkpoint's core is read
+        in part. It stays valid after `release` and `close`.
 
         Raises:
             TensorMissingError: no such tensor.
             NonFiniteTensorError: it holds NaN or infinity (`check_finite`, which reads all of it once).
         """
-        from cai_runtime.slim.stores import all_finite
-
-        if self._closed:
-            raise CheckpointError("the checkpoint was closed", file=self.path, tensor=name)
-        info = self._info(name)
-        tensor = self._maps[info.file].tensor(info)
-        if check_finite and not all_finite(tensor):
-            raise NonFiniteTensorError(
-                "holds NaN or infinity; the file is damaged or badly made", file=info.file, tensor=name
-            )
-        return tensor
+        return self._read(self._info(name), check_finite)
 
     def module(self, name: str, check_finite: bool = True) -> ModuleWeights:
         """All tensors of one linear module, as views of the mapped files.
@@ -166,7 +190,7 @@ class Checkpoint:
         cores = []
         for core, shape, store in zip(spec.core_names, spec.core_shapes, spec.store, strict=True):
             parts = {
-                suffix: self._stored(f"{name}.{core}{suffix}", check_finite, _Part(suffix, store, shape))
+                suffix: self._read(self._info(f"{name}.{core}{suffix}"), check_finite, _Part(suffix, store, shape))
                 for suffix in STORES[store].tensors(shape)
             }
             cores.append(CoreData(parts[""], parts.get("_scale"), store, parts.get("_zero"), shape))
@@ -182,27 +206,30 @@ class Checkpoint:
     def release(self, names: str | Iterable[str]) -> None:
         """Drop the resident pages of these tensors: a loader that copies a tensor and releases it holds one copy."""
         for name in [names] if isinstance(names, str) else names:
-            info = self._info(name)
+            self._info(name)
+            info = self._on_disk[name]
             self._maps[info.file].release(info.start, info.nbytes)
 
     def verify(self, progress: bool | None = None) -> None:
-        """Read everything once: no NaN, no infinity, every scale positive, zero points and unused half bytes as they must
-        be. Raises for the first tensor that fails.
+        """Read everything once, in use or not: no NaN, no infinity, every scale positive, zero points and unused half bytes
+        as they must be. Raises for the first tensor that fails.
 
         progress: show a bar (None: only when stderr is a terminal).
         """
         parts = {
             f"{name}.{core}{suffix}": _Part(suffix, store, shape)
-            for name, spec in self.modules.items()
+            for name, specs in self._forms.items()
+            for spec in specs
             for core, shape, store in zip(spec.core_names, spec.core_shapes, spec.store, strict=True)
             for suffix in STORES[store].tensors(shape)
         }
-        ordered = sorted(self._tensors.values(), key=lambda info: (info.file, info.start))
-        with _progress_bar(self.nbytes, "verify", progress) as update:
+        ordered = sorted(self._on_disk.values(), key=lambda info: (info.file, info.start))
+        total = sum(info.nbytes for info in ordered)
+        with progress_bar("verify", total=total, unit="B", show=progress, unit_scale=True) as bar:
             for info in ordered:
-                self._stored(info.name, True, parts.get(info.name))
-                self.release(info.name)
-                update(info.nbytes)
+                self._read(info, True, parts.get(info.name))
+                self._maps[info.file].release(info.start, info.nbytes)
+                bar.update(info.nbytes)
 
     def report(self) -> dict[str, Any] | None:
         """`slim_report.json`, or None when there is none."""
@@ -229,79 +256,38 @@ class Checkpoint:
             raise TensorMissingError("the checkpoint has no such tensor", file=self.path, tensor=name)
         return info
 
-    def _stored(self, name: str, check: bool, part: _Part | None) -> torch.Tensor:
-        """A tensor whose values are checked for what it is part of, too."""
-        from cai_runtime.slim.stores import damage
+    def _read(self, info: TensorInfo, check: bool, part: _Part | None = None) -> torch.Tensor:
+        """A tensor in the shape of `info`. Its values are checked for what it is part of, too."""
+        from cai_runtime.slim.stores import all_finite, damage
 
-        tensor = self.tensor(name, check)
+        if self._closed:
+            raise CheckpointError("the checkpoint was closed", file=self.path, tensor=info.name)
+        tensor = self._maps[info.file].corner(self._on_disk[info.name], info.shape)
+        if check and not all_finite(tensor):
+            raise NonFiniteTensorError(
+                "holds NaN or infinity; the file is damaged or badly made", file=info.file, tensor=info.name
+            )
         problem = damage(part.suffix, tensor, part.store, part.core_shape) if check and part is not None else None
         if problem is not None:
-            raise CorruptFileError(problem, file=self._info(name).file, tensor=name)
+            raise CorruptFileError(problem, file=info.file, tensor=info.name)
         return tensor
 
-    def _check_module(self, name: str, spec: ModuleSpec) -> None:
-        wanted = spec.tensors(name)
-        for tensor, (dtype, shape) in wanted.items():
-            info = self._tensors.get(tensor)
-            if info is None:
-                raise TensorMissingError(f"module {name} of kind {spec.kind} needs it", file=self.path, tensor=tensor)
-            if info.dtype != dtype:
-                raise TensorDtypeError(
-                    f"module {name} of kind {spec.kind}, store {list(spec.store)}, needs {dtype}, is {info.dtype}",
-                    file=info.file,
-                    tensor=tensor,
-                )
-            if info.shape != shape:
-                raise TensorShapeError(
-                    f"module {name} of kind {spec.kind}, rank {spec.rank}, needs {list(shape)}, is {list(info.shape)}",
-                    file=info.file,
-                    tensor=tensor,
-                )
-        bias = self._tensors.get(f"{name}.bias")
-        if bias is not None and bias.dtype not in FLOAT_STORE_OF_DTYPE:
-            raise TensorDtypeError(
-                f"a bias must be {', '.join(FLOAT_STORE_OF_DTYPE)}, is {bias.dtype}", file=bias.file, tensor=bias.name
-            )
-        if bias is not None and bias.shape != (spec.out_features,):
-            raise TensorShapeError(
-                f"a bias must be [{spec.out_features}], is {list(bias.shape)}", file=bias.file, tensor=bias.name
-            )
-        # What no entry explains, a left-over dense weight say, would make it a guess which of the two is the module.
-        cores = ["weight", *(f"core_{k}" for k in range(len(spec.store) + 1))]
-        for suffix in ("pivot", *cores, *(core + beside for core in cores for beside in ("_scale", "_zero"))):
-            extra = f"{name}.{suffix}"
-            if extra in self._tensors and extra not in wanted:
-                raise InvalidConfigError(
-                    f"module {name} of kind {spec.kind}, store {list(spec.store)}, has no use for this tensor",
-                    file=self._tensors[extra].file,
-                    tensor=extra,
-                )
-
-    def _check_pivot(self, name: str, spec: ModuleSpec) -> None:
-        import numpy as np
-
-        info = self._info(f"{name}.pivot")
+    def _take(self, elastic: ElasticTable, keep: float | None) -> None:
+        """Hand out the forms and the ranks of this keep from now on."""
         try:
-            pivot = np.fromfile(info.file, dtype="<i4", count=spec.out_features, offset=info.start)
-        except OSError as e:
-            raise MissingFileError(f"can't be read: {e.strerror or e}", file=info.file, tensor=info.name) from None
-        if not np.array_equal(np.sort(pivot), np.arange(spec.out_features, dtype=np.int32)):
-            raise InvalidPivotError(
-                f"is not a permutation of 0..{spec.out_features - 1}; the file is damaged",
-                file=info.file,
-                tensor=info.name,
-            )
-
-
-@contextmanager
-def _progress_bar(total: int, title: str, progress: bool | None) -> Iterator[Callable[[int], object]]:
-    if not (sys.stderr.isatty() if progress is None else progress):
-        yield lambda nbytes: None  # a bar that is merely disabled would still start tqdm's monitor thread
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit="B", unit_scale=True, desc=title) as bar:
-        yield bar.update
+            view = elastic.at(self.modules, keep)
+        except KeepError as e:
+            raise KeepError(str(e), file=self.path) from None
+        self.keep, self.modules = view.keep, {**self.modules, **view.modules}
+        unused = {tensor for name in view.modules for spec in self._forms[name] for tensor in spec.tensors(name)}
+        used = {tensor: size for name, spec in view.modules.items() for tensor, size in spec.tensors(name).items()}
+        self._tensors = {name: info for name, info in self._on_disk.items() if name not in unused}
+        for name, (dtype, shape) in used.items():
+            if name in self._on_disk:  # what is missing is found and named when all modules are checked
+                nbytes = math.prod(shape) * DTYPES[dtype][1]
+                self._tensors[name] = replace(self._on_disk[name], shape=shape, nbytes=nbytes)
+        if keep is not None:
+            self.config = {**self.config, "quantization_config": SlimConfig(self.modules).to_json()}
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import math
 import mmap
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 MAX_SIZE = 1 << 59  # elements: what torch can count, times 16 bytes at most
 MAX_DIMENSIONS = 64
+_COPIED_AT_ONCE = 8 << 20  # bytes of the file whose pages `corner` holds at a time
 
 # safetensors' name -> (torch's name, bytes per element)
 DTYPES: dict[str, tuple[str, int]] = {
@@ -185,6 +186,24 @@ class MappedFile:
             return raw.view(dtype).view(info.shape)
         count = info.nbytes // dtype.itemsize
         return torch.frombuffer(mapping, dtype=dtype, count=count, offset=info.start).view(info.shape)
+
+    def corner(self, info: TensorInfo, shape: tuple[int, ...]) -> torch.Tensor:
+        """The first shape[0] rows, and of them the first shape[1] columns, of a tensor with as many dimensions. Leading rows
+        are a view of the mapped bytes; leading columns are copied row by row, letting go of each page behind."""
+        import torch
+
+        rows = shape[0]
+        row_bytes = info.nbytes // max(info.shape[0], 1)
+        whole = self.tensor(replace(info, shape=(rows, *info.shape[1:]), nbytes=rows * row_bytes))
+        if shape[1:] == info.shape[1:]:
+            return whole
+        found = torch.empty(shape, dtype=whole.dtype)
+        at_once = max(1, _COPIED_AT_ONCE // max(row_bytes, 1))
+        for start in range(0, rows, at_once):
+            stop = min(start + at_once, rows)
+            found[start:stop] = whole[start:stop, : shape[1]]
+            self.release(info.start + start * row_bytes, (stop - start) * row_bytes)
+        return found
 
     def release(self, start: int, nbytes: int) -> None:
         """Drop the resident pages of a byte range. Tensors over it stay valid: a later read maps the pages again."""

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from cai_runtime.errors import (
     CheckpointError,
@@ -20,6 +20,9 @@ from cai_runtime.errors import (
     UnknownVersionError,
 )
 from cai_runtime.slim.shard import DTYPES
+
+if TYPE_CHECKING:
+    from cai_runtime.slim.elastic import ElasticTable
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "cai"
@@ -298,24 +301,27 @@ def _problem(spec: ModuleSpec) -> tuple[type[CheckpointError], str] | None:
 
 @dataclass(frozen=True)
 class SlimConfig:
-    """The `quantization_config` of a slim checkpoint: format version and the modules it lists, by full name."""
+    """The `quantization_config` of a slim checkpoint: format version, the modules it lists, by full name, and the table of
+    an elastic one."""
 
     modules: dict[str, ModuleSpec] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    elastic: ElasticTable | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        found: dict[str, Any] = {
             "quant_method": QUANT_METHOD,
             "format_version": self.format_version,
             "modules": {name: spec.to_json() for name, spec in self.modules.items()},
         }
+        return found if self.elastic is None else {**found, "elastic": self.elastic.to_json()}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], file: str | Path | None = None) -> SlimConfig | None:
         """Read it out of a parsed config.json; None when the checkpoint is a plain dense one.
 
         Raises:
-            UnknownVersionError: `format_version` is not `FORMAT_VERSION`.
+            UnknownVersionError: `format_version` is not `FORMAT_VERSION`, or the elastic table's is not this version's.
             InvalidConfigError: another quantization method, an unknown or missing key, or a malformed entry.
             UnknownKindError, UnknownStoreError: see `ModuleSpec.from_json`.
         """
@@ -341,10 +347,15 @@ class SlimConfig:
                 "upgrade it, or compress the model again",
                 file=file,
             )
-        unknown = sorted(set(raw) - {"quant_method", "format_version", "modules"})
+        unknown = sorted(set(raw) - {"quant_method", "format_version", "modules", "elastic"})
         if unknown:
             raise InvalidConfigError(f"quantization_config has unknown keys {unknown}", file=file)
         modules = raw.get("modules")
         if not isinstance(modules, dict):
             raise InvalidConfigError("quantization_config needs 'modules', an object from name to entry", file=file)
-        return cls({name: ModuleSpec.from_json(name, entry, file) for name, entry in modules.items()}, version)
+        specs = {name: ModuleSpec.from_json(name, entry, file) for name, entry in modules.items()}
+        if "elastic" not in raw:
+            return cls(specs, version)
+        from cai_runtime.slim.elastic import ElasticTable  # it is made of this module's specs
+
+        return cls(specs, version, ElasticTable.from_json(raw["elastic"], specs, file))
