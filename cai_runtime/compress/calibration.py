@@ -222,12 +222,16 @@ def tokenize_documents(tokenizer: Any, documents: Iterable[Document]) -> torch.T
 def _chat_ids(tokenizer: Any, document: Document) -> list[int]:
     from jinja2.exceptions import TemplateError
 
+    from cai_runtime.compress.conversation import dated_template
+
     if not getattr(tokenizer, "chat_template", None):
         raise CompressionError(
             f"calibration file {document.where}: a conversation, but this model has no chat template: give it texts"
         )
     try:
-        encoded = tokenizer.apply_chat_template(list(document.messages), tokenize=True, return_dict=True)
+        encoded = tokenizer.apply_chat_template(
+            list(document.messages), chat_template=dated_template(tokenizer), tokenize=True, return_dict=True
+        )
     except (TemplateError, TypeError, KeyError, ValueError) as e:
         raise CompressionError(
             f"calibration file {document.where}: the model's chat template refuses this conversation: {e}"

@@ -11,8 +11,8 @@ from typing import Any
 
 # What is said in the rendered probe: words that no template changes or cuts, and that none holds.
 _SAID = ("Question-8317", "Answer-2946", "Question-5073")
-# Templates that state today's date get this one, so that a seed gives the same text tomorrow.
-_DATE = "01 Jan 2025"
+# Templates that state today's date get this one, so that the same text has the same tokens tomorrow.
+DATE = "01 Jan 2025"
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,12 @@ class ChatFrame:
     opening: tuple[int, ...]
     answer: tuple[int, ...]
     next: tuple[int, ...]
+
+
+def dated_template(tokenizer: Any) -> str:
+    """The tokenizer's chat template, for which it is always `DATE`. Raises ValueError when it has several and no default."""
+    # A macro of this name comes before the function that transformers gives to every template.
+    return "{%- macro strftime_now(format) -%}" + DATE + "{%- endmacro -%}" + tokenizer.get_chat_template()
 
 
 def chat_frame(tokenizer: Any) -> ChatFrame | None:
@@ -36,7 +42,7 @@ def chat_frame(tokenizer: Any) -> ChatFrame | None:
     turns = [{"role": role, "content": content} for role, content in zip(roles, _SAID, strict=True)]
     try:
         rendered = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True, date_string=_DATE, strftime_now=lambda _: _DATE
+            turns, chat_template=dated_template(tokenizer), tokenize=False, add_generation_prompt=True
         )
     except (TemplateError, ValueError, TypeError, KeyError):
         return None

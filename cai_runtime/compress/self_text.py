@@ -140,19 +140,21 @@ class DocumentMarks:
 
 def document_marks(tokenizer: Any, frame: ChatFrame | None, vocab_size: int) -> DocumentMarks:
     """What begins, ends and may not be in a text of this tokenizer, of a model with `vocab_size` logits."""
-    special = {token for token in tokenizer.all_special_ids if token < vocab_size}
-    special |= {
-        token for token, added in tokenizer.added_tokens_decoder.items() if added.special and token < vocab_size
-    }
+    special = set(tokenizer.all_special_ids)
+    special |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    vocabulary = tokenizer.get_vocab()
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     if start is None or (frame is not None and start in frame.next):
-        known = (tokenizer.convert_tokens_to_ids(name) for name in DOCUMENT_STARTS)
-        start = next((token for token in known if token in special), end if start is None else start)
+        known = [vocabulary[name] for name in DOCUMENT_STARTS if vocabulary.get(name) in special]
+        known += [token for token in (end, start) if token is not None]
+        start = next((token for token in known if token < vocab_size), None)
     ends = {token for token in (start, end, tokenizer.pad_token_id) if token is not None}
-    if start == end or start == tokenizer.convert_tokens_to_ids(SEPARATOR):
+    if start == end or (start is not None and start == vocabulary.get(SEPARATOR)):
         end = None  # the mark of the next beginning is all that stands between two documents
     if frame is not None:
         ends |= {frame.answer[0], frame.next[0]} & special
+    # A tokenizer may know more tokens than the model, and the model more than the tokenizer.
+    special, ends = ({token for token in tokens if token < vocab_size} for tokens in (special, ends))
     unwanted = (special - ends) | set(range(len(tokenizer), vocab_size))
     return DocumentMarks(start, end, frozenset(ends), np.array(sorted(unwanted), dtype=np.int64))
 
@@ -233,7 +235,8 @@ class _Writer:
         elif self.marks.start is not None:
             self._say((self.marks.start,))
         else:  # nothing marks a beginning: any token does (Liu et al. 2023, "LLM-QAT")
-            self._say((int(self._uniform() * self.vocab_size),))
+            self.said = 0
+            self._say((self._choose(np.zeros(self.vocab_size, dtype=np.float32)),))
 
     def _end_turn(self) -> None:
         if self.frame is None or (not self.asking and self.asked == self.sampling.turns):
