@@ -53,7 +53,7 @@ class Shards:
     files: tuple[str, ...]
 
 
-def find_shards(name: DatasetName, *, progress: bool | None = None) -> Shards:
+def find_shards(name: DatasetName) -> Shards:
     """Look up which files hold a split. The answer is cached: a branch such as `main` is looked up once and then kept.
 
     The repository's own parquet files count first: those that its card gives to the configuration, else those whose path
@@ -101,9 +101,10 @@ def fetch_shards(shards: Shards, *, progress: bool | None = None) -> Iterator[Pa
 
         identity = f"dataset {uri.repo}@{uri.revision}/{file}"
         try:
-            yield entry("datasets", Path(file).name, identity, download, keep_partial=True) / file
+            directory = entry("datasets", Path(file).name, identity, download, keep_partial=True)
         except SourceError as e:
             raise CompressionError(f"calibration dataset {shards.name}, {file}: {e}") from e
+        yield directory / file
 
 
 def _info(uri: HubUri) -> Any:

@@ -64,10 +64,12 @@ def open_next_token(
         infos = checkpoint.tensors().values()
         stored = sum(info.nbytes for info in infos)
         full = 4 * sum(math.prod(info.shape) for info in infos)
-        slim = checkpoint.is_slim
+        slim, config = checkpoint.is_slim, checkpoint.config
     _require_memory(path, stored, device)
+    # Never more positions than are used: the cache is made for them.
+    context = min(length, int(config.get("max_position_embeddings") or length))
     try:
-        return EngineLanes(path, lanes=lanes, length=length, device=device, progress=progress)
+        return EngineLanes(path, lanes=lanes, context=context, device=device, progress=progress)
     except UnsupportedModelError as e:
         if slim:
             raise CompressionError(f"{path} can't write its own calibration text: {e}; give a text file") from e
@@ -94,18 +96,20 @@ class EngineLanes:
     name = "cai_runtime's engine"
     max_feed = 64
 
-    def __init__(self, path: Path, *, lanes: int, length: int, device: str, progress: bool | None = None):
-        """Raises UnsupportedModelError for an architecture that the engine does not run."""
+    def __init__(self, path: Path, *, lanes: int, context: int, device: str, progress: bool | None = None):
+        """context: positions of a lane, at most the model's. Raises UnsupportedModelError for an architecture that the
+        engine does not run."""
         from cai_runtime.engine.open import load_runner
 
-        runner, _ = load_runner(path, device=device, max_batch=lanes, cuda_graphs=False, progress=progress)
-        self.vocab_size = runner.vocab_size
-        self.max_context = min(runner.max_context, length)
+        runner, _ = load_runner(
+            path, device=device, max_batch=lanes, max_context=context, cuda_graphs=False, progress=progress
+        )
+        self.vocab_size, self.max_context = runner.vocab_size, runner.max_context
         self._pages = -(-self.max_context // runner.page_size)
         self.lanes = min(lanes, runner.num_pages // self._pages)
         if self.lanes < 1:
             runner.close()
-            raise CompressionError(f"no memory for one text of {length} tokens of {path}: give a text file")
+            raise CompressionError(f"no memory for one text of {context} tokens of {path}: give a text file")
         self._runner = runner
 
     def begin_wave(self) -> None:

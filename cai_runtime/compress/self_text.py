@@ -175,7 +175,7 @@ class _Writer:
         self.length, self.sampling, self.marks, self.frame = length, sampling, marks, frame
         self.max_context, self.vocab_size, self.key = model.max_context, model.vocab_size, key
         self.tokens: list[int] = []
-        self.loops = 0
+        self.loops = self.fed = self.said = 0
         self._draws = 0
         self._ends = np.array(sorted(marks.ends), dtype=np.int64)
         self._begin_text()

@@ -225,7 +225,7 @@ def test_lanes_are_separate_texts(tiny, lanes_of):
     """Every lane's logits are those of its own text alone: texts of different lengths, one begun anew, one lane idle."""
     from cai_runtime.compress.evaluate import dense_reference
 
-    options = {"length": 32, "progress": False} if lanes_of is EngineLanes else {}
+    options = {"context": 32, "progress": False} if lanes_of is EngineLanes else {}
     model = lanes_of(tiny, lanes=3, device="cpu", **options)
     reference = dense_reference(tiny)
     texts = {0: [5, 6, 7, 8, 9, 10], 1: [20, 21], 2: [30, 31, 32, 33]}
