@@ -16,7 +16,9 @@ from importlib import import_module
 COMMANDS = {
     "pull": "fetch a model into the cache, or into a directory, in Hugging Face layout",
     "compress": "compress a model to a slim checkpoint",
+    "export": "write a slim checkpoint as a stock dense one",
     "inspect": "show what a checkpoint holds: kind, rank, parameters, bytes and keep per module",
+    "eval": "perplexity, divergence, agreement and samples of one checkpoint, or of two side by side",
     "chat": "talk to a model in the terminal",
     "complete": "continue a text",
     "models": "list the catalogue and the models on this machine",

@@ -1,9 +1,11 @@
-"""`cai inspect DIR`: per module its kind, rank, stores, parameters, bytes and keep."""
+"""What a checkpoint holds, and how it came about: per module its kind, rank, stores, parameters, bytes, keep and error;
+then what its report says of source, calibration, versions, times and quality."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 HELP = "show what a checkpoint holds: kind, rank, parameters, bytes and keep per module"
 
@@ -11,19 +13,31 @@ HELP = "show what a checkpoint holds: kind, rank, parameters, bytes and keep per
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dir", metavar="DIR", help="checkpoint directory, slim or plain dense")
     parser.add_argument("--all", action="store_true", help="one line for every module, not one per kind of layer")
+    parser.add_argument("--keep", type=float, metavar="SHARE", help="an elastic checkpoint as it is at this keep")
     parser.add_argument("--json", action="store_true", help="print JSON, every module in it")
+    parser.add_argument(
+        "--picture", metavar="FILE", type=Path, help="draw rank, keep and error over depth as PNG (extra: plot)"
+    )
     parser.add_argument("--verify", action="store_true", help="also read every weight and refuse NaN and infinity")
 
 
 def run(args: argparse.Namespace) -> int:
     from cai_runtime.slim.inspect import format_inspection, inspect_checkpoint
 
-    inspection = inspect_checkpoint(args.dir)
+    if args.picture is not None:
+        from cai_runtime.compress.picture import check_picture
+
+        check_picture(args.picture)
+    inspection = inspect_checkpoint(args.dir, keep=args.keep)
     if args.verify:
         from cai_runtime.slim.reader import Checkpoint
 
         with Checkpoint.open(args.dir) as checkpoint:
             checkpoint.verify()
+    if args.picture is not None:
+        from cai_runtime.compress.picture import draw_inspection
+
+        draw_inspection(inspection, args.picture)
     if args.json:
         print(json.dumps(inspection.to_json(), indent=2))
     else:

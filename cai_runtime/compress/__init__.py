@@ -1,7 +1,7 @@
 """Dense to slim: calibrate, decompose, allocate, write, report. `compress` runs them all.
 
-Light to import: torch and transformers are loaded when `compress` is first used. The package itself can be called, so that
-`cai_runtime.compress(src, dst)` works wherever the package is what the name finds.
+Light to import: torch and transformers are loaded when `compress` is first used. The package itself can be called, so
+that `cai_runtime.compress(src, dst)` works wherever the package is what the name finds.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cai_runtime.compress.comparison import compare, quality
+    from cai_runtime.compress.comparison_result import Comparison
     from cai_runtime.compress.pipeline import compress
     from cai_runtime.compress.report import Report
 
-__all__ = ["Report", "compress"]
+__all__ = ["Comparison", "Report", "compare", "compress", "quality"]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,6 +24,14 @@ def __getattr__(name: str) -> Any:
         from cai_runtime.compress.pipeline import compress
 
         return compress
+    if name in ("compare", "quality"):
+        from cai_runtime.compress import comparison
+
+        return getattr(comparison, name)
+    if name == "Comparison":
+        from cai_runtime.compress.comparison_result import Comparison
+
+        return Comparison
     if name == "Report":
         from cai_runtime.compress.report import Report
 

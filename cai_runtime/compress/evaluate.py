@@ -1,7 +1,7 @@
 """How good a model is, and how like another: perplexity, and agreement of next-token distributions.
 
-A "model" here is anything that gives logits: a transformers model, or a callable from token ids, int64 [batch, tokens], to
-logits [batch, tokens, vocabulary].
+A "model" here is anything that gives logits: a transformers model, or a callable from token ids, int64 [batch, tokens],
+to logits [batch, tokens, vocabulary].
 """
 
 from __future__ import annotations
@@ -138,9 +138,11 @@ def dense_reference(path: str | Path, *, dtype: torch.dtype = torch.float32, dev
     return _frozen(model, device)
 
 
-def slim_as_transformers(path: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
-    """A slim checkpoint as stock transformers' model: every module multiplied out to its dense matrix. The judge of a slim
-    model's quality, not a way to run it: it holds the dense model.
+def slim_as_transformers(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", keep: float | None = None
+) -> Any:
+    """A slim checkpoint as stock transformers' model: every module multiplied out to its dense matrix. The judge of a
+    slim model's quality, not a way to run it: it holds the dense model. keep: of an elastic checkpoint.
 
     Raises CheckpointError for a checkpoint that can't be read.
     """
@@ -148,7 +150,7 @@ def slim_as_transformers(path: str | Path, *, dtype: torch.dtype = torch.float32
 
     from cai_runtime.slim.reader import Checkpoint
 
-    with Checkpoint.open(path) as checkpoint:
+    with Checkpoint.open(path, keep=keep) as checkpoint:
         owned = {tensor for name in checkpoint.modules for tensor in checkpoint.module_tensors(name)}
         state = {
             name: (tensor.to(dtype) if (tensor := checkpoint.tensor(name)).is_floating_point() else tensor).clone()

@@ -110,19 +110,19 @@ def export_lm_eval(
     dtype: str = "auto",
 ) -> Exported:
     """Write into `directory` (made, if need be): run.py and run.sh, model_args.json, the chat template where there is
-    one, and two tasks over a text (see `eval_text.read_document`) that need nothing from the network: rolling
+    one, and two tasks over a text (see `eval_text.read_text`) that need nothing from the network: rolling
     perplexity, and the last word of paragraphs. lm-eval itself need not be installed.
 
     Raises CheckpointError for no checkpoint, CompressionError for a text without paragraphs or a directory that can't
     be written.
     """
-    from cai_runtime.compress.eval_text import read_document
+    from cai_runtime.compress.eval_text import read_text
     from cai_runtime.slim.reader import Checkpoint
 
     model, directory = Path(model).absolute(), Path(directory).absolute()
     with Checkpoint.open(model):
         pass
-    document = read_document(text)
+    document = read_text(text)
     pieces = [{"text": piece} for whole in document.texts for piece in _pieces(whole)]
     passages = [found for whole in document.texts for line in whole.split("\n") if (found := _last_word(line))]
     tasks = tuple(name for name, docs in ((ROLLING, pieces), (LAST_WORD, passages)) if docs)

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cai_runtime.errors import CheckpointError
+from cai_runtime.slim.elastic import ElasticTable
+from cai_runtime.slim.provenance import ModuleErrors, provenance_lines
 from cai_runtime.slim.reader import Checkpoint
 from cai_runtime.slim.spec import FLOAT_STORE_OF_DTYPE, ModuleSpec
 
@@ -66,7 +69,10 @@ class Inspection:
         parameters, nbytes: of the whole checkpoint; scales and pivots count as bytes and not as parameters.
         other_tensors, other_parameters, other_nbytes: what belongs to no row of `modules`: norms and biases.
         files: shards.
-        report: slim_report.json, if there is one.
+        report: slim_report.json, if there is one that can be read.
+        report_problem: why it can't be, in words.
+        elastic: of an elastic checkpoint the least and the greatest keep that it opens at, the one it was opened at,
+            and the quality that its table gives.
     """
 
     path: Path
@@ -81,6 +87,18 @@ class Inspection:
     other_nbytes: int
     files: tuple[str, ...]
     report: dict[str, Any] | None
+    report_problem: str | None = None
+    elastic: dict[str, Any] | None = None
+
+    @property
+    def stores(self) -> dict[str, int]:
+        """Bytes of the listed modules by store, most first; of modules whose cores differ, under "a+b"."""
+        found: dict[str, int] = {}
+        for row in self.modules:
+            if row.listed:
+                store = "+".join(dict.fromkeys(row.spec.store))
+                found[store] = found.get(store, 0) + row.spec.nbytes
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
 
     def to_json(self) -> dict[str, Any]:
         kept = self.kept
@@ -100,13 +118,17 @@ class Inspection:
                 "parameters": self.other_parameters,
                 "bytes": self.other_nbytes,
             },
+            "stores": self.stores,
+            "elastic": self.elastic,
             "report": self.report,
+            "report_problem": self.report_problem,
         }
 
 
-def inspect_checkpoint(path: str | Path) -> Inspection:
-    """Inspect a slim or plain dense directory. Raises what `Checkpoint.open` raises."""
-    with Checkpoint.open(path) as checkpoint:
+def inspect_checkpoint(path: str | Path, keep: float | None = None) -> Inspection:
+    """Inspect a slim or plain dense directory. keep: an elastic one as it is at this keep. Raises what
+    `Checkpoint.open` raises; a slim_report.json that can't be read is only noted."""
+    with Checkpoint.open(path, keep=keep) as checkpoint:
         tensors = checkpoint.tensors()
         rows = [ModuleRow(name, spec, True) for name, spec in checkpoint.modules.items()]
         covered = {tensor for row in rows for tensor in row.spec.tensors(row.name)}
@@ -119,6 +141,11 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
         other = [info for name, info in tensors.items() if name not in covered]
         other_parameters = sum(math.prod(info.shape) for info in other)
         model_type = checkpoint.config.get("model_type")
+        report, problem = None, None
+        try:
+            report = checkpoint.report()
+        except CheckpointError as e:  # the weights are as good without it
+            problem = str(e)
         return Inspection(
             path=checkpoint.path,
             model_type=model_type if isinstance(model_type, str) else None,
@@ -131,7 +158,9 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
             other_parameters=other_parameters,
             other_nbytes=sum(info.nbytes for info in other),
             files=tuple(sorted({info.file.name for info in tensors.values()})),
-            report=checkpoint.report(),
+            report=report,
+            report_problem=problem,
+            elastic=None if checkpoint.elastic is None else _elastic(checkpoint, checkpoint.elastic, keep),
         )
 
 
@@ -139,7 +168,8 @@ def format_inspection(inspection: Inspection, *, every_module: bool = False) -> 
     """The table that `cai inspect` prints. Modules that differ only in their layer's number, and perhaps in rank,
     share a line with their sums, unless `every_module`."""
     header = ("module", "", "kind", "[out, in]", "rank", "store", "parameters", "keep (par.)", "bytes", "keep (bytes)")
-    table: list[Sequence[str]] = [header]
+    errors = ModuleErrors.of(inspection.report).by_name
+    table: list[Sequence[str]] = [(*header, "error")]
     for rows in _groups(inspection.modules, every_module):
         spec, totals = rows[0].spec, Totals.of(row.spec for row in rows)
         assert totals is not None
@@ -149,15 +179,20 @@ def format_inspection(inspection: Inspection, *, every_module: bool = False) -> 
         rank = _rank_range([row.spec.rank for row in rows])
         numbers = (_count(totals.parameters), keep[0], _bytes(totals.nbytes), keep[1])
         shape = f"[{spec.out_features}, {spec.in_features}]"
-        table.append((name, count, spec.kind, shape, rank, "+".join(spec.store), *numbers))
+        error = _error_range([errors[row.name] for row in rows if row.name in errors])
+        table.append((name, count, spec.kind, shape, rank, "+".join(spec.store), *numbers, error))
     if inspection.other_tensors:
         count, parameters = f"x{inspection.other_tensors}", _count(inspection.other_parameters)
-        table.append(("(other tensors)", count, "", "", "", "", parameters, "", _bytes(inspection.other_nbytes), ""))
+        table.append(
+            ("(other tensors)", count, "", "", "", "", parameters, "", _bytes(inspection.other_nbytes), "", "")
+        )
     kept = inspection.kept
     if kept is not None:
         sums = (_count(kept.parameters), f"{kept.keep_parameters:.3f}", _bytes(kept.nbytes), f"{kept.keep_bytes:.3f}")
-        table.append(("listed modules", f"x{kept.modules}", "", "", "", "", *sums))
-    table.append(("checkpoint", "", "", "", "", "", _count(inspection.parameters), "", _bytes(inspection.nbytes), ""))
+        table.append(("listed modules", f"x{kept.modules}", "", "", "", "", *sums, ""))
+    table.append(
+        ("checkpoint", "", "", "", "", "", _count(inspection.parameters), "", _bytes(inspection.nbytes), "", "")
+    )
     version = inspection.format_version
     kind = "plain dense checkpoint" if version is None else f"slim checkpoint, format version {version}"
     lines = [
@@ -167,9 +202,20 @@ def format_inspection(inspection: Inspection, *, every_module: bool = False) -> 
     lines += _aligned(table)
     if kept is not None:
         lines += ["", "keep: stored over dense; for bytes, dense in bf16."]
-    scalars = {k: v for k, v in (inspection.report or {}).items() if isinstance(v, (str, int, float))}
-    if scalars:
-        lines += ["", "report:", *(f"  {key}: {value}" for key, value in scalars.items())]
+    if any(row[-1] for row in table[1:]):
+        lines += [
+            "error: squared error of the outputs over their square, as the report gives it; of several, the range."
+        ]
+    if len(inspection.stores) > 1 and kept is not None:
+        shares = ", ".join(f"{store} {nbytes / kept.nbytes:.1%}" for store, nbytes in inspection.stores.items())
+        lines += ["", f"stores of the listed modules, by bytes: {shares}"]
+    if inspection.elastic is not None:
+        lines += ["", *_elastic_lines(inspection.elastic)]
+    if inspection.report_problem is not None:
+        lines += ["", f"report: {inspection.report_problem}"]
+    told = provenance_lines(inspection.report or {})
+    if told:
+        lines += ["", "report:", *(f"  {line}" for line in told)]
     return "\n".join(lines)
 
 
@@ -201,6 +247,31 @@ def _rank_range(ranks: Sequence[int | tuple[int, ...] | None]) -> str:
     known = sorted({rank if isinstance(rank, tuple) else (rank,) for rank in ranks if rank is not None})
     texts = [",".join(map(str, rank)) for rank in known]
     return "" if not texts else texts[0] if len(texts) == 1 else f"{texts[0]}..{texts[-1]}"
+
+
+def _elastic(checkpoint: Checkpoint, table: ElasticTable, keep: float | None) -> dict[str, Any]:
+    if keep is None:
+        least, greatest = table.keeps(checkpoint.modules)
+    else:
+        with Checkpoint.open(checkpoint.path) as whole:
+            least, greatest = table.keeps(whole.modules)
+    return {"least": least, "greatest": greatest, "opened_at": checkpoint.keep, "quality": list(table.quality)}
+
+
+def _elastic_lines(elastic: dict[str, Any]) -> list[str]:
+    at = f"; shown at {elastic['opened_at']:.4f}" if elastic["opened_at"] is not None else ""
+    lines = [f"elastic: opens at any keep from {elastic['least']:.4f} to {elastic['greatest']:.4f}{at}"]
+    for entry in elastic["quality"]:
+        values = ", ".join(f"{name} {value:.4g}" for name, value in entry.items() if name != "keep")
+        lines.append(f"  keep {entry['keep']:g}: {values}")
+    return lines
+
+
+def _error_range(errors: Sequence[float]) -> str:
+    if not errors:
+        return ""
+    low, high = f"{min(errors):.2g}", f"{max(errors):.2g}"
+    return low if low == high else f"{low}..{high}"
 
 
 def _count(number: int) -> str:

@@ -1,0 +1,146 @@
+"""How good a checkpoint is, and how far from another: perplexity on unseen text, KL, top-1 agreement, sizes, samples.
+
+`cai eval DENSE SLIM`         a candidate against its reference; either may be dense or slim
+`cai eval MODEL`              one model by itself
+`cai eval MODEL --lm-eval DIR`   evaluate nothing; write what EleutherAI's lm-evaluation-harness needs to run on our
+engine
+
+The text is the last quarter of the Wikipedia sample, which calibration and tuning leave alone, or --text FILE.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "perplexity, divergence, agreement and samples of one checkpoint, or of two side by side"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    # The defaults below are those of `compress.comparison`, which imports torch; tests hold them together.
+    parser.add_argument("reference", metavar="MODEL", help="a known name, a URI or a directory, as for `cai pull`")
+    parser.add_argument(
+        "candidate", metavar="CANDIDATE", nargs="?", help="what to compare with it, such as its slim form"
+    )
+    parser.add_argument(
+        "--text",
+        metavar="FILE",
+        help='text, as `cai compress --calibration` takes it; default: "wikipedia", the sample\'s last quarter',
+    )
+    parser.add_argument("--tokens", type=int, default=8192, metavar="N", help="of the text (default 8192)")
+    parser.add_argument(
+        "--window", type=int, default=512, metavar="N", help="tokens the model sees at once (default 512)"
+    )
+    parser.add_argument(
+        "--prompts", metavar="FILE", help='for the samples: a prompt on each line, or .jsonl of objects with a "prompt"'
+    )
+    parser.add_argument("--no-samples", action="store_true", help="generate nothing")
+    parser.add_argument("--max-tokens", type=int, default=48, metavar="N", help="of each sample (default 48)")
+    parser.add_argument(
+        "--backend",
+        choices=("transformers", "engine"),
+        default="transformers",
+        help="what computes the logits: stock transformers on the dense reconstruction in fp32 (default, exact), or our "
+        "engine, as users run the model",
+    )
+    parser.add_argument(
+        "--keep", type=float, metavar="SHARE", help="open CANDIDATE, or MODEL by itself, which is elastic, at this keep"
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default: a GPU if there is one")
+    parser.add_argument("--dtype", default="auto", help="fp32, bf16, fp16; default: fp32, or the engine's own choice")
+    parser.add_argument(
+        "--one-at-a-time",
+        action="store_true",
+        help="never both models in memory: the first one's distributions wait on disk (default: where memory is short)",
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write everything as JSON, means of each window too")
+    parser.add_argument("--picture", metavar="FILE", type=Path, help="draw it as PNG (extra: plot)")
+    parser.add_argument(
+        "--lm-eval", metavar="DIR", type=Path, help="write a script, tasks and arguments for lm-eval to DIR, and stop"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.lm_eval is not None:
+        return _export(args)
+    from cai_runtime.compress.picture import check_picture, draw_comparison
+
+    if args.picture is not None:
+        check_picture(args.picture)
+    if args.json is not None:
+        _require_parent(args.json, "--json")
+    prompts = [] if args.no_samples else None if args.prompts is None else read_prompts(args.prompts)
+    import shutil
+
+    from cai_runtime.compress.comparison import PROMPTS, compare
+
+    comparison = compare(
+        args.reference,
+        args.candidate,
+        text=args.text,
+        tokens=args.tokens,
+        window=args.window,
+        prompts=PROMPTS if prompts is None else prompts,
+        max_tokens=args.max_tokens,
+        backend=args.backend,
+        device=args.device,
+        dtype=args.dtype,
+        keep=args.keep,
+        together=False if args.one_at_a_time else None,
+    )
+    if args.json is not None:
+        _write(args.json, comparison.to_json())
+    if args.picture is not None:
+        draw_comparison(comparison, args.picture)
+    print(comparison.table(shutil.get_terminal_size().columns))
+    return 0
+
+
+def read_prompts(file: str | Path) -> list[str]:
+    """A prompt on each line; in .jsonl, the "prompt" of each line's object. Raises CompressionError for anything
+    else."""
+    import json
+
+    from cai_runtime.errors import CompressionError
+
+    path = Path(file)
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [json.loads(line)["prompt"] for line in lines] if path.suffix == ".jsonl" else lines
+    except OSError as e:
+        raise CompressionError(f"--prompts {path} can't be read: {e.strerror or e}") from e
+    except (ValueError, KeyError, TypeError) as e:
+        raise CompressionError(f'--prompts {path}: each line must be an object with a string "prompt" ({e})') from e
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise CompressionError(f"--prompts {path} holds no prompt, or one that is not text")
+    return prompts
+
+
+def _export(args: argparse.Namespace) -> int:
+    from cai_runtime.convert.sources import pull
+    from cai_runtime.errors import CompressionError
+    from cai_runtime.integrations.lm_eval_export import export_lm_eval
+
+    if args.candidate is not None:
+        raise CompressionError("--lm-eval takes one model: run it once for each, with a directory of its own")
+    exported = export_lm_eval(pull(args.reference), args.lm_eval, text=args.text, device=args.device, dtype=args.dtype)
+    print(f"{args.lm_eval}: {', '.join(exported.files)}\n\nrun it with\n\n{exported.command}")
+    return 0
+
+
+def _require_parent(path: Path, option: str) -> None:
+    from cai_runtime.errors import CompressionError
+
+    if not path.absolute().parent.is_dir():
+        raise CompressionError(f"{option} {path}: there is no directory {path.absolute().parent}")
+
+
+def _write(path: Path, value: object) -> None:
+    import json
+
+    from cai_runtime.errors import CompressionError
+
+    try:
+        path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as e:
+        raise CompressionError(f"--json {path} can't be written: {e.strerror or e}") from e
