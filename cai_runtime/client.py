@@ -29,6 +29,7 @@ from cai_runtime.api.completions import CompletionChunk, CompletionParams
 from cai_runtime.api.generation import AsyncStream, Stream
 from cai_runtime.api.host import EngineFactory, ModelHost
 from cai_runtime.api.models import list_models, require_text, retrieve_model
+from cai_runtime.slim.elastic import checked_keep
 
 __all__ = ["AsyncClient", "AsyncStream", "Client", "Stream"]
 
@@ -44,6 +45,7 @@ class _BaseClient:
         models: Mapping[str, str | Path] | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        keep: float | None = None,
         kv_cache: int | float | str | None = None,
         max_context: int | None = None,
         max_batch: int | None = None,
@@ -61,6 +63,8 @@ class _BaseClient:
             models: name to checkpoint directory.
             device: "cpu", "cuda", "cuda:1", or "auto": a GPU if there is one.
             dtype: what float weights are held in: "fp32", "bf16", "fp16", or "auto", see `open_engine`.
+            keep: of elastic checkpoints: the share of the dense parameters to open, at most, such as 0.6. Memory follows it.
+                Default: the largest that the checkpoint holds.
             kv_cache: the key-value cache's budget for each model: bytes, a text such as "2GiB", or a fraction of the
                 free memory as a float. Default: the engine chooses.
             max_context: positions a sequence may have. Default: what the model was made for.
@@ -73,11 +77,16 @@ class _BaseClient:
             progress: show a bar while weights load; None shows it on a terminal only.
 
         Raises:
-            TypeError: `models` does not map names to directories.
+            TypeError: `models` does not map names to directories, or `keep` is no number.
+            KeepError: `keep` is not in (0, 1]. Whether a checkpoint opens at it is known when the model is opened: an
+                UnprocessableEntityError then names its range.
         """
         if models is not None and not (isinstance(models, Mapping) and all(isinstance(n, str) and n for n in models)):
             raise TypeError(f"models must map names to checkpoint directories, got {models!r}")
+        if keep is not None:
+            keep = checked_keep(keep)
         options = {
+            "keep": keep,
             "kv_cache": kv_cache,
             "max_context": max_context,
             "max_batch": max_batch,
@@ -94,6 +103,12 @@ class _BaseClient:
             open_engine=_engine_factory or _open_engine,
             options={"device": device, "dtype": dtype, **given},
         )
+        self._shown = {"model": model, "models": models, "device": device, "dtype": dtype, **given}
+
+    def __repr__(self) -> str:
+        """How it was made, without what was left out."""
+        given = (f"{name}={value!r}" for name, value in self._shown.items() if value is not None)
+        return f"{type(self).__name__}({', '.join(given)})"
 
 
 def _open_engine(path: Path, **options: Any) -> Any:

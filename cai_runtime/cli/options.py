@@ -27,6 +27,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     parser.add_argument("--dtype", default="auto", help="what float weights are held in: fp32, bf16, fp16, auto")
     parser.add_argument(
+        "--keep",
+        type=float,
+        metavar="K",
+        help="of an elastic checkpoint: the share of its parameters to open, at most, such as 0.6; default: the largest",
+    )
+    parser.add_argument(
         "--int8-activations",
         action="store_true",
         help="round the inputs of int8 weights to int8 as well: faster prefill",
@@ -68,7 +74,7 @@ def open_client(model: str | None, args: argparse.Namespace) -> Client:
     name, path = find_model(model, pull=args.pull)
     from cai_runtime.client import Client
 
-    options = {"device": args.device, "dtype": args.dtype, "kv_cache": args.kv_cache}
+    options = {"device": args.device, "dtype": args.dtype, "keep": args.keep, "kv_cache": args.kv_cache}
     if getattr(args, "int8_activations", False):
         options["int8_activations"] = True
     if path is None:

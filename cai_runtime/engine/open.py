@@ -27,6 +27,7 @@ def open_engine(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    keep: float | None = None,
     kv_cache: int | float | str | None = None,
     kv_dtype: str = "auto",
     max_context: int | None = None,
@@ -41,13 +42,15 @@ def open_engine(
 
     device: "cpu", "cuda", "cuda:1" or "auto" (a GPU if torch sees one). dtype: "fp32", "bf16", "fp16" or "auto": what
     float weights are held in; "auto" keeps them as stored on the CPU, whose kernels convert in registers and compute in
-    fp32, and elsewhere takes the checkpoint's own dtype. kv_cache: budget of the KV cache, see `memory.cache_budget`.
+    fp32, and elsewhere takes the checkpoint's own dtype. keep: of an elastic checkpoint, the share of its parameters to
+    open, at most; None: the largest. kv_cache: budget of the KV cache, see `memory.cache_budget`.
     kv_dtype: of the cached keys and values; "auto" is the activations'. max_context: at most the model's. max_batch:
     sequences decoded together. backend: kernels to use, see `kernels.backend`. int8_activations: round the inputs of
     int8 cores to int8 (W8A8): faster prefill, and a loss of accuracy that hangs on the model; the head is left out.
     cuda_graphs: record decode steps as CUDA graphs; None: where there is a GPU. engine_options: passed to `Engine`.
 
-    Raises CheckpointError (the checkpoint is damaged), UnsupportedModelError, MemoryBudgetError (not one sequence fits),
+    Raises CheckpointError (the checkpoint is damaged), KeepError (it is not elastic, or does not open at `keep`), TypeError
+    (`keep` is no number), UnsupportedModelError, MemoryBudgetError (not one sequence fits),
     KernelError (the device or backend is not there).
     """
     from cai_runtime.engine.engine import Engine
@@ -57,6 +60,7 @@ def open_engine(
         path,
         device=device,
         dtype=dtype,
+        keep=keep,
         kv_cache=kv_cache,
         kv_dtype=kv_dtype,
         max_context=max_context,
@@ -82,6 +86,7 @@ def load_runner(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    keep: float | None = None,
     kv_cache: int | float | str | None = None,
     kv_dtype: str = "auto",
     max_context: int | None = None,
@@ -91,7 +96,8 @@ def load_runner(
     cuda_graphs: bool | None = None,
     progress: bool | None = None,
 ) -> tuple[ModelRunner, dict[str, Any]]:
-    """The model of a checkpoint with its KV cache, and its config.json. See `open_engine`."""
+    """The model of a checkpoint with its KV cache, and its config.json (at `keep`: that of the smaller checkpoint, whose
+    modules are the ones in use). See `open_engine`."""
     import torch
 
     from cai_runtime.engine.memory import cache_budget
@@ -104,7 +110,7 @@ def load_runner(
 
     place = choose_device(device)
     kernels = resolve_backend(backend, place)
-    with Checkpoint.open(path) as checkpoint:
+    with Checkpoint.open(path, keep=keep) as checkpoint:
         config = checkpoint.config
         weights = choose_dtype(dtype, config, kernels)
         loader = WeightLoader(checkpoint, place, weights, kernels, int8_activations=int8_activations)

@@ -6,7 +6,8 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,12 +17,13 @@ from cai_runtime.errors import (
     CheckpointWriteError,
     InvalidConfigError,
     InvalidPivotError,
+    KeepError,
     NonFiniteTensorError,
     TensorDtypeError,
     TensorShapeError,
 )
 from cai_runtime.slim.publish import publish
-from cai_runtime.slim.reader import CONFIG_FILE, INDEX_FILE, REPORT_FILE, SINGLE_FILE, Checkpoint
+from cai_runtime.slim.reader import CONFIG_FILE, INDEX_FILE, REPORT_FILE, SINGLE_FILE, Checkpoint, read_json
 from cai_runtime.slim.shard import DTYPE_NAMES
 from cai_runtime.slim.spec import FLOAT_STORE_OF_DTYPE, ModuleSpec, SlimConfig
 from cai_runtime.slim.stores import CoreData, all_finite, damage, quantize
@@ -361,3 +363,32 @@ def _packed(core: torch.Tensor | CoreData, store: str, name: str) -> CoreData:
         if problem is not None:
             raise InvalidConfigError(problem, tensor=name + suffix)
     return core
+
+
+def record_quality(path: str | Path, quality: Sequence[Mapping[str, float]]) -> None:
+    """Write into an elastic checkpoint what was measured of it: `ElasticTable.quality`. config.json is replaced in one step.
+
+    Raises:
+        KeepError: the checkpoint is not elastic.
+        InvalidConfigError: an entry has no 'keep' in (0, 1], or something that is no number.
+        CheckpointWriteError: the system refused.
+    """
+    file = Path(path) / CONFIG_FILE
+    config = read_json(file)
+    slim = SlimConfig.from_config(config, file)
+    if slim is None or slim.elastic is None:
+        raise KeepError("the checkpoint is not elastic: it has one size, and no keeps to tell apart", file=path)
+    entries = sorted((dict(entry) for entry in quality), key=lambda entry: entry.get("keep", 0))
+    table = replace(slim.elastic, quality=tuple(entries))
+    table.check(slim.modules)
+    config["quantization_config"] = replace(slim, elastic=table).to_json()
+    tmp = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    try:
+        with tmp.open("w", encoding="utf-8") as f:
+            f.write(json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+        tmp.replace(file)
+    except OSError as e:
+        tmp.unlink(missing_ok=True)
+        raise CheckpointWriteError(f"can't be written: {e.strerror or e}", file=file) from e
