@@ -57,8 +57,10 @@ class PlannedModule:
 
 @dataclass(frozen=True)
 class ElasticPlan:
-    """What `plan_elastic` found. order: see `ElasticTable`. parameters: those of all stored forms, what the file costs."""
+    """What `plan_elastic` found. keep, step, order: see `ElasticTable`. parameters: those of all stored forms, what the file
+    costs."""
 
+    keep: tuple[float, float]
     modules: tuple[PlannedModule, ...]
     step: int
     order: tuple[int, ...]
@@ -76,7 +78,7 @@ class ElasticPlan:
                 ModuleSpec("lowrank", m.out_features, m.in_features, m.rank, tuple(stores[m.name])) if both else None
             )
             modules.append(ElasticModule(m.name, m.least, second))
-        return ElasticTable(tuple(modules), self.step, self.order, tuple(dict(entry) for entry in quality))
+        return ElasticTable(self.keep, tuple(modules), self.step, self.order, tuple(dict(entry) for entry in quality))
 
 
 def plan_elastic(
@@ -90,9 +92,9 @@ def plan_elastic(
     """Ranks and forms of an elastic checkpoint.
 
     curves: one per module, errors of its lowrank form by rank (at the dense form the error is 0). keep: the largest share of
-    the dense parameters that the checkpoint opens at; at 1 every module is dense there. smallest: the smallest, or a little
-    below it. multiple: ranks are multiples of it. floor: even at the smallest keep every module has this share of what that
-    is of it, if a rank that small exists.
+    the dense parameters that the checkpoint opens at; at 1 every module is dense there. smallest: the smallest. multiple:
+    ranks are multiples of it, and steps are that long. floor: even at the smallest keep every module has this share of what
+    that is of it, if a rank that small exists.
 
     Raises CompressionError when the keeps are out of order, or the smallest ranks already exceed `smallest`.
     """
@@ -127,7 +129,7 @@ def plan_elastic(
         modules.append(
             PlannedModule(curve.name, curve.out_features, curve.in_features, menu[least[m]].rank, rank, top is None)
         )
-    return ElasticPlan(tuple(modules), multiple, tuple(m for m, _, _ in taken))
+    return ElasticPlan((smallest, keep), tuple(modules), multiple, tuple(m for m, _, _ in taken))
 
 
 def cut(src: str | Path, dst: str | Path, keep: float, *, overwrite: bool = False) -> Path:

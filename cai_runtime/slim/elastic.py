@@ -27,8 +27,9 @@ from cai_runtime.errors import CheckpointError, InvalidConfigError, KeepError, U
 from cai_runtime.slim.spec import STORES, ModuleSpec
 
 TABLE_VERSION = 1
+_SLACK = 1e-6  # parameters: a budget that was computed as a share of the dense ones may lie a hair too low
 _RUN = re.compile(r"([0-9]{1,9})(?:\*([1-9][0-9]{0,8}))?")
-_KEYS = {"version", "step", "modules", "order", "quality"}
+_KEYS = {"version", "keep", "step", "modules", "order", "quality"}
 _FIXED, _LOWRANK, _TWO_FORMS = {"name"}, {"name", "least"}, {"name", "least", "rank", "store"}
 
 
@@ -69,12 +70,14 @@ class ElasticTable:
     """How a checkpoint's modules grow.
 
     Attributes:
+        keep: the smallest and the largest keep that may be asked for.
         modules: those that `keep` counts. Others, an embedding say, are in no table and always whole.
         step: ranks of one step.
         order: for each step from the smallest keep to the largest, the index in `modules` of the one that grows.
         quality: what the compressor measured, by rising keep: {"keep": 0.8, "perplexity": 21.6, ...}. It chooses nothing.
     """
 
+    keep: tuple[float, float]
     modules: tuple[ElasticModule, ...]
     step: int
     order: tuple[int, ...]
@@ -83,11 +86,12 @@ class ElasticTable:
     def check(self, specs: Mapping[str, ModuleSpec]) -> None:
         """Whether the table fits the modules that `quantization_config` lists. Raises InvalidConfigError."""
         self._check_modules(specs)
+        self._check_keep(specs)
         self._check_order([len(ladder) - 1 for ladder in self._ladders(specs)], Counter(self.order))
         self._check_quality()
 
-    def keeps(self, specs: Mapping[str, ModuleSpec]) -> tuple[float, float]:
-        """The smallest and the largest keep that this table, checked, opens at. specs: as in `check`."""
+    def reached(self, specs: Mapping[str, ModuleSpec]) -> tuple[float, float]:
+        """What share is in use at the ends of `keep`: at most what those say. specs: as in `check`."""
         ladders, dense = self._ladders(specs), self._dense_parameters(specs)
         low, high = (sum(ladder[end].parameters for ladder in ladders) / dense for end in (0, -1))
         return low, high
@@ -105,13 +109,11 @@ class ElasticTable:
         ladders, dense = self._ladders(specs), self._dense_parameters(specs)
         reached = [len(ladder) - 1 for ladder in ladders] if keep is None else [0] * len(ladders)
         if keep is not None:
-            low, high = self.keeps(specs)
-            budget = math.floor(checked_keep(keep) * dense + 1e-6)  # a share that was computed may lie a hair too low
-            if budget < round(low * dense) or budget > round(high * dense) + 0.5:
-                # The ends as they can be asked for: rounded up and down.
-                ends = f"{math.ceil(low * 1e4) / 1e4:g} to {math.floor(high * 1e4) / 1e4:g}"
-                raise KeepError(f"keep {keep:g} is out of range: this elastic checkpoint opens at {ends}")
-            left, full = budget - round(low * dense), set[int]()
+            low, high = self.keep
+            if not low <= checked_keep(keep) <= high:
+                raise KeepError(f"keep {keep:g} is out of range: this elastic checkpoint opens at {low:g} to {high:g}")
+            left = keep * dense + _SLACK - sum(ladder[0].parameters for ladder in ladders)
+            full = set[int]()
             prices = [[b.parameters - a.parameters for a, b in pairwise(ladder)] for ladder in ladders]
             for module in self.order:
                 if module in full:
@@ -128,6 +130,7 @@ class ElasticTable:
     def to_json(self) -> dict[str, Any]:
         return {
             "version": TABLE_VERSION,
+            "keep": list(self.keep),
             "step": self.step,
             "modules": [_entry(module) for module in self.modules],
             "order": _write_runs(self.order),
@@ -168,6 +171,14 @@ class ElasticTable:
             problem = _problem(module, specs.get(module.name), self.step)
             if problem is not None:
                 raise InvalidConfigError(f"module {module.name!r}: {problem}")
+
+    def _check_keep(self, specs: Mapping[str, ModuleSpec]) -> None:
+        low, high = self.keep
+        if not 0 < low < high <= 1:
+            raise InvalidConfigError(f"'keep' must be two rising numbers in (0, 1], is {[low, high]}")
+        for end, reached in zip(self.keep, self.reached(specs), strict=True):
+            if reached > end + 1e-9:
+                raise InvalidConfigError(f"'keep' says {end:g} where the modules need {reached:.6f}")
 
     def _check_order(self, wanted: Sequence[int], found: Mapping[int, int]) -> None:
         for index, count in found.items():
@@ -240,10 +251,13 @@ def _parsed(raw: object, specs: Mapping[str, ModuleSpec]) -> ElasticTable:
         raise InvalidConfigError(f"must have the keys {sorted(_KEYS)}, has {sorted(raw)}")
     if not isinstance(raw["modules"], list) or not isinstance(raw["quality"], list):
         raise InvalidConfigError("'modules' and 'quality' must be lists")
+    keep = raw["keep"]
+    if not isinstance(keep, list) or len(keep) != 2 or not all(map(_is_number, keep)):
+        raise InvalidConfigError(f"'keep' must be two numbers, is {keep!r}")
     modules = tuple(_parsed_module(entry, specs) for entry in raw["modules"])
     if not _is_positive(raw["step"]):
         raise InvalidConfigError(f"'step' must be a positive integer, is {raw['step']!r}")
-    table = ElasticTable(modules, raw["step"], (), tuple(raw["quality"]))
+    table = ElasticTable((keep[0], keep[1]), modules, raw["step"], (), tuple(raw["quality"]))
     table._check_modules(specs)
     # Counted before they are written out: a damaged run length must not fill the memory.
     runs = list(_read_runs(raw["order"]))
