@@ -22,18 +22,18 @@ RANK = 12
 
 def truncated(source, path, rank=RANK):
     """`source` with every projection replaced by the best factors of that rank."""
-    with Checkpoint.open(source) as checkpoint:
-        with CheckpointWriter(path, config=checkpoint.config, source_dir=source) as writer:
-            for name in checkpoint.tensors():
-                tensor = checkpoint.tensor(name)
-                if not name.endswith("_proj.weight"):
-                    writer.add_tensor(name, tensor)
-                    continue
-                u, s, v = torch.linalg.svd(tensor.float(), full_matrices=False)
-                spec = ModuleSpec("lowrank", *tensor.shape, rank, ("fp32", "fp32"))
-                cores = [v[:rank].contiguous(), (u[:, :rank] * s[:rank]).contiguous()]
-                writer.add_module(name.removesuffix(".weight"), spec, cores)
-            writer.finish()
+    config = json.loads((source / "config.json").read_text())
+    with Checkpoint.open(source) as checkpoint, CheckpointWriter(path, config=config, source_dir=source) as writer:
+        for name in checkpoint.tensors():
+            tensor = checkpoint.tensor(name)
+            if not name.endswith("_proj.weight"):
+                writer.add_tensor(name, tensor)
+                continue
+            u, s, v = torch.linalg.svd(tensor.float(), full_matrices=False)
+            spec = ModuleSpec("lowrank", *tensor.shape, rank, ("fp32", "fp32"))
+            cores = [v[:rank].contiguous(), (u[:, :rank] * s[:rank]).contiguous()]
+            writer.add_module(name.removesuffix(".weight"), spec, cores)
+        writer.finish()
     return path
 
 
@@ -89,7 +89,7 @@ def test_figures_are_their_definitions(tiny, slim, text_file, settings):
     paired = [[b - a for a, b in zip(x, y, strict=True)] for x, y in zip(*nats, strict=True)]
     assert d.ratio_error == pytest.approx(d.ratio * error(paired), rel=1e-3)
     assert found.windows["kl"] == pytest.approx([sum(w) / len(w) for w in kl], rel=1e-4)
-    assert d.kl_quantiles["0.5"] == pytest.approx(float(torch.tensor(sum(kl, [])).quantile(0.5)), rel=1e-4)
+    assert d.kl_quantiles["0.5"] == pytest.approx(float(torch.tensor(kl).flatten().quantile(0.5)), rel=1e-4)
     assert found.candidate.slim and not found.reference.slim
     assert found.candidate.parameters < found.reference.parameters
 
@@ -182,16 +182,14 @@ def test_quality_is_for_a_report(tiny, slim, settings):
 
 
 def test_what_gives_nan_is_named(tiny, tmp_path, settings):
-    with Checkpoint.open(tiny) as checkpoint:
-        with CheckpointWriter(tmp_path / "huge", config=checkpoint.config, source_dir=tiny) as writer:
-            for name in checkpoint.tensors():
-                tensor = checkpoint.tensor(name)
-                writer.add_tensor(
-                    name, tensor * 1e30 if name.endswith(("up_proj.weight", "down_proj.weight")) else tensor
-                )
-            writer.finish()
+    path, config = tmp_path / "huge", json.loads((tiny / "config.json").read_text())
+    with Checkpoint.open(tiny) as checkpoint, CheckpointWriter(path, config=config, source_dir=tiny) as writer:
+        for name in checkpoint.tensors():
+            tensor = checkpoint.tensor(name)
+            writer.add_tensor(name, tensor * 1e30 if name.endswith(("up_proj.weight", "down_proj.weight")) else tensor)
+        writer.finish()
     with pytest.raises(CompressionError, match=r"huge gives NaN in window 0"):
-        compare(tmp_path / "huge", **settings)
+        compare(path, **settings)
 
 
 @pytest.mark.parametrize("wrong", [{"window": 1}, {"tokens": 1}, {"text": "nowhere.txt"}, {"backend": "tea leaves"}])
@@ -238,3 +236,21 @@ def test_no_room_on_the_disk(tmp_path, monkeypatch):
     with StoredLogits.in_temporary_file([4, 4]) as store, pytest.raises(CompressionError, match="TMPDIR"):
         store.put(0, torch.zeros(4, 1000))
     assert not list(tmp_path.iterdir())
+
+
+def test_pictures(tiny, slim, settings, tmp_path):
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
+    import matplotlib.image
+
+    from cai_runtime.compress.picture import draw_comparison
+
+    sizes = {}
+    for name, models in {"two": (tiny, slim), "one": (tiny,)}.items():
+        draw_comparison(compare(*models, **settings), tmp_path / f"{name}.png")
+        pixels = matplotlib.image.imread(tmp_path / f"{name}.png")
+        assert pixels[..., :3].std() > 0.05  # something is drawn
+        sizes[name] = pixels.shape
+    assert sizes["two"][1] > 1.5 * sizes["one"][1]
+    for wrong in (tmp_path / "two.pdf", tmp_path / "nowhere" / "two.png"):
+        with pytest.raises(CompressionError, match="--picture"):
+            draw_comparison(compare(tiny, **settings), wrong)
