@@ -12,17 +12,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("src", metavar="SRC", help="a known name, a URI or a directory, as for `cai pull`")
     parser.add_argument("dst", metavar="DST", help="the directory to make")
-    parser.add_argument(
-        "--keep", type=float, default=0.8, metavar="SHARE", help="parameters of the linear layers to keep (default 0.8)"
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--keep", type=float, metavar="SHARE", help="parameters of the linear layers to keep (default 0.8)"
+    )
+    budget.add_argument(
+        "--target-bytes",
+        metavar="SIZE",
+        help="instead: size of the whole checkpoint (80MB, 1.5GiB), or its share of bf16 (45%%); kind, rank and store "
+        "are then chosen for each layer",
     )
     stores = [*STORES, *STORE_ALIASES]
     parser.add_argument(
         "--store",
         choices=stores,
-        default="int8",
         metavar="STORE",
-        help=f"how cores are stored: {', '.join(stores)}; default int8. int4: a scale for every 32, 64 or 128 columns, -zp: "
-        "a zero point, too; int4 alone is int4-g64",
+        help=f"how cores are stored: {', '.join(stores)}; default int8 (--target-bytes: int8 and int4 compete). int4: a "
+        "scale for every 32, 64 or 128 columns, -zp: a zero point, too; int4 alone is int4-g64",
     )
     parser.add_argument(
         "--embedding-store",
@@ -45,7 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pooled: least share of --keep for a layer (default 0.25)",
     )
     parser.add_argument(
-        "--rank-multiple", type=int, default=16, metavar="N", help="ranks are multiples of N (default 16)"
+        "--rank-multiple",
+        type=int,
+        metavar="N",
+        help="ranks are multiples of N (default 16; with an int4 store its group)",
     )
     parser.add_argument(
         "--no-curvature",
@@ -53,9 +62,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="weigh errors by the layers' outputs alone: no backward pass, half the time, a worse model",
     )
     parser.add_argument(
+        "--shift",
+        action="store_true",
+        help="fit each layer to the inputs that the compressed layers before it give",
+    )
+    parser.add_argument(
+        "--refine-epochs",
+        type=int,
+        metavar="N",
+        help="passes over the calibration text in which each block is trained to give the dense block's output (default 4)",
+    )
+    parser.add_argument(
+        "--heal-tokens",
+        type=int,
+        metavar="N",
+        help="tokens on which the whole model is trained to predict what the original does (default 65536); both "
+        "models must fit in memory",
+    )
+    parser.add_argument(
+        "--fast", action="store_true", help="neither refine nor heal, unless asked for: minutes less, a worse model"
+    )
+    parser.add_argument(
         "--calibration",
-        metavar="FILE",
-        help='.txt, or .jsonl of objects with a "text" (default: half of the Wikipedia sample)',
+        action="append",
+        metavar="SOURCE",
+        help='text to calibrate on: "self" (the default: the model writes it), "wikipedia", hf:OWNER/NAME of a dataset, or '
+        "a .txt, .jsonl or .parquet file or directory (more than once for several)",
     )
     parser.add_argument("--samples", type=int, default=16, metavar="N", help="calibration sequences (default 16)")
     parser.add_argument(
@@ -69,30 +101,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="draws the calibration sequences (default 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace DST")
+    parser.add_argument(
+        "--restart", action="store_true", help="throw away what a call with other options left unfinished for DST"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be done, how large it gets and how long it takes"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    from cai_runtime.compress import compress
+    from cai_runtime.compress import compress, dry_run
 
-    report = compress(
-        args.src,
-        args.dst,
-        keep=args.keep,
-        store=args.store,
-        kind=args.kind,
-        allocation=args.allocation,
-        curvature=not args.no_curvature,
-        calibration=args.calibration,
-        samples=args.samples,
-        sequence_length=args.sequence_length,
-        embedding_store=args.embedding_store,
-        rank_multiple=args.rank_multiple,
-        floor=args.floor,
-        device=args.device,
-        dtype=args.dtype,
-        seed=args.seed,
-        overwrite=args.overwrite,
-    )
+    options = {
+        "keep": args.keep,
+        "target_bytes": args.target_bytes,
+        "store": args.store,
+        "kind": args.kind,
+        "allocation": args.allocation,
+        "curvature": not args.no_curvature,
+        "shift": args.shift,
+        "refine_epochs": args.refine_epochs,
+        "heal_tokens": args.heal_tokens,
+        "calibration": args.calibration[0] if args.calibration and len(args.calibration) == 1 else args.calibration,
+        "samples": args.samples,
+        "sequence_length": args.sequence_length,
+        "embedding_store": args.embedding_store,
+        "rank_multiple": args.rank_multiple,
+        "floor": args.floor,
+        "device": args.device,
+        "dtype": args.dtype,
+        "seed": args.seed,
+    }
+    if args.fast:
+        options |= {name: options[name] or 0 for name in ("refine_epochs", "heal_tokens")}
+    options = {name: value for name, value in options.items() if value is not None}
+    if args.dry_run:
+        plan, rate = dry_run(args.src, args.dst, **options)
+        print(plan.summary(rate))
+        return 0
+    report = compress(args.src, args.dst, **options, overwrite=args.overwrite, restart=args.restart)
     print(report.summary())
     print(args.dst)
     return 0

@@ -1,4 +1,4 @@
-"""Dense to slim: calibrate, decompose, allocate, write, report. `compress` runs them all.
+"""Dense to slim: calibrate, decompose, allocate, refine, heal, write, report. `compress` runs them all.
 
 Light to import: torch and transformers are loaded when `compress` is first used. The package itself can be called, so
 that `cai_runtime.compress(src, dst)` works wherever the package is what the name finds.
@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cai_runtime.compress.comparison import compare, quality
     from cai_runtime.compress.comparison_result import Comparison
-    from cai_runtime.compress.pipeline import compress
+    from cai_runtime.compress.pipeline import compress, dry_run
     from cai_runtime.compress.report import Report
 
-__all__ = ["Comparison", "Report", "compare", "compress", "quality"]
+__all__ = ["Comparison", "Report", "compare", "compress", "dry_run", "quality"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "compress":
-        from cai_runtime.compress.pipeline import compress
+    if name in ("compress", "dry_run"):
+        from cai_runtime.compress import pipeline
 
-        return compress
+        return getattr(pipeline, name)
     if name in ("compare", "quality"):
         from cai_runtime.compress import comparison
 

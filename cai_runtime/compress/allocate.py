@@ -1,9 +1,9 @@
 """How many parameters each module gets: ranks for all modules under one budget.
 
-`uniform` gives every module the same share. `pooled` lets the modules compete: it minimises the sum of their weighted errors
-under the one budget. Each module offers a curve of error against parameters; on the lower convex hulls of the curves, taking
-the steepest step first is optimal at every budget it reaches (Shoham and Gersho, "Efficient bit allocation for an arbitrary
-set of quantizers", 1988).
+`uniform` gives every module the same share. `pooled` lets the modules compete: it minimises the sum of their weighted
+errors under the one budget. Each module offers a curve of error against parameters; on the lower convex hulls of the
+curves, taking the steepest step first is optimal at every budget it reaches (Shoham and Gersho, "Efficient bit
+allocation for an arbitrary set of quantizers", 1988).
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class Option:
-    """A rank (None: the module stays dense), its parameters and its weighted error."""
+    """A rank (None: the module stays dense), what it costs (in parameters or bytes) and its weighted error."""
 
     rank: int | None
-    parameters: int
+    cost: int
     error: float
 
 
@@ -83,12 +83,12 @@ def allocate(
     at = [_last_within(menu, share * curve.dense_cost) for menu, curve in zip(menus, curves, strict=True)]
 
     def shortfall(m: int) -> float:
-        return share - menus[m][at[m]].parameters / curves[m].dense_cost
+        return share - menus[m][at[m]].cost / curves[m].dense_cost
 
     def steepness(m: int) -> float:
         return _slope(menus[m], at[m], at[m] + 1)
 
-    left = budget - sum(menu[k].parameters for menu, k in zip(menus, at, strict=True))
+    left = budget - sum(menu[k].cost for menu, k in zip(menus, at, strict=True))
     # A module too small to have a rank within its share takes from the others'.
     left = _retreat(menus, at, left, shortfall)
     if left < 0:
@@ -104,9 +104,21 @@ def allocate(
     return [menu[k].rank for menu, k in zip(menus, at, strict=True)]
 
 
+def allocate_menus(menus: Sequence[Sequence[Option]], budget: int) -> list[int] | None:
+    """An index into every menu, so that the costs sum to at most `budget` and the errors to as little as can be. Menus
+    are by rising cost and falling error. None when the first entries exceed the budget."""
+    at = [0] * len(menus)
+    left = budget - sum(menu[0].cost for menu in menus)
+    if left < 0:
+        return None
+    left = _descend_hulls(menus, at, left)
+    _fill(menus, at, left, lambda m: _slope(menus[m], at[m], at[m] + 1))
+    return at
+
+
 def _last_within(menu: Sequence[Option], parameters: float) -> int:
     """Index of the dearest option that costs no more; 0 when none does, since a module needs some rank."""
-    return max((k for k, option in enumerate(menu) if option.parameters <= parameters), default=0)
+    return max((k for k, option in enumerate(menu) if option.cost <= parameters), default=0)
 
 
 def _hull(menu: Sequence[Option], start: int) -> list[int]:
@@ -121,7 +133,7 @@ def _hull(menu: Sequence[Option], start: int) -> list[int]:
 
 def _slope(menu: Sequence[Option], a: int, b: int) -> float:
     """Error removed per parameter between two options."""
-    return (menu[a].error - menu[b].error) / (menu[b].parameters - menu[a].parameters)
+    return (menu[a].error - menu[b].error) / (menu[b].cost - menu[a].cost)
 
 
 def _descend_hulls(menus: Sequence[Sequence[Option]], at: list[int], left: int) -> int:
@@ -132,7 +144,7 @@ def _descend_hulls(menus: Sequence[Sequence[Option]], at: list[int], left: int) 
         # Ties go to the module named first, so that the result does not depend on the order of a sort.
         steps += [(-_slope(menu, a, b), m, b) for a, b in pairwise(hull)]
     for _, m, b in sorted(steps):
-        price = menus[m][b].parameters - menus[m][at[m]].parameters
+        price = menus[m][b].cost - menus[m][at[m]].cost
         if price > left:  # what follows removes less per parameter than parts of this step do: `_fill` takes parts
             break
         at[m], left = b, left - price
@@ -143,7 +155,7 @@ def _retreat(menus: Sequence[Sequence[Option]], at: list[int], left: int, gain: 
     """Give back single steps while the budget is overdrawn, from the module that is furthest ahead (least `gain`)."""
     while left < 0 and (able := [m for m, k in enumerate(at) if k > 0]):
         worst = min(able, key=gain)
-        left += menus[worst][at[worst]].parameters - menus[worst][at[worst] - 1].parameters
+        left += menus[worst][at[worst]].cost - menus[worst][at[worst] - 1].cost
         at[worst] -= 1
     return left
 
@@ -154,10 +166,10 @@ def _fill(menus: Sequence[Sequence[Option]], at: list[int], left: int, gain: Cal
         fits = [
             m
             for m, menu in enumerate(menus)
-            if at[m] + 1 < len(menu) and menu[at[m] + 1].parameters - menu[at[m]].parameters <= left
+            if at[m] + 1 < len(menu) and menu[at[m] + 1].cost - menu[at[m]].cost <= left
         ]
         if not fits:
             return
         best = max(fits, key=gain)
-        left -= menus[best][at[best] + 1].parameters - menus[best][at[best]].parameters
+        left -= menus[best][at[best] + 1].cost - menus[best][at[best]].cost
         at[best] += 1

@@ -1,169 +1,249 @@
-"""What the linear layers see on real text: second moments of their inputs and, if asked, of the loss gradients at their
-outputs.
+"""What a model's blocks see on the calibration text, with one block in memory: hidden states forward, loss gradients
+backward.
 
-The tokens stream through the model once; only [in, in] and [out, out] matrices stay. Sums are taken in fp32 over one batch
-and in fp64 over the batches.
+Forward, block by block, the hidden states before each block go to disk. Backward from the loss, block by block from the
+last, each is run again with its graph alone, which gives the gradients of its linear layers' outputs and those of its
+input, on disk again: back-propagation with every block as a checkpoint (Chen, Xu, Zhang and Guestrin, "Training deep
+nets with sublinear memory cost", 2016).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
-from cai_runtime.compress.targets import InputGroup
+from cai_runtime.compress.moments import BlockMoments, MomentHooks, group_by_input, noting_inputs
+from cai_runtime.compress.stack import Batch, BlockModel, Call, Entry, Stack
+from cai_runtime.compress.targets import InputGroup, Target
+from cai_runtime.compress.work import Work
 from cai_runtime.errors import CompressionError
 
-BLOCK = 384  # columns of the Gram matrix that are computed at a time; only blocks on and below the diagonal are
+Loss = Callable[[Any, Batch], torch.Tensor]
 
 
-class GramSum:
-    """The running sum of x^T x over rows x, [features, features], fp64. Feed it any number of batches."""
-
-    def __init__(self, features: int, device: torch.device | str = "cpu"):
-        self.rows = 0
-        self._sum = torch.zeros(features, features, dtype=torch.float64, device=device)
-
-    def add(self, x: torch.Tensor) -> None:
-        """x: [..., features], any float dtype."""
-        x = x.detach().reshape(-1, x.shape[-1]).float()
-        for start in range(0, x.shape[1], BLOCK):
-            stop = min(start + BLOCK, x.shape[1])
-            self._sum[start:stop, :stop] += x[:, start:stop].mT @ x[:, :stop]
-        self.rows += x.shape[0]
-
-    def mean(self) -> torch.Tensor:
-        """[features, features], fp64, symmetric; zeros when nothing was fed."""
-        lower = self._sum.tril()
-        return (lower + lower.tril(-1).mT) / max(self.rows, 1)
+def next_token_loss(output: Any, batch: Batch) -> torch.Tensor:
+    """Cross entropy of each token given those before it, summed, so that a token's gradient does not depend on how the
+    text is cut into batches. "labels" in the batch, [batch, tokens], are what the logits at the same place are to say,
+    -100 for nothing; without them the logits are for the next of "input_ids"."""
+    if "labels" in batch:
+        logits, labels = output.logits, batch["labels"]
+    else:
+        logits, labels = output.logits[:, :-1], batch["input_ids"][:, 1:]
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten().to(logits.device), reduction="sum", ignore_index=-100
+    )
 
 
 @dataclass(frozen=True)
-class GroupMoments:
-    """Of one input group: the mean of x x^T, [in, in], and by target name the mean of g g^T, [out, out], both fp64."""
+class BlockId:
+    """Block `index` of stack `stack`, and its name in the work directory."""
 
-    group: InputGroup
-    tokens: int
-    input_gram: torch.Tensor
-    output_grams: dict[str, torch.Tensor] = field(default_factory=dict)
+    stack: int
+    index: int
 
-
-def gram_bytes(group: InputGroup, gradients: bool) -> int:
-    """Bytes that the moments of a group take while they are gathered."""
-    outputs = sum(t.module.out_features**2 for t in group.targets) if gradients else 0
-    return 8 * (group.in_features**2 + outputs)
+    def step(self, what: str) -> str:
+        return f"{what}-{self.stack}-{self.index:04d}"
 
 
-def gather_moments(
-    model: nn.Module,
-    groups: Sequence[InputGroup],
-    sequences: torch.Tensor,
-    *,
-    gradients: bool = False,
-    batch_size: int = 4,
-    max_bytes: int = 8 << 30,
-    progress: bool | None = None,
-) -> Iterator[GroupMoments]:
-    """Yield the moments of every group, in order, after as few passes over `sequences` as `max_bytes` allows.
+class CalibrationPass:
+    """The calibration text's way through the dense model, kept in a work directory.
 
-    model: a causal language model in evaluation mode, on any device. sequences: int64 [samples, tokens].
-    gradients: also differentiate the summed next-token loss (about twice the time).
-
-    Raises CompressionError when an activation or a gradient is not finite.
+    targets: the linear layers to compress, by name. batches: what the model is run on, one after the other. tick:
+    called for every block that `forward` and `backward` have passed.
     """
-    passes = _passes(groups, gradients, max_bytes)
-    disable = None if progress is None else not progress
-    with tqdm(total=len(passes) * sequences.shape[0], desc="calibrate", unit="seq", disable=disable) as bar:
-        for members in passes:
-            inputs, outputs = _sums(model, members, gradients)
-            with _hooks(members, inputs, outputs):
-                for batch in sequences.split(batch_size):
-                    _run(model, batch.to(_device(model)), gradients)
-                    bar.update(batch.shape[0])
-            for group in members:
-                yield _moments(group, inputs, outputs)
+
+    def __init__(
+        self,
+        model: BlockModel,
+        targets: dict[str, Target],
+        batches: Sequence[Batch],
+        work: Work,
+        *,
+        loss: Loss = next_token_loss,
+        tick: Callable[[], object] = lambda: None,
+    ):
+        self.model = model
+        self.batches = batches
+        self._targets = targets
+        self._work = work
+        self._loss = loss
+        self.tick = tick
+        self._entered: tuple[int, list[Entry]] | None = None
+
+    def blocks(self) -> list[BlockId]:
+        """All blocks in the order in which the model runs them."""
+        return [BlockId(s, i) for s, stack in enumerate(self.model.stacks) for i in range(len(stack))]
+
+    def stack(self, at: BlockId) -> Stack:
+        return self.model.stacks[at.stack]
+
+    def targets(self, at: BlockId) -> list[Target]:
+        inside = f"{self.stack(at).block_name(at.index)}."
+        return [target for name, target in self._targets.items() if name.startswith(inside)]
+
+    def forward(self) -> None:
+        """Run all blocks; "hidden-s-i" keeps the states before block i, and after the last one for i = the number of
+        blocks."""
+        for s, stack in enumerate(self.model.stacks):
+            start = max((i for i in range(len(stack) + 1) if self._work.has(BlockId(s, i).step("hidden"))), default=-1)
+            if start < 0:
+                start, states = 0, [entry.hidden for entry in self.entries(s)]
+                self._save("hidden", BlockId(s, 0), states)
+            for _ in range(start):
+                self.tick()
+            for i in range(start, len(stack)):
+                at = BlockId(s, i)
+                states = self._run_block(at)
+                if not all(bool(state.isfinite().all()) for state in states):
+                    raise CompressionError(
+                        f"the hidden states after {stack.block_name(i)} are not finite: try --dtype fp32"
+                    )
+                self._save("hidden", BlockId(s, i + 1), states)
+                self.tick()
+
+    @torch.no_grad()
+    def _run_block(self, at: BlockId) -> list[torch.Tensor]:
+        with self.model.loaded(self.stack(at), at.index) as block:
+            states = self.hidden(at)
+            return [
+                entry.calls[at.index](block, state) for entry, state in zip(self.entries(at.stack), states, strict=True)
+            ]
+
+    def backward(self, visit: Callable[[BlockId], None]) -> None:
+        """From the loss to the first block; "grad-s-i" keeps the gradients before block i. visit: called for each block
+        when the gradients after it are there, last block first."""
+        for s in range(len(self.model.stacks) - 1, -1, -1):
+            last = BlockId(s, len(self.model.stacks[s]))
+            if not self._work.has(last.step("grad")):
+                self._save("grad", last, self._top_gradients(s))
+            for i in range(len(self.model.stacks[s]) - 1, -1, -1):
+                visit(BlockId(s, i))
+                self.tick()
+
+    def _top_gradients(self, s: int) -> list[torch.Tensor]:
+        """Of the loss, for the output of stack s: through the end of the model, or through the next stack's calls."""
+        found = []
+        for number, batch in enumerate(self.batches):
+            finals = [state.requires_grad_() for state in self._finals(number, s + 1)]
+            with torch.enable_grad():
+                if s + 1 == len(self.model.stacks):
+                    self._loss(self.model.finish(batch, finals), batch).backward()
+                else:
+                    entry = self.model.enter(s + 1, batch, finals)
+                    sides, _ = self._work.load(BlockId(s + 1, 0).step("grad"))
+                    tensors = _sides(entry)
+                    roots = [tensor for tensor in tensors if tensor.requires_grad]
+                    torch.autograd.backward(
+                        roots, [sides[f"side-{number}-{k}"].to(root) for k, root in enumerate(roots)]
+                    )
+            gradient = finals[-1].grad
+            assert gradient is not None
+            found.append(gradient)
+        return found
+
+    def moments(self, at: BlockId, *, gradients: bool) -> tuple[list[InputGroup], BlockMoments]:
+        """The block's groups and moments. With gradients those before the block are kept, too."""
+        entries, states = self.entries(at.stack, graph=gradients), self.hidden(at)
+        with self.model.loaded(self.stack(at), at.index) as block:
+            groups = self.groups(at, block)
+            hooks = MomentHooks(groups, gradients=gradients, device=self.model.device)
+            with hooks.open():
+                if not gradients:
+                    with torch.no_grad():
+                        for entry, state in zip(entries, states, strict=True):
+                            entry.calls[at.index](block, state)
+                else:
+                    self._differentiate(at, block, entries, states)
+            return groups, hooks.moments()
+
+    def _differentiate(self, at: BlockId, block: nn.Module, entries: list[Entry], states: list[torch.Tensor]) -> None:
+        after, _ = self._work.load(BlockId(at.stack, at.index + 1).step("grad"))
+        before: dict[str, torch.Tensor] = {}
+        for number, (entry, state) in enumerate(zip(entries, states, strict=True)):
+            leaf = state.clone().requires_grad_()
+            call, sides = _with_leaves(entry.calls[at.index])
+            with torch.enable_grad():
+                call(block, leaf).backward(after[f"{number}"].to(state))
+            assert leaf.grad is not None
+            before[f"{number}"] = leaf.grad
+            # What reaches the block by another way than the hidden states: an encoder's output. Every block adds to it.
+            for k, side in enumerate(sides):
+                name = f"side-{number}-{k}"
+                assert side.grad is not None
+                before[name] = side.grad + after[name].to(side.grad) if name in after else side.grad
+        self._work.save(at.step("grad"), before)
+
+    @torch.no_grad()
+    def groups(self, at: BlockId, block: nn.Module) -> list[InputGroup]:
+        """The block's targets by the tensor that they read; block: with its weights."""
+        targets = self.targets(at)
+        with noting_inputs(targets) as read:
+            self.entries(at.stack)[0].calls[at.index](block, self.hidden(at, only=0)[0])
+        return group_by_input(targets, read)
+
+    def hidden(self, at: BlockId, *, only: int | None = None) -> list[torch.Tensor]:
+        """The dense model's states before the block, a tensor [batch, tokens, hidden] for each batch (or for `only`
+        one)."""
+        return self._states(at.step("hidden"), only)
+
+    def gradients(self, at: BlockId) -> list[torch.Tensor]:
+        """The loss gradients before the block, as `hidden`; after `backward` has passed it."""
+        return self._states(at.step("grad"), None)
+
+    def _states(self, step: str, only: int | None) -> list[torch.Tensor]:
+        tensors, _ = self._work.load(step)
+        numbers = range(len(self.batches)) if only is None else [only]
+        return [tensors[f"{number}"].to(self.model.device) for number in numbers]
+
+    def entries(self, s: int, *, graph: bool = False) -> list[Entry]:
+        """The way into stack s for every batch; the last stack's is kept. graph: with the graph to the stacks
+        before."""
+        graph = graph and s > 0
+        key = s + len(self.model.stacks) * graph
+        if self._entered is None or self._entered[0] != key:
+            found = []
+            for number, batch in enumerate(self.batches):
+                finals = self._finals(number, s)
+                if graph:
+                    finals = [final.requires_grad_() for final in finals]
+                with torch.set_grad_enabled(graph):
+                    found.append(self.model.enter(s, batch, finals))
+            self._entered = key, found
+        return self._entered[1]
+
+    def _finals(self, number: int, before: int) -> list[torch.Tensor]:
+        """Outputs of the stacks before `before`, of one batch."""
+        stacks = self.model.stacks[:before]
+        return [self.hidden(BlockId(s, len(stack)), only=number)[0] for s, stack in enumerate(stacks)]
+
+    def _save(self, what: str, at: BlockId, states: list[torch.Tensor]) -> None:
+        self._work.save(at.step(what), {f"{number}": state for number, state in enumerate(states)})
 
 
-def _passes(groups: Sequence[InputGroup], gradients: bool, max_bytes: int) -> list[list[InputGroup]]:
-    passes: list[list[InputGroup]] = []
-    room = 0
-    for group in groups:
-        need = gram_bytes(group, gradients)
-        if need > room or not passes:
-            passes.append([])
-            room = max_bytes
-        passes[-1].append(group)
-        room -= need
-    return passes
+def _sides(entry: Entry) -> list[torch.Tensor]:
+    """The different tensors with a graph that the blocks are called with."""
+    found: dict[int, torch.Tensor] = {}
+    for call in entry.calls:
+        for value in [*call.args, *call.kwargs.values()]:
+            if isinstance(value, torch.Tensor) and value.requires_grad:
+                found[id(value)] = value
+    return list(found.values())
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+def _with_leaves(call: Call) -> tuple[Call, list[torch.Tensor]]:
+    """The call with every tensor that has a graph replaced by a leaf of its value; those leaves."""
+    leaves: dict[int, torch.Tensor] = {}
 
+    def leaf(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            return leaves.setdefault(id(value), value.detach().clone().requires_grad_())
+        return value
 
-def _sums(model: nn.Module, groups: Sequence[InputGroup], gradients: bool):
-    """Empty sums: of the inputs by the first target's name, of the gradients by each target's name."""
-    device = _device(model)
-    inputs = {g.targets[0].name: GramSum(g.in_features, device) for g in groups}
-    outputs = {t.name: GramSum(t.module.out_features, device) for g in groups for t in g.targets if gradients}
-    return inputs, outputs
-
-
-@contextmanager
-def _hooks(groups: Sequence[InputGroup], inputs: dict[str, GramSum], outputs: dict[str, GramSum]):
-    """While open, every forward feeds `inputs` and every backward feeds `outputs`."""
-
-    def feed(total: GramSum | None, gradient: GramSum | None):
-        def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            if total is not None:
-                total.add(args[0])
-            if gradient is not None:
-                output.register_hook(gradient.add)
-
-        return hook
-
-    handles = []
-    for group in groups:
-        for target in group.targets:
-            # One input sum serves the group; its first target feeds it.
-            hook = feed(inputs.get(target.name), outputs.get(target.name))
-            handles.append(target.module.register_forward_hook(hook))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _run(model: Any, ids: torch.Tensor, gradients: bool) -> None:
-    if not gradients:
-        with torch.inference_mode():
-            # Without the head: its logits are not needed.
-            getattr(model, "base_model", model)(input_ids=ids, use_cache=False)
-        return
-    with torch.enable_grad():
-        embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)
-        logits = model(inputs_embeds=embedded, use_cache=False).logits[:, :-1]
-        # Summed, so that a token's gradient does not depend on how the text is cut into batches.
-        F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum").backward()
-
-
-def _moments(group: InputGroup, inputs: dict[str, GramSum], outputs: dict[str, GramSum]) -> GroupMoments:
-    name = group.targets[0].name
-    total = inputs.pop(name)
-    moments = GroupMoments(
-        group,
-        total.rows,
-        total.mean(),
-        {t.name: outputs.pop(t.name).mean() for t in group.targets if t.name in outputs},
-    )
-    for label, gram in [(f"inputs of {name}", moments.input_gram), *moments.output_grams.items()]:
-        if not bool(gram.isfinite().all()):
-            raise CompressionError(f"calibration met values that are not finite ({label}): try --dtype fp32")
-    return moments
+    args = tuple(leaf(value) for value in call.args)
+    kwargs = {key: leaf(value) for key, value in call.kwargs.items()}
+    return Call(args, kwargs), list(leaves.values())

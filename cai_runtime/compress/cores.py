@@ -15,11 +15,12 @@ from cai_runtime.slim.stores import CoreData, quantize
 
 @dataclass(frozen=True)
 class StoredModule:
-    """What `CheckpointWriter.add_module` takes."""
+    """What `CheckpointWriter.add_module` takes. floats: the cores before they were rounded, where they are known."""
 
     spec: ModuleSpec
     cores: list[CoreData]
     pivot: torch.Tensor | None = None
+    floats: list[torch.Tensor] | None = None
 
     def dense(self) -> torch.Tensor:
         """The matrix that it stands for, fp32 [out, in]."""
@@ -30,17 +31,17 @@ def dense_module(weight: torch.Tensor, store: str, input_gram: torch.Tensor) -> 
     """The weight itself: to 4 bits rounded with feedback, otherwise to the nearest value of its store. Arguments as in
     `factorized_module`."""
     spec = ModuleSpec("dense", weight.shape[0], weight.shape[1], None, (store,))
-    return StoredModule(spec, [_rounded_first(weight, store, input_gram)])
+    return StoredModule(spec, [_rounded_first(weight, store, input_gram)], floats=[weight.float()])
 
 
 def factorized_module(
     kind: str, weight: torch.Tensor, factors: Factors, rank: int, store: str, input_gram: torch.Tensor
 ) -> StoredModule:
-    """Cores of an interpolative or lowrank module. core_0 is rounded to its store (to 4 bits with feedback); core_1 is then
-    fitted anew to what core_0 has become and, to 8 or 4 bits, rounded with feedback. On SmolLM2 that takes nine tenths off
-    the error which plain rounding to 8 bits adds. For 4 bits core_1 is fitted with its own rounding in mind: smaller numbers
-    are rounded with smaller errors (`rounding_ridge`). Then core_0 is fitted to the rounded core_1, and both are rounded
-    once more. Together that takes a third to a half off the error which 4 bits add.
+    """Cores of an interpolative or lowrank module. core_0 is rounded to its store (to 4 bits with feedback); core_1 is
+    then fitted anew to what core_0 has become and, to 8 or 4 bits, rounded with feedback. On SmolLM2 that takes nine
+    tenths off the error which plain rounding to 8 bits adds. For 4 bits core_1 is fitted with its own rounding in mind:
+    smaller numbers are rounded with smaller errors (`rounding_ridge`). Then core_0 is fitted to the rounded core_1, and
+    both are rounded once more. Together that takes a third to a half off the error which 4 bits add.
 
     weight: [out, in], any float dtype. input_gram: [in, in], the damped mean of x x^T that the factors were made with.
     """
@@ -60,15 +61,15 @@ def factorized_module(
         core_0, core_1, pivot, rest = right, left, None, weight
     stored_0 = _rounded_first(core_0, store, input_gram)
     if store == "fp32":
-        stored_1 = quantize(core_1, store)
+        stored_1, fitted = quantize(core_1, store), core_1
     else:
-        stored_1 = _rounded_second(rest, stored_0, store, input_gram)
+        stored_1, fitted = _rounded_second(rest, stored_0, store, input_gram)
     if STORES[store].bits == 4:
         core_0 = refit_first(core_0, core_1, stored_1.values(), pivoted=pivot is not None)
         stored_0 = _rounded_first(core_0, store, input_gram)
-        stored_1 = _rounded_second(rest, stored_0, store, input_gram)
+        stored_1, fitted = _rounded_second(rest, stored_0, store, input_gram)
     spec = ModuleSpec("lowrank" if pivot is None else "interpolative", out, inp, rank, (store, store))
-    return StoredModule(spec, [stored_0, stored_1], pivot)
+    return StoredModule(spec, [stored_0, stored_1], pivot, [core_0.float(), fitted.float()])
 
 
 def _rounded_first(matrix: torch.Tensor, store: str, input_gram: torch.Tensor) -> CoreData:
@@ -76,20 +77,23 @@ def _rounded_first(matrix: torch.Tensor, store: str, input_gram: torch.Tensor) -
     return round_with_feedback(matrix, input_gram, store) if STORES[store].bits == 4 else quantize(matrix, store)
 
 
-def _rounded_second(rows: torch.Tensor, core_0: CoreData, store: str, input_gram: torch.Tensor) -> CoreData:
-    """core_1 fitted to what core_0 has become, and rounded. rows: see `refit`."""
+def _rounded_second(
+    rows: torch.Tensor, core_0: CoreData, store: str, input_gram: torch.Tensor
+) -> tuple[CoreData, torch.Tensor]:
+    """core_1 fitted to what core_0 has become, rounded, and as it was before. rows: see `refit`."""
     core_1, inner = refit(rows, core_0.values(), input_gram)
     if STORES[store].bits == 4:
         core_1, _ = refit(rows, core_0.values(), input_gram, rounding_ridge(core_1, inner, store))
-    return round_with_feedback(core_1, inner, store) if STORES[store].scale else quantize(core_1, store)
+    stored = round_with_feedback(core_1, inner, store) if STORES[store].scale else quantize(core_1, store)
+    return stored, core_1
 
 
 def refit_first(core_0: torch.Tensor, core_1: torch.Tensor, rounded: torch.Tensor, *, pivoted: bool) -> torch.Tensor:
     """The core_0 [r, in], fp64, that with core_1 rounded comes closest to the product of the two as they were: least
     squares in A, the rounded core_1 with the identity above it when the module is `pivoted`.
 
-    The product and not the weight is aimed at: it is best in a metric of the outputs that is not known here, and what the
-    product leaves out of the weight must not come back in another metric.
+    The product and not the weight is aimed at: it is best in a metric of the outputs that is not known here, and what
+    the product leaves out of the weight must not come back in another metric.
     """
     before, after = core_1.to(torch.float64), rounded.to(torch.float64)
     normal, mixed = after.mT @ after, after.mT @ before

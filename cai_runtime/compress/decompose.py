@@ -40,7 +40,8 @@ class Factors:
         return Factors(self.left.to(device), self.right.to(device), self.energy.to(device))
 
     def errors(self) -> list[float]:
-        """[n + 1] floats: whitened squared error of the best approximation of rank 0, 1 .. n. Never rises; ends at 0."""
+        """[n + 1] floats: whitened squared error of the best approximation of rank 0, 1 .. n. Never rises; ends at
+        0."""
         return [*self.energy.flip(0).cumsum(0).flip(0).tolist(), 0.0]
 
     def relative_errors(self) -> list[float]:
@@ -60,7 +61,8 @@ def damped(gram: torch.Tensor, damping: float = INPUT_DAMPING) -> torch.Tensor:
 def factorize(weight: torch.Tensor, input_gram: torch.Tensor, output_gram: torch.Tensor | None = None) -> Factors:
     """The whitened SVD of W [out, in] in fp64, on the device of `input_gram`.
 
-    input_gram: [in, in], the damped mean of x x^T. output_gram: [out, out], the damped mean of g g^T; None: the identity.
+    input_gram: [in, in], the damped mean of x x^T. output_gram: [out, out], the damped mean of g g^T; None: the
+    identity.
     """
     w = weight.to(input_gram.device, torch.float64)
     root_in = torch.linalg.cholesky(input_gram)
@@ -82,6 +84,23 @@ def factorize(weight: torch.Tensor, input_gram: torch.Tensor, output_gram: torch
     # Columns of equal length: per-row scales of an 8-bit core_1 then waste no code on the strong ones.
     length = left.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
     return Factors((left / length).float(), (right * length[:, None]).float(), energy.flip(0).clamp_min(0))
+
+
+def spectrum(weight: torch.Tensor, input_gram: torch.Tensor, output_gram: torch.Tensor | None = None) -> torch.Tensor:
+    """`Factors.energy` alone, [min(out, in)], fp64 on the CPU. Arguments as in `factorize`."""
+    w = weight.to(input_gram.device, torch.float64)
+    if output_gram is not None:
+        w = torch.linalg.cholesky(output_gram).mT @ w
+    m = w @ torch.linalg.cholesky(input_gram)
+    square = m @ m.mT if m.shape[0] <= m.shape[1] else m.mT @ m
+    return torch.linalg.eigvalsh(square).flip(0).clamp_min(0).cpu()
+
+
+def whitened_error(error: torch.Tensor, input_gram: torch.Tensor, output_gram: torch.Tensor | None = None) -> float:
+    """||L^T E S||_F^2 of an error E [out, in] of the weight."""
+    e = error.to(input_gram.device, torch.float64)
+    outer = e if output_gram is None else output_gram @ e
+    return float(((e @ input_gram) * outer).sum())
 
 
 @dataclass(frozen=True)

@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from pathlib import Path
+from typing import Any, get_args
 
 import torch
 
 from cai_runtime.compress.allocate import Allocation
 from cai_runtime.errors import CompressionError
-from cai_runtime.slim.spec import STORE_ALIASES, STORES, Kind
+from cai_runtime.slim.spec import STORE_ALIASES, STORES, Kind, canonical_store
 
 KINDS = ("interpolative", "lowrank")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DEFAULT_KEEP = 0.8
+COMPETING_STORES = ("int8", "int4-g64")  # with a budget in bytes
+BATCH = 2  # sequences that the model is run on at once
+REFINE_RATE = 5e-4  # of Adam, see `refine_block`
+HEAL_RATE = 3e-4
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `compress` was asked for; see there, with the stores' names as files have them. Checked when made:
-    CompressionError names the option."""
+    """What `compress` was asked for; see there, with defaults filled in and the stores' names as files have them.
 
-    keep: float
-    store: str
+    stores: those that a layer may have. target_bytes: an int, or a share of the bf16 bytes as a float in (0, 1].
+    """
+
+    keep: float | None
+    target_bytes: int | float | None
+    stores: tuple[str, ...]
     kind: Kind
     allocation: Allocation
     curvature: bool
+    shift: bool
+    refine_epochs: int
+    refine_rate: float
+    heal_tokens: int
+    heal_rate: float
+    calibration: str | tuple[str, ...] | None
     embedding_store: str
     samples: int
     sequence_length: int
@@ -34,28 +52,106 @@ class Options:
     dtype: str
     seed: int
 
+    @classmethod
+    def of(
+        cls,
+        *,
+        keep: float | None,
+        target_bytes: int | str | None,
+        store: str | None,
+        embedding_store: str | None,
+        rank_multiple: int | None,
+        calibration: Any,
+        device: str,
+        dtype: str | None,
+        **others: Any,
+    ) -> Options:
+        """Fill in the defaults that depend on other options. Raises CompressionError, which names the option."""
+        if keep is not None and target_bytes is not None:
+            raise CompressionError("keep and target_bytes are two budgets: give one of them")
+        if keep is None and target_bytes is None:
+            keep = DEFAULT_KEEP
+        if store is None:
+            stores: tuple[str, ...] = ("int8",) if target_bytes is None else COMPETING_STORES
+        else:
+            stores = (canonical_store(store),)
+        fine = [s for s in stores if s in STORES and STORES[s].bits != 4]
+        if embedding_store is None:
+            embedding_store = fine[0] if fine else "int8"
+        if rank_multiple is None:
+            rank_multiple = max([16, *(STORES[s].group for s in stores if s in STORES)])
+        return cls(
+            keep=keep,
+            target_bytes=_parse_bytes(target_bytes),
+            stores=stores,
+            embedding_store=canonical_store(embedding_store),
+            rank_multiple=rank_multiple,
+            calibration=_plain(calibration),
+            device=device,
+            dtype=dtype or ("bf16" if device.startswith("cuda") else "fp32"),
+            refine_rate=REFINE_RATE,
+            heal_rate=HEAL_RATE,
+            **others,
+        )
+
     def __post_init__(self) -> None:
         def need(ok: bool, message: str) -> None:
             if not ok:
                 raise CompressionError(message)
 
-        need(0 < self.keep <= 1, f"keep must be in (0, 1], is {self.keep}")
+        need(self.keep is None or 0 < self.keep <= 1, f"keep must be in (0, 1], is {self.keep}")
         need(self.kind in KINDS, f"kind must be one of {', '.join(KINDS)}, is {self.kind!r}")
         need(
             self.allocation in get_args(Allocation),
             f"allocation must be one of {', '.join(get_args(Allocation))}, is {self.allocation!r}",
         )
-        for name in ("store", "embedding_store"):
-            value = getattr(self, name)
-            known = ", ".join([*STORES, *STORE_ALIASES])
+        need(
+            self.target_bytes is None or self.allocation == "pooled",
+            "target_bytes needs allocation 'pooled': a uniform share of bytes is what `keep` and one store give",
+        )
+        known = ", ".join([*STORES, *STORE_ALIASES])
+        for name, value in [*(("store", s) for s in self.stores), ("embedding_store", self.embedding_store)]:
             need(value in STORES, f"{name} must be one of {known}, is {value!r}")
         need(self.dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, is {self.dtype!r}")
-        need(self.samples >= 1, f"samples must be at least 1, is {self.samples}")
-        need(self.sequence_length >= 2, f"sequence_length must be at least 2, is {self.sequence_length}")
-        need(self.rank_multiple >= 1, f"rank_multiple must be at least 1, is {self.rank_multiple}")
+        for name, least in (
+            ("samples", 1),
+            ("sequence_length", 2),
+            ("rank_multiple", 1),
+            ("refine_epochs", 0),
+            ("heal_tokens", 0),
+        ):
+            value = getattr(self, name)
+            need(value >= least, f"{name} must be at least {least}, is {value}")
         need(0 <= self.floor <= 1, f"floor must be in [0, 1], is {self.floor}")
         try:
             device = torch.device(self.device)
         except RuntimeError as e:
             raise CompressionError(f"device {self.device!r} is unknown: {e}") from None
         need(device.type != "cuda" or torch.cuda.is_available(), f"device {self.device!r}: no CUDA device is available")
+
+
+def _parse_bytes(value: int | str | None) -> int | float | None:
+    """Bytes as an int; a share ("45%") as a float."""
+    if value is None:
+        return None
+    text = str(value).strip()
+    share = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text)
+    if share and 0 < float(share[1]) <= 100:
+        return float(share[1]) / 100
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
+    if size and size[2].upper() in _UNITS and (count := int(float(size[1]) * _UNITS[size[2].upper()])) >= 1:
+        return count
+    raise CompressionError(
+        f"target_bytes must be a number of bytes, a size like 80MB or 1.5GiB, or a share of the bf16 bytes like 45%, "
+        f"is {value!r}"
+    )
+
+
+def _plain(source: Any) -> str | tuple[str, ...] | None:
+    if source is None or isinstance(source, str):
+        return source
+    if isinstance(source, Path):
+        return str(source)
+    if isinstance(source, Sequence):
+        return tuple(str(item) for item in source)
+    raise CompressionError(f"calibration must be a name, a path or a list of paths, is {type(source).__name__}")

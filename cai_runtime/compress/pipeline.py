@@ -1,175 +1,384 @@
-"""Dense checkpoint to slim checkpoint, stage by stage: calibrate, decompose, allocate, write, report."""
+"""Dense checkpoint to slim checkpoint, stage by stage: text, calibrate, decompose, allocate, refine, heal, write,
+report."""
 
 from __future__ import annotations
 
-import importlib.metadata
+import inspect
 import logging
-import math
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
-from cai_runtime.compress.allocate import Allocation, Curve, allocate
-from cai_runtime.compress.calibrate import gather_moments
-from cai_runtime.compress.calibration import load_calibration, sample_sequences, tokenize
-from cai_runtime.compress.cores import dense_module, factorized_module
-from cai_runtime.compress.decompose import OUTPUT_DAMPING, Factors, damped, factorize
-from cai_runtime.compress.evaluate import dense_reference
-from cai_runtime.compress.options import DTYPES, Options
-from cai_runtime.compress.report import ModuleReport, Report
-from cai_runtime.compress.targets import InputGroup, Target, find_targets, group_by_input
-from cai_runtime.convert.cache import sha256_of, tqdm_disable
+from cai_runtime.compress.allocate import Allocation, Curve
+from cai_runtime.compress.assemble import write_checkpoint
+from cai_runtime.compress.blockwise import BlockSettings, BlockwiseCompressor, load_block
+from cai_runtime.compress.calibrate import BlockId, CalibrationPass
+from cai_runtime.compress.calibration import SELF, Source, calibration_sequences
+from cai_runtime.compress.choices import Choice, choose
+from cai_runtime.compress.cores import dense_module
+from cai_runtime.compress.decompose import OUTPUT_DAMPING, damped, spectrum, whitened_error
+from cai_runtime.compress.heal import Healer
+from cai_runtime.compress.moments import BlockMoments
+from cai_runtime.compress.options import BATCH, DTYPES, Options
+from cai_runtime.compress.plan import Plan, make_plan, measured_rate, versions
+from cai_runtime.compress.report import Report
+from cai_runtime.compress.stack import Batch, open_model
+from cai_runtime.compress.student import put_in
+from cai_runtime.compress.targets import InputGroup, find_targets
+from cai_runtime.compress.weights import DenseWeights
+from cai_runtime.compress.work import Work
+from cai_runtime.convert.cache import tqdm_disable
 from cai_runtime.convert.sources import pull
-from cai_runtime.errors import CompressionError, UnsupportedModelError
+from cai_runtime.errors import CompressionError
 from cai_runtime.slim.reader import Checkpoint
-from cai_runtime.slim.spec import DENSE_REFERENCE_BYTES, STORES, Kind, ModuleSpec, canonical_store
+from cai_runtime.slim.spec import Kind
 from cai_runtime.slim.writer import CheckpointWriter
 
 logger = logging.getLogger(__name__)
 
-PROBE_TOKENS = 8  # enough for one forward pass that shows which layers share an input
+MOMENT_BYTES = 4 << 30  # of all blocks' moments together that are kept on disk; more are computed twice
 
 
 def compress(
     src: str | Path,
     dst: str | Path,
     *,
-    keep: float = 0.8,
-    store: str = "int8",
+    keep: float | None = None,
+    target_bytes: int | str | None = None,
+    store: str | None = None,
     kind: Kind = "interpolative",
     allocation: Allocation = "pooled",
     curvature: bool = True,
-    calibration: str | Path | None = None,
+    shift: bool = False,
+    refine_epochs: int = 4,
+    heal_tokens: int = 65_536,
+    calibration: Source | None = None,
     samples: int = 16,
     sequence_length: int = 512,
     embedding_store: str | None = None,
-    rank_multiple: int = 16,
+    rank_multiple: int | None = None,
     floor: float = 0.25,
     device: str = "cpu",
     dtype: str | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    restart: bool = False,
     progress: bool | None = None,
 ) -> Report:
-    """Compress a dense causal language model to a slim checkpoint.
+    """Compress a causal language model to a slim checkpoint.
+
+    Killed at any moment, the same call goes on where it was, from the work directory `.DST.work` beside `dst`, and
+    comes to the same checkpoint bit for bit (on the same machine, with the same number of threads).
 
     Args:
-        src: a known name, a URI or a directory (see `cai_runtime.convert.sources.pull`).
+        src: a known name, a URI or a directory (see `cai_runtime.convert.sources.pull`), dense or slim already.
         dst: the directory to make.
-        keep: parameters of the linear layers to keep, as a share of their dense count, in (0, 1].
+        keep: parameters of the linear layers to keep, as a share of their dense count, in (0, 1]. Default 0.8, unless
+            `target_bytes` is given.
+        target_bytes: instead of `keep`: size of the weights of the whole checkpoint, in bytes, as text with a unit
+            ("80MB", "1.5GiB"), or as a share of their size in bf16 ("45%"). Rank, kind and store are chosen for each layer.
         store: how cores lie on disk: fp32, bf16, fp16, int8, or 4 bits with a scale for every 32, 64 or 128 columns:
-            int4-g32, int4-g64 (also called int4), int4-g128, each with "-zp" behind it for zero points, too.
+            int4-g32, int4-g64 (also called int4), int4-g128, each with "-zp" behind it for zero points, too. Default
+            int8; with `target_bytes`, int8 and int4-g64 compete unless one is named.
         kind: "interpolative", or "lowrank" (a much lower rank at the same keep).
         allocation: "pooled" lets the layers compete for parameters, "uniform" gives each the same share.
-        curvature: weigh errors by what they do to the loss, from a backward pass over the calibration text. False: by the
-            layers' outputs alone, in half the time; SmolLM2-135M at keep 0.8, pooled: 2.1 times the dense perplexity
-            instead of 1.25.
-        calibration: a .txt file, or a .jsonl file of objects with a "text"; None: half of the Wikipedia sample.
-        samples, sequence_length: how much of it: sequences, and tokens in each.
-        embedding_store: store of the token embedding and the head (None: as `store`, but int8 with the int4 stores: 4 bits
+        curvature: weigh errors by what they do to the loss, from a backward pass over the calibration text. False: by
+        the
+            layers' outputs alone.
+        shift: fit every layer to the inputs that the compressed layers before it give.
+        refine_epochs: passes over the calibration text in which each block is trained to give the dense block's output;
+            0: none.
+        heal_tokens: tokens on which the whole model is trained to predict what the original does; 0: none. Needs both
+        models
+            in memory, and three times the compressed one for the optimizer.
+        calibration: see `cai_runtime.compress.calibration.calibration_sequences`. None: "self", the model's own text.
+        samples, sequence_length: sequences to calibrate and refine on, and tokens in each. Healing takes further ones.
+        embedding_store: store of the token embedding and the head (None: as `store`, but int8 with the int4 stores: 4
+        bits
             hurt there, where nothing makes up for the rounding). They stay dense.
-        rank_multiple: ranks are multiples of this; 16 keeps the rows of 8-bit cores aligned for vector loads. With an int4
-            store, a multiple of the group wastes no part of a group's scale.
+        rank_multiple: ranks are multiples of this. None: 16, which keeps the rows of 8-bit cores aligned for vector
+        loads;
+            with an int4 store its group, of which otherwise a part would be wasted.
         floor: pooled: every layer keeps at least this share of `keep`.
         device: "cpu" or "cuda[:n]", where the model runs and is decomposed.
         dtype: in which the model runs (None: fp32 on the CPU, bf16 on CUDA).
-        seed: draws the calibration sequences; everything else is deterministic.
+        seed: draws the calibration sequences, and the order of training.
         overwrite: replace `dst`.
+        restart: throw away what an earlier call with other options left unfinished.
         progress: bars on stderr; None shows them on a terminal only.
 
-    Memory: the model in `dtype`, up to 8 GiB of moments, and in fp32 about 1.5 times the linear layers for their factors
-    plus one [in, in] matrix for each input.
+    Memory: embedding and head, one block with the moments of its layers, and the text's hidden states at one block.
+    Healing: see there. Disk, beside the result: hidden states and gradients of the text before every block, 8 bytes *
+    tokens * hidden size * blocks in fp32, the trainable cores (4 bytes a parameter), and up to 4 GiB of moments.
 
     Returns the report that is also written as slim_report.json.
 
     Raises:
-        CompressionError: an option is out of range, the calibration file is bad, the source is slim already, or the disk is
-            too full.
+        CompressionError: an option is out of range, the calibration text is bad, the disk is too full, or the work
+        directory
+            belongs to a call with other options.
         SourceError, CheckpointError, UnsupportedModelError: the source can't be fetched, read, or factorized.
         CheckpointWriteError: `dst` exists or can't be written.
     """
-    store = canonical_store(store)
-    if embedding_store is None:
-        embedding_store = "int8" if store in STORES and STORES[store].bits == 4 else store
-    options = Options(
+    options = Options.of(
         keep=keep,
+        target_bytes=target_bytes,
         store=store,
         kind=kind,
         allocation=allocation,
         curvature=curvature,
-        embedding_store=canonical_store(embedding_store),
+        shift=shift,
+        refine_epochs=refine_epochs,
+        heal_tokens=heal_tokens,
+        calibration=calibration,
         samples=samples,
         sequence_length=sequence_length,
+        embedding_store=embedding_store,
         rank_multiple=rank_multiple,
         floor=floor,
         device=device,
-        dtype=dtype or ("bf16" if device.startswith("cuda") else "fp32"),
+        dtype=dtype,
         seed=seed,
     )
-    seconds: dict[str, float] = {}
-    with _timed(seconds, "open"):
-        path = pull(src, progress=progress)
+    path = pull(src, progress=progress)
     with Checkpoint.open(path) as checkpoint:
-        if checkpoint.is_slim:
-            raise CompressionError(f"{path} is a slim checkpoint already: compress the dense model it was made from")
-        # The writer first: a destination that is taken is known before minutes of work.
-        with CheckpointWriter(dst, config=checkpoint.config, source_dir=path, overwrite=overwrite) as writer:
-            _require_room(checkpoint, options, Path(dst))
-            with _timed(seconds, "open"):
-                text = load_calibration(calibration, progress=progress)
-                model = dense_reference(path, dtype=DTYPES[options.dtype], device=options.device)
-                sequences = sample_sequences(
-                    tokenize(_tokenizer(path), text.texts), options.samples, options.sequence_length, seed=options.seed
-                )
-                targets = find_targets(model, checkpoint)
-                probe = sequences[:1, :PROBE_TOKENS].to(options.device)
-                groups = group_by_input(model, targets, probe)
-            decomposed = _decompose(model, checkpoint, groups, sequences, options, seconds, progress)
-            embeddings = _embedding_names(model)
-            del model
-            with _timed(seconds, "allocate"):
-                ranks = _ranks(decomposed, options)
-            with _timed(seconds, "hash"):
-                hashes = _hashes(checkpoint)
+        # A destination that is taken is known before hours of work.
+        CheckpointWriter(dst, config=checkpoint.config, overwrite=overwrite).abort()
+        weights = DenseWeights(checkpoint)
+        plan = make_plan(weights, options, Path(dst))
+        plan.require_room()
+        run = _Run(str(src), Path(dst), weights, options, plan, progress)
+        return run.run(overwrite=overwrite, restart=restart)
+
+
+def dry_run(src: str | Path, dst: str | Path, *, progress: bool | None = None, **options: Any) -> tuple[Plan, float]:
+    """What `compress` would do with these options: the plan, and the floating point operations a second that this
+    machine was seen to do, for `Plan.summary` and `Plan.seconds`. The source is fetched; nothing is written.
+
+    Raises what `compress` raises before its work, but for a full disk or memory: the plan tells.
+    """
+    filled = {**_defaults(), **options}
+    with Checkpoint.open(pull(src, progress=progress)) as checkpoint:
+        return make_plan(DenseWeights(checkpoint), Options.of(**filled), Path(dst)), measured_rate()
+
+
+def _defaults() -> dict[str, Any]:
+    """`compress`'s options with their defaults."""
+    others = {"src", "dst", "overwrite", "restart", "progress"}
+    parameters = inspect.signature(compress).parameters
+    return {name: parameter.default for name, parameter in parameters.items() if name not in others}
+
+
+class _Run:
+    """One compression, from its work directory."""
+
+    def __init__(
+        self, source: str, dst: Path, weights: DenseWeights, options: Options, plan: Plan, progress: bool | None
+    ):
+        self._source, self._dst, self._weights = source, dst.absolute(), weights
+        self._options, self._plan, self._progress = options, plan, progress
+        self._seconds: dict[str, float] = {}
+
+    def run(self, *, overwrite: bool, restart: bool) -> Report:
+        options = self._options
+        with self._timed("hash"):
+            hashes = self._weights.hashes()
+        key = {"options": asdict(options), "source": hashes, "versions": versions(), "threads": torch.get_num_threads()}
+        directory = self._dst.with_name(f".{self._dst.name}.work")
+        with ExitStack() as stack:
+            work = Work(directory, key, restart=restart)
+            stack.callback(work.close)
+            with self._timed("text"):
+                batches, extra, text = self._text(work)
+            with self._timed("open"):
+                model = open_model(self._weights, dtype=DTYPES[options.dtype], device=options.device)
+                targets = find_targets(model.model, [s.name for s in model.stacks], self._weights)
+            calibration = CalibrationPass(model, targets, batches, work)
+            self._calibrate(calibration, work)
+            with self._timed("allocate"):
+                choices, curves = self._choose(calibration, work)
+            self._compress_blocks(calibration, choices, work)
+            losses = self._heal(calibration, extra, work)
             report = Report(
-                source=str(src),
+                source=self._source,
                 source_sha256=hashes,
                 options=asdict(options),
-                calibration={"source": text.source, "sequences": sequences.shape[0], "tokens": sequences.numel()},
-                versions={name: importlib.metadata.version(name) for name in ("cai-runtime", "torch", "transformers")},
-                seconds=seconds,
+                calibration=text,
+                versions=versions(),
+                seconds=self._seconds,
+                healing=losses,
             )
-            with _timed(seconds, "round"):
-                _write(writer, checkpoint, decomposed, ranks, embeddings, options, report, progress)
-            seconds.update({stage: round(took, 3) for stage, took in seconds.items()})
-            writer.finish(report.to_json())
-    return report
+            with (
+                self._timed("write"),
+                CheckpointWriter(
+                    self._dst, config=self._weights.config(), source_dir=self._weights.path, overwrite=overwrite
+                ) as writer,
+            ):
+                write_checkpoint(writer, calibration, work, curves, options, report, self._progress)
+                report.seconds = {stage: round(took, 3) for stage, took in self._seconds.items()}
+                writer.finish(report.to_json())
+            work.remove()
+        return report
 
+    def _text(self, work: Work) -> tuple[list[Batch], list[Batch], dict[str, Any]]:
+        """Batches to calibrate on, batches to heal on (those and more), and what they are."""
+        options = self._options
+        if not work.has("text"):
+            found = calibration_sequences(
+                SELF if options.calibration is None else options.calibration,
+                tokenizer=_tokenizer(self._weights.path),
+                model_path=self._weights.path,
+                samples=max(options.samples, -(-options.heal_tokens // options.sequence_length)),
+                sequence_length=options.sequence_length,
+                seed=options.seed,
+                device=options.device,
+                progress=self._progress,
+            )
+            order = torch.randperm(found.sequences.shape[0], generator=torch.Generator().manual_seed(options.seed))
+            record = {**found.to_json(), "calibrated_on": min(options.samples, len(order))}
+            work.save("text", {"sequences": found.sequences[order].contiguous()}, record)
+        tensors, record = work.load("text")
+        batches = [{"input_ids": ids} for ids in tensors["sequences"][: options.samples].split(BATCH)]
+        every = [{"input_ids": ids} for ids in tensors["sequences"].split(BATCH)]
+        return batches, every, record
 
-@dataclass(frozen=True)
-class _Decomposed:
-    """A target's factors, on the CPU; the damped Gram matrix of its inputs, fp32 [in, in], one for the whole group; whether
-    the calibration text reached it."""
+    def _calibrate(self, calibration: CalibrationPass, work: Work) -> None:
+        """Forward and backward; per block the curves of its layers and, where there is room, their moments."""
+        blocks = calibration.blocks()
+        curvature = self._options.curvature
+        keep_moments = self._plan.moment_bytes <= MOMENT_BYTES
 
-    factors: Factors
-    input_gram: torch.Tensor
-    calibrated: bool
+        def visit(at: BlockId) -> None:
+            if work.has(at.step("curves")) and (not curvature or work.has(at.step("grad"))):
+                return
+            groups, moments = calibration.moments(at, gradients=curvature)
+            with self._timed("decompose"):
+                energies = self._energies(groups, moments)
+                noise = self._noise(groups, moments)
+            record = {"groups": [[t.name for t in g.targets] for g in groups], "rows": moments.rows, "noise": noise}
+            if keep_moments:
+                work.save(at.step("moments"), moments.tensors(groups), record)
+            work.save(at.step("curves"), energies, record)
 
+        with self._timed("calibrate", but="decompose"):
+            with self._bar(len(blocks), "forward", "block") as bar:
+                calibration.tick = bar.update
+                calibration.forward()
+            with self._bar(len(blocks), "backward" if curvature else "moments", "block") as bar:
+                calibration.tick = bar.update
+                if curvature:
+                    calibration.backward(visit)
+                else:
+                    for at in blocks:
+                        visit(at)
+                        bar.update()
 
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    start = perf_counter()
-    try:
-        yield
-    finally:
-        seconds[stage] = seconds.get(stage, 0.0) + perf_counter() - start
+    def _energies(self, groups: list[InputGroup], moments: BlockMoments) -> dict[str, torch.Tensor]:
+        found = {}
+        for target in (t for group in groups for t in group.targets):
+            outer = moments.outputs.get(target.name)
+            weight = self._weights.tensor(f"{target.name}.weight").to(self._options.device)
+            found[target.name] = spectrum(
+                weight, damped(moments.inputs[target.name]), None if outer is None else damped(outer, OUTPUT_DAMPING)
+            )
+        return found
+
+    def _noise(self, groups: list[InputGroup], moments: BlockMoments) -> dict[str, dict[str, float]]:
+        """What rounding each weight to each of the competing stores adds to the error; nothing without a budget in
+        bytes."""
+        found: dict[str, dict[str, float]] = {}
+        for target in (t for group in groups for t in group.targets if self._options.target_bytes is not None):
+            gram, outer = damped(moments.inputs[target.name]), moments.outputs.get(target.name)
+            outer = None if outer is None else damped(outer, OUTPUT_DAMPING)
+            weight = self._weights.tensor(f"{target.name}.weight").to(self._options.device).float()
+            found[target.name] = {
+                store: whitened_error(dense_module(weight, store, gram).dense() - weight, gram, outer)
+                for store in self._options.stores
+            }
+        return found
+
+    def _choose(self, calibration: CalibrationPass, work: Work) -> tuple[dict[str, Choice], dict[str, Curve]]:
+        curves: dict[str, Curve] = {}
+        noise: dict[str, dict[str, float]] = {}
+        for at in calibration.blocks():
+            energies, record = work.load(at.step("curves"))
+            for target in calibration.targets(at):
+                out, inp = target.module.out_features, target.module.in_features
+                errors = [*energies[target.name].flip(0).cumsum(0).flip(0).tolist(), 0.0]
+                # With curvature the errors are estimates of the loss and add up as they are; without, each layer's own
+                # outputs are the only measure there is.
+                unit = 1.0 if self._options.curvature else max(errors[0], torch.finfo(torch.float32).tiny)
+                errors = [error / unit for error in errors]
+                noise[target.name] = {s: e / unit for s, e in record["noise"].get(target.name, {}).items()}
+                curves[target.name] = Curve(target.name, out, inp, errors)
+        return choose(curves, self._options, noise=noise, budget_bytes=self._plan.layer_budget_bytes), curves
+
+    def _compress_blocks(self, calibration: CalibrationPass, choices: dict[str, Choice], work: Work) -> None:
+        options = self._options
+        settings = BlockSettings(
+            options.shift, options.refine_epochs, options.refine_rate, options.curvature, options.seed
+        )
+
+        def moments(at: BlockId) -> tuple[list[InputGroup], BlockMoments]:
+            if not work.has(at.step("moments")):
+                return calibration.moments(at, gradients=options.curvature)
+            tensors, record = work.load(at.step("moments"))
+            by_name = {target.name: target for target in calibration.targets(at)}
+            groups = [InputGroup(tuple(by_name[name] for name in names)) for names in record["groups"]]
+            return groups, BlockMoments.of(tensors, groups, record["rows"])
+
+        with self._timed("blocks"):
+            compressor = BlockwiseCompressor(calibration, choices, moments, work, settings)
+            total = sum(compressor.ticks(at) for at in calibration.blocks())
+            with self._bar(total, "blocks", "step") as bar:
+                compressor.tick = bar.update
+                compressor.run()
+
+    def _heal(self, calibration: CalibrationPass, batches: list[Batch], work: Work) -> list[float]:
+        options = self._options
+        steps = options.heal_tokens // (BATCH * options.sequence_length)
+        if not steps:
+            return []
+        with self._timed("heal"):
+            student = self._student(calibration, work)
+            teacher = self._weights.resident(DTYPES[options.dtype]).to(options.device)
+            with self._bar(steps, "heal", "step") as bar:
+                healer = Healer(student, teacher, batches, work, steps=steps, rate=options.heal_rate, tick=bar.update)
+                healer.run()
+        return healer.losses
+
+    def _student(self, calibration: CalibrationPass, work: Work) -> nn.Module:
+        """The compressed model, its cores, norms and biases to be trained."""
+        options = self._options
+        student: Any = self._weights.resident(DTYPES[options.dtype]).to(options.device)
+        for at in calibration.blocks():
+            for name, layer in load_block(work, at)[0].items():
+                put_in(student, name, layer.to(options.device))
+        for module in {student.get_input_embeddings(), student.get_output_embeddings()}:
+            module.weight.data = self._weights.rounded(module.weight.data, options.embedding_store)
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_("cores." in name or parameter.ndim == 1)
+        return student
+
+    @contextmanager
+    def _timed(self, stage: str, *, but: str | None = None) -> Iterator[None]:
+        """Add the time to a stage. but: a stage inside it that is counted by itself."""
+        start, inside = perf_counter(), self._seconds.get(but or "", 0.0)
+        try:
+            yield
+        finally:
+            took = perf_counter() - start - (self._seconds.get(but or "", 0.0) - inside)
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + took
+
+    def _bar(self, total: int, name: str, unit: str) -> tqdm:
+        return tqdm(total=total, desc=name, unit=unit, disable=tqdm_disable(self._progress))
 
 
 def _tokenizer(path: Path) -> Any:
@@ -179,152 +388,3 @@ def _tokenizer(path: Path) -> Any:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as e:
         raise CompressionError(f"the tokenizer of {path} can't be loaded: {e}") from e
-
-
-def _require_room(checkpoint: Checkpoint, options: Options, dst: Path) -> None:
-    """Refuse before the work what the disk can't hold. An estimate from above: everything at the wider of its stores."""
-    size = max(STORES[store].bytes_per_number for store in (options.store, options.embedding_store))
-    numbers = sum(math.prod(info.shape) for info in checkpoint.tensors().values())
-    need = int(numbers * size * 1.05)
-    parent = next(p for p in dst.absolute().parents if p.exists())
-    free = shutil.disk_usage(parent).free
-    if free < need:
-        raise CompressionError(f"{parent} has {free >> 20} MiB free, the slim checkpoint needs up to {need >> 20} MiB")
-
-
-def _decompose(
-    model: Any,
-    checkpoint: Checkpoint,
-    groups: list[InputGroup],
-    sequences: torch.Tensor,
-    options: Options,
-    seconds: dict[str, float],
-    progress: bool | None,
-) -> dict[str, _Decomposed]:
-    """Factors of every target by name. A group's moments are dropped as soon as its weights are factorized."""
-    found: dict[str, _Decomposed] = {}
-    total = sum(len(group.targets) for group in groups)
-    moments = gather_moments(model, groups, sequences, gradients=options.curvature, progress=progress)
-    with tqdm(total=total, desc="decompose", unit="layer", disable=tqdm_disable(progress)) as bar:
-        while True:
-            with _timed(seconds, "calibrate"):
-                group = next(moments, None)
-            if group is None:
-                return found
-            with _timed(seconds, "decompose"):
-                gram = damped(group.input_gram)
-                kept = gram.float().cpu()
-                for target in group.group.targets:
-                    outer = group.output_grams.get(target.name)
-                    factors = factorize(
-                        _weight(checkpoint, target), gram, None if outer is None else damped(outer, OUTPUT_DAMPING)
-                    )
-                    found[target.name] = _Decomposed(factors.to("cpu"), kept, group.tokens > 0)
-                    bar.update()
-
-
-def _weight(checkpoint: Checkpoint, target: Target) -> torch.Tensor:
-    """The target's weight as it lies on disk: the model may hold it in another dtype."""
-    weight, shape = checkpoint.tensor(f"{target.name}.weight"), target.module.weight.shape
-    if weight.shape != shape:
-        raise UnsupportedModelError(
-            f"{target.name} is {list(weight.shape)} on disk, {list(shape)} in transformers' model"
-        )
-    return weight
-
-
-def _ranks(decomposed: dict[str, _Decomposed], options: Options) -> dict[str, int | None]:
-    """Rank of every target; None where it stays dense."""
-    curves = []
-    for name, found in decomposed.items():
-        factors = found.factors
-        # With curvature the errors are estimates of the loss and add up as they are; without, each layer's own outputs
-        # are the only measure there is.
-        errors = factors.errors() if options.curvature else factors.relative_errors()
-        curves.append(Curve(name, factors.left.shape[0], factors.right.shape[1], errors))
-    ranks = allocate(
-        curves,
-        options.keep,
-        kind=options.kind,
-        allocation=options.allocation,
-        multiple=options.rank_multiple,
-        floor=options.floor,
-    )
-    return dict(zip(decomposed, ranks, strict=True))
-
-
-def _write(
-    writer: CheckpointWriter,
-    checkpoint: Checkpoint,
-    decomposed: dict[str, _Decomposed],
-    ranks: dict[str, int | None],
-    embeddings: set[str],
-    options: Options,
-    report: Report,
-    progress: bool | None,
-) -> None:
-    """Round every target to its cores and hand all tensors of the checkpoint to the writer: targets as cores, embedding and
-    head in their store, the rest as it is. Fills in the report's modules and counts."""
-    owned = {tensor for name in decomposed for tensor in checkpoint.module_tensors(name)}
-    disable = tqdm_disable(progress)
-    for name, found in tqdm(decomposed.items(), desc="round", unit="layer", disable=disable):
-        module, rank = checkpoint.module(name), ranks[name]
-        weight, gram = module.dense().to(options.device), found.input_gram.to(options.device)
-        if rank is None:
-            stored = dense_module(weight, options.store, gram)
-        else:
-            factors = found.factors.to(options.device)
-            stored = factorized_module(options.kind, weight, factors, rank, options.store, gram)
-        spec = stored.spec
-        writer.add_module(name, spec, stored.cores, pivot=stored.pivot, bias=module.bias)
-        report.modules.append(
-            ModuleReport(
-                name=name,
-                kind=spec.kind,
-                rank=rank,
-                out_features=spec.out_features,
-                in_features=spec.in_features,
-                parameters=spec.parameters,
-                nbytes=spec.nbytes,
-                relative_error=0.0 if rank is None else found.factors.relative_errors()[rank],
-                calibrated=found.calibrated,
-            )
-        )
-        report.dense_parameters += spec.dense_parameters
-        report.parameters += spec.parameters
-        report.dense_bytes += spec.dense_nbytes
-        report.bytes += spec.nbytes
-        checkpoint.release(checkpoint.module_tensors(name))
-    report.total_dense_parameters, report.total_parameters = report.dense_parameters, report.parameters
-    report.total_dense_bytes, report.total_bytes = report.dense_bytes, report.bytes
-    for name, info in checkpoint.tensors().items():
-        module_name, _, leaf = name.rpartition(".")
-        tensor = checkpoint.tensor(name)
-        count, nbytes = math.prod(info.shape), info.nbytes
-        if name in owned:
-            if leaf != "bias":
-                continue
-        elif leaf == "weight" and module_name in embeddings:
-            rows, width = info.shape
-            spec = ModuleSpec("dense", rows, width, None, (options.embedding_store,))
-            writer.add_module(module_name, spec, [tensor])
-            nbytes = spec.nbytes
-        else:
-            writer.add_tensor(name, tensor)
-        checkpoint.release(name)
-        report.total_dense_parameters += count
-        report.total_parameters += count
-        report.total_dense_bytes += count * DENSE_REFERENCE_BYTES
-        report.total_bytes += nbytes
-
-
-def _embedding_names(model: Any) -> set[str]:
-    """Names of the token embedding and of the head, those of the two that there are."""
-    wanted = {id(m) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
-    return {name for name, module in model.named_modules() if id(module) in wanted}
-
-
-def _hashes(checkpoint: Checkpoint) -> dict[str, str]:
-    """SHA-256 of every weight file of the source, by name."""
-    files = sorted({info.file for info in checkpoint.tensors().values()})
-    return {file.name: sha256_of(file) for file in files}

@@ -5,19 +5,24 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from cai_runtime.slim.spec import DENSE_REFERENCE_BYTES
+
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One factorized module. `rank` is None where it stayed dense. `relative_error`: squared error of the outputs over their
-    square, in the whitened metric of the calibration and before rounding to the store."""
+    """One compressed module. `rank` is None where it stayed dense. `relative_error`: squared error of the outputs over
+    their square, in the whitened metric of the calibration, of the decomposition alone (before rounding, refinement and
+    healing)."""
 
     name: str
     kind: str
     rank: int | None
+    store: list[str]
     out_features: int
     in_features: int
     parameters: int
     nbytes: int
+    dense_bytes: int
     relative_error: float
     calibrated: bool  # whether the calibration text reached it; one that it did not (an expert) tends to stay dense
 
@@ -26,8 +31,10 @@ class ModuleReport:
 class Report:
     """The whole run. Bytes are on disk; a "dense" byte count takes two bytes (bf16) for each parameter.
 
-    `seconds`: wall time by stage. `keep_parameters` and `keep_bytes` are of the factorized modules alone; the totals are of
-    the checkpoint with embedding, head and norms.
+    `seconds`: wall time by stage, in the call that finished. `blocks`: error of each block's output before and after
+    its refinement, see `refine_block`. `healing`: mean divergence of each step, in nats per position. `quality`: see
+    `cai_runtime.compress.compare`. `keep_parameters` and `keep_bytes` are of the factorized modules alone; the totals
+    are of the checkpoint with embedding, head and norms.
     """
 
     source: str
@@ -45,6 +52,27 @@ class Report:
     total_dense_bytes: int = 0
     total_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    healing: list[float] = field(default_factory=list)
+    quality: dict[str, Any] | None = None
+
+    def add(self, dense_parameters: int, parameters: int, nbytes: int) -> None:
+        """Count a compressed module."""
+        self.dense_parameters += dense_parameters
+        self.parameters += parameters
+        self.dense_bytes += dense_parameters * DENSE_REFERENCE_BYTES
+        self.bytes += nbytes
+        self.total_dense_parameters += dense_parameters
+        self.total_parameters += parameters
+        self.total_dense_bytes += dense_parameters * DENSE_REFERENCE_BYTES
+        self.total_bytes += nbytes
+
+    def add_rest(self, parameters: int, nbytes: int) -> None:
+        """Count a tensor that is none of them."""
+        self.total_dense_parameters += parameters
+        self.total_parameters += parameters
+        self.total_dense_bytes += parameters * DENSE_REFERENCE_BYTES
+        self.total_bytes += nbytes
 
     @property
     def keep_parameters(self) -> float:
@@ -67,7 +95,8 @@ class Report:
         lines = [
             f"{len(self.modules)} linear layers, {dense} of them left dense"
             + (f", {unreached} not reached by the calibration text" if unreached else ""),
-            f"their parameters  {self.dense_parameters:>14,} -> {self.parameters:>14,}   keep {self.keep_parameters:.3f}",
+            f"their parameters  {self.dense_parameters:>14,} -> {self.parameters:>14,}   "
+            f"keep {self.keep_parameters:.3f}",
             f"their bytes       {self.dense_bytes:>14,} -> {self.bytes:>14,}   keep {self.keep_bytes:.3f} of bf16",
             f"whole checkpoint  {self.total_dense_bytes:>14,} -> {self.total_bytes:>14,} bytes, "
             f"{self.total_bytes / self.total_dense_bytes:.3f} of bf16",

@@ -40,7 +40,7 @@ def test_the_budget_is_kept_and_used(kind, allocation, shapes, keep, multiple):
     try:
         ranks = allocate(curves, keep, kind=kind, allocation=allocation, multiple=multiple)
     except CompressionError:
-        assert sum(options(c, kind, multiple)[0].parameters for c in curves) > budget
+        assert sum(options(c, kind, multiple)[0].cost for c in curves) > budget
         return
     left = budget - spent(curves, ranks, kind)
     assert left >= 0
@@ -49,7 +49,7 @@ def test_the_budget_is_kept_and_used(kind, allocation, shapes, keep, multiple):
     for c, rank in zip(curves, ranks, strict=True):
         menu = options(c, kind, multiple)
         at = next(k for k, option in enumerate(menu) if option.rank == rank)
-        assert at + 1 == len(menu) or menu[at + 1].parameters - menu[at].parameters > left
+        assert at + 1 == len(menu) or menu[at + 1].cost - menu[at].cost > left
 
 
 def test_pooled_is_the_best_of_all_choices():

@@ -21,7 +21,15 @@ IDS = torch.randint(2, 62, (2, 40), generator=torch.Generator().manual_seed(3))
 
 
 def run(src, dst, text_file, **options):
-    settings = {"calibration": text_file, "samples": 8, "sequence_length": 64, "rank_multiple": 1, "progress": False}
+    settings = {
+        "calibration": text_file,
+        "samples": 8,
+        "sequence_length": 64,
+        "rank_multiple": 1,
+        "refine_epochs": 0,
+        "heal_tokens": 0,
+        "progress": False,
+    }
     return compress(src, dst, **{**settings, **options})
 
 
@@ -103,7 +111,7 @@ def test_int4_runs_as_its_dense_reconstruction(tiny, text_file, tmp_path, store,
     with Checkpoint.open(tmp_path / "slim") as slim:
         assert slim.modules["model.embed_tokens"].store == (embedding,)
         assert {s for name, spec in slim.modules.items() if "layers" in name for s in spec.store} == {stored}
-        assert report.total_bytes == slim.nbytes and report.options["store"] == stored
+        assert report.total_bytes == slim.nbytes and report.options["stores"] == (stored,)
         assert report.options["embedding_store"] == embedding
         slim.verify(progress=False)
         x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).double()
@@ -151,7 +159,7 @@ def test_the_report_counts_what_is_on_disk(tiny, text_file, tmp_path):
     assert written["keep"]["bytes"] == pytest.approx(report.bytes / (2 * report.dense_parameters))
     assert written["source_sha256"].keys() == {"model.safetensors"}
     assert written["options"]["keep"] == 0.8 and written["calibration"]["tokens"] == 8 * 64
-    assert set(written["seconds"]) == {"open", "calibrate", "decompose", "allocate", "hash", "round"}
+    assert set(written["seconds"]) == {"hash", "text", "open", "calibrate", "decompose", "allocate", "blocks"}
     assert all(0 <= m["relative_error"] < 1 and m["calibrated"] for m in written["modules"])
 
 
@@ -223,10 +231,17 @@ def test_a_taken_destination(tiny, text_file, tmp_path):
     assert run(tiny, tmp_path / "slim", text_file, keep=0.5, overwrite=True).keep_parameters <= 0.5
 
 
-def test_a_slim_source_and_a_missing_source(tiny, text_file, tmp_path):
-    run(tiny, tmp_path / "slim", text_file)
-    with pytest.raises(CompressionError, match="slim checkpoint already"):
-        run(tmp_path / "slim", tmp_path / "again", text_file)
+def test_a_slim_source_is_compressed_further(tiny, text_file, tmp_path):
+    run(tiny, tmp_path / "slim", text_file, keep=0.9, store="fp32")
+    report = run(tmp_path / "slim", tmp_path / "again", text_file, keep=0.6, store="fp32")
+    assert 0.55 < report.keep_parameters <= 0.6
+    run(tiny, tmp_path / "once", text_file, keep=0.6, store="fp32")
+    reference = logits(dense_reference(tiny))
+    twice, once = (distance(reference, logits(slim_as_transformers(tmp_path / name))) for name in ("again", "once"))
+    assert once < 1.2 * twice and twice < 1.5 * once
+
+
+def test_a_missing_source(tmp_path, text_file):
     with pytest.raises(SourceError):
         run(tmp_path / "nothing", tmp_path / "again", text_file)
 

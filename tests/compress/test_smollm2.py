@@ -13,7 +13,14 @@ from cai_runtime.slim.reader import Checkpoint
 from cai_runtime.slim.writer import CheckpointWriter
 
 BLOCKS = 3
-SETTINGS = {"keep": 0.8, "samples": 4, "progress": False}
+SETTINGS = {
+    "keep": 0.8,
+    "samples": 4,
+    "calibration": "wikipedia",
+    "refine_epochs": 0,
+    "heal_tokens": 0,
+    "progress": False,
+}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,101 @@
+"""The compressed blocks and everything else into a checkpoint, and into its report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from cai_runtime.compress.allocate import Curve
+from cai_runtime.compress.blockwise import load_block
+from cai_runtime.compress.calibrate import CalibrationPass
+from cai_runtime.compress.heal import STEP as HEAL
+from cai_runtime.compress.options import Options
+from cai_runtime.compress.report import ModuleReport, Report
+from cai_runtime.compress.work import Work
+from cai_runtime.convert.cache import tqdm_disable
+from cai_runtime.slim.spec import DENSE_REFERENCE_BYTES, ModuleSpec
+from cai_runtime.slim.writer import CheckpointWriter
+
+
+def write_checkpoint(
+    writer: CheckpointWriter,
+    calibration: CalibrationPass,
+    work: Work,
+    curves: Mapping[str, Curve],
+    options: Options,
+    report: Report,
+    progress: bool | None,
+) -> None:
+    """Hand all tensors to the writer: compressed layers as cores, embedding and head in their store, the rest as it is,
+    or as healing left it. Fills in the report's modules and counts. One block is in memory at a time."""
+    weights, model = calibration.model.weights, calibration.model.model
+    healed = _healed(work)
+    done: set[str] = set()
+    for at in tqdm(calibration.blocks(), desc="write", unit="block", disable=tqdm_disable(progress)):
+        layers, record = load_block(work, at)
+        for name, layer in layers.items():
+            with torch.no_grad():
+                for key, parameter in layer.named_parameters():
+                    if f"{name}.{key}" in healed:
+                        parameter.copy_(healed[f"{name}.{key}"])
+            stored = layer.stored()
+            bias = None
+            if layer.bias is not None:
+                bias = layer.bias.detach().to(weights.tensor(f"{name}.bias").dtype)
+            writer.add_module(name, stored.spec, stored.cores, pivot=stored.pivot, bias=bias)
+            report.modules.append(_module_report(name, stored.spec, curves[name], record["rows"][name] > 0))
+            report.add(stored.spec.dense_parameters, stored.spec.parameters, stored.spec.nbytes)
+            done |= {f"{name}.weight", f"{name}.bias"}
+            if bias is not None:
+                report.add_rest(bias.numel(), bias.nbytes)
+        if record["refined"] is not None:
+            name = calibration.stack(at).block_name(at.index)
+            report.blocks.append({"name": name, **record["refined"]})
+    ends = {id(m) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    embeddings = {f"{name}.weight" for name, module in model.named_modules() if id(module) in ends}
+    for name in weights.names():
+        if name in done:
+            continue
+        tensor = weights.tensor(name)
+        nbytes = tensor.nbytes
+        if name in embeddings:
+            rows, width = tensor.shape
+            spec = ModuleSpec("dense", rows, width, None, (options.embedding_store,))
+            writer.add_module(name.removesuffix(".weight"), spec, [tensor.float()])
+            nbytes = spec.nbytes
+        elif name in healed:
+            writer.add_tensor(name, healed[name].to(tensor.dtype))
+        else:
+            writer.add_tensor(name, tensor)
+        weights.release(name)
+        report.add_rest(math.prod(tensor.shape), nbytes)
+
+
+def _healed(work: Work) -> dict[str, torch.Tensor]:
+    """What healing has made of the parameters it trained, by name; nothing without healing."""
+    if not work.has(HEAL):
+        return {}
+    tensors, _ = work.load(HEAL)
+    return {key[2:]: tensor for key, tensor in tensors.items() if key.startswith("p|")}
+
+
+def _module_report(name: str, spec: ModuleSpec, curve: Curve, calibrated: bool) -> ModuleReport:
+    rank: Any = spec.rank
+    whole = curve.errors[0]
+    return ModuleReport(
+        name=name,
+        kind=spec.kind,
+        rank=rank,
+        store=list(spec.store),
+        out_features=spec.out_features,
+        in_features=spec.in_features,
+        parameters=spec.parameters,
+        nbytes=spec.nbytes,
+        dense_bytes=spec.dense_parameters * DENSE_REFERENCE_BYTES,
+        relative_error=0.0 if rank is None or whole <= 0 else curve.errors[rank] / whole,
+        calibrated=calibrated,
+    )

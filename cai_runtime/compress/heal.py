@@ -1,0 +1,124 @@
+"""The whole compressed model, trained to predict what the original predicts.
+
+The loss is the Kullback-Leibler divergence of the original model's distribution over the next token from the compressed
+one's (Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network", 2015). All cores, in their rounding,
+norms and biases are trained; the embedding and the head are not. Logits exist for a few positions at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cai_runtime.compress.refine import adam, set_rate
+from cai_runtime.compress.stack import Batch
+from cai_runtime.compress.work import Work
+
+WARMUP = 0.1  # share of the steps
+POSITIONS = 256  # whose logits are in memory at once
+STEP = "heal"
+KEEP_EVERY = 8  # steps between states on disk
+
+
+class Healer:
+    """Trains `student` in place; "heal" in the work directory keeps the state of the training.
+
+    student, teacher: transformers' models, the student's parameters that require gradients are trained. batches: taken
+    in order, again and again. steps, rate: of Adam; see `refine_block`. batches_per_step: whose gradients are added up.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        batches: Sequence[Batch],
+        work: Work,
+        *,
+        steps: int,
+        rate: float,
+        batches_per_step: int = 1,
+        tick: Callable[[], object] = lambda: None,
+    ):
+        self._student, self._teacher = student, teacher
+        self._batches, self._work, self._steps, self._tick = batches, work, steps, tick
+        self._per_step = batches_per_step
+        self._named = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        self._optimizer = adam(list(self._named.values()), rate)
+        self.losses: list[float] = []  # mean divergence of each step, in nats per position
+
+    def run(self) -> None:
+        done = self._restore()
+        for _ in range(done):
+            self._tick()
+        for step in range(done, self._steps):
+            at = self._per_step * step
+            taken = [self._batches[(at + k) % len(self._batches)] for k in range(self._per_step)]
+            warm = max(1.0, WARMUP * self._steps)
+            share = min(1.0, (step + 1) / warm) * (0.5 + 0.5 * math.cos(math.pi * step / self._steps))
+            set_rate(self._optimizer, share)
+            self.losses.append(sum(self._gradients(batch) for batch in taken) / len(taken))
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+            if (step + 1) % KEEP_EVERY == 0 or step + 1 == self._steps:
+                self._keep(step + 1)
+            self._tick()
+
+    def _gradients(self, batch: Batch) -> float:
+        """Add this batch's share of the gradients. Returns its divergence."""
+        with torch.no_grad():
+            wanted = _hidden(self._teacher, batch)
+        with torch.enable_grad():
+            found = _hidden(self._student, batch)
+        head, teacher_head = self._student.get_output_embeddings(), self._teacher.get_output_embeddings()
+        leaf = found.detach().requires_grad_()
+        flat, flat_wanted = leaf.flatten(0, 1), wanted.flatten(0, 1)
+        count, total = flat.shape[0], 0.0
+        for start in range(0, count, POSITIONS):
+            part = slice(start, start + POSITIONS)
+            with torch.no_grad():
+                target = teacher_head(flat_wanted[part]).float().log_softmax(-1)
+            with torch.enable_grad():
+                logits = head(flat[part]).float().log_softmax(-1)
+                loss = F.kl_div(logits, target, log_target=True, reduction="sum") / (count * self._per_step)
+                loss.backward()
+            total += float(loss.detach())
+        found.backward(leaf.grad)
+        return total * self._per_step
+
+    def _restore(self) -> int:
+        """Go on from the state on disk; the number of steps that are done."""
+        if not self._work.has(STEP):
+            return 0
+        tensors, record = self._work.load(STEP)
+        self.losses = list(record["losses"])
+        with torch.no_grad():
+            for name, p in self._named.items():
+                p.copy_(tensors[f"p|{name}"])
+                if f"m|{name}" not in tensors:
+                    continue
+                self._optimizer.state[p] = {
+                    "step": torch.tensor(float(record["steps"])),
+                    "exp_avg": tensors[f"m|{name}"].to(p),
+                    "exp_avg_sq": tensors[f"v|{name}"].to(p),
+                }
+        return int(record["steps"])
+
+    def _keep(self, steps: int) -> None:
+        tensors: dict[str, torch.Tensor] = {}
+        for name, p in self._named.items():
+            tensors[f"p|{name}"] = p
+            if state := self._optimizer.state.get(p):  # none where no gradient has come yet
+                tensors |= {f"m|{name}": state["exp_avg"], f"v|{name}": state["exp_avg_sq"]}
+        self._work.save(STEP, tensors, {"steps": steps, "losses": self.losses})
+
+
+def _hidden(model: Any, batch: Batch) -> torch.Tensor:
+    """The states that the head is applied to, [batch, tokens, hidden]."""
+    device = next(model.parameters()).device
+    inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+    return model.base_model(**inputs, use_cache=False).last_hidden_state

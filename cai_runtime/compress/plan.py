@@ -1,0 +1,222 @@
+"""What a compression will take, before it is begun: layers, sizes, disk, memory and time."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import shutil
+from dataclasses import dataclass, fields
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from cai_runtime.compress.allocate import Curve, allocate
+from cai_runtime.compress.options import BATCH, DTYPES, Options
+from cai_runtime.compress.stack import find_stacks
+from cai_runtime.compress.targets import find_targets
+from cai_runtime.compress.weights import DenseWeights
+from cai_runtime.errors import CompressionError
+from cai_runtime.slim.spec import DENSE_REFERENCE_BYTES, STORES
+
+STUDENT_BYTES = 16  # for each trained number while healing: latent, gradient, two moments of Adam, fp32
+SHIFT_PASSES = 4  # forward passes of a block in which its layers' inputs are looked at: q/k/v, o, gate/up, down
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Counts of numbers, of bytes, and floating point operations.
+
+    parameters: of the whole model; layer_parameters: of the linear layers that are compressed; embedding_parameters: of
+    embedding and head. output_bytes: of the slim checkpoint, from above for a budget in parameters. moment_bytes: of
+    all blocks' moments in fp32. state_bytes: of hidden states and gradients on disk. block_parameters: of the largest
+    block. flops: by stage.
+    """
+
+    model_type: str
+    blocks: int
+    layers: int
+    parameters: int
+    layer_parameters: int
+    embedding_parameters: int
+    block_parameters: int
+    output_bytes: int
+    layer_budget_bytes: int | None
+    moment_bytes: int
+    state_bytes: int
+    work_bytes: int
+    memory_bytes: int
+    heal_memory_bytes: int
+    flops: dict[str, float]
+    dst: Path
+
+    def require_room(self) -> None:
+        """Raises CompressionError when the disk can't hold the work and the result, or memory the healing."""
+        parent = next(p for p in self.dst.absolute().parents if p.exists())
+        free, need = shutil.disk_usage(parent).free, self.work_bytes + self.output_bytes
+        if free < need:
+            raise CompressionError(
+                f"{parent} has {free >> 20} MiB free, the compression needs up to {need >> 20} MiB: "
+                f"{self.work_bytes >> 20} while it works and {self.output_bytes >> 20} for the checkpoint"
+            )
+        available = available_memory()
+        if available is not None and self.heal_memory_bytes > available:
+            raise CompressionError(
+                f"healing needs about {self.heal_memory_bytes >> 20} MiB of memory, {available >> 20} MiB are available: "
+                "leave it out (--heal-tokens 0)"
+            )
+
+    def seconds(self, rate: float) -> dict[str, float]:
+        """Estimated time by stage at `rate` operations a second."""
+        return {stage: flops / rate for stage, flops in self.flops.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "dst"}
+
+    def summary(self, rate: float | None = None) -> str:
+        """A few lines for people. rate: floating point operations a second that this machine was seen to do."""
+        lines = [
+            f"{self.model_type}: {self.parameters:,} parameters, {self.layers} linear layers with {self.layer_parameters:,} "
+            f"of them in {self.blocks} blocks",
+            f"checkpoint        up to {_mib(self.output_bytes)}, "
+            f"{self.output_bytes / (self.parameters * DENSE_REFERENCE_BYTES):.3f} of bf16",
+            f"work directory    up to {_mib(self.work_bytes)}",
+            f"memory            about {_mib(max(self.memory_bytes, self.heal_memory_bytes))}"
+            + (" (healing)" if self.heal_memory_bytes > self.memory_bytes else ""),
+        ]
+        if rate is not None:
+            seconds = self.seconds(rate)
+            stages = ", ".join(f"{stage} {_time(took)}" for stage, took in seconds.items())
+            lines.append(
+                f"time              about {_time(sum(seconds.values()))} at {rate / 1e9:.0f} GFLOP/s: {stages}; and the text"
+            )
+        return "\n".join(lines)
+
+
+def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
+    """Raises UnsupportedModelError when nothing can be compressed, CompressionError when transformers can't build the
+    model or the budget leaves nothing for the linear layers."""
+    try:
+        model: Any = weights.skeleton(DTYPES[options.dtype])
+    except (OSError, ValueError, KeyError, ImportError) as e:
+        raise CompressionError(f"transformers can't build the model of {weights.path}: {e}") from e
+    stacks = find_stacks(model)
+    targets = find_targets(model, [stack.name for stack in stacks], weights)
+    shapes = [(t.module.out_features, t.module.in_features) for t in targets.values()]
+    layer_parameters = sum(out * inp for out, inp in shapes)
+    ends = {f"{name}.weight" for name, module in model.named_modules() if module in _ends(model)}
+    embedding = sum(math.prod(weights.shape(name)) for name in ends if name in weights)
+    total = weights.parameters()
+    rest_bytes = _stored_bytes(embedding, options.embedding_store) + 4 * (total - layer_parameters - embedding)
+    budget = None
+    if options.target_bytes is not None:
+        wanted = options.target_bytes
+        output = int(wanted * total * DENSE_REFERENCE_BYTES) if isinstance(wanted, float) else wanted
+        budget = output - rest_bytes
+        if budget <= 0:
+            raise CompressionError(
+                f"target_bytes {output:,} is too small: embedding, head and norms alone take {rest_bytes:,}"
+            )
+    else:
+        assert options.keep is not None
+        # Ranks can't be chosen yet, but a budget below the smallest ones is known to fail.
+        unknown = [Curve(name, o, i, [0.0] * (min(o, i) + 1)) for name, (o, i) in zip(targets, shapes, strict=True)]
+        allocate(
+            unknown, options.keep, kind=options.kind, allocation="uniform", multiple=options.rank_multiple, floor=0.0
+        )
+        output = rest_bytes + _stored_bytes(int(options.keep * layer_parameters), options.stores[0])
+    width = model.get_input_embeddings().embedding_dim
+    blocks = sum(len(stack) for stack in stacks)
+    tokens = options.samples * options.sequence_length
+    size = DTYPES[options.dtype].itemsize
+    states = tokens * width * size * (blocks + len(stacks)) * (2 if options.curvature else 1)
+    inputs = sum(
+        {(name.rpartition(".")[0], inp): inp * inp for name, (_, inp) in zip(targets, shapes, strict=True)}.values()
+    )
+    moments = 4 * (inputs + (sum(out * out for out, _ in shapes) if options.curvature else 0))
+    block_parameters = max(sum(p.numel() for p in block.parameters()) for stack in stacks for block in stack.blocks)
+    block_share = max((sum(o * o + i * i for o, i in shapes) // max(blocks, 1)), 1)
+    healing = options.heal_tokens > 0
+    heal_memory = (2 * total * size + int(STUDENT_BYTES * layer_parameters)) if healing else 0
+    kept = 4 * layer_parameters
+    return Plan(
+        model_type=weights.model_type,
+        blocks=blocks,
+        layers=len(targets),
+        parameters=total,
+        layer_parameters=layer_parameters,
+        embedding_parameters=embedding,
+        block_parameters=block_parameters,
+        output_bytes=output,
+        layer_budget_bytes=budget,
+        moment_bytes=moments,
+        state_bytes=states,
+        work_bytes=states + min(moments, 4 << 30) + kept + (3 * kept if healing else 0),
+        memory_bytes=(embedding + 3 * block_parameters) * size + 3 * 8 * block_share + 4 * tokens * width * size,
+        heal_memory_bytes=heal_memory,
+        flops=_flops(options, shapes, layer_parameters, embedding, tokens),
+        dst=dst,
+    )
+
+
+def _flops(options: Options, shapes: list[tuple[int, int]], layers: int, head: int, tokens: int) -> dict[str, float]:
+    forward = 2.0 * layers * tokens
+    squares = sum(2.0 * tokens * (i * i + (o * o if options.curvature else 0)) / 2 for o, i in shapes)
+    # Two Cholesky factors, three products, an eigendecomposition of the smaller side (about 9 n^3), in fp64.
+    decompose = sum(2 * ((o**3 + i**3) / 3 + 6 * o * i * min(o, i) + 9 * min(o, i) ** 3) for o, i in shapes)
+    found = {
+        "calibrate": forward * (4 if options.curvature else 2) + 6.0 * head * tokens + squares,
+        "decompose": decompose,
+        "blocks": 3 * decompose + forward * (SHIFT_PASSES + 2 if options.shift else 1) + squares * options.shift * 3,
+        "heal": options.heal_tokens * (8.0 * layers + 8.0 * head),
+    }
+    found["blocks"] += options.refine_epochs * forward * 3
+    return {stage: flops for stage, flops in found.items() if flops}
+
+
+def measured_rate(seconds: float = 0.5) -> float:
+    """Floating point operations a second of an fp32 matrix product on the CPU, halved: what the stages were seen to
+    reach."""
+    a, b = torch.randn(BATCH * 512, 1024), torch.randn(1024, 1024)
+    a @ b
+    count, start = 0, perf_counter()
+    while perf_counter() - start < seconds:
+        a @ b
+        count += 1
+    return count * 2 * a.numel() * b.shape[1] / (perf_counter() - start) / 2
+
+
+def available_memory() -> int | None:
+    """Bytes that new allocations may take without swapping; None where the system does not tell."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    except OSError:
+        pass
+    return None
+
+
+def versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("cai-runtime", "torch", "transformers")}
+
+
+def _ends(model: Any) -> set[Any]:
+    return {m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+
+
+def _stored_bytes(parameters: int, store: str) -> int:
+    """From above, scales included."""
+    kind = STORES[store]
+    return int(parameters * (kind.bytes_per_number + (2.5 / kind.group if kind.group else 0))) + parameters // 256
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / (1 << 20):,.0f} MiB"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,133 @@
+"""One block after another: compressed for the inputs that the compressed blocks before it give, then trained as a whole
+to give the dense block's output.
+
+Shifted inputs. The layers before have been compressed, so a layer gets x' where the dense one got x. What it is to say
+is still W x: the matrix that comes closest to that, given x', is W (mean x x'^T) (mean x' x'^T)^-1 ("Dobi-SVD", Wang, Ke,
+Tomizuka, Zhu and Xu, 2025; "AA-SVD" and others name the same least squares). Both means are damped, which draws it to W
+where the calibration text says little.
+
+Block refinement. All cores of a block, in their rounding, are trained together by gradient descent so that the block's
+output comes closest to the dense model's (Li, Gong, Tan, Yang, Hu, Zhang, Yu, Wang and Gu, "BRECQ: Pushing the limit of
+post-training quantization by block reconstruction", 2021). An error counts by what it does to the loss: the metric is
+the damped mean of g g^T, g the loss gradient at the block's output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from cai_runtime.compress.decompose import INPUT_DAMPING
+from cai_runtime.compress.moments import GramSum
+from cai_runtime.compress.stack import Call
+
+BETAS = (0.9, 0.99)
+
+
+class ShiftedMoments:
+    """Sums over pairs of rows x (of the dense model) and x' (of the compressed one), [rows, in] each."""
+
+    def __init__(self, features: int, device: torch.device):
+        self._own = GramSum(features, device)
+        self._cross = torch.zeros(features, features, dtype=torch.float64, device=device)
+
+    def add(self, dense: torch.Tensor, shifted: torch.Tensor) -> None:
+        x, y = dense.reshape(-1, dense.shape[-1]).float(), shifted.reshape(-1, shifted.shape[-1]).float()
+        self._own.add(y)
+        self._cross += x.mT @ y
+
+    @property
+    def rows(self) -> int:
+        return self._own.rows
+
+    def gram(self) -> torch.Tensor:
+        """Mean x' x'^T, [in, in], fp64."""
+        return self._own.mean()
+
+    def correction(self) -> torch.Tensor:
+        """[in, in], fp64: W times this is what stands for W on the shifted inputs."""
+        gram, cross = self.gram(), self._cross / max(self._own.rows, 1)
+        ridge = INPUT_DAMPING * float(gram.diagonal().mean())
+        if ridge == 0:
+            return torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device)
+        gram.diagonal().add_(ridge)
+        cross.diagonal().add_(ridge)
+        return torch.cholesky_solve(cross.mT, torch.linalg.cholesky(gram)).mT
+
+
+def refine_block(
+    block: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    calls: Sequence[Call],
+    inputs: Sequence[torch.Tensor],
+    targets: Sequence[torch.Tensor],
+    metric: torch.Tensor,
+    *,
+    epochs: int,
+    rate: float,
+    seed: int,
+    tick: Callable[[], object] = lambda: None,
+) -> tuple[float, float]:
+    """Train `parameters` so that the block gives `targets` on `inputs`; the best state of all epochs is kept.
+
+    calls, inputs, targets: one for each batch, [batch, tokens, hidden]. metric: [hidden, hidden], fp64, symmetric and
+    positive definite. rate: of Adam (Kingma and Ba, 2015), as a share of each parameter's own root mean square; it
+    falls to 0 along a cosine. seed: of the batches' order.
+
+    Returns the error before and after: the mean squared error in the metric over the mean square of the targets'
+    distance from the inputs in it.
+    """
+    root = torch.linalg.cholesky(metric).float()
+    scale = sum(float(((t - i).float() @ root).square().sum()) for t, i in zip(targets, inputs, strict=True))
+    scale = max(scale, torch.finfo(torch.float32).tiny)
+
+    def error(number: int) -> torch.Tensor:
+        difference = calls[number](block, inputs[number]) - targets[number]
+        return (difference.float() @ root).square().sum() / scale
+
+    def total() -> float:
+        with torch.no_grad():
+            return sum(float(error(number)) for number in range(len(inputs)))
+
+    optimizer = adam(parameters, rate)
+    generator = torch.Generator().manual_seed(seed)
+    begin = least = total()
+    best = [p.detach().clone() for p in parameters]
+    steps = epochs * len(inputs)
+    for step in range(steps):
+        if step % len(inputs) == 0:
+            order = torch.randperm(len(inputs), generator=generator).tolist()
+        set_rate(optimizer, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        with torch.enable_grad():
+            (error(order[step % len(inputs)]) * len(inputs)).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % len(inputs) == 0 and (step + 1 == steps or (step + 1) % (2 * len(inputs)) == 0):
+            now = total()
+            if now < least:
+                least = now
+                for kept, p in zip(best, parameters, strict=True):
+                    kept.copy_(p.detach())
+        tick()
+    with torch.no_grad():
+        for kept, p in zip(best, parameters, strict=True):
+            p.copy_(kept)
+    return begin, least
+
+
+def adam(parameters: Sequence[nn.Parameter], rate: float) -> torch.optim.Adam:
+    """Adam whose rate for each parameter is `rate` times the parameter's root mean square."""
+    groups = []
+    for p in parameters:
+        size = float(p.detach().float().square().mean().sqrt()) if p.numel() else 0.0
+        groups.append({"params": [p], "lr": rate * size, "whole": rate * size})
+    return torch.optim.Adam(groups, betas=BETAS)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """The rates as a share of those the optimizer was made with."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["whole"] * share
