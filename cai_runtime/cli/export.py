@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=EXPORT_DTYPES, default="bf16", help="of the weights (default bf16)")
     parser.add_argument(
+        "--keep", type=float, metavar="SHARE", help="of an elastic checkpoint: the size to write (default: its largest)"
+    )
+    parser.add_argument(
         "--max-shard-bytes",
         type=int,
         default=DEFAULT_SHARD_BYTES,
@@ -32,9 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from cai_runtime.slim.export import export_dense
 
-    print(
-        export_dense(
-            args.src, args.dst, dtype=args.dtype, max_shard_bytes=args.max_shard_bytes, overwrite=args.overwrite
-        )
-    )
+    options = {name: getattr(args, name) for name in ("dtype", "keep", "max_shard_bytes", "overwrite")}
+    print(export_dense(args.src, args.dst, **options))
     return 0

@@ -8,7 +8,9 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import secrets
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +44,9 @@ def register() -> None:
 class SlimQuantizationConfig(QuantizationConfigMixin):
     """`quantization_config` of a slim checkpoint, kept as it was read and checked as the reader checks it.
 
+    Of an elastic checkpoint transformers takes the largest size. The lowrank forms that some of its dense modules have
+    besides are not loaded; a model that lacks them is no longer elastic, and `to_dict` doesn't say that it is.
+
     Raises InvalidConfigError and its kin, see `SlimConfig.from_config`.
     """
 
@@ -52,6 +57,8 @@ class SlimQuantizationConfig(QuantizationConfigMixin):
         slim = SlimConfig.from_config({"quantization_config": self._entries})
         assert slim is not None
         self.modules: dict[str, ModuleSpec] = slim.modules
+        table = slim.elastic.modules if slim.elastic is not None else ()
+        self.second_forms: dict[str, ModuleSpec] = {m.name: m.second for m in table if m.second is not None}
         self.quant_method = QUANT_METHOD
 
     @classmethod
@@ -60,7 +67,8 @@ class SlimQuantizationConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        return copy.deepcopy(self._entries)
+        left_out = {"elastic"} if self.second_forms else set()
+        return copy.deepcopy({key: value for key, value in self._entries.items() if key not in left_out})
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
@@ -110,6 +118,13 @@ class SlimQuantizer(HfQuantizer):
             found = _name_in(model, name)
             if found is not None:
                 _put(model, found, spec, dtype or model.dtype, f"{name}.bias" in biases)
+        unused = {
+            re.escape(tensor)
+            for name, spec in self.quantization_config.second_forms.items()
+            for tensor in spec.tensors(name)
+        }
+        if unused:  # not worth transformers' report of unexpected tensors
+            model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *unused}
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
@@ -238,9 +253,7 @@ def _without_guard(config: Any) -> Any:
 
 def _guard_saves(model: nn.Module) -> None:
     """Let the model's `save_pretrained` leave the guard in config.json, from where transformers takes it."""
-    from types import MethodType
-
-    model.__dict__["save_pretrained"] = MethodType(_save_pretrained, model)
+    model.__dict__["save_pretrained"] = partial(_save_pretrained, model)  # copied and pickled with the model
 
 
 def _save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:

@@ -24,6 +24,7 @@ def export_dense(
     dst: str | Path,
     *,
     dtype: str = "bf16",
+    keep: float | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
     progress: bool | None = None,
@@ -37,12 +38,13 @@ def export_dense(
     Args:
         src: a slim checkpoint's directory. A dense one is written in `dtype`, too.
         dtype: of every floating tensor, "bf16", "fp16" or "fp32".
+        keep: of an elastic checkpoint: which of its sizes to multiply out; None: the largest.
         max_shard_bytes: see `CheckpointWriter`.
         overwrite: replace an existing `dst`, once the new one is complete.
         progress: show a bar (None: only when stderr is a terminal).
 
     Raises:
-        CheckpointError: `src` can't be read, see `Checkpoint.open`; a value is too large for fp16.
+        CheckpointError: `src` can't be read or has no such `keep`, see `Checkpoint.open`; a value is too large for fp16.
         CheckpointWriteError: `dst` is taken, is `src`, the disk is full, or the system refused. Nothing is left.
     """
     from cai_runtime.slim.writer import CheckpointWriter
@@ -50,7 +52,7 @@ def export_dense(
     src, dst = Path(src), Path(dst)
     if dtype not in EXPORT_DTYPES:
         raise InvalidConfigError(f"dtype {dtype!r} is none of {', '.join(EXPORT_DTYPES)}")
-    with Checkpoint.open(src) as checkpoint:
+    with Checkpoint.open(src, keep) as checkpoint:
         if dst.resolve() == src.resolve():
             raise CheckpointWriteError("a checkpoint can't be exported into itself; choose another directory", file=dst)
         name = DTYPES[STORES[dtype].dtype][0]
