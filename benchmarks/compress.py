@@ -47,7 +47,16 @@ def main() -> None:
         for allocation in args.allocation:
             with tempfile.TemporaryDirectory() as folder:
                 slim = Path(folder) / "slim"
-                report = compress(source, slim, keep=keep, allocation=allocation, store=args.store, refine_epochs=0, heal_tokens=0)
+                report = compress(
+                    source,
+                    slim,
+                    keep=keep,
+                    allocation=allocation,
+                    store=args.store,
+                    refine_epochs=0,
+                    heal_tokens=0,
+                    evaluate=False,
+                )
                 found = perplexity(slim_as_transformers(slim), unseen)
             entry = {
                 "keep": keep, "allocation": allocation, "store": args.store, "perplexity": found, "ratio": found / dense,

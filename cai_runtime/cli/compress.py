@@ -100,6 +100,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="in which the model runs (default: fp32 on the CPU, bf16 on CUDA)",
     )
     parser.add_argument("--seed", type=int, default=0, help="draws the calibration sequences (default 0)")
+    parser.add_argument(
+        "--no-evaluation",
+        action="store_true",
+        help="leave out the judgement of the result on unseen text, which the report has otherwise",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace DST")
     parser.add_argument(
         "--restart", action="store_true", help="throw away what a call with other options left unfinished for DST"
@@ -139,7 +144,9 @@ def run(args: argparse.Namespace) -> int:
         plan, rate = dry_run(args.src, args.dst, **options)
         print(plan.summary(rate))
         return 0
-    report = compress(args.src, args.dst, **options, overwrite=args.overwrite, restart=args.restart)
+    report = compress(
+        args.src, args.dst, **options, evaluate=not args.no_evaluation, overwrite=args.overwrite, restart=args.restart
+    )
     print(report.summary())
     print(args.dst)
     return 0

@@ -148,6 +148,7 @@ def slim_checkpoint(
             calibration="wikipedia",
             refine_epochs=0,  # a demonstration of two minutes; healing takes ten more and is worth it
             heal_tokens=0,
+            evaluate=False,
         )
         compressed = time.perf_counter()
         found = perplexities(original, slim)

@@ -68,7 +68,8 @@ class BlockwiseCompressor:
     def run(self) -> None:
         for at in self._calibration.blocks():
             after = BlockId(at.stack, at.index + 1)
-            if self._work.has(at.step("cores")) and (not self._follows or self._work.has(after.step("shifted"))):
+            followed = self._work.has(after.step("shifted")) or self._work.has(after.step("cores"))
+            if self._work.has(at.step("cores")) and (followed or not self._follows):
                 self.tick(self.ticks(at))
                 continue
             self._compress(at, after)

@@ -114,7 +114,7 @@ class Healer:
             tensors[f"p|{name}"] = p
             if state := self._optimizer.state.get(p):  # none where no gradient has come yet
                 tensors |= {f"m|{name}": state["exp_avg"], f"v|{name}": state["exp_avg_sq"]}
-        self._work.save(STEP, tensors, {"steps": steps, "losses": self.losses})
+        self._work.save(STEP, tensors, {"steps": steps, "losses": self.losses}, again=True)
 
 
 def _hidden(model: Any, batch: Batch) -> torch.Tensor:

@@ -21,6 +21,7 @@ from cai_runtime.compress.assemble import write_checkpoint
 from cai_runtime.compress.blockwise import BlockSettings, BlockwiseCompressor, load_block
 from cai_runtime.compress.calibrate import BlockId, CalibrationPass
 from cai_runtime.compress.calibration import SELF, Source, calibration_sequences
+from cai_runtime.compress.comparison import quality
 from cai_runtime.compress.choices import Choice, choose
 from cai_runtime.compress.cores import dense_module
 from cai_runtime.compress.decompose import OUTPUT_DAMPING, damped, spectrum, whitened_error
@@ -39,7 +40,7 @@ from cai_runtime.convert.sources import pull
 from cai_runtime.errors import CompressionError
 from cai_runtime.slim.reader import Checkpoint
 from cai_runtime.slim.spec import Kind
-from cai_runtime.slim.writer import CheckpointWriter
+from cai_runtime.slim.writer import CheckpointWriter, replace_report
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ def compress(
     device: str = "cpu",
     dtype: str | None = None,
     seed: int = 0,
+    evaluate: bool = True,
     overwrite: bool = False,
     restart: bool = False,
     progress: bool | None = None,
@@ -110,6 +112,8 @@ def compress(
         device: "cpu" or "cuda[:n]", where the model runs and is decomposed.
         dtype: in which the model runs (None: fp32 on the CPU, bf16 on CUDA).
         seed: draws the calibration sequences, and the order of training.
+        evaluate: judge the result against the source on text that calibration has not seen, for the report's "quality": see
+            `cai_runtime.compress.comparison.quality`. Causal language models only; both are held in memory.
         overwrite: replace `dst`.
         restart: throw away what an earlier call with other options left unfinished.
         progress: bars on stderr; None shows them on a terminal only.
@@ -155,7 +159,13 @@ def compress(
         plan = make_plan(weights, options, Path(dst))
         plan.require_room()
         run = _Run(str(src), Path(dst), weights, options, plan, progress)
-        return run.run(overwrite=overwrite, restart=restart)
+        report = run.run(overwrite=overwrite, restart=restart)
+    if evaluate:
+        start = perf_counter()
+        report.quality = quality(path, dst, progress=progress)
+        report.seconds["evaluate"] = round(perf_counter() - start, 3)
+        replace_report(dst, report.to_json())
+    return report
 
 
 def dry_run(src: str | Path, dst: str | Path, *, progress: bool | None = None, **options: Any) -> tuple[Plan, float]:
@@ -171,7 +181,7 @@ def dry_run(src: str | Path, dst: str | Path, *, progress: bool | None = None, *
 
 def _defaults() -> dict[str, Any]:
     """`compress`'s options with their defaults."""
-    others = {"src", "dst", "overwrite", "restart", "progress"}
+    others = {"src", "dst", "evaluate", "overwrite", "restart", "progress"}
     parameters = inspect.signature(compress).parameters
     return {name: parameter.default for name, parameter in parameters.items() if name not in others}
 
@@ -258,7 +268,7 @@ class _Run:
         def visit(at: BlockId) -> None:
             if work.has(at.step("curves")) and (not curvature or work.has(at.step("grad"))):
                 return
-            groups, moments = calibration.moments(at, gradients=curvature)
+            groups, moments = self._kept_moments(calibration, work, at) or calibration.moments(at, gradients=curvature)
             with self._timed("decompose"):
                 energies = self._energies(groups, moments)
                 noise = self._noise(groups, moments)
@@ -279,6 +289,17 @@ class _Run:
                     for at in blocks:
                         visit(at)
                         bar.update()
+
+    def _kept_moments(
+        self, calibration: CalibrationPass, work: Work, at: BlockId
+    ) -> tuple[list[InputGroup], BlockMoments] | None:
+        """A block's moments from disk, where they are."""
+        if not work.has(at.step("moments")):
+            return None
+        tensors, record = work.load(at.step("moments"))
+        by_name = {target.name: target for target in calibration.targets(at)}
+        groups = [InputGroup(tuple(by_name[name] for name in names)) for names in record["groups"]]
+        return groups, BlockMoments.of(tensors, groups, record["rows"])
 
     def _energies(self, groups: list[InputGroup], moments: BlockMoments) -> dict[str, torch.Tensor]:
         found = {}
@@ -327,12 +348,7 @@ class _Run:
         )
 
         def moments(at: BlockId) -> tuple[list[InputGroup], BlockMoments]:
-            if not work.has(at.step("moments")):
-                return calibration.moments(at, gradients=options.curvature)
-            tensors, record = work.load(at.step("moments"))
-            by_name = {target.name: target for target in calibration.targets(at)}
-            groups = [InputGroup(tuple(by_name[name] for name in names)) for names in record["groups"]]
-            return groups, BlockMoments.of(tensors, groups, record["rows"])
+            return self._kept_moments(calibration, work, at) or calibration.moments(at, gradients=options.curvature)
 
         with self._timed("blocks"):
             compressor = BlockwiseCompressor(calibration, choices, moments, work, settings)

@@ -18,7 +18,7 @@ from cai_runtime.compress.stack import find_stacks
 from cai_runtime.compress.targets import find_targets
 from cai_runtime.compress.weights import DenseWeights
 from cai_runtime.errors import CompressionError
-from cai_runtime.slim.spec import DENSE_REFERENCE_BYTES, STORES
+from cai_runtime.slim.spec import DENSE_REFERENCE_BYTES, STORES, ModuleSpec
 
 STUDENT_BYTES = 16  # for each trained number while healing: latent, gradient, two moments of Adam, fp32
 SHIFT_PASSES = 4  # forward passes of a block in which its layers' inputs are looked at: q/k/v, o, gate/up, down
@@ -108,7 +108,10 @@ def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
     ends = {f"{name}.weight" for name, module in model.named_modules() if module in _ends(model)}
     embedding = sum(math.prod(weights.shape(name)) for name in ends if name in weights)
     total = weights.parameters()
-    rest_bytes = _stored_bytes(embedding, options.embedding_store) + 4 * (total - layer_parameters - embedding)
+    stored = [ModuleSpec("dense", *weights.shape(n), None, (options.embedding_store,)) for n in ends if n in weights]
+    compressed = {f"{name}.weight" for name in targets}
+    others = sum(weights.nbytes(name) for name in weights.names() if name not in compressed and name not in ends)
+    rest_bytes = sum(spec.nbytes for spec in stored) + others
     budget = None
     if options.target_bytes is not None:
         wanted = options.target_bytes

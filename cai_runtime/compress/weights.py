@@ -54,6 +54,13 @@ class DenseWeights:
             return spec.out_features, spec.in_features
         return tuple(self._checkpoint.tensors()[name].shape)
 
+    def nbytes(self, name: str) -> int:
+        """Bytes of the tensor as it is stored; of a slim module, of its cores."""
+        module = self._module_of(name)
+        return (
+            self._checkpoint.modules[module].nbytes if module is not None else self._checkpoint.tensors()[name].nbytes
+        )
+
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor in the dtype in which it is stored (a slim module's weight: fp32). Do not write to it."""
         module = self._module_of(name)

@@ -57,9 +57,13 @@ class Work:
     def has(self, step: str) -> bool:
         return self._file(step).exists()
 
-    def save(self, step: str, tensors: dict[str, torch.Tensor], record: Any = None) -> None:
-        """Keep a step's result, in place of an earlier one. tensors: on any device."""
+    def save(self, step: str, tensors: dict[str, torch.Tensor], record: Any = None, *, again: bool = False) -> None:
+        """Keep a step's result. tensors: on any device. One that is there already is the same and stays, unless `again`: then
+        it is replaced."""
         from safetensors.torch import save
+
+        if self.has(step) and not again:
+            return
 
         data = save(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},

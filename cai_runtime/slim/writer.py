@@ -382,10 +382,20 @@ def record_quality(path: str | Path, quality: Sequence[Mapping[str, float]]) -> 
     table = replace(slim.elastic, quality=tuple(entries))
     table.check(slim.modules)
     config["quantization_config"] = replace(slim, elastic=table).to_json()
+    _replace_json(file, config)
+
+
+def replace_report(path: str | Path, report: dict[str, Any]) -> None:
+    """Replace the slim_report.json of a finished checkpoint, in one step. Raises CheckpointWriteError when the system
+    refuses."""
+    _replace_json(Path(path) / REPORT_FILE, report)
+
+
+def _replace_json(file: Path, value: dict[str, Any]) -> None:
     tmp = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
         with tmp.open("w", encoding="utf-8") as f:
-            f.write(json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+            f.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
             f.flush()
             os.fsync(f.fileno())
         tmp.replace(file)

@@ -28,6 +28,7 @@ def run(src, dst, text_file, **options):
         "rank_multiple": 1,
         "refine_epochs": 0,
         "heal_tokens": 0,
+        "evaluate": False,
         "progress": False,
     }
     return compress(src, dst, **{**settings, **options})

@@ -19,6 +19,7 @@ SETTINGS = {
     "calibration": "wikipedia",
     "refine_epochs": 0,
     "heal_tokens": 0,
+    "evaluate": False,
     "progress": False,
 }
 

@@ -74,7 +74,14 @@ def test_logits_and_text_of_the_dense_reconstruction(shallow, tmp_path):
 def test_a_compressed_model_says_the_same_as_in_the_engine(tmp_path):
     """The whole way: compress, load in transformers, generate; the client's greedy text is the judge."""
     source = pull("smollm2-135m-instruct", progress=False)
-    settings = {"allocation": "uniform", "curvature": False, "samples": 2, "refine_epochs": 0, "heal_tokens": 0}
+    settings = {
+        "allocation": "uniform",
+        "curvature": False,
+        "samples": 2,
+        "refine_epochs": 0,
+        "heal_tokens": 0,
+        "evaluate": False,
+    }
     settings["calibration"] = "wikipedia"
     cai_runtime.compress(source, tmp_path / "slim", keep=0.9, sequence_length=256, progress=False, **settings)
     from transformers import AutoTokenizer
