@@ -205,6 +205,9 @@ class _Writer:
             return
         self.tokens.append(token)
         self.said += 1
+        if self._closed_by_words():
+            self._end_turn()
+            return
         # A model that knows nothing but loops must come to an end, too.
         if self.said % LOOP_CHECK == 0 and self.loops < self.length // WINDOW and loops(self.tokens[self.turn_begin :]):
             del self.tokens[-WINDOW // 2 :]
@@ -214,6 +217,17 @@ class _Writer:
             self._end_text()
         elif self.frame is not None and self.asking and self.said >= max(self.length // 4, LEAST_WORDS):
             self._end_turn()  # a question that takes no end
+
+    def _closed_by_words(self) -> bool:
+        """Whether the turn's last tokens are those by which the template ends it, which go: not every template ends turns
+        with special tokens."""
+        if self.frame is None:
+            return False
+        closing = self.frame.answer if self.asking else self.frame.next
+        if self.said < len(closing) + LEAST_WORDS or tuple(self.tokens[-len(closing) :]) != closing:
+            return False
+        del self.tokens[-len(closing) :]
+        return True
 
     def _choose(self, logits: np.ndarray) -> int:
         logits = logits.copy()

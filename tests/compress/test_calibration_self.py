@@ -141,6 +141,32 @@ def test_conversations_take_the_templates_form(chat_model):
             assert len(turn.split()) - 2 >= self_text.LEAST_WORDS
 
 
+def test_turns_that_end_by_words(chat_model, monkeypatch):
+    path, _ = chat_model
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}w50 {{ m.content }} w51 {% else %}{{ m.content }} w52 {% endif %}"
+        "{% endfor %}"
+    )
+    script = "w1 w2 w3 w4 w51 w6 w7 w8 w9 w52 w50 w1 w2 w3 w4 <|im_end|> w10 w11 w12 w13"
+    written = iter(tokenizer.tokenize(script))
+
+    class Script:
+        name, lanes, vocab_size, max_context, max_feed = "script", 1, 70, 64, 64
+
+        def begin_wave(self): ...
+        def close(self): ...
+        def logits(self, feeds):
+            row = torch.full((1, 70), -50.0)
+            row[0, tokenizer.convert_tokens_to_ids(next(written))] = 50
+            return row.numpy()
+
+    monkeypatch.setattr(self_text, "open_next_token", lambda *_, **__: Script())
+    found = write(path, tokenizer, sampling=SelfSampling(chat_share=1.0), samples=1, length=21)
+    expected = "w50 w1 w2 w3 w4 w51 w6 w7 w8 w9 w52 w50 w1 w2 w3 w4 w51 w10 w11 w12 w13"
+    assert tokenizer.decode(found.sequences[0]) == expected
+
+
 @pytest.mark.parametrize(
     "template",
     [
