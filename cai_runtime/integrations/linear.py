@@ -48,8 +48,8 @@ class SlimLinear(StoredModule, nn.Linear):
 
         Raises KernelError for another width, or a dtype or device that the kernels don't take.
         """
-        if x.shape[-1] != self.in_features:
-            raise KernelError(f"the linear takes {self.in_features} features, not {list(x.shape)}")
+        if x.shape[-1] != self.in_features or not x.is_floating_point():
+            raise KernelError(f"the linear takes {self.in_features} float features, not {x.dtype} {list(x.shape)}")
         rows = x.reshape(-1, self.in_features)
         if torch.compiler.is_compiling() or x.dtype == torch.float64 or self._trains_cores():
             y = reference(rows, self.kernel_weights())

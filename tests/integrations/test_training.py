@@ -23,7 +23,8 @@ def linears(model):
 
 @pytest.mark.parametrize("store", ["fp32", "int8", "int4-g32-zp"])
 def test_gradient_of_the_input_is_that_of_the_dense_weight(make_slim, store):
-    for module in linears(load(make_slim(KINDS, store, bias=True))):
+    model = load(make_slim(KINDS, store, bias=True)).requires_grad_(False)
+    for module in linears(model.model):  # the head has no bias
         module.bias.requires_grad_(True)
         x = torch.randn(2, 3, module.in_features, requires_grad=True)
         y = module(x)
@@ -47,7 +48,7 @@ def test_gradients_of_a_whole_model(slim, ids):
     found, wanted = (v.clone().requires_grad_() for v in (vectors, vectors))
     for start, m in ((found, model), (wanted, dense)):
         m(inputs_embeds=start, labels=ids, use_cache=False).loss.backward()
-    torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-3, atol=1e-6)
+    assert float((found.grad - wanted.grad).norm()) < 1e-3 * float(wanted.grad.norm())
 
 
 @pytest.mark.parametrize("kind", ["lowrank", "interpolative", "mpo"])
@@ -67,7 +68,7 @@ def test_float_cores_can_be_trained_and_the_kernels_see_it(make_slim, ids, kind)
         loss.backward()
         assert all(p.grad is not None for p in cores)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     with torch.no_grad():
         now = float(model(ids, labels=ids, use_cache=False).loss)
     assert now < losses[-1] < losses[0]
@@ -91,7 +92,7 @@ def test_lora_trains_as_on_the_dense_model(make_slim, ids, store):
     gradients = [{n: p.grad for n, p in m.named_parameters() if p.requires_grad} for m in (found, wanted)]
     assert gradients[0].keys() == gradients[1].keys() and all("lora_" in name for name in gradients[0])
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3, atol=1e-6)
+        assert float((gradient - gradients[1][name]).norm()) <= 1e-3 * float(gradients[1][name].norm()), name
     assert any(float(g.abs().max()) > 0 for g in gradients[0].values())
 
     optimizer = torch.optim.AdamW([p for p in found.parameters() if p.requires_grad], lr=1e-2)
@@ -101,7 +102,7 @@ def test_lora_trains_as_on_the_dense_model(make_slim, ids, store):
         loss = found(ids, labels=ids, use_cache=False).loss
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0]
 
 
