@@ -36,12 +36,15 @@ class SelfSampling:
     temperature, top_p: of most tokens. start_temperature: of the first token of a document or user's turn; it falls evenly
     to `temperature` over `start_tokens` tokens. chat_share: of the sequences of a chat model, those that are conversations.
     turns: a conversation's questions, before another begins. lanes: sequences written at once.
+
+    The defaults are by SmolLM2-135M-Instruct: at temperature 1.0 it writes nonsense, at 0.7 a quarter of its 4-grams repeat;
+    at 0.9 a tenth does, and the text can be read.
     """
 
-    temperature: float = 1.0
+    temperature: float = 0.9
     top_p: float = 0.95
-    start_temperature: float = 1.5
-    start_tokens: int = 8
+    start_temperature: float = 1.2
+    start_tokens: int = 4
     chat_share: float = 0.5
     turns: int = 3
     lanes: int = 16
