@@ -160,7 +160,7 @@ def inspect_checkpoint(path: str | Path, keep: float | None = None) -> Inspectio
             files=tuple(sorted({info.file.name for info in tensors.values()})),
             report=report,
             report_problem=problem,
-            elastic=None if checkpoint.elastic is None else _elastic(checkpoint, checkpoint.elastic, keep),
+            elastic=None if checkpoint.elastic is None else _elastic(checkpoint, checkpoint.elastic),
         )
 
 
@@ -249,12 +249,8 @@ def _rank_range(ranks: Sequence[int | tuple[int, ...] | None]) -> str:
     return "" if not texts else texts[0] if len(texts) == 1 else f"{texts[0]}..{texts[-1]}"
 
 
-def _elastic(checkpoint: Checkpoint, table: ElasticTable, keep: float | None) -> dict[str, Any]:
-    if keep is None:
-        least, greatest = table.keeps(checkpoint.modules)
-    else:
-        with Checkpoint.open(checkpoint.path) as whole:
-            least, greatest = table.keeps(whole.modules)
+def _elastic(checkpoint: Checkpoint, table: ElasticTable) -> dict[str, Any]:
+    least, greatest = table.keep
     return {"least": least, "greatest": greatest, "opened_at": checkpoint.keep, "quality": list(table.quality)}
 
 

@@ -165,7 +165,7 @@ def test_an_elastic_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
     spec = ModuleSpec("lowrank", 20, 20, 8, ("fp32", "fp32"))
     quality = ({"keep": 0.4, "perplexity": 30.5}, {"keep": 0.8, "perplexity": 20.25})
-    table = ElasticTable((ElasticModule("up", least=2),), 2, (0, 0, 0), quality)
+    table = ElasticTable((0.2, 0.8), (ElasticModule("up", least=2),), 2, (0, 0, 0), quality)
     with CheckpointWriter(tmp_path / "c", config={"model_type": "llama"}) as writer:
         writer.add_module("up", spec, [torch.ones(shape) for shape in spec.core_shapes])
         writer.set_elastic(table)
