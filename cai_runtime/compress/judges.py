@@ -234,7 +234,7 @@ class EngineJudge(_Closing):
                     for rows, text in zip(hidden, group, strict=True)
                 ]
             for text, logits in zip(group, parts, strict=True):
-                found[text.index] = _chosen(logits, text.wanted)
+                found[text.place] = _chosen(logits, text.wanted)
                 on_text()
         return found
 
@@ -278,7 +278,7 @@ class _Asked(NamedTuple):
     """A text to score: its place in the caller's list, the tokens that are fed, the first of them whose logits are
     wanted, and the tokens that follow from there on."""
 
-    index: int
+    place: int
     fed: list[int]
     first: int
     wanted: list[int]

@@ -126,7 +126,7 @@ def _draw_projection(
         spec = row.spec
         full = min(spec.out_features, spec.in_features)
         if quantity == "rank":
-            value: float | None = full if spec.rank is None else max(spec.rank) if _several(spec.rank) else spec.rank
+            value: float | None = max(spec.rank) if isinstance(spec.rank, tuple) else spec.rank or full
         elif quantity == "relative error":
             value = errors.get(row.name) or None  # a module that stayed dense has none: 0 is nowhere on this axis
         else:
@@ -239,10 +239,6 @@ def _store(row: ModuleRow) -> str:
 def _store_colours(rows: Iterable[ModuleRow]) -> dict[str, str]:
     stores = dict.fromkeys(_store(row) for row in rows)
     return {store: COLOURS[k % len(COLOURS)] for k, store in enumerate(stores)}
-
-
-def _several(rank: object) -> bool:
-    return isinstance(rank, tuple)
 
 
 # ------------------------------------------------------------------------------------------------------ a comparison

@@ -166,7 +166,7 @@ def test_lm_eval_generates_and_scores(tiny_dir):
         assert scores == lm.loglikelihood(requests("loglikelihood", *pairs[::-1]), True)[::-1]
         assert all(value < 0 for value, _ in scores)
         template = lm.apply_chat_template([{"role": "user", "content": "Hi"}])
-        assert template == "user:Hi\nassistant:\n"
+        assert template == "user:Hi\nassistant:"
         with pytest.raises(InvalidRequestError, match="num_beams"):
             sampling_of({"num_beams": 4})
         assert sampling_of({"until": "\n"}).stop == ("\n",) and sampling_of({}).temperature == 0

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -232,7 +233,7 @@ def test_every_window_begins_as_the_tokenizer_begins_a_text(tiny):
 
 def test_no_room_on_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("shutil.disk_usage", lambda path: (100, 0, 100))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
     with StoredLogits.in_temporary_file([4, 4]) as store, pytest.raises(CompressionError, match="TMPDIR"):
         store.put(0, torch.zeros(4, 1000))
     assert not list(tmp_path.iterdir())
