@@ -16,7 +16,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import torch
+
 from cai_runtime.compress.allocate import Curve, cost
+from cai_runtime.compress.cores import StoredModule, dense_module
+from cai_runtime.compress.decompose import Factors
+from cai_runtime.compress.nested import nested_module
 from cai_runtime.errors import CompressionError
 from cai_runtime.slim.elastic import ElasticModule, ElasticTable
 from cai_runtime.slim.reader import Checkpoint
@@ -70,7 +75,8 @@ class ElasticPlan:
         return sum(module.parameters for module in self.modules)
 
     def table(self, stores: Mapping[str, Sequence[str]], quality: Sequence[Mapping[str, float]] = ()) -> ElasticTable:
-        """The table to write. stores: of core_0 and core_1 of every module that is stored in both forms, by name."""
+        """The table to write. stores: of core_0 and core_1 of every module that is stored in both forms, by name (those of
+        others are not looked at)."""
         modules = []
         for m in self.modules:
             both = m.dense and m.rank is not None
@@ -130,6 +136,33 @@ def plan_elastic(
             PlannedModule(curve.name, curve.out_features, curve.in_features, menu[least[m]].rank, rank, top is None)
         )
     return ElasticPlan((smallest, keep), tuple(modules), multiple, tuple(m for m, _, _ in taken))
+
+
+def add_elastic_module(
+    writer: CheckpointWriter,
+    planned: PlannedModule,
+    step: int,
+    weight: torch.Tensor,
+    factors: Factors | None,
+    input_gram: torch.Tensor,
+    store: str,
+    bias: torch.Tensor | None = None,
+) -> list[StoredModule]:
+    """Round a module to the forms that are planned and hand them to the writer. Returns them: what `quantization_config`
+    lists, and the second form behind it, if there is one.
+
+    step: the plan's. weight: [out, in], any float dtype. factors: of `weight` under `input_gram`, [in, in], the damped mean
+    of x x^T; None will do for a module that is dense at every keep. store: of the dense form and of both cores.
+    """
+    forms = [dense_module(weight, store, input_gram)] if planned.dense else []
+    if planned.rank is not None:
+        if factors is None:
+            raise CompressionError(f"{planned.name} is planned at rank {planned.rank}, but there are no factors of it")
+        forms.append(nested_module(weight, factors, store, input_gram, planned.ranks(step)))
+    writer.add_module(planned.name, forms[0].spec, forms[0].cores, bias=bias)
+    for second in forms[1:]:
+        writer.add_second_form(planned.name, second.spec, second.cores)
+    return forms
 
 
 def cut(src: str | Path, dst: str | Path, keep: float, *, overwrite: bool = False) -> Path:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from cai_runtime.compress.allocate import Curve
-from cai_runtime.compress.cores import dense_module, factorized_module
+from cai_runtime.compress.cores import factorized_module
 from cai_runtime.compress.decompose import Factors, damped, factorize
-from cai_runtime.compress.elastic import ElasticPlan, cut, plan_elastic
+from cai_runtime.compress.elastic import ElasticPlan, PlannedModule, add_elastic_module, cut, plan_elastic
 from cai_runtime.compress.nested import nested_module
 from cai_runtime.errors import CompressionError
 from cai_runtime.slim.reader import Checkpoint
@@ -165,19 +165,22 @@ def write_elastic(path: Path) -> Path:
         stores = {}
         for m in plan.modules:
             weight, gram, factors = layers[m.name]
-            low = nested_module(weight, factors, "int8", gram, m.ranks(plan.step)) if m.rank is not None else None
-            if m.dense:
-                whole = dense_module(weight, "int8", gram)
-                writer.add_module(m.name, whole.spec, whole.cores)
-                if low is not None:
-                    writer.add_second_form(m.name, low.spec, low.cores)
-                    stores[m.name] = low.spec.store
-            elif low is not None:
-                writer.add_module(m.name, low.spec, low.cores)
+            stores[m.name] = add_elastic_module(writer, m, plan.step, weight, factors, gram, "int8")[-1].spec.store
         writer.add_tensor("norm.weight", torch.ones(6))
         writer.set_elastic(plan.table(stores))
         writer.finish({"source": "tests"})
     return path
+
+
+def test_a_module_without_factors_can_only_be_dense(tmp_path: Path):
+    weight, gram, _ = layer(8, 6)
+    with CheckpointWriter(tmp_path / "c", config={}) as writer:
+        (only,) = add_elastic_module(
+            writer, PlannedModule("dense", 8, 6, None, None, True), 2, weight, None, gram, "int8", torch.ones(8)
+        )
+        assert only.spec.kind == "dense"
+        with pytest.raises(CompressionError, match="no factors"):
+            add_elastic_module(writer, PlannedModule("two", 8, 6, 2, 2, True), 2, weight, None, gram, "int8")
 
 
 def test_cut_writes_the_ordinary_checkpoint_of_one_keep(tmp_path: Path):

@@ -14,10 +14,8 @@ import torch
 from cai_runtime.cli import main
 from cai_runtime.client import AsyncClient, Client
 from cai_runtime.compress.allocate import Curve
-from cai_runtime.compress.cores import dense_module
 from cai_runtime.compress.decompose import factorize
-from cai_runtime.compress.elastic import cut, plan_elastic
-from cai_runtime.compress.nested import nested_module
+from cai_runtime.compress.elastic import add_elastic_module, cut, plan_elastic
 from cai_runtime.engine.open import load_runner
 from cai_runtime.engine.runner import ScheduledSequence
 from cai_runtime.errors import KeepError
@@ -66,18 +64,8 @@ def make_elastic(src: Path, dst: Path, store: str) -> Path:
         plan = plan_elastic(curves, 0.95, smallest=0.4, multiple=8)
         stores: dict[str, Any] = {}
         for m in plan.modules:
-            weight, gram = weights[m.name], grams[m.name]
-            low = None
-            if m.rank is not None:
-                low = nested_module(weight, factors[m.name], store, gram, m.ranks(plan.step))
-            if m.dense:
-                whole = dense_module(weight, store, gram)
-                writer.add_module(m.name, whole.spec, whole.cores)
-                if low is not None:
-                    writer.add_second_form(m.name, low.spec, low.cores)
-                    stores[m.name] = low.spec.store
-            elif low is not None:
-                writer.add_module(m.name, low.spec, low.cores)
+            forms = add_elastic_module(writer, m, plan.step, weights[m.name], factors[m.name], grams[m.name], store)
+            stores[m.name] = forms[-1].spec.store
         for name in dense.tensors():
             if not name.endswith("_proj.weight"):
                 writer.add_tensor(name, dense.tensor(name))
