@@ -1,8 +1,11 @@
 """What compression costs SmolLM2-135M-Instruct: perplexity on unseen Wikipedia text, against the dense model's.
 
-    python benchmarks/compress.py --keep 0.9 0.8 --allocation pooled uniform
+    python benchmarks/compress.py --keep 0.9 0.8 --stages plain shift refine heal
 
-Calibrates on the first half of the Wikipedia sample's articles (the compressor's default) and scores 48 windows of 512
+Stages: "plain" decomposes, allocates and rounds; "shift" does that for shifted inputs; "refine" trains each block after
+"plain"; "heal" trains the whole model after that (the compressor's default).
+
+Calibrates on the first half of the Wikipedia sample's articles, or on what --calibration names, and scores 48 windows of 512
 tokens spread evenly over the last quarter, which nothing else has seen. The judge is transformers over the checkpoint's
 reconstructed weights. Writes benchmarks/results/compress.json.
 """
@@ -26,12 +29,21 @@ from cai_runtime.convert.texts import split_articles, wikipedia_articles
 from cai_runtime.engine.open import load_tokenizer
 
 WINDOW, WINDOWS = 512, 48
+STAGES = {
+    "plain": {"refine_epochs": 0, "heal_tokens": 0},
+    "shift": {"shift": True, "refine_epochs": 0, "heal_tokens": 0},
+    "refine": {"heal_tokens": 0},
+    "heal": {},
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.9, 0.8])
-    parser.add_argument("--allocation", nargs="+", default=["pooled"], choices=["pooled", "uniform"])
+    parser.add_argument("--stages", nargs="+", default=["plain", "refine", "heal"], choices=STAGES)
+    parser.add_argument("--allocation", default="pooled", choices=["pooled", "uniform"])
+    parser.add_argument("--calibration", default="wikipedia", help='"wikipedia", "self" or a file')
+    parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--store", default="int8")
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "compress.json")
     args = parser.parse_args()
@@ -44,28 +56,30 @@ def main() -> None:
     print(f"dense: perplexity {dense:.2f}", flush=True)
     results = []
     for keep in args.keep:
-        for allocation in args.allocation:
+        for stage in args.stages:
             with tempfile.TemporaryDirectory() as folder:
                 slim = Path(folder) / "slim"
                 report = compress(
                     source,
                     slim,
                     keep=keep,
-                    allocation=allocation,
+                    allocation=args.allocation,
                     store=args.store,
-                    refine_epochs=0,
-                    heal_tokens=0,
+                    calibration=args.calibration,
+                    samples=args.samples,
                     evaluate=False,
+                    **STAGES[stage],
                 )
                 found = perplexity(slim_as_transformers(slim), unseen)
             entry = {
-                "keep": keep, "allocation": allocation, "store": args.store, "perplexity": found, "ratio": found / dense,
-                "bytes": report.total_bytes, "seconds": report.seconds,
+                "keep": keep, "stage": stage, "allocation": args.allocation, "store": args.store,
+                "calibration": report.calibration["source"], "samples": args.samples, "perplexity": found,
+                "ratio": found / dense, "bytes": report.total_bytes, "seconds": report.seconds,
             }  # fmt: skip
             results.append(entry)
             took = sum(report.seconds.values())
             print(
-                f"keep {keep} {allocation}: perplexity {found:.2f}, {found / dense:.3f} x dense, {took:.0f} s",
+                f"keep {keep} {stage}: perplexity {found:.2f}, {found / dense:.3f} x dense, {took:.0f} s",
                 flush=True,
             )
     document = {

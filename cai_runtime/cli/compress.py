@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--refine-epochs",
         type=int,
         metavar="N",
-        help="passes over the calibration text in which each block is trained to give the dense block's output (default 4)",
+        help="passes over the calibration text in which each block is trained to give the dense block's output (default 2)",
     )
     parser.add_argument(
         "--heal-tokens",
@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='text to calibrate on: "self" (the default: the model writes it), "wikipedia", hf:OWNER/NAME of a dataset, or '
         "a .txt, .jsonl or .parquet file or directory (more than once for several)",
     )
-    parser.add_argument("--samples", type=int, default=16, metavar="N", help="calibration sequences (default 16)")
+    parser.add_argument("--samples", type=int, default=48, metavar="N", help="calibration sequences (default 48)")
     parser.add_argument(
         "--sequence-length", type=int, default=512, metavar="N", help="tokens in each of them (default 512)"
     )

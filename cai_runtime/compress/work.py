@@ -58,8 +58,8 @@ class Work:
         return self._file(step).exists()
 
     def save(self, step: str, tensors: dict[str, torch.Tensor], record: Any = None, *, again: bool = False) -> None:
-        """Keep a step's result. tensors: on any device. One that is there already is the same and stays, unless `again`: then
-        it is replaced."""
+        """Keep a step's result. tensors: on any device. One that is there already is the same and stays, unless `again`:
+        then it is replaced."""
         from safetensors.torch import save
 
         if self.has(step) and not again:
