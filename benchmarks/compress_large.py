@@ -64,7 +64,7 @@ WHOLE = {"llama-3.1-8b": 32, "small": 8}
 
 
 def child(directory: Path, settings: dict) -> None:
-    """Compress in this process and print its peak memory (of which the interpreter with torch is part) and the stages' times."""
+    """Compress in this process; print its peak memory, that before it began, and the stages' times."""
     import torch
     import transformers  # noqa: F401
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from cai_runtime.compress.refine import adam, set_rate
 from cai_runtime.compress.stack import Batch
@@ -34,8 +33,8 @@ class Healer:
 
     def __init__(
         self,
-        student: nn.Module,
-        teacher: nn.Module,
+        student: Any,
+        teacher: Any,
         batches: Sequence[Batch],
         work: Work,
         *,

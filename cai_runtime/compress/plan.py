@@ -108,7 +108,8 @@ def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
     ends = {f"{name}.weight" for name, module in model.named_modules() if module in _ends(model)}
     embedding = sum(math.prod(weights.shape(name)) for name in ends if name in weights)
     total = weights.parameters()
-    stored = [ModuleSpec("dense", *weights.shape(n), None, (options.embedding_store,)) for n in ends if n in weights]
+    matrices = [weights.shape(name) for name in ends if name in weights]
+    stored = [ModuleSpec("dense", rows, columns, None, (options.embedding_store,)) for rows, columns in matrices]
     compressed = {f"{name}.weight" for name in targets}
     others = sum(weights.nbytes(name) for name in weights.names() if name not in compressed and name not in ends)
     rest_bytes = sum(spec.nbytes for spec in stored) + others

@@ -64,7 +64,7 @@ class BlockModel:
     they come from. dtype, device: of the blocks when they are loaded.
     """
 
-    def __init__(self, model: nn.Module, weights: DenseWeights, dtype: torch.dtype, device: torch.device):
+    def __init__(self, model: Any, weights: DenseWeights, dtype: torch.dtype, device: torch.device):
         self.model = model
         self.weights = weights
         self.dtype = dtype
@@ -185,7 +185,7 @@ def open_model(weights: DenseWeights, *, dtype: torch.dtype, device: str | torch
     """
     device = torch.device(device)
     try:
-        skeleton = weights.skeleton(dtype)
+        skeleton: Any = weights.skeleton(dtype)
     except (OSError, ValueError, KeyError, ImportError) as e:
         raise CompressionError(f"transformers can't build the model of {weights.path}: {e}") from e
     skeleton.tie_weights()

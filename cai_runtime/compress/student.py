@@ -109,18 +109,24 @@ class _Rounded(torch.autograd.Function):
 
 
 class TrainableLinear(nn.Module):
-    """A module of kind dense, lowrank or interpolative in the place of a torch.nn.Linear; y = W x + bias, x [...,
-    in]."""
+    """A module of kind dense, lowrank or interpolative in the place of a torch.nn.Linear: y = W x + bias for x [..., in]."""
+
+    cores: nn.ModuleList
+    bias: nn.Parameter | None
 
     def __init__(self, module: StoredModule, bias: torch.Tensor | None = None):
         super().__init__()
         self.spec: ModuleSpec = module.spec
-        starts = module.floats or [None] * len(module.cores)
+        starts: list[torch.Tensor | None] = list(module.floats) if module.floats else [None] * len(module.cores)
         self.cores = nn.ModuleList(TrainableCore(core, start) for core, start in zip(module.cores, starts, strict=True))
         self.pivot = module.pivot
         # Where each output feature lies among the pivot rows and the others, which follow them.
         self.order = module.pivot.long().argsort() if module.pivot is not None else None
         self.bias = nn.Parameter(bias.detach().float().clone()) if bias is not None else None
+
+    def parts(self) -> list[TrainableCore]:
+        """Its cores, in order."""
+        return [core for core in self.cores if isinstance(core, TrainableCore)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.linear(x, self.cores[0]().to(x.dtype))
@@ -132,12 +138,12 @@ class TrainableLinear(nn.Module):
 
     def stored(self) -> StoredModule:
         """The module as it is stored now."""
-        return StoredModule(self.spec, [core.core_data() for core in self.cores], self.pivot)
+        return StoredModule(self.spec, [core.core_data() for core in self.parts()], self.pivot)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything that `restore` needs beside the spec, fp32 (the pivot: integers)."""
         found: dict[str, torch.Tensor | None] = {"pivot": self.pivot, "bias": self.bias}
-        for k, core in enumerate(self.cores):
+        for k, core in enumerate(self.parts()):
             found |= {f"latent_{k}": core.latent, f"scale_{k}": core.scale, f"zero_{k}": core.zero}
         return {name: tensor.detach() for name, tensor in found.items() if tensor is not None}
 

@@ -33,8 +33,8 @@ class DenseWeights:
     def is_speech(self) -> bool:
         return self.model_type in SPEECH
 
-    def __contains__(self, name: str) -> bool:
-        return self._module_of(name) is not None or name in self._checkpoint
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and (self._module_of(name) is not None or name in self._checkpoint)
 
     def names(self) -> list[str]:
         """Names as the dense model has them, in the checkpoint's order; cores of a module stand under its weight's
