@@ -8,6 +8,7 @@ reference in torch, too.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 import weakref
 from typing import Any
@@ -122,12 +123,13 @@ class TiedLinear(SlimLinear):
         own = self._parameters.get(name)
         if own is not None:
             return own
-        tensor = self.__dict__["_table"]._tensor(name)
-        if tensor.device.type == "meta" and self._parameters["weight"].device.type != "meta":
+        tensor: torch.Tensor = self.__dict__["_table"]._tensor(name)
+        device = self._tensor("weight").device
+        if tensor.device.type == "meta" and device.type != "meta":
             raise KernelError(
                 f"the {name} of a tied embedding was offloaded; load the model without `offload_buffers`, it is small"
             )
-        return tensor.to(self._parameters["weight"].device)
+        return tensor.to(device)
 
 
 class _Prepared:
@@ -176,9 +178,7 @@ def _let_go(tensor: torch.Tensor) -> None:
     file, whose pages then go; what is not a view of a file stays, or goes to swap. A hint: a failure doesn't matter."""
     if sys.platform != "linux" or tensor.device.type != "cpu" or tensor.nbytes == 0:
         return
-    storage = tensor.untyped_storage()
-    page = 4096
-    start = storage.data_ptr() + tensor.storage_offset() * tensor.element_size()
+    start, page = tensor.data_ptr(), mmap.PAGESIZE
     first, last = start // page * page, -(-(start + tensor.nbytes) // page) * page
     ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_PAGEOUT)
 

@@ -48,7 +48,7 @@ class StoredModule(nn.Module):
             yield name.removeprefix("."), self._tensor(name.removeprefix("."))
 
     def _tensor(self, name: str) -> torch.Tensor:
-        tensor = self._parameters.get(name)
+        tensor: torch.Tensor | None = self._parameters.get(name)
         tensor = self._buffers.get(name) if tensor is None else tensor
         if tensor is None:
             raise KernelError(f"the module has lost its {name}")
