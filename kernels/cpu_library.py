@@ -20,6 +20,7 @@ STORE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8
 INT4_CODE = 4
 BLOCK_ROWS = 4
 BLOCK_COLS = 16
+INT4_ROWS = 16
 INT4_COLS = 32
 MAX_INT8_COLUMNS = (2**31 - 1) // (255 * 128)  # whose products with codes that go in 128 higher fit int32 for certain
 
@@ -112,9 +113,13 @@ class Arena:
         """A uint8 tensor of zeros, 64-byte aligned."""
         start = (self._used + 63) // 64 * 64
         if self._map is None or start + nbytes > len(self._map):
-            self._map = mmap.mmap(-1, max(self.chunk_bytes, (nbytes + 4095) // 4096 * 4096))
+            size = max(self.chunk_bytes, (nbytes + 4095) // 4096 * 4096)
             if hasattr(mmap, "MADV_HUGEPAGE"):
+                # Private: shared memory, which is mmap's default, has huge pages only where a system is told so.
+                self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
                 self._map.madvise(mmap.MADV_HUGEPAGE)
+            else:
+                self._map = mmap.mmap(-1, size)
             start = 0
         self._used = start + nbytes
         return torch.frombuffer(self._map, dtype=torch.uint8, offset=start, count=nbytes)
@@ -125,7 +130,7 @@ def _heap(nbytes: int) -> torch.Tensor:
 
 
 class PackedMatrix:
-    """A core in the layout of csrc/cpu/kernels.h, copied: blocks of four rows, each a stream of whole cache lines.
+    """A core in the layout of csrc/cpu/kernels.h, copied: blocks of rows, each a stream of whole cache lines.
 
     `fields` are the eight integers that C++ reads, `tensors` what they point to. row_sums: also keep the sums of the rows'
     codes, which int8 activations need (int8 cores alone). Raises KernelError for a core that the CPU backend can't take.
@@ -166,7 +171,7 @@ class PackedMatrix:
     def _pack_int4(self, core: Core) -> list[int]:
         assert core.scale is not None
         data = core.data.contiguous()
-        packed = self._new(_round_up(self.rows, BLOCK_ROWS) * _round_up(self.cols, INT4_COLS) // 2, torch.uint8)
+        packed = self._new(_round_up(self.rows, INT4_ROWS) * _round_up(self.cols, INT4_COLS) // 2, torch.uint8)
         function("pack_int4")(data.data_ptr(), self.rows, self.cols, packed.data_ptr())
         scale = self._copy(_blocked(core.scale))
         zero = 0 if core.zero is None else self._copy(_blocked(core.zero))
@@ -188,11 +193,11 @@ def _round_up(n: int, to: int) -> int:
 
 
 def _blocked(groups: torch.Tensor) -> torch.Tensor:
-    """[rows, groups] as [ceil(rows/4), groups, 4], padded with zeros: what a block of four rows needs lies together."""
+    """[rows, groups] as [ceil(rows/16), groups, 16], padded with zeros: what a block of int4 rows needs lies together."""
     rows, count = groups.shape
-    padded = groups.new_zeros(_round_up(rows, BLOCK_ROWS), count)
+    padded = groups.new_zeros(_round_up(rows, INT4_ROWS), count)
     padded[:rows] = groups
-    return padded.view(-1, BLOCK_ROWS, count).transpose(1, 2).contiguous()
+    return padded.view(-1, INT4_ROWS, count).transpose(1, 2).contiguous()
 
 
 EMPTY_MATRIX = [0] * 8

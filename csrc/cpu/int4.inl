@@ -1,153 +1,221 @@
 // int4: codes of four bits with a scale, and maybe a zero point, per group of columns. Part of kernels.inl.
 //
-// An element is code * scale - zero * scale. Both products are exact in fp32 (codes have 4 bits, bf16 scales 8), and so is
-// their difference: the same number whether it is looked up in a table, made on the way to a multiply-add, or written to a
-// panel first. So one row of x, which reads codes, and many rows, which share a panel of floats, have the same bits.
+// The lanes of a vector are rows of the weights, and a column of x is spread over them. Over a unit of 32 columns the codes
+// themselves are summed, and the unit's scale is taken once:
+//   y += scale * (sum of code * x  -  zero * sum of x)
+// with the sums of x made once for all rows of weights. That is one multiply-add per weight, where making the element
+// (code - zero) * scale first takes two, and a step per unit. Many rows of x come a few at a time and read the codes again:
+// taking them out of their words costs less than reading them as floats from a panel.
 
-inline int64_t groups_of(const PackedMatrix& w) { return (w.cols + w.group - 1) / w.group; }
+constexpr int kParts = kInt4Rows / kW;  // vectors across a block
 
-// The scales and offsets (-zero * scale) of NB blocks, spread to fp32: per group [NB][4] scales, then [NB][4] offsets. Done
-// for all groups at once, so that the products find them one load away.
-template <int NB>
-inline void spread_scales(const PackedMatrix& w, int64_t block, float* to) {
-  const int64_t groups = groups_of(w);
-  for (int b = 0; b < NB; ++b) {
-    const int64_t at = (block + b) * groups * kBlockRows;
-    const auto* bits = reinterpret_cast<const Simd::Bf16*>(static_cast<const uint16_t*>(w.scale) + at);
-    float* scale = to + b * groups * 2 * kBlockRows;
-    float* offset = scale + groups * kBlockRows;
-    int64_t i = 0;
-    const int64_t n = groups * kBlockRows;
-    if (w.zero == nullptr)
-      for (; i + kW <= n; i += kW) {
-        const V s = Simd::load(bits + i);
-        Simd::store(scale + i, s);
-        Simd::store(offset + i, Simd::mul(s, Simd::set1(-8.0f)));
-      }
-    for (; i < n; ++i) {
-      scale[i] = generic::bf16_to_float(bits[i].bits);
-      offset[i] = (w.zero ? -static_cast<float>(w.zero[at + i]) : -8.0f) * scale[i];
+inline int64_t units_of(int64_t cols) { return (cols + kInt4Cols - 1) / kInt4Cols; }
+
+// Scales and zero points of a block's rows, by unit.
+class Int4Groups {
+ public:
+  Int4Groups(const PackedMatrix& w, int64_t block) : shift_(static_cast<int>(w.group / 64)) {  // 32, 64, 128: 0, 1, 2
+    const int64_t at = block * groups_of(w) * kInt4Rows;
+    scale_ = static_cast<const Simd::Bf16*>(w.scale) + at;
+    if (w.zero) zero_ = reinterpret_cast<const int8_t*>(w.zero) + at;
+  }
+  // The scales of a block follow those of the one before, as its codes do.
+  void fetch_ahead(int64_t unit) const { Simd::prefetch(reinterpret_cast<const char*>(scale_ + place(unit, 0)) + 1024); }
+  V scale(int64_t unit, int part) const { return Simd::load(scale_ + place(unit, part)); }
+  // sum: minus the sum of a unit of x.
+  V minus_zeros(float sum, int64_t unit, int part) const {
+    return zero_ ? Simd::mul(Simd::set1(sum), Simd::load(zero_ + place(unit, part))) : Simd::set1(8.0f * sum);
+  }
+
+ private:
+  int64_t place(int64_t unit, int part) const { return (unit >> shift_) * kInt4Rows + part * kW; }
+  const Simd::Bf16* scale_;
+  const int8_t* zero_ = nullptr;
+  int shift_;
+};
+
+// Minus the sum of each unit of x, for round_up(units, 4) units; those past the end are zero.
+inline void int4_sums(const float* x, int64_t cols, float* sums) {
+  for (int64_t k0 = 0; k0 < cols; k0 += 4 * kInt4Cols, sums += 4) {
+    V part[4];
+    for (int u = 0; u < 4; ++u) {
+      part[u] = Simd::zero();
+      const int64_t begin = k0 + u * kInt4Cols, end = lesser(begin + kInt4Cols, cols);
+      int64_t k = begin;
+      for (; k + kW <= end; k += kW) part[u] = Simd::sub(part[u], Simd::load(x + k));
+      if (k < end) part[u] = Simd::sub(part[u], Simd::load_part(x + k, static_cast<int>(end - k)));
     }
+    Simd::sum4(part[0], part[1], part[2], part[3], sums);
   }
 }
 
-constexpr int kParts = 16 / kW;  // vectors in half a chunk of 32 columns
+// A half byte is not moved to the bottom of its word: x takes the power of two instead, once for all rows of weights.
+// Half byte 7 is moved, since there it would be the word's sign.
+constexpr float kHalfByteUnit[16] = {1, 0x1p-4f, 0x1p-8f, 0x1p-12f, 0x1p-16f, 0x1p-20f, 0x1p-24f, 1,
+                                     1, 0x1p-4f, 0x1p-8f, 0x1p-12f, 0x1p-16f, 0x1p-20f, 0x1p-24f, 1};
+constexpr float kMinusInverse[16] = {-1, -0x1p4f, -0x1p8f, -0x1p12f, -0x1p16f, -0x1p20f, -0x1p24f, -1,
+                                     -1, -0x1p4f, -0x1p8f, -0x1p12f, -0x1p16f, -0x1p20f, -0x1p24f, -1};
 
-// The sixteen low and the sixteen high codes of 16 bytes, as elements.
-inline void int4_elements(const uint8_t* codes, const Simd::Int4& row, V (&low)[kParts], V (&high)[kParts]) {
-  for (int p = 0; p < kParts; ++p) row.elements(codes + p * kW, low[p], high[p]);
-}
+// A few rows of x as the products read them.
+struct Int4Rows {
+  float* x;     // [M, ld]: column k times kHalfByteUnit[k % 8], zeros up to a whole unit
+  float* sums;  // [M, ld_sums]
+  int64_t ld, ld_sums;
 
-// One row of x against NB blocks: dot[b * 4 + r]. scales: room for 8 * NB * groups floats.
-template <int NB>
-inline void int4_tile(const float* x, const PackedMatrix& w, int64_t block, const Ahead& ahead, float* scales,
-                      float* dot) {
-  spread_scales<NB>(w, block, scales);
-  // The scales of the blocks after the next, which no multiplication waits for yet.
-  const char* later = static_cast<const char*>(w.scale) + (block + 2 * NB) * groups_of(w) * kBlockRows * 2;
-  for (int64_t line = 0; line < NB * groups_of(w) * kBlockRows * 2; line += 64) Simd::prefetch(later + line);
-  const int64_t stride = block_bytes(w), spread = groups_of(w) * kBlockRows;
-  const uint8_t* data = static_cast<const uint8_t*>(w.data) + block * stride;
-  V acc[NB][4];
-  for (int b = 0; b < NB; ++b)
-    for (int r = 0; r < 4; ++r) acc[b][r] = Simd::zero();
-  auto chunk = [&](int64_t k, const float* xk) {
-    for (int b = 0; b < NB; ++b) {
-      const uint8_t* codes = data + b * stride + k * 2;
-      for (int r = 0; r < 4; ++r) {
-        V low[kParts], high[kParts];
-        Simd::Int4 row;
-        row.set(scales + b * 2 * spread + r, scales + (b * 2 + 1) * spread + r);
-        int4_elements(codes + r * 16, row, low, high);
-        for (int p = 0; p < kParts; ++p) acc[b][r] = Simd::fma(Simd::load(xk + p * kW), low[p], acc[b][r]);
-        for (int p = 0; p < kParts; ++p) acc[b][r] = Simd::fma(Simd::load(xk + 16 + p * kW), high[p], acc[b][r]);
-      }
-      fetch_ahead(reinterpret_cast<const char*>(codes), 64, ahead);
-    }
-  };
-  for (int64_t g0 = 0; g0 < w.cols; g0 += w.group, scales += kBlockRows) {
-    const int64_t end = lesser(g0 + w.group, w.cols);
-    int64_t k = g0;
-    for (; k + kInt4Cols <= end; k += kInt4Cols) chunk(k, x + k);
-    if (k < end) {  // the last columns; codes there are padding, whose products with zeros change no sum
-      float rest[kInt4Cols] = {};
-      std::memcpy(rest, x + k, (end - k) * sizeof(float));
-      chunk(k, rest);
-    }
+  // Rows at a power of two would fall into one set of a cache.
+  Int4Rows(float* memory, int64_t M, int64_t cols)
+      : x(memory), ld(round_up(cols, kInt4Cols) + 16), ld_sums(round_up(units_of(cols), 4)) {
+    sums = x + M * ld;
   }
-  for (int b = 0; b < NB; ++b) Simd::sum4(acc[b][0], acc[b][1], acc[b][2], acc[b][3], dot + b * 4);
-}
-
-// The elements of one row's group, whose scale and zero point lie at `at`.
-inline Simd::Int4 int4_group(const PackedMatrix& w, int64_t at) {
-  const float scale = generic::bf16_to_float(static_cast<const uint16_t*>(w.scale)[at]);
-  const float offset = (w.zero ? -static_cast<float>(w.zero[at]) : -8.0f) * scale;
-  Simd::Int4 elements;
-  elements.set(&scale, &offset);
-  return elements;
-}
-
-// A block as floats in the layout of a float matrix: [cols / 16][4][16].
-inline void int4_panel(const PackedMatrix& w, int64_t block, float* panel) {
-  const uint8_t* data = static_cast<const uint8_t*>(w.data) + block * block_bytes(w);
-  const int64_t at = block * groups_of(w) * kBlockRows;
-  for (int64_t g0 = 0, group = 0; g0 < w.cols; g0 += w.group, ++group) {
-    const int64_t end = lesser(g0 + w.group, w.cols);
-    for (int r = 0; r < 4; ++r) {
-      const Simd::Int4 row = int4_group(w, at + group * kBlockRows + r);
-      for (int64_t k = g0; k < end; k += kInt4Cols) {
-        V low[kParts], high[kParts];
-        int4_elements(data + k * 2 + r * 16, row, low, high);
-        float* to = panel + k * kBlockRows + r * kBlockCols;
-        for (int p = 0; p < kParts; ++p) {
-          Simd::store(to + p * kW, low[p]);
-          Simd::store(to + kBlockRows * kBlockCols + p * kW, high[p]);
-        }
-      }
-    }
+  Int4Rows row(int64_t m) const {
+    Int4Rows one = *this;
+    one.x += m * ld;
+    one.sums += m * ld_sums;
+    return one;
   }
+};
+
+// Returns whether the rows have been multiplied by the powers of two: not where a number is so small that it would change.
+inline bool prepare_int4(const float* x, int64_t M, int64_t ldx, int64_t cols, const Int4Rows& to) {
+  bool exact = true;
+  for (int64_t m = 0; m < M; ++m) {
+    const float* from = x + m * ldx;
+    float* row = to.x + m * to.ld;
+    V most = Simd::zero(), least = Simd::zero();  // changes
+    auto scale = [&](int64_t k, V v) {
+      const V scaled = Simd::mul(v, Simd::load(kHalfByteUnit + k % 8));
+      const V change = Simd::fma(scaled, Simd::load(kMinusInverse + k % 8), v);
+      most = Simd::max(most, change);
+      least = Simd::min(least, change);
+      Simd::store(row + k, scaled);
+    };
+    int64_t k = 0;
+    for (; k + kW <= cols; k += kW) scale(k, Simd::load(from + k));
+    for (; k < round_up(cols, kInt4Cols); k += kW)
+      scale(k, k < cols ? Simd::load_part(from + k, static_cast<int>(cols - k)) : Simd::zero());
+    exact &= !(Simd::maximum(Simd::sub(most, least)) > 0.0f);  // what is no number stays none either way
+    int4_sums(from, cols, to.sums + m * to.ld_sums);
+  }
+  if (!exact)
+    for (int64_t m = 0; m < M; ++m) std::memcpy(to.x + m * to.ld, x + m * ldx, cols * sizeof(float));
+  return exact;
 }
 
-// panel: 4 * round_up(cols, 32) floats.
-void linear_int4(const float* x, int64_t M, int64_t ldx, const PackedMatrix& w, int64_t block0, int64_t block1,
-                 const Epilogue& e, const Ahead& ahead, float* panel) {
-  if (M == 1) {
-    constexpr int NB = Simd::kInt4Blocks;
-    float dot[NB * 4];
-    int64_t block = block0;
-    for (; block + NB <= block1; block += NB) {
-      int4_tile<NB>(x, w, block, ahead, panel, dot);
-      for (int b = 0; b < NB; ++b) write_block(w, e, block + b, 0, 1, dot + b * 4);
-    }
-    for (; block < block1; ++block) {
-      int4_tile<1>(x, w, block, ahead, panel, dot);
-      write_block(w, e, block, 0, 1, dot);
-    }
-    return;
-  }
-  const int64_t rows = panel_rows(w.cols);
-  for (int64_t p0 = 0; p0 < M; p0 += rows) {
-    const int64_t p1 = lesser(p0 + rows, M);
-    for (int64_t block = block0; block < block1; ++block) {
-      int4_panel(w, block, panel);
-      rows_of_block<float>(x, ldx, w, panel, block, p0, p1, e);
-    }
-  }
-}
-
-// Row `row` into out [cols].
-void int4_row(const PackedMatrix& w, int64_t row, float* out) {
-  const int64_t block = row / kBlockRows, r = row % kBlockRows;
-  const uint8_t* codes = static_cast<const uint8_t*>(w.data) + block * block_bytes(w) + r * 16;
-  const int64_t at = block * groups_of(w) * kBlockRows + r;
-  for (int64_t k = 0; k < w.cols; k += kInt4Cols) {
-    V low[kParts], high[kParts];
-    int4_elements(codes + k * 2, int4_group(w, at + k / w.group * kBlockRows), low, high);
-    float buffer[kInt4Cols];
+// Half bytes J to 7 of U words for each vector of rows, against the same columns of M rows of x. kScaled: whether x has the
+// powers of two.
+template <int J, int M, int U, bool kScaled>
+inline void int4_columns(const float* x, int64_t ldx, const Simd::Words (&words)[U][kParts], V (&acc)[M][U][kParts]) {
+  for (int u = 0; u < U; ++u) {
+    V column[M];
+    for (int m = 0; m < M; ++m) column[m] = Simd::set1(x[m * ldx + u * kInt4Cols + J]);
     for (int p = 0; p < kParts; ++p) {
-      Simd::store(buffer + p * kW, low[p]);
-      Simd::store(buffer + 16 + p * kW, high[p]);
+      V code = Simd::template half_byte<J>(words[u][p]);
+      if constexpr (!kScaled) code = Simd::mul(code, Simd::set1(kHalfByteUnit[J]));
+      for (int m = 0; m < M; ++m) acc[m][u][p] = Simd::fma(code, column[m], acc[m][u][p]);
     }
-    std::memcpy(out + k, buffer, lesser(kInt4Cols, w.cols - k) * sizeof(float));
+  }
+  if constexpr (J < 7) int4_columns<J + 1, M, U, kScaled>(x, ldx, words, acc);
+}
+
+// The units [unit, end) of one block, U at a time, added to y: each has a chain of multiply-adds of its own. Not inlined:
+// the registers are for the sums.
+template <int M, int U, bool kScaled>
+__attribute__((noinline)) void int4_units(const Int4Rows& x, int64_t unit, int64_t end, const uint32_t* codes,
+                                          const Int4Groups groups, const Ahead ahead, float (*y)[kInt4Rows]) {
+  constexpr int64_t kUnitWords = kInt4Rows * kInt4Cols / 8;
+  V sum[M][kParts];
+  for (int m = 0; m < M; ++m)
+    for (int p = 0; p < kParts; ++p) sum[m][p] = Simd::load(y[m] + p * kW);
+  for (; unit + U <= end; unit += U) {
+    V acc[M][U][kParts];
+    for (int u = 0; u < U; ++u)
+      for (int p = 0; p < kParts; ++p) {
+        for (int m = 0; m < M; ++m) acc[m][u][p] = groups.minus_zeros(x.sums[m * x.ld_sums + unit + u], unit + u, p);
+      }
+    const uint32_t* at = codes + unit * kUnitWords;
+    const float* column = x.x + unit * kInt4Cols;
+    groups.fetch_ahead(unit);
+    const char* fetch = place_ahead(reinterpret_cast<const char*>(at), ahead);
+    for (int q = 0; q < 4; ++q, at += kInt4Rows, column += 8, fetch += 64) {
+      Simd::Words words[U][kParts];
+      for (int u = 0; u < U; ++u)
+        for (int p = 0; p < kParts; ++p) words[u][p] = Simd::load_words(at + u * kUnitWords + p * kW);
+      int4_columns<0, M, U, kScaled>(column, x.ld, words, acc);
+      for (int u = 0; u < U; ++u) Simd::prefetch(fetch + u * kUnitWords * 4);
+    }
+    for (int u = 0; u < U; ++u)
+      for (int p = 0; p < kParts; ++p) {
+        const V scale = groups.scale(unit + u, p);
+        for (int m = 0; m < M; ++m) sum[m][p] = Simd::fma(acc[m][u][p], scale, sum[m][p]);
+      }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int p = 0; p < kParts; ++p) Simd::store(y[m] + p * kW, sum[m][p]);
+  if constexpr (U > 1)
+    if (unit < end) int4_units<M, U / 2, kScaled>(x, unit, end, codes, groups, ahead, y);
+}
+
+// As many units at once as make the chains that hide the latency of a multiply-add.
+constexpr int int4_units_at_once(int M) {
+  return lesser(Simd::kInt4Units, M * kParts < Simd::kInt4Chains ? Simd::kInt4Chains / (M * kParts) : 1);
+}
+
+// The sums of a block's sixteen rows, to where they belong.
+inline void write_int4(const PackedMatrix& w, const Epilogue& e, int64_t block, int64_t m, const float* dot) {
+  for (int64_t i = 0; i < kInt4Rows && block * kInt4Rows + i < w.rows; i += kBlockRows)
+    write_block(w, e, (block * kInt4Rows + i) / kBlockRows, m, 1, dot + i);
+}
+
+// M prepared rows, the first of them row m0 of the result.
+template <int M, bool kScaled>
+inline void int4_blocks(const Int4Rows& x, const PackedMatrix& w, int64_t block0, int64_t block1, int64_t m0,
+                        const Epilogue& e, const Ahead& ahead) {
+  for (int64_t block = block0; block < block1; ++block) {
+    const auto* codes = reinterpret_cast<const uint32_t*>(static_cast<const char*>(w.data) + block * block_bytes(w));
+    float y[M][kInt4Rows] = {};
+    int4_units<M, int4_units_at_once(M), kScaled>(x, 0, units_of(w.cols), codes, Int4Groups(w, block), ahead, y);
+    for (int m = 0; m < M; ++m) write_int4(w, e, block, m0 + m, y[m]);
+  }
+}
+
+template <int M>
+inline void int4_blocks_of(int64_t rows, const Int4Rows& x, const PackedMatrix& w, int64_t block0, int64_t block1,
+                           int64_t m0, const Epilogue& e, const Ahead& ahead) {
+  if constexpr (M > 0) {
+    if (rows == M) return int4_blocks<M, true>(x, w, block0, block1, m0, e, ahead);
+    int4_blocks_of<M - 1>(rows, x, w, block0, block1, m0, e, ahead);
+  }
+}
+
+void linear_int4(Int4Input& x, int64_t M, const PackedMatrix& w, int64_t block0, int64_t block1, const Epilogue& e,
+                 const Ahead& ahead) {
+  constexpr int64_t MT = Simd::kInt4TileM;
+  static_assert(MT <= kInt4MaxTile);
+  int64_t m0 = 0;
+  for (int64_t tiles = (M + MT - 1) / MT; tiles > 0; --tiles) {  // as even as can be
+    const int64_t rows = (M - m0 + tiles - 1) / tiles;
+    const Int4Rows prepared(x.memory, rows, w.cols);
+    if (!x.prepared) x.scaled = prepare_int4(x.x + m0 * x.ldx, rows, x.ldx, w.cols, prepared);
+    x.prepared = M <= MT;
+    if (x.scaled) {
+      int4_blocks_of<MT>(rows, prepared, w, block0, block1, m0, e, ahead);
+    } else {
+      for (int64_t m = 0; m < rows; ++m) int4_blocks<1, false>(prepared.row(m), w, block0, block1, m0 + m, e, ahead);
+    }
+    m0 += rows;
+  }
+}
+
+// Row `row` into out [cols]. An element is exact in fp32: codes have 4 bits, bf16 scales 8.
+void int4_row(const PackedMatrix& w, int64_t row, float* out) {
+  const int64_t block = row / kInt4Rows, r = row % kInt4Rows, at = block * groups_of(w) * kInt4Rows + r;
+  const auto* words = reinterpret_cast<const uint32_t*>(static_cast<const char*>(w.data) + block * block_bytes(w)) + r;
+  for (int64_t k = 0; k < w.cols; k += 8, words += kInt4Rows) {
+    const int64_t group = at + k / w.group * kInt4Rows;
+    const float scale = generic::bf16_to_float(static_cast<const uint16_t*>(w.scale)[group]);
+    const int zero = w.zero ? w.zero[group] : 8;
+    float elements[8];
+    for (int j = 0; j < 8; ++j) elements[j] = static_cast<float>(static_cast<int>(*words >> 4 * j & 15) - zero) * scale;
+    std::memcpy(out + k, elements, lesser<int64_t>(8, w.cols - k) * sizeof(float));
   }
 }

@@ -2,7 +2,8 @@
 // which rows, on which thread, is decided in the operations (linear_ops.cpp, row_ops.cpp, attention_ops.cpp).
 //
 // Order of reduction. A dot product over K columns is one vector accumulator of the instruction set's width, filled from
-// column 0 upwards, then summed by one fixed tree (Simd::sum4). It does not depend on how many rows of x are in a tile, on
+// column 0 upwards, then summed by one fixed tree (Simd::sum4); of int4 weights, sums over 32 columns each, from column 0
+// upwards, that are scaled and added from the first upwards (int4.inl). It does not depend on how many rows of x are in a tile, on
 // the number of tiles or on the thread, so a row of the result is the same bits alone and in a batch. With int8 activations
 // the sums are of integers, exact in any order.
 #pragma once
@@ -16,12 +17,14 @@ enum class Store : int64_t { kFp32 = 0, kBf16 = 1, kFp16 = 2, kInt8 = 3, kInt4 =
 
 constexpr int64_t kBlockRows = 4;   // rows of a packed matrix that lie interleaved
 constexpr int64_t kBlockCols = 16;  // columns of one row that lie together
-constexpr int64_t kInt4Cols = 32;   // likewise for int4: 16 bytes
+constexpr int64_t kInt4Rows = 16;   // rows of a packed int4 matrix that lie interleaved
+constexpr int64_t kInt4Cols = 32;   // columns that are padded to, and that a sum of int4 codes runs over
 
-// A matrix packed for streaming, so that a block of four rows is one sequential stream of whole cache lines:
+// A matrix packed for streaming, so that a block of four rows (sixteen of int4) is one sequential stream of whole cache lines:
 //   [ceil(rows/4)][ceil(cols/16)][4][16] elements, padded with zeros;
-//   int4: [ceil(rows/4)][ceil(cols/32)][4][16] bytes, byte i holding column i in its low half and 16 + i in its high half,
-//   with scales and zero points per group of columns, [ceil(rows/4)][ceil(cols/group)][4].
+//   int4: [ceil(rows/16)][ceil(cols/32)][4][16] words of 32 bits: half byte j of word [b][c][q][r], counted from the lowest,
+//   is column 32 c + 8 q + j of row 16 b + r. So a vector of words is one of rows, and a mask away from eight columns of
+//   them. Scales and zero points per group of columns, [ceil(rows/16)][ceil(cols/group)][16].
 // kernels/cpu_library.py lays these eight integers out.
 struct PackedMatrix {
   const void* data;
@@ -30,17 +33,19 @@ struct PackedMatrix {
   int64_t rows;
   int64_t cols;
   const uint8_t* zero;     // int4: blocks of zero points, or null for 8
-  int64_t group;           // int4: columns that share a scale, a multiple of 32
+  int64_t group;           // int4: columns that share a scale: 32, 64 or 128
   const int32_t* row_sum;  // [rows]: sums of the codes, where int8 activations are wanted; else null
 };
 static_assert(sizeof(PackedMatrix) == 64 && sizeof(void*) == 8, "read where Python wrote it, as eight 64-bit fields");
 
-inline int64_t blocks_of(const PackedMatrix& w) { return (w.rows + kBlockRows - 1) / kBlockRows; }
+inline int64_t block_rows(const PackedMatrix& w) { return w.store == Store::kInt4 ? kInt4Rows : kBlockRows; }
+inline int64_t blocks_of(const PackedMatrix& w) { return (w.rows + block_rows(w) - 1) / block_rows(w); }
+inline int64_t groups_of(const PackedMatrix& w) { return (w.cols + w.group - 1) / w.group; }  // int4
 
-// Bytes of one block of four rows.
+// Bytes of one block of rows.
 inline int64_t block_bytes(const PackedMatrix& w) {
   constexpr int64_t kSize[] = {4, 2, 2, 1};
-  if (w.store == Store::kInt4) return (w.cols + kInt4Cols - 1) / kInt4Cols * 64;
+  if (w.store == Store::kInt4) return (w.cols + kInt4Cols - 1) / kInt4Cols * kInt4Cols * kInt4Rows / 2;
   return (w.cols + kBlockCols - 1) / kBlockCols * kBlockCols * kBlockRows * kSize[static_cast<int64_t>(w.store)];
 }
 
@@ -71,6 +76,20 @@ struct Int8Rows {
   const float* scale;
 };
 
+// Rows of x for int4 weights, with memory of the calling thread for what linear_int4 makes of them a few at a time. Few
+// rows are made so once: an input is for all calls with the same rows and as many columns.
+struct Int4Input {
+  const float* x;  // [M, ldx]
+  int64_t ldx;
+  float* memory;  // int4_floats(cols)
+  bool prepared, scaled;  // linear_int4's own; false at first
+};
+constexpr int64_t kInt4MaxTile = 8;  // rows that any instruction set takes at once
+inline int64_t int4_floats(int64_t cols) {
+  const int64_t units = (cols + kInt4Cols - 1) / kInt4Cols;
+  return kInt4MaxTile * (units * kInt4Cols + 16 + (units + 3) / 4 * 4);
+}
+
 struct AttentionShape {
   int64_t query_heads, kv_heads, head_dim, page_size, pages_per_sequence;
   int64_t window;      // a query sees this many positions, its own included; 0: all before it
@@ -81,12 +100,14 @@ struct AttentionShape {
 
 struct KernelTable {
   const char* name;
-  // y[m, row] for row blocks [block0, block1) of four rows each and all M rows of x. panel: 4 * round_up(cols, 32) floats
-  // of scratch, used by int4.
+  // y[m, row] for row blocks [block0, block1) and all M rows of x. Float and int8 weights.
   void (*linear)(const float* x, int64_t M, int64_t ldx, const PackedMatrix& w, int64_t block0, int64_t block1,
-                 const Epilogue& e, const Ahead& ahead, float* panel);
+                 const Epilogue& e, const Ahead& ahead);
   // The same for int8 weights and rows of x rounded to int8.
   void (*linear_int8)(const Int8Rows& x, int64_t M, const PackedMatrix& w, int64_t block0, int64_t block1,
+                      const Epilogue& e, const Ahead& ahead);
+  // The same for int4 weights.
+  void (*linear_int4)(Int4Input& x, int64_t M, const PackedMatrix& w, int64_t block0, int64_t block1,
                       const Epilogue& e, const Ahead& ahead);
   // Rows [row0, row1) of x [M, K] to codes [M, ld] (padded with zero codes) and scale [M].
   void (*quantize_rows)(const float* x, int64_t ldx, int64_t K, int64_t row0, int64_t row1, int8_t* codes, int64_t ld,

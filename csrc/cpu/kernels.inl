@@ -7,7 +7,7 @@ using V = Simd::V;
 // Not std::min and std::max: an inline function shared between translation units could be kept in the copy that was
 // compiled for the newest instruction set.
 template <class A>
-inline A lesser(A a, A b) {
+constexpr A lesser(A a, A b) {
   return b < a ? b : a;
 }
 template <class A>
@@ -33,9 +33,6 @@ inline V exp_ps(V x) {
   return Simd::mul(p, Simd::pow2i(n));
 }
 
-void linear_int4(const float* x, int64_t M, int64_t ldx, const PackedMatrix& w, int64_t block0, int64_t block1,
-                 const Epilogue& e, const Ahead& ahead, float* panel);
-
 #include "linear.inl"
 
 #include "int4.inl"
@@ -46,5 +43,5 @@ void linear_int4(const float* x, int64_t M, int64_t ldx, const PackedMatrix& w, 
 
 #include "attention.inl"
 
-const KernelTable kTable = {Simd::kName, linear,   linear_int8, quantize_rows, rms_norm, swiglu,
-                            gather,      rotate,   write_kv,    attention,     combine};
+const KernelTable kTable = {Simd::kName, linear, linear_int8, linear_int4, quantize_rows, rms_norm, swiglu,
+                            gather,      rotate, write_kv,    attention,   combine};

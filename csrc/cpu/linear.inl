@@ -4,9 +4,12 @@ constexpr int64_t kPrefetchDistance = 8192;  // bytes; the best of 4 to 32 KiB, 
 
 // One row of x is bound by memory, and the hardware does not follow streams this short across blocks: fetch what is read some
 // microseconds later, here or at the next place of this thread. Past the end of memory this does nothing.
-inline void fetch_ahead(const char* at, int64_t bytes, const Ahead& ahead) {
+inline const char* place_ahead(const char* at, const Ahead& ahead) {
   const char* from = at + kPrefetchDistance;
-  if (from >= ahead.limit) from = ahead.next + (from - ahead.limit);
+  return from < ahead.limit ? from : ahead.next + (from - ahead.limit);
+}
+inline void fetch_ahead(const char* at, int64_t bytes, const Ahead& ahead) {
+  const char* from = place_ahead(at, ahead);
   for (int64_t line = 0; line < bytes; line += 64) Simd::prefetch(from + line);
 }
 
@@ -84,7 +87,7 @@ inline void write_whole_block(const float* scale, const Epilogue& e, int64_t row
 
 inline void write_block(const PackedMatrix& w, const Epilogue& e, int64_t block, int64_t m0, int mt, const float* dot) {
   const int64_t row0 = block * kBlockRows, n = w.rows - row0;
-  // int4 has its scales in the products already.
+  // int4 has its scales in the sums already.
   const float* scale = w.store == Store::kInt8 ? static_cast<const float*>(w.scale) + row0 : nullptr;
   if (n >= 4) {
     for (int m = 0; m < mt; ++m) write_whole_block(scale, e, row0, m0 + m, dot + m * 4);
@@ -168,12 +171,12 @@ void linear_store(const float* x, int64_t M, int64_t ldx, const PackedMatrix& w,
 }
 
 void linear(const float* x, int64_t M, int64_t ldx, const PackedMatrix& w, int64_t block0, int64_t block1,
-            const Epilogue& e, const Ahead& ahead, float* panel) {
+            const Epilogue& e, const Ahead& ahead) {
   switch (w.store) {
     case Store::kFp32: return linear_store<float>(x, M, ldx, w, block0, block1, e, ahead);
     case Store::kBf16: return linear_store<Simd::Bf16>(x, M, ldx, w, block0, block1, e, ahead);
     case Store::kFp16: return linear_store<Simd::Fp16>(x, M, ldx, w, block0, block1, e, ahead);
     case Store::kInt8: return linear_store<int8_t>(x, M, ldx, w, block0, block1, e, ahead);
-    case Store::kInt4: return linear_int4(x, M, ldx, w, block0, block1, e, ahead, panel);
+    case Store::kInt4: return;  // linear_int4
   }
 }

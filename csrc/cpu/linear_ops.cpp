@@ -10,18 +10,21 @@ namespace {
 
 // The row blocks of one core of every member, cut into pieces small enough to balance and large enough to stream.
 struct Pieces {
-  Int blocks;                  // of a piece, at most
   Int first[kMaxMembers + 1];  // prefix sums of pieces
 
   Pieces(const LinearGroup& group, int core, int threads) {
     Int total = 0;
-    for (Int i = 0; i < group.members; ++i) total += blocks_of(group[i].core[core]);
-    blocks = std::min<Int>(32, std::max<Int>(2, total / (threads * 6) / 2 * 2));
+    for (Int i = 0; i < group.members; ++i) total += (group[i].core[core].rows + kBlockRows - 1) / kBlockRows;
+    rows_ = kBlockRows * std::min<Int>(32, std::max<Int>(2, total / (threads * 6) / 2 * 2));
     first[0] = 0;
-    for (Int i = 0; i < group.members; ++i)
-      first[i + 1] = first[i] + (blocks_of(group[i].core[core]) + blocks - 1) / blocks;
+    for (Int i = 0; i < group.members; ++i) {
+      const PackedMatrix& w = group[i].core[core];
+      first[i + 1] = first[i] + (blocks_of(w) + blocks(w) - 1) / blocks(w);
+    }
     members = group.members;
   }
+  // Of one piece of w, at most.
+  Int blocks(const PackedMatrix& w) const { return std::max<Int>(1, rows_ / block_rows(w)); }
   Int total() const { return first[members]; }
   Int member_of(Int piece) const {
     Int i = 0;
@@ -30,7 +33,7 @@ struct Pieces {
   }
 
  private:
-  Int members;
+  Int members, rows_;
 };
 
 const char* address(const PackedMatrix& w, Int block) {
@@ -42,7 +45,8 @@ const char* own_begin(const Team& team, const LinearGroup& group, const Pieces& 
   const Int p = team.own_begin(pieces.total());
   if (p >= team.own_end(pieces.total())) return nullptr;
   const Int i = pieces.member_of(p);
-  return address(group[i].core[core], (p - pieces.first[i]) * pieces.blocks);
+  const PackedMatrix& w = group[i].core[core];
+  return address(w, (p - pieces.first[i]) * pieces.blocks(w));
 }
 
 // What follows the bytes that this thread is reading: the end of its run within the member, and where it goes on.
@@ -52,7 +56,7 @@ Ahead ahead_of(const Team& team, const LinearGroup& group, const Pieces& pieces,
   if (piece < begin || piece >= end) return {unlimited, nullptr};  // someone else's run: it ends soon
   const Int i = pieces.member_of(piece), last = std::min(end, pieces.first[i + 1]);
   const PackedMatrix& w = group[i].core[core];
-  const char* limit = address(w, std::min((last - pieces.first[i]) * pieces.blocks, blocks_of(w)));
+  const char* limit = address(w, std::min((last - pieces.first[i]) * pieces.blocks(w), blocks_of(w)));
   const char* next = after;
   if (last < end) {
     Int following = i + 1;
@@ -177,24 +181,32 @@ void linear_group(Team& team, const LinearCall& c, const char* after) {
   const bool two = pieces1.total() > 0;
   float* z = c.scratch;
 
+  Int4Input int4{};
+  Int int4_cols = 0;
   auto multiply = [&](const PackedMatrix& w, const float* x, Int ldx, const Int8Rows& codes, Int block0, Int block1,
                       const Epilogue& e, const Ahead& ahead) {
     if (group.int8_activations && w.store == Store::kInt8) {
       k.linear_int8(codes, c.M, w, block0, block1, e, ahead);
       return;
     }
-    float* panel = nullptr;
-    if (w.store == Store::kInt4)
-      panel = static_cast<float*>(private_memory(Private::kPanel, (w.cols + 31) / 32 * 32 * 4 * Int(sizeof(float))));
-    k.linear(x, c.M, ldx, w, block0, block1, e, ahead, panel);
+    if (w.store == Store::kInt4) {
+      if (x != int4.x || w.cols != int4_cols) {  // another member's, in this phase
+        int4_cols = w.cols;
+        int4 = {x, ldx, static_cast<float*>(private_memory(Private::kInt4, int4_floats(w.cols) * Int(sizeof(float)))), false,
+                false};
+      }
+      k.linear_int4(int4, c.M, w, block0, block1, e, ahead);
+      return;
+    }
+    k.linear(x, c.M, ldx, w, block0, block1, e, ahead);
   };
   auto epilogue = [&](const Member& m) {
     return Epilogue{c.out + m.out_offset, c.ldo, nullptr, m.bias, c.residual ? c.residual + m.out_offset : nullptr, c.ldr,
                     nullptr, 0};
   };
   auto blocks = [&](const Pieces& pieces, const PackedMatrix& w, Int i, Int piece) {
-    const Int begin = (piece - pieces.first[i]) * pieces.blocks;
-    return std::pair<Int, Int>(begin, std::min(begin + pieces.blocks, blocks_of(w)));
+    const Int begin = (piece - pieces.first[i]) * pieces.blocks(w);
+    return std::pair<Int, Int>(begin, std::min(begin + pieces.blocks(w), blocks_of(w)));
   };
 
   Input input(team, c);

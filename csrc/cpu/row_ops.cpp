@@ -44,10 +44,10 @@ void gather(Team& team, const GatherCall& c) {
 
 namespace {
 
-// Calls f(block) for every block of four rows, on all threads when there is much to do.
+// Calls f(block) for every block of block_rows rows, on all threads when there is much to do.
 template <class F>
-void over_blocks(Int rows, Int bytes, F f) {
-  const Int blocks = (rows + kBlockRows - 1) / kBlockRows;
+void over_blocks(Int rows, Int block_rows, Int bytes, F f) {
+  const Int blocks = (rows + block_rows - 1) / block_rows;
   parallel(bytes < (Int(1) << 18) ? 1 : num_threads(), 1, [&](Team& team) {
     const Int piece = std::max<Int>(1, blocks / (team.threads() * 4));
     team.deal((blocks + piece - 1) / piece, [&](Int p) {
@@ -62,7 +62,7 @@ void pack(Int source, Int rows, Int cols, Int size, Int target) {
   const char* from = pointer<const char>(source);
   char* to = pointer<char>(target);
   const Int chunks = (cols + kBlockCols - 1) / kBlockCols, chunk_bytes = kBlockCols * size;
-  over_blocks(rows, rows * cols * size, [&](Int b) {
+  over_blocks(rows, kBlockRows, rows * cols * size, [&](Int b) {
     for (Int c = 0; c < chunks; ++c) {
       for (Int r = 0; r < kBlockRows; ++r) {
         char* place = to + ((b * chunks + c) * kBlockRows + r) * chunk_bytes;
@@ -77,21 +77,18 @@ void pack(Int source, Int rows, Int cols, Int size, Int target) {
 
 void pack_int4(Int source, Int rows, Int cols, Int target) {
   const uint8_t* from = pointer<const uint8_t>(source);
-  uint8_t* to = pointer<uint8_t>(target);
-  const Int chunks = (cols + kInt4Cols - 1) / kInt4Cols, width = (cols + 1) / 2;
-  over_blocks(rows, rows * width, [&](Int b) {
-    auto code = [&](Int row, Int col) -> int {
-      if (row >= rows || col >= cols) return 0;
-      const uint8_t byte = from[row * width + col / 2];
-      return col % 2 ? byte >> 4 : byte & 15;
-    };
-    for (Int c = 0; c < chunks; ++c)
-      for (Int r = 0; r < kBlockRows; ++r)
-        for (Int i = 0; i < 16; ++i) {
-          const Int row = b * kBlockRows + r, col = c * kInt4Cols + i;
-          to[((b * chunks + c) * kBlockRows + r) * 16 + i] =
-              static_cast<uint8_t>(code(row, col) | code(row, col + 16) << 4);
-        }
+  uint32_t* to = pointer<uint32_t>(target);
+  const Int words = (cols + kInt4Cols - 1) / kInt4Cols * (kInt4Cols / 8), width = (cols + 1) / 2;
+  over_blocks(rows, kInt4Rows, rows * width, [&](Int b) {
+    for (Int r = 0; r < kInt4Rows; ++r) {
+      const Int row = b * kInt4Rows + r;
+      for (Int k = 0; k < words; ++k) {  // the source has its columns in the same order, low halves first
+        uint32_t word = 0;
+        for (Int i = 0; row < rows && i < 4 && 4 * k + i < width; ++i)
+          word |= static_cast<uint32_t>(from[row * width + 4 * k + i]) << (8 * i);
+        to[(b * words + k) * kInt4Rows + r] = word;
+      }
+    }
   });
 }
 

@@ -32,23 +32,16 @@ struct Simd {
   static V load(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
-  // int4 elements code * scale + offset of a row's group.
-  static constexpr int kInt4Blocks = 2;  // at once against one row of x
-  struct Int4 {
-    V scale, offset;
-    // From memory, each time anew: kept in registers, those of four rows would drive the sums out of them.
-    void set(const float* s, const float* o) {
-      __asm__("" : "+r"(s), "+r"(o));
-      scale = _mm256_broadcast_ss(s);
-      offset = _mm256_broadcast_ss(o);
-    }
-    // Of the low and the high halves of 8 bytes.
-    void elements(const uint8_t* p, V& low, V& high) const {
-      const __m256i codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-      low = fma(_mm256_cvtepi32_ps(_mm256_and_si256(codes, _mm256_set1_epi32(15))), scale, offset);
-      high = fma(_mm256_cvtepi32_ps(_mm256_srli_epi32(codes, 4)), scale, offset);
-    }
-  };
+  // int4: words of eight half bytes (see int4.inl).
+  static constexpr int kInt4Chains = 8, kInt4Units = 3, kInt4TileM = 4;
+  using Words = __m256i;
+  static Words load_words(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  // Half byte J of each word times 16^J; of J = 7 as it is.
+  template <int J>
+  static V half_byte(Words w) {
+    if constexpr (J == 7) return _mm256_cvtepi32_ps(_mm256_srli_epi32(w, 28));
+    return _mm256_cvtepi32_ps(_mm256_and_si256(w, _mm256_set1_epi32(15 << (J % 7 * 4))));
+  }
   // Sums of 16 columns of x times four rows of weights, 64 bytes. The instruction takes its first operand without a sign:
   // |x| and w with x's sign give the same products, and two of them (at most 127 * 127 each) fit 16 bits.
   static constexpr bool kInt8Shifted = false;

@@ -31,22 +31,16 @@ struct Simd {
   static V load(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
-  // int4 elements code * scale + offset: the 16 there are of a row's group are a table, and the permutation that looks them
-  // up takes four bits of each lane only.
-  static constexpr int kInt4Blocks = 1;  // at once against one row of x
-  struct Int4 {
-    V table;
-    void set(const float* scale, const float* offset) {
-      const V numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-      table = fma(numbers, set1(*scale), set1(*offset));
-    }
-    // Of the low and the high halves of 16 bytes.
-    void elements(const uint8_t* p, V& low, V& high) const {
-      const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-      low = _mm512_permutexvar_ps(codes, table);
-      high = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), table);
-    }
-  };
+  // int4: words of eight half bytes (see int4.inl).
+  static constexpr int kInt4Chains = 8, kInt4Units = 8, kInt4TileM = 8;
+  using Words = __m512i;
+  static Words load_words(const uint32_t* p) { return _mm512_loadu_si512(p); }
+  // Half byte J of each word times 16^J; of J = 7 as it is.
+  template <int J>
+  static V half_byte(Words w) {
+    if constexpr (J == 7) return _mm512_cvtepi32_ps(_mm512_srli_epi32(w, 28));
+    return _mm512_cvtepi32_ps(_mm512_and_si512(w, _mm512_set1_epi32(15 << (J % 7 * 4))));
+  }
   // Sums of 16 columns of x times four rows of weights, 64 bytes: lane 4 r + i sums columns 4 i to 4 i + 3 of row r.
   // VNNI takes its first operand without a sign, so x goes in 128 higher.
   static constexpr bool kInt8Shifted = true;

@@ -92,25 +92,22 @@ struct Simd {
     for (int i = 0; i < 8; ++i) wide[i] = p[i];
     return __builtin_convertvector(wide, V);
   }
-  // int4 elements code * scale + offset of a row's group.
-  static constexpr int kInt4Blocks = 1;  // at once against one row of x
-  struct Int4 {
-    float scale, offset;
-    void set(const float* s, const float* o) {
-      scale = *s;
-      offset = *o;
-    }
-    // Of the low and the high halves of 8 bytes.
-    void elements(const uint8_t* p, V& low, V& high) const {
-      I lows, highs;
-      for (int i = 0; i < 8; ++i) {
-        lows[i] = p[i] & 15;
-        highs[i] = p[i] >> 4;
-      }
-      low = fma(__builtin_convertvector(lows, V), set1(scale), set1(offset));
-      high = fma(__builtin_convertvector(highs, V), set1(scale), set1(offset));
-    }
-  };
+  // int4: words of eight half bytes (see int4.inl).
+  static constexpr int kInt4Chains = 4;  // of multiply-adds at once, for one row of x
+  static constexpr int kInt4Units = 2;   // that they are of, at most
+  static constexpr int kInt4TileM = 2;   // rows of x at once
+  using Words = I;
+  static Words load_words(const uint32_t* p) {
+    I w;
+    std::memcpy(&w, p, sizeof w);
+    return w;
+  }
+  // Half byte J of each word times 16^J; of J = 7 as it is.
+  template <int J>
+  static V half_byte(Words w) {
+    if constexpr (J == 7) return __builtin_convertvector((w >> 28) & 15, V);
+    return __builtin_convertvector(w & (15 << (J % 7 * 4)), V);
+  }
   // Sums of 16 columns of x times four rows of weights, 64 bytes.
   static constexpr bool kInt8Shifted = false;  // whether x goes in 128 higher, to be corrected by row sums
   static constexpr int kInt8TileM = 2, kInt8Blocks = 1;

@@ -45,21 +45,16 @@ struct Simd {
   }
   // The conversion divides by 2^24: two instructions where widening twice and converting takes three, and exact.
   static V load(const int8_t* p) { return vcvtq_n_f32_s32(vreinterpretq_s32_u32(bytes_at_top(p)), 24); }
-  // int4 elements code * scale + offset of a row's group.
-  static constexpr int kInt4Blocks = 1;  // at once against one row of x
-  struct Int4 {
-    V scale, offset;
-    void set(const float* s, const float* o) {
-      scale = vld1q_dup_f32(s);
-      offset = vld1q_dup_f32(o);
-    }
-    // Of the low and the high halves of 4 bytes.
-    void elements(const uint8_t* p, V& low, V& high) const {
-      const uint32x4_t top = bytes_at_top(p);
-      low = vfmaq_f32(offset, vcvtq_n_f32_u32(vshlq_n_u32(top, 4), 28), scale);
-      high = vfmaq_f32(offset, vcvtq_f32_u32(vshrq_n_u32(top, 28)), scale);
-    }
-  };
+  // int4: words of eight half bytes (see int4.inl).
+  static constexpr int kInt4Chains = 8, kInt4Units = 2, kInt4TileM = 4;
+  using Words = uint32x4_t;
+  static Words load_words(const uint32_t* p) { return vld1q_u32(p); }
+  // Half byte J of each word times 16^J; of J = 7 as it is.
+  template <int J>
+  static V half_byte(Words w) {
+    if constexpr (J == 7) return vcvtq_f32_u32(vshrq_n_u32(w, 28));
+    return vcvtq_f32_u32(vandq_u32(w, vdupq_n_u32(15u << (J % 7 * 4))));
+  }
   static V load(const Bf16* p) {
     return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16));
   }

@@ -150,25 +150,27 @@ namespace {
 
 // Codes, scales and zero points of int4. What pads a block is anything at all: no result may depend on it.
 Matrix random_int4(Random& random, int64_t rows, int64_t cols) {
-  Matrix w{Store::kInt4, rows, cols, int64_t(32) << random.between(0, 2), {}, {}, {}, {}, {}, {}};
-  const int64_t blocks = round_up(rows, kBlockRows) / kBlockRows, chunks = round_up(cols, kInt4Cols) / kInt4Cols;
-  const int64_t groups = round_up(cols, w.group) / w.group;
-  w.data.resize(blocks * chunks * kBlockRows * 16);
+  Matrix w{Store::kInt4, rows, cols, int64_t(32) << random.between(0, 2), {}, {}, {}, {}, {}, {}, {}};
+  const int64_t blocks = round_up(rows, kInt4Rows) / kInt4Rows, groups = round_up(cols, w.group) / w.group;
+  w.data.resize(blocks * kInt4Rows * round_up(cols, kInt4Cols) / 2);
   for (uint8_t& b : w.data) b = static_cast<uint8_t>(random.next());
-  w.group_scale.assign(blocks * groups * kBlockRows, 0xffff);
+  w.group_scale.assign(blocks * groups * kInt4Rows, 0xffff);
   if (random.between(0, 1)) w.zero.assign(w.group_scale.size(), 255);
   for (int64_t i = 0; i < rows; ++i) {
+    const int64_t block = i / kInt4Rows, r = i % kInt4Rows;
     for (int64_t g = 0; g < groups; ++g) {
-      const int64_t at = (i / kBlockRows * groups + g) * kBlockRows + i % kBlockRows;
+      const int64_t at = (block * groups + g) * kInt4Rows + r;
       encode(Store::kBf16, random.uniform(0.01f, 0.2f), &w.group_scale[at]);
       if (!w.zero.empty()) w.zero[at] = static_cast<uint8_t>(random.between(0, 15));
     }
-    for (int64_t j = 0; j < cols; ++j) {
-      const uint8_t byte =
-          w.data[((i / kBlockRows * chunks + j / kInt4Cols) * kBlockRows + i % kBlockRows) * 16 + j % 16];
-      const int64_t at = (i / kBlockRows * groups + j / w.group) * kBlockRows + i % kBlockRows;
-      const int code = j % kInt4Cols < 16 ? byte & 15 : byte >> 4, zero = w.zero.empty() ? 8 : w.zero[at];
-      w.values.push_back((code - zero) * decode(Store::kBf16, &w.group_scale[at]));
+    for (int64_t j = 0; j < cols; ++j) {  // eight columns a word, the first in the lowest half byte
+      const int64_t word = (block * round_up(cols, kInt4Cols) / 8 + j / 8) * kInt4Rows + r;
+      const int code = w.data[4 * word + j % 8 / 2] >> (j % 2 * 4) & 15;
+      const int64_t at = (block * groups + j / w.group) * kInt4Rows + r;
+      const int zero = w.zero.empty() ? 8 : w.zero[at];
+      const double scale = decode(Store::kBf16, &w.group_scale[at]);
+      w.values.push_back((code - zero) * scale);
+      w.sizes.push_back((code + zero) * scale);
     }
   }
   return w;
@@ -178,7 +180,7 @@ Matrix random_int4(Random& random, int64_t rows, int64_t cols) {
 
 Matrix random_matrix(Random& random, Store store, int64_t rows, int64_t cols, int64_t lowest) {
   if (store == Store::kInt4) return random_int4(random, rows, cols);
-  Matrix w{store, rows, cols, 0, {}, {}, {}, {}, {}, {}};
+  Matrix w{store, rows, cols, 0, {}, {}, {}, {}, {}, {}, {}};
   const int64_t size = element_size(store), padded = round_up(cols, kBlockCols);
   w.data.assign(round_up(rows, kBlockRows) * padded * size, 0);
   if (store == Store::kInt8) {

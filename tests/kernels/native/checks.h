@@ -2,6 +2,7 @@
 // report of errors against float64.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <map>
@@ -102,7 +103,9 @@ struct Matrix {
   Buffer<uint16_t> group_scale;  // int4
   Buffer<int32_t> row_sum;       // int8: of the codes
   std::vector<double> values;
+  std::vector<double> sizes;  // int4: (code + zero) * scale, as large as what is summed and taken off again
 
+  double size(int64_t i) const { return sizes.empty() ? std::fabs(values[i]) : sizes[i]; }
   PackedMatrix packed() const {
     const void* scales = nullptr;
     if (!scale.empty()) scales = scale.data();

@@ -56,9 +56,15 @@ struct Case {
     const Buffer<float> x(rows.x.begin() + m0 * rows.ldx, rows.x.begin() + (m1 - 1) * rows.ldx + w.cols);
     const char* data = reinterpret_cast<const char*>(w.data.data());
     const Ahead ahead{data + w.data.size(), data};
-    Buffer<float> panel(kBlockRows * round_up(w.cols, kInt4Cols));
-    table.linear(x.data(), m1 - m0, rows.ldx, w.packed(), 0, split, e, ahead, panel.data());
-    table.linear(x.data(), m1 - m0, rows.ldx, w.packed(), split, blocks(), e, ahead, panel.data());
+    if (w.store == Store::kInt4) {
+      Buffer<float> memory(int4_floats(w.cols));
+      Int4Input input{x.data(), rows.ldx, memory.data(), false, false};
+      table.linear_int4(input, m1 - m0, w.packed(), 0, split, e, ahead);
+      table.linear_int4(input, m1 - m0, w.packed(), split, blocks(), e, ahead);
+      return r;
+    }
+    table.linear(x.data(), m1 - m0, rows.ldx, w.packed(), 0, split, e, ahead);
+    table.linear(x.data(), m1 - m0, rows.ldx, w.packed(), split, blocks(), e, ahead);
     return r;
   }
 };
@@ -70,9 +76,9 @@ void compare(const Case& c, const Results& r, Report& report, const std::string&
     for (int64_t i = 0; i < c.w.rows; ++i) {
       double want = 0, size = 1e-30;
       for (int64_t k = 0; k < c.w.cols; ++k) {
-        const double product = c.rows.x[m * c.rows.ldx + k] * c.w.values[i * c.w.cols + k];
-        want += product;
-        size += std::fabs(product);
+        const double x = c.rows.x[m * c.rows.ldx + k];
+        want += x * c.w.values[i * c.w.cols + k];
+        size += std::fabs(x) * c.w.size(i * c.w.cols + k);
       }
       if (c.parts.copy) report.value(kernel, r.copy[m * c.rows.ld_copy + i], want, size, kLinearTolerance);
       if (!c.parts.out) continue;
@@ -114,6 +120,35 @@ void check_case(const KernelTable& table, Random& random, const Matrix& w, int64
   }
 }
 
+// Numbers too small to be multiplied by powers of two beforehand.
+void check_tiny_int4(const KernelTable& table, Random& random, Report& report) {
+  const std::string kernel = "linear int4 of tiny numbers";
+  for (int64_t M : {1, 3, 11}) {
+    const Matrix w = random_matrix(random, Store::kInt4, 20, 77);
+    Case c{table, w, {M, 77, 20, 20, random.floats(M * 77)}, {true, false, false, false, false}, {}, {}, {}};
+    c.rows.x[5] = 3e-39f;
+    c.rows.x[14] = -7e-36f;
+    c.rows.x[22] = 0.0f;
+    compare(c, c.run(0, M, 1), report, kernel);
+    // All of them: a power of two taken off and not given back would show.
+    for (float& v : c.rows.x) v *= 0x1p-120f;
+    const Results tiny = c.run(0, M, 1);
+    for (int64_t m = 0; m < M; ++m) {
+      const Results one = c.run(m, m + 1, 2);
+      report.same(one.out, {tiny.out.begin() + m * 20, tiny.out.begin() + (m + 1) * 20}, kernel,
+                  "a row's bits depend on the number of rows");
+      for (int64_t i = 0; i < w.rows; ++i) {
+        double want = 0, size = 1e-40;
+        for (int64_t k = 0; k < w.cols; ++k) {
+          want += c.rows.x[m * 77 + k] * w.values[i * 77 + k];
+          size += std::fabs(c.rows.x[m * 77 + k]) * w.size(i * 77 + k);
+        }
+        report.value(kernel, one.out[i], want, size, 1e-5);  // subnormal sums have few bits
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void check_linear(const KernelTable& table, Report& report) {
@@ -134,13 +169,14 @@ void check_linear(const KernelTable& table, Report& report) {
     check_case(table, random, w, 7, {true, true, true, true, true}, report);
     check_case(table, random, w, 1, {false, false, false, false, true}, report);
   }
+  check_tiny_int4(table, random, report);
   // More rows than the panel of x that stays in the second-level cache (about 512 KiB).
   for (Store store : {Store::kInt8, Store::kInt4}) {
     const Matrix w = random_matrix(random, store, 5, 4000);
     Case c{table, w, {41, 4000, 5, 5, random.floats(41 * 4000)}, {true, false, false, false, false}, {}, {}, {}};
-    const Results all = c.run(0, 41, 2);
+    const Results all = c.run(0, 41, c.blocks());
     for (int64_t m : {0, 30, 31, 32, 33, 36, 40}) {
-      const Results one = c.run(m, m + 1, 1);
+      const Results one = c.run(m, m + 1, c.blocks());
       report.same(one.out, {all.out.begin() + m * 5, all.out.begin() + (m + 1) * 5},
                   std::string("linear ") + name(store), "a row's bits depend on the panel it is in");
     }
