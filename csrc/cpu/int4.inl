@@ -22,10 +22,9 @@ class Int4Groups {
   // The scales of a block follow those of the one before, as its codes do.
   void fetch_ahead(int64_t unit) const { Simd::prefetch(reinterpret_cast<const char*>(scale_ + place(unit, 0)) + 1024); }
   V scale(int64_t unit, int part) const { return Simd::load(scale_ + place(unit, part)); }
-  // sum: minus the sum of a unit of x.
-  V minus_zeros(float sum, int64_t unit, int part) const {
-    return zero_ ? Simd::mul(Simd::set1(sum), Simd::load(zero_ + place(unit, part))) : Simd::set1(8.0f * sum);
-  }
+  // The share of zero points that are 8 everywhere, times this, is that of the zero points.
+  V eighths(int64_t unit, int part) const { return Simd::mul(Simd::load(zero_ + place(unit, part)), Simd::set1(0.125f)); }
+  bool symmetric() const { return zero_ == nullptr; }
 
  private:
   int64_t place(int64_t unit, int part) const { return (unit >> shift_) * kInt4Rows + part * kW; }
@@ -34,9 +33,9 @@ class Int4Groups {
   int shift_;
 };
 
-// Minus the sum of each unit of x, for round_up(units, 4) units; those past the end are zero.
-inline void int4_sums(const float* x, int64_t cols, float* sums) {
-  for (int64_t k0 = 0; k0 < cols; k0 += 4 * kInt4Cols, sums += 4) {
+// The share of zero points that are 8: -8 times the sum of each unit of x, for round_up(units, 4) units; past the end 0.
+inline void int4_shares(const float* x, int64_t cols, float* shares) {
+  for (int64_t k0 = 0; k0 < cols; k0 += 4 * kInt4Cols, shares += 4) {
     V part[4];
     for (int u = 0; u < 4; ++u) {
       part[u] = Simd::zero();
@@ -45,7 +44,8 @@ inline void int4_sums(const float* x, int64_t cols, float* sums) {
       for (; k + kW <= end; k += kW) part[u] = Simd::sub(part[u], Simd::load(x + k));
       if (k < end) part[u] = Simd::sub(part[u], Simd::load_part(x + k, static_cast<int>(end - k)));
     }
-    Simd::sum4(part[0], part[1], part[2], part[3], sums);
+    Simd::sum4(part[0], part[1], part[2], part[3], shares);
+    for (int u = 0; u < 4; ++u) shares[u] *= 8.0f;
   }
 }
 
@@ -58,19 +58,19 @@ constexpr float kMinusInverse[16] = {-1, -0x1p4f, -0x1p8f, -0x1p12f, -0x1p16f, -
 
 // A few rows of x as the products read them.
 struct Int4Rows {
-  float* x;     // [M, ld]: column k times kHalfByteUnit[k % 8], zeros up to a whole unit
-  float* sums;  // [M, ld_sums]
-  int64_t ld, ld_sums;
+  float* x;       // [M, ld]: column k times kHalfByteUnit[k % 8], zeros up to a whole unit
+  float* shares;  // [M, ld_shares]
+  int64_t ld, ld_shares;
 
   // Rows at a power of two would fall into one set of a cache.
   Int4Rows(float* memory, int64_t M, int64_t cols)
-      : x(memory), ld(round_up(cols, kInt4Cols) + 16), ld_sums(round_up(units_of(cols), 4)) {
-    sums = x + M * ld;
+      : x(memory), ld(round_up(cols, kInt4Cols) + 16), ld_shares(round_up(units_of(cols), 4)) {
+    shares = x + M * ld;
   }
   Int4Rows row(int64_t m) const {
     Int4Rows one = *this;
     one.x += m * ld;
-    one.sums += m * ld_sums;
+    one.shares += m * ld_shares;
     return one;
   }
 };
@@ -94,24 +94,40 @@ inline bool prepare_int4(const float* x, int64_t M, int64_t ldx, int64_t cols, c
     for (; k < round_up(cols, kInt4Cols); k += kW)
       scale(k, k < cols ? Simd::load_part(from + k, static_cast<int>(cols - k)) : Simd::zero());
     exact &= !(Simd::maximum(Simd::sub(most, least)) > 0.0f);  // what is no number stays none either way
-    int4_sums(from, cols, to.sums + m * to.ld_sums);
+    int4_shares(from, cols, to.shares + m * to.ld_shares);
   }
   if (!exact)
     for (int64_t m = 0; m < M; ++m) std::memcpy(to.x + m * to.ld, x + m * ldx, cols * sizeof(float));
   return exact;
 }
 
-// Half bytes J to 7 of U words for each vector of rows, against the same columns of M rows of x. kScaled: whether x has the
-// powers of two.
+// kScaled: whether x has the powers of two.
+template <int J, bool kScaled>
+inline V int4_code(Simd::Words words) {
+  const V code = Simd::template half_byte<J>(words);
+  if constexpr (kScaled) return code;
+  return Simd::mul(code, Simd::set1(kHalfByteUnit[J]));
+}
+
+// Half bytes J to 7 of U words for each vector of rows, against the same columns of M rows of x. The fewer of codes and
+// columns wait in registers for the other.
 template <int J, int M, int U, bool kScaled>
 inline void int4_columns(const float* x, int64_t ldx, const Simd::Words (&words)[U][kParts], V (&acc)[M][U][kParts]) {
   for (int u = 0; u < U; ++u) {
-    V column[M];
-    for (int m = 0; m < M; ++m) column[m] = Simd::set1(x[m * ldx + u * kInt4Cols + J]);
-    for (int p = 0; p < kParts; ++p) {
-      V code = Simd::template half_byte<J>(words[u][p]);
-      if constexpr (!kScaled) code = Simd::mul(code, Simd::set1(kHalfByteUnit[J]));
-      for (int m = 0; m < M; ++m) acc[m][u][p] = Simd::fma(code, column[m], acc[m][u][p]);
+    if constexpr (M <= kParts) {
+      V column[M];
+      for (int m = 0; m < M; ++m) column[m] = Simd::set1(x[m * ldx + u * kInt4Cols + J]);
+      for (int p = 0; p < kParts; ++p) {
+        const V code = int4_code<J, kScaled>(words[u][p]);
+        for (int m = 0; m < M; ++m) acc[m][u][p] = Simd::fma(code, column[m], acc[m][u][p]);
+      }
+    } else {
+      V code[kParts];
+      for (int p = 0; p < kParts; ++p) code[p] = int4_code<J, kScaled>(words[u][p]);
+      for (int m = 0; m < M; ++m) {
+        const V column = Simd::set1(x[m * ldx + u * kInt4Cols + J]);
+        for (int p = 0; p < kParts; ++p) acc[m][u][p] = Simd::fma(code[p], column, acc[m][u][p]);
+      }
     }
   }
   if constexpr (J < 7) int4_columns<J + 1, M, U, kScaled>(x, ldx, words, acc);
@@ -129,8 +145,10 @@ __attribute__((noinline)) void int4_units(const Int4Rows& x, int64_t unit, int64
   for (; unit + U <= end; unit += U) {
     V acc[M][U][kParts];
     for (int u = 0; u < U; ++u)
-      for (int p = 0; p < kParts; ++p) {
-        for (int m = 0; m < M; ++m) acc[m][u][p] = groups.minus_zeros(x.sums[m * x.ld_sums + unit + u], unit + u, p);
+      for (int m = 0; m < M; ++m) {
+        const V share = Simd::set1(x.shares[m * x.ld_shares + unit + u]);
+        for (int p = 0; p < kParts; ++p)
+          acc[m][u][p] = groups.symmetric() ? share : Simd::mul(share, groups.eighths(unit + u, p));
       }
     const uint32_t* at = codes + unit * kUnitWords;
     const float* column = x.x + unit * kInt4Cols;

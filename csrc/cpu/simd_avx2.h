@@ -33,7 +33,7 @@ struct Simd {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
   // int4: words of eight half bytes (see int4.inl).
-  static constexpr int kInt4Chains = 8, kInt4Units = 3, kInt4TileM = 4;
+  static constexpr int kInt4Chains = 8, kInt4Units = 3, kInt4TileM = 4;  // of 4 units the words would not fit registers
   using Words = __m256i;
   static Words load_words(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   // Half byte J of each word times 16^J; of J = 7 as it is.

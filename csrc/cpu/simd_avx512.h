@@ -32,7 +32,7 @@ struct Simd {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
   // int4: words of eight half bytes (see int4.inl).
-  static constexpr int kInt4Chains = 8, kInt4Units = 8, kInt4TileM = 8;
+  static constexpr int kInt4Chains = 8, kInt4Units = 8, kInt4TileM = 8;  // more rows are slower: a load per FMA
   using Words = __m512i;
   static Words load_words(const uint32_t* p) { return _mm512_loadu_si512(p); }
   // Half byte J of each word times 16^J; of J = 7 as it is.
