@@ -334,7 +334,7 @@ def test_the_second_form_must_be_there_and_sound(elastic: Path, tmp_path: Path):
     with Checkpoint.open(path, keep=0.5) as checkpoint, pytest.raises(NonFiniteTensorError):
         checkpoint.module(BOTH)
     change(elastic, lambda q: q["elastic"]["modules"].pop(1))
-    change(elastic, lambda q: q["elastic"].update(order="0*9"))
+    change(elastic, lambda q: q["elastic"].update(order="0*9", keep=[0.99, 1.0]))
     with pytest.raises(InvalidConfigError, match="no use"):
         Checkpoint.open(elastic)
 
