@@ -27,8 +27,8 @@ void quantize_rows(const float* x, int64_t ldx, int64_t K, int64_t row0, int64_t
   }
 }
 
-// MT rows of x against NB blocks of four weight rows: sums[(b * MT + m) * 4 + r]. The pragmas: without them GCC unrolls too late to
-// keep the sums in registers.
+// MT rows of x against NB blocks of four weight rows: sums[(b * MT + m) * 4 + r]. The pragmas: without them GCC unrolls too
+// late to keep the sums in registers.
 template <int MT, int NB, bool kFetch>
 inline void int8_tile(const int8_t* x, int64_t ldx, const int8_t* w, int64_t block_stride, int64_t cols,
                       const Ahead& ahead, int32_t* sums) {
@@ -90,6 +90,17 @@ inline void int8_tile_of(int64_t rows, const Int8Rows& x, const PackedMatrix& w,
   }
 }
 
+// Rows [m0, m1) of x against NB blocks. The first tile fetches ahead, for all that follow find the blocks in a cache.
+template <int NB>
+inline void int8_rows_of_blocks(const Int8Rows& x, const PackedMatrix& w, int64_t block, int64_t m0, int64_t m1,
+                                const Epilogue& e, const Ahead& ahead) {
+  constexpr int MT = Simd::kInt8TileM;
+  if (m1 - m0 < MT) return int8_tile_of<MT - 1, NB, true>(m1 - m0, x, w, block, m0, e, ahead);
+  int8_tile_and_write<MT, NB, true>(x, w, block, m0, e, ahead);
+  for (m0 += MT; m0 + MT <= m1; m0 += MT) int8_tile_and_write<MT, NB, false>(x, w, block, m0, e, ahead);
+  int8_tile_of<MT - 1, NB, false>(m1 - m0, x, w, block, m0, e, ahead);
+}
+
 void linear_int8(const Int8Rows& x, int64_t M, const PackedMatrix& w, int64_t block0, int64_t block1, const Epilogue& e,
                  const Ahead& ahead) {
   constexpr int MT = Simd::kInt8TileM, NB = Simd::kInt8Blocks;
@@ -101,15 +112,7 @@ void linear_int8(const Int8Rows& x, int64_t M, const PackedMatrix& w, int64_t bl
   for (int64_t p0 = 0; p0 < M; p0 += panel) {
     const int64_t p1 = lesser(p0 + panel, M);
     int64_t block = block0;
-    for (; block + NB <= block1; block += NB) {
-      int64_t m = p0;
-      for (; m + MT <= p1; m += MT) int8_tile_and_write<MT, NB, false>(x, w, block, m, e, ahead);
-      int8_tile_of<MT - 1, NB, false>(p1 - m, x, w, block, m, e, ahead);
-    }
-    for (; block < block1; ++block) {
-      int64_t m = p0;
-      for (; m + MT <= p1; m += MT) int8_tile_and_write<MT, 1, false>(x, w, block, m, e, ahead);
-      int8_tile_of<MT - 1, 1, false>(p1 - m, x, w, block, m, e, ahead);
-    }
+    for (; block + NB <= block1; block += NB) int8_rows_of_blocks<NB>(x, w, block, p0, p1, e, ahead);
+    for (; block < block1; ++block) int8_rows_of_blocks<1>(x, w, block, p0, p1, e, ahead);
   }
 }

@@ -59,30 +59,38 @@ inline void tile(const float* x, int64_t ldx, const T* w, int64_t block_stride, 
       Simd::sum4(acc[b][m][0], acc[b][m][1], acc[b][m][2], acc[b][m][3], dot + (b * MT + m) * 4);
 }
 
-// The sums of one row of x over a block of four weight rows, to where they belong. scale: per row of the block, or null.
-inline void write_whole_block(const float* scale, const Epilogue& e, int64_t row0, int64_t m, const float* dot) {
-  float y[4];
-  std::memcpy(y, dot, sizeof y);
-  if (scale)
-    for (int r = 0; r < 4; ++r) y[r] *= scale[r];
-  if (e.copy) std::memcpy(e.copy + m * e.ld_copy + row0, y, sizeof y);
-  if (!e.out) return;
-  float* out = e.out + m * e.ld_out;
-  const float* residual = e.residual ? e.residual + m * e.ld_residual : nullptr;
-  if (!e.index) {
-    if (e.bias)
-      for (int r = 0; r < 4; ++r) y[r] += e.bias[row0 + r];
-    if (residual)
-      for (int r = 0; r < 4; ++r) y[r] += residual[row0 + r];
-    std::memcpy(out + row0, y, sizeof y);
-    return;
-  }
-  const int32_t* to = e.index + row0;
+// The sums of mt rows of x over a block of four weight rows, to where they belong. scale: per row of the block, or null.
+inline void write_whole_block(const float* scale, const Epilogue& e, int64_t row0, int64_t m0, int mt, const float* dot) {
+  float factor[4] = {1, 1, 1, 1}, bias[4];
+  if (scale) std::memcpy(factor, scale, sizeof factor);
+  int64_t to[4];
+  for (int r = 0; r < 4; ++r) to[r] = e.index ? e.index[row0 + r] : row0 + r;
   if (e.bias)
-    for (int r = 0; r < 4; ++r) y[r] += e.bias[to[r]];
-  if (residual)
-    for (int r = 0; r < 4; ++r) y[r] += residual[to[r]];
-  for (int r = 0; r < 4; ++r) out[to[r]] = y[r];
+    for (int r = 0; r < 4; ++r) bias[r] = e.bias[to[r]];
+  float* copy = e.copy ? e.copy + m0 * e.ld_copy + row0 : nullptr;
+  float* out = e.out ? e.out + m0 * e.ld_out : nullptr;
+  const float* residual = e.out && e.residual ? e.residual + m0 * e.ld_residual : nullptr;
+  for (int m = 0; m < mt; ++m) {
+    float y[4];
+    for (int r = 0; r < 4; ++r) y[r] = dot[m * 4 + r] * factor[r];
+    if (copy) {
+      std::memcpy(copy, y, sizeof y);
+      copy += e.ld_copy;
+    }
+    if (!out) continue;
+    if (e.bias)
+      for (int r = 0; r < 4; ++r) y[r] += bias[r];
+    if (residual) {
+      for (int r = 0; r < 4; ++r) y[r] += residual[to[r]];
+      residual += e.ld_residual;
+    }
+    if (e.index) {
+      for (int r = 0; r < 4; ++r) out[to[r]] = y[r];
+    } else {
+      std::memcpy(out + row0, y, sizeof y);
+    }
+    out += e.ld_out;
+  }
 }
 
 inline void write_block(const PackedMatrix& w, const Epilogue& e, int64_t block, int64_t m0, int mt, const float* dot) {
@@ -90,7 +98,7 @@ inline void write_block(const PackedMatrix& w, const Epilogue& e, int64_t block,
   // int4 has its scales in the sums already.
   const float* scale = w.store == Store::kInt8 ? static_cast<const float*>(w.scale) + row0 : nullptr;
   if (n >= 4) {
-    for (int m = 0; m < mt; ++m) write_whole_block(scale, e, row0, m0 + m, dot + m * 4);
+    write_whole_block(scale, e, row0, m0, mt, dot);
     return;
   }
   for (int m = 0; m < mt; ++m) {  // the last block, in part
@@ -118,26 +126,32 @@ inline void tile_and_write(const float* x, int64_t ldx, const PackedMatrix& w, c
 }
 
 // A tile of `rows` rows of x, at most MT.
-template <class T, int MT>
+template <class T, int MT, bool kFetch>
 inline void tile_of(int64_t rows, const float* x, int64_t ldx, const PackedMatrix& w, const T* data, int64_t block,
-                    int64_t m0, const Epilogue& e) {
+                    int64_t m0, const Epilogue& e, const Ahead& ahead) {
   if constexpr (MT > 0) {
     if (rows == MT) {
-      tile_and_write<T, MT, 1, false>(x, ldx, w, data, block, m0, e, Ahead{});
+      tile_and_write<T, MT, 1, kFetch>(x, ldx, w, data, block, m0, e, ahead);
     } else {
-      tile_of<T, MT - 1>(rows, x, ldx, w, data, block, m0, e);
+      tile_of<T, MT - 1, kFetch>(rows, x, ldx, w, data, block, m0, e, ahead);
     }
   }
 }
 
-// Rows [m0, m1) of x against one block, in tiles as even as can be: 8 rows are 4 and 4, not 6 and 2.
+// Rows [m0, m1) of x against one block, in tiles as even as can be: 8 rows are 4 and 4, not 6 and 2. The first tile fetches
+// ahead, for all that follow find the block in a cache.
 template <class T>
 inline void rows_of_block(const float* x, int64_t ldx, const PackedMatrix& w, const T* data, int64_t block, int64_t m0,
-                          int64_t m1, const Epilogue& e) {
+                          int64_t m1, const Epilogue& e, const Ahead& ahead) {
   constexpr int64_t MT = Simd::kTileM;
+  const int64_t first = m0;
   for (int64_t tiles = (m1 - m0 + MT - 1) / MT; tiles > 0; --tiles) {
     const int64_t rows = (m1 - m0 + tiles - 1) / tiles;
-    tile_of<T, MT>(rows, x, ldx, w, data, block, m0, e);
+    if (m0 == first) {
+      tile_of<T, MT, true>(rows, x, ldx, w, data, block, m0, e, ahead);
+    } else {
+      tile_of<T, MT, false>(rows, x, ldx, w, data, block, m0, e, ahead);
+    }
     m0 += rows;
   }
 }
@@ -166,7 +180,7 @@ void linear_store(const float* x, int64_t M, int64_t ldx, const PackedMatrix& w,
   for (int64_t p0 = 0; p0 < M; p0 += panel) {
     const int64_t p1 = lesser(p0 + panel, M);
     for (int64_t block = block0; block < block1; ++block)
-      rows_of_block(x, ldx, w, data + block * stride, block, p0, p1, e);
+      rows_of_block(x, ldx, w, data + block * stride, block, p0, p1, e, ahead);
   }
 }
 
