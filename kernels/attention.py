@@ -6,7 +6,6 @@ kernels keep them as [pages, kv_heads, head_dim, page_size], so that one vector 
 
 from __future__ import annotations
 
-import mmap
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,8 +132,8 @@ class CpuKVCache:
         self.page_size = page_size
         item = torch.empty(0, dtype=dtype).element_size()
         padded = -(-heads.head_dim // 16) * 16
-        self._k = mmap.mmap(-1, max(4096, pages * heads.kv_heads * heads.head_dim * page_size * item))
-        self._v = mmap.mmap(-1, max(4096, pages * heads.kv_heads * padded * page_size * item))
+        self._k = cpu_library.system_memory(pages * heads.kv_heads * heads.head_dim * page_size * item)
+        self._v = cpu_library.system_memory(pages * heads.kv_heads * padded * page_size * item)
         self.k = torch.frombuffer(self._k, dtype=dtype)
         self.v = torch.frombuffer(self._v, dtype=dtype)
         self.pages = pages

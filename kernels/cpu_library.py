@@ -5,6 +5,7 @@ Its functions take addresses as integers; the modules of this package check shap
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.resources
 import mmap
@@ -100,6 +101,18 @@ def set_num_threads(n: int) -> None:
     function("set_threads")(n)
 
 
+def system_memory(nbytes: int) -> mmap.mmap:
+    """Zeros straight from the operating system, committed as they are written: in huge pages where it has them."""
+    size = max(4096, _round_up(nbytes, 4096))
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return mmap.mmap(-1, size)
+    # Private: shared memory, which is mmap's default, has huge pages only where a system is told so.
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel built without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
 class Arena:
     """Memory for packed weights straight from the operating system: huge pages where they can be had, and given back as
     a whole when the last tensor in it is gone."""
@@ -113,13 +126,7 @@ class Arena:
         """A uint8 tensor of zeros, 64-byte aligned."""
         start = (self._used + 63) // 64 * 64
         if self._map is None or start + nbytes > len(self._map):
-            size = max(self.chunk_bytes, (nbytes + 4095) // 4096 * 4096)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                # Private: shared memory, which is mmap's default, has huge pages only where a system is told so.
-                self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-                self._map.madvise(mmap.MADV_HUGEPAGE)
-            else:
-                self._map = mmap.mmap(-1, size)
+            self._map = system_memory(max(self.chunk_bytes, nbytes))
             start = 0
         self._used = start + nbytes
         return torch.frombuffer(self._map, dtype=torch.uint8, offset=start, count=nbytes)
