@@ -56,7 +56,7 @@ constexpr float kHalfByteUnit[16] = {1, 0x1p-4f, 0x1p-8f, 0x1p-12f, 0x1p-16f, 0x
 constexpr float kMinusInverse[16] = {-1, -0x1p4f, -0x1p8f, -0x1p12f, -0x1p16f, -0x1p20f, -0x1p24f, -1,
                                      -1, -0x1p4f, -0x1p8f, -0x1p12f, -0x1p16f, -0x1p20f, -0x1p24f, -1};
 
-// A few rows of x as the products read them.
+// Rows of x as the products read them.
 struct Int4Rows {
   float* x;       // [M, ld]: column k times kHalfByteUnit[k % 8], zeros up to a whole unit
   float* shares;  // [M, ld_shares]
@@ -208,18 +208,17 @@ inline void int4_blocks_of(int64_t rows, const Int4Rows& x, const PackedMatrix& 
 void linear_int4(Int4Input& x, int64_t M, const PackedMatrix& w, int64_t block0, int64_t block1, const Epilogue& e,
                  const Ahead& ahead) {
   constexpr int64_t MT = Simd::kInt4TileM;
-  static_assert(MT <= kInt4MaxTile);
+  const Int4Rows prepared(x.memory, M, w.cols);
+  if (!x.prepared) x.scaled = prepare_int4(x.x, M, x.ldx, w.cols, prepared);
+  x.prepared = true;
+  if (!x.scaled) {
+    for (int64_t m = 0; m < M; ++m) int4_blocks<1, false>(prepared.row(m), w, block0, block1, m, e, ahead);
+    return;
+  }
   int64_t m0 = 0;
   for (int64_t tiles = (M + MT - 1) / MT; tiles > 0; --tiles) {  // as even as can be
     const int64_t rows = (M - m0 + tiles - 1) / tiles;
-    const Int4Rows prepared(x.memory, rows, w.cols);
-    if (!x.prepared) x.scaled = prepare_int4(x.x + m0 * x.ldx, rows, x.ldx, w.cols, prepared);
-    x.prepared = M <= MT;
-    if (x.scaled) {
-      int4_blocks_of<MT>(rows, prepared, w, block0, block1, m0, e, ahead);
-    } else {
-      for (int64_t m = 0; m < rows; ++m) int4_blocks<1, false>(prepared.row(m), w, block0, block1, m0 + m, e, ahead);
-    }
+    int4_blocks_of<MT>(rows, prepared.row(m0), w, block0, block1, m0, e, ahead);
     m0 += rows;
   }
 }

@@ -60,6 +60,12 @@ struct Epilogue {
   int64_t ld_residual;
   float* copy;             // or null
   int64_t ld_copy;
+
+  void skip_rows(int64_t rows) {  // of x
+    if (out) out += rows * ld_out;
+    if (residual) residual += rows * ld_residual;
+    if (copy) copy += rows * ld_copy;
+  }
 };
 
 // What a kernel fetches ahead of its own reading: the bytes behind the ones in use, and past `limit` those at `next`, where
@@ -76,18 +82,18 @@ struct Int8Rows {
   const float* scale;
 };
 
-// Rows of x for int4 weights, with memory of the calling thread for what linear_int4 makes of them a few at a time. Few
-// rows are made so once: an input is for all calls with the same rows and as many columns.
+// Rows of x for int4 weights, with memory of the calling thread for what linear_int4 makes of them: once, for all its calls
+// with the same rows and as many columns.
 struct Int4Input {
-  const float* x;  // [M, ldx]
+  const float* x;         // [M, ldx]
   int64_t ldx;
-  float* memory;  // int4_floats(cols)
+  float* memory;          // int4_floats(M, cols)
   bool prepared, scaled;  // linear_int4's own; false at first
 };
-constexpr int64_t kInt4MaxTile = 8;  // rows that any instruction set takes at once
-inline int64_t int4_floats(int64_t cols) {
+constexpr int64_t kInt4Chunk = 32;  // rows of x, at most, in one call
+inline int64_t int4_floats(int64_t M, int64_t cols) {
   const int64_t units = (cols + kInt4Cols - 1) / kInt4Cols;
-  return kInt4MaxTile * (units * kInt4Cols + 16 + (units + 3) / 4 * 4);
+  return M * (units * kInt4Cols + 16 + (units + 3) / 4 * 4);
 }
 
 struct AttentionShape {
@@ -106,7 +112,7 @@ struct KernelTable {
   // The same for int8 weights and rows of x rounded to int8.
   void (*linear_int8)(const Int8Rows& x, int64_t M, const PackedMatrix& w, int64_t block0, int64_t block1,
                       const Epilogue& e, const Ahead& ahead);
-  // The same for int4 weights.
+  // The same for int4 weights and at most kInt4Chunk rows of x.
   void (*linear_int4)(Int4Input& x, int64_t M, const PackedMatrix& w, int64_t block0, int64_t block1,
                       const Epilogue& e, const Ahead& ahead);
   // Rows [row0, row1) of x [M, K] to codes [M, ld] (padded with zero codes) and scale [M].

@@ -1,31 +1,39 @@
 // A group of slim linears over one input: prologue, core 0 of every member, core 1 of every member.
 #include <algorithm>
 #include <cstdint>
-#include <utility>
 
 #include "ops.h"
 
 namespace cai {
 namespace {
 
-// The row blocks of one core of every member, cut into pieces small enough to balance and large enough to stream.
+// The row blocks of one core of every member, cut into pieces small enough to balance and large enough to stream. Of int4
+// many rows of x are cut into chunks too, one after the other, for a thread prepares a chunk for all its pieces of it.
 struct Pieces {
   Int first[kMaxMembers + 1];  // prefix sums of pieces
 
-  Pieces(const LinearGroup& group, int core, int threads) {
+  Pieces(const LinearGroup& group, int core, int threads, Int M) : M_(M) {
     Int total = 0;
     for (Int i = 0; i < group.members; ++i) total += (group[i].core[core].rows + kBlockRows - 1) / kBlockRows;
     rows_ = kBlockRows * std::min<Int>(32, std::max<Int>(2, total / (threads * 6) / 2 * 2));
     first[0] = 0;
     for (Int i = 0; i < group.members; ++i) {
       const PackedMatrix& w = group[i].core[core];
-      first[i + 1] = first[i] + (blocks_of(w) + blocks(w) - 1) / blocks(w);
+      first[i + 1] = first[i] + runs(w) * chunks(w);
     }
     members = group.members;
   }
-  // Of one piece of w, at most.
-  Int blocks(const PackedMatrix& w) const { return std::max<Int>(1, rows_ / block_rows(w)); }
   Int total() const { return first[members]; }
+  Int chunks(const PackedMatrix& w) const { return w.store == Store::kInt4 ? (M_ + kInt4Chunk - 1) / kInt4Chunk : 1; }
+
+  // Where a piece of w, the member's core, lies.
+  struct Place {
+    Int block0, block1, row0, row1;  // of the weights, of x
+  };
+  Place place(const PackedMatrix& w, Int member, Int piece) const {
+    const Int run = (piece - first[member]) % runs(w), chunk = (piece - first[member]) / runs(w), n = chunks(w);
+    return {run * blocks(w), std::min((run + 1) * blocks(w), blocks_of(w)), M_ * chunk / n, M_ * (chunk + 1) / n};
+  }
   Int member_of(Int piece) const {
     Int i = 0;
     while (first[i + 1] <= piece) ++i;
@@ -33,7 +41,11 @@ struct Pieces {
   }
 
  private:
-  Int members, rows_;
+  // Blocks of one piece of w, at most, and into how many pieces that cuts it.
+  Int blocks(const PackedMatrix& w) const { return std::max<Int>(1, rows_ / block_rows(w)); }
+  Int runs(const PackedMatrix& w) const { return (blocks_of(w) + blocks(w) - 1) / blocks(w); }
+
+  Int members, rows_, M_;
 };
 
 const char* address(const PackedMatrix& w, Int block) {
@@ -46,7 +58,7 @@ const char* own_begin(const Team& team, const LinearGroup& group, const Pieces& 
   if (p >= team.own_end(pieces.total())) return nullptr;
   const Int i = pieces.member_of(p);
   const PackedMatrix& w = group[i].core[core];
-  return address(w, (p - pieces.first[i]) * pieces.blocks(w));
+  return address(w, pieces.place(w, i, p).block0);
 }
 
 // What follows the bytes that this thread is reading: the end of its run within the member, and where it goes on.
@@ -56,7 +68,8 @@ Ahead ahead_of(const Team& team, const LinearGroup& group, const Pieces& pieces,
   if (piece < begin || piece >= end) return {unlimited, nullptr};  // someone else's run: it ends soon
   const Int i = pieces.member_of(piece), last = std::min(end, pieces.first[i + 1]);
   const PackedMatrix& w = group[i].core[core];
-  const char* limit = address(w, std::min((last - pieces.first[i]) * pieces.blocks(w), blocks_of(w)));
+  if (pieces.chunks(w) > 1) return {unlimited, nullptr};  // read from a cache for most chunks
+  const char* limit = address(w, pieces.place(w, i, last - 1).block1);
   const char* next = after;
   if (last < end) {
     Int following = i + 1;
@@ -164,7 +177,7 @@ class Input {
 }  // namespace
 
 const char* first_weights(const Team& team, const LinearGroup& group) {
-  return own_begin(team, group, Pieces(group, 0, team.threads()), 0);
+  return own_begin(team, group, Pieces(group, 0, team.threads(), 1), 0);
 }
 
 Int linear_work(const LinearGroup& group) {
@@ -177,38 +190,34 @@ Int linear_work(const LinearGroup& group) {
 void linear_group(Team& team, const LinearCall& c, const char* after) {
   const LinearGroup& group = *c.group;
   const KernelTable& k = kernels();
-  const Pieces pieces0(group, 0, team.threads()), pieces1(group, 1, team.threads());
+  const Pieces pieces0(group, 0, team.threads(), c.M), pieces1(group, 1, team.threads(), c.M);
   const bool two = pieces1.total() > 0;
   float* z = c.scratch;
 
   Int4Input int4{};
   Int int4_cols = 0;
-  auto multiply = [&](const PackedMatrix& w, const float* x, Int ldx, const Int8Rows& codes, Int block0, Int block1,
-                      const Epilogue& e, const Ahead& ahead) {
-    if (group.int8_activations && w.store == Store::kInt8) {
-      k.linear_int8(codes, c.M, w, block0, block1, e, ahead);
-      return;
-    }
+  auto multiply = [&](const PackedMatrix& w, const float* x, Int ldx, const Int8Rows& codes, const Pieces::Place& at,
+                      Epilogue e, const Ahead& ahead) {
     if (w.store == Store::kInt4) {
-      if (x != int4.x || w.cols != int4_cols) {  // another member's, in this phase
+      const Int rows = at.row1 - at.row0;
+      x += at.row0 * ldx;
+      if (x != int4.x || w.cols != int4_cols) {  // another chunk, or another member's input
+        const Int bytes = int4_floats(rows, w.cols) * Int(sizeof(float));
+        int4 = {x, ldx, static_cast<float*>(private_memory(Private::kInt4, bytes)), false, false};
         int4_cols = w.cols;
-        int4 = {x, ldx, static_cast<float*>(private_memory(Private::kInt4, int4_floats(w.cols) * Int(sizeof(float)))), false,
-                false};
       }
-      k.linear_int4(int4, c.M, w, block0, block1, e, ahead);
-      return;
+      e.skip_rows(at.row0);
+      k.linear_int4(int4, rows, w, at.block0, at.block1, e, ahead);
+    } else if (group.int8_activations && w.store == Store::kInt8) {
+      k.linear_int8(codes, c.M, w, at.block0, at.block1, e, ahead);
+    } else {
+      k.linear(x, c.M, ldx, w, at.block0, at.block1, e, ahead);
     }
-    k.linear(x, c.M, ldx, w, block0, block1, e, ahead);
   };
   auto epilogue = [&](const Member& m) {
     return Epilogue{c.out + m.out_offset, c.ldo, nullptr, m.bias, c.residual ? c.residual + m.out_offset : nullptr, c.ldr,
                     nullptr, 0};
   };
-  auto blocks = [&](const Pieces& pieces, const PackedMatrix& w, Int i, Int piece) {
-    const Int begin = (piece - pieces.first[i]) * pieces.blocks(w);
-    return std::pair<Int, Int>(begin, std::min(begin + pieces.blocks(w), blocks_of(w)));
-  };
-
   Input input(team, c);
   const char* second = two ? own_begin(team, group, pieces1, 1) : after;
   team.deal(pieces0.total(), [&](Int piece) {
@@ -225,8 +234,7 @@ void linear_group(Team& team, const LinearCall& c, const char* after) {
         e.out = nullptr;
       }
     }
-    const auto [block0, block1] = blocks(pieces0, m.core[0], i, piece);
-    multiply(m.core[0], input.x(), input.ldx(), input.rows(), block0, block1, e,
+    multiply(m.core[0], input.x(), input.ldx(), input.rows(), pieces0.place(m.core[0], i, piece), e,
              ahead_of(team, group, pieces0, 0, piece, second));
   });
   if (!two) return;
@@ -268,8 +276,7 @@ void linear_group(Team& team, const LinearCall& c, const char* after) {
       round_member(i, 0, c.M);
       made[i] = true;
     }
-    const auto [block0, block1] = blocks(pieces1, m.core[1], i, piece);
-    multiply(m.core[1], z + m.z_offset, group.z_columns, codes[i].rows(), block0, block1, e,
+    multiply(m.core[1], z + m.z_offset, group.z_columns, codes[i].rows(), pieces1.place(m.core[1], i, piece), e,
              ahead_of(team, group, pieces1, 1, piece, after));
   });
 }

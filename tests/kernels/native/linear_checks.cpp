@@ -57,7 +57,7 @@ struct Case {
     const char* data = reinterpret_cast<const char*>(w.data.data());
     const Ahead ahead{data + w.data.size(), data};
     if (w.store == Store::kInt4) {
-      Buffer<float> memory(int4_floats(w.cols));
+      Buffer<float> memory(int4_floats(m1 - m0, w.cols));
       Int4Input input{x.data(), rows.ldx, memory.data(), false, false};
       table.linear_int4(input, m1 - m0, w.packed(), 0, split, e, ahead);
       table.linear_int4(input, m1 - m0, w.packed(), split, blocks(), e, ahead);
