@@ -92,23 +92,19 @@ def compress(
         kind: "interpolative", or "lowrank" (a much lower rank at the same keep).
         allocation: "pooled" lets the layers compete for parameters, "uniform" gives each the same share.
         curvature: weigh errors by what they do to the loss, from a backward pass over the calibration text. False: by
-        the
-            layers' outputs alone.
+            the layers' outputs alone.
         shift: fit every layer to the inputs that the compressed layers before it give. With little text it fits the text
             instead: SmolLM2-135M on 8,192 tokens gets worse by it.
         refine_epochs: passes over the calibration text in which each block is trained to give the dense block's output;
             0: none.
         heal_tokens: tokens on which the whole model is trained to predict what the original does; 0: none. Needs both
-        models
-            in memory, and three times the compressed one for the optimizer.
+            models in memory, and three times the compressed one for the optimizer.
         calibration: see `cai_runtime.compress.calibration.calibration_sequences`. None: "self", the model's own text.
         samples, sequence_length: sequences to calibrate and refine on, and tokens in each. Healing takes further ones.
         embedding_store: store of the token embedding and the head (None: as `store`, but int8 with the int4 stores: 4
-        bits
-            hurt there, where nothing makes up for the rounding). They stay dense.
+            bits hurt there, where nothing makes up for the rounding). They stay dense.
         rank_multiple: ranks are multiples of this. None: 16, which keeps the rows of 8-bit cores aligned for vector
-        loads;
-            with an int4 store its group, of which otherwise a part would be wasted.
+            loads; with an int4 store its group, of which otherwise a part would be wasted.
         floor: pooled: every layer keeps at least this share of `keep`.
         device: "cpu" or "cuda[:n]", where the model runs and is decomposed.
         dtype: in which the model runs (None: fp32 on the CPU, bf16 on CUDA).
@@ -127,8 +123,7 @@ def compress(
 
     Raises:
         CompressionError: an option is out of range, the calibration text is bad, the disk is too full, or the work
-        directory
-            belongs to a call with other options.
+            directory belongs to a call with other options.
         SourceError, CheckpointError, UnsupportedModelError: the source can't be fetched, read, or factorized.
         CheckpointWriteError: `dst` exists or can't be written.
     """
