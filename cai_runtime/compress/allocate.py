@@ -11,9 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from cai_runtime.errors import CompressionError
+
+if TYPE_CHECKING:
+    from cai_runtime.compress.mpo import Reshape
 
 Allocation = Literal["pooled", "uniform"]
 
@@ -25,17 +28,30 @@ def cost(kind: str, out_features: int, in_features: int, rank: int) -> int:
 
 @dataclass(frozen=True)
 class Curve:
-    """What one module offers. `errors[r]`: its error at rank r, r = 0 .. min(out, in), never rising."""
+    """What one module offers. `errors[r]`: its error at rank r, r = 0 .. min(out, in), never rising. reshape: of an mpo,
+    whose rank is its widest bond dimension, up to `reshape.widest`."""
 
     name: str
     out_features: int
     in_features: int
     errors: Sequence[float]
     weight: float = 1.0
+    reshape: Reshape | None = None
 
     @property
     def dense_cost(self) -> int:
         return self.out_features * self.in_features
+
+    @property
+    def ranks(self) -> int:
+        """Those below this may cost less than the dense module."""
+        return min(self.out_features, self.in_features) if self.reshape is None else self.reshape.widest
+
+    def cost(self, kind: str, rank: int) -> int:
+        """Parameters of the module at this rank."""
+        if self.reshape is not None:
+            return self.reshape.parameters(rank)
+        return cost(kind, self.out_features, self.in_features, rank)
 
 
 @dataclass(frozen=True)
@@ -54,8 +70,8 @@ def options(curve: Curve, kind: str, multiple: int = 1) -> list[Option]:
     """
     found = [
         Option(rank, parameters, curve.weight * curve.errors[rank])
-        for rank in range(multiple, min(curve.out_features, curve.in_features), multiple)
-        if (parameters := cost(kind, curve.out_features, curve.in_features, rank)) < curve.dense_cost
+        for rank in range(multiple, curve.ranks, multiple)
+        if (parameters := curve.cost(kind, rank)) < curve.dense_cost
     ]
     return [*found, Option(None, curve.dense_cost, 0.0)]
 

@@ -12,11 +12,12 @@ from torch import nn
 
 from cai_runtime.compress.calibrate import BlockId, CalibrationPass
 from cai_runtime.compress.choices import Choice
-from cai_runtime.compress.cores import dense_module, factorized_module
+from cai_runtime.compress.cores import dense_module, factorized_module, mpo_module
 from cai_runtime.compress.decompose import OUTPUT_DAMPING, damped, factorize
 from cai_runtime.compress.moments import BlockMoments, GramSum, noting_inputs
+from cai_runtime.compress.mpo import MpoTrain
 from cai_runtime.compress.refine import ShiftedMoments, refine_block
-from cai_runtime.compress.stack import Call, Entry
+from cai_runtime.compress.stack import BlockModel, Call, Entry
 from cai_runtime.compress.student import TrainableLinear, put_in
 from cai_runtime.compress.targets import InputGroup, Target
 from cai_runtime.compress.work import Work
@@ -140,13 +141,7 @@ class BlockwiseCompressor:
         self, target: Target, moments: BlockMoments, inputs: tuple[torch.Tensor, torch.Tensor | None]
     ) -> TrainableLinear:
         choice, name = self._choices[target.name], target.name
-        weights = self._model.weights
-        weight = weights.tensor(f"{name}.weight").to(self._model.device)
-        if tuple(weight.shape) != (target.module.out_features, target.module.in_features):
-            raise UnsupportedModelError(
-                f"{name} is {list(weight.shape)} on disk, "
-                f"{[target.module.out_features, target.module.in_features]} in transformers' model"
-            )
+        weights, weight = self._model.weights, dense_weight(self._model, target)
         gram, correction = inputs
         gram = damped(gram)
         if correction is not None:
@@ -155,8 +150,12 @@ class BlockwiseCompressor:
             stored = dense_module(weight, choice.store, gram)
         else:
             outer = moments.outputs.get(name)
-            factors = factorize(weight, gram, None if outer is None else damped(outer, OUTPUT_DAMPING))
-            stored = factorized_module(choice.kind, weight, factors, choice.rank, choice.store, gram)
+            outer = None if outer is None else damped(outer, OUTPUT_DAMPING)
+            if choice.reshape is not None:
+                stored = mpo_module(MpoTrain(weight, gram, outer, choice.reshape), choice.rank, choice.store)
+            else:
+                factors = factorize(weight, gram, outer)
+                stored = factorized_module(choice.kind, weight, factors, choice.rank, choice.store, gram)
         bias = weights.tensor(f"{name}.bias") if f"{name}.bias" in weights else None
         weights.release(f"{name}.weight")
         return TrainableLinear(stored, bias).to(self._model.device)
@@ -240,6 +239,18 @@ class BlockwiseCompressor:
                     ],
                 )
         return self._entered[1]
+
+
+def dense_weight(model: BlockModel, target: Target) -> torch.Tensor:
+    """A layer's weight, [out, in], on the model's device. Raises UnsupportedModelError when it is not what transformers'
+    model has there."""
+    weight = model.weights.tensor(f"{target.name}.weight").to(model.device)
+    if tuple(weight.shape) != (target.module.out_features, target.module.in_features):
+        raise UnsupportedModelError(
+            f"{target.name} is {list(weight.shape)} on disk, "
+            f"{[target.module.out_features, target.module.in_features]} in transformers' model"
+        )
+    return weight
 
 
 def load_block(work: Work, at: BlockId) -> tuple[dict[str, TrainableLinear], Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cai_runtime.compress.allocate import Curve, Option, allocate, allocate_menus
+from cai_runtime.compress.mpo import Reshape
 from cai_runtime.errors import CompressionError
 from cai_runtime.slim.spec import Kind, ModuleSpec
 
@@ -20,15 +21,18 @@ FACTOR_NOISE = 2.0
 
 @dataclass(frozen=True)
 class Choice:
-    """Kind, rank (None: dense) and store of a module's cores."""
+    """Kind, rank (None: dense; of an mpo the widest bond dimension) and store of a module's cores. reshape: of an mpo."""
 
     kind: Kind
     rank: int | None
     store: str
+    reshape: Reshape | None = None
 
     def spec(self, out_features: int, in_features: int) -> ModuleSpec:
         if self.rank is None:
             return ModuleSpec("dense", out_features, in_features, None, (self.store,))
+        if self.reshape is not None:
+            return self.reshape.spec(self.rank, self.store)
         return ModuleSpec(self.kind, out_features, in_features, self.rank, (self.store, self.store))
 
 
@@ -58,8 +62,8 @@ def choose(
         )
         store = options.stores[0]
         return {
-            name: Choice("dense" if rank is None else options.kind, rank, store)
-            for name, rank in zip(curves, ranks, strict=True)
+            name: Choice("dense", None, store) if rank is None else Choice(options.kind, rank, store, curve.reshape)
+            for (name, curve), rank in zip(curves.items(), ranks, strict=True)
         }
     assert noise is not None
     offers = {name: _offers(curve, options, noise[name]) for name, curve in curves.items()}
@@ -84,8 +88,8 @@ def _offers(curve: Curve, options: Options, noise: Mapping[str, float]) -> list[
         dense_bytes = dense.spec(out, inp).nbytes
         found.append((Option(None, dense_bytes, added), dense))
         least = max(options.rank_multiple, int(options.floor * min(out, inp) / 4))
-        for rank in range(options.rank_multiple, min(out, inp), options.rank_multiple):
-            choice = Choice(options.kind, rank, store)
+        for rank in range(options.rank_multiple, curve.ranks, options.rank_multiple):
+            choice = Choice(options.kind, rank, store, curve.reshape)
             size = choice.spec(out, inp).nbytes
             if size < dense_bytes and rank >= least:
                 found.append((Option(rank, size, curve.errors[rank] + FACTOR_NOISE * added), choice))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from cai_runtime.compress.decompose import Factors, interpolate
+from cai_runtime.compress.mpo import MpoTrain
 from cai_runtime.compress.rounding import round_with_feedback, rounding_ridge
 from cai_runtime.slim.module import ModuleWeights
 from cai_runtime.slim.spec import STORES, ModuleSpec
@@ -70,6 +71,12 @@ def factorized_module(
         stored_1, fitted = _rounded_second(rest, stored_0, store, input_gram)
     spec = ModuleSpec("lowrank" if pivot is None else "interpolative", out, inp, rank, (store, store))
     return StoredModule(spec, [stored_0, stored_1], pivot, [core_0.float(), fitted.float()])
+
+
+def mpo_module(train: MpoTrain, widest: int, store: str) -> StoredModule:
+    """Cores of a matrix product operator, each number rounded to the nearest of its store. widest: bond dimension."""
+    cores = train.cores(widest)
+    return StoredModule(train.reshape.spec(widest, store), [quantize(core, store) for core in cores], None, cores)
 
 
 def _rounded_first(matrix: torch.Tensor, store: str, input_gram: torch.Tensor) -> CoreData:

@@ -7,20 +7,22 @@ scales and zero points stay as they were chosen.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from cai_runtime.compress.cores import StoredModule
 from cai_runtime.slim.int4 import MAX_CODE, SYMMETRIC_ZERO, pack
-from cai_runtime.slim.spec import STORES, ModuleSpec
-from cai_runtime.slim.stores import INT8_MAX, CoreData
+from cai_runtime.slim.spec import STORES, ModuleSpec, matrix_shape
+from cai_runtime.slim.stores import INT8_MAX, CoreData, as_matrix, from_matrix
 
 EDGE = 0.49  # of a step: how far from its code's value a number may begin, so that it is rounded to that code
 
 
 class TrainableCore(nn.Module):
-    """One core: `latent`, fp32 [rows, columns], and the grid it is rounded to.
+    """One core: `latent`, fp32, its matrix [rows, columns], and the grid it is rounded to.
 
     start: the core before it was rounded, or None. A number whose code was chosen to make up for others' errors lies
     outside its code's cell and begins at the cell's edge.
@@ -32,24 +34,29 @@ class TrainableCore(nn.Module):
         self.scale = core.scale.float() if core.scale is not None else None
         self.zero = core.zero.float() if core.zero is not None else None
         self.shape = core.shape
-        values = core.values()
+        values = as_matrix(core.values())
         if start is None:
             latent = values
         elif self.scale is None:
-            latent = start.float()
+            latent = as_matrix(start.float())
         else:
             reach = self._spread(self.scale) * EDGE
-            latent = torch.minimum(torch.maximum(start.float(), values - reach), values + reach)
+            latent = torch.minimum(torch.maximum(as_matrix(start.float()), values - reach), values + reach)
         self.latent = nn.Parameter(latent.clone().contiguous())
 
     @classmethod
     def restore(
-        cls, store: str, latent: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None
+        cls,
+        store: str,
+        shape: tuple[int, ...],
+        latent: torch.Tensor,
+        scale: torch.Tensor | None,
+        zero: torch.Tensor | None,
     ) -> TrainableCore:
-        """A core from its own tensors."""
+        """A core of this shape from its own tensors."""
         made = cls.__new__(cls)
         nn.Module.__init__(made)
-        made.store, made.scale, made.zero, made.shape = store, scale, zero, tuple(latent.shape)
+        made.store, made.scale, made.zero, made.shape = store, scale, zero, shape
         made.latent = nn.Parameter(latent)
         return made
 
@@ -68,10 +75,11 @@ class TrainableCore(nn.Module):
         """What is stored."""
         latent, kind = self.latent.detach(), STORES[self.store]
         if self.scale is None:
-            return CoreData(latent.to(_dtype(self.store), copy=True), None, self.store)
+            data = from_matrix(latent, self.shape).to(_dtype(self.store), copy=True)
+            return CoreData(data.contiguous(), None, self.store)
         steps = self._steps(latent, self._spread(self.scale), kind.bits)
         if kind.bits == 8:
-            return CoreData(steps.to(torch.int8), self.scale.clone(), self.store)
+            return CoreData(from_matrix(steps, self.shape).to(torch.int8).contiguous(), self.scale.clone(), self.store)
         codes = (steps + self._middle()).to(torch.uint8)
         zero = self.zero.to(torch.uint8) if self.zero is not None else None
         return CoreData(pack(codes), self.scale.bfloat16(), self.store, zero, self.shape)
@@ -90,7 +98,7 @@ class TrainableCore(nn.Module):
     def _spread(self, x: torch.Tensor) -> torch.Tensor:
         """One value per row, or per row and group, as a tensor that broadcasts over the core."""
         group = STORES[self.store].group
-        return x[:, None] if not group else x.repeat_interleave(group, dim=1)[:, : self.shape[1]]
+        return x[:, None] if not group else x.repeat_interleave(group, dim=1)[:, : matrix_shape(self.shape)[1]]
 
     def _apply(self, fn, recurse=True):  # a module's own tensors that are neither parameters nor state
         self.scale = fn(self.scale) if self.scale is not None else None
@@ -129,12 +137,29 @@ class TrainableLinear(nn.Module):
         return [core for core in self.cores if isinstance(core, TrainableCore)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.spec.kind == "mpo":
+            y = self._contracted(x)
+            return y if self.bias is None else y + self.bias.to(y.dtype)
         y = F.linear(x, self.cores[0]().to(x.dtype))
         if self.spec.kind == "lowrank":
             y = F.linear(y, self.cores[1]().to(x.dtype))
         elif self.order is not None:
             y = torch.cat([y, F.linear(y, self.cores[1]().to(x.dtype))], -1)[..., self.order]
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _contracted(self, x: torch.Tensor) -> torch.Tensor:
+        """The matrix product operator on x [..., in]: see `contract_mpo` of the kernels."""
+        from cai_runtime.kernels.slim_linear import MpoShape, contract_mpo
+
+        spec = self.spec
+        assert isinstance(spec.rank, tuple)
+        shape = MpoShape(spec.in_features, spec.out_features, spec.out_dims, spec.in_dims, (1, *spec.rank, 1))
+
+        def step(core: TrainableCore) -> Callable[[torch.Tensor], torch.Tensor]:
+            return lambda rows: F.linear(rows, core().to(rows.dtype))
+
+        y = contract_mpo(x.reshape(-1, spec.in_features), shape, [step(core) for core in self.parts()])
+        return y.reshape(*x.shape[:-1], spec.out_features)
 
     def stored(self) -> StoredModule:
         """The module as it is stored now."""
@@ -156,8 +181,10 @@ class TrainableLinear(nn.Module):
         made.order = made.pivot.long().argsort() if made.pivot is not None else None
         made.bias = nn.Parameter(tensors["bias"]) if "bias" in tensors else None
         made.cores = nn.ModuleList(
-            TrainableCore.restore(store, tensors[f"latent_{k}"], tensors.get(f"scale_{k}"), tensors.get(f"zero_{k}"))
-            for k, store in enumerate(spec.store)
+            TrainableCore.restore(
+                store, shape, tensors[f"latent_{k}"], tensors.get(f"scale_{k}"), tensors.get(f"zero_{k}")
+            )
+            for k, (store, shape) in enumerate(zip(spec.store, spec.core_shapes, strict=True))
         )
         return made
 
