@@ -87,6 +87,8 @@ def _offers(curve: Curve, options: Options, noise: Mapping[str, float]) -> list[
         dense = Choice("dense", None, store)
         dense_bytes = dense.spec(out, inp).nbytes
         found.append((Option(None, dense_bytes, added), dense))
+        if options.kind == "dense":
+            continue
         least = max(options.rank_multiple, int(options.floor * min(out, inp) / 4))
         for rank in range(options.rank_multiple, curve.ranks, options.rank_multiple):
             choice = Choice(options.kind, rank, store, curve.reshape)
