@@ -7,8 +7,9 @@ are taken as `timing.py` says: weights and inputs rotate, contenders take turns.
 
     GB/s            bytes of the stored weights / median time
     GFLOP/s         operations of the factors as they are multiplied, two for each parameter and row / median time
-    floor           the larger of bytes / read bandwidth and operations / matrix rate (`roofs.py`), both measured at the
-                    start and at the end of the run, the higher counts. The matrix rate is that of torch's products in the
+    floor           the larger of bytes / read bandwidth and operations / matrix rate (`roofs.py`), both measured right
+                    before and right after the lines of one group and number of rows, the higher counts: a shared
+                    machine's memory is not equally fast all the time. The matrix rate is that of torch's products in the
                     dtype of the activations. Activations are left out of the bytes: they may stay in a cache.
     of floor        floor / median time
     vs dense        time of torch's dense linear in the same rows / median time; fp32 on a CPU, whose kernels compute in
@@ -22,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 
 from cai_runtime.bench.contenders import (
@@ -92,6 +93,7 @@ class LinearResult:
     activations: str
     weight_bytes: int
     flops: int
+    roofs: Roofs  # while this was measured
     sets: int = 0  # of weights, rotated
     calls: int = 0
     median_s: float | None = None
@@ -126,12 +128,12 @@ class LinearReport:
     versions: dict[str, str | None]
     settings: LinearSettings
     threads: int
-    roofs: Roofs
+    roofs: Roofs  # the highest of all results
     results: list[LinearResult]
 
     def floor(self, r: LinearResult) -> float:
         """Seconds."""
-        return self.roofs.floor(r.weight_bytes, r.flops, r.activations)
+        return r.roofs.floor(r.weight_bytes, r.flops, r.activations)
 
     def floor_fraction(self, r: LinearResult) -> float | None:
         return None if r.median_s is None else self.floor(r) / r.median_s
@@ -181,10 +183,8 @@ def bench_linear(
         progress_bar("measure", total=turns, unit="turn", show=progress) as bar,
         torch.inference_mode(),
     ):
-        before = roofs(settings.device, None)
         for group in groups:
-            results += _measure_group(group, contenders, settings, bar)
-        after = roofs(settings.device, None)
+            results += _measure_group(group, contenders, settings, partial(roofs, settings.device, None), bar)
     return LinearReport(
         benchmark=benchmark,
         subject=subject,
@@ -196,7 +196,7 @@ def bench_linear(
         versions=versions(),
         settings=settings,
         threads=threads,
-        roofs=before.higher(after),
+        roofs=reduce(Roofs.higher, (r.roofs for r in results)),
         results=results,
     )
 
@@ -214,13 +214,17 @@ class _Entry:
 
 
 def _measure_group(
-    group: LinearGroup, contenders: Sequence[Contender], settings: LinearSettings, bar: Any
+    group: LinearGroup,
+    contenders: Sequence[Contender],
+    settings: LinearSettings,
+    roofs: Callable[[], Roofs],
+    bar: Any,
 ) -> list[LinearResult]:
     inputs = _inputs(group.in_features, settings)
     entries = _prepare(group, contenders, inputs, settings, bar)
     results = []
     for batch in settings.batches:
-        results += _measure_rows(group, entries, batch, inputs[batch], settings, bar)
+        results += _measure_rows(group, entries, batch, inputs[batch], settings, roofs, bar)
     return results
 
 
@@ -269,6 +273,7 @@ def _measure_rows(
     batch: int,
     inputs: Sequence[torch.Tensor],
     settings: LinearSettings,
+    roofs: Callable[[], Roofs],
     bar: Any,
 ) -> list[LinearResult]:
     import torch
@@ -294,15 +299,23 @@ def _measure_rows(
     def after_turn(_: int) -> None:
         bar.update()
 
+    before = roofs()
     times = dict(zip(running, interleaved(clocks, settings.schedule, after_turn=after_turn), strict=True))
+    around = before.higher(roofs())
     return [
-        _result(group, entry, batch, times.get(index), errors.get(index), reasons.get(index))
+        _result(group, entry, batch, around, times.get(index), errors.get(index), reasons.get(index))
         for index, entry in enumerate(entries)
     ]
 
 
 def _result(
-    group: LinearGroup, entry: _Entry, batch: int, times: Times | None, error: float | None, unsupported: str | None
+    group: LinearGroup,
+    entry: _Entry,
+    batch: int,
+    roofs: Roofs,
+    times: Times | None,
+    error: float | None,
+    unsupported: str | None,
 ) -> LinearResult:
     c, members = entry.contender, entry.members
     # An mpo's rank is its largest bond.
@@ -330,6 +343,7 @@ def _result(
         activations=c.activations,
         weight_bytes=sum(w.nbytes for w in members),
         flops=batch * sum(flops_per_row(w) for w in members),
+        roofs=roofs,
         **timed,
     )
 

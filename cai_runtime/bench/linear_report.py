@@ -100,6 +100,7 @@ def linear_json(report: LinearReport) -> dict[str, Any]:
         results.append(
             {
                 **asdict(r),
+                "roofs": r.roofs.to_json(),
                 "gb_per_s": gb,
                 "gflop_per_s": gflop,
                 "floor_s": report.floor(r),
