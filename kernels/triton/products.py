@@ -102,7 +102,7 @@ def _product_tile(
                     squares = add_squares(a, squares)
             if PROLOGUE == NORM or PROLOGUE == FACTOR:
                 a = a * tl.load(gain + k + ks, mask=ks < K - k, other=0).to(COMPUTE)[None, :]
-            acc = tl.dot(a, b, acc, input_precision="ieee")
+            acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
             x_at += BLOCK_K
             w_at += BLOCK_K
     else:

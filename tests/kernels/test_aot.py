@@ -51,6 +51,23 @@ def test_spills_of_decode_kernels_are_found():
     assert any("spills" in problem for problem in aot.compile_case(bad, "sm_90").problems)
 
 
+def test_products_name_the_type_of_their_sums(monkeypatch: pytest.MonkeyPatch):
+    """Triton 3.6 takes it for float32 where nothing is said, and refuses sums of integers."""
+    import triton.language as tl
+    from triton.language.semantic import TritonSemantic
+
+    dot, seen = TritonSemantic.dot, []
+
+    def strict(self, lhs, rhs, acc, input_precision, max_num_imprecise_acc, out_dtype):
+        seen.append((acc.type.element_ty, out_dtype or tl.float32))
+        return dot(self, lhs, rhs, acc, input_precision, max_num_imprecise_acc, out_dtype)
+
+    monkeypatch.setattr(TritonSemantic, "dot", strict)
+    monkeypatch.setenv("TRITON_ALWAYS_COMPILE", "1")
+    aot.compile_case(case("products decode x1 bfloat16 int8 w8a8"), "sm_90")
+    assert (tl.int32, tl.int32) in seen and all(acc == stated for acc, stated in seen)
+
+
 def test_unknown_target_is_refused(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         aot.main(["--targets", "sm_7"])
