@@ -94,8 +94,9 @@ Part make_part(const ffi::Array<ffi::Optional<ffi::Tensor>>& members, size_t at,
   p.rows = static_cast<int32_t>(core.size(0));
   p.cols = static_cast<int32_t>(cols);
   if (part.store == Store::kInt8) {
+    // Asked of the argument rather than the address: a core without rows has a scale without elements, at address 0.
+    require(members[at + 1].has_value(), "decode_linear: an int8 core needs a scale");
     p.scale = vector_or_null<float>(members[at + 1], kDLFloat, 32, core.size(0), device, "an int8 core's scale");
-    require(p.scale != nullptr, "decode_linear: an int8 core needs a scale");
   } else if (part.store == Store::kInt4) {
     require(members[at + 1].has_value(), "decode_linear: an int4 core needs scales");
     const TensorView scale = view(members[at + 1]);

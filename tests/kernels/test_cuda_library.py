@@ -129,6 +129,15 @@ def test_a_core_of_another_float_takes_the_other_kernel():
     assert relative_error(got, together(swiglu_reference(gate_up.double()), ws)) < 1e-2
 
 
+@pytest.mark.parametrize("store", ["int8", "int4/32/zero", "bf16"])
+def test_an_interpolative_linear_of_full_rank_has_an_empty_second_core(store: str):
+    torch.manual_seed(2)
+    w = linear("interpolative", 64, 32, 32, store, store)
+    assert w.cores[1].data.numel() == 0
+    x = torch.randn(2, 64).to(BF16)
+    assert relative_error(HostLinear([w])(x), reference(x.double(), w)) < 1e-2
+
+
 def test_float32_activations_and_half():
     torch.manual_seed(1)
     w = linear("interpolative", 64, 48, 20, "int8", "int4/32")
