@@ -76,6 +76,11 @@ class ModelHost:
         self._slots: dict[Path, _Slot] = {}
         self._closed = False
 
+    @property
+    def keep(self) -> float | None:
+        """At which elastic checkpoints open; None: at their largest."""
+        return self._options.get("keep")
+
     def resolve(self, name: str | None) -> ResolvedModel:
         """The checkpoint directory that `name` (None: the default) stands for: a registered name, a catalogue id whose
         weights are in `cai_home()/models/<id>`, or a directory.

@@ -81,7 +81,7 @@ def _local_entry(host: ModelHost, name: str) -> CatalogEntry:
         created = int((path / "config.json").stat().st_mtime)
     except OSError:  # registered, but not there: it stays listed, and opening it says what is wrong
         created = 0
-    return CatalogEntry(name, created, "local", _parameters_number(path), capabilities)
+    return CatalogEntry(name, created, "local", _parameters_number(path, host.keep), capabilities)
 
 
 def _has_template_file(path: Path) -> bool:
@@ -94,10 +94,11 @@ def _has_template_file(path: Path) -> bool:
         return False
 
 
-def _parameters_number(path: Path) -> str:
-    """Stored parameters: those of every linear module, however it is factorized, and every other tensor's elements."""
+def _parameters_number(path: Path, keep: float | None) -> str:
+    """Stored parameters: those of every linear module, however it is factorized, and every other tensor's elements. keep: of
+    an elastic checkpoint, those that are in use when it is opened so."""
     try:
-        with Checkpoint.open(path) as checkpoint:
+        with Checkpoint.open(path, keep) as checkpoint:
             others = checkpoint.tensors()
             count = 0
             for name, spec in checkpoint.modules.items():

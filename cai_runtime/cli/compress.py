@@ -14,7 +14,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dst", metavar="DST", help="the directory to make")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
-        "--keep", type=float, metavar="SHARE", help="parameters of the linear layers to keep (default 0.8)"
+        "--keep",
+        type=float,
+        metavar="SHARE",
+        help="parameters of the linear layers to keep (default 0.8; --elastic: at most, default 1)",
+    )
+    budget.add_argument(
+        "--plan",
+        metavar="FILE",
+        help="JSON that names kind, rank and store of every layer, or another checkpoint's slim_report.json",
     )
     budget.add_argument(
         "--target-bytes",
@@ -36,7 +44,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="STORE",
         help="store of embedding and head (default: as --store, but int8 with int4, which would hurt there)",
     )
-    parser.add_argument("--kind", choices=("interpolative", "lowrank"), default="interpolative", help="kind of cores")
+    parser.add_argument(
+        "--elastic",
+        action="store_true",
+        help="one checkpoint that opens at any keep up to --keep: lowrank, neither refined nor healed",
+    )
+    parser.add_argument(
+        "--smallest-keep", type=float, metavar="SHARE", help="--elastic: the least keep to open at (default 0.3)"
+    )
+    parser.add_argument(
+        "--kind",
+        choices=("interpolative", "lowrank", "mpo", "dense"),
+        help="kind of cores (default interpolative; --elastic: lowrank); dense: with --target-bytes, quantization alone",
+    )
     parser.add_argument(
         "--allocation",
         choices=("pooled", "uniform"),
@@ -133,6 +153,9 @@ def run(args: argparse.Namespace) -> int:
         "embedding_store": args.embedding_store,
         "rank_multiple": args.rank_multiple,
         "floor": args.floor,
+        "plan": args.plan,
+        "elastic": args.elastic,
+        "smallest_keep": args.smallest_keep,
         "device": args.device,
         "dtype": args.dtype,
         "seed": args.seed,

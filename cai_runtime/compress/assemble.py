@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Set
 
 import torch
 from tqdm import tqdm
@@ -32,7 +31,7 @@ def write_checkpoint(
 ) -> None:
     """Hand all tensors to the writer: compressed layers as cores, embedding and head in their store, the rest as it is,
     or as healing left it. Fills in the report's modules and counts. One block is in memory at a time."""
-    weights, model = calibration.model.weights, calibration.model.model
+    weights = calibration.model.weights
     healed = _healed(work)
     done: set[str] = set()
     for at in tqdm(calibration.blocks(), desc="write", unit="block", disable=tqdm_disable(progress)):
@@ -47,7 +46,7 @@ def write_checkpoint(
             if layer.bias is not None:
                 bias = layer.bias.detach().to(weights.tensor(f"{name}.bias").dtype)
             writer.add_module(name, stored.spec, stored.cores, pivot=stored.pivot, bias=bias)
-            report.modules.append(_module_report(name, stored.spec, curves[name], record["rows"][name] > 0))
+            report.modules.append(module_report(name, stored.spec, curves[name], record["rows"][name] > 0))
             report.add(stored.spec.dense_parameters, stored.spec.parameters, stored.spec.nbytes)
             done |= {f"{name}.weight", f"{name}.bias"}
             if bias is not None:
@@ -55,6 +54,20 @@ def write_checkpoint(
         if record["refined"] is not None:
             name = calibration.stack(at).block_name(at.index)
             report.blocks.append({"name": name, **record["refined"]})
+    write_rest(writer, calibration, done, healed, options, report)
+
+
+def write_rest(
+    writer: CheckpointWriter,
+    calibration: CalibrationPass,
+    done: Set[str],
+    healed: Mapping[str, torch.Tensor],
+    options: Options,
+    report: Report,
+) -> None:
+    """Hand every tensor that is not `done` to the writer: embedding and head in their store, the rest as it is or as
+    `healed`. Adds to the report's counts."""
+    weights, model = calibration.model.weights, calibration.model.model
     ends = {id(m) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
     embeddings = {f"{name}.weight" for name, module in model.named_modules() if id(module) in ends}
     for name in weights.names():
@@ -83,19 +96,23 @@ def _healed(work: Work) -> dict[str, torch.Tensor]:
     return {key[2:]: tensor for key, tensor in tensors.items() if key.startswith("p|")}
 
 
-def _module_report(name: str, spec: ModuleSpec, curve: Curve, calibrated: bool) -> ModuleReport:
-    rank: Any = spec.rank
+def module_report(name: str, spec: ModuleSpec, curve: Curve, calibrated: bool) -> ModuleReport:
+    """A module's line. curve: its errors by rank."""
     whole = curve.errors[0]
+    at = max(spec.rank, default=1) if isinstance(spec.rank, tuple) else spec.rank
+    mpo = spec.kind == "mpo"
     return ModuleReport(
         name=name,
         kind=spec.kind,
-        rank=rank,
+        rank=list(spec.rank) if isinstance(spec.rank, tuple) else spec.rank,
         store=list(spec.store),
         out_features=spec.out_features,
         in_features=spec.in_features,
         parameters=spec.parameters,
         nbytes=spec.nbytes,
         dense_bytes=spec.dense_parameters * DENSE_REFERENCE_BYTES,
-        relative_error=0.0 if rank is None or whole <= 0 else curve.errors[rank] / whole,
+        relative_error=0.0 if at is None or whole <= 0 else curve.errors[at] / whole,
         calibrated=calibrated,
+        out_dims=list(spec.out_dims) if mpo else None,
+        in_dims=list(spec.in_dims) if mpo else None,
     )

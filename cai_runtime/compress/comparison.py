@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -71,53 +72,103 @@ def compare(
         SourceError, CheckpointError, UnsupportedModelError: a model can't be fetched, read or run.
         CompressionError: the text or an option is no good, a model gives NaN, the disk is too full.
     """
+    settings = _Settings(text, tokens, window, prompts, max_tokens, backend, device, dtype, together, progress)
+    models = [(reference, None), (candidate, keep)] if candidate is not None else [(reference, keep)]
+    return _compared(models, settings)[0]
+
+
+def compare_keeps(
+    reference: str | Path, candidate: str | Path, keeps: Sequence[float | None], **options: Any
+) -> list[Comparison]:
+    """`compare` of an elastic candidate at every one of `keeps` (None: its largest). The reference is read once, and its log
+    probabilities wait in a temporary file; one model is in memory at a time. options: `compare`'s, but `keep` and
+    `together`. Raises what `compare` raises."""
+    settings = _Settings(**options, together=False)
+    return _compared([(reference, None), *((candidate, keep) for keep in keeps)], settings)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What `compare` was asked for, beside the models."""
+
+    text: str | Path | None = None
+    tokens: int = TOKENS
+    window: int = WINDOW
+    prompts: Sequence[str] = PROMPTS
+    max_tokens: int = SAMPLE_TOKENS
+    backend: Backend = "transformers"
+    device: str = "auto"
+    dtype: str = "auto"
+    together: bool | None = None
+    progress: bool | None = None
+
+
+def _compared(models: Sequence[tuple[str | Path, float | None]], settings: _Settings) -> list[Comparison]:
+    """The first model by itself, or every other one with it. models: name and keep."""
     from cai_runtime.convert.sources import pull
     from cai_runtime.engine.open import choose_device, load_tokenizer
 
-    paths = [pull(name, progress=progress) for name in ((reference,) if candidate is None else (reference, candidate))]
-    keeps = [None, keep] if len(paths) == 2 else [keep]
-    place = choose_device(device)
-    tokenizers = [load_tokenizer(path) for path in paths]
-    document = read_text(text, progress=progress)
-    shown = [cut_windows(document, tokenizers[0], tokens=tokens, window=window)]
-    alike = len(paths) == 2 and same_tokens(*tokenizers)
-    if len(paths) == 2:
-        shown.append(shown[0] if alike else retokenized(shown[0], *tokenizers))
+    found = {name: pull(name, progress=settings.progress) for name, _ in models}
+    paths, keeps = [found[name] for name, _ in models], [keep for _, keep in models]
+    place = choose_device(settings.device)
+    loaded = {path: load_tokenizer(path) for path in dict.fromkeys(paths)}
+    tokenizers = [loaded[path] for path in paths]
+    document = read_text(settings.text, progress=settings.progress)
+    shown = [cut_windows(document, tokenizers[0], tokens=settings.tokens, window=settings.window)]
+    alike = len(paths) > 1 and same_tokens(tokenizers[0], tokenizers[1])
+    if len(paths) > 1:
+        shown += [shown[0] if alike else retokenized(shown[0], tokenizers[0], tokenizers[1])] * (len(paths) - 1)
+    together, backend = settings.together, settings.backend
     if together is None:
         together = len(paths) == 2 and sum(_memory(p, backend) for p in paths) <= TOGETHER * _free(place.type)
 
     def opener(index: int) -> Judge:
-        return open_judge(paths[index], backend, device=str(place), dtype=dtype, keep=keeps[index], progress=progress)
+        return open_judge(
+            paths[index],
+            backend,
+            device=str(place),
+            dtype=settings.dtype,
+            keep=keeps[index],
+            progress=settings.progress,
+        )
 
-    run = _Run(paths, keeps, shown, tokenizers, tuple(prompts), max_tokens, alike, opener, progress)
+    run = _Run(paths, keeps, shown, tokenizers, settings, alike, opener)
     run.run(together)
     scores = [run.score(k) for k in range(len(paths))]
-    divergence = run.divergence()
-    return Comparison(
-        reference=scores[0],
-        candidate=scores[1] if len(scores) == 2 else None,
-        divergence=divergence,
-        refused=run.refused if len(paths) == 2 else None,
-        text={
-            "source": document.source,
-            "tokens": shown[0].tokens,
-            "window": window,
-            "windows": len(shown[0].token_ids),
-            "bytes": sum(shown[0].nbytes),
-        },
-        backend=backend,
-        device=str(place),
-        dtype=dtype,
-        samples=run.samples(),
-        windows=run.window_means(),
-        position_kl=tuple(kl.numpy() for kl in run.kl),
-    )
+    described = {
+        "source": document.source,
+        "tokens": shown[0].tokens,
+        "window": settings.window,
+        "windows": len(shown[0].token_ids),
+        "bytes": sum(shown[0].nbytes),
+    }
+    return [
+        Comparison(
+            reference=scores[0],
+            candidate=scores[k] if k else None,
+            divergence=run.divergence(k) if k else None,
+            refused=run.refused if k else None,
+            text=described,
+            backend=backend,
+            device=str(place),
+            dtype=settings.dtype,
+            samples=run.samples(k),
+            windows=run.window_means(k),
+            position_kl=tuple(kl.numpy() for kl in run.kl[k]),
+        )
+        for k in (range(1, len(paths)) if len(paths) > 1 else [0])
+    ]
 
 
 def quality(dense: str | Path, slim: str | Path, **options: Any) -> dict[str, Any]:
     """What a compression report says under "quality": `compare(dense, slim, **options)` as JSON, without what is true
     of this machine only (paths) and without the values of each window."""
-    found = compare(dense, slim, **options).to_json()
+    return for_report(compare(dense, slim, **options))
+
+
+def for_report(comparison: Comparison) -> dict[str, Any]:
+    """A comparison of two models as `quality` has it."""
+    found = comparison.to_json()
     del found["windows"]
     for model in ("reference", "candidate"):
         del found[model]["path"]
@@ -125,7 +176,8 @@ def quality(dense: str | Path, slim: str | Path, **options: Any) -> dict[str, An
 
 
 class _Run:
-    """The state of one comparison: what each model said of each window."""
+    """The state of one comparison: what each model said of each window. The first is the one that others are held
+    against."""
 
     def __init__(
         self,
@@ -133,25 +185,23 @@ class _Run:
         keeps: list[float | None],
         shown: list[Windows],
         tokenizers: list[Any],
-        prompts: tuple[str, ...],
-        max_tokens: int,
+        settings: _Settings,
         alike: bool,
         opener: Callable[[int], Judge],
-        progress: bool | None,
     ):
         self.paths, self.keeps, self.shown, self.tokenizers = paths, keeps, shown, tokenizers
-        self.prompts, self.max_tokens, self.opener, self.progress = prompts, max_tokens, opener, progress
+        self.settings, self.opener = settings, opener
         self.refused = None if alike else "the two tokenizers differ: KL and top-1 agreement are of tokens"
         self.nats: list[list[torch.Tensor]] = [[] for _ in paths]  # of each scored token, by model and window
         self.best: list[list[torch.Tensor]] = [[] for _ in paths]  # the most likely token at every position
-        self.kl: list[torch.Tensor] = []  # at every position, by window
+        self.kl: list[list[torch.Tensor]] = [[] for _ in paths]  # from the first one, at every position
         self.answers: list[list[list[int]]] = [[] for _ in paths]
         self.seconds = [0.0 for _ in paths]
 
     def run(self, together: bool) -> None:
         with ExitStack() as stack:
             total = sum(len(ids) for windows in self.shown for ids in windows.token_ids)
-            bar = stack.enter_context(progress_bar("evaluate", total=total, unit="token", show=self.progress))
+            bar = stack.enter_context(progress_bar("evaluate", total=total, unit="token", show=self.settings.progress))
             first = stack.enter_context(self.opener(0))
             if len(self.paths) == 1:
                 for k in range(len(self.shown[0].token_ids)):
@@ -162,7 +212,7 @@ class _Run:
                 second = stack.enter_context(self.opener(1))
                 for k in range(len(self.shown[0].token_ids)):
                     said = self._read(first, 0, k, bar)
-                    self._diverge(said, self._read(second, 1, k, bar), k)
+                    self._diverge(said, self._read(second, 1, k, bar), 1)
                 self._answer(first, 0, bar)
                 self._answer(second, 1, bar)
                 return
@@ -175,12 +225,15 @@ class _Run:
             self._answer(first, 0, bar)
             first.close()
             del first
-            second = stack.enter_context(self.opener(1))
-            for k in range(len(self.shown[1].token_ids)):
-                said = self._read(second, 1, k, bar)
-                if self.refused is None:
-                    self._diverge(store.get(k), said, k)
-            self._answer(second, 1, bar)
+            for model in range(1, len(self.paths)):
+                with self.opener(model) as judge:
+                    for k in range(len(self.shown[model].token_ids)):
+                        said = self._read(judge, model, k, bar)
+                        if self.refused is None:
+                            self._diverge(store.get(k), said, model)
+                        del said
+                    self._answer(judge, model, bar)
+                del judge
 
     def _read(self, judge: Judge, model: int, k: int, bar: Any) -> torch.Tensor:
         """Score window k, and return its logits, fp32 [tokens, vocabulary]."""
@@ -200,19 +253,19 @@ class _Run:
         bar.update(len(ids))
         return logits
 
-    def _diverge(self, first: torch.Tensor, second: torch.Tensor, k: int) -> None:
+    def _diverge(self, first: torch.Tensor, second: torch.Tensor, model: int) -> None:
         if self.refused is None and first.shape[1] != second.shape[1]:
             self.refused = (
                 f"the models have {first.shape[1]} and {second.shape[1]} logits: KL needs the same vocabulary"
             )
         if self.refused is None:
-            self.kl.append(kl_divergence(first, second).cpu())
+            self.kl[model].append(kl_divergence(first, second).cpu())
 
     def _answer(self, judge: Judge, model: int, bar: Any) -> None:
         tokenizer = self.tokenizers[model]
-        for prompt in self.prompts:
+        for prompt in self.settings.prompts:
             bar.set_postfix_str("samples")
-            self.answers[model].append(judge.continue_greedily(prompt_ids(tokenizer, prompt), self.max_tokens))
+            self.answers[model].append(judge.continue_greedily(prompt_ids(tokenizer, prompt), self.settings.max_tokens))
 
     def score(self, model: int) -> ModelScore:
         from cai_runtime.slim.inspect import inspect_checkpoint
@@ -238,42 +291,45 @@ class _Run:
             seconds=self.seconds[model],
         )
 
-    def divergence(self) -> Divergence | None:
-        if not self.kl or self.refused is not None:
+    def divergence(self, model: int) -> Divergence | None:
+        kl = self.kl[model]
+        if not kl or self.refused is not None:
             return None
-        differences = [b - a for a, b in zip(*self.nats, strict=True)]
+        differences = [b - a for a, b in zip(self.nats[0], self.nats[model], strict=True)]
         ratio = _exp(float(torch.cat(differences).mean()))
         scored = [len(d) for d in differences]
-        same = [(a == b).double() for a, b in zip(*self.best, strict=True)]
-        positions = [len(kl) for kl in self.kl]
-        every = torch.cat(self.kl)
+        same = [(a == b).double() for a, b in zip(self.best[0], self.best[model], strict=True)]
+        positions = [len(values) for values in kl]
+        every = torch.cat(kl)
         at = torch.quantile(every[: 1 << 24], torch.tensor(QUANTILES, dtype=every.dtype))
         return Divergence(
             ratio=ratio,
             ratio_error=ratio * _standard_error([float(d.mean()) for d in differences], scored),
             kl=float(every.mean()),
-            kl_error=_standard_error([float(kl.mean()) for kl in self.kl], positions),
+            kl_error=_standard_error([float(values.mean()) for values in kl], positions),
             kl_quantiles={f"{q:g}": float(v) for q, v in zip(QUANTILES, at, strict=True)},
             top1=float(torch.cat(same).mean()),
             top1_error=_standard_error([float(s.mean()) for s in same], positions),
             positions=len(every),
         )
 
-    def window_means(self) -> dict[str, list[float]]:
-        means = {
-            name: [float(n.mean()) for n in nats]
-            for name, nats in zip(("reference_nats", "candidate_nats"), self.nats, strict=False)
-        }
-        if self.kl and self.refused is None:
-            means["kl"] = [float(kl.mean()) for kl in self.kl]
-            means["top1"] = [float((a == b).double().mean()) for a, b in zip(*self.best, strict=True)]
+    def window_means(self, model: int) -> dict[str, list[float]]:
+        """Of the first model, and beside it of another one."""
+        names = {"reference_nats": 0} if model == 0 else {"reference_nats": 0, "candidate_nats": model}
+        means = {name: [float(n.mean()) for n in self.nats[k]] for name, k in names.items()}
+        if self.kl[model] and self.refused is None:
+            means["kl"] = [float(kl.mean()) for kl in self.kl[model]]
+            best = zip(self.best[0], self.best[model], strict=True)
+            means["top1"] = [float((a == b).double().mean()) for a, b in best]
         return means
 
-    def samples(self) -> tuple[Sample, ...]:
+    def samples(self, model: int) -> tuple[Sample, ...]:
+        """As `window_means`."""
         found = []
-        for k, prompt in enumerate(self.prompts):
-            ids = [answers[k] for answers in self.answers]
-            texts = [t.decode(i, skip_special_tokens=True) for t, i in zip(self.tokenizers, ids, strict=True)]
+        models = [0] if model == 0 else [0, model]
+        for k, prompt in enumerate(self.settings.prompts):
+            ids = [self.answers[m][k] for m in models]
+            texts = [self.tokenizers[m].decode(i, skip_special_tokens=True) for m, i in zip(models, ids, strict=True)]
             same = None
             if len(ids) == 2 and self.refused is None:
                 same = next((n for n, (a, b) in enumerate(zip(*ids, strict=False)) if a != b), min(map(len, ids)))

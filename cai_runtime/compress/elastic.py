@@ -22,6 +22,7 @@ from cai_runtime.compress.allocate import Curve, cost
 from cai_runtime.compress.cores import StoredModule, dense_module
 from cai_runtime.compress.decompose import Factors
 from cai_runtime.compress.nested import nested_module
+from cai_runtime.compress.options import SMALLEST_KEEP
 from cai_runtime.errors import CompressionError
 from cai_runtime.slim.elastic import ElasticModule, ElasticTable
 from cai_runtime.slim.reader import Checkpoint
@@ -30,7 +31,6 @@ from cai_runtime.slim.writer import CheckpointWriter
 
 _Step = tuple[int, int, int]  # which module, from which form of its menu, to which
 
-SMALLEST_KEEP = 0.3
 _SLACK = 1e-6  # parameters: a budget that was computed as keep * dense may lie a hair too low
 
 
@@ -106,19 +106,8 @@ def plan_elastic(
     """
     if not 0 < smallest < keep <= 1:
         raise CompressionError(f"an elastic checkpoint needs 0 < smallest keep < keep <= 1, not {smallest} and {keep}")
-    menus = [_menu(curve, multiple) for curve in curves]
     dense = sum(curve.dense_cost for curve in curves)
-    share = floor * smallest
-    start = [
-        max((k for k, option in enumerate(menu) if option.parameters <= share * curve.dense_cost), default=0)
-        for menu, curve in zip(menus, curves, strict=True)
-    ]
-    spent = sum(menu[k].parameters for menu, k in zip(menus, start, strict=True))
-    if spent > smallest * dense + _SLACK:
-        raise CompressionError(
-            f"smallest keep {smallest} is too small: with ranks in multiples of {multiple} the modules need at least "
-            f"{spent / dense:.3f} of their parameters; raise it or lower the multiple"
-        )
+    menus, start = _beginning(curves, smallest, multiple, floor)
     steps = _steepest_first(menus, start)
     least, taken = _spend(menus, start, steps, smallest * dense + _SLACK)
     # A module that stopped there, because its next step was too dear for what was left, goes on.
@@ -138,6 +127,39 @@ def plan_elastic(
     return ElasticPlan((smallest, keep), tuple(modules), multiple, tuple(m for m, _, _ in taken))
 
 
+def check_smallest(curves: Sequence[Curve], smallest: float, *, multiple: int = 16, floor: float = 0.25) -> None:
+    """Raises CompressionError when the smallest ranks exceed `smallest`, for which errors need not be known. Arguments as in
+    `plan_elastic`."""
+    _beginning(curves, smallest, multiple, floor)
+
+
+def elastic_forms(
+    planned: PlannedModule,
+    step: int,
+    weight: torch.Tensor,
+    factors: Factors | None,
+    input_gram: torch.Tensor,
+    store: str,
+) -> list[StoredModule]:
+    """A module rounded to the forms that are planned: what `quantization_config` lists, and the second form behind it, if
+    there is one. Arguments as in `add_elastic_module`."""
+    forms = [dense_module(weight, store, input_gram)] if planned.dense else []
+    if planned.rank is not None:
+        if factors is None:
+            raise CompressionError(f"{planned.name} is planned at rank {planned.rank}, but there are no factors of it")
+        forms.append(nested_module(weight, factors, store, input_gram, planned.ranks(step)))
+    return forms
+
+
+def add_forms(
+    writer: CheckpointWriter, name: str, forms: Sequence[StoredModule], bias: torch.Tensor | None = None
+) -> None:
+    """Hand a module's forms to the writer, the one that `quantization_config` lists first."""
+    writer.add_module(name, forms[0].spec, forms[0].cores, bias=bias)
+    for second in forms[1:]:
+        writer.add_second_form(name, second.spec, second.cores)
+
+
 def add_elastic_module(
     writer: CheckpointWriter,
     planned: PlannedModule,
@@ -154,14 +176,8 @@ def add_elastic_module(
     step: the plan's. weight: [out, in], any float dtype. factors: of `weight` under `input_gram`, [in, in], the damped mean
     of x x^T; None will do for a module that is dense at every keep. store: of the dense form and of both cores.
     """
-    forms = [dense_module(weight, store, input_gram)] if planned.dense else []
-    if planned.rank is not None:
-        if factors is None:
-            raise CompressionError(f"{planned.name} is planned at rank {planned.rank}, but there are no factors of it")
-        forms.append(nested_module(weight, factors, store, input_gram, planned.ranks(step)))
-    writer.add_module(planned.name, forms[0].spec, forms[0].cores, bias=bias)
-    for second in forms[1:]:
-        writer.add_second_form(planned.name, second.spec, second.cores)
+    forms = elastic_forms(planned, step, weight, factors, input_gram, store)
+    add_forms(writer, planned.name, forms, bias)
     return forms
 
 
@@ -204,6 +220,26 @@ def _menu(curve: Curve, multiple: int) -> list[_Form]:
         if (parameters := cost("lowrank", curve.out_features, curve.in_features, rank)) < curve.dense_cost
     ]
     return [*found, _Form(None, curve.dense_cost, 0.0)]
+
+
+def _beginning(
+    curves: Sequence[Curve], smallest: float, multiple: int, floor: float
+) -> tuple[list[list[_Form]], list[int]]:
+    """Every module's menu, and where it begins."""
+    menus = [_menu(curve, multiple) for curve in curves]
+    share = floor * smallest
+    start = [
+        max((k for k, option in enumerate(menu) if option.parameters <= share * curve.dense_cost), default=0)
+        for menu, curve in zip(menus, curves, strict=True)
+    ]
+    spent = sum(menu[k].parameters for menu, k in zip(menus, start, strict=True))
+    dense = sum(curve.dense_cost for curve in curves)
+    if spent > smallest * dense + _SLACK:
+        raise CompressionError(
+            f"smallest keep {smallest} is too small: with ranks in multiples of {multiple} the modules need at least "
+            f"{spent / dense:.3f} of their parameters; raise it or lower the multiple"
+        )
+    return menus, start
 
 
 def _slope(menu: Sequence[_Form], a: int, b: int) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -11,12 +11,15 @@ from typing import Any, get_args
 import torch
 
 from cai_runtime.compress.allocate import Allocation
+from cai_runtime.compress.plan_file import PlanSource, plan_entries
 from cai_runtime.errors import CompressionError
 from cai_runtime.slim.spec import STORE_ALIASES, STORES, Kind, canonical_store
 
-KINDS = ("interpolative", "lowrank")
+KINDS = ("interpolative", "lowrank", "mpo", "dense")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEFAULT_KEEP = 0.8
+REFINE_EPOCHS, HEAL_TOKENS = 2, 65_536  # by default
+SMALLEST_KEEP = 0.3  # that an elastic checkpoint opens at
 COMPETING_STORES = ("int8", "int4-g64")  # with a budget in bytes
 BATCH = 2  # sequences that the model is run on at once
 REFINE_RATE = 5e-4  # of Adam, see `refine_block`
@@ -29,6 +32,8 @@ class Options:
     """What `compress` was asked for; see there, with defaults filled in and the stores' names as files have them.
 
     stores: those that a layer may have. target_bytes: an int, or a share of the bf16 bytes as a float in (0, 1].
+    plan: the entries of a plan file; with them there is neither keep nor target_bytes. smallest_keep: of an elastic
+    checkpoint, whose largest is `keep`; None of any other.
     """
 
     keep: float | None
@@ -51,6 +56,9 @@ class Options:
     device: str
     dtype: str
     seed: int
+    plan: dict[str, dict[str, Any]] | None
+    elastic: bool
+    smallest_keep: float | None
 
     @classmethod
     def of(
@@ -59,18 +67,37 @@ class Options:
         keep: float | None,
         target_bytes: int | str | None,
         store: str | None,
+        kind: Kind | None,
+        refine_epochs: int | None,
+        heal_tokens: int | None,
         embedding_store: str | None,
         rank_multiple: int | None,
         calibration: Any,
         device: str,
         dtype: str | None,
+        plan: PlanSource | None = None,
+        elastic: bool = False,
+        smallest_keep: float | None = None,
         **others: Any,
     ) -> Options:
         """Fill in the defaults that depend on other options. Raises CompressionError, which names the option."""
         if keep is not None and target_bytes is not None:
             raise CompressionError("keep and target_bytes are two budgets: give one of them")
-        if keep is None and target_bytes is None:
-            keep = DEFAULT_KEEP
+        if plan is not None:
+            if any(given is not None for given in (keep, target_bytes, store, kind)) or elastic:
+                raise CompressionError(
+                    "a plan says what every layer becomes: leave keep, target_bytes, store, kind and elastic out"
+                )
+        elif keep is None and target_bytes is None:
+            keep = 1.0 if elastic else DEFAULT_KEEP
+        if elastic and smallest_keep is None:
+            smallest_keep = SMALLEST_KEEP
+        if kind is None:
+            kind = "lowrank" if elastic else "interpolative"
+        if refine_epochs is None:
+            refine_epochs = 0 if elastic else REFINE_EPOCHS
+        if heal_tokens is None:
+            heal_tokens = 0 if elastic else HEAL_TOKENS
         if store is None:
             stores: tuple[str, ...] = ("int8",) if target_bytes is None else COMPETING_STORES
         else:
@@ -84,6 +111,9 @@ class Options:
             keep=keep,
             target_bytes=_parse_bytes(target_bytes),
             stores=stores,
+            kind=kind,
+            refine_epochs=refine_epochs,
+            heal_tokens=heal_tokens,
             embedding_store=canonical_store(embedding_store),
             rank_multiple=rank_multiple,
             calibration=_plain(calibration),
@@ -91,6 +121,9 @@ class Options:
             dtype=dtype or ("bf16" if device.startswith("cuda") else "fp32"),
             refine_rate=REFINE_RATE,
             heal_rate=HEAL_RATE,
+            plan=None if plan is None else plan_entries(plan),
+            elastic=elastic,
+            smallest_keep=smallest_keep,
             **others,
         )
 
@@ -110,6 +143,10 @@ class Options:
             "target_bytes needs allocation 'pooled': a uniform share of bytes is what `keep` and one store give",
         )
         known = ", ".join([*STORES, *STORE_ALIASES])
+        need(
+            self.kind != "dense" or self.target_bytes is not None or self.keep == 1,
+            "kind 'dense' has no ranks to choose: give target_bytes, or keep 1",
+        )
         for name, value in [*(("store", s) for s in self.stores), ("embedding_store", self.embedding_store)]:
             need(value in STORES, f"{name} must be one of {known}, is {value!r}")
         need(self.dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, is {self.dtype!r}")
@@ -128,6 +165,37 @@ class Options:
         except RuntimeError as e:
             raise CompressionError(f"device {self.device!r} is unknown: {e}") from None
         need(device.type != "cuda" or torch.cuda.is_available(), f"device {self.device!r}: no CUDA device is available")
+        if self.elastic:
+            self._check_elastic(need)
+        else:
+            need(self.smallest_keep is None, "smallest_keep is an elastic checkpoint's: it needs elastic")
+
+    def _check_elastic(self, need: Callable[[bool, str], None]) -> None:
+        """What one checkpoint for many keeps can be."""
+        need(self.keep is not None, "target_bytes is one size, an elastic checkpoint has many: give keep, its largest")
+        assert self.keep is not None and self.smallest_keep is not None
+        need(
+            0 < self.smallest_keep < self.keep,
+            f"smallest_keep must be in (0, keep), is {self.smallest_keep} with keep {self.keep}",
+        )
+        need(
+            self.kind == "lowrank",
+            f"an elastic checkpoint's kind is lowrank, not {self.kind}: only lowrank cores hold those of smaller ranks",
+        )
+        need(self.allocation == "pooled", f"an elastic checkpoint's allocation is pooled, not {self.allocation}")
+        need(not self.shift, "shift fits layers to one keep's inputs, an elastic checkpoint has many: leave it out")
+        need(
+            self.refine_epochs == 0,
+            f"an elastic checkpoint's blocks can't be refined: refine_epochs must be 0, is {self.refine_epochs}",
+        )
+        need(
+            self.heal_tokens == 0,
+            f"an elastic checkpoint can't be healed: heal_tokens must be 0, is {self.heal_tokens}",
+        )
+        need(
+            self.rank_multiple % 2 == 0 or not any(STORES[store].bits == 4 for store in self.stores),
+            f"rank_multiple must be even with {self.stores[0]}, whose columns share bytes, is {self.rank_multiple}",
+        )
 
 
 def _parse_bytes(value: int | str | None) -> int | float | None:

@@ -23,12 +23,14 @@ from cai_runtime.compress.calibrate import BlockId, CalibrationPass
 from cai_runtime.compress.calibration import SELF, Source, calibration_sequences
 from cai_runtime.compress.choices import Choice, choose
 from cai_runtime.compress.comparison import quality
-from cai_runtime.compress.cores import dense_module
-from cai_runtime.compress.decompose import OUTPUT_DAMPING, damped, spectrum, whitened_error
+from cai_runtime.compress.curves import Noise, curves_of, measure
+from cai_runtime.compress.elastic import ElasticPlan
+from cai_runtime.compress.elastic_run import ElasticCompressor, elastic_plan, judge_keeps, write_elastic
 from cai_runtime.compress.heal import Healer
 from cai_runtime.compress.moments import BlockMoments
 from cai_runtime.compress.options import BATCH, DTYPES, Options
 from cai_runtime.compress.plan import Plan, make_plan, measured_rate, versions
+from cai_runtime.compress.plan_file import PlanSource
 from cai_runtime.compress.report import Report
 from cai_runtime.compress.stack import Batch, open_model
 from cai_runtime.compress.student import put_in
@@ -54,18 +56,21 @@ def compress(
     keep: float | None = None,
     target_bytes: int | str | None = None,
     store: str | None = None,
-    kind: Kind = "interpolative",
+    kind: Kind | None = None,
     allocation: Allocation = "pooled",
     curvature: bool = True,
     shift: bool = False,
-    refine_epochs: int = 2,
-    heal_tokens: int = 65_536,
+    refine_epochs: int | None = None,
+    heal_tokens: int | None = None,
     calibration: Source | None = None,
     samples: int = 48,
     sequence_length: int = 512,
     embedding_store: str | None = None,
     rank_multiple: int | None = None,
     floor: float = 0.25,
+    plan: PlanSource | None = None,
+    elastic: bool = False,
+    smallest_keep: float | None = None,
     device: str = "cpu",
     dtype: str | None = None,
     seed: int = 0,
@@ -74,7 +79,7 @@ def compress(
     restart: bool = False,
     progress: bool | None = None,
 ) -> Report:
-    """Compress a causal language model to a slim checkpoint.
+    """Compress a causal language model, or a Whisper, to a slim checkpoint.
 
     Killed at any moment, the same call goes on where it was, from the work directory `.DST.work` beside `dst`, and
     comes to the same checkpoint bit for bit (on the same machine, with the same number of threads).
@@ -83,34 +88,43 @@ def compress(
         src: a known name, a URI or a directory (see `cai_runtime.convert.sources.pull`), dense or slim already.
         dst: the directory to make.
         keep: parameters of the linear layers to keep, as a share of their dense count, in (0, 1]. Default 0.8, unless
-            `target_bytes` is given.
+            `target_bytes` is given; of an elastic checkpoint the largest, default 1.
         target_bytes: instead of `keep`: size of the weights of the whole checkpoint, in bytes, as text with a unit
             ("80MB", "1.5GiB"), or as a share of their size in bf16 ("45%"). Rank, kind and store are chosen for each layer.
         store: how cores lie on disk: fp32, bf16, fp16, int8, or 4 bits with a scale for every 32, 64 or 128 columns:
             int4-g32, int4-g64 (also called int4), int4-g128, each with "-zp" behind it for zero points, too. Default
             int8; with `target_bytes`, int8 and int4-g64 compete unless one is named.
-        kind: "interpolative", or "lowrank" (a much lower rank at the same keep).
+        kind: "interpolative" (the default); "lowrank": a much lower rank at the same keep, but one that holds all smaller
+            ones (the default with `elastic`); "mpo", a matrix product operator of two cores; or "dense": with
+            `target_bytes`, quantization alone.
         allocation: "pooled" lets the layers compete for parameters, "uniform" gives each the same share.
         curvature: weigh errors by what they do to the loss, from a backward pass over the calibration text. False: by
             the layers' outputs alone.
         shift: fit every layer to the inputs that the compressed layers before it give. With little text it fits the text
             instead: SmolLM2-135M on 8,192 tokens gets worse by it.
         refine_epochs: passes over the calibration text in which each block is trained to give the dense block's output;
-            0: none.
-        heal_tokens: tokens on which the whole model is trained to predict what the original does; 0: none. Needs both
-            models in memory, and three times the compressed one for the optimizer.
+            0: none. Default 2; with `elastic` none.
+        heal_tokens: tokens on which the whole model is trained to predict what the original does; 0: none. Default
+            65,536; with `elastic` none. Needs both models in memory, and three times the compressed one for the optimizer.
         calibration: see `cai_runtime.compress.calibration.calibration_sequences`. None: "self", the model's own text.
         samples, sequence_length: sequences to calibrate and refine on, and tokens in each. Healing takes further ones.
         embedding_store: store of the token embedding and the head (None: as `store`, but int8 with the int4 stores: 4
             bits hurt there, where nothing makes up for the rounding). They stay dense.
         rank_multiple: ranks are multiples of this. None: 16, which keeps the rows of 8-bit cores aligned for vector
             loads; with an int4 store its group, of which otherwise a part would be wasted.
-        floor: pooled: every layer keeps at least this share of `keep`.
+        floor: pooled: every layer keeps at least this share of `keep` (elastic: of `smallest_keep`).
+        plan: instead of a budget: a plan file, or its "modules", that says what every layer becomes, see
+            `cai_runtime.compress.plan_file`.
+        elastic: make one checkpoint that opens at any keep from `smallest_keep` to `keep`, see
+            `cai_runtime.compress.elastic`. Lowrank and pooled, one store, neither shifted, refined nor healed. The file
+            holds many layers in two forms.
+        smallest_keep: None: 0.3 with `elastic`.
         device: "cpu" or "cuda[:n]", where the model runs and is decomposed.
         dtype: in which the model runs (None: fp32 on the CPU, bf16 on CUDA).
         seed: draws the calibration sequences, and the order of training.
         evaluate: judge the result against the source on text that calibration has not seen, for the report's "quality": see
-            `cai_runtime.compress.comparison.quality`. Causal language models only; both are held in memory.
+            `cai_runtime.compress.comparison.quality`. Causal language models only; both are held in memory. An elastic
+            one is judged at several keeps, one after the other (`elastic_run.judge_keeps`).
         overwrite: replace `dst`.
         restart: throw away what an earlier call with other options left unfinished.
         progress: bars on stderr; None shows them on a terminal only.
@@ -143,6 +157,9 @@ def compress(
         embedding_store=embedding_store,
         rank_multiple=rank_multiple,
         floor=floor,
+        plan=plan,
+        elastic=elastic,
+        smallest_keep=smallest_keep,
         device=device,
         dtype=dtype,
         seed=seed,
@@ -152,13 +169,16 @@ def compress(
         # A destination that is taken is known before hours of work.
         CheckpointWriter(dst, config=checkpoint.config, overwrite=overwrite).abort()
         weights = DenseWeights(checkpoint)
-        plan = make_plan(weights, options, Path(dst))
-        plan.require_room()
-        run = _Run(str(src), Path(dst), weights, options, plan, progress)
+        outlook = make_plan(weights, options, Path(dst))
+        outlook.require_room()
+        run = _Run(str(src), Path(dst), weights, options, outlook, progress)
         report = run.run(overwrite=overwrite, restart=restart)
     if evaluate:
         start = perf_counter()
-        report.quality = quality(path, dst, progress=progress)
+        if elastic:
+            judge_keeps(path, dst, report, progress=progress)
+        else:
+            report.quality = quality(path, dst, progress=progress)
         report.seconds["evaluate"] = round(perf_counter() - start, 3)
         replace_report(dst, report.to_json())
     return report
@@ -190,6 +210,7 @@ class _Run:
     ):
         self._source, self._dst, self._weights = source, dst.absolute(), weights
         self._options, self._plan, self._progress = options, plan, progress
+        self._planned = plan.choices
         self._seconds: dict[str, float] = {}
 
     def run(self, *, overwrite: bool, restart: bool) -> Report:
@@ -209,8 +230,16 @@ class _Run:
             calibration = CalibrationPass(model, targets, batches, work)
             self._calibrate(calibration, work)
             with self._timed("allocate"):
-                choices, curves = self._choose(calibration, work)
-            self._compress_blocks(calibration, choices, work)
+                curves, noise = self._curves(calibration, work)
+                forms = elastic_plan(curves, options) if options.elastic else None
+                if forms is None:
+                    choices = self._planned or choose(
+                        curves, options, noise=noise, budget_bytes=self._plan.layer_budget_bytes
+                    )
+            if forms is not None:
+                self._compress_elastic(calibration, forms, work)
+            else:
+                self._compress_blocks(calibration, choices, work)
             losses = self._heal(calibration, extra, work)
             report = Report(
                 source=self._source,
@@ -227,7 +256,10 @@ class _Run:
                     self._dst, config=self._weights.config(), source_dir=self._weights.path, overwrite=overwrite
                 ) as writer,
             ):
-                write_checkpoint(writer, calibration, work, curves, options, report, self._progress)
+                if forms is not None:
+                    write_elastic(writer, calibration, forms, work, curves, options, report, self._progress)
+                else:
+                    write_checkpoint(writer, calibration, work, curves, options, report, self._progress)
                 report.seconds = {stage: round(took, 3) for stage, took in self._seconds.items()}
                 writer.finish(report.to_json())
             work.remove()
@@ -266,9 +298,9 @@ class _Run:
                 return
             groups, moments = self._kept_moments(calibration, work, at) or calibration.moments(at, gradients=curvature)
             with self._timed("decompose"):
-                energies = self._energies(groups, moments)
-                noise = self._noise(groups, moments)
-            record = {"groups": [[t.name for t in g.targets] for g in groups], "rows": moments.rows, "noise": noise}
+                targets = [target for group in groups for target in group.targets]
+                energies, found = measure(self._weights, targets, moments, self._options, self._planned)
+            record = {"groups": [[t.name for t in g.targets] for g in groups], "rows": moments.rows, **found}
             if keep_moments:
                 work.save(at.step("moments"), moments.tensors(groups), record)
             work.save(at.step("curves"), energies, record)
@@ -286,6 +318,9 @@ class _Run:
                         visit(at)
                         bar.update()
 
+    def _moments(self, calibration: CalibrationPass, work: Work, at: BlockId) -> tuple[list[InputGroup], BlockMoments]:
+        return self._kept_moments(calibration, work, at) or calibration.moments(at, gradients=self._options.curvature)
+
     def _kept_moments(
         self, calibration: CalibrationPass, work: Work, at: BlockId
     ) -> tuple[list[InputGroup], BlockMoments] | None:
@@ -297,45 +332,15 @@ class _Run:
         groups = [InputGroup(tuple(by_name[name] for name in names)) for names in record["groups"]]
         return groups, BlockMoments.of(tensors, groups, record["rows"])
 
-    def _energies(self, groups: list[InputGroup], moments: BlockMoments) -> dict[str, torch.Tensor]:
-        found = {}
-        for target in (t for group in groups for t in group.targets):
-            outer = moments.outputs.get(target.name)
-            weight = self._weights.tensor(f"{target.name}.weight").to(self._options.device)
-            found[target.name] = spectrum(
-                weight, damped(moments.inputs[target.name]), None if outer is None else damped(outer, OUTPUT_DAMPING)
-            )
-        return found
-
-    def _noise(self, groups: list[InputGroup], moments: BlockMoments) -> dict[str, dict[str, float]]:
-        """What rounding each weight to each of the competing stores adds to the error; nothing without a budget in
-        bytes."""
-        found: dict[str, dict[str, float]] = {}
-        for target in (t for group in groups for t in group.targets if self._options.target_bytes is not None):
-            gram, outer = damped(moments.inputs[target.name]), moments.outputs.get(target.name)
-            outer = None if outer is None else damped(outer, OUTPUT_DAMPING)
-            weight = self._weights.tensor(f"{target.name}.weight").to(self._options.device).float()
-            found[target.name] = {
-                store: whitened_error(dense_module(weight, store, gram).dense() - weight, gram, outer)
-                for store in self._options.stores
-            }
-        return found
-
-    def _choose(self, calibration: CalibrationPass, work: Work) -> tuple[dict[str, Choice], dict[str, Curve]]:
+    def _curves(self, calibration: CalibrationPass, work: Work) -> tuple[dict[str, Curve], Noise]:
+        """Of every layer, the errors by rank, and what rounding to the competing stores adds to them."""
         curves: dict[str, Curve] = {}
-        noise: dict[str, dict[str, float]] = {}
+        noise: Noise = {}
         for at in calibration.blocks():
-            energies, record = work.load(at.step("curves"))
-            for target in calibration.targets(at):
-                out, inp = target.module.out_features, target.module.in_features
-                errors = [*energies[target.name].flip(0).cumsum(0).flip(0).tolist(), 0.0]
-                # With curvature the errors are estimates of the loss and add up as they are; without, each layer's own
-                # outputs are the only measure there is.
-                unit = 1.0 if self._options.curvature else max(errors[0], torch.finfo(torch.float32).tiny)
-                errors = [error / unit for error in errors]
-                noise[target.name] = {s: e / unit for s, e in record["noise"].get(target.name, {}).items()}
-                curves[target.name] = Curve(target.name, out, inp, errors)
-        return choose(curves, self._options, noise=noise, budget_bytes=self._plan.layer_budget_bytes), curves
+            found = curves_of(calibration.targets(at), *work.load(at.step("curves")), self._options)
+            curves |= found[0]
+            noise |= found[1]
+        return curves, noise
 
     def _compress_blocks(self, calibration: CalibrationPass, choices: dict[str, Choice], work: Work) -> None:
         options = self._options
@@ -344,7 +349,7 @@ class _Run:
         )
 
         def moments(at: BlockId) -> tuple[list[InputGroup], BlockMoments]:
-            return self._kept_moments(calibration, work, at) or calibration.moments(at, gradients=options.curvature)
+            return self._moments(calibration, work, at)
 
         with self._timed("blocks"):
             compressor = BlockwiseCompressor(calibration, choices, moments, work, settings)
@@ -352,6 +357,13 @@ class _Run:
             with self._bar(total, "blocks", "step") as bar:
                 compressor.tick = bar.update
                 compressor.run()
+
+    def _compress_elastic(self, calibration: CalibrationPass, plan: ElasticPlan, work: Work) -> None:
+        def moments(at: BlockId) -> tuple[list[InputGroup], BlockMoments]:
+            return self._moments(calibration, work, at)
+
+        with self._timed("blocks"), self._bar(len(plan.modules), "blocks", "layer") as bar:
+            ElasticCompressor(calibration, plan, self._options.stores[0], moments, work, bar.update).run()
 
     def _heal(self, calibration: CalibrationPass, batches: list[Batch], work: Work) -> list[float]:
         options = self._options
@@ -362,7 +374,15 @@ class _Run:
             student = self._student(calibration, work)
             teacher = self._weights.resident(DTYPES[options.dtype]).to(options.device)
             with self._bar(steps, "heal", "step") as bar:
-                healer = Healer(student, teacher, batches, work, steps=steps, rate=options.heal_rate, tick=bar.update)
+                healer = Healer(
+                    student,
+                    teacher,
+                    batches,
+                    work,
+                    steps=steps,
+                    rate=options.heal_rate,
+                    tick=bar.update,
+                )
                 healer.run()
         return healer.losses
 

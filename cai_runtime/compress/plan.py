@@ -13,7 +13,11 @@ from typing import Any
 import torch
 
 from cai_runtime.compress.allocate import Curve, allocate
+from cai_runtime.compress.choices import Choice
+from cai_runtime.compress.elastic import check_smallest
+from cai_runtime.compress.mpo import reshapes
 from cai_runtime.compress.options import BATCH, DTYPES, Options
+from cai_runtime.compress.plan_file import planned
 from cai_runtime.compress.stack import find_stacks
 from cai_runtime.compress.targets import find_targets
 from cai_runtime.compress.weights import DenseWeights
@@ -29,9 +33,10 @@ class Plan:
     """Counts of numbers, of bytes, and floating point operations.
 
     parameters: of the whole model; layer_parameters: of the linear layers that are compressed; embedding_parameters: of
-    embedding and head. output_bytes: of the slim checkpoint, from above for a budget in parameters. moment_bytes: of
+    embedding and head. output_bytes: of the slim checkpoint, from above for a budget in parameters (an elastic one's with
+    both forms of every layer that is dense at the largest keep). moment_bytes: of
     all blocks' moments in fp32. state_bytes: of hidden states and gradients on disk. block_parameters: of the largest
-    block. flops: by stage.
+    block. flops: by stage. choices: what a plan file says of every layer, None without one.
     """
 
     model_type: str
@@ -50,6 +55,7 @@ class Plan:
     heal_memory_bytes: int
     flops: dict[str, float]
     dst: Path
+    choices: dict[str, Choice] | None = None
 
     def require_room(self) -> None:
         """Raises CompressionError when the disk can't hold the work and the result, or memory the healing."""
@@ -72,7 +78,7 @@ class Plan:
         return {stage: flops / rate for stage, flops in self.flops.items()}
 
     def to_json(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "dst"}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("dst", "choices")}
 
     def summary(self, rate: float | None = None) -> str:
         """A few lines for people. rate: floating point operations a second that this machine was seen to do."""
@@ -113,8 +119,13 @@ def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
     compressed = {f"{name}.weight" for name in targets}
     others = sum(weights.nbytes(name) for name in weights.names() if name not in compressed and name not in ends)
     rest_bytes = sum(spec.nbytes for spec in stored) + others
-    budget = None
-    if options.target_bytes is not None:
+    budget = choices = None
+    if options.plan is not None:
+        choices = planned(options.plan, dict(zip(targets, shapes, strict=True)))
+        output = rest_bytes + sum(
+            choices[name].spec(*shape).nbytes for name, shape in zip(targets, shapes, strict=True)
+        )
+    elif options.target_bytes is not None:
         wanted = options.target_bytes
         output = int(wanted * total * DENSE_REFERENCE_BYTES) if isinstance(wanted, float) else wanted
         budget = output - rest_bytes
@@ -125,14 +136,25 @@ def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
     else:
         assert options.keep is not None
         # Ranks can't be chosen yet, but a budget below the smallest ones is known to fail.
-        unknown = [Curve(name, o, i, [0.0] * (min(o, i) + 1)) for name, (o, i) in zip(targets, shapes, strict=True)]
-        allocate(
-            unknown, options.keep, kind=options.kind, allocation="uniform", multiple=options.rank_multiple, floor=0.0
-        )
-        output = rest_bytes + _stored_bytes(int(options.keep * layer_parameters), options.stores[0])
+        unknown = [_unknown(name, o, i, options.kind) for name, (o, i) in zip(targets, shapes, strict=True)]
+        most = int(options.keep * layer_parameters)
+        if options.smallest_keep is not None:
+            check_smallest(unknown, options.smallest_keep, multiple=options.rank_multiple, floor=options.floor)
+            most *= 2  # a module may be stored as dense and as lowrank, which costs less than dense
+        else:
+            allocate(
+                unknown,
+                options.keep,
+                kind=options.kind,
+                allocation="uniform",
+                multiple=options.rank_multiple,
+                floor=0.0,
+            )
+        output = rest_bytes + _stored_bytes(most, options.stores[0])
     width = model.get_input_embeddings().embedding_dim
     blocks = sum(len(stack) for stack in stacks)
-    tokens = options.samples * options.sequence_length
+    length = options.sequence_length
+    tokens = options.samples * length
     size = DTYPES[options.dtype].itemsize
     states = tokens * width * size * (blocks + len(stacks)) * (2 if options.curvature else 1)
     inputs = sum(
@@ -143,7 +165,8 @@ def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
     block_share = max((sum(o * o + i * i for o, i in shapes) // max(blocks, 1)), 1)
     healing = options.heal_tokens > 0
     heal_memory = (2 * total * size + int(STUDENT_BYTES * layer_parameters)) if healing else 0
-    kept = 4 * layer_parameters
+    # A block's cores: to be trained, or all forms as they are stored.
+    kept = output - rest_bytes if options.elastic else 4 * layer_parameters
     return Plan(
         model_type=weights.model_type,
         blocks=blocks,
@@ -159,12 +182,20 @@ def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
         work_bytes=states + min(moments, 4 << 30) + kept + (3 * kept if healing else 0),
         memory_bytes=(embedding + 3 * block_parameters) * size + 3 * 8 * block_share + 4 * tokens * width * size,
         heal_memory_bytes=heal_memory,
-        flops=_flops(options, shapes, layer_parameters, embedding, tokens),
+        flops=_flops(options, shapes, layer_parameters, embedding, length),
         dst=dst,
+        choices=choices,
     )
 
 
-def _flops(options: Options, shapes: list[tuple[int, int]], layers: int, head: int, tokens: int) -> dict[str, float]:
+def _unknown(name: str, out: int, inp: int, kind: str) -> Curve:
+    """The curve of a layer of which only the shape is known."""
+    reshape = reshapes(out, inp)[0] if kind == "mpo" else None
+    return Curve(name, out, inp, [0.0] * ((min(out, inp) if reshape is None else reshape.widest) + 1), reshape=reshape)
+
+
+def _flops(options: Options, shapes: list[tuple[int, int]], layers: int, head: int, length: int) -> dict[str, float]:
+    tokens = options.samples * length
     forward = 2.0 * layers * tokens
     squares = sum(2.0 * tokens * (i * i + (o * o if options.curvature else 0)) / 2 for o, i in shapes)
     # Two Cholesky factors, three products, an eigendecomposition of the smaller side (about 9 n^3), in fp64.
@@ -173,7 +204,7 @@ def _flops(options: Options, shapes: list[tuple[int, int]], layers: int, head: i
         "calibrate": forward * (4 if options.curvature else 2) + 6.0 * head * tokens + squares,
         "decompose": decompose,
         "blocks": 3 * decompose + forward * (SHIFT_PASSES + 2 if options.shift else 1) + squares * options.shift * 3,
-        "heal": options.heal_tokens * (8.0 * layers + 8.0 * head),
+        "heal": options.heal_tokens / options.sequence_length * length * (8.0 * layers + 8.0 * head),
     }
     found["blocks"] += options.refine_epochs * forward * 3
     return {stage: flops for stage, flops in found.items() if flops}

@@ -5,18 +5,19 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from cai_runtime.slim.provenance import quality_table
 from cai_runtime.slim.spec import DENSE_REFERENCE_BYTES
 
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One compressed module. `rank` is None where it stayed dense. `relative_error`: squared error of the outputs over
-    their square, in the whitened metric of the calibration, of the decomposition alone (before rounding, refinement and
-    healing)."""
+    """One compressed module. `rank` is None where it stayed dense, the bond dimensions of an mpo. `relative_error`: squared
+    error of the outputs over their square, in the whitened metric of the calibration, of the decomposition alone (before
+    rounding, refinement and healing)."""
 
     name: str
     kind: str
-    rank: int | None
+    rank: int | list[int] | None
     store: list[str]
     out_features: int
     in_features: int
@@ -25,6 +26,8 @@ class ModuleReport:
     dense_bytes: int
     relative_error: float
     calibrated: bool  # whether the calibration text reached it; one that it did not (an expert) tends to stay dense
+    out_dims: list[int] | None = None  # of an mpo, as in_dims
+    in_dims: list[int] | None = None
 
 
 @dataclass
@@ -35,6 +38,10 @@ class Report:
     its refinement, see `refine_block`. `healing`: mean divergence of each step, in nats per position. `quality`: see
     `cai_runtime.compress.compare`. `keep_parameters` and `keep_bytes` are of the factorized modules alone; the totals
     are of the checkpoint with embedding, head and norms.
+
+    `elastic`, of an elastic checkpoint: "keep", the smallest and the largest; "second_forms", the lowrank forms of modules
+    that are dense at the largest keep: how many, their parameters and bytes; "quality" at several keeps, falling. All else
+    is of the largest keep, without second forms.
     """
 
     source: str
@@ -55,6 +62,7 @@ class Report:
     blocks: list[dict[str, Any]] = field(default_factory=list)
     healing: list[float] = field(default_factory=list)
     quality: dict[str, Any] | None = None
+    elastic: dict[str, Any] | None = None
 
     def add(self, dense_parameters: int, parameters: int, nbytes: int) -> None:
         """Count a compressed module."""
@@ -100,6 +108,15 @@ class Report:
             f"their bytes       {self.dense_bytes:>14,} -> {self.bytes:>14,}   keep {self.keep_bytes:.3f} of bf16",
             f"whole checkpoint  {self.total_dense_bytes:>14,} -> {self.total_bytes:>14,} bytes, "
             f"{self.total_bytes / self.total_dense_bytes:.3f} of bf16",
+            *self._elastic_lines(),
             "seconds           " + ", ".join(f"{stage} {took:.1f}" for stage, took in self.seconds.items()),
         ]
         return "\n".join(lines)
+
+    def _elastic_lines(self) -> list[str]:
+        if self.elastic is None:
+            return []
+        least, most = self.elastic["keep"]
+        nbytes = self.total_bytes + self.elastic["second_forms"]["bytes"]
+        lines = [f"elastic           opens at keep {least:g} to {most:g}; the file has {nbytes:,} bytes"]
+        return lines + quality_table(self.elastic["quality"], indent=18)

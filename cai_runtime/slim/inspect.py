@@ -10,7 +10,7 @@ from typing import Any
 
 from cai_runtime.errors import CheckpointError
 from cai_runtime.slim.elastic import ElasticTable
-from cai_runtime.slim.provenance import ModuleErrors, provenance_lines
+from cai_runtime.slim.provenance import ModuleErrors, provenance_lines, quality_table
 from cai_runtime.slim.reader import Checkpoint
 from cai_runtime.slim.spec import FLOAT_STORE_OF_DTYPE, ModuleSpec
 
@@ -213,7 +213,10 @@ def format_inspection(inspection: Inspection, *, every_module: bool = False) -> 
         lines += ["", *_elastic_lines(inspection.elastic)]
     if inspection.report_problem is not None:
         lines += ["", f"report: {inspection.report_problem}"]
-    told = provenance_lines(inspection.report or {})
+    report = dict(inspection.report or {})
+    if inspection.elastic is not None and inspection.elastic["quality"] and isinstance(report.get("elastic"), dict):
+        report["elastic"] = {**report["elastic"], "quality": None}  # the table above is the same
+    told = provenance_lines(report)
     if told:
         lines += ["", "report:", *(f"  {line}" for line in told)]
     return "\n".join(lines)
@@ -257,10 +260,7 @@ def _elastic(checkpoint: Checkpoint, table: ElasticTable) -> dict[str, Any]:
 def _elastic_lines(elastic: dict[str, Any]) -> list[str]:
     at = f"; shown at {elastic['opened_at']:.4f}" if elastic["opened_at"] is not None else ""
     lines = [f"elastic: opens at any keep from {elastic['least']:.4f} to {elastic['greatest']:.4f}{at}"]
-    for entry in elastic["quality"]:
-        values = ", ".join(f"{name} {value:.4g}" for name, value in entry.items() if name != "keep")
-        lines.append(f"  keep {entry['keep']:g}: {values}")
-    return lines
+    return lines + quality_table(elastic["quality"], indent=2)
 
 
 def _error_range(errors: Sequence[float]) -> str:

@@ -166,19 +166,26 @@ def _seconds(value: object) -> str | None:
 
 
 def _elastic_lines(value: object) -> list[str]:
-    """One line for each keep of an elastic checkpoint: an object from keep to quality, or a list of objects with a
-    `keep`."""
-    if isinstance(value, dict):
-        entries = [{"keep": key, **part} for key, part in value.items() if isinstance(part, dict)]
-    elif isinstance(value, list):
-        entries = [part for part in value if isinstance(part, dict)]
-    else:
+    """The quality of an elastic checkpoint by keep, and what its second forms take."""
+    if not isinstance(value, dict):
         return []
-    lines = []
-    for entry in entries:
-        text = _flat({key: part for key, part in entry.items() if key != "keep"})
-        deeper = quality_lines(entry.get("quality") or entry) if isinstance(entry.get("quality", entry), dict) else []
-        told = ", ".join(part for part in (text, *deeper) if part)
-        if told:
-            lines.append(f"elastic, keep {_text(entry.get('keep'))}: {told}")
-    return lines
+    found = _flat(value.get("second_forms"))
+    table = quality_table(value.get("quality"), indent=2)
+    return [*([f"second forms: {found}"] if found else []), *(["quality by keep:", *table] if table else [])]
+
+
+def quality_table(entries: object, indent: int = 0) -> list[str]:
+    """Aligned lines, a header first, of a list of numbers by name with a "keep" in each; nothing of anything else."""
+    rows = (
+        [e for e in entries if isinstance(e, dict) and number(e.get("keep")) is not None]
+        if isinstance(entries, list)
+        else []
+    )
+    names = dict.fromkeys(name for row in rows for name, value in row.items() if number(value) is not None)
+    cells = [[str(name) for name in names]]
+    for row in rows:
+        values = [number(row.get(name)) for name in names]
+        cells.append(["" if v is None else f"{v:,.0f}" if v.is_integer() and v > 9 else f"{v:.4g}" for v in values])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [" " * indent + "  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
+    return [line.rstrip() for line in lines] if rows else []

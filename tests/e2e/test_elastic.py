@@ -19,6 +19,8 @@ from cai_runtime.compress.elastic import add_elastic_module, cut, plan_elastic
 from cai_runtime.engine.open import load_runner
 from cai_runtime.engine.runner import ScheduledSequence
 from cai_runtime.errors import KeepError
+from cai_runtime.models.catalog import format_parameters
+from cai_runtime.slim.inspect import inspect_checkpoint
 from cai_runtime.slim.reader import Checkpoint
 from cai_runtime.slim.writer import CheckpointWriter
 
@@ -128,6 +130,20 @@ def test_the_client_the_async_client_and_the_command_line(elastic: Path, tmp_pat
     assert "opens at 0.4 to 0.95" in capsys.readouterr().err
     assert main([*arguments[:-1], "2"]) == 1
     assert "(0, 1]" in capsys.readouterr().err
+
+
+def test_the_list_of_models_tells_what_a_client_opens(elastic: Path, dense: Path):
+    def told(path: Path, keep: float | None = None) -> str:
+        with Client(path, keep=keep) as client:
+            found = client.models.retrieve(str(path)).parameters_number
+            assert [m.parameters_number for m in client.models.list() if m.id == str(path)] == [found]
+            return found
+
+    for keep in (0.5, None):
+        parameters = inspect_checkpoint(elastic, keep=keep).parameters
+        assert told(elastic, keep) == format_parameters(parameters)
+    assert told(elastic, 0.5) != told(elastic)
+    assert told(dense, 0.5) == told(elastic, 0.1) == "unknown"  # neither opens in such a client
 
 
 def test_a_wrong_keep_is_an_error_with_a_type(elastic: Path, dense: Path):

@@ -1,0 +1,196 @@
+"""The elastic way through a compression: every layer to the forms that are planned, block by block; all of them into one
+checkpoint; and its quality at a few keeps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from cai_runtime.compress.allocate import Curve
+from cai_runtime.compress.assemble import module_report, write_rest
+from cai_runtime.compress.blockwise import dense_weight
+from cai_runtime.compress.calibrate import BlockId, CalibrationPass
+from cai_runtime.compress.comparison import compare_keeps, for_report
+from cai_runtime.compress.comparison_result import Comparison
+from cai_runtime.compress.cores import StoredModule
+from cai_runtime.compress.decompose import OUTPUT_DAMPING, damped, factorize
+from cai_runtime.compress.elastic import ElasticPlan, PlannedModule, add_forms, elastic_forms, plan_elastic
+from cai_runtime.compress.moments import BlockMoments
+from cai_runtime.compress.options import Options
+from cai_runtime.compress.report import Report
+from cai_runtime.compress.targets import InputGroup, Target
+from cai_runtime.compress.work import Work
+from cai_runtime.convert.cache import tqdm_disable
+from cai_runtime.slim.spec import STORES, ModuleSpec
+from cai_runtime.slim.stores import CoreData
+from cai_runtime.slim.writer import CheckpointWriter, record_quality
+
+STEP = "elastic"
+JUDGED_KEEPS = 10  # to 1: those between the smallest and the largest are judged, and these two
+
+
+def elastic_plan(curves: Mapping[str, Curve], options: Options) -> ElasticPlan:
+    """The forms of every module, in the curves' order. Raises what `plan_elastic` raises."""
+    assert options.keep is not None and options.smallest_keep is not None
+    return plan_elastic(
+        list(curves.values()),
+        options.keep,
+        smallest=options.smallest_keep,
+        multiple=options.rank_multiple,
+        floor=options.floor,
+    )
+
+
+class ElasticCompressor:
+    """Rounds one block's layers after another to their forms; "elastic-s-i" in the work directory keeps them.
+
+    store: of all cores. moments: as in `BlockwiseCompressor`. tick: called for every layer.
+    """
+
+    def __init__(
+        self,
+        calibration: CalibrationPass,
+        plan: ElasticPlan,
+        store: str,
+        moments: Callable[[BlockId], tuple[list[InputGroup], BlockMoments]],
+        work: Work,
+        tick: Callable[[int], object] = lambda _n: None,
+    ):
+        self._calibration, self._plan, self._store = calibration, plan, store
+        self._planned = {module.name: module for module in plan.modules}
+        self._moments, self._work = moments, work
+        self.tick = tick
+
+    def run(self) -> None:
+        for at in self._calibration.blocks():
+            targets = self._calibration.targets(at)
+            if self._work.has(at.step(STEP)):
+                self.tick(len(targets))
+                continue
+            groups, moments = self._moments(at)
+            tensors: dict[str, torch.Tensor] = {}
+            specs: dict[str, Any] = {}
+            for target in (target for group in groups for target in group.targets):
+                forms = self._forms(target, self._planned[target.name], moments)
+                specs[target.name] = [form.spec.to_json() for form in forms]
+                tensors |= _tensors(target.name, forms)
+                self.tick(1)
+            self._work.save(at.step(STEP), tensors, {"modules": specs, "rows": moments.rows})
+
+    def _forms(self, target: Target, planned: PlannedModule, moments: BlockMoments) -> list[StoredModule]:
+        weight = dense_weight(self._calibration.model, target)
+        gram, outer = damped(moments.inputs[target.name]), moments.outputs.get(target.name)
+        factors = None
+        if planned.rank is not None:
+            factors = factorize(weight, gram, None if outer is None else damped(outer, OUTPUT_DAMPING))
+        forms = elastic_forms(planned, self._plan.step, weight, factors, gram, self._store)
+        self._calibration.model.weights.release(f"{target.name}.weight")
+        return forms
+
+
+def load_forms(work: Work, at: BlockId) -> tuple[dict[str, list[StoredModule]], Any]:
+    """A block's layers by name, each with its forms, the one that is listed first; and the step's record."""
+    tensors, record = work.load(at.step(STEP))
+    layers: dict[str, list[StoredModule]] = {}
+    for name, entries in record["modules"].items():
+        specs = [ModuleSpec.from_json(name, entry) for entry in entries]
+        layers[name] = [StoredModule(spec, _cores(tensors, name, spec)) for spec in specs]
+    return layers, record
+
+
+def write_elastic(
+    writer: CheckpointWriter,
+    calibration: CalibrationPass,
+    plan: ElasticPlan,
+    work: Work,
+    curves: Mapping[str, Curve],
+    options: Options,
+    report: Report,
+    progress: bool | None,
+) -> None:
+    """Hand all tensors and the table to the writer. Fills in the report's modules and counts, which are those of the
+    largest keep; "elastic" counts the second forms besides. One block is in memory at a time."""
+    weights = calibration.model.weights
+    done: set[str] = set()
+    seconds: dict[str, ModuleSpec] = {}
+    for at in tqdm(calibration.blocks(), desc="write", unit="block", disable=tqdm_disable(progress)):
+        layers, record = load_forms(work, at)
+        for name, forms in layers.items():
+            bias = weights.tensor(f"{name}.bias") if f"{name}.bias" in weights else None
+            add_forms(writer, name, forms, bias)
+            spec = forms[0].spec
+            if len(forms) == 2:
+                seconds[name] = forms[1].spec
+            report.modules.append(module_report(name, spec, curves[name], record["rows"][name] > 0))
+            report.add(spec.dense_parameters, spec.parameters, spec.nbytes)
+            done |= {f"{name}.weight", f"{name}.bias"}
+            if bias is not None:
+                report.add_rest(bias.numel(), bias.nbytes)
+    write_rest(writer, calibration, done, {}, options, report)
+    writer.set_elastic(plan.table({name: spec.store for name, spec in seconds.items()}))
+    report.elastic = {
+        "keep": list(plan.keep),
+        "second_forms": {
+            "modules": len(seconds),
+            "parameters": sum(spec.parameters for spec in seconds.values()),
+            "bytes": sum(spec.nbytes for spec in seconds.values()),
+        },
+        "quality": [],
+    }
+
+
+def judged_keeps(smallest: float, largest: float) -> list[float]:
+    """The keeps whose quality is told, falling: both ends and the tenths between."""
+    tenths = [k / JUDGED_KEEPS for k in range(1, JUDGED_KEEPS + 1)]
+    return sorted({smallest, largest, *(keep for keep in tenths if smallest < keep < largest)}, reverse=True)
+
+
+def judge_keeps(dense: str | Path, slim: str | Path, report: Report, **options: Any) -> None:
+    """Judge an elastic checkpoint against its source as it opens at `judged_keeps`, into its table and into the report:
+    "quality" is that of the largest keep, as of any checkpoint, "elastic" has a line for each. The report is not written.
+
+    options: `compare`'s, but `keep` and `together`. Raises what `compare` and `record_quality` raise.
+    """
+    assert report.elastic is not None
+    keeps = judged_keeps(*report.elastic["keep"])
+    found = compare_keeps(dense, slim, keeps, **options)
+    report.quality = for_report(found[0])
+    report.elastic["quality"] = [
+        {**_figures(keep, one), "samples": [{"prompt": s.prompt, "answer": s.candidate} for s in one.samples]}
+        for keep, one in zip(keeps, found, strict=True)
+    ]
+    record_quality(slim, [_figures(keep, one) for keep, one in zip(keeps, found, strict=True)])
+
+
+def _figures(keep: float, found: Comparison) -> dict[str, float]:
+    """Size and quality at one keep; what is not finite is left out."""
+    score, distance = found.candidate, found.divergence
+    assert score is not None
+    figures = {"keep": keep, "parameters": score.parameters, "bytes": score.nbytes, "perplexity": score.perplexity}
+    if distance is not None:
+        figures |= {"ratio": distance.ratio, "kl": distance.kl, "top1": distance.top1}
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+
+def _tensors(name: str, forms: list[StoredModule]) -> dict[str, torch.Tensor]:
+    """Every tensor of every form by its name in the checkpoint; a dense form's differ from a lowrank one's."""
+    return {
+        f"{name}.{label}{suffix}": tensor
+        for form in forms
+        for label, core in zip(form.spec.core_names, form.cores, strict=True)
+        for suffix, tensor in core.tensors.items()
+    }
+
+
+def _cores(tensors: Mapping[str, torch.Tensor], name: str, spec: ModuleSpec) -> list[CoreData]:
+    """The inverse of `_tensors` for one form."""
+    cores = []
+    for label, shape, store in zip(spec.core_names, spec.core_shapes, spec.store, strict=True):
+        parts = {suffix: tensors[f"{name}.{label}{suffix}"] for suffix in STORES[store].tensors(shape)}
+        cores.append(CoreData(parts[""], parts.get("_scale"), store, parts.get("_zero"), shape))
+    return cores
