@@ -23,29 +23,46 @@ def read_bandwidth(device: str = "cpu", *, threads: int | None = None, buffer_by
     """
     import torch
 
+    if threads is not None:
+        torch.set_num_threads(threads)
+    reads, nbytes = streaming_reads(device, buffer_bytes=buffer_bytes)
+    with torch.inference_mode():
+        return nbytes / min(_seconds(read, device) for read in reads for _ in range(PASSES))
+
+
+def streaming_read(device: str = "cpu", *, buffer_bytes: int | None = None) -> tuple[Callable[[], object], int]:
+    """The fastest of `read_bandwidth`'s reads, to be timed beside other work, and the bytes that it reads."""
+    import torch
+
+    reads, nbytes = streaming_reads(device, buffer_bytes=buffer_bytes)
+    with torch.inference_mode():
+        return min(reads, key=lambda read: min(_seconds(read, device) for _ in range(PASSES))), nbytes
+
+
+def streaming_reads(device: str, *, buffer_bytes: int | None = None) -> tuple[list[Callable[[], object]], int]:
+    """What `read_bandwidth` times, and the bytes that each reads."""
+    import torch
+
     from cai_runtime.bench.machine import last_level_cache
     from cai_runtime.kernels.cpu_library import system_memory
 
-    if threads is not None:
-        torch.set_num_threads(threads)
     on_gpu = device.startswith("cuda")
     wanted = buffer_bytes or (2 << 30 if on_gpu else max(MIN_BUFFER, 8 * last_level_cache()))
     if on_gpu:
         x = torch.ones(wanted // 4, dtype=torch.float32, device=device)
     else:
         x = torch.frombuffer(system_memory(wanted), dtype=torch.float32, count=wanted // 4).fill_(1)
-    reductions: list[Callable[[], torch.Tensor]] = [x.sum, x.amax, lambda: torch.dot(x, x)]
+    return [x.sum, x.amax, lambda: torch.dot(x, x)], x.nbytes
 
-    def seconds(reduce: Callable[[], torch.Tensor]) -> float:
-        start = time.perf_counter()
-        reduce()
-        if on_gpu:
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
 
-    with torch.inference_mode():
-        fastest = min(seconds(reduce) for reduce in reductions for _ in range(PASSES))
-    return x.nbytes / fastest
+def _seconds(read: Callable[[], object], device: str) -> float:
+    import torch
+
+    start = time.perf_counter()
+    read()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def matmul_rates(device: str = "cpu", *, threads: int | None = None, size: int | None = None) -> dict[str, float]:

@@ -7,9 +7,10 @@ are taken as `timing.py` says: weights and inputs rotate, contenders take turns.
 
     GB/s            bytes of the stored weights / median time
     GFLOP/s         operations of the factors as they are multiplied, two for each parameter and row / median time
-    floor           the larger of bytes / read bandwidth and operations / matrix rate (`roofs.py`), both measured right
-                    before and right after the lines of one group and number of rows, the higher counts: a shared
-                    machine's memory is not equally fast all the time. The matrix rate is that of torch's products in the
+    floor           the larger of bytes / read bandwidth and operations / matrix rate (`roofs.py`), measured for each group
+                    and number of rows: a shared machine is not equally fast all the time. On a CPU a streaming read takes
+                    turns with the contenders, and its median counts as theirs do. Everything else is measured right
+                    before and right after, and the higher counts. The matrix rate is that of torch's products in the
                     dtype of the activations. Activations are left out of the bytes: they may stay in a cache.
     of floor        floor / median time
     vs dense        time of torch's dense linear in the same rows / median time; fp32 on a CPU, whose kernels compute in
@@ -21,11 +22,12 @@ On a CPU inputs are fp32, but for torch in bf16 and torch's int4 kernel; on a GP
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 
+from cai_runtime.bench.bandwidth import streaming_read
 from cai_runtime.bench.contenders import (
     Contender,
     Linear,
@@ -36,7 +38,7 @@ from cai_runtime.bench.contenders import (
 from cai_runtime.bench.factors import STORES, Factorization, RandomWeights, flops_per_row, stored_bytes
 from cai_runtime.bench.machine import describe_gpus, describe_machine, versions
 from cai_runtime.bench.roofs import Roofs, measure_roofs
-from cai_runtime.bench.timing import Schedule, Times, interleaved, make_clock, rotation, thread_count
+from cai_runtime.bench.timing import Call, Schedule, Times, interleaved, make_clock, rotation, thread_count
 from cai_runtime.errors import BenchmarkError, KernelError
 
 if TYPE_CHECKING:
@@ -162,11 +164,12 @@ def bench_linear(
     benchmark: str = "linear",
     progress: bool | None = None,
     roofs: Callable[[str, int | None], Roofs] = measure_roofs,
+    reader: Callable[[str], tuple[Call, int]] | None = streaming_read,
 ) -> LinearReport:
     """Measure every group at every number of rows; the module says what. Memory: one group's weights at a time.
 
     subject, notes: what the report says about where the groups come from; of_model: that they are all those of a model.
-    roofs: how the floors are measured.
+    roofs, reader: how the floors are measured; None: by `roofs` alone.
 
     Raises BenchmarkError: a rank too high, weights that don't fit in memory, a result that is wrong.
     """
@@ -183,8 +186,11 @@ def bench_linear(
         progress_bar("measure", total=turns, unit="turn", show=progress) as bar,
         torch.inference_mode(),
     ):
+        # CUDA graphs replay at a clock of their own, and a GPU's memory is not shared.
+        read = None if reader is None or settings.device.startswith("cuda") else reader(settings.device)
+        floors = _Floors(partial(roofs, settings.device, None), read)
         for group in groups:
-            results += _measure_group(group, contenders, settings, partial(roofs, settings.device, None), bar)
+            results += _measure_group(group, contenders, settings, floors, bar)
     return LinearReport(
         benchmark=benchmark,
         subject=subject,
@@ -199,6 +205,14 @@ def bench_linear(
         roofs=reduce(Roofs.higher, (r.roofs for r in results)),
         results=results,
     )
+
+
+@dataclass(frozen=True)
+class _Floors:
+    """roofs: measures them. read: a streaming read that takes turns with the contenders, and its bytes."""
+
+    roofs: Callable[[], Roofs]
+    read: tuple[Call, int] | None
 
 
 @dataclass
@@ -217,14 +231,14 @@ def _measure_group(
     group: LinearGroup,
     contenders: Sequence[Contender],
     settings: LinearSettings,
-    roofs: Callable[[], Roofs],
+    floors: _Floors,
     bar: Any,
 ) -> list[LinearResult]:
     inputs = _inputs(group.in_features, settings)
     entries = _prepare(group, contenders, inputs, settings, bar)
     results = []
     for batch in settings.batches:
-        results += _measure_rows(group, entries, batch, inputs[batch], settings, roofs, bar)
+        results += _measure_rows(group, entries, batch, inputs[batch], settings, floors, bar)
     return results
 
 
@@ -273,7 +287,7 @@ def _measure_rows(
     batch: int,
     inputs: Sequence[torch.Tensor],
     settings: LinearSettings,
-    roofs: Callable[[], Roofs],
+    floors: _Floors,
     bar: Any,
 ) -> list[LinearResult]:
     import torch
@@ -296,12 +310,18 @@ def _measure_rows(
             reasons[index] = str(error)
             bar.update(rounds)
 
-    def after_turn(_: int) -> None:
-        bar.update()
+    def after_turn(index: int) -> None:
+        if index < len(running):
+            bar.update()
 
-    before = roofs()
-    times = dict(zip(running, interleaved(clocks, settings.schedule, after_turn=after_turn), strict=True))
-    around = before.higher(roofs())
+    before = floors.roofs()
+    if floors.read is not None:
+        clocks.append(make_clock([floors.read[0]], settings.device))
+    found = interleaved(clocks, settings.schedule, after_turn=after_turn)
+    around = before.higher(floors.roofs())
+    if floors.read is not None:
+        around = replace(around, read=floors.read[1] / found.pop().median)
+    times = dict(zip(running, found, strict=True))
     return [
         _result(group, entry, batch, around, times.get(index), errors.get(index), reasons.get(index))
         for index, entry in enumerate(entries)

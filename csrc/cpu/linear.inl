@@ -13,32 +13,26 @@ inline void fetch_ahead(const char* at, int64_t bytes, const Ahead& ahead) {
   for (int64_t line = 0; line < bytes; line += 64) Simd::prefetch(from + line);
 }
 
-// MT rows of x against NB consecutive blocks of four weight rows. dot[(b * MT + m) * 4 + r].
-template <class T, int MT, int NB, bool kFetch>
-inline void tile(const float* x, int64_t ldx, const T* w, int64_t block_stride, int64_t cols, const Ahead& ahead,
-                 float* dot) {
-  V acc[NB][MT][4];
-  for (int b = 0; b < NB; ++b)
-    for (int m = 0; m < MT; ++m)
-      for (int r = 0; r < 4; ++r) acc[b][m][r] = Simd::zero();
+// MT rows of x against a block of four weight rows. dot[m * 4 + r]. Four sums in flight hide the latency of the multiply-add
+// well enough for one row at the speed of memory, and one stream of weights is read faster than two.
+template <class T, int MT, bool kFetch>
+inline void tile(const float* x, int64_t ldx, const T* w, int64_t cols, const Ahead& ahead, float* dot) {
+  V acc[MT][4];
+  for (int m = 0; m < MT; ++m)
+    for (int r = 0; r < 4; ++r) acc[m][r] = Simd::zero();
   const int64_t whole = cols / kBlockCols * kBlockCols;
   for (int64_t k = 0; k < whole; k += kBlockCols) {
     for (int v = 0; v < kBlockCols; v += kW) {
       V xv[MT];
       for (int m = 0; m < MT; ++m) xv[m] = Simd::load(x + m * ldx + k + v);
-      for (int b = 0; b < NB; ++b) {
-        const T* wk = w + b * block_stride + k * kBlockRows + v;
-        for (int r = 0; r < 4; ++r) {
-          const V wv = Simd::load(wk + r * kBlockCols);
-          for (int m = 0; m < MT; ++m) acc[b][m][r] = Simd::fma(xv[m], wv, acc[b][m][r]);
-        }
+      const T* wk = w + k * kBlockRows + v;
+      for (int r = 0; r < 4; ++r) {
+        const V wv = Simd::load(wk + r * kBlockCols);
+        for (int m = 0; m < MT; ++m) acc[m][r] = Simd::fma(xv[m], wv, acc[m][r]);
       }
     }
     if constexpr (kFetch) {
-      for (int b = 0; b < NB; ++b) {
-        const char* at = reinterpret_cast<const char*>(w + b * block_stride + k * kBlockRows);
-        fetch_ahead(at, kBlockRows * kBlockCols * sizeof(T), ahead);
-      }
+      fetch_ahead(reinterpret_cast<const char*>(w + k * kBlockRows), kBlockRows * kBlockCols * sizeof(T), ahead);
     }
   }
   // The last columns: x is read under a mask, the packed weights are padded with zeros.
@@ -46,17 +40,13 @@ inline void tile(const float* x, int64_t ldx, const T* w, int64_t block_stride, 
     const int n = static_cast<int>(cols - whole - v);
     V xv[MT];
     for (int m = 0; m < MT; ++m) xv[m] = Simd::load_part(x + m * ldx + whole + v, n);
-    for (int b = 0; b < NB; ++b) {
-      const T* wk = w + b * block_stride + whole * kBlockRows + v;
-      for (int r = 0; r < 4; ++r) {
-        const V wv = Simd::load(wk + r * kBlockCols);
-        for (int m = 0; m < MT; ++m) acc[b][m][r] = Simd::fma(xv[m], wv, acc[b][m][r]);
-      }
+    const T* wk = w + whole * kBlockRows + v;
+    for (int r = 0; r < 4; ++r) {
+      const V wv = Simd::load(wk + r * kBlockCols);
+      for (int m = 0; m < MT; ++m) acc[m][r] = Simd::fma(xv[m], wv, acc[m][r]);
     }
   }
-  for (int b = 0; b < NB; ++b)
-    for (int m = 0; m < MT; ++m)
-      Simd::sum4(acc[b][m][0], acc[b][m][1], acc[b][m][2], acc[b][m][3], dot + (b * MT + m) * 4);
+  for (int m = 0; m < MT; ++m) Simd::sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3], dot + m * 4);
 }
 
 // The sums of mt rows of x over a block of four weight rows, to where they belong. scale: per row of the block, or null.
@@ -116,13 +106,12 @@ inline void write_block(const PackedMatrix& w, const Epilogue& e, int64_t block,
   }
 }
 
-template <class T, int MT, int NB, bool kFetch>
+template <class T, int MT, bool kFetch>
 inline void tile_and_write(const float* x, int64_t ldx, const PackedMatrix& w, const T* data, int64_t block, int64_t m0,
                            const Epilogue& e, const Ahead& ahead) {
-  const int64_t stride = round_up(w.cols, kBlockCols) * kBlockRows;
-  float dot[NB * MT * 4];
-  tile<T, MT, NB, kFetch>(x + m0 * ldx, ldx, data, stride, w.cols, ahead, dot);
-  for (int b = 0; b < NB; ++b) write_block(w, e, block + b, m0, MT, dot + b * MT * 4);
+  float dot[MT * 4];
+  tile<T, MT, kFetch>(x + m0 * ldx, ldx, data, w.cols, ahead, dot);
+  write_block(w, e, block, m0, MT, dot);
 }
 
 // A tile of `rows` rows of x, at most MT.
@@ -131,7 +120,7 @@ inline void tile_of(int64_t rows, const float* x, int64_t ldx, const PackedMatri
                     int64_t m0, const Epilogue& e, const Ahead& ahead) {
   if constexpr (MT > 0) {
     if (rows == MT) {
-      tile_and_write<T, MT, 1, kFetch>(x, ldx, w, data, block, m0, e, ahead);
+      tile_and_write<T, MT, kFetch>(x, ldx, w, data, block, m0, e, ahead);
     } else {
       tile_of<T, MT - 1, kFetch>(rows, x, ldx, w, data, block, m0, e, ahead);
     }
@@ -166,16 +155,6 @@ void linear_store(const float* x, int64_t M, int64_t ldx, const PackedMatrix& w,
                   const Epilogue& e, const Ahead& ahead) {
   const int64_t stride = round_up(w.cols, kBlockCols) * kBlockRows;
   const T* data = static_cast<const T*>(w.data);
-  if (M == 1) {
-    // One row. Float weights come two blocks at once, for enough independent accumulators to hide the latency of the
-    // multiply-add; int8 is slower to convert than that latency, and one stream is read faster than two.
-    constexpr int NB = sizeof(T) > 1 ? 2 : 1;
-    int64_t block = block0;
-    for (; block + NB <= block1; block += NB)
-      tile_and_write<T, 1, NB, true>(x, ldx, w, data + block * stride, block, 0, e, ahead);
-    if (block < block1) tile_and_write<T, 1, 1, true>(x, ldx, w, data + block * stride, block, 0, e, ahead);
-    return;
-  }
   const int64_t panel = panel_rows(w.cols);
   for (int64_t p0 = 0; p0 < M; p0 += panel) {
     const int64_t p1 = lesser(p0 + panel, M);

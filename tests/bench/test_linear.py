@@ -1,4 +1,5 @@
 import json
+import time
 
 import pytest
 import torch
@@ -16,12 +17,14 @@ HALF = Factorization("interpolative", 0.5)
 
 @pytest.fixture
 def bench(roofs, once):
-    def run(*shapes, how=HALF, of_model=False, **changes):
+    def run(*shapes, how=HALF, of_model=False, reader=None, **changes):
         settings = LinearSettings(
             **{"how": how, "batches": (1, 3), "threads": 1, "schedule": once, "stores": ("fp32", "int8"), **changes}
         )
         groups = [s if isinstance(s, LinearGroup) else parse_shape(s) for s in shapes]
-        return bench_linear(groups, settings, subject="test", of_model=of_model, roofs=lambda device, threads: roofs)
+        return bench_linear(
+            groups, settings, subject="test", of_model=of_model, roofs=lambda device, threads: roofs, reader=reader
+        )
 
     return run
 
@@ -43,6 +46,21 @@ def test_every_kind_runs_beside_torch_and_is_right(bench, kind):
         if r.method == kind and kind != "dense":
             assert 0.3 < r.keep <= 0.5
             assert len(r.ranks) == 2
+
+
+def test_the_read_bandwidth_is_taken_in_turns(bench):
+    calls = []
+
+    def reader(device):
+        assert device == "cpu"
+        return lambda: calls.append(time.sleep(0.002)), 10**6
+
+    report = bench("64x48", reader=reader)
+    assert len(calls) >= 2  # for each number of rows, at least once
+    for r in report.results:
+        assert 1e8 < r.roofs.read < 5e8 and r.roofs.matmul == {"float32": 1e11, "bfloat16": 4e11}
+        assert report.floor(r) == r.roofs.floor(r.weight_bytes, r.flops, r.activations)
+    assert report.roofs.read == max(r.roofs.read for r in report.results)
 
 
 def test_figures_follow_from_bytes_operations_and_times(bench):
@@ -186,7 +204,9 @@ def test_without_matplotlib_the_extra_is_named_before_anything_runs(monkeypatch,
 def test_the_command_writes_a_table_json_and_a_plot(tmp_path, capsys, monkeypatch, roofs):
     pytest.importorskip("matplotlib", reason="the bench extra is not installed")
     monkeypatch.setattr(
-        linear.bench_linear, "__kwdefaults__", {**linear.bench_linear.__kwdefaults__, "roofs": lambda *_: roofs}
+        linear.bench_linear,
+        "__kwdefaults__",
+        {**linear.bench_linear.__kwdefaults__, "roofs": lambda *_: roofs, "reader": None},
     )
     out, plot = tmp_path / "figures.json", tmp_path / "plot.png"
     arguments = ["--shape", "64x32+16", "--keep", "0.4", "--store", "fp32,int8", "--batch", "1,2", "--threads", "1"]
