@@ -146,8 +146,11 @@ def open_step(
     return Step(runner, loader, config, context)
 
 
-def time_decode(entries: list[dict[str, Any]], bandwidth: float, backends: list[str]) -> None:
-    """Every variant on every backend at every batch. `entries` grows; what fails is named in the RuntimeError at the end."""
+def time_decode(
+    entries: list[dict[str, Any]], bandwidth: float, backends: list[str], checkpoint: Callable[[], None]
+) -> None:
+    """Every variant on every backend at every batch. `entries` grows; what fails is named in the RuntimeError at the end.
+    checkpoint: called before each variant; what it raises ends the section."""
     import torch
 
     from cai_runtime.kernels import cuda
@@ -156,6 +159,7 @@ def time_decode(entries: list[dict[str, Any]], bandwidth: float, backends: list[
     for backend in backends:
         for kind, store in VARIANTS:
             what = f"{kind} {store} {backend}"
+            checkpoint()
             try:
                 began = time.perf_counter()
                 step = open_step(

@@ -29,9 +29,10 @@ TOLERANCE = 1e-2  # relative, against float64, with bf16 activations
 Entries = list[dict[str, Any]]
 
 
-def time_linears(entries: Entries, bandwidth: float, kernels: list[str]) -> None:
+def time_linears(entries: Entries, bandwidth: float, kernels: list[str], checkpoint: Callable[[], None]) -> None:
     """Every group at every batch: cuBLAS on dense bf16, tinygemm on dense int4, then each of `kernels` ("triton", "cuda").
-    `entries` grows by one for each. What fails or is wrong is left out, and named in the RuntimeError at the end."""
+    `entries` grows by one for each. What fails or is wrong is left out, and named in the RuntimeError at the end.
+    checkpoint: called before each kernel; what it raises ends the section."""
     import torch
 
     from cai_runtime.bench.factors import Factorization, RandomWeights
@@ -51,6 +52,7 @@ def time_linears(entries: Entries, bandwidth: float, kernels: list[str]) -> None
         )  # fmt: skip
 
     def attempt(what: str, run: Callable[[], None]) -> None:
+        checkpoint()
         try:
             run()
         except Exception as error:  # noqa: BLE001  # the others' numbers are still wanted
@@ -139,9 +141,9 @@ def table(entries: Entries) -> str:
     return "\n".join(lines)
 
 
-def time_attention(entries: Entries, bandwidth: float) -> None:
+def time_attention(entries: Entries, bandwidth: float, checkpoint: Callable[[], None]) -> None:
     """Paged decode attention with Llama-3.1-8B's heads: 1k and 8k positions, batch 1 and 16; bytes are the keys' and
-    values'. Checked against torch's own attention first."""
+    values'. Checked against torch's own attention first. checkpoint: called before each."""
     import torch
 
     from cai_runtime.kernels.triton import paged_attention
@@ -149,6 +151,7 @@ def time_attention(entries: Entries, bandwidth: float) -> None:
     heads, kv_heads, dim, page = 32, 8, 128, 16
     for context in (1024, 8192):
         for batch in (1, 16):
+            checkpoint()
             nbytes = 2 * 2 * batch * context * kv_heads * dim
             pages = batch * context // page
             count = min(sets_needed(nbytes), 64)

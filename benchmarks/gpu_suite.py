@@ -12,7 +12,8 @@ measured copy bandwidth.
 
 Nothing needs to be installed: the repository is made importable from where it lies. What is missing is named, and sections
 go on with what needs it not: without apache-tvm-ffi there are no CUDA kernels, and the Triton ones are measured alone. A
-section that fails is recorded, the others go on, and the exit status is 1. Results go to a JSON file after every section.
+section that fails is recorded, the others go on, and the exit status is 1; where it leaves the GPU unusable for this
+process, they go on in another one. Results go to a JSON file after every section, and within the long ones.
 
 Without a GPU, or with --dry-run, it checks what it can at tiny shapes on the CPU; without a GPU it exits with 2.
 """
@@ -22,11 +23,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -70,13 +74,19 @@ class Report:
     def seconds_left(self) -> float:
         return max(self.deadline - time.monotonic(), 1.0)
 
+    def checkpoint(self) -> None:
+        """Within a long section: write what there is; raise TimeoutError when the time is used up."""
+        self.write()
+        if time.monotonic() >= self.deadline:
+            raise TimeoutError("not finished: the time was used up")
+
     def section(self, name: str, run: Callable[[], Any]) -> None:
         """Run one section; what it returns, or its failure, goes into the report."""
         print(f"\n== {name} ({self.seconds_left:.0f} s left)", flush=True)
         began = time.perf_counter()
         try:
             if time.monotonic() >= self.deadline:
-                raise RuntimeError("not run: the time was used up")
+                raise TimeoutError("not run: the time was used up")
             entry: dict[str, Any] = {"ok": True, "result": run()}
         except Exception as error:  # noqa: BLE001  # the next section is worth running whatever happened here
             entry = {"ok": False, "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
@@ -90,7 +100,9 @@ class Report:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             found = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("deadline", "path")}
-            self.path.write_text(json.dumps(found, indent=1) + "\n")
+            part = self.path.with_suffix(".part")  # a run that is cut off leaves a whole file
+            part.write_text(json.dumps(found, indent=1) + "\n")
+            part.replace(self.path)
 
 
 def make_importable(folder: Path) -> None:
@@ -107,6 +119,12 @@ def make_importable(folder: Path) -> None:
         del sys.modules[name]
     sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
+
+
+def name_a_cache() -> None:
+    """Tuned tiles are looked for in the user's cache, which platformdirs finds; without it the place is stated."""
+    if importlib.util.find_spec("platformdirs") is None:
+        os.environ.setdefault("CAI_HOME", str(Path.home() / ".cache/cai_runtime"))
 
 
 def environment() -> dict[str, Any]:
@@ -155,10 +173,23 @@ def check_cuda(limit: float) -> str:
 
 
 def check_engines() -> dict[str, Any]:
-    outcome: dict[str, Any] = {"bits": gpu_checks.check_graphs(backends())}
-    for backend in backends():
+    there = backends()
+    checks: dict[str, Callable[[], Any]] = {"bits": lambda: gpu_checks.check_graphs(there)}
+    for backend in there:
         for graphs in (False, True):
-            outcome[f"{backend}, graphs {graphs}"] = gpu_checks.check_engine("cuda", backend, graphs=graphs)
+            checks[f"{backend}, graphs {graphs}"] = functools.partial(
+                gpu_checks.check_engine, "cuda", backend, graphs=graphs
+            )
+    outcome: dict[str, Any] = {}
+    problems = []
+    for name, check in checks.items():
+        try:
+            outcome[name] = check()
+        except Exception as error:  # noqa: BLE001  # what the others say is wanted all the more
+            traceback.print_exc()
+            problems.append(f"{name}: {type(error).__name__}: {error}")
+    if problems:
+        raise RuntimeError("; ".join(problems))
     return outcome
 
 
@@ -167,6 +198,37 @@ def compile_for_hopper() -> str:
         [sys.executable, "-m", "cai_runtime.kernels.triton.aot", "--targets", "sm_90"], limit=300
     )
     return output.strip().splitlines()[-1]
+
+
+def usable() -> bool:
+    """Whether this process can still use the GPU: after an illegal address every call fails, until the process ends."""
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+        return bool((torch.ones(1, device="cuda") == 1).all())
+    except RuntimeError:
+        return False
+
+
+def go_on_elsewhere(left: list[str], report: Report) -> dict[str, Any]:
+    """The sections that are left, by a process of their own, whose results go to a file of their own."""
+    print(f"\nthis process can't use the GPU any more; another one goes on with {', '.join(left)}", flush=True)
+    assert report.path is not None
+    command = [sys.executable, str(Path(__file__).resolve()), "--only", ",".join(left)]
+    command += ["--minutes", str(report.seconds_left / 60), "--out", str(report.path.parent)]
+    done = subprocess.run(command, check=False)
+    return {
+        "ok": done.returncode == 0,
+        "sections": left,
+        "result": f"a process of its own exited with {done.returncode}",
+    }
+
+
+def unused(path: Path) -> Path:
+    """`path`, or with a number where there is such a file."""
+    several = (path.with_stem(f"{path.stem}_{n}") for n in range(2, 1000))
+    return next(p for p in (path, *several) if not p.exists())
 
 
 def run_on_gpu(report: Report, wanted: list[str]) -> None:
@@ -181,14 +243,19 @@ def run_on_gpu(report: Report, wanted: list[str]) -> None:
         "cuda": lambda: check_cuda(min(150, report.seconds_left)),
         "engine": check_engines,
         "bandwidth": gpu_timing.copy_bandwidth,
-        "decode": lambda: gpu_decode.time_decode(report.decode, bandwidth(), backends()),
-        "linears": lambda: gpu_linears.time_linears(report.linears, bandwidth(), backends()),
-        "attention": lambda: gpu_linears.time_attention(report.attention, bandwidth()),
+        "decode": lambda: gpu_decode.time_decode(report.decode, bandwidth(), backends(), report.checkpoint),
+        "linears": lambda: gpu_linears.time_linears(report.linears, bandwidth(), backends(), report.checkpoint),
+        "attention": lambda: gpu_linears.time_attention(report.attention, bandwidth(), report.checkpoint),
         "triton": lambda: gpu_checks.run_tests(gpu_checks.triton_tests(), report.seconds_left),
     }
-    for name in SECTIONS:
-        if name in wanted:
-            report.section(name, runs[name])
+    left = [name for name in SECTIONS if name in wanted]
+    while left:
+        name = left.pop(0)
+        report.section(name, runs[name])
+        if name in report.failed and left and not usable():
+            report.sections["rest"] = go_on_elsewhere(left, report)
+            report.write()
+            break
     if report.linears:
         print(f"\n{gpu_linears.table(report.linears)}")
     if report.decode:
@@ -198,7 +265,7 @@ def run_on_gpu(report: Report, wanted: list[str]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help=f"comma list of {', '.join(SECTIONS)}")
-    parser.add_argument("--minutes", type=float, default=9.0, help="no section begins after these (default: 9)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="nothing begins after these (default: 9)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON (default: benchmarks/results)")
     parser.add_argument("--dry-run", action="store_true", help="what can be checked without a GPU")
     args = parser.parse_args()
@@ -214,6 +281,7 @@ def main() -> int:
     gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         make_importable(Path(folder))
+        name_a_cache()
         report = Report(environment(), deadline)
         if args.dry_run or not gpu:
             report.section("benchmark cases", gpu_linears.check_benchmark_cases)
@@ -222,7 +290,7 @@ def main() -> int:
             report.section("compile for sm_90", compile_for_hopper)
         else:
             device = report.environment["device"]["name"].replace(" ", "-")
-            report.path = args.out / f"gpu_suite_{device}_{datetime.date.today().isoformat()}.json"
+            report.path = unused(args.out / f"gpu_suite_{device}_{datetime.date.today().isoformat()}.json")
             run_on_gpu(report, wanted)
             print(f"\nwritten to {report.path}")
     print(f"failed: {', '.join(report.failed) or 'nothing'}")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 L2_FACTOR = 4  # sets of inputs together hold this many times the L2 cache
+WARM_SECONDS = 0.03  # of work before any that counts: an idle GPU takes milliseconds to raise its clock
+WAIT_CYCLES = 500_000  # about a quarter of a millisecond, longer than the host takes to launch a graph
 
 
 def sets_needed(nbytes: int) -> int:
@@ -18,18 +21,26 @@ def sets_needed(nbytes: int) -> int:
 
 
 def median_seconds(run: Callable[[], Any], repeats: int) -> float:
-    """Of `run` on the GPU, by events, after three runs that don't count."""
+    """Of `run` on the GPU, by events, after WARM_SECONDS of runs that don't count.
+
+    A kernel that does nothing but wait goes before each, so that all of `run` is queued when the first event passes: else
+    the host's time for a launch, microseconds, would count as the GPU's."""
     import torch
 
+    began, ran = time.perf_counter(), 0
+    while ran < 3 or time.perf_counter() - began < WARM_SECONDS:
+        run()
+        torch.cuda.synchronize()
+        ran += 1
     times = []
-    for i in range(repeats + 3):
+    for _ in range(repeats):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(WAIT_CYCLES)
         begin.record()
         run()
         end.record()
         end.synchronize()
-        if i >= 3:
-            times.append(begin.elapsed_time(end) / 1e3)
+        times.append(begin.elapsed_time(end) / 1e3)
     return sorted(times)[len(times) // 2]
 
 
