@@ -107,7 +107,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="SOURCE",
         help='text to calibrate on: "self" (the default: the model writes it), "wikipedia", hf:OWNER/NAME of a dataset, or '
-        "a .txt, .jsonl or .parquet file or directory (more than once for several)",
+        "a .txt, .jsonl or .parquet file or directory (more than once for several); a speech model takes audio files, a "
+        "directory of them, or a .jsonl or .tsv list with audio and text",
     )
     parser.add_argument("--samples", type=int, default=48, metavar="N", help="calibration sequences (default 48)")
     parser.add_argument(

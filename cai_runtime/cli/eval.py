@@ -2,6 +2,7 @@
 
 `cai eval DENSE SLIM`         a candidate against its reference; either may be dense or slim
 `cai eval MODEL`              one model by itself
+`cai eval WHISPER SLIM --audio DIR`   speech models: word error rate
 `cai eval MODEL --lm-eval DIR`   evaluate nothing; write what EleutherAI's lm-evaluation-harness needs to run on our
 engine
 
@@ -26,6 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text",
         metavar="FILE",
         help='text, as `cai compress --calibration` takes it; default: "wikipedia", the sample\'s last quarter',
+    )
+    parser.add_argument(
+        "--audio",
+        action="append",
+        metavar="PATH",
+        help="for speech models: audio files, a directory of them, or a .jsonl or .tsv list with audio and text (more than "
+        "once for several); the transcript of a.wav may be a.txt beside it",
     )
     parser.add_argument("--tokens", type=int, default=8192, metavar="N", help="of the text (default 8192)")
     parser.add_argument(
@@ -63,6 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.lm_eval is not None:
         return _export(args)
+    if args.audio:
+        return _hear(args)
     from cai_runtime.compress.picture import check_picture, draw_comparison
 
     if args.picture is not None:
@@ -125,6 +135,26 @@ def _export(args: argparse.Namespace) -> int:
         raise CompressionError("--lm-eval takes one model: run it once for each, with a directory of its own")
     exported = export_lm_eval(pull(args.reference), args.lm_eval, text=args.text, device=args.device, dtype=args.dtype)
     print(f"{args.lm_eval}: {', '.join(exported.files)}\n\nrun it with\n\n{exported.command}")
+    return 0
+
+
+def _hear(args: argparse.Namespace) -> int:
+    """Speech models, on audio."""
+    import shutil
+
+    from cai_runtime.compress.speech_evaluation import compare_speech
+    from cai_runtime.errors import CompressionError
+
+    if args.text is not None or args.picture is not None or args.backend != "transformers":
+        raise CompressionError("--audio judges by transformers and draws nothing: leave --text, --picture, --backend out")
+    if args.json is not None:
+        _require_parent(args.json, "--json")
+    comparison = compare_speech(
+        args.reference, args.candidate, audio=args.audio, device=args.device, dtype=args.dtype, keep=args.keep
+    )
+    if args.json is not None:
+        _write(args.json, comparison.to_json())
+    print(comparison.table(shutil.get_terminal_size().columns))
     return 0
 
 

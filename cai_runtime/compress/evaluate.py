@@ -23,6 +23,9 @@ from cai_runtime.errors import CompressionError
 Logits = Callable[[torch.Tensor], torch.Tensor]
 
 
+SPEECH = {"whisper"}  # model types that are loaded as speech recognizers, everything else as causal language models
+
+
 @dataclass(frozen=True)
 class Agreement:
     """Of `model` with `reference`. top1: share of positions with the same most likely token. kl: mean Kullback-Leibler
@@ -126,15 +129,16 @@ def dense_reference(path: str | Path, *, dtype: torch.dtype = torch.float32, dev
 
     Raises CompressionError when transformers can't load it.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         with _no_bars():
-            model = AutoModelForCausalLM.from_pretrained(
+            config: Any = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            model = auto_class(config.model_type).from_pretrained(
                 path, dtype=dtype, use_safetensors=True, trust_remote_code=False
             )
     except (OSError, ValueError, KeyError, ImportError) as e:
-        raise CompressionError(f"transformers can't load {path} as a causal language model: {e}") from e
+        raise CompressionError(f"transformers can't load {path} as a language or speech model: {e}") from e
     return _frozen(model, device)
 
 
@@ -146,7 +150,7 @@ def slim_as_transformers(
 
     Raises CheckpointError for a checkpoint that can't be read.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, GenerationConfig
 
     from cai_runtime.slim.reader import Checkpoint
 
@@ -166,10 +170,19 @@ def slim_as_transformers(
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):  # only to learn the class; nothing is allocated
-        architecture = type(AutoModelForCausalLM.from_config(config))
+        architecture = type(auto_class(config.model_type).from_config(config))
     with _no_bars():
         model = architecture.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    if (Path(path) / "generation_config.json").exists():  # without a path transformers makes one up
+        model.generation_config = GenerationConfig.from_pretrained(path)
     return _frozen(model, device)
+
+
+def auto_class(model_type: str) -> Any:
+    """transformers' class that loads models of this type: `SPEECH` or causal language models."""
+    import transformers
+
+    return transformers.AutoModelForSpeechSeq2Seq if model_type in SPEECH else transformers.AutoModelForCausalLM
 
 
 def _frozen(model: Any, device: str) -> Any:

@@ -76,6 +76,9 @@ class Healer:
         head, teacher_head = self._student.get_output_embeddings(), self._teacher.get_output_embeddings()
         leaf = found.detach().requires_grad_()
         flat, flat_wanted = leaf.flatten(0, 1), wanted.flatten(0, 1)
+        if "labels" in batch:  # what stands before them is given to the model, not predicted by it
+            told = (batch["labels"].flatten() != -100).to(flat.device)
+            flat, flat_wanted = flat[told], flat_wanted[told]
         count, total = flat.shape[0], 0.0
         for start in range(0, count, POSITIONS):
             part = slice(start, start + POSITIONS)

@@ -32,6 +32,8 @@ from cai_runtime.compress.options import BATCH, DTYPES, Options
 from cai_runtime.compress.plan import Plan, make_plan, measured_rate, versions
 from cai_runtime.compress.plan_file import PlanSource
 from cai_runtime.compress.report import Report
+from cai_runtime.compress.speech import calibration_batches
+from cai_runtime.compress.speech_evaluation import speech_quality
 from cai_runtime.compress.stack import Batch, open_model
 from cai_runtime.compress.student import put_in
 from cai_runtime.compress.targets import InputGroup, find_targets
@@ -106,8 +108,10 @@ def compress(
             0: none. Default 2; with `elastic` none.
         heal_tokens: tokens on which the whole model is trained to predict what the original does; 0: none. Default
             65,536; with `elastic` none. Needs both models in memory, and three times the compressed one for the optimizer.
-        calibration: see `cai_runtime.compress.calibration.calibration_sequences`. None: "self", the model's own text.
-        samples, sequence_length: sequences to calibrate and refine on, and tokens in each. Healing takes further ones.
+        calibration: see `cai_runtime.compress.calibration.calibration_sequences`. None: "self", the model's own text. A
+            speech model takes audio, see `cai_runtime.compress.speech.speech_samples`, and has no default.
+        samples, sequence_length: sequences to calibrate and refine on, and tokens in each. Healing takes further ones. For a
+            speech model windows of 30 s, and the most tokens of a text; a window counts as so many of `heal_tokens`.
         embedding_store: store of the token embedding and the head (None: as `store`, but int8 with the int4 stores: 4
             bits hurt there, where nothing makes up for the rounding). They stay dense.
         rank_multiple: ranks are multiples of this. None: 16, which keeps the rows of 8-bit cores aligned for vector
@@ -123,8 +127,9 @@ def compress(
         dtype: in which the model runs (None: fp32 on the CPU, bf16 on CUDA).
         seed: draws the calibration sequences, and the order of training.
         evaluate: judge the result against the source on text that calibration has not seen, for the report's "quality": see
-            `cai_runtime.compress.comparison.quality`. Causal language models only; both are held in memory. An elastic
-            one is judged at several keeps, one after the other (`elastic_run.judge_keeps`).
+            `cai_runtime.compress.comparison.quality`; of a speech model on every tenth clip, see
+            `speech_evaluation.speech_quality`. Both are held in memory. An elastic one is judged at several keeps, one after
+            the other (`elastic_run.judge_keeps`).
         overwrite: replace `dst`.
         restart: throw away what an earlier call with other options left unfinished.
         progress: bars on stderr; None shows them on a terminal only.
@@ -175,7 +180,10 @@ def compress(
         report = run.run(overwrite=overwrite, restart=restart)
     if evaluate:
         start = perf_counter()
-        if elastic:
+        if weights.is_speech:
+            assert options.calibration is not None  # the plan has asked for it
+            report.quality = speech_quality(path, dst, options.calibration, progress=progress)
+        elif elastic:
             judge_keeps(path, dst, report, progress=progress)
         else:
             report.quality = quality(path, dst, progress=progress)
@@ -268,6 +276,8 @@ class _Run:
     def _text(self, work: Work) -> tuple[list[Batch], list[Batch], dict[str, Any]]:
         """Batches to calibrate on, batches to heal on (those and more), and what they are."""
         options = self._options
+        if self._weights.is_speech:
+            return calibration_batches(self._weights, options, work, self._progress)
         if not work.has("text"):
             found = calibration_sequences(
                 SELF if options.calibration is None else options.calibration,
@@ -381,6 +391,7 @@ class _Run:
                     work,
                     steps=steps,
                     rate=options.heal_rate,
+                    batches_per_step=BATCH if self._weights.is_speech else 1,  # whose batches are of one window
                     tick=bar.update,
                 )
                 healer.run()

@@ -18,6 +18,7 @@ from cai_runtime.compress.elastic import check_smallest
 from cai_runtime.compress.mpo import reshapes
 from cai_runtime.compress.options import BATCH, DTYPES, Options
 from cai_runtime.compress.plan_file import planned
+from cai_runtime.compress.speech import require_audio
 from cai_runtime.compress.stack import find_stacks
 from cai_runtime.compress.targets import find_targets
 from cai_runtime.compress.weights import DenseWeights
@@ -107,6 +108,8 @@ def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
         model: Any = weights.skeleton(DTYPES[options.dtype])
     except (OSError, ValueError, KeyError, ImportError) as e:
         raise CompressionError(f"transformers can't build the model of {weights.path}: {e}") from e
+    if weights.is_speech:
+        require_audio(options.calibration)
     stacks = find_stacks(model)
     targets = find_targets(model, [stack.name for stack in stacks], weights)
     shapes = [(t.module.out_features, t.module.in_features) for t in targets.values()]
@@ -153,7 +156,8 @@ def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
         output = rest_bytes + _stored_bytes(most, options.stores[0])
     width = model.get_input_embeddings().embedding_dim
     blocks = sum(len(stack) for stack in stacks)
-    length = options.sequence_length
+    # An encoder hears whole windows; a decoder's positions are fewer, and counted as if they were as many.
+    length = model.config.max_source_positions if weights.is_speech else options.sequence_length
     tokens = options.samples * length
     size = DTYPES[options.dtype].itemsize
     states = tokens * width * size * (blocks + len(stacks)) * (2 if options.curvature else 1)

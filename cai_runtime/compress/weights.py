@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from cai_runtime.compress.evaluate import dense_reference, slim_as_transformers
+from cai_runtime.compress.evaluate import SPEECH, auto_class, dense_reference, slim_as_transformers
 from cai_runtime.convert.cache import sha256_of
 from cai_runtime.slim.reader import Checkpoint
 from cai_runtime.slim.stores import quantize
-
-SPEECH = {"whisper"}  # model types that are loaded as speech recognizers, everything else as causal language models
 
 
 class DenseWeights:
@@ -99,7 +97,7 @@ class DenseWeights:
         from accelerate import init_empty_weights
 
         with init_empty_weights(include_buffers=False):
-            return self._auto_class().from_config(self._config(), dtype=dtype)
+            return auto_class(self.model_type).from_config(self._config(), dtype=dtype)
 
     def resident(self, dtype: torch.dtype) -> nn.Module:
         """transformers' model with all its weights, on the CPU."""
@@ -113,11 +111,6 @@ class DenseWeights:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         return config
-
-    def _auto_class(self) -> Any:
-        import transformers
-
-        return transformers.AutoModelForSpeechSeq2Seq if self.is_speech else transformers.AutoModelForCausalLM
 
     def _module_of(self, name: str) -> str | None:
         module = name.removesuffix(".weight")

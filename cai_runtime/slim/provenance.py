@@ -89,6 +89,14 @@ def quality_lines(quality: Mapping[str, Any]) -> list[str]:
     top1 = number(_at(quality, "divergence", "top1"))
     if top1 is not None:
         lines.append(f"top-1 agreement: {top1:.2%}")
+    said, heard = (number(_at(quality, model, "word_error")) for model in ("reference", "candidate"))
+    if heard is not None:
+        words = number(_at(quality, "candidate", "words"))
+        text = f"word error rate: {heard:.2%}" if said is None else f"word error rate: {said:.2%} -> {heard:.2%}"
+        lines.append(text + (f" of {words:,.0f} words" if words is not None else ""))
+    clips, seconds = (number(_at(quality, "audio", key)) for key in ("clips", "seconds"))
+    if clips is not None and seconds is not None and lines:
+        lines.append(f"judged on: {clips:.0f} clips, {seconds / 60:.1f} minutes of audio")
     source, tokens = _text(_at(quality, "text", "source")), number(_at(quality, "text", "tokens"))
     if source and lines:
         lines.append(f"judged on: {source}" + (f", {tokens:,.0f} tokens" if tokens is not None else ""))

@@ -1,0 +1,165 @@
+"""Speech out of files: audio as 16 kHz windows, with the transcript beside each clip or in a list of clips."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cai_runtime.errors import CompressionError
+
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
+LIST_SUFFIXES = (".jsonl", ".tsv")
+RATE = 16_000  # samples a second
+WINDOW = 30  # seconds that a model hears at once
+LOOK_BACK = 5.0  # seconds before a window's end in which a pause is looked for
+PAUSE = 0.2  # seconds
+
+Source = str | Path | Sequence[str | Path]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """An audio file and what is said in it (None: nobody has written it down)."""
+
+    path: Path
+    text: str | None = None
+
+
+def find_clips(source: Source) -> list[Clip]:
+    """The clips of a source, in order, each file once.
+
+    source: an audio file; a directory of them, at any depth, hidden ones left out; a list of clips, .jsonl with "audio" and
+    "text" in each line or .tsv with these columns, paths relative to the list; or several of these. The transcript of a
+    file `a.wav` that comes without one is `a.txt` beside it, where that is there.
+
+    Raises CompressionError, naming the file and line: nothing there, no audio, a malformed list.
+    """
+    given = [source] if isinstance(source, (str, Path)) else list(source)
+    clips: dict[Path, Clip] = {}
+    for item in given:
+        for clip in _clips_of(Path(item).expanduser()):
+            clips.setdefault(clip.path.resolve(), clip)
+    if not clips:
+        raise CompressionError(f"no audio in {', '.join(map(str, given)) or 'an empty list'}")
+    return list(clips.values())
+
+
+def read_audio(path: str | Path) -> np.ndarray:
+    """All of a file as fp32 [samples] at 16 kHz: channels averaged, resampled by soxr.
+
+    Raises CompressionError: it can't be read or decoded, is empty, holds NaN or infinity, or a package is missing.
+    """
+    try:
+        import soundfile
+    except (ImportError, OSError) as e:  # OSError: without its C library
+        raise CompressionError(f"{path} needs soundfile to be read: pip install 'cai-runtime[audio]' ({e})") from e
+    try:
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (OSError, RuntimeError) as e:
+        raise CompressionError(f"audio file {path} can't be read: {e}") from e
+    mono = samples.mean(axis=1)
+    if not mono.size or not np.isfinite(mono).all():
+        raise CompressionError(f"audio file {path} {'holds NaN or infinity' if mono.size else 'is empty'}")
+    if rate == RATE:
+        return mono
+    try:
+        import soxr
+    except ImportError as e:
+        raise CompressionError(
+            f"{path} has {rate} samples a second and needs soxr to get {RATE}: pip install 'cai-runtime[audio]'"
+        ) from e
+    return np.asarray(soxr.resample(mono, rate, RATE), dtype=np.float32)
+
+
+def cut_windows(audio: np.ndarray, seconds: float = WINDOW) -> list[np.ndarray]:
+    """Windows of at most `seconds` that follow each other, cut in the quietest moment of each one's last `LOOK_BACK`
+    seconds. audio: [samples] at 16 kHz."""
+    most, pause = int(seconds * RATE), int(PAUSE * RATE)
+    found = []
+    while len(audio) > most:
+        begin = most - int(min(LOOK_BACK, seconds / 2) * RATE)
+        power = np.square(audio[begin:most], dtype=np.float64).cumsum()
+        cut = begin + int((power[pause:] - power[:-pause]).argmin()) + pause // 2
+        found.append(audio[:cut])
+        audio = audio[cut:]
+    return [*found, audio]
+
+
+def _clips_of(path: Path) -> list[Clip]:
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in AUDIO_SUFFIXES)
+        files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        if not files:
+            raise CompressionError(f"directory {path} holds no {', '.join(AUDIO_SUFFIXES)} file")
+        return [_with_text(file) for file in files]
+    if not path.exists():
+        raise CompressionError(f"{path} is not there: a speech model takes audio files, or a directory or list of them")
+    suffix = path.suffix.lower()
+    if suffix in AUDIO_SUFFIXES:
+        return [_with_text(path)]
+    if suffix not in LIST_SUFFIXES:
+        raise CompressionError(
+            f"{path} ends in none of {', '.join((*AUDIO_SUFFIXES, *LIST_SUFFIXES))}: a speech model takes audio"
+        )
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise CompressionError(f"list {path} can't be read: {e}") from e
+    return (_jsonl if suffix == ".jsonl" else _tsv)(path, lines)
+
+
+def _with_text(path: Path) -> Clip:
+    beside = path.with_suffix(".txt")
+    if not beside.is_file():
+        return Clip(path)
+    try:
+        text = " ".join(beside.read_text(encoding="utf-8-sig").split())
+    except (OSError, UnicodeDecodeError) as e:
+        raise CompressionError(f"transcript {beside} can't be read: {e}") from e
+    return Clip(path, text)
+
+
+def _jsonl(path: Path, lines: list[str]) -> list[Clip]:
+    clips = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as e:
+            raise CompressionError(f"{path}, line {number}: not JSON: {e}") from e
+        if not isinstance(entry, dict):
+            raise CompressionError(f'{path}, line {number}: not an object with "audio" and "text"')
+        clips.append(_entry(path, number, entry.get("audio"), entry.get("text")))
+    return clips
+
+
+def _tsv(path: Path, lines: list[str]) -> list[Clip]:
+    names = lines[0].split("\t") if lines else []
+    if "audio" not in names:
+        raise CompressionError(f'{path}: its first line must name the columns, "audio" and "text" among them')
+    clips = []
+    for number, line in enumerate(lines[1:], 2):
+        if not line.strip():
+            continue
+        cells = line.split("\t")
+        if len(cells) != len(names):
+            raise CompressionError(f"{path}, line {number}: {len(cells)} columns, the first line names {len(names)}")
+        entry = dict(zip(names, cells, strict=True))
+        clips.append(_entry(path, number, entry["audio"], entry.get("text") or None))
+    return clips
+
+
+def _entry(path: Path, number: int, audio: object, text: object) -> Clip:
+    if not isinstance(audio, str) or not audio or not isinstance(text, str | None):
+        raise CompressionError(
+            f'{path}, line {number}: "audio" must be a file, and "text" what is said in it, if given'
+        )
+    file = path.parent / Path(audio).expanduser()
+    if not file.is_file():
+        raise CompressionError(f"{path}, line {number}: {file} is not there")
+    return _with_text(file) if text is None else Clip(file, " ".join(text.split()))
