@@ -32,7 +32,7 @@ def write_checkpoint(
     """Hand all tensors to the writer: compressed layers as cores, embedding and head in their store, the rest as it is,
     or as healing left it. Fills in the report's modules and counts. One block is in memory at a time."""
     weights = calibration.model.weights
-    healed = _healed(work)
+    healed = healed_parameters(work)
     done: set[str] = set()
     for at in tqdm(calibration.blocks(), desc="write", unit="block", disable=tqdm_disable(progress)):
         layers, record = load_block(work, at)
@@ -88,7 +88,7 @@ def write_rest(
         report.add_rest(math.prod(tensor.shape), nbytes)
 
 
-def _healed(work: Work) -> dict[str, torch.Tensor]:
+def healed_parameters(work: Work) -> dict[str, torch.Tensor]:
     """What healing has made of the parameters it trained, by name; nothing without healing."""
     if not work.has(HEAL):
         return {}

@@ -16,6 +16,7 @@ from cai_runtime.compress.cores import dense_module, factorized_module, mpo_modu
 from cai_runtime.compress.decompose import OUTPUT_DAMPING, damped, factorize
 from cai_runtime.compress.moments import BlockMoments, GramSum, noting_inputs
 from cai_runtime.compress.mpo import MpoTrain
+from cai_runtime.compress.optimizer import core_metrics
 from cai_runtime.compress.refine import ShiftedMoments, refine_block
 from cai_runtime.compress.stack import BlockModel, Call, Entry
 from cai_runtime.compress.student import TrainableLinear, put_in
@@ -91,7 +92,7 @@ class BlockwiseCompressor:
             record: dict[str, Any] = {name: layer.spec.to_json() for name, layer in kept.items()}
             errors = None
             if self._settings.epochs:
-                errors = self._refine(at, after, block, list(kept.values()), calls, inputs)
+                errors = self._refine(at, after, block, kept, moments, calls, inputs)
             if self._follows:
                 with torch.no_grad():
                     states = [call(block, state) for call, state in zip(calls, inputs, strict=True)]
@@ -165,7 +166,8 @@ class BlockwiseCompressor:
         at: BlockId,
         after: BlockId,
         block: nn.Module,
-        layers: list[TrainableLinear],
+        layers: dict[str, TrainableLinear],
+        moments: BlockMoments,
         calls: list[Call],
         inputs: list[torch.Tensor],
     ) -> dict[str, float]:
@@ -174,7 +176,7 @@ class BlockwiseCompressor:
         for state in self._calibration.gradients(after) if self._settings.curvature else []:
             sums.add(state)
         metric = damped(sums.mean(), OUTPUT_DAMPING)
-        parameters = [p for layer in layers for p in layer.parameters()]
+        parameters = [p for layer in layers.values() for p in layer.parameters()]
         for p in parameters:
             p.requires_grad_(True)
         before, best = refine_block(
@@ -184,6 +186,7 @@ class BlockwiseCompressor:
             inputs,
             wanted,
             metric,
+            inputs_metrics=core_metrics([(layer, moments.inputs[name]) for name, layer in layers.items()]),
             epochs=self._settings.epochs,
             rate=self._settings.rate,
             seed=self._settings.seed + at.index,

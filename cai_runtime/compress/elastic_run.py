@@ -4,7 +4,7 @@ checkpoint; and its quality at a few keeps."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from cai_runtime.compress.allocate import Curve
-from cai_runtime.compress.assemble import module_report, write_rest
+from cai_runtime.compress.assemble import healed_parameters, module_report, write_rest
 from cai_runtime.compress.blockwise import dense_weight
 from cai_runtime.compress.calibrate import BlockId, CalibrationPass
 from cai_runtime.compress.comparison import compare_keeps, for_report
@@ -20,9 +20,11 @@ from cai_runtime.compress.comparison_result import Comparison
 from cai_runtime.compress.cores import StoredModule
 from cai_runtime.compress.decompose import OUTPUT_DAMPING, damped, factorize
 from cai_runtime.compress.elastic import ElasticPlan, PlannedModule, add_forms, elastic_forms, plan_elastic
+from cai_runtime.compress.elastic_heal import ElasticHealer, healed_forms, put_forms
 from cai_runtime.compress.moments import BlockMoments
-from cai_runtime.compress.options import Options
+from cai_runtime.compress.options import DTYPES, Options
 from cai_runtime.compress.report import Report
+from cai_runtime.compress.stack import Batch
 from cai_runtime.compress.targets import InputGroup, Target
 from cai_runtime.compress.work import Work
 from cai_runtime.convert.cache import tqdm_disable
@@ -103,6 +105,37 @@ def load_forms(work: Work, at: BlockId) -> tuple[dict[str, list[StoredModule]], 
     return layers, record
 
 
+def heal_elastic(
+    calibration: CalibrationPass,
+    plan: ElasticPlan,
+    work: Work,
+    batches: Sequence[Batch],
+    options: Options,
+    *,
+    steps: int,
+    tick: Callable[[], object],
+) -> list[float]:
+    """Train the lowrank cores at all keeps, see `elastic_heal`; "heal" in the work directory keeps them. Returns the
+    divergence of each step, at its keep."""
+    weights, dtype = calibration.model.weights, DTYPES[options.dtype]
+    student: Any = weights.resident(dtype).to(options.device).requires_grad_(False)
+    specs: dict[str, ModuleSpec] = {}
+    stores: dict[str, tuple[str, ...]] = {}
+    for at in calibration.blocks():
+        layers, _ = load_forms(work, at)
+        put_forms(student, layers, dtype, options.device)
+        specs |= {name: forms[0].spec for name, forms in layers.items()}
+        stores |= {name: forms[-1].spec.store for name, forms in layers.items()}
+    for module in {student.get_input_embeddings(), student.get_output_embeddings()}:
+        module.weight.data = weights.rounded(module.weight.data, options.embedding_store)
+    teacher = weights.resident(dtype).to(options.device)
+    healer = ElasticHealer(
+        student, teacher, batches, work, plan.table(stores), specs, steps=steps, rate=options.heal_rate, tick=tick
+    )
+    healer.run()
+    return healer.losses
+
+
 def write_elastic(
     writer: CheckpointWriter,
     calibration: CalibrationPass,
@@ -116,11 +149,13 @@ def write_elastic(
     """Hand all tensors and the table to the writer. Fills in the report's modules and counts, which are those of the
     largest keep; "elastic" counts the second forms besides. One block is in memory at a time."""
     weights = calibration.model.weights
+    healed = healed_parameters(work)
     done: set[str] = set()
     seconds: dict[str, ModuleSpec] = {}
     for at in tqdm(calibration.blocks(), desc="write", unit="block", disable=tqdm_disable(progress)):
         layers, record = load_forms(work, at)
-        for name, forms in layers.items():
+        for name, rounded in layers.items():
+            forms = healed_forms(name, rounded, healed)
             bias = weights.tensor(f"{name}.bias") if f"{name}.bias" in weights else None
             add_forms(writer, name, forms, bias)
             spec = forms[0].spec

@@ -14,21 +14,25 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from cai_runtime.compress.refine import adam, set_rate
+from cai_runtime.compress.moments import MomentHooks, group_by_input, noting_inputs
+from cai_runtime.compress.optimizer import WhitenedAdam, core_metrics
 from cai_runtime.compress.stack import Batch
+from cai_runtime.compress.student import TrainableLinear
+from cai_runtime.compress.targets import Target
 from cai_runtime.compress.work import Work
 
 WARMUP = 0.1  # share of the steps
 POSITIONS = 256  # whose logits are in memory at once
 STEP = "heal"
 KEEP_EVERY = 8  # steps between states on disk
+METRIC_BATCHES = 8  # from which the layers' inputs are known
 
 
 class Healer:
     """Trains `student` in place; "heal" in the work directory keeps the state of the training.
 
     student, teacher: transformers' models, the student's parameters that require gradients are trained. batches: taken
-    in order, again and again. steps, rate: of Adam; see `refine_block`. batches_per_step: whose gradients are added up.
+    in order, again and again. steps, rate: of `WhitenedAdam`. batches_per_step: whose gradients are added up.
     """
 
     def __init__(
@@ -47,7 +51,7 @@ class Healer:
         self._batches, self._work, self._steps, self._tick = batches, work, steps, tick
         self._per_step = batches_per_step
         self._named = {name: p for name, p in student.named_parameters() if p.requires_grad}
-        self._optimizer = adam(list(self._named.values()), rate)
+        self._optimizer = WhitenedAdam(self._named.values(), rate, input_metrics(student, batches[:METRIC_BATCHES]))
         self.losses: list[float] = []  # mean divergence of each step, in nats per position
 
     def run(self) -> None:
@@ -59,7 +63,7 @@ class Healer:
             taken = [self._batches[(at + k) % len(self._batches)] for k in range(self._per_step)]
             warm = max(1.0, WARMUP * self._steps)
             share = min(1.0, (step + 1) / warm) * (0.5 + 0.5 * math.cos(math.pi * step / self._steps))
-            set_rate(self._optimizer, share)
+            self._optimizer.set_rate(share)
             self.losses.append(sum(self._gradients(batch) for batch in taken) / len(taken))
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
@@ -104,7 +108,7 @@ class Healer:
                 if f"m|{name}" not in tensors:
                     continue
                 self._optimizer.state[p] = {
-                    "step": torch.tensor(float(record["steps"])),
+                    "step": int(record["steps"]),
                     "exp_avg": tensors[f"m|{name}"].to(p),
                     "exp_avg_sq": tensors[f"v|{name}"].to(p),
                 }
@@ -117,6 +121,25 @@ class Healer:
             if state := self._optimizer.state.get(p):  # none where no gradient has come yet
                 tensors |= {f"m|{name}": state["exp_avg"], f"v|{name}": state["exp_avg_sq"]}
         self._work.save(STEP, tensors, {"steps": steps, "losses": self.losses}, again=True)
+
+
+def input_metrics(student: Any, batches: Sequence[Batch]) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """The metrics of a model's `TrainableLinear`s, see `core_metrics`, by what they are given in these batches."""
+    layers = {name: module for name, module in student.named_modules() if isinstance(module, TrainableLinear)}
+    targets = [Target(name, layer) for name, layer in layers.items()]
+    with torch.no_grad():
+        with noting_inputs(targets) as read:
+            _hidden(student, batches[0])
+        # One that is not called (an expert that was not chosen) is trained as it is.
+        targets = [target for target in targets if target.name in read]
+        groups = group_by_input(targets, read)
+        read.clear()
+        hooks = MomentHooks(groups, gradients=False, device=next(student.parameters()).device)
+        with hooks.open():
+            for batch in batches:
+                _hidden(student, batch)
+    grams = hooks.moments().inputs
+    return core_metrics([(layers[target.name], grams[target.name]) for target in targets])
 
 
 def _hidden(model: Any, batch: Batch) -> torch.Tensor:

@@ -57,7 +57,10 @@ class BlockMoments:
     @classmethod
     def of(cls, tensors: dict[str, torch.Tensor], groups: Sequence[InputGroup], rows: dict[str, int]) -> BlockMoments:
         """The inverse of `tensors`."""
-        inputs = {t.name: tensors[f"in:{g.targets[0].name}"].double() for g in groups for t in g.targets}
+        inputs = {}
+        for group in groups:
+            gram = tensors[f"in:{group.targets[0].name}"].double()
+            inputs |= {target.name: gram for target in group.targets}
         outputs = {name[4:]: tensor.double() for name, tensor in tensors.items() if name.startswith("out:")}
         return cls(inputs, outputs, rows)
 

@@ -189,10 +189,6 @@ class Options:
             f"an elastic checkpoint's blocks can't be refined: refine_epochs must be 0, is {self.refine_epochs}",
         )
         need(
-            self.heal_tokens == 0,
-            f"an elastic checkpoint can't be healed: heal_tokens must be 0, is {self.heal_tokens}",
-        )
-        need(
             self.rank_multiple % 2 == 0 or not any(STORES[store].bits == 4 for store in self.stores),
             f"rank_multiple must be even with {self.stores[0]}, whose columns share bytes, is {self.rank_multiple}",
         )

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -25,7 +24,7 @@ from cai_runtime.compress.choices import Choice, choose
 from cai_runtime.compress.comparison import quality
 from cai_runtime.compress.curves import Noise, curves_of, measure
 from cai_runtime.compress.elastic import ElasticPlan
-from cai_runtime.compress.elastic_run import ElasticCompressor, elastic_plan, judge_keeps, write_elastic
+from cai_runtime.compress.elastic_run import ElasticCompressor, elastic_plan, heal_elastic, judge_keeps, write_elastic
 from cai_runtime.compress.heal import Healer
 from cai_runtime.compress.moments import BlockMoments
 from cai_runtime.compress.options import BATCH, DTYPES, Options
@@ -219,25 +218,26 @@ class _Run:
         self._source, self._dst, self._weights = source, dst.absolute(), weights
         self._options, self._plan, self._progress = options, plan, progress
         self._planned = plan.choices
-        self._seconds: dict[str, float] = {}
 
     def run(self, *, overwrite: bool, restart: bool) -> Report:
         options = self._options
-        with self._timed("hash"):
-            hashes = self._weights.hashes()
+        start = perf_counter()
+        hashes = self._weights.hashes()
+        hashed = perf_counter() - start
         key = {"options": asdict(options), "source": hashes, "versions": versions(), "threads": torch.get_num_threads()}
         directory = self._dst.with_name(f".{self._dst.name}.work")
         with ExitStack() as stack:
             work = Work(directory, key, restart=restart)
             stack.callback(work.close)
-            with self._timed("text"):
+            work.watch.add("hash", hashed)
+            with work.watch.stage("text"):
                 batches, extra, text = self._text(work)
-            with self._timed("open"):
+            with work.watch.stage("open"):
                 model = open_model(self._weights, dtype=DTYPES[options.dtype], device=options.device)
                 targets = find_targets(model.model, [s.name for s in model.stacks], self._weights)
             calibration = CalibrationPass(model, targets, batches, work)
             self._calibrate(calibration, work)
-            with self._timed("allocate"):
+            with work.watch.stage("allocate"):
                 curves, noise = self._curves(calibration, work)
                 forms = elastic_plan(curves, options) if options.elastic else None
                 if forms is None:
@@ -245,21 +245,20 @@ class _Run:
                         curves, options, noise=noise, budget_bytes=self._plan.layer_budget_bytes
                     )
             if forms is not None:
-                self._compress_elastic(calibration, forms, work)
+                losses = self._compress_elastic(calibration, forms, extra, work)
             else:
                 self._compress_blocks(calibration, choices, work)
-            losses = self._heal(calibration, extra, work)
+                losses = self._heal(calibration, extra, work)
             report = Report(
                 source=self._source,
                 source_sha256=hashes,
                 options=asdict(options),
                 calibration=text,
                 versions=versions(),
-                seconds=self._seconds,
                 healing=losses,
             )
             with (
-                self._timed("write"),
+                work.watch.stage("write"),
                 CheckpointWriter(
                     self._dst, config=self._weights.config(), source_dir=self._weights.path, overwrite=overwrite
                 ) as writer,
@@ -268,7 +267,7 @@ class _Run:
                     write_elastic(writer, calibration, forms, work, curves, options, report, self._progress)
                 else:
                     write_checkpoint(writer, calibration, work, curves, options, report, self._progress)
-                report.seconds = {stage: round(took, 3) for stage, took in self._seconds.items()}
+                report.seconds = work.watch.seconds()
                 writer.finish(report.to_json())
             work.remove()
         return report
@@ -307,7 +306,7 @@ class _Run:
             if work.has(at.step("curves")) and (not curvature or work.has(at.step("grad"))):
                 return
             groups, moments = self._kept_moments(calibration, work, at) or calibration.moments(at, gradients=curvature)
-            with self._timed("decompose"):
+            with work.watch.stage("decompose"):
                 targets = [target for group in groups for target in group.targets]
                 energies, found = measure(self._weights, targets, moments, self._options, self._planned)
             record = {"groups": [[t.name for t in g.targets] for g in groups], "rows": moments.rows, **found}
@@ -315,7 +314,7 @@ class _Run:
                 work.save(at.step("moments"), moments.tensors(groups), record)
             work.save(at.step("curves"), energies, record)
 
-        with self._timed("calibrate", but="decompose"):
+        with work.watch.stage("calibrate"):
             with self._bar(len(blocks), "forward", "block") as bar:
                 calibration.tick = bar.update
                 calibration.forward()
@@ -361,26 +360,35 @@ class _Run:
         def moments(at: BlockId) -> tuple[list[InputGroup], BlockMoments]:
             return self._moments(calibration, work, at)
 
-        with self._timed("blocks"):
+        with work.watch.stage("blocks"):
             compressor = BlockwiseCompressor(calibration, choices, moments, work, settings)
             total = sum(compressor.ticks(at) for at in calibration.blocks())
             with self._bar(total, "blocks", "step") as bar:
                 compressor.tick = bar.update
                 compressor.run()
 
-    def _compress_elastic(self, calibration: CalibrationPass, plan: ElasticPlan, work: Work) -> None:
+    def _compress_elastic(
+        self, calibration: CalibrationPass, plan: ElasticPlan, batches: list[Batch], work: Work
+    ) -> list[float]:
+        options = self._options
+
         def moments(at: BlockId) -> tuple[list[InputGroup], BlockMoments]:
             return self._moments(calibration, work, at)
 
-        with self._timed("blocks"), self._bar(len(plan.modules), "blocks", "layer") as bar:
-            ElasticCompressor(calibration, plan, self._options.stores[0], moments, work, bar.update).run()
+        with work.watch.stage("blocks"), self._bar(len(plan.modules), "blocks", "layer") as bar:
+            ElasticCompressor(calibration, plan, options.stores[0], moments, work, bar.update).run()
+        steps = options.heal_tokens // (BATCH * options.sequence_length)
+        if not steps:
+            return []
+        with work.watch.stage("heal"), self._bar(steps, "heal", "step") as bar:
+            return heal_elastic(calibration, plan, work, batches, options, steps=steps, tick=bar.update)
 
     def _heal(self, calibration: CalibrationPass, batches: list[Batch], work: Work) -> list[float]:
         options = self._options
         steps = options.heal_tokens // (BATCH * options.sequence_length)
         if not steps:
             return []
-        with self._timed("heal"):
+        with work.watch.stage("heal"):
             student = self._student(calibration, work)
             teacher = self._weights.resident(DTYPES[options.dtype]).to(options.device)
             with self._bar(steps, "heal", "step") as bar:
@@ -409,16 +417,6 @@ class _Run:
         for name, parameter in student.named_parameters():
             parameter.requires_grad_("cores." in name or parameter.ndim == 1)
         return student
-
-    @contextmanager
-    def _timed(self, stage: str, *, but: str | None = None) -> Iterator[None]:
-        """Add the time to a stage. but: a stage inside it that is counted by itself."""
-        start, inside = perf_counter(), self._seconds.get(but or "", 0.0)
-        try:
-            yield
-        finally:
-            took = perf_counter() - start - (self._seconds.get(but or "", 0.0) - inside)
-            self._seconds[stage] = self._seconds.get(stage, 0.0) + took
 
     def _bar(self, total: int, name: str, unit: str) -> tqdm:
         return tqdm(total=total, desc=name, unit=unit, disable=tqdm_disable(self._progress))

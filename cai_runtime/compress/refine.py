@@ -15,16 +15,15 @@ the damped mean of g g^T, g the loss gradient at the block's output.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from cai_runtime.compress.decompose import INPUT_DAMPING
 from cai_runtime.compress.moments import GramSum
+from cai_runtime.compress.optimizer import WhitenedAdam
 from cai_runtime.compress.stack import Call
-
-BETAS = (0.9, 0.99)
 
 
 class ShiftedMoments:
@@ -66,6 +65,7 @@ def refine_block(
     targets: Sequence[torch.Tensor],
     metric: torch.Tensor,
     *,
+    inputs_metrics: Mapping[nn.Parameter, torch.Tensor],
     epochs: int,
     rate: float,
     seed: int,
@@ -74,8 +74,8 @@ def refine_block(
     """Train `parameters` so that the block gives `targets` on `inputs`; the best state of all epochs is kept.
 
     calls, inputs, targets: one for each batch, [batch, tokens, hidden]. metric: [hidden, hidden], fp64, symmetric and
-    positive definite. rate: of Adam (Kingma and Ba, 2015), as a share of each parameter's own root mean square; it
-    falls to 0 along a cosine. seed: of the batches' order.
+    positive definite. inputs_metrics, rate: of the optimizer, see `WhitenedAdam`; the rate falls to 0 along a cosine. seed:
+    of the batches' order.
 
     Returns the error before and after: the mean squared error in the metric over the mean square of the targets'
     distance from the inputs in it.
@@ -92,7 +92,7 @@ def refine_block(
         with torch.no_grad():
             return sum(float(error(number)) for number in range(len(inputs)))
 
-    optimizer = adam(parameters, rate)
+    optimizer = WhitenedAdam(parameters, rate, inputs_metrics)
     generator = torch.Generator().manual_seed(seed)
     begin = least = total()
     best = [p.detach().clone() for p in parameters]
@@ -100,7 +100,7 @@ def refine_block(
     for step in range(steps):
         if step % len(inputs) == 0:
             order = torch.randperm(len(inputs), generator=generator).tolist()
-        set_rate(optimizer, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        optimizer.set_rate(0.5 + 0.5 * math.cos(math.pi * step / steps))
         with torch.enable_grad():
             (error(order[step % len(inputs)]) * len(inputs)).backward()
         optimizer.step()
@@ -116,18 +116,3 @@ def refine_block(
         for kept, p in zip(best, parameters, strict=True):
             p.copy_(kept)
     return begin, least
-
-
-def adam(parameters: Sequence[nn.Parameter], rate: float) -> torch.optim.Adam:
-    """Adam whose rate for each parameter is `rate` times the parameter's root mean square."""
-    groups = []
-    for p in parameters:
-        size = float(p.detach().float().square().mean().sqrt()) if p.numel() else 0.0
-        groups.append({"params": [p], "lr": rate * size, "whole": rate * size})
-    return torch.optim.Adam(groups, betas=BETAS)
-
-
-def set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
-    """The rates as a share of those the optimizer was made with."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["whole"] * share

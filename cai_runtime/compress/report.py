@@ -34,7 +34,7 @@ class ModuleReport:
 class Report:
     """The whole run. Bytes are on disk; a "dense" byte count takes two bytes (bf16) for each parameter.
 
-    `seconds`: wall time by stage, in the call that finished. `blocks`: error of each block's output before and after
+    `seconds`: wall time by stage, of all calls that it took. `blocks`: error of each block's output before and after
     its refinement, see `refine_block`. `healing`: mean divergence of each step, in nats per position. `quality`: see
     `cai_runtime.compress.compare`. `keep_parameters` and `keep_bytes` are of the factorized modules alone; the totals
     are of the checkpoint with embedding, head and norms.

@@ -132,6 +132,14 @@ class TrainableLinear(nn.Module):
         self.order = module.pivot.long().argsort() if module.pivot is not None else None
         self.bias = nn.Parameter(bias.detach().float().clone()) if bias is not None else None
 
+    @property
+    def in_features(self) -> int:
+        return self.spec.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.spec.out_features
+
     def parts(self) -> list[TrainableCore]:
         """Its cores, in order."""
         return [core for core in self.cores if isinstance(core, TrainableCore)]

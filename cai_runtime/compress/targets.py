@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -12,10 +13,11 @@ from cai_runtime.errors import UnsupportedModelError
 
 @dataclass(frozen=True)
 class Target:
-    """One linear layer y = W x + b of a decoder block. `name`: its name in the model and in the checkpoint."""
+    """One linear layer y = W x + b of a decoder block. `name`: its name in the model and in the checkpoint. `module`: a
+    torch.nn.Linear, or a `TrainableLinear` in its place."""
 
     name: str
-    module: nn.Linear
+    module: Any
 
 
 @dataclass(frozen=True)

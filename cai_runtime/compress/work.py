@@ -7,30 +7,35 @@ import json
 import os
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
+from cai_runtime.compress.stopwatch import Stopwatch
 from cai_runtime.errors import CompressionError
 
 FORMAT = 1  # raise it when what a step keeps, or how it comes about, changes
 MANIFEST = "manifest.json"
 LOCK = "lock"
 RECORD = "record"  # metadata entry of a step's file
+SECONDS = "seconds.json"  # nothing that results depend on
 
 
 class Work:
     """A directory of steps. A step is a file of named tensors with a JSON record, and is there whole or not at all.
 
     key: everything that the results depend on (options, source hash, versions), JSON. A directory that was begun with
-    another key is refused, unless `restart`, which empties it.
+    another key is refused, unless `restart`, which empties it. watch: goes on from the time that earlier calls took, and is
+    kept with every step.
 
     Raises CompressionError when the directory belongs to something else or can't be written.
     """
 
     def __init__(self, directory: Path, key: dict[str, Any], *, restart: bool = False):
         self.directory = directory
+        self.watch = Stopwatch()
         text = json.dumps({"format": FORMAT, **key}, sort_keys=True, indent=1)
         manifest = directory / MANIFEST
         try:
@@ -51,6 +56,8 @@ class Work:
                     f"{directory} holds an unfinished compression with other options ({_difference(begun, text)}): "
                     "restart it (--restart), or remove the directory"
                 )
+            with suppress(OSError, ValueError):  # without it, times begin anew
+                self.watch = Stopwatch(json.loads((directory / SECONDS).read_text()))
         except OSError as e:
             raise CompressionError(f"the work directory {directory} can't be used: {e.strerror or e}") from e
 
@@ -72,6 +79,7 @@ class Work:
         try:
             self._file(step).parent.mkdir(exist_ok=True)
             _write(self._file(step), data)
+            _write(self.directory / SECONDS, json.dumps(self.watch.seconds()).encode())
         except OSError as e:
             raise CompressionError(
                 f"{self._file(step)} can't be written: {e.strerror or e}; what is finished is "
@@ -97,7 +105,7 @@ class Work:
 
     def close(self) -> None:
         """Let another process use the directory; one without results is removed. Idempotent."""
-        if not self._lock.closed and {entry.name for entry in self.directory.iterdir()} <= {LOCK, MANIFEST}:
+        if not self._lock.closed and {entry.name for entry in self.directory.iterdir()} <= {LOCK, MANIFEST, SECONDS}:
             shutil.rmtree(self.directory, ignore_errors=True)
         self._lock.close()
 

@@ -1,0 +1,91 @@
+"""Adam in whitened coordinates."""
+
+import pytest
+import torch
+from torch import nn
+
+from cai_runtime.compress.cores import dense_module, factorized_module
+from cai_runtime.compress.decompose import damped, factorize
+from cai_runtime.compress.optimizer import WhitenedAdam, core_metrics, whitening
+from cai_runtime.compress.student import TrainableLinear
+
+
+def inputs(columns, seed=0):
+    """Rows of which a few directions carry most, as in a language model."""
+    g = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(columns, columns, generator=g) * torch.logspace(1, -1.5, columns)[:, None]
+    return torch.randn(600, columns, generator=g) @ mixing
+
+
+def gram_of(x):
+    return x.double().mT @ x.double() / len(x)
+
+
+def trained(metrics, rate, steps=40):
+    """The share of the error that is left after some steps of mending a weight whose error is as decomposition leaves it:
+    each direction's share of the outputs' error is the same."""
+    x = inputs(24)
+    dual = whitening(gram_of(x))
+    weight, error = (torch.randn(16, 24, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    wanted = x @ weight.mT
+    p = nn.Parameter(weight + 0.1 * error @ dual.mT)
+    optimizer = WhitenedAdam([p], rate, {p: dual} if metrics else None)
+    first = None
+    for step in range(steps):
+        optimizer.set_rate(1 - step / steps)
+        loss = (x @ p.mT - wanted).square().mean()
+        first = first or float(loss.detach())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return float((x @ p.mT - wanted).square().mean()) / first
+
+
+def test_without_a_metric_it_is_adam():
+    a, b = (nn.Parameter(torch.linspace(-1, 2, 12).view(3, 4)) for _ in range(2))
+    size = float(a.detach().square().mean().sqrt())
+    ours, theirs = WhitenedAdam([a], 0.01), torch.optim.Adam([b], lr=0.01 * size, betas=(0.9, 0.99), eps=1e-12)
+    for step in range(5):
+        for p, optimizer in ((a, ours), (b, theirs)):
+            (p**2 * (step + 1)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(a, b)
+
+
+def test_a_metric_gets_further_than_any_rate_without():
+    best = {on: min(trained(on, 10**-power) for power in (1, 1.5, 2, 2.5, 3, 3.5)) for on in (False, True)}
+    assert best[True] < 0.3 * best[False]
+
+
+def test_whitened_inputs_have_the_unit_as_their_mean():
+    gram = damped(gram_of(inputs(20)))
+    dual = whitening(gram_of(inputs(20))).double()
+    white = dual.mT @ gram @ dual
+    unit = float(white[0, 0])
+    torch.testing.assert_close(white, unit * torch.eye(20, dtype=torch.float64), atol=1e-4 * unit, rtol=0)
+
+
+def test_inputs_that_were_never_seen_leave_adam_as_it_is():
+    eye = whitening(torch.zeros(5, 5, dtype=torch.float64))
+    torch.testing.assert_close((eye @ eye.mT), torch.eye(5))
+
+
+@pytest.mark.parametrize("kind", ["dense", "lowrank", "interpolative"])
+def test_every_core_has_the_metric_of_its_own_inputs(kind):
+    x = inputs(24)
+    gram = damped(gram_of(x))
+    weight = torch.randn(16, 24)
+    if kind == "dense":
+        module = dense_module(weight, "fp32", gram)
+    else:
+        module = factorized_module(kind, weight, factorize(weight, gram), 8, "fp32", gram)
+    layer, twin = TrainableLinear(module), TrainableLinear(module)
+    metrics = core_metrics([(layer, gram), (twin, gram)])
+    assert metrics[layer.parts()[0].latent] is metrics[twin.parts()[0].latent]  # one matrix for shared inputs
+    assert len(metrics) == 2 * len(layer.parts())
+    if kind != "dense":
+        core, found = layer.parts()[0].latent.detach().double(), metrics[layer.parts()[1].latent]
+        assert found.shape == (8, 8)
+        wanted = whitening(core @ gram @ core.mT)  # up to the signs of its columns
+        torch.testing.assert_close(found @ found.mT, wanted @ wanted.mT)
