@@ -1,13 +1,16 @@
 """What compression costs SmolLM2-135M-Instruct: perplexity on unseen Wikipedia text, against the dense model's.
 
-    python benchmarks/compress.py --keep 0.9 0.8 --stages plain shift refine heal
+    python benchmarks/compress.py keep --keep 0.9 0.8 0.5 --calibration wikipedia self
+    python benchmarks/compress.py stages --keep 0.8
+    python benchmarks/compress.py bytes --target 45% 30%
 
-Stages: "plain" decomposes, allocates and rounds; "shift" does that for shifted inputs; "refine" trains each block after
-"plain"; "heal" trains the whole model after that (the compressor's default).
+keep: `cai compress` as it is by default, at several budgets in parameters. stages: what each stage adds, one by one.
+bytes: factors and stores competing under a budget in bytes, beside quantization alone (int8 and int4 competing, and every
+layer in one store).
 
 Calibrates on the first half of the Wikipedia sample's articles, or on what --calibration names, and scores 48 windows of 512
 tokens spread evenly over the last quarter, which nothing else has seen. The judge is transformers over the checkpoint's
-reconstructed weights. Writes benchmarks/results/compress.json.
+reconstructed weights, in fp32. Writes benchmarks/results/compress_<what>.json after every case.
 """
 
 from __future__ import annotations
@@ -15,8 +18,11 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -28,65 +34,85 @@ from cai_runtime.convert.sources import pull
 from cai_runtime.convert.texts import split_articles, wikipedia_articles
 from cai_runtime.engine.open import load_tokenizer
 
+MODEL = "smollm2-135m-instruct"
 WINDOW, WINDOWS = 512, 48
-STAGES = {
-    "plain": {"refine_epochs": 0, "heal_tokens": 0},
-    "shift": {"shift": True, "refine_epochs": 0, "heal_tokens": 0},
-    "refine": {"heal_tokens": 0},
-    "heal": {},
+UNTRAINED: dict[str, Any] = {"refine_epochs": 0, "heal_tokens": 0}
+STAGES: dict[str, dict[str, Any]] = {
+    "decompose": {"allocation": "uniform", "curvature": False, **UNTRAINED},
+    "+ loss gradients": {"allocation": "uniform", **UNTRAINED},
+    "+ allocation": UNTRAINED,
+    "+ shifted inputs": {"shift": True, **UNTRAINED},
+    "+ refine": {"heal_tokens": 0},
+    "+ heal": {},
 }
+Case = tuple[str, dict[str, Any]]
+
+
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    for calibration in args.calibration:
+        source = {"calibration": calibration, "samples": args.samples}
+        if args.what == "keep":
+            for keep in args.keep:
+                yield f"keep {keep}", {"keep": keep, "store": args.store, **source}
+        elif args.what == "stages":
+            for keep in args.keep:
+                for stage in args.stages:
+                    yield f"keep {keep} {stage}", {"keep": keep, "store": args.store, **STAGES[stage], **source}
+        else:
+            for target in args.target:
+                yield f"{target} factors and stores", {"target_bytes": target, **source}
+                yield f"{target} factors, int8", {"target_bytes": target, "store": "int8", **source}
+                yield f"{target} stores alone", {"target_bytes": target, "kind": "dense", **source}
+            for store in ("int8", "int4-g64"):
+                yield f"{store} alone", {"keep": 1.0, "kind": "dense", "store": store, **source}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.9, 0.8])
-    parser.add_argument("--stages", nargs="+", default=["plain", "refine", "heal"], choices=STAGES)
-    parser.add_argument("--allocation", default="pooled", choices=["pooled", "uniform"])
-    parser.add_argument("--calibration", default="wikipedia", help='"wikipedia", "self" or a file')
+    parser.add_argument("what", choices=("keep", "stages", "bytes"))
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.8])
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
+    parser.add_argument("--target", nargs="+", default=["45%", "30%"])
+    parser.add_argument("--calibration", nargs="+", default=["wikipedia"], help='"wikipedia", "self" or a file')
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--store", default="int8")
-    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "compress.json")
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    file = args.json or Path(__file__).parent / "results" / f"compress_{args.what}.json"
 
-    source = pull("smollm2-135m-instruct")
+    source = pull(MODEL)
     tokens = tokenize(load_tokenizer(source), split_articles(wikipedia_articles()).test)
     windows = tokens[: tokens.numel() // WINDOW * WINDOW].view(-1, WINDOW)
     unseen = windows[torch.linspace(0, len(windows) - 1, WINDOWS).long()].flatten()
     dense = perplexity(dense_reference(source), unseen)
     print(f"dense: perplexity {dense:.2f}", flush=True)
-    results = []
-    for keep in args.keep:
-        for stage in args.stages:
-            with tempfile.TemporaryDirectory() as folder:
-                slim = Path(folder) / "slim"
-                report = compress(
-                    source,
-                    slim,
-                    keep=keep,
-                    allocation=args.allocation,
-                    store=args.store,
-                    calibration=args.calibration,
-                    samples=args.samples,
-                    evaluate=False,
-                    **STAGES[stage],
-                )
-                found = perplexity(slim_as_transformers(slim), unseen)
-            entry = {
-                "keep": keep, "stage": stage, "allocation": args.allocation, "store": args.store,
-                "calibration": report.calibration["source"], "samples": args.samples, "perplexity": found,
-                "ratio": found / dense, "bytes": report.total_bytes, "seconds": report.seconds,
-            }  # fmt: skip
-            results.append(entry)
-            took = sum(report.seconds.values())
-            print(
-                f"keep {keep} {stage}: perplexity {found:.2f}, {found / dense:.3f} x dense, {took:.0f} s",
-                flush=True,
-            )
-    document = {
-        "benchmark": "compress", "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": describe_machine(),
-        "versions": versions(), "model": "SmolLM2-135M-Instruct", "dense_perplexity": dense, "results": results,
-    }  # fmt: skip
-    args.json.write_text(json.dumps(document, indent=2) + "\n")
+    results: list[dict[str, Any]] = []
+    for name, options in cases(args):
+        start = perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            slim = Path(folder) / "slim"
+            report = compress(source, slim, evaluate=False, **options)
+            took = perf_counter() - start
+            found = perplexity(slim_as_transformers(slim), unseen)
+        results.append(
+            {
+                "case": name, "options": options, "calibration": report.calibration, "perplexity": found,
+                "ratio": found / dense, "keep_parameters": report.keep_parameters, "bytes": report.total_bytes,
+                "of_bf16": report.total_bytes / report.total_dense_bytes, "total_seconds": took,
+                "seconds": report.seconds,
+            }
+        )  # fmt: skip
+        print(
+            f"{name}, {options['calibration']}: perplexity {found:.2f}, {found / dense:.3f} x dense, "
+            f"{report.total_bytes / report.total_dense_bytes:.3f} of bf16, {took:.0f} s",
+            flush=True,
+        )
+        document = {
+            "benchmark": f"compress {args.what}", "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": describe_machine(), "versions": versions(), "model": MODEL, "tokens": unseen.numel(),
+            "dense_perplexity": dense, "results": results,
+        }  # fmt: skip
+        file.write_text(json.dumps(document, indent=2) + "\n")
 
 
 if __name__ == "__main__":
