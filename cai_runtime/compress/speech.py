@@ -11,7 +11,7 @@ gives it noise where it knows silence. Where silence says nothing about the loss
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -223,50 +223,54 @@ def _tell(
     progress: bool | None,
 ) -> list[Sample]:
     """A text for every window, then further ones of them until there are `samples`."""
-    prompts = Prompts.of(model)
     most = min(most, model.config.max_target_positions - 4)  # the prompt is up to four tokens
-    samples = max(samples, len(features))
     found: dict[tuple[int, tuple[int, ...]], Sample] = {}
-    with progress_bar("texts", total=samples, unit="text", show=progress) as bar:
+    with progress_bar("texts", total=max(samples, len(features)), unit="text", show=progress) as bar:
         for number, temperature in enumerate((None, *TEMPERATURES)):
-            for start in range(0, len(features), TOGETHER):
-                if len(found) >= samples:
-                    return list(found.values())
-                group = list(range(start, min(start + TOGETHER, len(features))))
-                encoded = encode(model, torch.stack([features[k] for k in group]))
-                for times in (False, True):
-                    # Own texts have times in every other one; the next round has them the other way round.
-                    rows = [
-                        row
-                        for row, k in enumerate(group)
-                        if times == (bool((k + number) % 2) and (temperature is not None or texts[k] is None))
-                    ]
-                    if not rows:
-                        continue
-                    prompt = prompt_of(model, prompts, encoded[rows], times=times)
-                    given = [texts[group[row]] if temperature is None else None for row in rows]
-                    own = (
-                        transcribe(
-                            model,
-                            encoded[rows],
-                            prompt,
-                            most=most,
-                            temperature=temperature or 0.0,
-                            keys=[(seed << 40) + (number << 32) + group[row] for row in rows],
-                        )
-                        if None in given
-                        else [[] for _ in rows]
-                    )
-                    for row, begin, said, text in zip(rows, prompt, own, given, strict=True):
-                        if text is not None:
-                            ids = tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
-                            said = [*ids, prompts.end][:most]
-                        sample = Sample(group[row], (*begin, *said), len(begin))
-                        looping = number > 0 and loops(said)
-                        if not looping and (sample.window, sample.tokens) not in found:
-                            found[sample.window, sample.tokens] = sample
-                            bar.update()
-    return list(found.values())[:samples]
+            for sample in _round(model, tokenizer, features, texts, number, temperature, most, seed):
+                if number > 0 and loops(sample.tokens):
+                    continue
+                if found.setdefault((sample.window, sample.tokens), sample) is sample:
+                    bar.update()
+                if number > 0 and len(found) >= samples:
+                    break
+            if len(found) >= samples:
+                break
+    return list(found.values())
+
+
+def _round(
+    model: Any,
+    tokenizer: Any,
+    features: list[torch.Tensor],
+    texts: Sequence[str | None],
+    number: int,
+    temperature: float | None,
+    most: int,
+    seed: int,
+) -> Iterator[Sample]:
+    """One text of each window, of at most `most` tokens: without a temperature the given one, where there is one; or the
+    model's own, with times in every other window, and the next round in the others."""
+    prompts = Prompts.of(model)
+    for start in range(0, len(features), TOGETHER):
+        group = range(start, min(start + TOGETHER, len(features)))
+        encoded = encode(model, torch.stack(features[start : group.stop]))
+        told = [k for k in group if temperature is None and texts[k] is not None]
+        if told:
+            begins = prompt_of(model, prompts, encoded[[k - start for k in told]], times=False)
+            for k, begin in zip(told, begins, strict=True):
+                ids = tokenizer(f" {texts[k]}", add_special_tokens=False)["input_ids"]
+                yield Sample(k, (*begin, *[*ids, prompts.end][:most]), len(begin))
+        for times in (False, True):
+            own = [k for k in group if k not in told and bool((k + number) % 2) == times]
+            if not own:
+                continue
+            heard = encoded[[k - start for k in own]]
+            begins = prompt_of(model, prompts, heard, times=times)
+            keys = [(seed << 40) + (number << 32) + k for k in own]
+            said = transcribe(model, heard, begins, most=most, temperature=temperature or 0.0, keys=keys)
+            for k, begin, text in zip(own, begins, said, strict=True):
+                yield Sample(k, (*begin, *text), len(begin))
 
 
 def _record(path: Path) -> dict[str, Any]:
