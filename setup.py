@@ -57,7 +57,8 @@ def nvcc_path() -> str | None:
 
 
 def visible_gpu_archs() -> list[str]:
-    """Compute capabilities of the GPUs the driver shows, e.g. ["9.0a"]; empty without a driver."""
+    """Compute capabilities of the GPUs the driver shows, e.g. ["9.0a"], as far as the kernels can be built for them; empty
+    without a driver."""
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return []
@@ -65,6 +66,7 @@ def visible_gpu_archs() -> list[str]:
     if out.returncode != 0:
         return []
     caps = sorted({line.strip() for line in out.stdout.splitlines() if line.strip()})
+    caps = [c for c in caps if int(c.partition(".")[0]) >= 8]  # older ones have no asynchronous copies
     # The "a" targets unlock the architecture's own instructions (wgmma, TMA) and exist from Hopper on.
     return [c + "a" if c in ("9.0", "10.0") else c for c in caps]
 

@@ -54,7 +54,9 @@ class StaticBatch:
         self.size, self._page_size, self._scratch_page = size, page_size, scratch_page
         # One tensor, so that a step's numbers travel in one copy: ids, positions, slots, context_len.
         self._numbers = torch.zeros(4, size, dtype=torch.int32, device=device)
-        self._host = torch.zeros(4, size, dtype=torch.int32, pin_memory=device.type == "cuda")
+        pinned = device.type == "cuda"
+        self._host = torch.zeros(4, size, dtype=torch.int32, pin_memory=pinned)
+        self._host_table = torch.zeros(size * pages, dtype=torch.int32, pin_memory=pinned)
         ids, positions, slots, context_len = self._numbers
         self.ids = ids
         self.batch = AttentionBatch(
@@ -85,7 +87,9 @@ class StaticBatch:
         width = max(used, default=1)
         rows = [[*s.pages[:n], *([self._scratch_page] * (width - n))] for s, n in zip(step, used, strict=True)]
         rows += [[self._scratch_page] * width] * padding
-        self.batch.page_table[:, :width] = torch.tensor(rows, dtype=torch.int32).to(self._numbers.device)
+        table = self._host_table[: self.size * width].view(self.size, width)
+        table.copy_(torch.tensor(rows, dtype=torch.int32))
+        self.batch.page_table[:, :width].copy_(table, non_blocking=True)
 
 
 class CudaCapture:
@@ -100,9 +104,8 @@ class CudaCapture:
         with torch.cuda.device(self._device):
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
-                for _ in range(
-                    2
-                ):  # compiles kernels, loads modules, sizes work spaces: none of it may happen in a graph
+                # Compiles kernels, loads modules, sizes work spaces: none of it may happen in a graph.
+                for _ in range(2):
                     forward()
             torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
@@ -189,6 +192,8 @@ class DecodeGraphs:
         if (size, width) not in self._recorded:
             if size not in self._batches:
                 self._batches[size] = self._buffers(size)
+            # Recording runs the pass. The last step's inputs would have it write into pages that may be another's by now.
+            self._batches[size].fill([])
             ids, batch, model = self._batches[size].ids, self._batches[size].narrowed(width), self._model
             try:
                 self._recorded[size, width] = self._capture(lambda: model.logits(model.forward(ids, batch)))

@@ -22,12 +22,13 @@ def parse_bytes(value: int | str) -> int:
     return int(float(match[1]) * UNITS[match[2].lower()])
 
 
-def available_memory(device_type: str) -> int:
-    """Free bytes on the device; on the CPU what the system says is available, within the control group's limit."""
-    if device_type == "cuda":
+def available_memory(device: str) -> int:
+    """Free bytes on the device, "cpu" or "cuda[:n]"; on the CPU what the system says is available, within the control
+    group's limit."""
+    if device.startswith("cuda"):
         import torch
 
-        return int(torch.cuda.mem_get_info()[0])
+        return int(torch.cuda.mem_get_info(device)[0])
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
@@ -39,16 +40,16 @@ def available_memory(device_type: str) -> int:
     return max(free, 0)
 
 
-def cache_budget(kv_cache: int | float | str | None, *, device_type: str, useful: int) -> int:
+def cache_budget(kv_cache: int | float | str | None, *, device: str, useful: int) -> int:
     """Bytes for the KV cache.
 
     kv_cache: bytes, text ("2GiB"), a fraction of the free memory (a float in (0, 1]), or None: a quarter of the free
     memory, at most `useful`, which is what the largest batch at full context could fill.
     """
     if kv_cache is None:
-        return min(useful, int(available_memory(device_type) * DEFAULT_FRACTION))
+        return min(useful, int(available_memory(device) * DEFAULT_FRACTION))
     if isinstance(kv_cache, float) and 0 < kv_cache <= 1:
-        return int(available_memory(device_type) * kv_cache)
+        return int(available_memory(device) * kv_cache)
     if isinstance(kv_cache, float):
         raise MemoryBudgetError(f"a fraction of memory is above 0 and at most 1, not {kv_cache}")
     return parse_bytes(kv_cache)

@@ -123,7 +123,7 @@ def load_runner(
     context = max_context or model.max_context
     page_bytes = model.cache_bytes_per_token(cache_dtype) * PAGE_SIZE
     useful = page_bytes * (-(-context // PAGE_SIZE)) * max_batch
-    budget = cache_budget(kv_cache, device_type=place.type, useful=useful)
+    budget = cache_budget(kv_cache, device=str(place), useful=useful)
     pages = budget // page_bytes
     if pages < 2:
         raise MemoryBudgetError(

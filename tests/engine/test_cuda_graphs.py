@@ -67,6 +67,29 @@ def test_a_longer_context_takes_a_wider_table(checkpoint: Path):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
 
 
+class WarmReplays(Replays):
+    """Runs the forward before it is recorded, as `CudaCapture` does."""
+
+    def __call__(self, forward: Forward) -> Forward:
+        forward()
+        return super().__call__(forward)
+
+
+def test_recording_writes_into_nobodys_pages(checkpoint: Path):
+    """A wider table is recorded while the buffers still hold a step of a sequence that has ended, and whose page is
+    another's by then."""
+    found = []
+    for capture in (None, WarmReplays()):
+        runner = open_runner(checkpoint, capture=capture)
+        if runner._graphs is not None:
+            runner._graphs.widths = (2, 16)
+        runner.run([ScheduledSequence([5, 6, 7], 0, [3, 4], True)])
+        runner.run([ScheduledSequence([8], 3, [3, 4], True)])  # into page 3, with the narrow table
+        runner.run([ScheduledSequence(list(range(10, 22)), 0, [3, 5, 6, 7], True)])
+        found.append(runner.run([ScheduledSequence([9], 12, [3, 5, 6, 7], True)]).clone())
+    torch.testing.assert_close(*found, rtol=0, atol=2e-6)
+
+
 def test_static_batch_keeps_its_addresses_and_pads():
     static = StaticBatch(4, pages=3, page_size=PAGE_SIZE, scratch_page=9, device=CPU)
     fixed = {name: t.data_ptr() for name, t in vars(static.batch).items()} | {"ids": static.ids.data_ptr()}
