@@ -25,7 +25,7 @@ WARMUP = 0.1  # share of the steps
 POSITIONS = 256  # whose logits are in memory at once
 STEP = "heal"
 KEEP_EVERY = 8  # steps between states on disk
-METRIC_BATCHES = 8  # from which the layers' inputs are known
+METRIC_BATCHES = 8  # times those of a step: from which the layers' inputs are known
 
 
 class Healer:
@@ -51,7 +51,9 @@ class Healer:
         self._batches, self._work, self._steps, self._tick = batches, work, steps, tick
         self._per_step = batches_per_step
         self._named = {name: p for name, p in student.named_parameters() if p.requires_grad}
-        self._optimizer = WhitenedAdam(self._named.values(), rate, input_metrics(student, batches[:METRIC_BATCHES]))
+        self._optimizer = WhitenedAdam(
+            self._named.values(), rate, input_metrics(student, batches[: METRIC_BATCHES * batches_per_step])
+        )
         self.losses: list[float] = []  # mean divergence of each step, in nats per position
 
     def run(self) -> None:
