@@ -9,7 +9,7 @@ beforehand: what it needs for its best, and what no engine has for nothing.
 
     GB/s         bytes of the keys and values that the queries see, at decode / median time
     GFLOP/s      four operations for each query head, dimension and pair of positions that see each other / median time
-    floor        the larger of bytes / read bandwidth and operations / matrix rate, as in `linear.py`
+    floor        the larger of bytes / read bandwidth and operations / matrix rate, see `floors.py`
 
 Before anything is timed, up to eight rows are held against softmax(q k^T) v in float64. Times are taken as `timing.py`
 says: the sequences rotate, so that no call finds its keys in a cache.
@@ -17,16 +17,19 @@ says: the sequences rotate, so that no call finds its keys in a cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 from cai_runtime.bench.attention_cases import Case, gathered_calls, paged_calls
+from cai_runtime.bench.bandwidth import streaming_read
 from cai_runtime.bench.contenders import TOLERANCE, check_backends, default_backends
+from cai_runtime.bench.floors import Floors, MeasureRoofs, Reader
 from cai_runtime.bench.machine import describe_gpus, describe_machine, versions
 from cai_runtime.bench.roofs import Roofs, measure_roofs
-from cai_runtime.bench.timing import Call, Schedule, interleaved, make_clock, rotation, thread_count
+from cai_runtime.bench.timing import Call, Schedule, make_clock, rotation, thread_count
 from cai_runtime.errors import BenchmarkError, KernelError
 
 if TYPE_CHECKING:
@@ -86,12 +89,17 @@ class AttentionResult:
     activations: str
     cache_bytes: int
     flops: int
+    roofs: Roofs  # while this was measured
     sets: int = 0
     calls: int = 0
     median_s: float | None = None
     best_s: float | None = None
     relative_error: float | None = None
     unsupported: str | None = None  # why
+
+    @property
+    def nbytes(self) -> int:
+        return self.cache_bytes
 
     def rate(self, amount: float) -> float | None:
         """`amount` per second, by the median."""
@@ -108,15 +116,8 @@ class AttentionReport:
     versions: dict[str, str | None]
     settings: AttentionSettings
     threads: int
-    roofs: Roofs
+    roofs: Roofs  # the highest of all results
     results: list[AttentionResult]
-
-    def floor(self, r: AttentionResult) -> float:
-        """Seconds."""
-        return self.roofs.floor(r.cache_bytes, r.flops, r.activations)
-
-    def floor_fraction(self, r: AttentionResult) -> float | None:
-        return None if r.median_s is None else self.floor(r) / r.median_s
 
     @property
     def baseline(self) -> str:
@@ -158,9 +159,12 @@ def bench_attention(
     subject: str,
     notes: Sequence[str] = (),
     progress: bool | None = None,
-    roofs: Callable[[str, int | None], Roofs] = measure_roofs,
+    roofs: MeasureRoofs = measure_roofs,
+    reader: Reader | None = streaming_read,
 ) -> AttentionReport:
     """Measure every case; the module says what. Memory: one case's caches at a time.
+
+    roofs, reader: how the floors are measured, see `Floors`.
 
     Raises BenchmarkError: caches that don't fit in memory, a result that is wrong.
     """
@@ -177,10 +181,9 @@ def bench_attention(
         progress_bar("measure", total=turns, unit="turn", show=progress) as bar,
         torch.inference_mode(),
     ):
-        before = roofs(settings.device, None)
+        floors = Floors(settings.device, roofs, reader)
         for case in cases:
-            results += _measure(case, contenders, settings, bar)
-        after = roofs(settings.device, None)
+            results += _measure(case, contenders, settings, floors, bar)
     return AttentionReport(
         subject=subject,
         notes=tuple(notes),
@@ -190,7 +193,7 @@ def bench_attention(
         versions=versions(),
         settings=settings,
         threads=threads,
-        roofs=before.higher(after),
+        roofs=reduce(Roofs.higher, (r.roofs for r in results)),
         results=results,
     )
 
@@ -208,7 +211,7 @@ def attention_contenders(settings: AttentionSettings) -> list[_Contender]:
 
 
 def _measure(
-    case: Case, contenders: Sequence[_Contender], settings: AttentionSettings, bar: Any
+    case: Case, contenders: Sequence[_Contender], settings: AttentionSettings, floors: Floors, bar: Any
 ) -> list[AttentionResult]:
     sizes = [case.held_bytes(CACHE_DTYPES[c.cache]) for c in contenders]
     sets = rotation(sizes, settings.device)
@@ -224,10 +227,8 @@ def _measure(
             reasons[index] = str(error)
             bar.update(settings.schedule.rounds)
 
-    def after_turn(_: int) -> None:
-        bar.update()
-
-    times = dict(zip(running, interleaved(clocks, settings.schedule, after_turn=after_turn), strict=True))
+    timings, around = floors.timed(clocks, settings.schedule, bar.update)
+    times = dict(zip(running, timings, strict=True))
     results = []
     for index, c in enumerate(contenders):
         timed: dict[str, Any] = {"unsupported": reasons.get(index)}
@@ -237,7 +238,7 @@ def _measure(
                 "relative_error": errors[index],
             }  # fmt: skip
         what = (case.mode, case.batch, case.context, c.engine, c.method, c.cache, c.activations)
-        results.append(AttentionResult(*what, case.seen_bytes(CACHE_DTYPES[c.cache]), case.flops, **timed))
+        results.append(AttentionResult(*what, case.seen_bytes(CACHE_DTYPES[c.cache]), case.flops, around, **timed))
     return results
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from cai_runtime.bench.floors import floor, floor_fraction
 from cai_runtime.bench.report import aligned, device_line, figure
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def _figures(report: AttentionReport, r: AttentionResult, reasons: list[str]) ->
         if reason not in reasons:
             reasons.append(reason)
         return (f"[{reasons.index(reason) + 1}]", *("-",) * 5)
-    fraction, speedup = report.floor_fraction(r), report.speedup(r)
+    fraction, speedup = floor_fraction(r), report.speedup(r)
     return (
         figure(r.median_s * 1e3, 3),
         figure(r.best_s * 1e3, 3),
@@ -70,10 +71,11 @@ def attention_json(report: AttentionReport) -> dict[str, Any]:
         "results": [
             {
                 **asdict(r),
+                "roofs": r.roofs.to_json(),
                 "gb_per_s": r.rate(r.cache_bytes / 1e9),
                 "gflop_per_s": r.rate(r.flops / 1e9),
-                "floor_s": report.floor(r),
-                "floor_fraction": report.floor_fraction(r),
+                "floor_s": floor(r),
+                "floor_fraction": floor_fraction(r),
                 "speedup_over_torch": report.speedup(r),
             }
             for r in report.results

@@ -8,10 +8,8 @@ are taken as `timing.py` says: weights and inputs rotate, contenders take turns.
     GB/s            bytes of the stored weights / median time
     GFLOP/s         operations of the factors as they are multiplied, two for each parameter and row / median time
     floor           the larger of bytes / read bandwidth and operations / matrix rate (`roofs.py`), measured for each group
-                    and number of rows: a shared machine is not equally fast all the time. On a CPU a streaming read takes
-                    turns with the contenders, and its median counts as theirs do. Everything else is measured right
-                    before and right after, and the higher counts. The matrix rate is that of torch's products in the
-                    dtype of the activations. Activations are left out of the bytes: they may stay in a cache.
+                    and number of rows (`floors.py`). The matrix rate is that of torch's products in the dtype of the
+                    activations. Activations are left out of the bytes: they may stay in a cache.
     of floor        floor / median time
     vs dense        time of torch's dense linear in the same rows / median time; fp32 on a CPU, whose kernels compute in
                     fp32, bf16 on a GPU
@@ -21,8 +19,8 @@ On a CPU inputs are fp32, but for torch in bf16 and torch's int4 kernel; on a GP
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
@@ -36,9 +34,10 @@ from cai_runtime.bench.contenders import (
     linear_contenders,
 )
 from cai_runtime.bench.factors import STORES, Factorization, RandomWeights, flops_per_row, stored_bytes
+from cai_runtime.bench.floors import Floors, MeasureRoofs, Reader
 from cai_runtime.bench.machine import describe_gpus, describe_machine, versions
 from cai_runtime.bench.roofs import Roofs, measure_roofs
-from cai_runtime.bench.timing import Call, Schedule, Times, interleaved, make_clock, rotation, thread_count
+from cai_runtime.bench.timing import Schedule, Times, make_clock, rotation, thread_count
 from cai_runtime.errors import BenchmarkError, KernelError
 
 if TYPE_CHECKING:
@@ -109,6 +108,10 @@ class LinearResult:
         return f"{self.engine} {self.method} {self.store}"
 
     @property
+    def nbytes(self) -> int:
+        return self.weight_bytes
+
+    @property
     def intensity(self) -> float:
         """Operations per byte of weights."""
         return self.flops / self.weight_bytes
@@ -133,13 +136,6 @@ class LinearReport:
     roofs: Roofs  # the highest of all results
     results: list[LinearResult]
 
-    def floor(self, r: LinearResult) -> float:
-        """Seconds."""
-        return r.roofs.floor(r.weight_bytes, r.flops, r.activations)
-
-    def floor_fraction(self, r: LinearResult) -> float | None:
-        return None if r.median_s is None else self.floor(r) / r.median_s
-
     def speedup(self, r: LinearResult, store: str) -> float | None:
         """Against torch's dense linear in `store` on the same group and rows."""
         for other in self.results:
@@ -163,8 +159,8 @@ def bench_linear(
     notes: Sequence[str] = (),
     benchmark: str = "linear",
     progress: bool | None = None,
-    roofs: Callable[[str, int | None], Roofs] = measure_roofs,
-    reader: Callable[[str], tuple[Call, int]] | None = streaming_read,
+    roofs: MeasureRoofs = measure_roofs,
+    reader: Reader | None = streaming_read,
 ) -> LinearReport:
     """Measure every group at every number of rows; the module says what. Memory: one group's weights at a time.
 
@@ -186,9 +182,7 @@ def bench_linear(
         progress_bar("measure", total=turns, unit="turn", show=progress) as bar,
         torch.inference_mode(),
     ):
-        # CUDA graphs replay at a clock of their own, and a GPU's memory is not shared.
-        read = None if reader is None or settings.device.startswith("cuda") else reader(settings.device)
-        floors = _Floors(partial(roofs, settings.device, None), read)
+        floors = Floors(settings.device, roofs, reader)
         for group in groups:
             results += _measure_group(group, contenders, settings, floors, bar)
     return LinearReport(
@@ -207,14 +201,6 @@ def bench_linear(
     )
 
 
-@dataclass(frozen=True)
-class _Floors:
-    """roofs: measures them. read: a streaming read that takes turns with the contenders, and its bytes."""
-
-    roofs: Callable[[], Roofs]
-    read: tuple[Call, int] | None
-
-
 @dataclass
 class _Entry:
     """A contender with a group's weights: `sets` of them, each prepared; or the reason why there are none."""
@@ -231,7 +217,7 @@ def _measure_group(
     group: LinearGroup,
     contenders: Sequence[Contender],
     settings: LinearSettings,
-    floors: _Floors,
+    floors: Floors,
     bar: Any,
 ) -> list[LinearResult]:
     inputs = _inputs(group.in_features, settings)
@@ -287,7 +273,7 @@ def _measure_rows(
     batch: int,
     inputs: Sequence[torch.Tensor],
     settings: LinearSettings,
-    floors: _Floors,
+    floors: Floors,
     bar: Any,
 ) -> list[LinearResult]:
     import torch
@@ -310,17 +296,7 @@ def _measure_rows(
             reasons[index] = str(error)
             bar.update(rounds)
 
-    def after_turn(index: int) -> None:
-        if index < len(running):
-            bar.update()
-
-    before = floors.roofs()
-    if floors.read is not None:
-        clocks.append(make_clock([floors.read[0]], settings.device))
-    found = interleaved(clocks, settings.schedule, after_turn=after_turn)
-    around = before.higher(floors.roofs())
-    if floors.read is not None:
-        around = replace(around, read=floors.read[1] / found.pop().median)
+    found, around = floors.timed(clocks, settings.schedule, bar.update)
     times = dict(zip(running, found, strict=True))
     return [
         _result(group, entry, batch, around, times.get(index), errors.get(index), reasons.get(index))

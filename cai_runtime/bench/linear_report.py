@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cai_runtime.bench.floors import floor, floor_fraction
 from cai_runtime.bench.report import aligned, device_line, device_name, figure
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def _block(report: LinearReport, results: Sequence[LinearResult], reasons: list[
 
 
 def _figures(report: LinearReport, r: LinearResult) -> tuple[str, ...]:
-    fraction, speedup = report.floor_fraction(r), report.speedup(r, report.baseline)
+    fraction, speedup = floor_fraction(r), report.speedup(r, report.baseline)
     return (
         figure((r.median_s or 0) * 1e3, 3),
         figure((r.best_s or 0) * 1e3, 3),
@@ -79,7 +80,7 @@ def token_totals(report: LinearReport) -> list[dict[str, Any]]:
             mine = [r for r in report.results if r.label == label and r.batch == 1 and r.median_s is not None]
             if {r.group for r in mine} == groups:
                 seconds = sum(r.active * (r.median_s or 0) for r in mine)
-                floor = sum(r.active * report.floor(r) for r in mine)
+                floor = sum(r.active * floor(r) for r in mine)
                 totals.append({"kernel": label, "ms": seconds * 1e3, "floor_ms": floor * 1e3})
     return totals
 
@@ -103,8 +104,8 @@ def linear_json(report: LinearReport) -> dict[str, Any]:
                 "roofs": r.roofs.to_json(),
                 "gb_per_s": gb,
                 "gflop_per_s": gflop,
-                "floor_s": report.floor(r),
-                "floor_fraction": report.floor_fraction(r),
+                "floor_s": floor(r),
+                "floor_fraction": floor_fraction(r),
                 "speedup_over_dense_fp32": report.speedup(r, "fp32"),
                 "speedup_over_dense_bf16": report.speedup(r, "bf16"),
             }

@@ -81,7 +81,7 @@ def fetch_shards(shards: Shards, *, progress: bool | None = None) -> Iterator[Pa
     for file in shards.files:
 
         def download(directory: Path, file: str = file) -> None:
-            with hub._hub_errors(uri):
+            with hub.hub_errors(uri):
                 from huggingface_hub import hf_hub_download
 
                 info = _info(uri)
@@ -92,10 +92,10 @@ def fetch_shards(shards: Shards, *, progress: bool | None = None) -> Iterator[Pa
                     revision=uri.revision,
                     local_dir=directory,
                     etag_timeout=hub.PATIENCE,
-                    endpoint=hub._endpoint(),
-                    tqdm_class=hub._bar_class(progress),
+                    endpoint=hub.endpoint(),
+                    tqdm_class=hub.bar_class(progress),
                 )
-            hub._check(info, directory)
+            hub.check_files(info, directory)
             # What huggingface_hub notes beside a download to be able to take it up again.
             shutil.rmtree(directory / ".cache", ignore_errors=True)
 
@@ -111,7 +111,7 @@ def _info(uri: HubUri) -> Any:
     """The repository's commit, files and card."""
     from huggingface_hub import HfApi
 
-    return HfApi(endpoint=hub._endpoint()).dataset_info(
+    return HfApi(endpoint=hub.endpoint()).dataset_info(
         uri.repo, revision=uri.revision, files_metadata=True, timeout=hub.PATIENCE
     )
 
@@ -135,7 +135,7 @@ def _look_up(name: DatasetName) -> dict[str, Any]:
 
 def _repository(name: DatasetName, revision: str) -> Any:
     uri = HubUri(name.repo, revision, None)
-    with hub._hub_errors(uri):
+    with hub.hub_errors(uri):
         return _info(uri)
 
 

@@ -19,8 +19,7 @@ from cai_runtime.compress.evaluate import dense_reference, logits_of, slim_as_tr
 from cai_runtime.errors import CompressionError
 
 if TYPE_CHECKING:
-    from cai_runtime.engine.runner import ScheduledSequence
-    from cai_runtime.models.registry import CausalLM
+    pass
 
 Backend = Literal["transformers", "engine"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -189,10 +188,10 @@ class EngineJudge(_Closing):
         self._check(ids)
         pages = list(range(self._pages(ids)))
         for start in range(0, len(ids), PROMPT_CHUNK):
-            hidden = self._hidden([ScheduledSequence(ids[start : start + PROMPT_CHUNK], start, pages, True)])
+            hidden = self._runner.hidden_states([ScheduledSequence(ids[start : start + PROMPT_CHUNK], start, pages, True)])
             for rows in hidden[max(first - start, 0) :].split(LOGIT_ROWS):
                 if len(rows):
-                    yield self._head(rows)
+                    yield self._runner.logits(rows)
 
     @torch.inference_mode()
     def log_likelihoods(
@@ -228,9 +227,9 @@ class EngineJudge(_Closing):
                     pages = self._pages(text.fed)
                     step.append(ScheduledSequence(text.fed, 0, list(range(page, page + pages)), True))
                     page += pages
-                hidden = self._hidden(step).split([len(text.fed) for text in group])
+                hidden = self._runner.hidden_states(step).split([len(text.fed) for text in group])
                 parts = [
-                    map(self._head, rows[text.first :].split(PROMPT_CHUNK))
+                    map(self._runner.logits, rows[text.first :].split(PROMPT_CHUNK))
                     for rows, text in zip(hidden, group, strict=True)
                 ]
             for text, logits in zip(group, parts, strict=True):
@@ -247,20 +246,6 @@ class EngineJudge(_Closing):
 
     def _pages(self, ids: Sequence[int]) -> int:
         return -(-len(ids) // self._runner.page_size)
-
-    def _hidden(self, step: list[ScheduledSequence]) -> torch.Tensor:
-        """Hidden states of every token of a step, [tokens, hidden]: `Runner.run` gives the last one of each sequence
-        only."""
-        return self._model.forward(*self._runner._flatten(step))
-
-    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._model.logits(hidden)
-
-    @property
-    def _model(self) -> CausalLM:
-        if self._runner._model is None:
-            raise RuntimeError("the judge is closed")
-        return self._runner._model
 
     def continue_greedily(self, prompt_ids: Sequence[int], max_tokens: int) -> list[int]:
         from cai_runtime.engine.request import Request, SamplingParams

@@ -32,7 +32,7 @@ def fetch_repository(uri: HubUri, directory: Path, *, progress: bool | None = No
     Every large file is checked against the SHA-256 that the hub states. Raises SourceError: no network, unknown
     repository or revision, no permission, no safetensors, hash mismatch.
     """
-    with _hub_errors(uri):
+    with hub_errors(uri):
         from huggingface_hub import snapshot_download
 
         info = _info(uri)
@@ -46,16 +46,16 @@ def fetch_repository(uri: HubUri, directory: Path, *, progress: bool | None = No
             allow_patterns=WANTED,
             ignore_patterns=UNWANTED,
             etag_timeout=PATIENCE,
-            endpoint=_endpoint(),
-            tqdm_class=_bar_class(progress),
+            endpoint=endpoint(),
+            tqdm_class=bar_class(progress),
         )
-    _check(info, directory)
+    check_files(info, directory)
 
 
 def fetch_hub_file(uri: HubUri, directory: Path, *, progress: bool | None = None) -> Path:
     """Download one file of a repository into `directory`; returns it. Raises SourceError like `fetch_repository`."""
     assert uri.file is not None
-    with _hub_errors(uri):
+    with hub_errors(uri):
         from huggingface_hub import hf_hub_download
 
         info = _info(uri)
@@ -67,10 +67,10 @@ def fetch_hub_file(uri: HubUri, directory: Path, *, progress: bool | None = None
             revision=info.sha,
             local_dir=directory,
             etag_timeout=PATIENCE,
-            endpoint=_endpoint(),
-            tqdm_class=_bar_class(progress),
+            endpoint=endpoint(),
+            tqdm_class=bar_class(progress),
         )
-    _check(info, directory)
+    check_files(info, directory)
     return directory / uri.file
 
 
@@ -78,16 +78,18 @@ def _info(uri: HubUri) -> Any:
     """The repository's commit and files. The first contact: the one that must fail quickly without a network."""
     from huggingface_hub import HfApi
 
-    return HfApi(endpoint=_endpoint()).model_info(
+    return HfApi(endpoint=endpoint()).model_info(
         uri.repo, revision=uri.revision, files_metadata=True, timeout=PATIENCE
     )
 
 
-def _endpoint() -> str | None:
+def endpoint() -> str | None:
+    """Another hub than the public one, where the environment names it."""
     return os.environ.get("HF_ENDPOINT") or None
 
 
-def _bar_class(progress: bool | None) -> type:
+def bar_class(progress: bool | None) -> type:
+    """A tqdm for huggingface_hub's downloads that is shown as `progress` says; None: on a terminal only."""
     from tqdm import tqdm
 
     class Bar(tqdm):
@@ -99,7 +101,7 @@ def _bar_class(progress: bool | None) -> type:
     return Bar
 
 
-def _check(info: Any, directory: Path) -> None:
+def check_files(info: Any, directory: Path) -> None:
     """Hold the downloaded files against the sizes and hashes that the hub states."""
     for file in info.siblings or []:
         path = directory / file.rfilename
@@ -115,7 +117,7 @@ def _check(info: Any, directory: Path) -> None:
         raise SourceError(f"the downloaded {file.rfilename} of {info.id} has {problem}; try again")
 
 
-class _hub_errors:
+class hub_errors:
     """Turns whatever huggingface_hub raises into a SourceError of one sentence."""
 
     def __init__(self, uri: HubUri):
@@ -130,7 +132,7 @@ class _hub_errors:
         from huggingface_hub import errors
 
         where = f"{self.uri.repo}@{self.uri.revision}"
-        hub = _endpoint() or "huggingface.co"
+        hub = endpoint() or "huggingface.co"
         if isinstance(error, errors.GatedRepoError):
             why = f"{where} is gated: accept its terms on the hub and log in with `hf auth login`"
         elif isinstance(error, errors.RevisionNotFoundError):

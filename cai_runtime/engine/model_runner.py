@@ -66,19 +66,32 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, step: list[ScheduledSequence]) -> torch.Tensor:
-        if self._model is None:
-            raise RuntimeError("the runner is closed")
         if self._graphs is not None and self._graphs.takes(step):
             return self._graphs.run(step)
-        ids, batch = self._flatten(step)
-        hidden = self._model.forward(ids, batch)
+        hidden = self.hidden_states(step)
         ends = accumulate(len(s.token_ids) for s in step)
         rows = [end - 1 for s, end in zip(step, ends, strict=True) if s.sample]
         if len(rows) != len(hidden):
             hidden = hidden[torch.tensor(rows, dtype=torch.long, device=self._device)]
         if len(rows) <= LOGIT_ROWS:
-            return self._model.logits(hidden).cpu()
-        return torch.cat([self._model.logits(part).cpu() for part in hidden.split(LOGIT_ROWS)])
+            return self.logits(hidden).cpu()
+        return torch.cat([self.logits(part).cpu() for part in hidden.split(LOGIT_ROWS)])
+
+    @torch.inference_mode()
+    def hidden_states(self, step: list[ScheduledSequence]) -> torch.Tensor:
+        """Of every token of a step, [tokens, hidden], on the device; keys and values go into the cache as in `run`."""
+        return self._opened.forward(*self._flatten(step))
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Of rows of hidden states, [rows, hidden], fp32 [rows, vocabulary] on the device."""
+        return self._opened.logits(hidden)
+
+    @property
+    def _opened(self) -> CausalLM:
+        if self._model is None:
+            raise RuntimeError("the runner is closed")
+        return self._model
 
     def close(self) -> None:
         if self._graphs is not None:

@@ -26,7 +26,10 @@ def bench(roofs, once):
             "schedule": once,
         }
         return bench_attention(
-            AttentionSettings(**{**settings, **changes}), subject="test", roofs=lambda device, threads: roofs
+            AttentionSettings(**{**settings, **changes}),
+            subject="test",
+            roofs=lambda device, threads: roofs,
+            reader=None,
         )
 
     return run
@@ -105,7 +108,7 @@ def test_what_a_backend_can_t_do_is_shown_with_its_reason(bench, monkeypatch):
 
 
 def test_the_command_writes_a_table_and_json(tmp_path, capsys, monkeypatch, roofs):
-    defaults = {**attention.bench_attention.__kwdefaults__, "roofs": lambda *_: roofs}
+    defaults = {**attention.bench_attention.__kwdefaults__, "roofs": lambda *_: roofs, "reader": None}
     monkeypatch.setattr(attention.bench_attention, "__kwdefaults__", defaults)
     out = tmp_path / "figures.json"
     arguments = ["--heads", "4/2x16", "--context", "20,40", "--batch", "2", "--mode", "decode", "--cache", "fp32"]
