@@ -80,8 +80,8 @@ def token_totals(report: LinearReport) -> list[dict[str, Any]]:
             mine = [r for r in report.results if r.label == label and r.batch == 1 and r.median_s is not None]
             if {r.group for r in mine} == groups:
                 seconds = sum(r.active * (r.median_s or 0) for r in mine)
-                floor = sum(r.active * floor(r) for r in mine)
-                totals.append({"kernel": label, "ms": seconds * 1e3, "floor_ms": floor * 1e3})
+                least = sum(r.active * floor(r) for r in mine)
+                totals.append({"kernel": label, "ms": seconds * 1e3, "floor_ms": least * 1e3})
     return totals
 
 
