@@ -1,0 +1,118 @@
+"""What compression costs Whisper tiny.en: word error rates before and after, encoder and decoder.
+
+    python benchmarks/compress_speech.py --calibration DIR [DIR ...] --judge NAME=DIR [NAME=DIR ...] [--keep 0.8 0.9]
+
+Clips with transcripts come from speech_clips.py, or from anywhere; none may be in both. Every keep is compressed as `cai
+compress` does by default, and without training (--fast); int8 alone is beside them, every layer whole. The judge is
+transformers' Whisper over the reconstructed weights in fp32, greedy, and its English normalizer. Writes
+benchmarks/results/compress_speech.json after every case, with the clips of --judge that were heard differently.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from cai_runtime.bench.machine import describe_machine, versions
+from cai_runtime.compress import compress
+from cai_runtime.compress.audio_files import find_clips
+from cai_runtime.compress.speech_evaluation import compare_speech
+from cai_runtime.convert.sources import pull
+
+MODEL = "whisper-tiny.en"
+UNTRAINED: dict[str, Any] = {"refine_epochs": 0, "heal_tokens": 0}
+SHOWN = 12  # clips heard differently that are written down for each set
+
+
+def cases(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    if "int8" in args.cases:
+        found["int8 alone"] = {"keep": 1.0, "store": "int8", **UNTRAINED}
+    for keep in args.keep:
+        if "fast" in args.cases:
+            found[f"keep {keep} fast"] = {"keep": keep, **UNTRAINED}
+        if "full" in args.cases:
+            found[f"keep {keep}"] = {"keep": keep}
+    return found
+
+
+def judge(path: Path, sets: dict[str, str], reference: Path) -> dict[str, Any]:
+    """Word errors of a checkpoint on each set, next to the dense model's."""
+    found = {}
+    for name, audio in sets.items():
+        result = compare_speech(reference, path, audio=audio)
+        assert result.candidate is not None and result.divergence is not None
+        different = [clip for clip in result.clips if clip.reference != clip.candidate]
+        found[name] = {
+            "clips": result.audio["clips"],
+            "minutes": round(result.audio["seconds"] / 60, 2),
+            "words": result.reference.words,
+            "dense_errors": result.reference.errors,
+            "errors": result.candidate.errors,
+            "dense_word_error": result.reference.word_error,
+            "word_error": result.candidate.word_error,
+            "word_error_error": result.candidate.word_error_error,
+            "kl": result.divergence.kl,
+            "kl_error": result.divergence.kl_error,
+            "top1": result.divergence.top1,
+            "different": [
+                {"clip": c.name, "said": c.said, "dense": c.reference, "slim": c.candidate} for c in different[:SHOWN]
+            ],
+        }
+        print(
+            f"    {name}: {result.reference.words} words, word error {result.reference.word_error:.2%} -> "
+            f"{result.candidate.word_error:.2%}, KL {result.divergence.kl:.4f}, top-1 {result.divergence.top1:.2%}",
+            flush=True,
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calibration", nargs="+", required=True, metavar="DIR")
+    parser.add_argument("--judge", nargs="+", required=True, metavar="NAME=DIR")
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.8])
+    parser.add_argument("--cases", nargs="+", choices=("int8", "fast", "full"), default=["int8", "fast", "full"])
+    parser.add_argument("--samples", type=int, default=48)
+    parser.add_argument("--heal-tokens", type=int, default=65_536)
+    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results/compress_speech.json")
+    args = parser.parse_args()
+    sets = dict(item.split("=", 1) for item in args.judge)
+    calibrated = {clip.path.resolve() for clip in find_clips(args.calibration)}
+    if both := [c.path for audio in sets.values() for c in find_clips(audio) if c.path.resolve() in calibrated]:
+        parser.error(f"{both[0]} is among both the clips to calibrate on and those to judge with")
+    source = pull(MODEL)
+    results: list[dict[str, Any]] = []
+    for name, options in cases(args).items():
+        options = {"samples": args.samples, "heal_tokens": args.heal_tokens, **options}
+        print(name, options, flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            slim = Path(folder) / "slim"
+            start = perf_counter()
+            report = compress(source, slim, calibration=args.calibration, evaluate=False, **options)
+            took = perf_counter() - start
+            print(f"    {took:.0f} s: {report.seconds}", flush=True)
+            judged = judge(slim, sets, source)
+        calibration = {key: value for key, value in report.calibration.items() if key != "files"}
+        results.append(
+            {
+                "case": name, "options": options, "calibration": calibration, "judged": judged,
+                "keep_parameters": report.keep_parameters, "keep_bytes": report.keep_bytes, "bytes": report.total_bytes,
+                "of_bf16": report.total_bytes / report.total_dense_bytes, "seconds": report.seconds,
+                "total_seconds": took, "healing": report.healing[:: max(len(report.healing) // 16, 1)],
+            }
+        )  # fmt: skip
+        document = {
+            "benchmark": "compress speech", "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": describe_machine(), "versions": versions(), "model": MODEL, "results": results,
+        }  # fmt: skip
+        args.json.write_text(json.dumps(document, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
