@@ -146,7 +146,9 @@ def _hear(args: argparse.Namespace) -> int:
     from cai_runtime.errors import CompressionError
 
     if args.text is not None or args.picture is not None or args.backend != "transformers":
-        raise CompressionError("--audio judges by transformers and draws nothing: leave --text, --picture, --backend out")
+        raise CompressionError(
+            "--audio judges by transformers and draws nothing: leave --text, --picture, --backend out"
+        )
     if args.json is not None:
         _require_parent(args.json, "--json")
     comparison = compare_speech(

@@ -188,7 +188,9 @@ class EngineJudge(_Closing):
         self._check(ids)
         pages = list(range(self._pages(ids)))
         for start in range(0, len(ids), PROMPT_CHUNK):
-            hidden = self._runner.hidden_states([ScheduledSequence(ids[start : start + PROMPT_CHUNK], start, pages, True)])
+            hidden = self._runner.hidden_states(
+                [ScheduledSequence(ids[start : start + PROMPT_CHUNK], start, pages, True)]
+            )
             for rows in hidden[max(first - start, 0) :].split(LOGIT_ROWS):
                 if len(rows):
                     yield self._runner.logits(rows)

@@ -57,7 +57,7 @@ class BlockMoments:
     @classmethod
     def of(cls, tensors: dict[str, torch.Tensor], groups: Sequence[InputGroup], rows: dict[str, int]) -> BlockMoments:
         """The inverse of `tensors`."""
-        inputs = {}
+        inputs: dict[str, torch.Tensor] = {}
         for group in groups:
             gram = tensors[f"in:{group.targets[0].name}"].double()
             inputs |= {target.name: gram for target in group.targets}

@@ -54,7 +54,7 @@ class WhitenedAdam(torch.optim.Optimizer):
             group["lr"] = group["whole"] * share
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """One step by the gradients that are there. closure: not taken."""
         for group in self.param_groups:
             (p,), dual = group["params"], group["dual"]

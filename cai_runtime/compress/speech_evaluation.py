@@ -64,7 +64,7 @@ def compare_speech(
     paths = [pull(name, progress=progress) for name in ((reference,) if candidate is None else (reference, candidate))]
     for path in paths:
         _require_speech(path)
-    clips = list(audio) if _are_clips(audio) else find_clips(audio)  # type: ignore[arg-type]
+    clips: list[Clip] = list(audio) if _are_clips(audio) else find_clips(audio)  # type: ignore[arg-type]
     place, precision = str(choose_device(device)), "fp32" if dtype == "auto" else dtype
     keeps = [None] * (len(paths) - 1) + [keep]
     run = _Run(paths, keeps, clips, place, DTYPES[precision], progress)

@@ -210,7 +210,7 @@ class Whisper:
     # -- the variables -----------------------------------------------------------------------------------------------
 
     def _find_weights(self) -> dict[str, Weight]:
-        file, found = self._file, {}
+        file, found = self._file, dict[str, Weight]()
         for name, variable in file.variables.items():
             if name in _COMPUTES or name in _IGNORED or name.endswith(("/num_heads", "_scale")):
                 continue

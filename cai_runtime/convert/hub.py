@@ -78,9 +78,7 @@ def _info(uri: HubUri) -> Any:
     """The repository's commit and files. The first contact: the one that must fail quickly without a network."""
     from huggingface_hub import HfApi
 
-    return HfApi(endpoint=endpoint()).model_info(
-        uri.repo, revision=uri.revision, files_metadata=True, timeout=PATIENCE
-    )
+    return HfApi(endpoint=endpoint()).model_info(uri.repo, revision=uri.revision, files_metadata=True, timeout=PATIENCE)
 
 
 def endpoint() -> str | None:

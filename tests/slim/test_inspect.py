@@ -177,7 +177,11 @@ def test_an_elastic_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert run(str(tmp_path / "c"), "--keep", "0.45") == 0
     text = capsys.readouterr().out
     assert "elastic: opens at any keep from 0.2000 to 0.8000; shown at 0.4000" in text
-    assert [line.split() for line in text.splitlines()[-3:]] == [["keep", "perplexity"], ["0.4", "30.5"], ["0.8", "20.25"]]
+    assert [line.split() for line in text.splitlines()[-3:]] == [
+        ["keep", "perplexity"],
+        ["0.4", "30.5"],
+        ["0.8", "20.25"],
+    ]
 
 
 def test_picture(layered: Path, write_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
