@@ -89,8 +89,9 @@ def write_prompts(folder: Path, root: Path) -> None:
             continue
         into = folder / ("calibration" if number % 2 == 0 else "judged")
         into.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, into / source.name)
-        (into / f"{name}.txt").write_text(text.strip() + "\n")
+        flat = name.replace("/", "-")
+        shutil.copyfile(source, into / f"{flat}.wav")
+        (into / f"{flat}.txt").write_text(text.strip() + "\n")
         number += 1
 
 
