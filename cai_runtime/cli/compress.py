@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--elastic",
         action="store_true",
-        help="one checkpoint that opens at any keep up to --keep: lowrank, neither refined nor healed",
+        help="one checkpoint that opens at any keep up to --keep: lowrank, not refined, healed on request",
     )
     parser.add_argument(
         "--smallest-keep", type=float, metavar="SHARE", help="--elastic: the least keep to open at (default 0.3)"

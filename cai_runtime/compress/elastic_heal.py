@@ -29,10 +29,24 @@ GOLDEN = 0.6180339887498949
 LEAST_DIVERGENCE = 0.1  # nats: below, a keep is good enough not to count for more
 
 
+class NestedLinear(TrainableLinear):
+    """A lowrank `TrainableLinear` that is run at `rank`, without its bias: the leading rows of core_0 and columns of
+    core_1."""
+
+    def __init__(self, module: StoredModule):
+        super().__init__(module)
+        self.rank: int = int(module.cores[0].shape[0])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = (core().to(x.dtype) for core in self.parts())
+        return F.linear(F.linear(x, first[: self.rank]), second[:, : self.rank])
+
+
 class ElasticLinear(nn.Module):
     """A layer with all its forms in the place of a torch.nn.Linear, one of them in use: y = W x + bias, x [..., in].
 
-    forms: the one that `quantization_config` lists, and the second form if there is one. Only lowrank cores are trained.
+    forms: the one that `quantization_config` lists, and the second form if there is one. Only lowrank cores are trained, and
+    they are in use at first, whole.
     """
 
     weight: torch.Tensor | None
@@ -41,22 +55,23 @@ class ElasticLinear(nn.Module):
     def __init__(self, forms: Sequence[StoredModule], bias: torch.Tensor | None, dtype: torch.dtype):
         super().__init__()
         whole, lowrank = forms[0], forms[-1]
-        self.spec: ModuleSpec = whole.spec
         self.register_buffer("weight", whole.dense().to(dtype) if whole.spec.kind == "dense" else None)
         self.register_buffer("bias", bias)
-        self.lowrank = TrainableLinear(lowrank) if lowrank.spec.kind == "lowrank" else None
+        self.lowrank = NestedLinear(lowrank) if lowrank.spec.kind == "lowrank" else None
+        self.use(lowrank.spec)
 
     def use(self, spec: ModuleSpec) -> None:
         """From now on it is this one of its forms, at any rank that it has."""
-        self.spec = spec
+        self.dense = spec.kind == "dense"
+        if self.lowrank is not None and isinstance(spec.rank, int):
+            self.lowrank.rank = spec.rank
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.spec.kind == "dense":
+        if self.dense or self.lowrank is None:
             assert self.weight is not None
             return F.linear(x, self.weight, self.bias)
-        assert self.lowrank is not None
-        first, second = (core().to(x.dtype) for core in self.lowrank.parts())
-        return F.linear(F.linear(x, first[: self.spec.rank]), second[:, : self.spec.rank], self.bias)
+        y = self.lowrank(x)
+        return y if self.bias is None else y + self.bias
 
 
 class ElasticHealer(Healer):
@@ -100,7 +115,8 @@ def healing_keeps(table: ElasticTable, specs: dict[str, ModuleSpec], steps: int)
     """A keep for each step, spread evenly over those at which any layer is lowrank, whatever the number of steps."""
     low, high = table.keep
     elastic = {module.name for module in table.modules if module.least is not None}
-    keeps, share = [], 0.5
+    keeps: list[float] = []
+    share = 0.5
     while len(keeps) < steps:
         keep = low + (high - low) * share
         share = (share + GOLDEN) % 1
@@ -112,7 +128,8 @@ def healing_keeps(table: ElasticTable, specs: dict[str, ModuleSpec], steps: int)
 def put_forms(student: nn.Module, layers: dict[str, list[StoredModule]], dtype: torch.dtype, device: str) -> None:
     """Put a block's layers with all their forms into transformers' model, whose biases they take."""
     for name, forms in layers.items():
-        bias = student.get_submodule(name).bias
+        dense: Any = student.get_submodule(name)
+        bias = dense.bias
         layer = ElasticLinear(forms, None if bias is None else bias.detach(), dtype)
         put_in(student, name, layer.to(device))
 

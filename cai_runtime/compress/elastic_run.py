@@ -33,6 +33,7 @@ from cai_runtime.slim.stores import CoreData
 from cai_runtime.slim.writer import CheckpointWriter, record_quality
 
 STEP = "elastic"
+FLOAT = "|float"  # what follows a core's name in the step's file
 JUDGED_KEEPS = 10  # to 1: those between the smallest and the largest are judged, and these two
 
 
@@ -51,7 +52,8 @@ def elastic_plan(curves: Mapping[str, Curve], options: Options) -> ElasticPlan:
 class ElasticCompressor:
     """Rounds one block's layers after another to their forms; "elastic-s-i" in the work directory keeps them.
 
-    store: of all cores. moments: as in `BlockwiseCompressor`. tick: called for every layer.
+    store: of all cores. moments: as in `BlockwiseCompressor`. floats: keep lowrank cores as they were before rounding, too,
+    from where training goes on. tick: called for every layer.
     """
 
     def __init__(
@@ -61,9 +63,11 @@ class ElasticCompressor:
         store: str,
         moments: Callable[[BlockId], tuple[list[InputGroup], BlockMoments]],
         work: Work,
+        *,
+        floats: bool = False,
         tick: Callable[[int], object] = lambda _n: None,
     ):
-        self._calibration, self._plan, self._store = calibration, plan, store
+        self._calibration, self._plan, self._store, self._floats = calibration, plan, store, floats
         self._planned = {module.name: module for module in plan.modules}
         self._moments, self._work = moments, work
         self.tick = tick
@@ -81,6 +85,7 @@ class ElasticCompressor:
                 forms = self._forms(target, self._planned[target.name], moments)
                 specs[target.name] = [form.spec.to_json() for form in forms]
                 tensors |= _tensors(target.name, forms)
+                tensors |= _floats(target.name, forms[-1]) if self._floats else {}
                 self.tick(1)
             self._work.save(at.step(STEP), tensors, {"modules": specs, "rows": moments.rows})
 
@@ -101,7 +106,7 @@ def load_forms(work: Work, at: BlockId) -> tuple[dict[str, list[StoredModule]], 
     layers: dict[str, list[StoredModule]] = {}
     for name, entries in record["modules"].items():
         specs = [ModuleSpec.from_json(name, entry) for entry in entries]
-        layers[name] = [StoredModule(spec, _cores(tensors, name, spec)) for spec in specs]
+        layers[name] = [_form(tensors, name, spec) for spec in specs]
     return layers, record
 
 
@@ -222,10 +227,18 @@ def _tensors(name: str, forms: list[StoredModule]) -> dict[str, torch.Tensor]:
     }
 
 
-def _cores(tensors: Mapping[str, torch.Tensor], name: str, spec: ModuleSpec) -> list[CoreData]:
-    """The inverse of `_tensors` for one form."""
+def _floats(name: str, form: StoredModule) -> dict[str, torch.Tensor]:
+    """The cores of a lowrank form before they were rounded."""
+    if form.spec.kind != "lowrank" or form.floats is None:
+        return {}
+    return {f"{name}.{k}{FLOAT}": core for k, core in zip(form.spec.core_names, form.floats, strict=True)}
+
+
+def _form(tensors: Mapping[str, torch.Tensor], name: str, spec: ModuleSpec) -> StoredModule:
+    """The inverse of `_tensors` and `_floats` for one form."""
     cores = []
     for label, shape, store in zip(spec.core_names, spec.core_shapes, spec.store, strict=True):
         parts = {suffix: tensors[f"{name}.{label}{suffix}"] for suffix in STORES[store].tensors(shape)}
         cores.append(CoreData(parts[""], parts.get("_scale"), store, parts.get("_zero"), shape))
-    return cores
+    floats = [tensors[key] for label in spec.core_names if (key := f"{name}.{label}{FLOAT}") in tensors]
+    return StoredModule(spec, cores, floats=floats or None)

@@ -50,15 +50,17 @@ def nested_module(
     share = _shares(factors.energy, ranks)
     joint = torch.minimum(share[:, None], share[None])
     weight, gram = weight.to(torch.float64), input_gram.to(torch.float64)
-    core_0 = _rounded(right, gram, store)
-    core_1, inner = _fitted(weight, core_0, gram, share, joint, store)
+    core_0 = right
+    stored_0 = _rounded(core_0, gram, store)
+    core_1, inner = _fitted(weight, stored_0, gram, share, joint, store)
     stored_1 = _rounded(core_1, inner, store)
     if STORES[store].bits == 4:
-        core_0 = _rounded(_first_fitted(left, right, stored_1, joint), gram, store)
-        core_1, inner = _fitted(weight, core_0, gram, share, joint, store)
+        core_0 = _first_fitted(left, right, stored_1, joint)
+        stored_0 = _rounded(core_0, gram, store)
+        core_1, inner = _fitted(weight, stored_0, gram, share, joint, store)
         stored_1 = _rounded(core_1, inner, store)
     spec = ModuleSpec("lowrank", weight.shape[0], weight.shape[1], rank, (store, store))
-    return StoredModule(spec, [core_0, stored_1])
+    return StoredModule(spec, [stored_0, stored_1], floats=[core_0.float(), core_1.float()])
 
 
 def _gauged(factors: Factors, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -119,8 +119,8 @@ def compress(
         plan: instead of a budget: a plan file, or its "modules", that says what every layer becomes, see
             `cai_runtime.compress.plan_file`.
         elastic: make one checkpoint that opens at any keep from `smallest_keep` to `keep`, see
-            `cai_runtime.compress.elastic`. Lowrank and pooled, one store, neither shifted, refined nor healed. The file
-            holds many layers in two forms.
+            `cai_runtime.compress.elastic`. Lowrank and pooled, one store, neither shifted nor refined. The file holds many
+            layers in two forms.
         smallest_keep: None: 0.3 with `elastic`.
         device: "cpu" or "cuda[:n]", where the model runs and is decomposed.
         dtype: in which the model runs (None: fp32 on the CPU, bf16 on CUDA).
@@ -376,7 +376,8 @@ class _Run:
             return self._moments(calibration, work, at)
 
         with work.watch.stage("blocks"), self._bar(len(plan.modules), "blocks", "layer") as bar:
-            ElasticCompressor(calibration, plan, options.stores[0], moments, work, bar.update).run()
+            floats = options.heal_tokens > 0
+            ElasticCompressor(calibration, plan, options.stores[0], moments, work, floats=floats, tick=bar.update).run()
         steps = options.heal_tokens // (BATCH * options.sequence_length)
         if not steps:
             return []

@@ -170,7 +170,8 @@ def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
     healing = options.heal_tokens > 0
     heal_memory = (2 * total * size + int(STUDENT_BYTES * layer_parameters)) if healing else 0
     # A block's cores: to be trained, or all forms as they are stored.
-    kept = output - rest_bytes if options.elastic else 4 * layer_parameters
+    kept = 4 * layer_parameters if healing or not options.elastic else 0
+    kept += output - rest_bytes if options.elastic else 0
     return Plan(
         model_type=weights.model_type,
         blocks=blocks,

@@ -9,6 +9,7 @@ from cai_runtime.cli import main
 from cai_runtime.compress import compress, dry_run
 from cai_runtime.compress.comparison import compare, compare_keeps
 from cai_runtime.compress.elastic import cut
+from cai_runtime.compress.elastic_heal import healing_keeps
 from cai_runtime.compress.elastic_run import judged_keeps
 from cai_runtime.compress.eval_text import read_text
 from cai_runtime.compress.evaluate import dense_reference, slim_as_transformers
@@ -155,16 +156,49 @@ def test_judged_keeps():
     assert judged_keeps(0.25, 0.45) == [0.45, 0.4, 0.3, 0.25]
 
 
+HEALED = {**SETTINGS, "heal_tokens": 2 * 64 * 40}
+RATE = 2e-2  # so few weights on so few tokens take larger steps
+
+
+@pytest.fixture(scope="module")
+def healed(tiny, text_file, tmp_path_factory):
+    path = tmp_path_factory.mktemp("healed") / "slim"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cai_runtime.compress.options.HEAL_RATE", RATE)
+        return path, compress(tiny, path, calibration=text_file, **HEALED)
+
+
+def test_healing_helps_every_keep_but_the_largest_which_it_leaves_alone(tiny, made, healed, text_file):
+    settings = {"text": text_file, "tokens": 1024, "window": 64, "prompts": (), "progress": False}
+    keeps = [0.3, 0.5, 0.7, 0.9, 1.0]
+    before, after = (
+        [one.divergence.kl for one in compare_keeps(tiny, path, keeps, **settings)] for path in (made[0], healed[0])
+    )
+    assert all(b < 0.95 * a for a, b in zip(before[:3], after[:3], strict=True)) and after[3] < before[3]
+    assert torch.equal(logits(made[0]), logits(healed[0])) and after[4] == before[4]
+    assert len(healed[1].healing) == 40 and "heal" in healed[1].seconds and not made[1].healing
+
+
+def test_keeps_of_healing_cover_the_range(made):
+    with Checkpoint.open(made[0]) as checkpoint:
+        table, specs = checkpoint.elastic, checkpoint.modules
+    keeps = healing_keeps(table, specs, 16)
+    assert keeps == healing_keeps(table, specs, 64)[:16]
+    tenths = sorted(min(int((keep - 0.3) / 0.7 * 4), 3) for keep in keeps)
+    assert [tenths.count(k) for k in range(4)] == [4, 4, 4, 4]
+
+
 class Killed(BaseException):
     """What no handler expects."""
 
 
-def test_it_goes_on_from_every_step(tiny, made, text_file, tmp_path, monkeypatch):
-    path, _ = made
+def test_it_goes_on_from_every_step(tiny, healed, text_file, tmp_path, monkeypatch):
+    path, _ = healed
+    monkeypatch.setattr("cai_runtime.compress.options.HEAL_RATE", RATE)
     save, done, taken = Work.save, [], []
 
     def save_one(self, step, *rest, **options):
-        if not self.has(step):
+        if not self.has(step) or options.get("again"):
             if done:
                 raise Killed
             done.append(step)
@@ -173,7 +207,7 @@ def test_it_goes_on_from_every_step(tiny, made, text_file, tmp_path, monkeypatch
     monkeypatch.setattr(Work, "save", save_one)
     for _ in range(40):
         try:
-            compress(tiny, tmp_path / "slim", calibration=text_file, **SETTINGS)
+            compress(tiny, tmp_path / "slim", calibration=text_file, **HEALED)
             break
         except Killed:
             assert not (tmp_path / "slim").exists()
@@ -182,7 +216,8 @@ def test_it_goes_on_from_every_step(tiny, made, text_file, tmp_path, monkeypatch
     else:
         pytest.fail("it never came to the end")
     taken += done
-    assert {"elastic-0-0000", "elastic-0-0001"} < set(taken) and len(set(taken)) == len(taken)
+    assert {"elastic-0-0000", "elastic-0-0001"} < set(taken)
+    assert taken.count("heal") == 5 and len(set(taken)) == len(taken) - 4  # the training's state is replaced, no other
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "slim" / file).read_bytes() == (path / file).read_bytes()
     assert [entry.name for entry in tmp_path.iterdir()] == ["slim"]
@@ -196,7 +231,6 @@ def test_it_goes_on_from_every_step(tiny, made, text_file, tmp_path, monkeypatch
         ({"allocation": "uniform"}, "pooled"),
         ({"shift": True}, "shift"),
         ({"refine_epochs": 1}, "refine_epochs must be 0, is 1"),
-        ({"heal_tokens": 1024}, "heal_tokens must be 0, is 1024"),
         ({"keep": 0.3}, r"smallest_keep must be in \(0, keep\), is 0.3 with keep 0.3"),
         ({"smallest_keep": 0.0}, "smallest_keep"),
         ({"smallest_keep": 0.1, "rank_multiple": 16}, "smallest keep 0.1 is too small"),
