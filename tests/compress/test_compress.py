@@ -160,7 +160,16 @@ def test_the_report_counts_what_is_on_disk(tiny, text_file, tmp_path):
     assert written["keep"]["bytes"] == pytest.approx(report.bytes / (2 * report.dense_parameters))
     assert written["source_sha256"].keys() == {"model.safetensors"}
     assert written["options"]["keep"] == 0.8 and written["calibration"]["tokens"] == 8 * 64
-    assert set(written["seconds"]) == {"hash", "text", "open", "calibrate", "decompose", "allocate", "blocks"}
+    assert set(written["seconds"]) == {
+        "hash",
+        "text",
+        "open",
+        "calibrate",
+        "decompose",
+        "allocate",
+        "blocks",
+        "write",
+    }
     assert all(0 <= m["relative_error"] < 1 and m["calibrated"] for m in written["modules"])
 
 
@@ -189,7 +198,7 @@ def test_calibration_makes_the_seen_text_better_than_plain_svd(tiny, text_file, 
         ({"keep": 1.5}, "keep"),
         ({"keep": float("nan")}, "keep"),
         ({"store": "int3"}, "store"),
-        ({"kind": "mpo"}, "kind"),
+        ({"kind": "sparse"}, "kind"),
         ({"allocation": "random"}, "allocation"),
         ({"samples": 0}, "samples"),
         ({"device": "quantum"}, "quantum"),
