@@ -57,6 +57,8 @@ def judge(path: Path, sets: dict[str, str], reference: Path) -> dict[str, Any]:
             "dense_word_error": result.reference.word_error,
             "word_error": result.candidate.word_error,
             "word_error_error": result.candidate.word_error_error,
+            "dense_word_error_capped": result.reference.word_error_capped,
+            "word_error_capped": result.candidate.word_error_capped,
             "kl": result.divergence.kl,
             "kl_error": result.divergence.kl_error,
             "top1": result.divergence.top1,
@@ -64,9 +66,10 @@ def judge(path: Path, sets: dict[str, str], reference: Path) -> dict[str, Any]:
                 {"clip": c.name, "said": c.said, "dense": c.reference, "slim": c.candidate} for c in different[:SHOWN]
             ],
         }
+        row = found[name]
         print(
-            f"    {name}: {result.reference.words} words, word error {result.reference.word_error:.2%} -> "
-            f"{result.candidate.word_error:.2%}, KL {result.divergence.kl:.4f}, top-1 {result.divergence.top1:.2%}",
+            f"    {name}: {row['words']} words, word error {row['dense_word_error']:.2%} -> {row['word_error']:.2%} (at most "
+            f"a clip's words: {row['word_error_capped']:.2%}), KL {row['kl']:.4f}, top-1 {row['top1']:.2%}",
             flush=True,
         )
     return found

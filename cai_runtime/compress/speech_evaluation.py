@@ -204,6 +204,7 @@ class _Run:
             errors=wrong if words else None,
             word_error=rate,
             word_error_error=None if rate is None else _ratio_error(told),
+            word_error_capped=None if rate is None else sum(min(pair) for pair in told) / words,
             seconds=round(self.spent[number], 3),
         )
 

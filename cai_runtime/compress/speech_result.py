@@ -17,6 +17,8 @@ class SpeechScore:
         parameters, nbytes: of the whole checkpoint as it is stored.
         words: in the transcripts that were given; errors: of this model; word_error: their share. word_error_error: its
             standard error over clips. None without transcripts (the error: of a single clip).
+        word_error_capped: the share with no more errors counted in a clip than it has words. A model may repeat itself
+            without end where it hears silence, and one such clip outweighs all others.
         seconds: spent in transcribing.
     """
 
@@ -29,6 +31,7 @@ class SpeechScore:
     errors: int | None
     word_error: float | None
     word_error_error: float | None
+    word_error_capped: float | None
     seconds: float
 
 
@@ -112,6 +115,8 @@ class SpeechComparison:
         if self.reference.words:
             ratio_text = f"{d.word_error_ratio:.3f} x" if d and d.word_error_ratio is not None else ""
             rows.append(row("word error rate", [_rate(m) for m in models], ratio_text))
+            if any(m.word_error != m.word_error_capped for m in models):
+                rows.append(row("at most all words of a clip", [f"{m.word_error_capped:.2%}" for m in models]))
             rows.append(row("words wrong", [f"{m.errors:,} of {m.words:,}" for m in models]))
         if d is not None:
             rows.append(row("words unlike the reference's", ["", f"{d.word_error:.2%}"]))

@@ -244,6 +244,7 @@ def test_a_model_and_itself(whisper, speech, tmp_path, capsys):
     found = compare_speech(whisper, whisper, audio=speech, progress=False)
     assert found.candidate.word_error == found.reference.word_error and found.divergence.word_error == 0
     assert found.divergence.kl < 1e-6 and found.divergence.top1 == 1 and found.divergence.word_error_ratio == 1
+    assert found.reference.word_error_capped <= min(1, found.reference.word_error)
     assert found.reference.words == 6 * 4 and found.audio["transcribed"] == 6 and len(found.clips) == 13
     alone = compare_speech(whisper, audio=[clip.path for clip in split_clips(speech)[0] if clip.text is None])
     assert alone.candidate is None and alone.reference.word_error is None
