@@ -68,8 +68,8 @@ def judge(path: Path, sets: dict[str, str], reference: Path) -> dict[str, Any]:
         }
         row = found[name]
         print(
-            f"    {name}: {row['words']} words, word error {row['dense_word_error']:.2%} -> {row['word_error']:.2%} (at most "
-            f"a clip's words: {row['word_error_capped']:.2%}), KL {row['kl']:.4f}, top-1 {row['top1']:.2%}",
+            f"    {name}: {row['words']} words, word error {row['dense_word_error']:.2%} -> {row['word_error']:.2%} (at "
+            f"most a clip's words: {row['word_error_capped']:.2%}), KL {row['kl']:.4f}, top-1 {row['top1']:.2%}",
             flush=True,
         )
     return found
