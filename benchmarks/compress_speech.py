@@ -1,6 +1,6 @@
 """What compression costs Whisper tiny.en: word error rates before and after, encoder and decoder.
 
-    python benchmarks/compress_speech.py --calibration DIR [DIR ...] --judge NAME=DIR [NAME=DIR ...] [--keep 0.8 0.9]
+    python benchmarks/compress_speech.py --calibration DIR [DIR ...] --judge NAME=DIR [NAME=DIR ...] --work DIR
 
 Clips with transcripts come from speech_clips.py, or from anywhere; none may be in both. Every keep is compressed as `cai
 compress` does by default, and without training (--fast); int8 alone is beside them, every layer whole. The judge is
@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 from cai_runtime.bench.machine import describe_machine, versions
@@ -83,31 +81,33 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=("int8", "fast", "full"), default=["int8", "fast", "full"])
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--heal-tokens", type=int, default=65_536)
+    parser.add_argument(
+        "--work", type=Path, required=True, metavar="DIR", help="keeps the checkpoints; a killed run goes on"
+    )
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results/compress_speech.json")
     args = parser.parse_args()
     sets = dict(item.split("=", 1) for item in args.judge)
     calibrated = {clip.path.resolve() for clip in find_clips(args.calibration)}
     if both := [c.path for audio in sets.values() for c in find_clips(audio) if c.path.resolve() in calibrated]:
         parser.error(f"{both[0]} is among both the clips to calibrate on and those to judge with")
+    args.work.mkdir(parents=True, exist_ok=True)
     source = pull(MODEL)
     results: list[dict[str, Any]] = []
     for name, options in cases(args).items():
         options = {"samples": args.samples, "heal_tokens": args.heal_tokens, **options}
         print(name, options, flush=True)
-        with tempfile.TemporaryDirectory() as folder:
-            slim = Path(folder) / "slim"
-            start = perf_counter()
-            report = compress(source, slim, calibration=args.calibration, evaluate=False, **options)
-            took = perf_counter() - start
-            print(f"    {took:.0f} s: {report.seconds}", flush=True)
-            judged = judge(slim, sets, source)
-        calibration = {key: value for key, value in report.calibration.items() if key != "files"}
+        slim = args.work / name.replace(" ", "-")
+        if not slim.exists():
+            compress(source, slim, calibration=args.calibration, evaluate=False, **options)
+        report = json.loads((slim / "slim_report.json").read_text())
+        print(f"    {sum(report['seconds'].values()):.0f} s: {report['seconds']}", flush=True)
+        calibration = {key: value for key, value in report["calibration"].items() if key != "files"}
         results.append(
             {
-                "case": name, "options": options, "calibration": calibration, "judged": judged,
-                "keep_parameters": report.keep_parameters, "keep_bytes": report.keep_bytes, "bytes": report.total_bytes,
-                "of_bf16": report.total_bytes / report.total_dense_bytes, "seconds": report.seconds,
-                "total_seconds": took, "healing": report.healing[:: max(len(report.healing) // 16, 1)],
+                "case": name, "options": options, "calibration": calibration, "judged": judge(slim, sets, source),
+                "keep_parameters": report["keep"]["parameters"], "keep_bytes": report["keep"]["bytes"],
+                "bytes": report["total_bytes"], "of_bf16": report["total_bytes"] / report["total_dense_bytes"],
+                "seconds": report["seconds"], "healing": report["healing"][:: max(len(report["healing"]) // 16, 1)],
             }
         )  # fmt: skip
         document = {
