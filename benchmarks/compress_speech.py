@@ -81,9 +81,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=("int8", "fast", "full"), default=["int8", "fast", "full"])
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--heal-tokens", type=int, default=65_536)
-    parser.add_argument(
-        "--work", type=Path, required=True, metavar="DIR", help="keeps the checkpoints; a killed run goes on"
-    )
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="for checkpoints; a killed run goes on")
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results/compress_speech.json")
     args = parser.parse_args()
     sets = dict(item.split("=", 1) for item in args.judge)
