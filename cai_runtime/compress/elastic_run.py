@@ -135,7 +135,16 @@ def heal_elastic(
         module.weight.data = weights.rounded(module.weight.data, options.embedding_store)
     teacher = weights.resident(dtype).to(options.device)
     healer = ElasticHealer(
-        student, teacher, batches, work, plan.table(stores), specs, steps=steps, rate=options.heal_rate, tick=tick
+        student,
+        teacher,
+        batches,
+        work,
+        plan.table(stores),
+        specs,
+        steps=steps,
+        rate=options.heal_rate,
+        mixed=options.mixed,
+        tick=tick,
     )
     healer.run()
     return healer.losses

@@ -3,12 +3,16 @@
 The loss is the Kullback-Leibler divergence of the original model's distribution over the next token from the compressed
 one's (Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network", 2015). All cores, in their rounding,
 norms and biases are trained; the embedding and the head are not. Logits exist for a few positions at a time.
+
+In mixed precision (Micikevicius et al., "Mixed precision training", 2018) the products are of bf16, while what is trained, the
+states between the layers and the divergence are fp32.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -32,7 +36,8 @@ class Healer:
     """Trains `student` in place; "heal" in the work directory keeps the state of the training.
 
     student, teacher: transformers' models, the student's parameters that require gradients are trained. batches: taken
-    in order, again and again. steps, rate: of `WhitenedAdam`. batches_per_step: whose gradients are added up.
+    in order, again and again. steps, rate: of `WhitenedAdam`. batches_per_step: whose gradients are added up. mixed: whether
+    fp32 models are run in mixed precision.
     """
 
     def __init__(
@@ -45,15 +50,15 @@ class Healer:
         steps: int,
         rate: float,
         batches_per_step: int = 1,
+        mixed: bool = False,
         tick: Callable[[], object] = lambda: None,
     ):
         self._student, self._teacher = student, teacher
         self._batches, self._work, self._steps, self._tick = batches, work, steps, tick
-        self._per_step = batches_per_step
+        self._per_step, self._mixed = batches_per_step, mixed
         self._named = {name: p for name, p in student.named_parameters() if p.requires_grad}
-        self._optimizer = WhitenedAdam(
-            self._named.values(), rate, input_metrics(student, batches[: METRIC_BATCHES * batches_per_step])
-        )
+        metrics = input_metrics(student, batches[: METRIC_BATCHES * batches_per_step])
+        self._optimizer = WhitenedAdam(self._named.values(), rate, metrics)
         self.losses: list[float] = []  # mean divergence of each step, in nats per position
 
     def run(self) -> None:
@@ -75,9 +80,9 @@ class Healer:
 
     def _gradients(self, batch: Batch) -> float:
         """Add this batch's share of the gradients. Returns its divergence."""
-        with torch.no_grad():
+        with torch.no_grad(), self._precision():
             wanted = _hidden(self._teacher, batch)
-        with torch.enable_grad():
+        with torch.enable_grad(), self._precision():
             found = _hidden(self._student, batch)
         head, teacher_head = self._student.get_output_embeddings(), self._teacher.get_output_embeddings()
         leaf = found.detach().requires_grad_()
@@ -88,15 +93,22 @@ class Healer:
         count, total = flat.shape[0], 0.0
         for start in range(0, count, POSITIONS):
             part = slice(start, start + POSITIONS)
-            with torch.no_grad():
-                target = teacher_head(flat_wanted[part]).float().log_softmax(-1)
+            with torch.no_grad(), self._precision():
+                target = teacher_head(flat_wanted[part])
+            with torch.enable_grad(), self._precision():
+                logits = head(flat[part])
+            target = target.float().log_softmax(-1)
             with torch.enable_grad():
-                logits = head(flat[part]).float().log_softmax(-1)
+                logits = logits.float().log_softmax(-1)
                 loss = F.kl_div(logits, target, log_target=True, reduction="sum") / (count * self._per_step)
                 loss.backward()
             total += float(loss.detach())
         found.backward(leaf.grad)
         return total * self._per_step
+
+    def _precision(self) -> AbstractContextManager[object]:
+        device = next(iter(self._named.values())).device.type
+        return torch.autocast(device, torch.bfloat16) if self._mixed else nullcontext()
 
     def _restore(self) -> int:
         """Go on from the state on disk; the number of steps that are done."""

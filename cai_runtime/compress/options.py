@@ -33,7 +33,7 @@ class Options:
 
     stores: those that a layer may have. target_bytes: an int, or a share of the bf16 bytes as a float in (0, 1].
     plan: the entries of a plan file; with them there is neither keep nor target_bytes. smallest_keep: of an elastic
-    checkpoint, whose largest is `keep`; None of any other.
+    checkpoint, whose largest is `keep`; None of any other. mixed: heal fp32 models with products in bf16.
     """
 
     keep: float | None
@@ -55,6 +55,7 @@ class Options:
     floor: float
     device: str
     dtype: str
+    mixed: bool
     seed: int
     plan: dict[str, dict[str, Any]] | None
     elastic: bool
@@ -119,6 +120,7 @@ class Options:
             calibration=_plain(calibration),
             device=device,
             dtype=dtype or ("bf16" if device.startswith("cuda") else "fp32"),
+            mixed=dtype is None and device == "cpu" and multiplies_bf16(),
             refine_rate=REFINE_RATE,
             heal_rate=HEAL_RATE,
             plan=None if plan is None else plan_entries(plan),
@@ -192,6 +194,13 @@ class Options:
             self.rank_multiple % 2 == 0 or not any(STORES[store].bits == 4 for store in self.stores),
             f"rank_multiple must be even with {self.stores[0]}, whose columns share bytes, is {self.rank_multiple}",
         )
+
+
+def multiplies_bf16() -> bool:
+    """Whether the processor has instructions for products of bf16; others take longer with it than with fp32."""
+    # torch 2.11 does not tell, and is not asked in other ways.
+    found = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 def _parse_bytes(value: int | str | None) -> int | float | None:

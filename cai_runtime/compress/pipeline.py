@@ -123,7 +123,8 @@ def compress(
             layers in two forms.
         smallest_keep: None: 0.3 with `elastic`.
         device: "cpu" or "cuda[:n]", where the model runs and is decomposed.
-        dtype: in which the model runs (None: fp32 on the CPU, bf16 on CUDA).
+        dtype: in which the model runs. None: bf16 on CUDA; on the CPU fp32, but for the products of healing, which are of bf16
+            where the processor has instructions for them.
         seed: draws the calibration sequences, and the order of training.
         evaluate: judge the result against the source on text that calibration has not seen, for the report's "quality": see
             `cai_runtime.compress.comparison.quality`; of a speech model on every tenth clip, see
@@ -400,6 +401,7 @@ class _Run:
                     work,
                     steps=steps,
                     rate=options.heal_rate,
+                    mixed=options.mixed,
                     batches_per_step=BATCH if self._weights.is_speech else 1,  # whose batches are of one window
                     tick=bar.update,
                 )

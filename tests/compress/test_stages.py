@@ -121,6 +121,21 @@ def test_refinement_and_healing_help(tiny, text_file, tmp_path):
     assert divergence["healed"] < divergence["refined"] < divergence["plain"]
 
 
+def test_healing_in_mixed_precision_comes_as_far(tiny, text_file, tmp_path, monkeypatch):
+    reference = dense_reference(tiny)
+    settings = {"calibration": text_file, "keep": 0.6, "refine_epochs": 0, "heal_tokens": 64 * 128, **FAST}
+    divergence, losses = {}, {}
+    for name, dtype in (("mixed", None), ("fp32", "fp32")):
+        monkeypatch.setattr("cai_runtime.compress.options.multiplies_bf16", lambda: True)
+        report = compress(tiny, tmp_path / name, dtype=dtype, **settings)
+        assert report.options["mixed"] == (name == "mixed") and report.options["dtype"] == "fp32"
+        slim = slim_as_transformers(tmp_path / name)
+        divergence[name] = agreement(reference, slim, IDS.flatten(), window=24, progress=False).kl
+        losses[name] = report.healing
+    assert losses["mixed"] != losses["fp32"]
+    assert divergence["mixed"] == pytest.approx(divergence["fp32"], rel=0.05)
+
+
 def test_shifted_inputs_of_an_exact_compression_are_the_models_own(tiny, text_file, tmp_path):
     compress(
         tiny, tmp_path / "slim", calibration=text_file, keep=1.0, store="fp32", shift=True, refine_epochs=0,
