@@ -2,7 +2,7 @@
 
     python benchmarks/compress.py keep --keep 0.9 0.8 0.5 --calibration wikipedia self
     python benchmarks/compress.py stages --keep 0.8
-    python benchmarks/compress.py bytes --target 45% 30%
+    python benchmarks/compress.py bytes --target 45% 30% --fast
 
 keep: `cai compress` as it is by default, at several budgets in parameters. stages: what each stage adds, one by one.
 bytes: factors and stores competing under a budget in bytes, beside quantization alone (int8 and int4 competing, and every
@@ -10,26 +10,33 @@ layer in one store).
 
 Calibrates on the first half of the Wikipedia sample's articles, or on what --calibration names, and scores 48 windows of 512
 tokens spread evenly over the last quarter, which nothing else has seen. The judge is transformers over the checkpoint's
-reconstructed weights, in fp32. Writes benchmarks/results/compress_<what>.json after every case.
+reconstructed weights, in fp32. Cases with one calibration go on from copies of its work directory: it is run once, and its
+seconds count in each. Writes benchmarks/results/compress_<what>.json after every case; one of an earlier run that has the
+same name and options is replaced, others stay.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from time import perf_counter
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from cai_runtime.bench.machine import describe_machine, versions
-from cai_runtime.compress import compress
+from cai_runtime.compress import compress, pipeline
 from cai_runtime.compress.calibration import tokenize
 from cai_runtime.compress.evaluate import dense_reference, perplexity, slim_as_transformers
+from cai_runtime.compress.options import Options
 from cai_runtime.convert.sources import pull
 from cai_runtime.convert.texts import split_articles, wikipedia_articles
 from cai_runtime.engine.open import load_tokenizer
@@ -42,15 +49,17 @@ STAGES: dict[str, dict[str, Any]] = {
     "+ loss gradients": {"allocation": "uniform", **UNTRAINED},
     "+ allocation": UNTRAINED,
     "+ shifted inputs": {"shift": True, **UNTRAINED},
-    "+ refine": {"heal_tokens": 0},
-    "+ heal": {},
+    "+ refine": {"refine_epochs": 2, "heal_tokens": 0},
+    "+ heal": {"refine_epochs": 2},
+    "heal, not refined": {"refine_epochs": 0},
 }
 Case = tuple[str, dict[str, Any]]
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
     for calibration in args.calibration:
-        source = {"calibration": calibration, "samples": args.samples}
+        source = {"calibration": calibration, "samples": args.samples, **(UNTRAINED if args.fast else {})}
+        trained = "" if args.fast else ", healed"
         if args.what == "keep":
             for keep in args.keep:
                 yield f"keep {keep}", {"keep": keep, "store": args.store, **source}
@@ -60,11 +69,49 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
                     yield f"keep {keep} {stage}", {"keep": keep, "store": args.store, **STAGES[stage], **source}
         else:
             for target in args.target:
-                yield f"{target} factors and stores", {"target_bytes": target, **source}
-                yield f"{target} factors, int8", {"target_bytes": target, "store": "int8", **source}
-                yield f"{target} stores alone", {"target_bytes": target, "kind": "dense", **source}
+                yield f"{target} factors and stores{trained}", {"target_bytes": target, **source}
+                yield f"{target} factors, int8{trained}", {"target_bytes": target, "store": "int8", **source}
+                yield f"{target} stores alone{trained}", {"target_bytes": target, "kind": "dense", **source}
             for store in ("int8", "int4-g64"):
-                yield f"{store} alone", {"keep": 1.0, "kind": "dense", "store": store, **source}
+                yield f"{store} alone{trained}", {"keep": 1.0, "kind": "dense", "store": store, **source}
+
+
+class _Calibrated(Exception):
+    """The stages that cases share are done."""
+
+
+def calibrated(source: Path, folder: Path, options: dict[str, Any]) -> Path:
+    """A work directory in `folder` of a compression that has come to its allocation. Cases share it that differ in nothing
+    before."""
+    name = f"{options['calibration']}-{options['samples']}{'' if options.get('curvature', True) else '-plain'}"
+    work = folder / f".{name}.work"
+    if not work.exists():
+        # The text is that of the default healing, so that it is the same with and without.
+        shared = {key: options[key] for key in ("calibration", "samples", "curvature") if key in options}
+        with patch.object(pipeline, "choose", side_effect=_Calibrated), suppress(_Calibrated):
+            compress(source, folder / name, evaluate=False, **shared)
+    return work
+
+
+def go_on(work: Path, slim: Path, options: dict[str, Any]) -> None:
+    """Make `work` the work directory of a compression to `slim` with these options."""
+    own = slim.with_name(f".{slim.name}.work")
+    # Links: files are replaced or removed there, never changed.
+    shutil.copytree(work, own, copy_function=os.link)
+    if (
+        "target_bytes" in options
+    ):  # what is measured for a budget in bytes is not what is measured for one in parameters
+        for file in own.glob("**/curves*"):
+            file.unlink()
+    manifest = own / "manifest.json"
+    key = json.loads(manifest.read_text())
+    key["options"] = asdict(Options.of(**{**pipeline._defaults(), **options}))
+    manifest.unlink()
+    manifest.write_text(json.dumps(key, sort_keys=True, indent=1))
+
+
+def earlier(file: Path) -> list[dict[str, Any]]:
+    return json.loads(file.read_text())["results"] if file.exists() else []
 
 
 def main() -> None:
@@ -76,7 +123,12 @@ def main() -> None:
     parser.add_argument("--calibration", nargs="+", default=["wikipedia"], help='"wikipedia", "self" or a file')
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--store", default="int8")
+    parser.add_argument("--fast", action="store_true", help="bytes: without training")
+    parser.add_argument("--cases", nargs="+", metavar="TEXT", help="only cases with one of these in their name")
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--work", type=Path, metavar="DIR", help="keeps calibrations for later runs of the same program (10 GB each)"
+    )
     args = parser.parse_args()
     file = args.json or Path(__file__).parent / "results" / f"compress_{args.what}.json"
 
@@ -86,33 +138,42 @@ def main() -> None:
     unseen = windows[torch.linspace(0, len(windows) - 1, WINDOWS).long()].flatten()
     dense = perplexity(dense_reference(source), unseen)
     print(f"dense: perplexity {dense:.2f}", flush=True)
-    results: list[dict[str, Any]] = []
-    for name, options in cases(args):
-        start = perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            slim = Path(folder) / "slim"
-            report = compress(source, slim, evaluate=False, **options)
-            took = perf_counter() - start
-            found = perplexity(slim_as_transformers(slim), unseen)
-        results.append(
-            {
-                "case": name, "options": options, "calibration": report.calibration, "perplexity": found,
-                "ratio": found / dense, "keep_parameters": report.keep_parameters, "bytes": report.total_bytes,
-                "of_bf16": report.total_bytes / report.total_dense_bytes, "total_seconds": took,
-                "seconds": report.seconds,
-            }
-        )  # fmt: skip
-        print(
-            f"{name}, {options['calibration']}: perplexity {found:.2f}, {found / dense:.3f} x dense, "
-            f"{report.total_bytes / report.total_dense_bytes:.3f} of bf16, {took:.0f} s",
-            flush=True,
-        )
-        document = {
-            "benchmark": f"compress {args.what}", "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": describe_machine(), "versions": versions(), "model": MODEL, "tokens": unseen.numel(),
-            "dense_perplexity": dense, "results": results,
-        }  # fmt: skip
-        file.write_text(json.dumps(document, indent=2) + "\n")
+    results = earlier(file)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.work or Path(temporary)
+        folder.mkdir(exist_ok=True)
+        for name, options in cases(args):
+            if args.cases and not any(text in name for text in args.cases):
+                continue
+            case = run(source, folder, options, unseen) | {"case": name}
+            case["ratio"] = case["perplexity"] / dense
+            print(
+                f"{name}, {options['calibration']}: perplexity {case['perplexity']:.2f}, {case['ratio']:.3f} x dense, "
+                f"{case['of_bf16']:.3f} of bf16, {sum(case['seconds'].values()):.0f} s",
+                flush=True,
+            )
+            results = [r for r in results if (r["case"], r["options"]) != (name, options)] + [case]
+            document = {
+                "benchmark": f"compress {args.what}", "machine": describe_machine(), "versions": versions(),
+                "model": MODEL, "tokens": unseen.numel(), "dense_perplexity": dense, "results": results,
+            }  # fmt: skip
+            file.write_text(json.dumps(document, indent=2) + "\n")
+
+
+def run(source: Path, folder: Path, options: dict[str, Any], unseen: torch.Tensor) -> dict[str, Any]:
+    """Compress with these options and judge the result."""
+    slim = folder / "slim"
+    shutil.rmtree(slim.with_name(f".{slim.name}.work"), ignore_errors=True)  # of a run that was killed
+    go_on(calibrated(source, folder, options), slim, options)
+    report = compress(source, slim, evaluate=False, **options)
+    found = perplexity(slim_as_transformers(slim), unseen)
+    shutil.rmtree(slim)
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "options": options, "calibration": report.calibration,
+        "perplexity": found, "keep_parameters": report.keep_parameters, "bytes": report.total_bytes,
+        "of_bf16": report.total_bytes / report.total_dense_bytes, "seconds": report.seconds,
+        "healing": report.healing[:: max(len(report.healing) // 16, 1)],
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

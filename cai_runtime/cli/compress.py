@@ -118,7 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("fp32", "bf16", "fp16"),
-        help="in which the model runs (default: bf16 on CUDA; on the CPU fp32, healing with products in bf16 where the "
+        help="in which the model runs (default: bf16 on CUDA; on the CPU fp32, training with products in bf16 where the "
         "processor has instructions for them)",
     )
     parser.add_argument("--seed", type=int, default=0, help="draws the calibration sequences (default 0)")

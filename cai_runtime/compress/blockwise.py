@@ -29,11 +29,12 @@ from cai_runtime.slim.spec import ModuleSpec
 @dataclass(frozen=True)
 class BlockSettings:
     """shift: fit each layer to the inputs that the compressed layers give. epochs: of refinement, 0 for none. rate: of
-    its optimizer, see `refine_block`. curvature: whether errors are weighed by loss gradients."""
+    its optimizer, see `refine_block`. mixed: in mixed precision. curvature: whether errors are weighed by loss gradients."""
 
     shift: bool
     epochs: int
     rate: float
+    mixed: bool
     curvature: bool
     seed: int
 
@@ -190,6 +191,7 @@ class BlockwiseCompressor:
             epochs=self._settings.epochs,
             rate=self._settings.rate,
             seed=self._settings.seed + at.index,
+            mixed=self._settings.mixed,
             tick=lambda: self.tick(1),
         )
         return {"before": before, "after": best}

@@ -4,8 +4,12 @@ The loss is the Kullback-Leibler divergence of the original model's distribution
 one's (Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network", 2015). All cores, in their rounding,
 norms and biases are trained; the embedding and the head are not. Logits exist for a few positions at a time.
 
-In mixed precision (Micikevicius et al., "Mixed precision training", 2018) the products are of bf16, while what is trained, the
-states between the layers and the divergence are fp32.
+A step's rate goes with the root of its divergence. The steps are of a given length, and what a step's noise adds to the
+divergence grows with the square of it: as a share of what there is to mend, it is the same for a model that has lost much
+and for one that has lost little.
+
+In mixed precision (Micikevicius et al., "Mixed precision training", 2018) the products are of bf16, while what is trained,
+the states between the layers and the divergence are fp32.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from cai_runtime.compress.moments import MomentHooks, group_by_input, noting_inputs
-from cai_runtime.compress.optimizer import WhitenedAdam, core_metrics
+from cai_runtime.compress.optimizer import WhitenedMuon, core_metrics
 from cai_runtime.compress.stack import Batch
 from cai_runtime.compress.student import TrainableLinear
 from cai_runtime.compress.targets import Target
@@ -29,6 +33,7 @@ WARMUP = 0.1  # share of the steps
 POSITIONS = 256  # whose logits are in memory at once
 STEP = "heal"
 KEEP_EVERY = 8  # steps between states on disk
+MOST = 2.0  # nats: a model that has lost more does not take longer steps
 METRIC_BATCHES = 8  # times those of a step: from which the layers' inputs are known
 
 
@@ -36,8 +41,9 @@ class Healer:
     """Trains `student` in place; "heal" in the work directory keeps the state of the training.
 
     student, teacher: transformers' models, the student's parameters that require gradients are trained. batches: taken
-    in order, again and again. steps, rate: of `WhitenedAdam`. batches_per_step: whose gradients are added up. mixed: whether
-    fp32 models are run in mixed precision.
+    in order, again and again. rate: of `WhitenedMuon` at a divergence of 1 nat; it rises over the first tenth of the steps
+    and falls along a cosine. batches_per_step: whose gradients are added up. mixed: whether fp32 models are run in mixed
+    precision.
     """
 
     def __init__(
@@ -58,7 +64,7 @@ class Healer:
         self._per_step, self._mixed = batches_per_step, mixed
         self._named = {name: p for name, p in student.named_parameters() if p.requires_grad}
         metrics = input_metrics(student, batches[: METRIC_BATCHES * batches_per_step])
-        self._optimizer = WhitenedAdam(self._named.values(), rate, metrics)
+        self._optimizer = WhitenedMuon(self._named.values(), rate, metrics, half=mixed)
         self.losses: list[float] = []  # mean divergence of each step, in nats per position
 
     def run(self) -> None:
@@ -70,8 +76,8 @@ class Healer:
             taken = [self._batches[(at + k) % len(self._batches)] for k in range(self._per_step)]
             warm = max(1.0, WARMUP * self._steps)
             share = min(1.0, (step + 1) / warm) * (0.5 + 0.5 * math.cos(math.pi * step / self._steps))
-            self._optimizer.set_rate(share)
             self.losses.append(sum(self._gradients(batch) for batch in taken) / len(taken))
+            self._optimizer.set_rate(share * min(self.losses[-1], MOST) ** 0.5)
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
             if (step + 1) % KEEP_EVERY == 0 or step + 1 == self._steps:
@@ -119,22 +125,18 @@ class Healer:
         with torch.no_grad():
             for name, p in self._named.items():
                 p.copy_(tensors[f"p|{name}"])
-                if f"m|{name}" not in tensors:
-                    continue
-                self._optimizer.state[p] = {
-                    "step": int(record["steps"]),
-                    "exp_avg": tensors[f"m|{name}"].to(p),
-                    "exp_avg_sq": tensors[f"v|{name}"].to(p),
-                }
+                for key in record["state"].get(name, []):
+                    self._optimizer.state[p][key] = tensors[f"{key}|{name}"].to(p.device)
         return int(record["steps"])
 
     def _keep(self, steps: int) -> None:
         tensors: dict[str, torch.Tensor] = {}
+        kept: dict[str, list[str]] = {}
         for name, p in self._named.items():
-            tensors[f"p|{name}"] = p
-            if state := self._optimizer.state.get(p):  # none where no gradient has come yet
-                tensors |= {f"m|{name}": state["exp_avg"], f"v|{name}": state["exp_avg_sq"]}
-        self._work.save(STEP, tensors, {"steps": steps, "losses": self.losses}, again=True)
+            state = self._optimizer.state.get(p, {})  # nothing where no gradient has come yet
+            tensors |= {f"p|{name}": p, **{f"{key}|{name}": value for key, value in state.items()}}
+            kept[name] = list(state)
+        self._work.save(STEP, tensors, {"steps": steps, "losses": self.losses, "state": kept}, again=True)
 
 
 def input_metrics(student: Any, batches: Sequence[Batch]) -> dict[torch.nn.Parameter, torch.Tensor]:

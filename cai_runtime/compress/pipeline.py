@@ -123,8 +123,8 @@ def compress(
             layers in two forms.
         smallest_keep: None: 0.3 with `elastic`.
         device: "cpu" or "cuda[:n]", where the model runs and is decomposed.
-        dtype: in which the model runs. None: bf16 on CUDA; on the CPU fp32, but for the products of healing, which are of bf16
-            where the processor has instructions for them.
+        dtype: in which the model runs. None: bf16 on CUDA; on the CPU fp32, but for the products of training, which are
+            of bf16 where the processor has instructions for them.
         seed: draws the calibration sequences, and the order of training.
         evaluate: judge the result against the source on text that calibration has not seen, for the report's "quality": see
             `cai_runtime.compress.comparison.quality`; of a speech model on every tenth clip, see
@@ -355,7 +355,7 @@ class _Run:
     def _compress_blocks(self, calibration: CalibrationPass, choices: dict[str, Choice], work: Work) -> None:
         options = self._options
         settings = BlockSettings(
-            options.shift, options.refine_epochs, options.refine_rate, options.curvature, options.seed
+            options.shift, options.refine_epochs, options.refine_rate, options.mixed, options.curvature, options.seed
         )
 
         def moments(at: BlockId) -> tuple[list[InputGroup], BlockMoments]:

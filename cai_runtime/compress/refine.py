@@ -22,7 +22,7 @@ from torch import nn
 
 from cai_runtime.compress.decompose import INPUT_DAMPING
 from cai_runtime.compress.moments import GramSum
-from cai_runtime.compress.optimizer import WhitenedAdam
+from cai_runtime.compress.optimizer import WhitenedMuon
 from cai_runtime.compress.stack import Call
 
 
@@ -69,13 +69,15 @@ def refine_block(
     epochs: int,
     rate: float,
     seed: int,
+    mixed: bool = False,
     tick: Callable[[], object] = lambda: None,
 ) -> tuple[float, float]:
     """Train `parameters` so that the block gives `targets` on `inputs`; the best state of all epochs is kept.
 
     calls, inputs, targets: one for each batch, [batch, tokens, hidden]. metric: [hidden, hidden], fp64, symmetric and
-    positive definite. inputs_metrics, rate: of the optimizer, see `WhitenedAdam`; the rate falls to 0 along a cosine. seed:
-    of the batches' order.
+    positive definite. inputs_metrics: of the optimizer, see `WhitenedMuon`. rate: of its first step, if nothing were right:
+    it goes with the root of the error before, and falls to 0 along a cosine. seed: of the batches' order. mixed: whether an
+    fp32 block is run in mixed precision.
 
     Returns the error before and after: the mean squared error in the metric over the mean square of the targets'
     distance from the inputs in it.
@@ -85,16 +87,18 @@ def refine_block(
     scale = max(scale, torch.finfo(torch.float32).tiny)
 
     def error(number: int) -> torch.Tensor:
-        difference = calls[number](block, inputs[number]) - targets[number]
+        with torch.autocast(inputs[number].device.type, torch.bfloat16, enabled=mixed):
+            found = calls[number](block, inputs[number])
+        difference = found - targets[number]
         return (difference.float() @ root).square().sum() / scale
 
     def total() -> float:
         with torch.no_grad():
             return sum(float(error(number)) for number in range(len(inputs)))
 
-    optimizer = WhitenedAdam(parameters, rate, inputs_metrics)
-    generator = torch.Generator().manual_seed(seed)
     begin = least = total()
+    optimizer = WhitenedMuon(parameters, rate * min(begin, 1.0) ** 0.5, inputs_metrics, half=mixed)
+    generator = torch.Generator().manual_seed(seed)
     best = [p.detach().clone() for p in parameters]
     steps = epochs * len(inputs)
     for step in range(steps):

@@ -1,4 +1,4 @@
-"""Adam in whitened coordinates."""
+"""Steps in whitened coordinates."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 
 from cai_runtime.compress.cores import dense_module, factorized_module
 from cai_runtime.compress.decompose import damped, factorize
-from cai_runtime.compress.optimizer import WhitenedAdam, core_metrics, whitening
+from cai_runtime.compress.optimizer import WhitenedMuon, core_metrics, orthogonalized, whitening
 from cai_runtime.compress.student import TrainableLinear
 
 
@@ -29,7 +29,7 @@ def trained(metrics, rate, steps=40):
     weight, error = (torch.randn(16, 24, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
     wanted = x @ weight.mT
     p = nn.Parameter(weight + 0.1 * error @ dual.mT)
-    optimizer = WhitenedAdam([p], rate, {p: dual} if metrics else None)
+    optimizer = WhitenedMuon([p], rate, {p: dual} if metrics else None)
     first = None
     for step in range(steps):
         optimizer.set_rate(1 - step / steps)
@@ -41,10 +41,10 @@ def trained(metrics, rate, steps=40):
     return float((x @ p.mT - wanted).square().mean()) / first
 
 
-def test_without_a_metric_it_is_adam():
-    a, b = (nn.Parameter(torch.linspace(-1, 2, 12).view(3, 4)) for _ in range(2))
+def test_vectors_have_the_steps_of_adam():
+    a, b = (nn.Parameter(torch.linspace(-1, 2, 12)) for _ in range(2))
     size = float(a.detach().square().mean().sqrt())
-    ours, theirs = WhitenedAdam([a], 0.01), torch.optim.Adam([b], lr=0.01 * size, betas=(0.9, 0.99), eps=1e-12)
+    ours, theirs = WhitenedMuon([a], 0.01), torch.optim.Adam([b], lr=0.01 * size, betas=(0.9, 0.99), eps=1e-12)
     for step in range(5):
         for p, optimizer in ((a, ours), (b, theirs)):
             (p**2 * (step + 1)).sum().backward()
@@ -53,9 +53,44 @@ def test_without_a_metric_it_is_adam():
     torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("shape", [(6, 40), (40, 6), (16, 16)])
+def test_a_step_goes_along_the_orthogonal_matrix_next_to_the_gradient(shape, half):
+    g = torch.Generator().manual_seed(0)
+    gradient = torch.randn(shape, generator=g) @ torch.diag(torch.logspace(0, -1, shape[1]))
+    found = orthogonalized(gradient, half=half)
+    u, _, vh = torch.linalg.svd(gradient, full_matrices=False)
+    along = torch.linalg.svdvals(found)
+    assert bool(((along > 0.6) & (along < 1.3)).all())
+    assert float((found * (u @ vh)).sum() / (found.norm() * (u @ vh).norm())) > 0.97
+    p = nn.Parameter(torch.ones(shape))
+    optimizer = WhitenedMuon([p], 0.01, half=half)
+    p.grad = gradient
+    optimizer.step()
+    moved = 1 - p.detach()
+    torch.testing.assert_close(moved, found * moved.norm() / found.norm(), rtol=0.02, atol=1e-4)
+    assert float(moved.square().mean().sqrt()) == pytest.approx(0.01, rel=0.2)
+
+
+def test_a_gradient_of_zeros_moves_nothing():
+    assert torch.equal(orthogonalized(torch.zeros(3, 5)), torch.zeros(3, 5))
+
+
 def test_a_metric_gets_further_than_any_rate_without():
     best = {on: min(trained(on, 10**-power) for power in (1, 1.5, 2, 2.5, 3, 3.5)) for on in (False, True)}
     assert best[True] < 0.3 * best[False]
+
+
+def test_the_rate_is_a_share_of_the_root_mean_square_in_whitened_coordinates():
+    gram = gram_of(inputs(24))
+    core = (
+        torch.randn(8, 24, generator=torch.Generator().manual_seed(3)) @ torch.linalg.cholesky(gram).inverse().float()
+    )
+    p = nn.Parameter(core)
+    (group,) = WhitenedMuon([p], 0.01, {p: whitening(gram)}).param_groups
+    known = damped(gram)
+    size = ((core.double() @ known @ core.double().mT).trace() / core.numel() / known.diagonal().mean()).sqrt()
+    assert group["lr"] == pytest.approx(0.01 * float(size), rel=1e-3)
 
 
 def test_whitened_inputs_have_the_unit_as_their_mean():
