@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cai_runtime.compress.decompose import damped
+from cai_runtime.compress.decompose import INPUT_DAMPING, damped
 from cai_runtime.compress.student import TrainableLinear
 
 BETAS = (0.9, 0.99)  # the first is the momentum, the second Adam's
@@ -110,8 +110,11 @@ def orthogonalized(matrix: torch.Tensor, *, half: bool = False) -> torch.Tensor:
 def whitening(gram: torch.Tensor) -> torch.Tensor:
     """V diag(e)^(-1/2), [n, n] fp32, of a mean of z z^T, [n, n], with its eigenvalues over their mean. It is damped first:
     directions that were not seen are not boundless."""
-    values, vectors = torch.linalg.eigh(damped(gram))
-    return (vectors * (values.mean() / values).sqrt()).float()
+    gram = damped(gram)
+    # In fp32, twice as fast: the damping is far above its errors, and the basis need not be the very eigenvectors.
+    values, vectors = torch.linalg.eigh((gram / gram.diagonal().mean()).float())
+    values.clamp_min_(INPUT_DAMPING / 2)
+    return vectors * (values.mean() / values).sqrt()
 
 
 def core_metrics(

@@ -26,6 +26,7 @@ from cai_runtime.errors import CompressionError
 from cai_runtime.slim.spec import DENSE_REFERENCE_BYTES, STORES, ModuleSpec
 
 STUDENT_BYTES = 16  # for each trained number while healing: latent, gradient, two moments of Adam, fp32
+HEAL = {False: 8.0, True: 5.0}  # operations for each number and token, as fp32's: those in bf16 take less time
 SHIFT_PASSES = 4  # forward passes of a block in which its layers' inputs are looked at: q/k/v, o, gate/up, down
 
 
@@ -209,7 +210,7 @@ def _flops(options: Options, shapes: list[tuple[int, int]], layers: int, head: i
         "calibrate": forward * (4 if options.curvature else 2) + 6.0 * head * tokens + squares,
         "decompose": decompose,
         "blocks": 3 * decompose + forward * (SHIFT_PASSES + 2 if options.shift else 1) + squares * options.shift * 3,
-        "heal": options.heal_tokens / options.sequence_length * length * (8.0 * layers + 8.0 * head),
+        "heal": options.heal_tokens / options.sequence_length * length * HEAL[options.mixed] * (layers + head),
     }
     found["blocks"] += options.refine_epochs * forward * 3
     return {stage: flops for stage, flops in found.items() if flops}

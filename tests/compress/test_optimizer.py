@@ -38,7 +38,7 @@ def trained(metrics, rate, steps=40):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return float((x @ p.mT - wanted).square().mean()) / first
+    return float((x @ p.detach().mT - wanted).square().mean()) / first
 
 
 def test_vectors_have_the_steps_of_adam():
