@@ -8,16 +8,17 @@ keep: `cai compress` as it is by default, at several budgets in parameters. stag
 bytes: factors and stores competing under a budget in bytes, beside quantization alone (int8 and int4 competing, and every
 layer in one store).
 
-Calibrates on the first half of the Wikipedia sample's articles, or on what --calibration names, and scores 48 windows of 512
-tokens spread evenly over the last quarter, which nothing else has seen. The judge is transformers over the checkpoint's
-reconstructed weights, in fp32. Cases with one calibration go on from copies of its work directory: it is run once, and its
-seconds count in each. Writes benchmarks/results/compress_<what>.json after every case; one of an earlier run that has the
-same name and options is replaced, others stay.
+Calibrates on the first half of the Wikipedia sample's articles, or on what --calibration names, and scores 48 windows of
+512 tokens spread evenly over the last quarter, which nothing else has seen. The judge is transformers over the checkpoint's
+reconstructed weights, in fp32. Cases with one calibration, or one refinement, go on from copies of its work directory: it
+is run once, and its seconds count in each. Writes benchmarks/results/compress_<what>.json after every case; one of an
+earlier run that has the same name and options is replaced, others stay.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -76,7 +77,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
                 yield f"{store} alone{trained}", {"keep": 1.0, "kind": "dense", "store": store, **source}
 
 
-class _Calibrated(Exception):
+class _Done(Exception):
     """The stages that cases share are done."""
 
 
@@ -88,8 +89,20 @@ def calibrated(source: Path, folder: Path, options: dict[str, Any]) -> Path:
     if not work.exists():
         # The text is that of the default healing, so that it is the same with and without.
         shared = {key: options[key] for key in ("calibration", "samples", "curvature") if key in options}
-        with patch.object(pipeline, "choose", side_effect=_Calibrated), suppress(_Calibrated):
+        with patch.object(pipeline, "choose", side_effect=_Done), suppress(_Done):
             compress(source, folder / name, evaluate=False, **shared)
+    return work
+
+
+def refined(source: Path, folder: Path, options: dict[str, Any]) -> Path:
+    """A work directory in `folder` of a compression that has come to its healing. Cases share it that differ in it alone."""
+    shared = {key: value for key, value in options.items() if key != "heal_tokens"}
+    slim = folder / hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:12]
+    work = slim.with_name(f".{slim.name}.work")
+    if not work.exists():
+        go_on(calibrated(source, folder, options), slim, shared)
+        with patch.object(pipeline._Run, "_heal", side_effect=_Done), suppress(_Done):
+            compress(source, slim, evaluate=False, **shared)
     return work
 
 
@@ -164,7 +177,8 @@ def run(source: Path, folder: Path, options: dict[str, Any], unseen: torch.Tenso
     """Compress with these options and judge the result."""
     slim = folder / "slim"
     shutil.rmtree(slim.with_name(f".{slim.name}.work"), ignore_errors=True)  # of a run that was killed
-    go_on(calibrated(source, folder, options), slim, options)
+    trained = Options.of(**{**pipeline._defaults(), **options}).refine_epochs > 0
+    go_on((refined if trained else calibrated)(source, folder, options), slim, options)
     report = compress(source, slim, evaluate=False, **options)
     found = perplexity(slim_as_transformers(slim), unseen)
     shutil.rmtree(slim)
