@@ -4,8 +4,8 @@ The loss is the Kullback-Leibler divergence of the original model's distribution
 one's (Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network", 2015). All cores, in their rounding,
 norms and biases are trained; the embedding and the head are not. Logits exist for a few positions at a time.
 
-In mixed precision (Micikevicius et al., "Mixed precision training", 2018) the products are of bf16, while what is trained, the
-states between the layers and the divergence are fp32.
+In mixed precision (Micikevicius et al., "Mixed precision training", 2018) the products are of bf16, while what is trained,
+the states between the layers and the divergence are fp32.
 """
 
 from __future__ import annotations

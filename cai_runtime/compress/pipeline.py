@@ -123,8 +123,8 @@ def compress(
             layers in two forms.
         smallest_keep: None: 0.3 with `elastic`.
         device: "cpu" or "cuda[:n]", where the model runs and is decomposed.
-        dtype: in which the model runs. None: bf16 on CUDA; on the CPU fp32, but for the products of healing, which are of bf16
-            where the processor has instructions for them.
+        dtype: in which the model runs. None: bf16 on CUDA; on the CPU fp32, but for the products of healing, which are of
+            bf16 where the processor has instructions for them.
         seed: draws the calibration sequences, and the order of training.
         evaluate: judge the result against the source on text that calibration has not seen, for the report's "quality": see
             `cai_runtime.compress.comparison.quality`; of a speech model on every tenth clip, see
