@@ -22,7 +22,7 @@ from cai_runtime.compress.decompose import OUTPUT_DAMPING, damped, factorize
 from cai_runtime.compress.elastic import ElasticPlan, PlannedModule, add_forms, elastic_forms, plan_elastic
 from cai_runtime.compress.elastic_heal import ElasticHealer, healed_forms, put_forms
 from cai_runtime.compress.moments import BlockMoments
-from cai_runtime.compress.options import DTYPES, Options
+from cai_runtime.compress.options import BATCH, DTYPES, Options
 from cai_runtime.compress.report import Report
 from cai_runtime.compress.stack import Batch
 from cai_runtime.compress.targets import InputGroup, Target
@@ -144,6 +144,7 @@ def heal_elastic(
         steps=steps,
         rate=options.heal_rate,
         mixed=options.mixed,
+        batches_per_step=BATCH if weights.is_speech else 1,  # whose batches are of one window
         tick=tick,
     )
     healer.run()
