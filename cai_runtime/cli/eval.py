@@ -115,7 +115,8 @@ def read_prompts(file: str | Path) -> list[str]:
 
     path = Path(file)
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # Not splitlines: a prompt may hold what Unicode calls a line's end, such as U+2028.
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         prompts = [json.loads(line)["prompt"] for line in lines] if path.suffix == ".jsonl" else lines
     except OSError as e:
         raise CompressionError(f"--prompts {path} can't be read: {e.strerror or e}") from e

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ class Clip:
 
 
 def find_clips(source: Source) -> list[Clip]:
-    """The clips of a source, in order, each file once.
+    """The clips of a source, in order, each file once, with the first transcript that it comes with.
 
     source: an audio file; a directory of them, at any depth, hidden ones left out; a list of clips, .jsonl with "audio" and
     "text" in each line or .tsv with these columns, paths relative to the list; or several of these. The transcript of a
@@ -42,7 +42,9 @@ def find_clips(source: Source) -> list[Clip]:
     clips: dict[Path, Clip] = {}
     for item in given:
         for clip in _clips_of(Path(item).expanduser()):
-            clips.setdefault(clip.path.resolve(), clip)
+            kept = clips.setdefault(clip.path.resolve(), clip)
+            if kept.text is None and clip.text is not None:
+                clips[clip.path.resolve()] = replace(kept, text=clip.text)
     if not clips:
         raise CompressionError(f"no audio in {', '.join(map(str, given)) or 'an empty list'}")
     return list(clips.values())
@@ -106,7 +108,9 @@ def _clips_of(path: Path) -> list[Clip]:
             f"{path} ends in none of {', '.join((*AUDIO_SUFFIXES, *LIST_SUFFIXES))}: a speech model takes audio"
         )
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # Not splitlines: a transcript may hold what Unicode calls a line's end, such as U+2028. Reading as text has made
+        # \r\n and \r into \n.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise CompressionError(f"list {path} can't be read: {e}") from e
     return (_jsonl if suffix == ".jsonl" else _tsv)(path, lines)

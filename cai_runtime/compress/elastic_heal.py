@@ -96,6 +96,7 @@ class ElasticHealer(Healer):
         self._table, self._specs = table, specs
         self._layers = {name: m for name, m in student.named_modules() if isinstance(m, ElasticLinear)}
         self.keeps = healing_keeps(table, specs, steps)
+        self._optimizer.register_step_pre_hook(self._weigh)
 
     def open_at(self, keep: float) -> None:
         """Use the forms and ranks of this keep."""
@@ -104,11 +105,14 @@ class ElasticHealer(Healer):
 
     def _gradients(self, batch: Batch) -> float:
         self.open_at(self.keeps[len(self.losses)])
-        divergence = super()._gradients(batch)
+        return super()._gradients(batch)
+
+    def _weigh(self, *_: object) -> None:
+        """Make the gradients of the step's mean divergence those of its logarithm, once all batches of it are added up."""
+        divergence = max(self.losses[-1], LEAST_DIVERGENCE)
         for p in self._named.values():
             # What is not in use gets a gradient, too: Adam counts the steps of all parameters alike.
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.div_(max(divergence, LEAST_DIVERGENCE))
-        return divergence
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.div_(divergence)
 
 
 def healing_keeps(table: ElasticTable, specs: dict[str, ModuleSpec], steps: int) -> list[float]:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from cai_runtime.compress.allocate import Curve
 from cai_runtime.compress.assemble import healed_parameters, module_report, write_rest
+from cai_runtime.compress.audio_files import Source
 from cai_runtime.compress.blockwise import dense_weight
 from cai_runtime.compress.calibrate import BlockId, CalibrationPass
 from cai_runtime.compress.comparison import compare_keeps, for_report
@@ -22,8 +23,12 @@ from cai_runtime.compress.decompose import OUTPUT_DAMPING, damped, factorize
 from cai_runtime.compress.elastic import ElasticPlan, PlannedModule, add_forms, elastic_forms, plan_elastic
 from cai_runtime.compress.elastic_heal import ElasticHealer, healed_forms, put_forms
 from cai_runtime.compress.moments import BlockMoments
-from cai_runtime.compress.options import DTYPES, Options
+from cai_runtime.compress.options import BATCH, DTYPES, Options
 from cai_runtime.compress.report import Report
+from cai_runtime.compress.speech import split_clips
+from cai_runtime.compress.speech_evaluation import compare_speech_keeps
+from cai_runtime.compress.speech_evaluation import for_report as for_speech_report
+from cai_runtime.compress.speech_result import SpeechComparison
 from cai_runtime.compress.stack import Batch
 from cai_runtime.compress.targets import InputGroup, Target
 from cai_runtime.compress.work import Work
@@ -144,6 +149,7 @@ def heal_elastic(
         steps=steps,
         rate=options.heal_rate,
         mixed=options.mixed,
+        batches_per_step=BATCH if weights.is_speech else 1,  # whose batches are of one window
         tick=tick,
     )
     healer.run()
@@ -214,6 +220,31 @@ def judge_keeps(dense: str | Path, slim: str | Path, report: Report, **options: 
         for keep, one in zip(keeps, found, strict=True)
     ]
     record_quality(slim, [_figures(keep, one) for keep, one in zip(keeps, found, strict=True)])
+
+
+def judge_speech_keeps(
+    dense: str | Path, slim: str | Path, calibration: Source, report: Report, *, progress: bool | None = None
+) -> None:
+    """`judge_keeps` of a Whisper, by what it hears in the clips that calibration left out (`speech.split_clips`); where it
+    left out none, nothing is judged. Raises what `compare_speech` and `record_quality` raise."""
+    assert report.elastic is not None
+    keeps, (_, clips) = judged_keeps(*report.elastic["keep"]), split_clips(calibration)
+    if not clips:
+        return
+    found = compare_speech_keeps(dense, slim, keeps, audio=clips, progress=progress)
+    report.quality = for_speech_report(found[0])
+    report.elastic["quality"] = [_speech_figures(keep, one) for keep, one in zip(keeps, found, strict=True)]
+    record_quality(slim, report.elastic["quality"])
+
+
+def _speech_figures(keep: float, found: SpeechComparison) -> dict[str, float]:
+    """As `_figures`; "word_error" where there are transcripts."""
+    score, distance = found.candidate, found.divergence
+    assert score is not None and distance is not None
+    figures = {"keep": keep, "parameters": score.parameters, "bytes": score.nbytes}
+    figures |= {} if score.word_error is None else {"word_error": score.word_error}
+    figures |= {"kl": distance.kl, "top1": distance.top1}
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
 def _figures(keep: float, found: Comparison) -> dict[str, float]:

@@ -24,7 +24,14 @@ from cai_runtime.compress.choices import Choice, choose
 from cai_runtime.compress.comparison import quality
 from cai_runtime.compress.curves import Noise, curves_of, measure
 from cai_runtime.compress.elastic import ElasticPlan
-from cai_runtime.compress.elastic_run import ElasticCompressor, elastic_plan, heal_elastic, judge_keeps, write_elastic
+from cai_runtime.compress.elastic_run import (
+    ElasticCompressor,
+    elastic_plan,
+    heal_elastic,
+    judge_keeps,
+    judge_speech_keeps,
+    write_elastic,
+)
 from cai_runtime.compress.heal import Healer
 from cai_runtime.compress.moments import BlockMoments
 from cai_runtime.compress.options import BATCH, DTYPES, Options
@@ -127,9 +134,9 @@ def compress(
             of bf16 where the processor has instructions for them.
         seed: draws the calibration sequences, and the order of training.
         evaluate: judge the result against the source on text that calibration has not seen, for the report's "quality": see
-            `cai_runtime.compress.comparison.quality`; of a speech model on every tenth clip, see
-            `speech_evaluation.speech_quality`. Both are held in memory. An elastic one is judged at several keeps, one after
-            the other (`elastic_run.judge_keeps`).
+            `cai_runtime.compress.comparison.quality`; of a speech model on every tenth clip, at most 64 in all
+            (`speech.split_clips`), see `speech_evaluation.speech_quality`. Both are held in memory. An elastic one is judged
+            at several keeps, one after the other (`elastic_run.judge_keeps`).
         overwrite: replace `dst`.
         restart: throw away what an earlier call with other options left unfinished.
         progress: bars on stderr; None shows them on a terminal only.
@@ -176,13 +183,16 @@ def compress(
         weights = DenseWeights(checkpoint)
         outlook = make_plan(weights, options, Path(dst))
         outlook.require_room()
-        run = _Run(str(src), Path(dst), weights, options, outlook, progress)
+        run = _Run(str(src), Path(dst), weights, options, outlook, progress, evaluate=evaluate)
         report = run.run(overwrite=overwrite, restart=restart)
     if evaluate:
         start = perf_counter()
         if weights.is_speech:
             assert options.calibration is not None  # the plan has asked for it
-            report.quality = speech_quality(path, dst, options.calibration, progress=progress)
+            if elastic:
+                judge_speech_keeps(path, dst, options.calibration, report, progress=progress)
+            else:
+                report.quality = speech_quality(path, dst, options.calibration, progress=progress)
         elif elastic:
             judge_keeps(path, dst, report, progress=progress)
         else:
@@ -214,11 +224,19 @@ class _Run:
     """One compression, from its work directory."""
 
     def __init__(
-        self, source: str, dst: Path, weights: DenseWeights, options: Options, plan: Plan, progress: bool | None
+        self,
+        source: str,
+        dst: Path,
+        weights: DenseWeights,
+        options: Options,
+        plan: Plan,
+        progress: bool | None,
+        *,
+        evaluate: bool,
     ):
         self._source, self._dst, self._weights = source, dst.absolute(), weights
         self._options, self._plan, self._progress = options, plan, progress
-        self._planned = plan.choices
+        self._planned, self._evaluate = plan.choices, evaluate
 
     def run(self, *, overwrite: bool, restart: bool) -> Report:
         options = self._options
@@ -277,7 +295,7 @@ class _Run:
         """Batches to calibrate on, batches to heal on (those and more), and what they are."""
         options = self._options
         if self._weights.is_speech:
-            return calibration_batches(self._weights, options, work, self._progress)
+            return calibration_batches(self._weights, options, work, self._progress, judged=self._evaluate)
         if not work.has("text"):
             found = calibration_sequences(
                 SELF if options.calibration is None else options.calibration,

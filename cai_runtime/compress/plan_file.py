@@ -9,7 +9,8 @@
     }
 
 Names are patterns as the shell has them; a layer takes the first that fits. `store` is a name for all cores, int8 unless it
-is given. A slim_report.json is such a file, too: it makes the next checkpoint like the one that it came with.
+is given. `rank` of an mpo is its widest bond dimension, or with out_dims and in_dims the list of all. A slim_report.json is
+such a file, too: it makes the next checkpoint like the one that it came with.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def _checked(entry: Any, where: str) -> Entry:
         if not ok:
             raise CompressionError(f"{where}: {message}")
 
-    need(isinstance(entry, dict), f"must be an object, is {entry!r}")
+    need(isinstance(entry, Mapping), f"must be an object, is {entry!r}")
     kind = entry.get("kind")
     need(isinstance(kind, str) and kind in KINDS, f"kind must be one of {', '.join(KINDS)}, is {kind!r}")
     unknown = sorted(set(entry) - _KEYS[kind])
@@ -99,23 +100,34 @@ def _checked(entry: Any, where: str) -> Entry:
         isinstance(store, str) and canonical_store(store) in STORES,
         f"store must be one of {', '.join(STORES)}, is {store!r}",
     )
-    found = {"kind": kind, "store": canonical_store(store)}
+    found: Entry = {"kind": kind, "store": canonical_store(store)}
     if kind == "dense":
         return found
-    rank = entry.get("rank")
-    if kind == "mpo" and isinstance(rank, list) and rank and all(_is_size(r) for r in rank):
-        rank = max(rank)  # the others follow from the reshape
-    need(_is_size(rank), f"rank must be a positive integer, is {rank!r}")
-    found["rank"] = rank
     for key in ("out_dims", "in_dims"):
         if (dims := entry.get(key)) is not None:
-            need(
-                isinstance(dims, list) and all(_is_size(d) for d in dims),
-                f"{key} must be positive integers, are {dims!r}",
-            )
-            found[key] = dims
+            need(_are_sizes(dims) and len(dims) > 0, f"{key} must be a list of positive integers, is {dims!r}")
+            found[key] = list(dims)
     need(("out_dims" in found) == ("in_dims" in found), "out_dims and in_dims are given together")
+    sites = len(found.get("out_dims", ()))
+    need(
+        sites == len(found.get("in_dims", ())),
+        f"out_dims {found.get('out_dims')} and in_dims {found.get('in_dims')} must be of the same length, a site each",
+    )
+    rank = entry.get("rank")
+    if kind == "mpo" and _are_sizes(rank) and (rank or sites):
+        # A report's: the inner bond dimensions. All but the widest follow from the reshape, and one site has none.
+        need(
+            not sites or len(rank) == sites - 1,
+            f"rank {list(rank)} must list the {sites - 1} bond dimensions between {sites} sites, or be the widest of them",
+        )
+        rank = max(rank, default=1)
+    need(_is_size(rank), f"rank must be a positive integer, is {rank!r}")
+    found["rank"] = rank
     return found
+
+
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(map(_is_size, value))
 
 
 def _is_size(value: object) -> bool:

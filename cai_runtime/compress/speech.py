@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 # Of the model's own texts of one and the same window, one after the other until there are enough samples.
 TEMPERATURES = (0.0, 0.4, 0.8)
 SET_ASIDE = 10  # every tenth clip is for judging the result
+MOST_SET_ASIDE = 64  # a model hears each of them about as long as they take
 STEP = "text"
 NO_AUDIO = (
     "a speech model is calibrated on audio, which it can't write itself: give files, a directory, or a list of clips "
@@ -87,13 +88,25 @@ def require_audio(source: Source | None) -> None:
 
 
 def split_clips(source: Source) -> tuple[list[Clip], list[Clip]]:
-    """The clips to calibrate on, and those to judge the result on: every tenth, none of fewer than ten.
+    """The clips to calibrate on, and those to judge the result on: every tenth, none of fewer than ten; of more than 640,
+    64 that are spread evenly over them.
 
     Raises CompressionError as `find_clips` does.
     """
     clips = find_clips(source)
-    judged = clips[SET_ASIDE - 1 :: SET_ASIDE]
-    return [clip for clip in clips if clip not in judged], judged
+    count = min(len(clips) // SET_ASIDE, MOST_SET_ASIDE)
+    spread = max(len(clips), SET_ASIDE * MOST_SET_ASIDE)
+    judged = [(k + 1) * spread // MOST_SET_ASIDE - 1 for k in range(count)]
+    left = set(range(len(clips))).difference(judged)
+    return [clips[k] for k in sorted(left)], [clips[k] for k in judged]
+
+
+def open_clips(clips: Sequence[Clip], progress: bool | None = None) -> None:
+    """Read them all, so that one that can't be read is known before it is needed. Raises what `read_audio` raises."""
+    with progress_bar("clips", total=len(clips), unit="clip", show=progress) as bar:
+        for clip in clips:
+            read_audio(clip.path)
+            bar.update()
 
 
 def speech_samples(
@@ -109,7 +122,7 @@ def speech_samples(
     """`samples` windows with a text each, or as many as the audio gives.
 
     Args:
-        source: audio files, directories, or lists of clips, see `audio_files.find_clips`; every tenth clip is left out, see
+        source: audio files, directories, or lists of clips, see `audio_files.find_clips`; some are left out, see
             `split_clips`. A clip's transcript is the text of its window; a clip of more than 30 s is cut, and its windows,
             like those without a transcript, get the model's own text, with times in every other one. Where there are more
             samples than windows, the windows are told again: by the model, and then at higher temperatures.
@@ -149,6 +162,7 @@ def speech_samples(
         "seconds": round(seconds, 2),
         "transcribed": len(features) - own,
         "own_texts": len(found) - (len(features) - own),
+        "clips": len(clips) + len(judged),
         "set_aside": len(judged),
         "seed": seed,
         "files": [_record(clip.path) for clip in used],
@@ -157,11 +171,15 @@ def speech_samples(
 
 
 def calibration_batches(
-    weights: DenseWeights, options: Options, work: Work, progress: bool | None
+    weights: DenseWeights, options: Options, work: Work, progress: bool | None, *, judged: bool = False
 ) -> tuple[list[Batch], list[Batch], dict[str, Any]]:
-    """Batches to calibrate on, batches to heal on (those and more), and what they are; kept in the work directory."""
+    """Batches to calibrate on, batches to heal on (those and more), and what they are; kept in the work directory. judged:
+    the clips that are set aside will be heard; all of them are opened now."""
     from cai_runtime.compress.options import DTYPES
 
+    if judged:
+        assert options.calibration is not None  # the plan has asked for it
+        open_clips(split_clips(options.calibration)[1], progress)
     if not work.has(STEP):
         model: Any = weights.resident(DTYPES[options.dtype]).to(options.device)
         found = speech_samples(

@@ -25,7 +25,7 @@ class Prompts:
     """The tokens by which Whisper is told what to do.
 
     start: <|startoftranscript|>. task: what follows the language (empty for a model of English alone). languages: ids of the
-    languages' tokens, empty likewise. plain: <|notimestamps|>. end: <|endoftext|>.
+    languages' tokens, empty likewise; one where the generation config names it. plain: <|notimestamps|>. end: <|endoftext|>.
     """
 
     start: int
@@ -43,12 +43,16 @@ class Prompts:
             return cls(
                 start=int(config.decoder_start_token_id),
                 task=(int(config.task_to_id["transcribe"]),) if many else (),
-                languages=tuple(int(i) for i in config.lang_to_id.values()) if many else (),
+                languages=_languages(config) if many else (),
                 plain=int(config.no_timestamps_token_id),
                 end=int(config.eos_token_id),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise CompressionError(f"generation_config.json lacks what transcribing needs: {e!r}") from e
+
+    def begin(self, *language: int, times: bool) -> list[int]:
+        """The prompt, in a language where there are several, with or without times."""
+        return [self.start, *language, *self.task, *([] if times else [self.plain])]
 
 
 @torch.inference_mode()
@@ -56,14 +60,13 @@ def prompt_of(model: Any, prompts: Prompts, encoded: torch.Tensor, *, times: boo
     """The prompt for each of the windows: the language that the model hears, where it knows several; with or without
     times. encoded: the encoder's output, [windows, positions, width]."""
     windows = encoded.shape[0]
-    languages: list[list[int]] = [[] for _ in range(windows)]
-    if prompts.languages:
-        start = torch.full((windows, 1), prompts.start, device=encoded.device)
-        logits = _logits(model, encoded, start, None)[0]
-        choices = torch.tensor(prompts.languages, device=logits.device)
-        languages = [[prompts.languages[k]] for k in logits[:, choices].argmax(-1).tolist()]
-    end = [] if times else [prompts.plain]
-    return [[prompts.start, *language, *prompts.task, *end] for language in languages]
+    if len(prompts.languages) < 2:
+        return [prompts.begin(*prompts.languages, times=times) for _ in range(windows)]
+    start = torch.full((windows, 1), prompts.start, device=encoded.device)
+    logits = _logits(model, encoded, start, None)[0]
+    choices = torch.tensor(prompts.languages, device=logits.device)
+    heard = logits[:, choices].argmax(-1).tolist()
+    return [prompts.begin(prompts.languages[k], times=times) for k in heard]
 
 
 @torch.inference_mode()
@@ -110,6 +113,19 @@ def encode(model: Any, features: torch.Tensor) -> torch.Tensor:
     """The encoder's output for log-mel features [windows, mels, frames]: [windows, positions, width]."""
     place = next(model.parameters())
     return model.get_encoder()(features.to(place.device, place.dtype)).last_hidden_state
+
+
+def _languages(config: Any) -> tuple[int, ...]:
+    """Ids of the languages that a text may be in; the one that is named as transformers' `generate` takes it: fr, French or
+    <|fr|>."""
+    from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+    ids = {str(token): int(at) for token, at in config.lang_to_id.items()}
+    named = getattr(config, "language", None)
+    if named is None:
+        return tuple(ids.values())
+    named = named.lower()
+    return (ids[named if named in ids else f"<|{TO_LANGUAGE_CODE.get(named, named)}|>"],)
 
 
 def _logits(model: Any, encoded: torch.Tensor, ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:

@@ -89,8 +89,8 @@ class CTranslate2File:
         return int(self._stored(variable)[()])
 
     def array(self, name: str) -> np.ndarray:
-        """The variable's values, fp32: 8- and 16-bit integers divided by their scale, `<name>_scale`, which has one value
-        for each row (first dimension) or one for all.
+        """The variable's values, fp32: 8- and 16-bit integers divided by their scale, `<name>_scale` (an alias: its own or
+        the variable's), which has one value for each row (first dimension) or one for all.
 
         Raises ConversionError for integers without a scale, a scale of another shape, NaN and infinity.
         """
@@ -100,7 +100,7 @@ class CTranslate2File:
             values = (values.astype(np.uint32) << 16).view(np.float32)
         values = values.astype(np.float32)
         if variable.type_name.startswith("int"):
-            scale_name = f"{variable.name}_scale"
+            scale_name = next((n for n in (f"{name}_scale", f"{variable.name}_scale") if n in self), f"{name}_scale")
             if variable.type_name == "int32" or scale_name not in self:
                 raise ConversionError(f"{self.path}: variable {name} holds {variable.type_name} without a scale")
             scale = self.array(scale_name)

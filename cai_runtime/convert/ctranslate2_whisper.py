@@ -1,7 +1,8 @@
 """Whisper in CTranslate2's layout: what each variable is in Hugging Face's, and what the config files say.
 
 CTranslate2 stacks the query, key and value projections (of cross-attention: key and value) into one matrix and gives the
-key a bias of zeros, which Whisper's key projection does not have.
+key a bias of zeros, which Whisper's key projection does not have. Of equal arrays its converter keeps the first and writes
+an alias for every other one: the head when it is the embedding, but also, say, biases that are all zeros.
 
 Layout: `WhisperSpec`, `TransformerDecoderSpec` and `MultiHeadAttentionSpec` in
 https://github.com/OpenNMT/CTranslate2/tree/master/python/ctranslate2/specs
@@ -61,7 +62,8 @@ MAX_INITIAL_TIMESTAMP = 50  # in steps of 0.02 s, OpenAI's default
 
 @dataclass(frozen=True)
 class Weight:
-    """One tensor of the Hugging Face model: part `index` of `parts` equal ones of a variable's rows."""
+    """One tensor of the Hugging Face model: part `index` of `parts` equal ones of a variable's rows. The variable's name may
+    be an alias."""
 
     name: str
     shape: tuple[int, ...]
@@ -92,7 +94,8 @@ class Whisper:
     @property
     def tied(self) -> bool:
         """Whether the head is the token embedding."""
-        return self._file.aliases.get("decoder/projection/weight") == "decoder/embeddings/weight"
+        head, embedding = "decoder/projection/weight", "decoder/embeddings/weight"
+        return head in self._file.aliases and self._file.variable(head) is self._file.variable(embedding)
 
     @property
     def first_timestamp(self) -> int:
@@ -159,13 +162,15 @@ class Whisper:
             first, last = self._id("<|startoftranscript|>") + 1, self._id("<|translate|>")
             found["lang_to_id"] = {self.vocabulary[at]: at for at in range(first, last)}
             found["task_to_id"] = {task: self._id(f"<|{task}|>") for task in ("transcribe", "translate")}
+            found["task"] = "transcribe"  # transformers' generate names no task without it
         lists = {
             "suppress_ids": "suppress_tokens",
             "suppress_ids_begin": "begin_suppress_tokens",
             "alignment_heads": "alignment_heads",
         }
         for theirs, ours in lists.items():
-            if (value := self._extra.get(theirs)) is None:
+            value = self._extra.get(theirs)
+            if value is None or value == []:  # as the converter found it: nothing is suppressed, or known
                 continue
             listed = value if isinstance(value, list) else []
             ids = [i for item in listed for i in (item if isinstance(item, list) else [item])]
@@ -211,10 +216,12 @@ class Whisper:
 
     def _find_weights(self) -> dict[str, Weight]:
         file, found = self._file, dict[str, Weight]()
-        for name, variable in file.variables.items():
+        for name in sorted((*file.variables, *file.aliases)):  # the converter's order
             if name in _COMPUTES or name in _IGNORED or name.endswith(("/num_heads", "_scale")):
                 continue
-            weights = _weights_of(name, variable.shape)
+            if name == "decoder/projection/weight" and self.tied:
+                continue
+            weights = _weights_of(name, file.variable(name).shape)
             if not weights:
                 raise ConversionError(f"{file.path}: variable {name} has no place in Whisper")
             found |= {weight.name: weight for weight in weights}

@@ -19,8 +19,8 @@ from cai_runtime.errors import CaiError, SourceError
 
 MODEL_FILE = "model.bin"  # of a CTranslate2 model
 
-# Part of every converted entry's identity: raise it when the conversion writes something else than before.
-CONVERTER_VERSION = 1
+# Part of every converted entry's identity: raise one when its conversion writes something else than before.
+GGUF_VERSION, CTRANSLATE2_VERSION = 1, 2
 
 logger = logging.getLogger(__name__)
 
@@ -147,9 +147,9 @@ def _model_identity(place: Place) -> tuple[str, str]:
     """Name and identity of the cache entry that the model of a place goes to."""
     if place.uri.startswith("pypi://") and place.uri.endswith(f"/{MODEL_FILE}"):  # whose own name says nothing
         name = WheelUri.parse(place.uri).requirement
-        return name, f"{place.uri} {place.sha256} converter {CONVERTER_VERSION}"
+        return name, f"{place.uri} {place.sha256} converter {CTRANSLATE2_VERSION}"
     if _names_file(place.uri):
-        return Path(place.uri).stem, f"{place.uri} {place.sha256} converter {CONVERTER_VERSION}"
+        return Path(place.uri).stem, f"{place.uri} {place.sha256} converter {GGUF_VERSION}"
     hub = HubUri.parse(place.uri)
     return f"{hub.repo}@{hub.revision}".replace("/", "--"), place.uri
 
@@ -169,7 +169,7 @@ def _pull_path(text: str, force: bool, progress: bool | None) -> Path:
         raise SourceError(f"{path} is neither a model directory nor a .gguf file")
     path = path.resolve()
     stat = path.stat()
-    identity = f"{path} {stat.st_size} {stat.st_mtime_ns} converter {CONVERTER_VERSION}"
+    identity = f"{path} {stat.st_size} {stat.st_mtime_ns} converter {GGUF_VERSION}"
 
     def convert(directory: Path) -> None:
         from cai_runtime.convert.gguf import gguf_to_hf
@@ -189,7 +189,7 @@ def _convert_directory(path: Path, force: bool, progress: bool | None) -> Path:
 
         ctranslate2_to_hf(path, directory, progress=progress)
 
-    return entry("models", path.name, f"{path} {state} converter {CONVERTER_VERSION}", convert, force=force)
+    return entry("models", path.name, f"{path} {state} converter {CTRANSLATE2_VERSION}", convert, force=force)
 
 
 def _fetch_place(place: Place, force: bool, progress: bool | None) -> Path:

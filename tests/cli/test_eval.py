@@ -78,6 +78,8 @@ def test_prompts(tmp_path):
     lines = tmp_path / "p.jsonl"
     lines.write_text('{"prompt": "a\\nb"}\n{"prompt": "c"}\n')
     assert read_prompts(lines) == ["a\nb", "c"]
+    lines.write_text('{"prompt": "a\u2028b"}\r\n{"prompt": "c"}\n', encoding="utf-8")
+    assert read_prompts(lines) == ["a\u2028b", "c"]
     for bad in ("", "[]", '{"text": "a"}', '{"prompt": 3}', "{"):
         lines.write_text(bad)
         with pytest.raises(CompressionError, match="prompt"):

@@ -75,15 +75,18 @@ def make_tiny(tmp_path_factory):
     return lambda **options: tiny_llama(tmp_path_factory.mktemp("tiny"), **options)
 
 
-def tiny_whisper(path, *, seed=0):
-    """A random Whisper of 2 + 2 layers that hears 2 s at once, saved with feature extractor and byte tokenizer."""
+def tiny_whisper(path, *, seed=0, languages=()):
+    """A random Whisper of 2 + 2 layers that hears 2 s at once, saved with feature extractor and byte tokenizer; without
+    languages, of English alone."""
     import json
 
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = ["<|endoftext|>", "<|startoftranscript|>", "<|startofprev|>", "<|notimestamps|>"]
+    special = ["<|endoftext|>", "<|startoftranscript|>"]
+    special += [*(f"<|{code}|>" for code in languages), *(("<|translate|>", "<|transcribe|>") if languages else ())]
+    special += ["<|startofprev|>", "<|notimestamps|>"]
     times = [f"<|{k * 0.02:.2f}|>" for k in range(101)]
     tokenizer = Tokenizer(models.BPE({byte: k for k, byte in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -108,8 +111,12 @@ def tiny_whisper(path, *, seed=0):
         for name, parameter in model.named_parameters():
             if name.endswith(("norm.weight", ".bias")):
                 parameter.normal_(1.0 if "norm" in name else 0.0, 0.1)
-    marks = {"decoder_start_token_id": end + 1, "no_timestamps_token_id": end + 3, "eos_token_id": end}
+    ids = {token: end + k for k, token in enumerate(special)}
+    marks = {"decoder_start_token_id": end + 1, "no_timestamps_token_id": ids["<|notimestamps|>"], "eos_token_id": end}
     options = {**marks, "pad_token_id": end, "is_multilingual": False, "return_timestamps": False, "max_length": 24}
+    if languages:
+        options |= {"is_multilingual": True, "lang_to_id": {f"<|{code}|>": ids[f"<|{code}|>"] for code in languages}}
+        options["task_to_id"] = {task: ids[f"<|{task}|>"] for task in ("translate", "transcribe")}
     model.generation_config = GenerationConfig(**options)
     model.save_pretrained(path)
     return path
@@ -118,6 +125,12 @@ def tiny_whisper(path, *, seed=0):
 @pytest.fixture(scope="session")
 def whisper(tmp_path_factory):
     return tiny_whisper(tmp_path_factory.mktemp("whisper"))
+
+
+@pytest.fixture(scope="session")
+def polyglot(tmp_path_factory):
+    """A Whisper of three languages."""
+    return tiny_whisper(tmp_path_factory.mktemp("polyglot"), languages=("en", "fr", "de"))
 
 
 @pytest.fixture(scope="session")

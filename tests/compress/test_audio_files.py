@@ -43,6 +43,30 @@ def test_lists(folder):
     assert find_clips(folder / "list.jsonl") == find_clips(str(folder / "list.tsv")) == wanted
 
 
+@pytest.mark.parametrize("first", ["", "b.wav"])
+def test_a_later_transcript_of_a_clip_counts_where_the_first_has_none(folder, first):
+    (folder / "list.tsv").write_text("audio\ttext\ndeep/a.flac\tsaid\nb.wav\tsomething else\n")
+    clips = find_clips([folder / first, folder / "list.tsv", folder])
+    assert {(clip.path.name, clip.text) for clip in clips} == {
+        ("b.wav", "ask not what your country"),  # the first one's stays
+        ("a.flac", "said"),
+        ("c.ogg", None),
+    }
+    assert len(clips) == 3
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lines_of_a_list_end_at_newlines_alone(folder, end):
+    text = "one\u2028two\x85three\x0bfour\x0cfive\x1csix"
+    # \x0b, \x0c and \x1c must be escaped in JSON, the others need not be.
+    entry = json.dumps({"audio": "b.wav", "text": text}, ensure_ascii=False)
+    assert "\u2028" in entry and "\x85" in entry
+    (folder / "list.jsonl").write_text(f"{entry}{end}{entry}{end}", newline="", encoding="utf-8")
+    (folder / "list.tsv").write_text(f"audio\ttext{end}b.wav\t{text}{end}", newline="", encoding="utf-8")
+    wanted = [Clip(folder / "b.wav", "one two three four five six")]
+    assert find_clips(folder / "list.jsonl") == find_clips(folder / "list.tsv") == wanted
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

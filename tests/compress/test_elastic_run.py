@@ -7,9 +7,11 @@ import torch
 
 from cai_runtime.cli import main
 from cai_runtime.compress import compress, dry_run
+from cai_runtime.compress.allocate import Curve
 from cai_runtime.compress.comparison import compare, compare_keeps
-from cai_runtime.compress.elastic import cut
-from cai_runtime.compress.elastic_heal import healing_keeps
+from cai_runtime.compress.decompose import factorize
+from cai_runtime.compress.elastic import cut, elastic_forms, plan_elastic
+from cai_runtime.compress.elastic_heal import LEAST_DIVERGENCE, ElasticHealer, healing_keeps, put_forms
 from cai_runtime.compress.elastic_run import judged_keeps
 from cai_runtime.compress.eval_text import read_text
 from cai_runtime.compress.evaluate import dense_reference, slim_as_transformers
@@ -186,6 +188,48 @@ def test_keeps_of_healing_cover_the_range(made):
     assert keeps == healing_keeps(table, specs, 64)[:16]
     tenths = sorted(min(int((keep - 0.3) / 0.7 * 4), 3) for keep in keeps)
     assert [tenths.count(k) for k in range(4)] == [4, 4, 4, 4]
+
+
+def test_a_step_of_several_batches_weighs_each_of_them_once(tiny, tmp_path):
+    """The gradient of log(mean divergence), whatever the order of the batches."""
+    teacher = dense_reference(tiny)
+    linears = {n: m for n, m in teacher.named_modules() if "layers" in n and isinstance(m, torch.nn.Linear)}
+    grams = {name: torch.eye(m.in_features, dtype=torch.float64) for name, m in linears.items()}
+    factors = {name: factorize(m.weight.detach(), grams[name]) for name, m in linears.items()}
+    curves = [Curve(n, m.out_features, m.in_features, factors[n].errors()) for n, m in linears.items()]
+    plan = plan_elastic(curves, 0.9, smallest=0.3, multiple=2)
+    layers = {
+        m.name: elastic_forms(m, plan.step, linears[m.name].weight.detach(), factors[m.name], grams[m.name], "int8")
+        for m in plan.modules
+    }
+    table = plan.table({name: forms[-1].spec.store for name, forms in layers.items()})
+    specs = {name: forms[0].spec for name, forms in layers.items()}
+
+    def gradients(*batches):
+        """One step over all the batches: what its parameters' gradients are, and its divergence."""
+        student = dense_reference(tiny).requires_grad_(False)
+        put_forms(student, layers, torch.float32, "cpu")
+        work, sizes = Work(tmp_path / "work", {}, restart=True), {"steps": 1, "batches_per_step": len(batches)}
+        healer = ElasticHealer(student, teacher, batches, work, table, specs, rate=1e-4, **sizes)
+        found = {}
+        healer._optimizer.register_step_pre_hook(
+            lambda *_: found.update({n: p.grad.clone() for n, p in student.named_parameters() if p.requires_grad})
+        )
+        healer.run()
+        work.remove()
+        return found, healer.losses[0]
+
+    batches = [{"input_ids": ids[None]} for ids in (IDS[0], IDS[1, :7])]
+    alone = [gradients(batch) for batch in batches]
+    both, divergence = gradients(*batches)
+    turned, _ = gradients(*reversed(batches))
+    losses = [loss for _, loss in alone]
+    assert divergence == pytest.approx(sum(losses) / 2) and min(losses) > LEAST_DIVERGENCE
+    assert abs(losses[0] - losses[1]) > 0.05 * divergence and any(bool(g.any()) for g in both.values())
+    for name, gradient in both.items():
+        wanted = sum(one[name] * loss for one, loss in alone) / sum(losses)
+        torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(gradient, turned[name], rtol=1e-3, atol=1e-7)
 
 
 class Killed(BaseException):

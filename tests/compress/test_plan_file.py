@@ -15,8 +15,9 @@ from cai_runtime.slim.reader import Checkpoint
 PLAN = {
     "*.down_proj": {"kind": "lowrank", "rank": 12, "store": "int8"},
     "model.layers.0.self_attn.*": {"kind": "dense", "store": "int4-g32"},
+    "model.layers.0.mlp.gate_proj": {"kind": "mpo", "rank": 1, "out_dims": [56], "in_dims": [32]},
     "*.mlp.*": {"kind": "interpolative", "rank": 16, "store": "bf16"},
-    "*.q_proj": {"kind": "mpo", "rank": 20, "out_dims": [4, 8], "in_dims": [8, 4], "store": "fp32"},
+    "*.q_proj": {"kind": "mpo", "rank": 20, "out_dims": (4, 8), "in_dims": (8, 4), "store": "fp32"},
     "*": {"kind": "mpo", "rank": 8},
 }
 SHAPES = {"a.q_proj": (32, 32), "a.k_proj": (16, 32)}
@@ -48,6 +49,8 @@ def test_every_layer_becomes_what_the_plan_says(made):
     query, key = found["model.layers.1.self_attn.q_proj"], found["model.layers.1.self_attn.k_proj"]
     assert (query.kind, query.rank, query.out_dims, query.in_dims) == ("mpo", (20,), (4, 8), (8, 4))
     assert (key.kind, key.rank, key.store) == ("mpo", (8,), ("int8", "int8"))
+    gate = found["model.layers.0.mlp.gate_proj"]
+    assert (gate.kind, gate.rank, gate.out_dims, gate.in_dims) == ("mpo", (), (56,), (32,))
     assert report.parameters == sum(spec.parameters for spec in found.values())
     assert report.options["plan"]["*"] == {"kind": "mpo", "store": "int8", "rank": 8}
     model = slim_as_transformers(slim)
@@ -82,6 +85,20 @@ def test_the_sizes_are_known_before(made, tiny, tmp_path):
         ({"*": {"kind": "lowrank", "rank": 2, "store": "int3"}}, "store must be one of"),
         ({"*": {"kind": "mpo", "rank": 2, "out_dims": [4, 8]}}, "given together"),
         ({"*": {"kind": "mpo", "rank": 2, "out_dims": [4, 0], "in_dims": [4, 8]}}, "positive integers"),
+        (
+            {"*": {"kind": "mpo", "rank": 2, "out_dims": [4, 8], "in_dims": [32]}},
+            r"the plan: '*': out_dims \[4, 8\] and in_dims \[32\] must be of the same length",
+        ),
+        (
+            {"*": {"kind": "mpo", "rank": 2, "out_dims": [], "in_dims": []}},
+            "out_dims must be a list of positive integers",
+        ),
+        ({"*": {"kind": "mpo", "rank": []}}, "rank must be a positive integer"),
+        (
+            {"*": {"kind": "mpo", "rank": [2, 2], "out_dims": [4, 8], "in_dims": [8, 4]}},
+            "the 1 bond dimensions between 2",
+        ),
+        ({"*": {"kind": "lowrank", "rank": [2]}}, "rank must be a positive integer"),
         ({"*": {"kind": "lowrank", "rank": 17}}, "rank 17 exceeds 16"),
         ({"*": {"kind": "mpo", "rank": 2, "out_dims": [4, 8], "in_dims": [4, 8]}}, "does not fit a.k_proj"),
         ({"*.q_proj": {"kind": "dense"}}, "nothing for a.k_proj"),
@@ -91,6 +108,14 @@ def test_the_sizes_are_known_before(made, tiny, tmp_path):
 def test_what_is_wrong_is_named(entries, message):
     with pytest.raises(CompressionError, match=message.replace("*", r"\*")):
         planned(plan_entries(entries), SHAPES)
+
+
+def test_tuples_are_lists():
+    entry = {"kind": "mpo", "rank": (3, 4), "out_dims": (4, 4, 2), "in_dims": (4, 2, 4)}
+    lists = {key: list(value) if isinstance(value, tuple) else value for key, value in entry.items()}
+    found = plan_entries({"a.q_proj": entry})
+    assert found == plan_entries({"a.q_proj": lists})
+    assert found == {"a.q_proj": {**lists, "rank": 4, "store": "int8"}}  # and no list equals a tuple
 
 
 def test_files_that_are_none(tmp_path):

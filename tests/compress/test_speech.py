@@ -2,15 +2,20 @@
 
 import json
 import random
+import shutil
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 
-from cai_runtime.compress import compress, dry_run
+from cai_runtime.compress import compress, dry_run, speech_evaluation
+from cai_runtime.compress.audio_files import Clip
 from cai_runtime.compress.calibrate import BlockId, CalibrationPass, next_token_loss
+from cai_runtime.compress.elastic_heal import ElasticHealer
 from cai_runtime.compress.evaluate import dense_reference, slim_as_transformers
 from cai_runtime.compress.speech import load_processor, speech_batch, speech_samples, split_clips
-from cai_runtime.compress.speech_evaluation import compare_speech, english_words, word_errors
+from cai_runtime.compress.speech_evaluation import _generate, compare_speech, english_words, word_errors
 from cai_runtime.compress.stack import open_model
 from cai_runtime.compress.targets import find_targets
 from cai_runtime.compress.transcribe import Prompts, encode, prompt_of, transcribe
@@ -186,6 +191,7 @@ def test_samples_are_given_texts_own_texts_and_further_ones(whisper, speech):
     assert random.getstate() == state and torch.equal(torch.get_rng_state(), torch_state)
     kept, judged = split_clips(speech)
     assert [clip.path.name for clip in judged] == ["clip09.wav"] and len(kept) == 12
+    assert (found.provenance["set_aside"], found.provenance["clips"]) == (1, 13)
     windows = len(found.features)
     # The long clip is cut in pauses, and its windows go without its text.
     assert 11 + 3 <= windows <= 11 + 5 and found.provenance["transcribed"] == 4
@@ -218,6 +224,75 @@ def test_greedy_is_what_transformers_generates(whisper, batches):
     assert alone[0] == together[1]
 
 
+@pytest.fixture
+def several(polyglot):
+    """The model of several languages, and windows in which it hears more than one."""
+    g = torch.Generator().manual_seed(2)
+    return dense_reference(polyglot), 4 * (torch.randn(8, 16, 200, generator=g) + torch.randn(8, 16, 1, generator=g))
+
+
+@pytest.mark.parametrize("times", [False, True])
+def test_prompts_and_rules_are_those_of_generate(several, times):
+    model, features = several
+    config, encoded = model.generation_config, encode(model, features)
+    config.max_initial_timestamp_index = 30
+    most = 12
+
+    def compared():
+        prompt = prompt_of(model, Prompts.of(model), encoded, times=times)
+        once = {"force_unique_generate_call": True, "return_dict_in_generate": True, "return_timestamps": times}
+        wanted = model.generate(features, task="transcribe", max_new_tokens=most, do_sample=False, **once).sequences
+        found = transcribe(model, encoded, prompt, most=most)
+        for begin, text, whole in zip(prompt, found, wanted.tolist(), strict=True):
+            assert begin == whole[: len(begin)] and text == whole[len(begin) :][: len(text)]
+            assert text[-1] == config.eos_token_id or len(text) == most
+        return prompt, found
+
+    prompt, free = compared()
+    assert len({begin[1] for begin in prompt}) > 1  # languages
+    assert all(begin[2] == config.task_to_id["transcribe"] and (len(begin) == 3) == times for begin in prompt)
+    plain = config.no_timestamps_token_id
+    if times:
+        assert all(plain < text[0] <= plain + 31 for text in free)
+    # What the texts hold and begin with is forbidden.
+    words = [token for text in free for token in text if token < config.eos_token_id]
+    config.suppress_tokens = sorted({max(set(words), key=words.count)})
+    begins = {text[0] for text in free}
+    config.begin_suppress_tokens = sorted(begins)
+    _, found = compared()
+    assert not begins & {text[0] for text in found} and {token for text in found for token in text[1:]} & begins
+    assert not set(config.suppress_tokens) & {token for text in found for token in text}
+    config.language = "French"
+    prompt, _ = compared()
+    assert {begin[1] for begin in prompt} == {config.lang_to_id["<|fr|>"]}
+
+
+def test_what_is_judged_is_told_to_transcribe(several):
+    model, features = several
+    encoded = encode(model, features)
+    assert getattr(model.generation_config, "task", None) is None
+    prompts = Prompts.of(model)
+    prompt = prompt_of(model, prompts, encoded, times=False)
+    wanted = transcribe(model, encoded, prompt, most=model.config.max_target_positions - 4)
+    lengths = []
+    for ours, theirs in zip(wanted, _generate(model, features), strict=True):
+        # Where a text without times has one all the same, transformers begins anew.
+        text = [token for token in ours if token != prompts.end]
+        lengths.append(next((k for k, token in enumerate(text) if token > prompts.plain), len(text)))
+        assert theirs[: lengths[-1]] == text[: lengths[-1]]
+    assert sum(length > 3 for length in lengths) >= 3
+
+
+def test_languages_are_heard_of_a_few_windows_at_once(polyglot, speech, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(speech_evaluation, "TOGETHER", 2)
+    monkeypatch.setattr(
+        speech_evaluation, "encode", lambda model, features: (sizes.append(len(features)), encode(model, features))[1]
+    )
+    found = compare_speech(polyglot, polyglot, audio=speech / "clip03.wav", progress=False)
+    assert max(sizes) == 2 and sum(sizes) >= 3 and found.divergence.kl < 1e-6
+
+
 @pytest.mark.parametrize(
     ("said", "heard", "errors"),
     [
@@ -234,13 +309,27 @@ def test_word_errors(said, heard, errors):
     assert word_errors(said.split(), heard.split()) == word_errors(heard.split(), said.split()) == errors
 
 
+def test_a_text_without_end_counts_as_no_more_than_all_words_of_its_clip(whisper, speech, monkeypatch):
+    said = ["ask not what your country", "fail better"]
+    heard = iter(["ask not what country", "fail better better better better better"])
+    tokenizer = load_processor(whisper)[1]
+    monkeypatch.setattr(
+        speech_evaluation, "_generate", lambda *_: [tokenizer(next(heard), add_special_tokens=False)["input_ids"]]
+    )
+    clips = [Clip(speech / f"clip{k:02d}.wav", text) for k, text in enumerate(said)]
+    score = compare_speech(whisper, audio=clips, progress=False).reference
+    assert (score.words, score.errors) == (7, 1 + 4)
+    assert (score.word_error, score.word_error_capped) == (5 / 7, (1 + 2) / 7)
+
+
 def test_words_are_normalized():
     words = english_words()
     assert words("Mr. Smith's dogs -- won't   run!") == words("mister smith's dogs will not run")
     assert words("twenty-one [coughs] days") == ["21", "days"]
 
 
-def test_a_model_and_itself(whisper, speech, tmp_path, capsys):
+def test_a_model_and_itself(whisper, speech, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(speech_evaluation, "encode", None)  # nothing is to be heard of the language
     found = compare_speech(whisper, whisper, audio=speech, progress=False)
     assert found.candidate.word_error == found.reference.word_error and found.divergence.word_error == 0
     assert found.divergence.kl < 1e-6 and found.divergence.top1 == 1 and found.divergence.word_error_ratio == 1
@@ -254,6 +343,65 @@ def test_a_model_and_itself(whisper, speech, tmp_path, capsys):
     assert main(["eval", str(whisper), str(whisper), "--audio", str(speech), "--json", str(output)]) == 0
     assert "word error rate" in capsys.readouterr().out
     assert json.loads(output.read_text())["divergence"]["top1"] == 1
+
+
+@pytest.mark.parametrize(("count", "judged"), [(9, 0), (10, 1), (19, 1), (640, 64), (645, 64), (5000, 64)])
+def test_clips_are_set_aside_evenly_and_not_too_many(monkeypatch, count, judged):
+    clips = [Clip(Path(f"{k}.wav")) for k in range(count)]
+    monkeypatch.setattr("cai_runtime.compress.speech.find_clips", lambda _source: list(clips))
+    left, aside = split_clips("anywhere")
+    assert len(aside) == judged and sorted([*left, *aside], key=clips.index) == clips
+    at = [clips.index(clip) for clip in aside]
+    gaps = {b - a for a, b in pairwise([-1, *at])}
+    assert gaps <= ({10} if count <= 640 else {count // 64, count // 64 + 1})
+
+
+def test_a_clip_that_will_be_judged_and_can_not_be_read_is_named_before_the_work(
+    whisper, speech, tmp_path, monkeypatch
+):
+    class Begun(Exception):
+        pass
+
+    def begin(*_args, **_options):
+        raise Begun
+
+    monkeypatch.setattr("cai_runtime.compress.speech.speech_samples", begin)
+    clips = shutil.copytree(speech, tmp_path / "clips")
+    (clips / "clip09.wav").write_bytes(b"RIFF, but no more")
+    with pytest.raises(CompressionError, match=r"clip09\.wav can't be read"):
+        compress(whisper, tmp_path / "slim", calibration=clips, **SETTINGS)
+    with pytest.raises(Begun):
+        compress(whisper, tmp_path / "slim", calibration=clips, evaluate=False, **SETTINGS)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["clips"]
+
+
+def test_an_elastic_one_is_healed_and_judged_at_its_keeps(whisper, speech, tmp_path, monkeypatch):
+    opened, open_one = [], speech_evaluation._open
+    monkeypatch.setattr(
+        speech_evaluation, "_open", lambda path, *a: (opened.append((path, a[-1])), open_one(path, *a))[1]
+    )
+    windows, gradients = [], ElasticHealer._gradients
+    monkeypatch.setattr(ElasticHealer, "_gradients", lambda *a: (windows.append(a), gradients(*a))[1])
+    dst, options = tmp_path / "slim", {**SETTINGS, "keep": 0.9, "shift": False, "refine_epochs": 0, "rank_multiple": 2}
+    report = compress(whisper, dst, calibration=speech, elastic=True, smallest_keep=0.5, **options)
+    assert len(report.healing) == 3 and len(windows) == 2 * 3
+    keeps = [0.9, 0.8, 0.7, 0.6, 0.5]
+    assert opened == [(whisper, None), *((dst, keep) for keep in keeps)]
+    told = json.loads((dst / "config.json").read_text())["quantization_config"]["elastic"]["quality"]
+    assert report.elastic["quality"] == told[::-1] and [entry["keep"] for entry in told] == keeps[::-1]
+    assert told[0]["kl"] > told[-1]["kl"] == report.quality["divergence"]["kl"] > 0
+    assert report.quality["audio"]["clips"] == 1 and report.quality["candidate"]["keep"] == 0.9
+    alone = compare_speech(whisper, dst, audio=split_clips(speech)[1], keep=0.7, progress=False)
+    assert told[2] == {
+        "keep": 0.7,
+        "parameters": alone.candidate.parameters,
+        "bytes": alone.candidate.nbytes,
+        "word_error": alone.candidate.word_error,
+        "kl": alone.divergence.kl,
+        "top1": alone.divergence.top1,
+    }
+    assert json.loads((dst / "slim_report.json").read_text())["elastic"] == report.elastic
+    assert "word_error" in report.summary()
 
 
 def test_a_text_model_hears_nothing(tiny, speech):

@@ -1,13 +1,21 @@
 """A Whisper written the way CTranslate2's converter writes one, and back; damaged and foreign files."""
 
+import copy
 import json
 import struct
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, WhisperConfig, WhisperForConditionalGeneration
+from transformers import (
+    AutoModelForSpeechSeq2Seq,
+    AutoProcessor,
+    GenerationConfig,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
+from cai_runtime.compress.transcribe import Prompts, encode, prompt_of
 from cai_runtime.convert.ctranslate2 import ctranslate2_to_hf
 from cai_runtime.convert.ctranslate2_file import CTranslate2File
 from cai_runtime.convert.sources import pull
@@ -101,6 +109,18 @@ def quantized(variables, kind):
     return found
 
 
+def shared(variables):
+    """The variables without those that equal an earlier one, and these as aliases, before they are quantized."""
+    kept, aliases = {}, {"decoder/projection/weight": "decoder/embeddings/weight"}
+    for name, value in sorted(variables.items()):
+        same = (n for n, v in kept.items() if value.ndim and v.shape == value.shape and np.array_equal(v, value))
+        if (first := next(same, None)) is None:
+            kept[name] = value
+        else:
+            aliases[name] = first
+    return kept, aliases
+
+
 def write_bin(path, variables, *, version=6, spec="WhisperSpec", revision=3, aliases=None):
     def string(text):
         return struct.pack("<H", len(text) + 1) + text.encode() + b"\0"
@@ -118,14 +138,21 @@ def write_bin(path, variables, *, version=6, spec="WhisperSpec", revision=3, ali
 
 @pytest.fixture
 def write(whisper, tmp_path):
-    """Writes a CTranslate2 directory; `change` edits its variables, the rest goes to `write_bin`."""
+    """Writes a CTranslate2 directory; `change` edits its variables, the rest goes to `write_bin`. share: equal arrays become
+    aliases; suppress: of config.json."""
 
-    def make(kind="float32", change=lambda variables: None, vocabulary=VOCABULARY, **options):
+    def make(
+        kind="float32", change=lambda variables: None, vocabulary=VOCABULARY, model=whisper, share=False,
+        suppress=((1, 2), (3,)), **options,
+    ):  # fmt: skip
         from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
         directory = tmp_path / "ct2"
         directory.mkdir(exist_ok=True)
-        variables = quantized(layout(whisper), kind)
+        variables = layout(model)
+        if share:
+            variables, options["aliases"] = shared(variables)
+        variables = quantized(variables, kind)
         change(variables)
         write_bin(directory / "model.bin", variables, **options)
         tokenizer = Tokenizer(models.BPE({word: k for k, word in enumerate(WORDS)}, []))
@@ -133,7 +160,8 @@ def write(whisper, tmp_path):
         tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
         tokenizer.save(str(directory / "tokenizer.json"))
         (directory / "vocabulary.txt").write_text("\n".join(vocabulary) + "\n")
-        (directory / "config.json").write_text(json.dumps({"suppress_ids": [1, 2], "suppress_ids_begin": [3]}))
+        config = dict(zip(("suppress_ids", "suppress_ids_begin"), suppress, strict=True))
+        (directory / "config.json").write_text(json.dumps(config))
         return directory
 
     return make
@@ -157,6 +185,37 @@ def test_the_model_comes_back(whisper, write, tmp_path, kind):
     assert stored["decoder_ffn_dim"] == 40 and stored["encoder_attention_heads"] == 4 and stored["tie_word_embeddings"]
 
 
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+def test_equal_arrays_are_stored_once(whisper, write, tmp_path, kind):
+    twins = copy.deepcopy(whisper)
+    with torch.no_grad():
+        for name, parameter in twins.named_parameters():
+            if name.endswith(("layer_norm.bias", "_proj.bias")):
+                parameter.zero_()
+        one, two = twins.model.encoder.layers
+        two.fc1.weight.copy_(one.fc1.weight)
+        two.self_attn.load_state_dict(one.self_attn.state_dict())
+    plain = ctranslate2_to_hf(write(kind, model=twins), tmp_path / "plain", progress=False)
+    source = write(kind, model=twins, share=True)
+    with CTranslate2File(source / "model.bin") as file:
+        assert len(file.aliases) > 10 and "encoder/layer_1/ffn/linear_0/weight" in file.aliases
+    out = ctranslate2_to_hf(source, tmp_path / "hf", progress=False)
+    found, info = AutoModelForSpeechSeq2Seq.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    wanted = AutoModelForSpeechSeq2Seq.from_pretrained(plain, dtype=torch.float32).state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in found.state_dict().items())
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"]
+
+
+def test_nothing_to_suppress(write, tmp_path):
+    out = ctranslate2_to_hf(write(suppress=([], [])), tmp_path / "hf", progress=False)
+    config = GenerationConfig.from_pretrained(out)
+    assert not config.suppress_tokens and not config.begin_suppress_tokens
+    for bad in ([-1], ["a"], [[]], 3, {}):
+        with pytest.raises(ConversionError, match="suppress_ids is not a list of ids"):
+            ctranslate2_to_hf(write(suppress=(bad, [])), tmp_path / "bad", progress=False)
+
+
 def test_what_stands_around_the_weights(write, tmp_path):
     out = ctranslate2_to_hf(write(), tmp_path / "hf", progress=False)
     processor = AutoProcessor.from_pretrained(out)
@@ -167,8 +226,19 @@ def test_what_stands_around_the_weights(write, tmp_path):
     assert generation["suppress_tokens"] == [1, 2] and generation["begin_suppress_tokens"] == [3]
     assert generation["lang_to_id"] == {"<|en|>": ids["<|en|>"], "<|fr|>": ids["<|fr|>"]}
     assert generation["task_to_id"] == {"transcribe": ids["<|transcribe|>"], "translate": ids["<|translate|>"]}
+    assert generation["task"] == "transcribe" and generation["is_multilingual"]
     assert generation["no_timestamps_token_id"] == ids["<|notimestamps|>"]
     assert {p.name for p in tmp_path.iterdir()} == {"ct2", "hf"}
+
+
+def test_generate_is_told_to_transcribe(write, tmp_path):
+    out = ctranslate2_to_hf(write(), tmp_path / "hf", progress=False)
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(out, dtype=torch.float32)
+    features = torch.randn(2, 8, 3000, generator=torch.Generator().manual_seed(0))
+    once = {"force_unique_generate_call": True, "return_dict_in_generate": True}
+    told = model.generate(features, max_new_tokens=2, **once).sequences[:, :4]
+    assert told.tolist() == prompt_of(model, Prompts.of(model), encode(model, features), times=False)
+    assert told[:, 2].tolist() == [VOCABULARY.index("<|transcribe|>")] * 2
 
 
 def test_an_untied_head_is_kept(write, tmp_path, whisper):
