@@ -34,7 +34,7 @@ from unittest.mock import patch
 import torch
 
 from cai_runtime.bench.machine import describe_machine, versions
-from cai_runtime.compress import compress, pipeline
+from cai_runtime.compress import compress, pipeline, run
 from cai_runtime.compress.calibration import tokenize
 from cai_runtime.compress.evaluate import dense_reference, perplexity, slim_as_transformers
 from cai_runtime.compress.options import Options
@@ -89,7 +89,7 @@ def calibrated(source: Path, folder: Path, options: dict[str, Any]) -> Path:
     if not work.exists():
         # The text is that of the default healing, so that it is the same with and without.
         shared = {key: options[key] for key in ("calibration", "samples", "curvature") if key in options}
-        with patch.object(pipeline, "choose", side_effect=_Done), suppress(_Done):
+        with patch.object(run, "choose", side_effect=_Done), suppress(_Done):
             compress(source, folder / name, evaluate=False, **shared)
     return work
 
@@ -101,7 +101,7 @@ def refined(source: Path, folder: Path, options: dict[str, Any]) -> Path:
     work = slim.with_name(f".{slim.name}.work")
     if not work.exists():
         go_on(calibrated(source, folder, options), slim, shared)
-        with patch.object(pipeline._Run, "_heal", side_effect=_Done), suppress(_Done):
+        with patch.object(run.Run, "_heal", side_effect=_Done), suppress(_Done):
             compress(source, slim, evaluate=False, **shared)
     return work
 
@@ -158,7 +158,7 @@ def main() -> None:
         for name, options in cases(args):
             if args.cases and not any(text in name for text in args.cases):
                 continue
-            case = run(source, folder, options, unseen) | {"case": name}
+            case = measure(source, folder, options, unseen) | {"case": name}
             case["ratio"] = case["perplexity"] / dense
             print(
                 f"{name}, {options['calibration']}: perplexity {case['perplexity']:.2f}, {case['ratio']:.3f} x dense, "
@@ -173,7 +173,7 @@ def main() -> None:
             file.write_text(json.dumps(document, indent=2) + "\n")
 
 
-def run(source: Path, folder: Path, options: dict[str, Any], unseen: torch.Tensor) -> dict[str, Any]:
+def measure(source: Path, folder: Path, options: dict[str, Any], unseen: torch.Tensor) -> dict[str, Any]:
     """Compress with these options and judge the result."""
     slim = folder / "slim"
     shutil.rmtree(slim.with_name(f".{slim.name}.work"), ignore_errors=True)  # of a run that was killed

@@ -105,7 +105,7 @@ def test_killed_in_earnest(tiny, text_file, tmp_path, whole):
 
 
 def test_another_run_in_the_way(tiny, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("cai_runtime.compress.pipeline._Run._compress_blocks", _killed)
+    monkeypatch.setattr("cai_runtime.compress.run.Run._compress_blocks", _killed)
     with pytest.raises(Killed):
         compress(tiny, tmp_path / "slim", calibration=text_file, **SETTINGS)
     monkeypatch.undo()
@@ -120,7 +120,7 @@ def test_another_run_in_the_way(tiny, text_file, tmp_path, monkeypatch):
 
 
 def test_a_damaged_step_is_named(tiny, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("cai_runtime.compress.pipeline._Run._compress_blocks", _killed)
+    monkeypatch.setattr("cai_runtime.compress.run.Run._compress_blocks", _killed)
     with pytest.raises(Killed):
         compress(tiny, tmp_path / "slim", calibration=text_file, **SETTINGS)
     monkeypatch.undo()

@@ -1,0 +1,271 @@
+"""One compression in its work directory, stage by stage: text, calibrate, decompose, allocate, refine, heal, write."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from cai_runtime.compress.allocate import Curve
+from cai_runtime.compress.assemble import write_checkpoint
+from cai_runtime.compress.blockwise import BlockSettings, BlockwiseCompressor, load_block
+from cai_runtime.compress.calibrate import BlockId, CalibrationPass
+from cai_runtime.compress.calibration import SELF, calibration_sequences
+from cai_runtime.compress.choices import Choice, choose
+from cai_runtime.compress.curves import Noise, curves_of, measure
+from cai_runtime.compress.elastic import ElasticPlan
+from cai_runtime.compress.elastic_run import ElasticCompressor, elastic_plan, heal_elastic, write_elastic
+from cai_runtime.compress.heal import Healer
+from cai_runtime.compress.moments import BlockMoments
+from cai_runtime.compress.options import BATCH, DTYPES, Options
+from cai_runtime.compress.plan import Plan, versions
+from cai_runtime.compress.report import Report
+from cai_runtime.compress.speech import calibration_batches
+from cai_runtime.compress.stack import Batch, open_model
+from cai_runtime.compress.student import put_in
+from cai_runtime.compress.targets import InputGroup, find_targets
+from cai_runtime.compress.weights import DenseWeights
+from cai_runtime.compress.work import Work
+from cai_runtime.convert.cache import tqdm_disable
+from cai_runtime.errors import CompressionError
+from cai_runtime.slim.writer import CheckpointWriter
+
+MOMENT_BYTES = 4 << 30  # of all blocks' moments together that are kept on disk; more are computed twice
+
+
+class Run:
+    """One compression, from its work directory."""
+
+    def __init__(
+        self,
+        source: str,
+        dst: Path,
+        weights: DenseWeights,
+        options: Options,
+        plan: Plan,
+        progress: bool | None,
+        *,
+        evaluate: bool,
+    ):
+        self._source, self._dst, self._weights = source, dst.absolute(), weights
+        self._options, self._plan, self._progress = options, plan, progress
+        self._planned, self._evaluate = plan.choices, evaluate
+
+    def run(self, *, overwrite: bool, restart: bool) -> Report:
+        options = self._options
+        start = perf_counter()
+        hashes = self._weights.hashes()
+        hashed = perf_counter() - start
+        key = {"options": asdict(options), "source": hashes, "versions": versions(), "threads": torch.get_num_threads()}
+        directory = self._dst.with_name(f".{self._dst.name}.work")
+        with ExitStack() as stack:
+            work = Work(directory, key, restart=restart)
+            stack.callback(work.close)
+            work.watch.add("hash", hashed)
+            with work.watch.stage("text"):
+                batches, extra, text = self._text(work)
+            with work.watch.stage("open"):
+                model = open_model(self._weights, dtype=DTYPES[options.dtype], device=options.device)
+                targets = find_targets(model.model, [s.name for s in model.stacks], self._weights)
+            calibration = CalibrationPass(model, targets, batches, work)
+            self._calibrate(calibration, work)
+            with work.watch.stage("allocate"):
+                curves, noise = self._curves(calibration, work)
+                forms = elastic_plan(curves, options) if options.elastic else None
+                if forms is None:
+                    choices = self._planned or choose(
+                        curves, options, noise=noise, budget_bytes=self._plan.layer_budget_bytes
+                    )
+            if forms is not None:
+                losses = self._compress_elastic(calibration, forms, extra, work)
+            else:
+                self._compress_blocks(calibration, choices, work)
+                losses = self._heal(calibration, extra, work)
+            report = Report(
+                source=self._source,
+                source_sha256=hashes,
+                options=asdict(options),
+                calibration=text,
+                versions=versions(),
+                healing=losses,
+            )
+            with (
+                work.watch.stage("write"),
+                CheckpointWriter(
+                    self._dst, config=self._weights.config(), source_dir=self._weights.path, overwrite=overwrite
+                ) as writer,
+            ):
+                if forms is not None:
+                    write_elastic(writer, calibration, forms, work, curves, options, report, self._progress)
+                else:
+                    write_checkpoint(writer, calibration, work, curves, options, report, self._progress)
+                report.seconds = work.watch.seconds()
+                writer.finish(report.to_json())
+            work.remove()
+        return report
+
+    def _text(self, work: Work) -> tuple[list[Batch], list[Batch], dict[str, Any]]:
+        """Batches to calibrate on, batches to heal on (those and more), and what they are."""
+        options = self._options
+        if self._weights.is_speech:
+            return calibration_batches(self._weights, options, work, self._progress, judged=self._evaluate)
+        if not work.has("text"):
+            found = calibration_sequences(
+                SELF if options.calibration is None else options.calibration,
+                tokenizer=_tokenizer(self._weights.path),
+                model_path=self._weights.path,
+                samples=max(options.samples, -(-options.heal_tokens // options.sequence_length)),
+                sequence_length=options.sequence_length,
+                seed=options.seed,
+                device=options.device,
+                progress=self._progress,
+            )
+            order = torch.randperm(found.sequences.shape[0], generator=torch.Generator().manual_seed(options.seed))
+            record = {**found.to_json(), "calibrated_on": min(options.samples, len(order))}
+            work.save("text", {"sequences": found.sequences[order].contiguous()}, record)
+        tensors, record = work.load("text")
+        batches = [{"input_ids": ids} for ids in tensors["sequences"][: options.samples].split(BATCH)]
+        every = [{"input_ids": ids} for ids in tensors["sequences"].split(BATCH)]
+        return batches, every, record
+
+    def _calibrate(self, calibration: CalibrationPass, work: Work) -> None:
+        """Forward and backward; per block the curves of its layers and, where there is room, their moments."""
+        blocks = calibration.blocks()
+        curvature = self._options.curvature
+        keep_moments = self._plan.moment_bytes <= MOMENT_BYTES
+
+        def visit(at: BlockId) -> None:
+            if work.has(at.step("curves")) and (not curvature or work.has(at.step("grad"))):
+                return
+            groups, moments = self._kept_moments(calibration, work, at) or calibration.moments(at, gradients=curvature)
+            with work.watch.stage("decompose"):
+                targets = [target for group in groups for target in group.targets]
+                energies, found = measure(self._weights, targets, moments, self._options, self._planned)
+            record = {"groups": [[t.name for t in g.targets] for g in groups], "rows": moments.rows, **found}
+            if keep_moments:
+                work.save(at.step("moments"), moments.tensors(groups), record)
+            work.save(at.step("curves"), energies, record)
+
+        with work.watch.stage("calibrate"):
+            with self._bar(len(blocks), "forward", "block") as bar:
+                calibration.tick = bar.update
+                calibration.forward()
+            with self._bar(len(blocks), "backward" if curvature else "moments", "block") as bar:
+                calibration.tick = bar.update
+                if curvature:
+                    calibration.backward(visit)
+                else:
+                    for at in blocks:
+                        visit(at)
+                        bar.update()
+
+    def _moments(self, calibration: CalibrationPass, work: Work, at: BlockId) -> tuple[list[InputGroup], BlockMoments]:
+        return self._kept_moments(calibration, work, at) or calibration.moments(at, gradients=self._options.curvature)
+
+    def _kept_moments(
+        self, calibration: CalibrationPass, work: Work, at: BlockId
+    ) -> tuple[list[InputGroup], BlockMoments] | None:
+        """A block's moments from disk, where they are."""
+        if not work.has(at.step("moments")):
+            return None
+        tensors, record = work.load(at.step("moments"))
+        by_name = {target.name: target for target in calibration.targets(at)}
+        groups = [InputGroup(tuple(by_name[name] for name in names)) for names in record["groups"]]
+        return groups, BlockMoments.of(tensors, groups, record["rows"])
+
+    def _curves(self, calibration: CalibrationPass, work: Work) -> tuple[dict[str, Curve], Noise]:
+        """Of every layer, the errors by rank, and what rounding to the competing stores adds to them."""
+        curves: dict[str, Curve] = {}
+        noise: Noise = {}
+        for at in calibration.blocks():
+            found = curves_of(calibration.targets(at), *work.load(at.step("curves")), self._options)
+            curves |= found[0]
+            noise |= found[1]
+        return curves, noise
+
+    def _compress_blocks(self, calibration: CalibrationPass, choices: dict[str, Choice], work: Work) -> None:
+        options = self._options
+        settings = BlockSettings(
+            options.shift, options.refine_epochs, options.refine_rate, options.mixed, options.curvature, options.seed
+        )
+
+        def moments(at: BlockId) -> tuple[list[InputGroup], BlockMoments]:
+            return self._moments(calibration, work, at)
+
+        with work.watch.stage("blocks"):
+            compressor = BlockwiseCompressor(calibration, choices, moments, work, settings)
+            total = sum(compressor.ticks(at) for at in calibration.blocks())
+            with self._bar(total, "blocks", "step") as bar:
+                compressor.tick = bar.update
+                compressor.run()
+
+    def _compress_elastic(
+        self, calibration: CalibrationPass, plan: ElasticPlan, batches: list[Batch], work: Work
+    ) -> list[float]:
+        options = self._options
+
+        def moments(at: BlockId) -> tuple[list[InputGroup], BlockMoments]:
+            return self._moments(calibration, work, at)
+
+        with work.watch.stage("blocks"), self._bar(len(plan.modules), "blocks", "layer") as bar:
+            floats = options.heal_tokens > 0
+            ElasticCompressor(calibration, plan, options.stores[0], moments, work, floats=floats, tick=bar.update).run()
+        steps = options.heal_tokens // (BATCH * options.sequence_length)
+        if not steps:
+            return []
+        with work.watch.stage("heal"), self._bar(steps, "heal", "step") as bar:
+            return heal_elastic(calibration, plan, work, batches, options, steps=steps, tick=bar.update)
+
+    def _heal(self, calibration: CalibrationPass, batches: list[Batch], work: Work) -> list[float]:
+        options = self._options
+        steps = options.heal_tokens // (BATCH * options.sequence_length)
+        if not steps:
+            return []
+        with work.watch.stage("heal"):
+            student = self._student(calibration, work)
+            teacher = self._weights.resident(DTYPES[options.dtype]).to(options.device)
+            with self._bar(steps, "heal", "step") as bar:
+                healer = Healer(
+                    student,
+                    teacher,
+                    batches,
+                    work,
+                    steps=steps,
+                    rate=options.heal_rate,
+                    mixed=options.mixed,
+                    batches_per_step=BATCH if self._weights.is_speech else 1,  # whose batches are of one window
+                    tick=bar.update,
+                )
+                healer.run()
+        return healer.losses
+
+    def _student(self, calibration: CalibrationPass, work: Work) -> nn.Module:
+        """The compressed model, its cores, norms and biases to be trained."""
+        options = self._options
+        student: Any = self._weights.resident(DTYPES[options.dtype]).to(options.device)
+        for at in calibration.blocks():
+            for name, layer in load_block(work, at)[0].items():
+                put_in(student, name, layer.to(options.device))
+        for module in {student.get_input_embeddings(), student.get_output_embeddings()}:
+            module.weight.data = self._weights.rounded(module.weight.data, options.embedding_store)
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_("cores." in name or parameter.ndim == 1)
+        return student
+
+    def _bar(self, total: int, name: str, unit: str) -> tqdm:
+        return tqdm(total=total, desc=name, unit=unit, disable=tqdm_disable(self._progress))
+
+
+def _tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as e:
+        raise CompressionError(f"the tokenizer of {path} can't be loaded: {e}") from e
