@@ -34,10 +34,10 @@ from unittest.mock import patch
 import torch
 
 from cai_runtime.bench.machine import describe_machine, versions
-from cai_runtime.compress import compress, pipeline, run
+from cai_runtime.compress import compress, run
 from cai_runtime.compress.calibration import tokenize
 from cai_runtime.compress.evaluate import dense_reference, perplexity, slim_as_transformers
-from cai_runtime.compress.options import Options
+from cai_runtime.compress.pipeline import options_of
 from cai_runtime.convert.sources import pull
 from cai_runtime.convert.texts import split_articles, wikipedia_articles
 from cai_runtime.engine.open import load_tokenizer
@@ -118,7 +118,7 @@ def go_on(work: Path, slim: Path, options: dict[str, Any]) -> None:
             file.unlink()
     manifest = own / "manifest.json"
     key = json.loads(manifest.read_text())
-    key["options"] = asdict(Options.of(**{**pipeline._defaults(), **options}))
+    key["options"] = asdict(options_of(**options))
     manifest.unlink()
     manifest.write_text(json.dumps(key, sort_keys=True, indent=1))
 
@@ -177,7 +177,7 @@ def measure(source: Path, folder: Path, options: dict[str, Any], unseen: torch.T
     """Compress with these options and judge the result."""
     slim = folder / "slim"
     shutil.rmtree(slim.with_name(f".{slim.name}.work"), ignore_errors=True)  # of a run that was killed
-    trained = Options.of(**{**pipeline._defaults(), **options}).refine_epochs > 0
+    trained = options_of(**options).refine_epochs > 0
     go_on((refined if trained else calibrated)(source, folder, options), slim, options)
     report = compress(source, slim, evaluate=False, **options)
     found = perplexity(slim_as_transformers(slim), unseen)

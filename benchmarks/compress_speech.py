@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from cai_runtime.bench.machine import describe_machine, versions
 from cai_runtime.compress import compress
 from cai_runtime.compress.audio_files import find_clips
+from cai_runtime.compress.pipeline import options_of
 from cai_runtime.compress.speech_evaluation import compare_speech
 from cai_runtime.convert.sources import pull
 
@@ -64,13 +66,29 @@ def judge(path: Path, sets: dict[str, str], reference: Path) -> dict[str, Any]:
                 {"clip": c.name, "said": c.said, "dense": c.reference, "slim": c.candidate} for c in different[:SHOWN]
             ],
         }
-        row = found[name]
-        print(
-            f"    {name}: {row['words']} words, word error {row['dense_word_error']:.2%} -> {row['word_error']:.2%} (at "
-            f"most a clip's words: {row['word_error_capped']:.2%}), KL {row['kl']:.4f}, top-1 {row['top1']:.2%}",
-            flush=True,
-        )
+        row, words = found[name], "no transcripts"
+        if row["words"]:
+            words = (
+                f"{row['words']} words, word error {row['dense_word_error']:.2%} -> {row['word_error']:.2%} (at most a "
+            )
+            words += f"clip's words: {row['word_error_capped']:.2%})"
+        print(f"    {name}: {words}, KL {row['kl']:.4f}, top-1 {row['top1']:.2%}", flush=True)
     return found
+
+
+def made(source: Path, slim: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """The report of the checkpoint, which is made unless it is there. Ends the program where it has other options."""
+    if not slim.exists():
+        compress(source, slim, evaluate=False, **options)
+    report: dict[str, Any] = json.loads((slim / "slim_report.json").read_text())
+    asked = json.loads(json.dumps(asdict(options_of(**options))))
+    kept = report["options"]
+    if other := sorted(key for key in {*kept, *asked} if kept.get(key) != asked.get(key)):
+        raise SystemExit(
+            f"{slim} was made with other options: {', '.join(f'{k} {kept.get(k)}, not {asked.get(k)}' for k in other)}; "
+            "remove it, or give another --work"
+        )
+    return report
 
 
 def main() -> None:
@@ -95,9 +113,7 @@ def main() -> None:
         options = {"samples": args.samples, "heal_tokens": args.heal_tokens, **options}
         print(name, options, flush=True)
         slim = args.work / name.replace(" ", "-")
-        if not slim.exists():
-            compress(source, slim, calibration=args.calibration, evaluate=False, **options)
-        report = json.loads((slim / "slim_report.json").read_text())
+        report = made(source, slim, {"calibration": args.calibration, **options})
         print(f"    {sum(report['seconds'].values()):.0f} s: {report['seconds']}", flush=True)
         calibration = {key: value for key, value in report["calibration"].items() if key != "files"}
         results.append(

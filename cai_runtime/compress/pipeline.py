@@ -175,13 +175,14 @@ def dry_run(src: str | Path, dst: str | Path, *, progress: bool | None = None, *
 
     Raises what `compress` raises before its work, but for a full disk or memory: the plan tells.
     """
-    filled = {**_defaults(), **options}
     with Checkpoint.open(pull(src, progress=progress)) as checkpoint:
-        return make_plan(DenseWeights(checkpoint), Options.of(**filled), Path(dst)), measured_rate()
+        return make_plan(DenseWeights(checkpoint), options_of(**options), Path(dst)), measured_rate()
 
 
-def _defaults() -> dict[str, Any]:
-    """`compress`'s options with their defaults."""
+def options_of(**options: Any) -> Options:
+    """What `compress` makes of these options of its own, as the report has them, with the defaults of all others. Raises
+    CompressionError, which names the option."""
     others = {"src", "dst", "evaluate", "overwrite", "restart", "progress"}
     parameters = inspect.signature(compress).parameters
-    return {name: parameter.default for name, parameter in parameters.items() if name not in others}
+    defaults = {name: parameter.default for name, parameter in parameters.items() if name not in others}
+    return Options.of(**{**defaults, **options})
