@@ -111,7 +111,8 @@ class Run:
         return report
 
     def _text(self, work: Work) -> tuple[list[Batch], list[Batch], dict[str, Any]]:
-        """Batches to calibrate on, batches to heal on (those and more), and what they are."""
+        """Batches to calibrate on, batches to heal on, and what they are. Those to heal on are others as long as there are
+        any: refined blocks are better on the text that they have learned, and little is left to be learned from it."""
         options = self._options
         if self._weights.is_speech:
             return calibration_batches(self._weights, options, work, self._progress, judged=self._evaluate)
@@ -120,7 +121,7 @@ class Run:
                 SELF if options.calibration is None else options.calibration,
                 tokenizer=_tokenizer(self._weights.path),
                 model_path=self._weights.path,
-                samples=max(options.samples, -(-options.heal_tokens // options.sequence_length)),
+                samples=options.samples + -(-options.heal_tokens // options.sequence_length),
                 sequence_length=options.sequence_length,
                 seed=options.seed,
                 device=options.device,
@@ -130,9 +131,11 @@ class Run:
             record = {**found.to_json(), "calibrated_on": min(options.samples, len(order))}
             work.save("text", {"sequences": found.sequences[order].contiguous()}, record)
         tensors, record = work.load("text")
-        batches = [{"input_ids": ids} for ids in tensors["sequences"][: options.samples].split(BATCH)]
-        every = [{"input_ids": ids} for ids in tensors["sequences"].split(BATCH)]
-        return batches, every, record
+        known, others = tensors["sequences"][: options.samples], tensors["sequences"][options.samples :]
+        batches, further = (
+            [{"input_ids": ids} for ids in part.split(BATCH)] for part in (known, torch.cat([others, known]))
+        )
+        return batches, further, record
 
     def _calibrate(self, calibration: CalibrationPass, work: Work) -> None:
         """Forward and backward; per block the curves of its layers and, where there is room, their moments."""

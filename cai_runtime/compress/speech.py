@@ -173,8 +173,8 @@ def speech_samples(
 def calibration_batches(
     weights: DenseWeights, options: Options, work: Work, progress: bool | None, *, judged: bool = False
 ) -> tuple[list[Batch], list[Batch], dict[str, Any]]:
-    """Batches to calibrate on, batches to heal on (those and more), and what they are; kept in the work directory. judged:
-    the clips that are set aside will be heard; all of them are opened now."""
+    """Batches to calibrate on, batches to heal on (others first), and what they are; kept in the work directory. judged: the
+    clips that are set aside will be heard; all of them are opened now."""
     from cai_runtime.compress.options import DTYPES
 
     if judged:
@@ -186,7 +186,7 @@ def calibration_batches(
             options.calibration,
             model=model,
             model_path=weights.path,
-            samples=max(options.samples, -(-options.heal_tokens // options.sequence_length)),
+            samples=options.samples + -(-options.heal_tokens // options.sequence_length),
             most_tokens=options.sequence_length,
             seed=options.seed,
             progress=progress,
@@ -201,7 +201,8 @@ def calibration_batches(
         speech_batch(tensors[f"features-{window}"].to(DTYPES[options.dtype]), tensors[f"tokens-{k}"], prompt)
         for k, (window, prompt) in enumerate(record["samples"])
     ]
-    return batches[: options.samples], batches, record["report"]
+    known, others = batches[: options.samples], batches[options.samples :]
+    return known, others + known, record["report"]
 
 
 def speech_batch(features: torch.Tensor, tokens: torch.Tensor, prompt: int) -> Batch:
