@@ -159,7 +159,7 @@ def test_judged_keeps():
 
 
 HEALED = {**SETTINGS, "heal_tokens": 2 * 64 * 40}
-RATE = 2e-2  # so few weights on so few tokens take larger steps
+RATE = 1e-2  # so few weights on so few tokens take larger steps
 
 
 @pytest.fixture(scope="module")
