@@ -111,9 +111,8 @@ def go_on(work: Path, slim: Path, options: dict[str, Any]) -> None:
     own = slim.with_name(f".{slim.name}.work")
     # Links: files are replaced or removed there, never changed.
     shutil.copytree(work, own, copy_function=os.link)
-    if (
-        "target_bytes" in options
-    ):  # what is measured for a budget in bytes is not what is measured for one in parameters
+    # What is measured for a budget in bytes is not what is measured for one in parameters.
+    if "target_bytes" in options:
         for file in own.glob("**/curves*"):
             file.unlink()
     manifest = own / "manifest.json"

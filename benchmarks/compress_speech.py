@@ -69,9 +69,9 @@ def judge(path: Path, sets: dict[str, str], reference: Path) -> dict[str, Any]:
         row, words = found[name], "no transcripts"
         if row["words"]:
             words = (
-                f"{row['words']} words, word error {row['dense_word_error']:.2%} -> {row['word_error']:.2%} (at most a "
+                f"{row['words']} words, word error {row['dense_word_error']:.2%} -> {row['word_error']:.2%} "
+                f"(at most a clip's words: {row['word_error_capped']:.2%})"
             )
-            words += f"clip's words: {row['word_error_capped']:.2%})"
         print(f"    {name}: {words}, KL {row['kl']:.4f}, top-1 {row['top1']:.2%}", flush=True)
     return found
 

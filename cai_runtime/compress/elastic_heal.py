@@ -111,7 +111,7 @@ class ElasticHealer(Healer):
         """Make the gradients of the step's mean divergence those of its logarithm, once all batches of it are added up."""
         divergence = max(self.losses[-1], LEAST_DIVERGENCE)
         for p in self._named.values():
-            # What is not in use gets a gradient, too: Adam counts the steps of all parameters alike.
+            # What is not in use gets a gradient, too, so that its momentum fades.
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad.div_(divergence)
 
 

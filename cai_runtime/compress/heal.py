@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -112,9 +111,9 @@ class Healer:
         found.backward(leaf.grad)
         return total * self._per_step
 
-    def _precision(self) -> AbstractContextManager[object]:
+    def _precision(self) -> torch.autocast:
         device = next(iter(self._named.values())).device.type
-        return torch.autocast(device, torch.bfloat16) if self._mixed else nullcontext()
+        return torch.autocast(device, torch.bfloat16, enabled=self._mixed)
 
     def _restore(self) -> int:
         """Go on from the state on disk; the number of steps that are done."""
