@@ -17,7 +17,7 @@ from cai_runtime.compress.decompose import OUTPUT_DAMPING, damped, factorize
 from cai_runtime.compress.moments import BlockMoments, GramSum, noting_inputs
 from cai_runtime.compress.mpo import MpoTrain
 from cai_runtime.compress.optimizer import core_metrics
-from cai_runtime.compress.refine import ShiftedMoments, refine_block
+from cai_runtime.compress.refine import ShiftedMoments, refine_block, refine_steps
 from cai_runtime.compress.stack import BlockModel, Call, Entry
 from cai_runtime.compress.student import TrainableLinear, put_in
 from cai_runtime.compress.targets import InputGroup, Target
@@ -66,7 +66,7 @@ class BlockwiseCompressor:
 
     def ticks(self, at: BlockId) -> int:
         """Units of progress of a block: one for each layer, one for each step of refinement."""
-        return len(self._calibration.targets(at)) + self._settings.epochs * len(self._calibration.batches)
+        return len(self._calibration.targets(at)) + refine_steps(self._settings.epochs, len(self._calibration.batches))
 
     def run(self) -> None:
         for at in self._calibration.blocks():

@@ -11,7 +11,7 @@ trained, so that the largest keeps stay as near to the original as they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from cai_runtime.compress.cores import StoredModule
-from cai_runtime.compress.heal import Healer
+from cai_runtime.compress.heal import Healer, HealSettings
 from cai_runtime.compress.stack import Batch
 from cai_runtime.compress.student import TrainableLinear, put_in
+from cai_runtime.compress.work import Work
 from cai_runtime.slim.elastic import ElasticTable
 from cai_runtime.slim.spec import ModuleSpec
 
@@ -85,17 +86,17 @@ class ElasticHealer(Healer):
         student: Any,
         teacher: Any,
         batches: Sequence[Batch],
-        work: Any,
+        work: Work,
+        settings: HealSettings,
         table: ElasticTable,
         specs: dict[str, ModuleSpec],
         *,
-        steps: int,
-        **options: Any,
+        tick: Callable[[], object] = lambda: None,
     ):
-        super().__init__(student, teacher, batches, work, steps=steps, **options)
+        super().__init__(student, teacher, batches, work, settings, tick=tick)
         self._table, self._specs = table, specs
         self._layers = {name: m for name, m in student.named_modules() if isinstance(m, ElasticLinear)}
-        self.keeps = healing_keeps(table, specs, steps)
+        self.keeps = healing_keeps(table, specs, settings.steps)
         self._optimizer.register_step_pre_hook(self._weigh)
 
     def open_at(self, keep: float) -> None:

@@ -22,8 +22,9 @@ from cai_runtime.compress.cores import StoredModule
 from cai_runtime.compress.decompose import OUTPUT_DAMPING, damped, factorize
 from cai_runtime.compress.elastic import ElasticPlan, PlannedModule, add_forms, elastic_forms, plan_elastic
 from cai_runtime.compress.elastic_heal import ElasticHealer, healed_forms, put_forms
+from cai_runtime.compress.heal import HealSettings, dense_pair
 from cai_runtime.compress.moments import BlockMoments
-from cai_runtime.compress.options import BATCH, DTYPES, Options
+from cai_runtime.compress.options import DTYPES, Options
 from cai_runtime.compress.report import Report
 from cai_runtime.compress.speech import split_clips
 from cai_runtime.compress.speech_evaluation import compare_speech_keeps
@@ -122,36 +123,21 @@ def heal_elastic(
     batches: Sequence[Batch],
     options: Options,
     *,
-    steps: int,
     tick: Callable[[], object],
 ) -> list[float]:
     """Train the lowrank cores at all keeps, see `elastic_heal`; "heal" in the work directory keeps them. Returns the
     divergence of each step, at its keep."""
-    weights, dtype = calibration.model.weights, DTYPES[options.dtype]
-    student: Any = weights.resident(dtype).to(options.device).requires_grad_(False)
+    weights = calibration.model.weights
+    student, teacher = dense_pair(weights, options)
     specs: dict[str, ModuleSpec] = {}
     stores: dict[str, tuple[str, ...]] = {}
     for at in calibration.blocks():
         layers, _ = load_forms(work, at)
-        put_forms(student, layers, dtype, options.device)
+        put_forms(student, layers, DTYPES[options.dtype], options.device)
         specs |= {name: forms[0].spec for name, forms in layers.items()}
         stores |= {name: forms[-1].spec.store for name, forms in layers.items()}
-    for module in {student.get_input_embeddings(), student.get_output_embeddings()}:
-        module.weight.data = weights.rounded(module.weight.data, options.embedding_store)
-    teacher = weights.resident(dtype).to(options.device)
-    healer = ElasticHealer(
-        student,
-        teacher,
-        batches,
-        work,
-        plan.table(stores),
-        specs,
-        steps=steps,
-        rate=options.heal_rate,
-        mixed=options.mixed,
-        batches_per_step=BATCH if weights.is_speech else 1,  # whose batches are of one window
-        tick=tick,
-    )
+    settings = HealSettings.of(options, speech=weights.is_speech)
+    healer = ElasticHealer(student, teacher, batches, work, settings, plan.table(stores), specs, tick=tick)
     healer.run()
     return healer.losses
 

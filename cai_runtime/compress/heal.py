@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -28,21 +29,52 @@ from cai_runtime.compress.student import TrainableLinear
 from cai_runtime.compress.targets import Target
 from cai_runtime.compress.work import Work
 
+if TYPE_CHECKING:
+    from cai_runtime.compress.options import Options
+    from cai_runtime.compress.weights import DenseWeights
+
 WARMUP = 0.1  # share of the steps
 POSITIONS = 256  # whose logits are in memory at once
 STEP = "heal"
 KEEP_EVERY = 8  # steps between states on disk
 MOST = 2.0  # nats: a model that has lost more does not take longer steps
 METRIC_BATCHES = 8  # times those of a step: from which the layers' inputs are known
+# Of a speech model, whose batches are of one window, a step. A window has some 50 tokens, most of which say little.
+WINDOWS = 8
+
+
+@dataclass(frozen=True)
+class HealSettings:
+    """rate: of `WhitenedMuon` at a divergence of 1 nat; it rises over the first tenth of the steps and falls along a cosine.
+    batches: of a step, whose gradients are added up. mixed: whether fp32 models are run in mixed precision."""
+
+    steps: int
+    rate: float
+    batches: int = 1
+    mixed: bool = False
+
+    @classmethod
+    def of(cls, options: Options, *, speech: bool) -> HealSettings:
+        return cls(options.heal_steps, options.heal_rate, WINDOWS if speech else 1, options.mixed)
+
+
+def dense_pair(weights: DenseWeights, options: Options) -> tuple[Any, Any]:
+    """Twice transformers' model with all its weights: the student, whose layers are still to be replaced, with embedding and
+    head as they will be stored; and the teacher. Nothing of them is to be trained."""
+    from cai_runtime.compress.options import DTYPES
+
+    student, teacher = (weights.resident(DTYPES[options.dtype]).to(options.device) for _ in range(2))
+    student.requires_grad_(False)
+    for module in {student.get_input_embeddings(), student.get_output_embeddings()}:
+        module.weight.data = weights.rounded(module.weight.data, options.embedding_store)
+    return student, teacher
 
 
 class Healer:
     """Trains `student` in place; "heal" in the work directory keeps the state of the training.
 
     student, teacher: transformers' models, the student's parameters that require gradients are trained. batches: taken
-    in order, again and again. rate: of `WhitenedMuon` at a divergence of 1 nat; it rises over the first tenth of the steps
-    and falls along a cosine. batches_per_step: whose gradients are added up. mixed: whether fp32 models are run in mixed
-    precision.
+    in order, again and again.
     """
 
     def __init__(
@@ -51,19 +83,16 @@ class Healer:
         teacher: Any,
         batches: Sequence[Batch],
         work: Work,
+        settings: HealSettings,
         *,
-        steps: int,
-        rate: float,
-        batches_per_step: int = 1,
-        mixed: bool = False,
         tick: Callable[[], object] = lambda: None,
     ):
         self._student, self._teacher = student, teacher
-        self._batches, self._work, self._steps, self._tick = batches, work, steps, tick
-        self._per_step, self._mixed = batches_per_step, mixed
+        self._batches, self._work, self._tick = batches, work, tick
+        self._steps, self._per_step, self._mixed = settings.steps, settings.batches, settings.mixed
         self._named = {name: p for name, p in student.named_parameters() if p.requires_grad}
-        metrics = input_metrics(student, batches[: METRIC_BATCHES * batches_per_step])
-        self._optimizer = WhitenedMuon(self._named.values(), rate, metrics, half=mixed)
+        metrics = input_metrics(student, batches[: METRIC_BATCHES * self._per_step])
+        self._optimizer = WhitenedMuon(self._named.values(), settings.rate, metrics, half=self._mixed)
         self.losses: list[float] = []  # mean divergence of each step, in nats per position
 
     def run(self) -> None:

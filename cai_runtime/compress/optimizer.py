@@ -37,7 +37,7 @@ class WhitenedMuon(torch.optim.Optimizer):
     of it moves by.
 
     metrics: by parameter, the dual basis V diag(e)^(-1/2) of `whitening`, [columns, columns] fp32; a parameter without one
-    is trained as it is. half: orthogonalize in bf16, which is exact enough, where that is faster.
+    is trained as it is. half: take the products of a step in bf16, which is exact enough, where that is faster.
     """
 
     def __init__(
@@ -51,9 +51,12 @@ class WhitenedMuon(torch.optim.Optimizer):
         groups = []
         for p in parameters:
             dual = (metrics or {}).get(p)
-            z = p.detach().float() if dual is None else torch.linalg.solve(dual.mT, p.detach().float(), left=False)
+            z = p.detach().float()
+            if dual is not None:  # its columns are orthogonal, and over their squares the columns of V diag(e)^(1/2)
+                z = z @ (dual / dual.square().sum(0))
             size = float(z.square().mean().sqrt()) if z.numel() else 0.0
-            groups.append({"params": [p], "whole": rate * size, "lr": rate * size, "dual": dual})
+            basis = None if dual is None else dual.bfloat16() if half else dual
+            groups.append({"params": [p], "whole": rate * size, "lr": rate * size, "dual": basis})
         self._half = half
         super().__init__(groups, {})
 
@@ -69,11 +72,14 @@ class WhitenedMuon(torch.optim.Optimizer):
             (p,), dual = group["params"], group["dual"]
             if p.grad is None:
                 continue
-            gradient = p.grad if dual is None else p.grad @ dual
+            gradient = p.grad if dual is None else self._product(p.grad, dual)
             move = self._orthogonal(p, gradient) if p.ndim == 2 else self._adam(p, gradient)
             if dual is not None:
-                move = move @ dual.mT
+                move = self._product(move, dual.mT)
             p.add_(move, alpha=-group["lr"])
+
+    def _product(self, matrix: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+        return (matrix.bfloat16() @ basis).float() if self._half else matrix @ basis
 
     def _orthogonal(self, p: nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
         state = self.state[p]

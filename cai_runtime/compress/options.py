@@ -130,6 +130,10 @@ class Options:
             **others,
         )
 
+    @property
+    def heal_steps(self) -> int:
+        return self.heal_tokens // (BATCH * self.sequence_length)
+
     def __post_init__(self) -> None:
         def need(ok: bool, message: str) -> None:
             if not ok:

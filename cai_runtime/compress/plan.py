@@ -15,6 +15,7 @@ import torch
 from cai_runtime.compress.allocate import Curve, allocate
 from cai_runtime.compress.choices import Choice
 from cai_runtime.compress.elastic import check_smallest
+from cai_runtime.compress.heal import WINDOWS
 from cai_runtime.compress.mpo import reshapes
 from cai_runtime.compress.options import BATCH, DTYPES, Options
 from cai_runtime.compress.plan_file import planned
@@ -25,7 +26,7 @@ from cai_runtime.compress.weights import DenseWeights
 from cai_runtime.errors import CompressionError
 from cai_runtime.slim.spec import DENSE_REFERENCE_BYTES, STORES, ModuleSpec
 
-STUDENT_BYTES = 16  # for each trained number while healing: latent, gradient, two moments of Adam, fp32
+STUDENT_BYTES = 16  # for each trained number while healing: latent, rounded, gradient, momentum, fp32
 HEAL = {False: 8.0, True: 5.0}  # operations for each number and token, as fp32's: those in bf16 take less time
 SHIFT_PASSES = 4  # forward passes of a block in which its layers' inputs are looked at: q/k/v, o, gate/up, down
 
@@ -188,7 +189,7 @@ def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
         work_bytes=states + min(moments, 4 << 30) + kept + (3 * kept if healing else 0),
         memory_bytes=(embedding + 3 * block_parameters) * size + 3 * 8 * block_share + 4 * tokens * width * size,
         heal_memory_bytes=heal_memory,
-        flops=_flops(options, shapes, layer_parameters, embedding, length),
+        flops=_flops(options, shapes, layer_parameters, embedding, length, WINDOWS if weights.is_speech else BATCH),
         dst=dst,
         choices=choices,
     )
@@ -200,7 +201,10 @@ def _unknown(name: str, out: int, inp: int, kind: str) -> Curve:
     return Curve(name, out, inp, [0.0] * ((min(out, inp) if reshape is None else reshape.widest) + 1), reshape=reshape)
 
 
-def _flops(options: Options, shapes: list[tuple[int, int]], layers: int, head: int, length: int) -> dict[str, float]:
+def _flops(
+    options: Options, shapes: list[tuple[int, int]], layers: int, head: int, length: int, step: int
+) -> dict[str, float]:
+    """By stage. length: positions of a sequence or window. step: how many of them a step of healing takes."""
     tokens = options.samples * length
     forward = 2.0 * layers * tokens
     squares = sum(2.0 * tokens * (i * i + (o * o if options.curvature else 0)) / 2 for o, i in shapes)
@@ -210,7 +214,7 @@ def _flops(options: Options, shapes: list[tuple[int, int]], layers: int, head: i
         "calibrate": forward * (4 if options.curvature else 2) + 6.0 * head * tokens + squares,
         "decompose": decompose,
         "blocks": 3 * decompose + forward * (SHIFT_PASSES + 2 if options.shift else 1) + squares * options.shift * 3,
-        "heal": options.heal_tokens / options.sequence_length * length * HEAL[options.mixed] * (layers + head),
+        "heal": options.heal_steps * step * length * HEAL[options.mixed] * (layers + head),
     }
     found["blocks"] += options.refine_epochs * forward * 3
     return {stage: flops for stage, flops in found.items() if flops}

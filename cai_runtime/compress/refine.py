@@ -9,7 +9,9 @@ where the calibration text says little.
 Block refinement. All cores of a block, in their rounding, are trained together by gradient descent so that the block's
 output comes closest to the dense model's (Li, Gong, Tan, Yang, Hu, Zhang, Yu, Wang and Gu, "BRECQ: Pushing the limit of
 post-training quantization by block reconstruction", 2021). An error counts by what it does to the loss: the metric is
-the damped mean of g g^T, g the loss gradient at the block's output.
+the damped mean of g g^T, g the loss gradient at the block's output. Some sequences are set aside, and the error on them is
+what counts: a block learns a small text by heart (a Whisper decoder's few thousand tokens within two epochs), and is worse
+on any other for it.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from cai_runtime.compress.decompose import INPUT_DAMPING
 from cai_runtime.compress.moments import GramSum
 from cai_runtime.compress.optimizer import WhitenedMuon
 from cai_runtime.compress.stack import Call
+
+SET_ASIDE = 8  # one batch of so many is not trained on
 
 
 class ShiftedMoments:
@@ -72,45 +76,54 @@ def refine_block(
     mixed: bool = False,
     tick: Callable[[], object] = lambda: None,
 ) -> tuple[float, float]:
-    """Train `parameters` so that the block gives `targets` on `inputs`; the best state of all epochs is kept.
+    """Train `parameters` so that the block gives `targets` on `inputs`; of the states before and after each epoch that one
+    is kept which is best on the last eighth of the batches, which are not trained on (of fewer than eight, none is set
+    aside, and all are what counts).
 
     calls, inputs, targets: one for each batch, [batch, tokens, hidden]. metric: [hidden, hidden], fp64, symmetric and
     positive definite. inputs_metrics: of the optimizer, see `WhitenedMuon`. rate: of its first step, if nothing were right:
     it goes with the root of the error before, and falls to 0 along a cosine. seed: of the batches' order. mixed: whether an
-    fp32 block is run in mixed precision.
+    fp32 block is run in mixed precision. tick: called after each of `refine_steps`.
 
-    Returns the error before and after: the mean squared error in the metric over the mean square of the targets'
-    distance from the inputs in it.
+    Returns the error before and after, on the batches that count: the mean squared error in the metric over the mean square
+    of the targets' distance from the inputs in it.
     """
     root = torch.linalg.cholesky(metric).float()
-    scale = sum(float(((t - i).float() @ root).square().sum()) for t, i in zip(targets, inputs, strict=True))
-    scale = max(scale, torch.finfo(torch.float32).tiny)
+    learned = range(_learned(len(inputs)))
+    held = range(len(learned), len(inputs)) or learned
+
+    def distance(of: Sequence[int]) -> float:
+        total = sum(float(((targets[n] - inputs[n]).float() @ root).square().sum()) for n in of)
+        return max(total, torch.finfo(torch.float32).tiny)
+
+    scale = distance(learned) / len(learned)
+    held_scale = distance(held)
 
     def error(number: int) -> torch.Tensor:
         with torch.autocast(inputs[number].device.type, torch.bfloat16, enabled=mixed):
             found = calls[number](block, inputs[number])
         difference = found - targets[number]
-        return (difference.float() @ root).square().sum() / scale
+        return (difference.float() @ root).square().sum()
 
-    def total() -> float:
+    def judged() -> float:
         with torch.no_grad():
-            return sum(float(error(number)) for number in range(len(inputs)))
+            return sum(float(error(number)) for number in held) / held_scale
 
-    begin = least = total()
+    begin = least = judged()
     optimizer = WhitenedMuon(parameters, rate * min(begin, 1.0) ** 0.5, inputs_metrics, half=mixed)
     generator = torch.Generator().manual_seed(seed)
     best = [p.detach().clone() for p in parameters]
-    steps = epochs * len(inputs)
+    steps = refine_steps(epochs, len(inputs))
     for step in range(steps):
-        if step % len(inputs) == 0:
-            order = torch.randperm(len(inputs), generator=generator).tolist()
+        if step % len(learned) == 0:
+            order = torch.randperm(len(learned), generator=generator).tolist()
         optimizer.set_rate(0.5 + 0.5 * math.cos(math.pi * step / steps))
         with torch.enable_grad():
-            (error(order[step % len(inputs)]) * len(inputs)).backward()
+            (error(order[step % len(learned)]) / scale).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % len(inputs) == 0 and (step + 1 == steps or (step + 1) % (2 * len(inputs)) == 0):
-            now = total()
+        if (step + 1) % len(learned) == 0:
+            now = judged()
             if now < least:
                 least = now
                 for kept, p in zip(best, parameters, strict=True):
@@ -120,3 +133,12 @@ def refine_block(
         for kept, p in zip(best, parameters, strict=True):
             p.copy_(kept)
     return begin, least
+
+
+def refine_steps(epochs: int, batches: int) -> int:
+    """How many steps `refine_block` takes."""
+    return epochs * _learned(batches)
+
+
+def _learned(batches: int) -> int:
+    return batches - batches // SET_ASIDE

@@ -9,7 +9,6 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from cai_runtime.compress.allocate import Curve
@@ -21,7 +20,7 @@ from cai_runtime.compress.choices import Choice, choose
 from cai_runtime.compress.curves import Noise, curves_of, measure
 from cai_runtime.compress.elastic import ElasticPlan
 from cai_runtime.compress.elastic_run import ElasticCompressor, elastic_plan, heal_elastic, write_elastic
-from cai_runtime.compress.heal import Healer
+from cai_runtime.compress.heal import Healer, HealSettings, dense_pair
 from cai_runtime.compress.moments import BlockMoments
 from cai_runtime.compress.options import BATCH, DTYPES, Options
 from cai_runtime.compress.plan import Plan, versions
@@ -219,47 +218,27 @@ class Run:
         with work.watch.stage("blocks"), self._bar(len(plan.modules), "blocks", "layer") as bar:
             floats = options.heal_tokens > 0
             ElasticCompressor(calibration, plan, options.stores[0], moments, work, floats=floats, tick=bar.update).run()
-        steps = options.heal_tokens // (BATCH * options.sequence_length)
-        if not steps:
+        if not options.heal_steps:
             return []
-        with work.watch.stage("heal"), self._bar(steps, "heal", "step") as bar:
-            return heal_elastic(calibration, plan, work, batches, options, steps=steps, tick=bar.update)
+        with work.watch.stage("heal"), self._bar(options.heal_steps, "heal", "step") as bar:
+            return heal_elastic(calibration, plan, work, batches, options, tick=bar.update)
 
     def _heal(self, calibration: CalibrationPass, batches: list[Batch], work: Work) -> list[float]:
-        options = self._options
-        steps = options.heal_tokens // (BATCH * options.sequence_length)
+        options, steps = self._options, self._options.heal_steps
         if not steps:
             return []
         with work.watch.stage("heal"):
-            student = self._student(calibration, work)
-            teacher = self._weights.resident(DTYPES[options.dtype]).to(options.device)
+            student, teacher = dense_pair(self._weights, options)
+            for at in calibration.blocks():
+                for name, layer in load_block(work, at)[0].items():
+                    put_in(student, name, layer.to(options.device))
+            for name, parameter in student.named_parameters():
+                parameter.requires_grad_("cores." in name or parameter.ndim == 1)
+            settings = HealSettings.of(options, speech=self._weights.is_speech)
             with self._bar(steps, "heal", "step") as bar:
-                healer = Healer(
-                    student,
-                    teacher,
-                    batches,
-                    work,
-                    steps=steps,
-                    rate=options.heal_rate,
-                    mixed=options.mixed,
-                    batches_per_step=BATCH if self._weights.is_speech else 1,  # whose batches are of one window
-                    tick=bar.update,
-                )
+                healer = Healer(student, teacher, batches, work, settings, tick=bar.update)
                 healer.run()
         return healer.losses
-
-    def _student(self, calibration: CalibrationPass, work: Work) -> nn.Module:
-        """The compressed model, its cores, norms and biases to be trained."""
-        options = self._options
-        student: Any = self._weights.resident(DTYPES[options.dtype]).to(options.device)
-        for at in calibration.blocks():
-            for name, layer in load_block(work, at)[0].items():
-                put_in(student, name, layer.to(options.device))
-        for module in {student.get_input_embeddings(), student.get_output_embeddings()}:
-            module.weight.data = self._weights.rounded(module.weight.data, options.embedding_store)
-        for name, parameter in student.named_parameters():
-            parameter.requires_grad_("cores." in name or parameter.ndim == 1)
-        return student
 
     def _bar(self, total: int, name: str, unit: str) -> tqdm:
         return tqdm(total=total, desc=name, unit=unit, disable=tqdm_disable(self._progress))

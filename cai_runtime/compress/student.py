@@ -116,6 +116,19 @@ class _Rounded(torch.autograd.Function):
         return grads[0], None
 
 
+class _Permuted(torch.autograd.Function):
+    """Features in another order. The gradient of an index adds up, number by number, what a permutation has but once."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, order: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+        ctx.back = back
+        return x[..., order]
+
+    @staticmethod
+    def backward(ctx, *grads: torch.Tensor):
+        return grads[0][..., ctx.back], None, None
+
+
 class TrainableLinear(nn.Module):
     """A module of kind dense, lowrank or interpolative in the place of a torch.nn.Linear: y = W x + bias for x [..., in]."""
 
@@ -127,10 +140,14 @@ class TrainableLinear(nn.Module):
         self.spec: ModuleSpec = module.spec
         starts: list[torch.Tensor | None] = list(module.floats) if module.floats else [None] * len(module.cores)
         self.cores = nn.ModuleList(TrainableCore(core, start) for core, start in zip(module.cores, starts, strict=True))
-        self.pivot = module.pivot
-        # Where each output feature lies among the pivot rows and the others, which follow them.
-        self.order = module.pivot.long().argsort() if module.pivot is not None else None
+        self._turn(module.pivot)
         self.bias = nn.Parameter(bias.detach().float().clone()) if bias is not None else None
+
+    def _turn(self, pivot: torch.Tensor | None) -> None:
+        self.pivot = pivot
+        # Which feature of the output each pivot row and each of the others, which follow them, is; and the inverse.
+        self.features = None if pivot is None else pivot.long()
+        self.order = None if self.features is None else self.features.argsort()
 
     @property
     def in_features(self) -> int:
@@ -152,7 +169,8 @@ class TrainableLinear(nn.Module):
         if self.spec.kind == "lowrank":
             y = F.linear(y, self.cores[1]().to(x.dtype))
         elif self.order is not None:
-            y = torch.cat([y, F.linear(y, self.cores[1]().to(x.dtype))], -1)[..., self.order]
+            y = torch.cat([y, F.linear(y, self.cores[1]().to(x.dtype))], -1)
+            y = _Permuted.apply(y, self.order, self.features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _contracted(self, x: torch.Tensor) -> torch.Tensor:
@@ -185,8 +203,8 @@ class TrainableLinear(nn.Module):
         """The inverse of `tensors`."""
         made = cls.__new__(cls)
         nn.Module.__init__(made)
-        made.spec, made.pivot = spec, tensors.get("pivot")
-        made.order = made.pivot.long().argsort() if made.pivot is not None else None
+        made.spec = spec
+        made._turn(tensors.get("pivot"))
         made.bias = nn.Parameter(tensors["bias"]) if "bias" in tensors else None
         made.cores = nn.ModuleList(
             TrainableCore.restore(
@@ -197,7 +215,7 @@ class TrainableLinear(nn.Module):
         return made
 
     def _apply(self, fn, recurse=True):
-        self.order = fn(self.order) if self.order is not None else None
+        self.order, self.features = (t if t is None else fn(t) for t in (self.order, self.features))
         return super()._apply(fn, recurse)
 
 

@@ -15,6 +15,7 @@ from cai_runtime.compress.elastic_heal import LEAST_DIVERGENCE, ElasticHealer, h
 from cai_runtime.compress.elastic_run import judged_keeps
 from cai_runtime.compress.eval_text import read_text
 from cai_runtime.compress.evaluate import dense_reference, slim_as_transformers
+from cai_runtime.compress.heal import HealSettings
 from cai_runtime.compress.work import Work
 from cai_runtime.errors import CompressionError, KeepError
 from cai_runtime.slim.reader import Checkpoint
@@ -209,8 +210,8 @@ def test_a_step_of_several_batches_weighs_each_of_them_once(tiny, tmp_path):
         """One step over all the batches: what its parameters' gradients are, and its divergence."""
         student = dense_reference(tiny).requires_grad_(False)
         put_forms(student, layers, torch.float32, "cpu")
-        work, sizes = Work(tmp_path / "work", {}, restart=True), {"steps": 1, "batches_per_step": len(batches)}
-        healer = ElasticHealer(student, teacher, batches, work, table, specs, rate=1e-4, **sizes)
+        work, settings = Work(tmp_path / "work", {}, restart=True), HealSettings(1, 1e-4, len(batches))
+        healer = ElasticHealer(student, teacher, batches, work, settings, table, specs)
         found = {}
         healer._optimizer.register_step_pre_hook(
             lambda *_: found.update({n: p.grad.clone() for n, p in student.named_parameters() if p.requires_grad})

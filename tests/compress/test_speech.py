@@ -14,6 +14,7 @@ from cai_runtime.compress.audio_files import Clip
 from cai_runtime.compress.calibrate import BlockId, CalibrationPass, next_token_loss
 from cai_runtime.compress.elastic_heal import ElasticHealer
 from cai_runtime.compress.evaluate import dense_reference, slim_as_transformers
+from cai_runtime.compress.heal import WINDOWS
 from cai_runtime.compress.speech import load_processor, speech_batch, speech_samples, split_clips
 from cai_runtime.compress.speech_evaluation import _generate, compare_speech, english_words, word_errors
 from cai_runtime.compress.stack import open_model
@@ -384,7 +385,7 @@ def test_an_elastic_one_is_healed_and_judged_at_its_keeps(whisper, speech, tmp_p
     monkeypatch.setattr(ElasticHealer, "_gradients", lambda *a: (windows.append(a), gradients(*a))[1])
     dst, options = tmp_path / "slim", {**SETTINGS, "keep": 0.9, "shift": False, "refine_epochs": 0, "rank_multiple": 2}
     report = compress(whisper, dst, calibration=speech, elastic=True, smallest_keep=0.5, **options)
-    assert len(report.healing) == 3 and len(windows) == 2 * 3
+    assert len(report.healing) == 3 and len(windows) == WINDOWS * 3
     keeps = [0.9, 0.8, 0.7, 0.6, 0.5]
     assert opened == [(whisper, None), *((dst, keep) for keep in keeps)]
     told = json.loads((dst / "config.json").read_text())["quantization_config"]["elastic"]["quality"]
