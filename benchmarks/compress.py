@@ -12,7 +12,7 @@ Calibrates on the first half of the Wikipedia sample's articles, or on what --ca
 512 tokens spread evenly over the last quarter, which nothing else has seen. The judge is transformers over the checkpoint's
 reconstructed weights, in fp32. Cases with one calibration, or one refinement, go on from copies of its work directory: it
 is run once, and its seconds count in each. Writes benchmarks/results/compress_<what>.json after every case; one of an
-earlier run that has the same name and options is replaced, others stay.
+earlier run that has the same name and options is replaced, others stay. A budget that can't be met is named and passed over.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from cai_runtime.compress.pipeline import options_of
 from cai_runtime.convert.sources import pull
 from cai_runtime.convert.texts import split_articles, wikipedia_articles
 from cai_runtime.engine.open import load_tokenizer
+from cai_runtime.errors import CompressionError
 
 MODEL = "smollm2-135m-instruct"
 WINDOW, WINDOWS = 512, 48
@@ -157,7 +158,11 @@ def main() -> None:
         for name, options in cases(args):
             if args.cases and not any(text in name for text in args.cases):
                 continue
-            case = measure(source, folder, options, unseen) | {"case": name}
+            try:
+                case = measure(source, folder, options, unseen) | {"case": name}
+            except CompressionError as e:  # a budget that this kind of checkpoint can't meet
+                print(f"{name}, {options['calibration']}: {e}", flush=True)
+                continue
             case["ratio"] = case["perplexity"] / dense
             print(
                 f"{name}, {options['calibration']}: perplexity {case['perplexity']:.2f}, {case['ratio']:.3f} x dense, "
