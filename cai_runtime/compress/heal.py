@@ -63,7 +63,8 @@ def dense_pair(weights: DenseWeights, options: Options) -> tuple[Any, Any]:
     head as they will be stored; and the teacher. Nothing of them is to be trained."""
     from cai_runtime.compress.options import DTYPES
 
-    student, teacher = (weights.resident(DTYPES[options.dtype]).to(options.device) for _ in range(2))
+    pair: list[Any] = [weights.resident(DTYPES[options.dtype]).to(options.device) for _ in range(2)]
+    student, teacher = pair
     student.requires_grad_(False)
     for module in {student.get_input_embeddings(), student.get_output_embeddings()}:
         module.weight.data = weights.rounded(module.weight.data, options.embedding_store)
