@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -196,10 +197,7 @@ class Run:
         settings = BlockSettings(
             options.shift, options.refine_epochs, options.refine_rate, options.mixed, options.curvature, options.seed
         )
-
-        def moments(at: BlockId) -> tuple[list[InputGroup], BlockMoments]:
-            return self._moments(calibration, work, at)
-
+        moments = partial(self._moments, calibration, work)
         with work.watch.stage("blocks"):
             compressor = BlockwiseCompressor(calibration, choices, moments, work, settings)
             total = sum(compressor.ticks(at) for at in calibration.blocks())
@@ -211,10 +209,7 @@ class Run:
         self, calibration: CalibrationPass, plan: ElasticPlan, batches: list[Batch], work: Work
     ) -> list[float]:
         options = self._options
-
-        def moments(at: BlockId) -> tuple[list[InputGroup], BlockMoments]:
-            return self._moments(calibration, work, at)
-
+        moments = partial(self._moments, calibration, work)
         with work.watch.stage("blocks"), self._bar(len(plan.modules), "blocks", "layer") as bar:
             floats = options.heal_tokens > 0
             ElasticCompressor(calibration, plan, options.stores[0], moments, work, floats=floats, tick=bar.update).run()
