@@ -35,8 +35,8 @@ def measure(
     energies: dict[str, torch.Tensor] = {}
     reshapes: dict[str, Any] = {}
     noise: Noise = {}
-    for target in targets:
-        name = target.name
+
+    def measure_layer(name: str) -> None:
         gram, outer = damped(moments.inputs[name]), moments.outputs.get(name)
         outer = None if outer is None else damped(outer, OUTPUT_DAMPING)
         weight = weights.tensor(f"{name}.weight").to(options.device).float()
@@ -56,6 +56,9 @@ def measure(
                 store: whitened_error(dense_module(weight, store, gram).dense() - weight, gram, outer)
                 for store in options.stores
             }
+
+    for target in targets:
+        measure_layer(target.name)
     return energies, {"reshapes": reshapes, "noise": noise}
 
 

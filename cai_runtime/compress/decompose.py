@@ -51,11 +51,12 @@ class Factors:
 
 
 def damped(gram: torch.Tensor, damping: float = INPUT_DAMPING) -> torch.Tensor:
-    """A Gram matrix plus `damping` times its mean diagonal, fp64. Zeros (nothing was seen) become the identity."""
-    gram = gram.to(torch.float64)
+    """A Gram matrix plus `damping` times its mean diagonal, a new tensor in fp64. Zeros (nothing was seen) become the
+    identity."""
+    gram = gram.to(torch.float64, copy=True)
     mean = float(gram.diagonal().mean())
-    eye = torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device)
-    return gram + (damping * mean) * eye if mean > 0 else eye
+    gram.diagonal().add_(damping * mean if mean > 0 else 1.0)
+    return gram
 
 
 def factorize(weight: torch.Tensor, input_gram: torch.Tensor, output_gram: torch.Tensor | None = None) -> Factors:

@@ -1,7 +1,8 @@
 """Second moments of what the linear layers of one block see: of their inputs and of the loss gradients at their
 outputs.
 
-Only [in, in] and [out, out] matrices stay. Sums are taken in fp32 over one batch and in fp64 over the batches.
+Only [in, in] and [out, out] matrices stay. Sums are taken in fp32 over one batch and in fp64 over the batches; what they
+come to is fp32. Of a wide layer each is gigabytes, so of a sum, which is symmetric, only one half is there.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import nn
 from cai_runtime.compress.targets import InputGroup, Target
 from cai_runtime.errors import CompressionError
 
-BLOCK = 384  # columns of the Gram matrix that are computed at a time; only blocks on and below the diagonal are
+STRIP = 384  # rows of the Gram matrix that are computed at a time, up to the diagonal
 
 
 class GramSum:
@@ -24,44 +25,56 @@ class GramSum:
 
     def __init__(self, features: int, device: torch.device | str = "cpu"):
         self.rows = 0
-        self._sum = torch.zeros(features, features, dtype=torch.float64, device=device)
+        self._features = features
+        self._strips = [
+            torch.zeros(stop - start, stop, dtype=torch.float64, device=device) for start, stop in _strips(features)
+        ]
 
     def add(self, x: torch.Tensor) -> None:
         """x: [..., features], any float dtype."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
-        for start in range(0, x.shape[1], BLOCK):
-            stop = min(start + BLOCK, x.shape[1])
-            self._sum[start:stop, :stop] += x[:, start:stop].mT @ x[:, :stop]
+        for strip, (start, stop) in zip(self._strips, _strips(self._features), strict=True):
+            strip += x[:, start:stop].mT @ x[:, :stop]
         self.rows += x.shape[0]
 
-    def mean(self) -> torch.Tensor:
-        """[features, features], fp64, symmetric; zeros when nothing was fed."""
-        lower = self._sum.tril()
-        return (lower + lower.tril(-1).mT) / max(self.rows, 1)
+    def mean(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        """[features, features], symmetric; zeros when nothing was fed."""
+        whole = self._strips[0].new_empty(self._features, self._features, dtype=dtype)
+        for strip, (start, stop) in zip(self._strips, _strips(self._features), strict=True):
+            mean = strip / max(self.rows, 1)
+            corner = mean[:, start:].tril()
+            whole[start:stop, :start] = mean[:, :start]
+            whole[:start, start:stop] = mean[:, :start].mT
+            whole[start:stop, start:stop] = corner + corner.tril(-1).mT
+        return whole
+
+
+def _strips(features: int) -> list[tuple[int, int]]:
+    return [(start, min(start + STRIP, features)) for start in range(0, features, STRIP)]
 
 
 @dataclass
 class BlockMoments:
     """Of one block, by target name: the mean of x x^T, [in, in], one matrix for the targets that share an input, and
-    the mean of g g^T, [out, out], both fp64; the rows they were taken over. Without gradients `outputs` is empty."""
+    the mean of g g^T, [out, out], both fp32; the rows they were taken over. Without gradients `outputs` is empty."""
 
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
 
     def tensors(self, groups: Sequence[InputGroup]) -> dict[str, torch.Tensor]:
-        """What to keep on disk, fp32: a group's input matrix under its first target's name."""
-        kept = {f"in:{g.targets[0].name}": self.inputs[g.targets[0].name].float() for g in groups}
-        return {**kept, **{f"out:{name}": gram.float() for name, gram in self.outputs.items()}}
+        """What to keep on disk: a group's input matrix under its first target's name."""
+        kept = {f"in:{g.targets[0].name}": self.inputs[g.targets[0].name] for g in groups}
+        return {**kept, **{f"out:{name}": gram for name, gram in self.outputs.items()}}
 
     @classmethod
     def of(cls, tensors: dict[str, torch.Tensor], groups: Sequence[InputGroup], rows: dict[str, int]) -> BlockMoments:
         """The inverse of `tensors`."""
         inputs: dict[str, torch.Tensor] = {}
         for group in groups:
-            gram = tensors[f"in:{group.targets[0].name}"].double()
+            gram = tensors[f"in:{group.targets[0].name}"]
             inputs |= {target.name: gram for target in group.targets}
-        outputs = {name[4:]: tensor.double() for name, tensor in tensors.items() if name.startswith("out:")}
+        outputs = {name[4:]: tensor for name, tensor in tensors.items() if name.startswith("out:")}
         return cls(inputs, outputs, rows)
 
 
@@ -91,11 +104,11 @@ class MomentHooks:
         found = BlockMoments()
         for group in self._groups:
             total = self._inputs.pop(group.targets[0].name)
-            gram = total.mean()
+            gram = total.mean(torch.float32)
             for target in group.targets:
                 found.inputs[target.name], found.rows[target.name] = gram, total.rows
                 if target.name in self._outputs:
-                    found.outputs[target.name] = self._outputs.pop(target.name).mean()
+                    found.outputs[target.name] = self._outputs.pop(target.name).mean(torch.float32)
         for name, gram in [*found.inputs.items(), *found.outputs.items()]:
             if not bool(gram.isfinite().all()):
                 raise CompressionError(f"calibration met values that are not finite ({name}): try --dtype fp32")

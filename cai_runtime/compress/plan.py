@@ -26,6 +26,7 @@ from cai_runtime.compress.weights import DenseWeights
 from cai_runtime.errors import CompressionError
 from cai_runtime.slim.spec import DENSE_REFERENCE_BYTES, STORES, ModuleSpec
 
+MOMENT_BYTES = 4 << 30  # of all blocks' moments together that are kept on disk; more are computed twice
 STUDENT_BYTES = 16  # for each trained number while healing: latent, rounded, gradient, momentum, fp32
 HEAL = {False: 8.0, True: 5.0}  # operations for each number and token, as fp32's: those in bf16 take less time
 SHIFT_PASSES = 4  # forward passes of a block in which its layers' inputs are looked at: q/k/v, o, gate/up, down
@@ -168,7 +169,8 @@ def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
     )
     moments = 4 * (inputs + (sum(out * out for out, _ in shapes) if options.curvature else 0))
     block_parameters = max(sum(p.numel() for p in block.parameters()) for stack in stacks for block in stack.blocks)
-    block_share = max((sum(o * o + i * i for o, i in shapes) // max(blocks, 1)), 1)
+    # While a layer is decomposed: both its metrics and their roots, and some four matrices of its own shape, in fp64.
+    decomposing = max(16 * (i * i + o * o * options.curvature) + 32 * o * i for o, i in shapes)
     healing = options.heal_tokens > 0
     heal_memory = (2 * total * size + int(STUDENT_BYTES * layer_parameters)) if healing else 0
     # A block's cores: to be trained, or all forms as they are stored.
@@ -186,8 +188,12 @@ def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
         layer_budget_bytes=budget,
         moment_bytes=moments,
         state_bytes=states,
-        work_bytes=states + min(moments, 4 << 30) + kept + (3 * kept if healing else 0),
-        memory_bytes=(embedding + 3 * block_parameters) * size + 3 * 8 * block_share + 4 * tokens * width * size,
+        # Healing keeps its cores and their momentum; a file is whole beside the one before it until it takes its place.
+        work_bytes=states + min(moments, MOMENT_BYTES) + kept + (4 * kept if healing else 0),
+        memory_bytes=(embedding + 3 * block_parameters) * size
+        + 2 * moments // max(blocks, 1)
+        + decomposing
+        + 4 * tokens * width * size,
         heal_memory_bytes=heal_memory,
         flops=_flops(options, shapes, layer_parameters, embedding, length, WINDOWS if weights.is_speech else BATCH),
         dst=dst,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from cai_runtime.compress.decompose import damped
 from cai_runtime.slim.int4 import MAX_CODE, fit_groups, pack
 from cai_runtime.slim.spec import STORES
 from cai_runtime.slim.stores import INT8_MAX, CoreData, quantize
@@ -77,8 +78,5 @@ def _costs(feedback: torch.Tensor) -> torch.Tensor:
 def _feedback(gram: torch.Tensor) -> torch.Tensor:
     """Upper Cholesky factor, fp32, of the inverse of the damped Gram matrix: row k tells how column k's error, divided by
     [k, k], is shared out over the columns after it."""
-    gram = gram.to(torch.float64)
-    mean = float(gram.diagonal().mean())
-    eye = torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + (DAMPING * mean or 1.0) * eye))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram, DAMPING)))
     return torch.linalg.cholesky(inverse, upper=True).float()

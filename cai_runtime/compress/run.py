@@ -24,7 +24,7 @@ from cai_runtime.compress.elastic_run import ElasticCompressor, elastic_plan, he
 from cai_runtime.compress.heal import Healer, HealSettings, dense_pair
 from cai_runtime.compress.moments import BlockMoments
 from cai_runtime.compress.options import BATCH, DTYPES, Options
-from cai_runtime.compress.plan import Plan, versions
+from cai_runtime.compress.plan import MOMENT_BYTES, Plan, versions
 from cai_runtime.compress.report import Report
 from cai_runtime.compress.speech import calibration_batches
 from cai_runtime.compress.stack import Batch, open_model
@@ -35,8 +35,6 @@ from cai_runtime.compress.work import Work
 from cai_runtime.convert.cache import tqdm_disable
 from cai_runtime.errors import CompressionError
 from cai_runtime.slim.writer import CheckpointWriter
-
-MOMENT_BYTES = 4 << 30  # of all blocks' moments together that are kept on disk; more are computed twice
 
 
 class Run:

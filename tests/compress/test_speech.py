@@ -94,8 +94,10 @@ def test_moments_of_both_stacks_are_those_of_one_backward_pass(calibration, batc
             x = torch.cat([pair[0].detach().flatten(0, 1) for pair in seen[name]]).double()
             g = torch.cat([pair[1].grad.flatten(0, 1) for pair in seen[name]]).double()
             assert moments.rows[name] == len(x)
-            torch.testing.assert_close(gram, x.mT @ x / len(x), rtol=1e-5, atol=1e-7)
-            torch.testing.assert_close(moments.outputs[name], g.mT @ g / len(g), rtol=1e-3, atol=1e-9)
+            torch.testing.assert_close(gram, x.mT @ x / len(x), rtol=1e-5, atol=1e-7, check_dtype=False)
+            torch.testing.assert_close(
+                moments.outputs[name], g.mT @ g / len(g), rtol=1e-3, atol=1e-9, check_dtype=False
+            )
 
 
 class Killed(BaseException):

@@ -8,6 +8,7 @@ from cai_runtime.compress.calibrate import BlockId, CalibrationPass, next_token_
 from cai_runtime.compress.cores import dense_module, factorized_module
 from cai_runtime.compress.decompose import damped, factorize, spectrum, whitened_error
 from cai_runtime.compress.evaluate import agreement, dense_reference, slim_as_transformers
+from cai_runtime.compress.moments import STRIP, GramSum
 from cai_runtime.compress.stack import open_model
 from cai_runtime.compress.student import TrainableLinear
 from cai_runtime.compress.targets import find_targets
@@ -65,8 +66,8 @@ def test_moments_are_those_of_one_backward_pass(calibration):
         for name, gram in found.inputs.items():
             assert name.startswith(f"model.layers.{at.index}.")
             x, y = (t.detach().flatten(0, 1).double() for t in (seen[name][0], seen[name][1].grad))
-            torch.testing.assert_close(gram, x.mT @ x / len(x), rtol=1e-4, atol=1e-6)
-            torch.testing.assert_close(found.outputs[name], y.mT @ y / len(y), rtol=1e-4, atol=1e-7)
+            torch.testing.assert_close(gram, x.mT @ x / len(x), rtol=1e-4, atol=1e-6, check_dtype=False)
+            torch.testing.assert_close(found.outputs[name], y.mT @ y / len(y), rtol=1e-4, atol=1e-7, check_dtype=False)
 
 
 def test_spectrum_and_whitened_error_are_the_factors(tiny):
@@ -184,3 +185,18 @@ def test_a_dry_run_writes_nothing_and_bounds_the_size(tiny, text_file, tmp_path)
     assert (plan.layers, plan.blocks, plan.layer_parameters) == (14, 2, report.dense_parameters)
     assert plan.parameters == report.total_dense_parameters
     assert "210" not in plan.summary(rate) and "14 linear layers" in plan.summary(rate)
+
+
+@pytest.mark.parametrize("features", [5, STRIP, STRIP + 1, 2 * STRIP + 100])
+def test_a_sum_of_strips_is_the_whole_gram_matrix(features):
+    g = torch.Generator().manual_seed(features)
+    x = torch.randn(3, 7, features, generator=g)
+    total = GramSum(features)
+    for batch in x.split(1):
+        total.add(batch)
+    rows = x.flatten(0, 1).double()
+    found = total.mean()
+    assert torch.equal(found, found.mT) and found.dtype == torch.float64
+    torch.testing.assert_close(found, rows.mT @ rows / 21, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(total.mean(torch.float32), found.float(), rtol=1e-6, atol=0)
+    assert not GramSum(features).mean().any()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 import cai_runtime
 from cai_runtime.errors import CaiError
@@ -79,10 +80,17 @@ def run_round(client: cai_runtime.Client, seed: int) -> dict[str, int]:
     return counts
 
 
+def live_tensor_bytes() -> int:
+    """Bytes of all storages that tensors of this process are in; of a cache or a weight that was left behind, exactly."""
+    gc.collect()
+    tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type == "cpu"]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
 def test_threads_aborts_and_bad_requests(smollm2_dir: Path):
     process = psutil.Process()
     rss: list[int] = []
-    threads_before = threading.active_count()
+    threads_before, tensors_before = threading.active_count(), live_tensor_bytes()
     for round_number in range(ROUNDS):
         with cai_runtime.Client(model=str(smollm2_dir), dtype="bf16", kv_cache="24MiB") as client:
             counts = run_round(client, round_number)
@@ -95,11 +103,12 @@ def test_threads_aborts_and_bad_requests(smollm2_dir: Path):
             assert stats.pages_used == 0 and stats.running == 0 and stats.waiting == 0
             inside = process.memory_info().rss
         del engine, client
-        gc.collect()
+        assert live_tensor_bytes() == tensors_before, "close() did not give all tensors back"
         ctypes.CDLL(None).malloc_trim(0)  # what the C allocator keeps for later is not the library's
         rss.append(process.memory_info().rss)
         # The weights alone are 270 MB in bf16.
         assert inside - rss[-1] > 250e6, "close() did not give the weights back"
         assert threading.active_count() <= threads_before + 1, threading.enumerate()  # the watcher of the exit
-    # What the allocator holds on to goes up and down by some 50 MB (eight rounds: 623 to 675 MiB, without a trend).
-    assert min(rss[2:]) - min(rss[:2]) < 45e6, f"memory grows from round to round: {rss}"
+    # What lies outside of tensors. The first round fills the allocator's arenas, one for each of its threads. From then on
+    # what they hold goes up and down by some 50 MB (eight rounds: 623 to 675 MiB, without a trend).
+    assert min(rss[2:]) - rss[1] < 60e6, f"memory grows from round to round: {rss}"
