@@ -12,7 +12,6 @@ from cai_runtime.compress.allocate import Curve
 from cai_runtime.compress.blockwise import load_block
 from cai_runtime.compress.calibrate import CalibrationPass
 from cai_runtime.compress.heal import STEP as HEAL
-from cai_runtime.compress.options import Options
 from cai_runtime.compress.report import ModuleReport, Report
 from cai_runtime.compress.work import Work
 from cai_runtime.convert.cache import tqdm_disable
@@ -25,7 +24,6 @@ def write_checkpoint(
     calibration: CalibrationPass,
     work: Work,
     curves: Mapping[str, Curve],
-    options: Options,
     report: Report,
     progress: bool | None,
 ) -> None:
@@ -54,7 +52,7 @@ def write_checkpoint(
         if record["refined"] is not None:
             name = calibration.stack(at).block_name(at.index)
             report.blocks.append({"name": name, **record["refined"]})
-    write_rest(writer, calibration, done, healed, options, report)
+    write_rest(writer, calibration, done, healed, report)
 
 
 def write_rest(
@@ -62,22 +60,20 @@ def write_rest(
     calibration: CalibrationPass,
     done: Set[str],
     healed: Mapping[str, torch.Tensor],
-    options: Options,
     report: Report,
 ) -> None:
-    """Hand every tensor that is not `done` to the writer: embedding and head in their store, the rest as it is or as
-    `healed`. Adds to the report's counts."""
-    weights, model = calibration.model.weights, calibration.model.model
-    ends = {id(m) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
-    embeddings = {f"{name}.weight" for name, module in model.named_modules() if id(module) in ends}
+    """Hand every tensor that is not `done` to the writer: embedding and head in their stores, which the report has, the rest
+    as it is or as `healed`. Adds to the report's counts."""
+    weights = calibration.model.weights
     for name in weights.names():
         if name in done:
             continue
         tensor = weights.tensor(name)
         nbytes = tensor.nbytes
-        if name in embeddings:
+        store = report.ends.get(name.removesuffix(".weight"))
+        if store is not None:
             rows, width = tensor.shape
-            spec = ModuleSpec("dense", rows, width, None, (options.embedding_store,))
+            spec = ModuleSpec("dense", rows, width, None, (store,))
             writer.add_module(name.removesuffix(".weight"), spec, [tensor.float()])
             nbytes = spec.nbytes
         elif name in healed:

@@ -146,6 +146,24 @@ class CalibrationPass:
             found.append(gradient)
         return found
 
+    def logits(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of one batch, after `forward`: [batch, tokens, vocabulary], and the loss gradients at them, both fp32."""
+        with torch.no_grad():
+            output = self.finish(number)
+        leaf = output.logits = output.logits.float().requires_grad_()
+        with torch.enable_grad():
+            self._loss(output, self.batches[number]).backward()
+        assert leaf.grad is not None
+        return leaf.detach(), leaf.grad
+
+    def enter(self, s: int, number: int) -> Entry:
+        """The way into stack s for one batch, as the model is now."""
+        return self.model.enter(s, self.batches[number], self._finals(number, s))
+
+    def finish(self, number: int) -> Any:
+        """The model's output for one batch, from the states after its last block."""
+        return self.model.finish(self.batches[number], self._finals(number, len(self.model.stacks)))
+
     def moments(self, at: BlockId, *, gradients: bool) -> tuple[list[InputGroup], BlockMoments]:
         """The block's groups and moments. With gradients those before the block are kept, too."""
         entries, states = self.entries(at.stack, graph=gradients), self.hidden(at)

@@ -122,13 +122,14 @@ def heal_elastic(
     work: Work,
     batches: Sequence[Batch],
     options: Options,
+    ends: dict[str, str],
     *,
     tick: Callable[[], object],
 ) -> list[float]:
     """Train the lowrank cores at all keeps, see `elastic_heal`; "heal" in the work directory keeps them. Returns the
     divergence of each step, at its keep."""
     weights = calibration.model.weights
-    student, teacher = dense_pair(weights, options)
+    student, teacher = dense_pair(weights, options, ends)
     specs: dict[str, ModuleSpec] = {}
     stores: dict[str, tuple[str, ...]] = {}
     for at in calibration.blocks():
@@ -148,7 +149,6 @@ def write_elastic(
     plan: ElasticPlan,
     work: Work,
     curves: Mapping[str, Curve],
-    options: Options,
     report: Report,
     progress: bool | None,
 ) -> None:
@@ -172,7 +172,7 @@ def write_elastic(
             done |= {f"{name}.weight", f"{name}.bias"}
             if bias is not None:
                 report.add_rest(bias.numel(), bias.nbytes)
-    write_rest(writer, calibration, done, {}, options, report)
+    write_rest(writer, calibration, done, {}, report)
     writer.set_elastic(plan.table({name: spec.store for name, spec in seconds.items()}))
     report.elastic = {
         "keep": list(plan.keep),

@@ -32,7 +32,8 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, 
 class Options:
     """What `compress` was asked for; see there, with defaults filled in and the stores' names as files have them.
 
-    stores: those that a layer may have. target_bytes: an int, or a share of the bf16 bytes as a float in (0, 1].
+    stores: those that a layer may have. embedding_store: None where embedding and head may have any of them, too.
+    target_bytes: an int, or a share of the bf16 bytes as a float in (0, 1].
     plan: the entries of a plan file; with them there is neither keep nor target_bytes. smallest_keep: of an elastic
     checkpoint, whose largest is `keep`; None of any other. mixed: train fp32 models with products in bf16.
     """
@@ -49,7 +50,7 @@ class Options:
     heal_tokens: int
     heal_rate: float
     calibration: str | tuple[str, ...] | None
-    embedding_store: str
+    embedding_store: str | None
     samples: int
     sequence_length: int
     rank_multiple: int
@@ -105,7 +106,9 @@ class Options:
         else:
             stores = (canonical_store(store),)
         fine = [s for s in stores if s in STORES and STORES[s].bits != 4]
-        if embedding_store is None:
+        # Where stores compete for bytes, those of embedding and head do; by loss gradients, which are their only measure.
+        competing = store is None and target_bytes is not None and others["curvature"]
+        if embedding_store is None and not competing:
             embedding_store = fine[0] if fine else "int8"
         if rank_multiple is None:
             rank_multiple = max([16, *(STORES[s].group for s in stores if s in STORES)])
@@ -116,7 +119,7 @@ class Options:
             kind=kind,
             refine_epochs=refine_epochs,
             heal_tokens=heal_tokens,
-            embedding_store=canonical_store(embedding_store),
+            embedding_store=None if embedding_store is None else canonical_store(embedding_store),
             rank_multiple=rank_multiple,
             calibration=_plain(calibration),
             device=device,
@@ -154,7 +157,8 @@ class Options:
             self.kind != "dense" or self.target_bytes is not None or self.keep == 1,
             "kind 'dense' has no ranks to choose: give target_bytes, or keep 1",
         )
-        for name, value in [*(("store", s) for s in self.stores), ("embedding_store", self.embedding_store)]:
+        ends = [("embedding_store", self.embedding_store)] if self.embedding_store is not None else []
+        for name, value in [*(("store", s) for s in self.stores), *ends]:
             need(value in STORES, f"{name} must be one of {known}, is {value!r}")
         need(self.dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, is {self.dtype!r}")
         for name, least in (

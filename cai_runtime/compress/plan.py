@@ -38,7 +38,8 @@ class Plan:
 
     parameters: of the whole model; layer_parameters: of the linear layers that are compressed; embedding_parameters: of
     embedding and head. output_bytes: of the slim checkpoint, from above for a budget in parameters (an elastic one's with
-    both forms of every layer that is dense at the largest keep). moment_bytes: of
+    both forms of every layer that is dense at the largest keep). layer_budget_bytes: for the layers under a budget in bytes,
+    and for embedding and head where their stores compete. moment_bytes: of
     all blocks' moments in fp32. state_bytes: of hidden states and gradients on disk. block_parameters: of the largest
     block. flops: by stage. choices: what a plan file says of every layer, None without one.
     """
@@ -121,10 +122,16 @@ def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
     embedding = sum(math.prod(weights.shape(name)) for name in ends if name in weights)
     total = weights.parameters()
     matrices = [weights.shape(name) for name in ends if name in weights]
-    stored = [ModuleSpec("dense", rows, columns, None, (options.embedding_store,)) for rows, columns in matrices]
+    # At their smallest, where their stores compete: then they are part of the budget.
+    competing = options.embedding_store is None
+    end_stores = options.stores if options.embedding_store is None else (options.embedding_store,)
+    ends_bytes = sum(
+        min(ModuleSpec("dense", rows, columns, None, (store,)).nbytes for store in end_stores)
+        for rows, columns in matrices
+    )
     compressed = {f"{name}.weight" for name in targets}
     others = sum(weights.nbytes(name) for name in weights.names() if name not in compressed and name not in ends)
-    rest_bytes = sum(spec.nbytes for spec in stored) + others
+    rest_bytes = ends_bytes + others
     budget = choices = None
     if options.plan is not None:
         choices = planned(options.plan, dict(zip(targets, shapes, strict=True)))
@@ -139,6 +146,7 @@ def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
             raise CompressionError(
                 f"target_bytes {output:,} is too small: embedding, head and norms alone take {rest_bytes:,}"
             )
+        budget += ends_bytes if competing else 0
     else:
         assert options.keep is not None
         # Ranks can't be chosen yet, but a budget below the smallest ones is known to fail.
@@ -222,6 +230,8 @@ def _flops(
         "blocks": 3 * decompose + forward * (SHIFT_PASSES + 2 if options.shift else 1) + squares * options.shift * 3,
         "heal": options.heal_steps * step * length * HEAL[options.mixed] * (layers + head),
     }
+    if options.embedding_store is None:
+        found["calibrate"] += 2.0 * head * tokens * (1 + len(options.stores))
     found["blocks"] += options.refine_epochs * forward * 3
     return {stage: flops for stage, flops in found.items() if flops}
 

@@ -34,10 +34,10 @@ class ModuleReport:
 class Report:
     """The whole run. Bytes are on disk; a "dense" byte count takes two bytes (bf16) for each parameter.
 
-    `seconds`: wall time by stage, of all calls that it took. `blocks`: error of each block's output before and after
-    its refinement, see `refine_block`. `healing`: mean divergence of each step, in nats per position. `quality`: see
-    `cai_runtime.compress.compare`. `keep_parameters` and `keep_bytes` are of the factorized modules alone; the totals
-    are of the checkpoint with embedding, head and norms.
+    `ends`: the stores of embedding and head, by name. `seconds`: wall time by stage, of all calls that it took. `blocks`:
+    error of each block's output before and after its refinement, see `refine_block`. `healing`: mean divergence of each
+    step, in nats per position. `quality`: see `cai_runtime.compress.compare`. `keep_parameters`, `keep_bytes`: of the
+    factorized modules alone; the totals are of the checkpoint with embedding, head and norms.
 
     `elastic`, of an elastic checkpoint: "keep", the smallest and the largest; "second_forms", the lowrank forms of modules
     that are dense at the largest keep: how many, their parameters and bytes; "quality" at several keeps, falling. All else
@@ -49,6 +49,7 @@ class Report:
     options: dict[str, Any]
     calibration: dict[str, Any]
     versions: dict[str, str]
+    ends: dict[str, str] = field(default_factory=dict)
     modules: list[ModuleReport] = field(default_factory=list)
     dense_parameters: int = 0
     parameters: int = 0

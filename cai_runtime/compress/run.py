@@ -21,6 +21,8 @@ from cai_runtime.compress.choices import Choice, choose
 from cai_runtime.compress.curves import Noise, curves_of, measure
 from cai_runtime.compress.elastic import ElasticPlan
 from cai_runtime.compress.elastic_run import ElasticCompressor, elastic_plan, heal_elastic, write_elastic
+from cai_runtime.compress.ends import STEP as ENDS
+from cai_runtime.compress.ends import end_names, ends_noise
 from cai_runtime.compress.heal import Healer, HealSettings, dense_pair
 from cai_runtime.compress.moments import BlockMoments
 from cai_runtime.compress.options import BATCH, DTYPES, Options
@@ -76,15 +78,14 @@ class Run:
             with work.watch.stage("allocate"):
                 curves, noise = self._curves(calibration, work)
                 forms = elastic_plan(curves, options) if options.elastic else None
-                if forms is None:
-                    choices = self._planned or choose(
-                        curves, options, noise=noise, budget_bytes=self._plan.layer_budget_bytes
-                    )
+                choices = {} if forms is not None else self._planned or self._choose(calibration, curves, noise)
+                names = end_names(model.model, self._weights)
+                ends = {name: options.embedding_store or choices.pop(name).store for name in names}
             if forms is not None:
-                losses = self._compress_elastic(calibration, forms, extra, work)
+                losses = self._compress_elastic(calibration, forms, extra, ends, work)
             else:
                 self._compress_blocks(calibration, choices, work)
-                losses = self._heal(calibration, extra, work)
+                losses = self._heal(calibration, extra, ends, work)
             report = Report(
                 source=self._source,
                 source_sha256=hashes,
@@ -92,6 +93,7 @@ class Run:
                 calibration=text,
                 versions=versions(),
                 healing=losses,
+                ends=ends,
             )
             with (
                 work.watch.stage("write"),
@@ -100,9 +102,9 @@ class Run:
                 ) as writer,
             ):
                 if forms is not None:
-                    write_elastic(writer, calibration, forms, work, curves, options, report, self._progress)
+                    write_elastic(writer, calibration, forms, work, curves, report, self._progress)
                 else:
-                    write_checkpoint(writer, calibration, work, curves, options, report, self._progress)
+                    write_checkpoint(writer, calibration, work, curves, report, self._progress)
                 report.seconds = work.watch.seconds()
                 writer.finish(report.to_json())
             work.remove()
@@ -165,6 +167,8 @@ class Run:
                     for at in blocks:
                         visit(at)
                         bar.update()
+            if self._options.embedding_store is None and not work.has(ENDS):
+                work.save(ENDS, {}, ends_noise(calibration, self._options.stores))
 
     def _moments(self, calibration: CalibrationPass, work: Work, at: BlockId) -> tuple[list[InputGroup], BlockMoments]:
         return self._kept_moments(calibration, work, at) or calibration.moments(at, gradients=self._options.curvature)
@@ -188,7 +192,15 @@ class Run:
             found = curves_of(calibration.targets(at), *work.load(at.step("curves")), self._options)
             curves |= found[0]
             noise |= found[1]
+        if self._options.embedding_store is None:
+            noise |= work.load(ENDS)[1]
         return curves, noise
+
+    def _choose(self, calibration: CalibrationPass, curves: dict[str, Curve], noise: Noise) -> dict[str, Choice]:
+        options, model = self._options, calibration.model.model
+        competing = end_names(model, self._weights) if options.embedding_store is None else []
+        shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in competing}
+        return choose(curves, options, noise=noise, budget_bytes=self._plan.layer_budget_bytes, ends=shapes)
 
     def _compress_blocks(self, calibration: CalibrationPass, choices: dict[str, Choice], work: Work) -> None:
         options = self._options
@@ -204,7 +216,12 @@ class Run:
                 compressor.run()
 
     def _compress_elastic(
-        self, calibration: CalibrationPass, plan: ElasticPlan, batches: list[Batch], work: Work
+        self,
+        calibration: CalibrationPass,
+        plan: ElasticPlan,
+        batches: list[Batch],
+        ends: dict[str, str],
+        work: Work,
     ) -> list[float]:
         options = self._options
         moments = partial(self._moments, calibration, work)
@@ -214,14 +231,16 @@ class Run:
         if not options.heal_steps:
             return []
         with work.watch.stage("heal"), self._bar(options.heal_steps, "heal", "step") as bar:
-            return heal_elastic(calibration, plan, work, batches, options, tick=bar.update)
+            return heal_elastic(calibration, plan, work, batches, options, ends, tick=bar.update)
 
-    def _heal(self, calibration: CalibrationPass, batches: list[Batch], work: Work) -> list[float]:
+    def _heal(
+        self, calibration: CalibrationPass, batches: list[Batch], ends: dict[str, str], work: Work
+    ) -> list[float]:
         options, steps = self._options, self._options.heal_steps
         if not steps:
             return []
         with work.watch.stage("heal"):
-            student, teacher = dense_pair(self._weights, options)
+            student, teacher = dense_pair(self._weights, options, ends)
             for at in calibration.blocks():
                 for name, layer in load_block(work, at)[0].items():
                     put_in(student, name, layer.to(options.device))

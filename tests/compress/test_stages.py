@@ -1,12 +1,16 @@
 """Each stage on tiny random models: the block-wise model is the model, and what is trained gets better."""
 
+import re
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cai_runtime.compress import compress, dry_run
 from cai_runtime.compress.calibrate import BlockId, CalibrationPass, next_token_loss
 from cai_runtime.compress.cores import dense_module, factorized_module
 from cai_runtime.compress.decompose import damped, factorize, spectrum, whitened_error
+from cai_runtime.compress.ends import ends_noise
 from cai_runtime.compress.evaluate import agreement, dense_reference, slim_as_transformers
 from cai_runtime.compress.moments import STRIP, GramSum
 from cai_runtime.compress.stack import open_model
@@ -16,6 +20,7 @@ from cai_runtime.compress.weights import DenseWeights
 from cai_runtime.compress.work import Work
 from cai_runtime.errors import CompressionError
 from cai_runtime.slim.reader import Checkpoint
+from cai_runtime.slim.stores import quantize
 
 IDS = torch.randint(2, 62, (4, 24), generator=torch.Generator().manual_seed(3))
 FAST = {"samples": 8, "sequence_length": 64, "rank_multiple": 1, "evaluate": False, "progress": False}
@@ -158,7 +163,50 @@ def test_a_budget_in_bytes_holds_and_mixes(tiny, text_file, tmp_path, share):
         assert report.total_bytes == slim.nbytes
     used = {store for module in report.modules for store in module.store}
     assert used == ({"int8"} if share == 60 else used) and used <= {"int8", "int4-g64"}
+    assert report.ends == {"model.embed_tokens": "int8" if share == 60 else report.ends["model.embed_tokens"]}
     slim_as_transformers(tmp_path / "slim")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_stores_of_embedding_and_head_compete_for_bytes(make_tiny, text_file, tmp_path, tied):
+    """The smallest budget there is takes every matrix to 4 bits; one more group of bytes is not enough for 8."""
+    source = make_tiny(tied=tied)
+    asked = {"calibration": text_file, "kind": "dense", "refine_epochs": 0, "heal_tokens": 1024, **FAST}
+    with pytest.raises(CompressionError, match="linear layers, embedding and head need ([0-9,]+) bytes") as e:
+        compress(source, tmp_path / "slim", target_bytes="20%", **asked)
+    need, left = (int(n.replace(",", "")) for n in re.findall(r"([0-9,]+[0-9]) (?:bytes|are left)", str(e.value)))
+    total = sum(p.numel() for p in dense_reference(source).parameters()) * 2
+    least = int(0.2 * total) - left + need
+    report = compress(source, tmp_path / "slim", target_bytes=least, restart=True, **asked)
+    names = ["model.embed_tokens"] if tied else ["model.embed_tokens", "lm_head"]
+    assert report.ends == dict.fromkeys(names, "int4-g64") and report.total_bytes == least
+    with Checkpoint.open(tmp_path / "slim") as slim:
+        assert {name: slim.modules[name].store for name in names} == dict.fromkeys(names, ("int4-g64",))
+    report = compress(source, tmp_path / "ample", target_bytes="90%", **asked)
+    assert set(report.ends.values()) == {"int8"}
+
+
+def test_what_rounding_the_ends_adds_is_an_estimate_of_the_loss(calibration):
+    """Against the model as it is, with both ends rounded, position by position."""
+    calibration, reference = calibration
+    calibration.forward()
+    calibration.backward(lambda at: calibration.moments(at, gradients=True) and None)
+    noise = ends_noise(calibration, ["int8", "int4-g64"])
+    assert list(noise) == ["model.embed_tokens"]
+    weight = reference.get_input_embeddings().weight
+    for store, found in noise["model.embed_tokens"].items():
+        rounded = quantize(weight.detach(), store).values()
+        embedded = weight.detach()[IDS].requires_grad_()
+        states = reference.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        logits = states @ weight.detach().mT
+        logits.retain_grad()
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum").backward()
+        first = (embedded.grad * (rounded[IDS] - embedded.detach())).sum(-1)
+        second = (logits.grad * (states @ (rounded - weight).mT)).sum(-1)
+        expected = (first.square() + second.square()).mean()
+        assert found == pytest.approx(float(expected.detach()), rel=1e-4)
+    assert noise["model.embed_tokens"]["int4-g64"] > 20 * noise["model.embed_tokens"]["int8"]
+    assert torch.equal(calibration.model.model.get_input_embeddings().weight, weight)  # as it was
 
 
 @pytest.mark.parametrize(
