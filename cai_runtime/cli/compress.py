@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--embedding-store",
         choices=stores,
         metavar="STORE",
-        help="store of embedding and head (default: as --store, but int8 with int4, which would hurt there; "
+        help="store of embedding and head (default: as --store, but int8 with int4, which costs more there; "
         "--target-bytes without --store: chosen, too)",
     )
     parser.add_argument(

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from cai_runtime.compress.allocate import Curve
 from cai_runtime.compress.blockwise import load_block
 from cai_runtime.compress.calibrate import CalibrationPass
+from cai_runtime.compress.ends import Ends
 from cai_runtime.compress.heal import STEP as HEAL
 from cai_runtime.compress.report import ModuleReport, Report
 from cai_runtime.compress.work import Work
@@ -22,6 +23,7 @@ from cai_runtime.slim.writer import CheckpointWriter
 def write_checkpoint(
     writer: CheckpointWriter,
     calibration: CalibrationPass,
+    ends: Ends,
     work: Work,
     curves: Mapping[str, Curve],
     report: Report,
@@ -52,7 +54,7 @@ def write_checkpoint(
         if record["refined"] is not None:
             name = calibration.stack(at).block_name(at.index)
             report.blocks.append({"name": name, **record["refined"]})
-    write_rest(writer, calibration, done, healed, report)
+    write_rest(writer, calibration, done, healed, ends, report)
 
 
 def write_rest(
@@ -60,21 +62,23 @@ def write_rest(
     calibration: CalibrationPass,
     done: Set[str],
     healed: Mapping[str, torch.Tensor],
+    ends: Ends,
     report: Report,
 ) -> None:
-    """Hand every tensor that is not `done` to the writer: embedding and head in their stores, which the report has, the rest
-    as it is or as `healed`. Adds to the report's counts."""
+    """Hand every tensor that is not `done` to the writer: embedding and head in their stores, the rest as it is or as
+    `healed`. Adds to the report's counts."""
     weights = calibration.model.weights
     for name in weights.names():
         if name in done:
             continue
         tensor = weights.tensor(name)
         nbytes = tensor.nbytes
-        store = report.ends.get(name.removesuffix(".weight"))
+        module = name.removesuffix(".weight")
+        store = ends.stores.get(module) if module != name else None
         if store is not None:
             rows, width = tensor.shape
             spec = ModuleSpec("dense", rows, width, None, (store,))
-            writer.add_module(name.removesuffix(".weight"), spec, [tensor.float()])
+            writer.add_module(module, spec, [ends.core(module, tensor, store)])
             nbytes = spec.nbytes
         elif name in healed:
             writer.add_tensor(name, healed[name].to(tensor.dtype))

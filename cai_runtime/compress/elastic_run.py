@@ -22,6 +22,7 @@ from cai_runtime.compress.cores import StoredModule
 from cai_runtime.compress.decompose import OUTPUT_DAMPING, damped, factorize
 from cai_runtime.compress.elastic import ElasticPlan, PlannedModule, add_forms, elastic_forms, plan_elastic
 from cai_runtime.compress.elastic_heal import ElasticHealer, healed_forms, put_forms
+from cai_runtime.compress.ends import Ends
 from cai_runtime.compress.heal import HealSettings, dense_pair
 from cai_runtime.compress.moments import BlockMoments
 from cai_runtime.compress.options import DTYPES, Options
@@ -122,7 +123,7 @@ def heal_elastic(
     work: Work,
     batches: Sequence[Batch],
     options: Options,
-    ends: dict[str, str],
+    ends: Ends,
     *,
     tick: Callable[[], object],
 ) -> list[float]:
@@ -147,6 +148,7 @@ def write_elastic(
     writer: CheckpointWriter,
     calibration: CalibrationPass,
     plan: ElasticPlan,
+    ends: Ends,
     work: Work,
     curves: Mapping[str, Curve],
     report: Report,
@@ -172,7 +174,7 @@ def write_elastic(
             done |= {f"{name}.weight", f"{name}.bias"}
             if bias is not None:
                 report.add_rest(bias.numel(), bias.nbytes)
-    write_rest(writer, calibration, done, {}, report)
+    write_rest(writer, calibration, done, {}, ends, report)
     writer.set_elastic(plan.table({name: spec.store for name, spec in seconds.items()}))
     report.elastic = {
         "keep": list(plan.keep),

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from cai_runtime.compress.ends import round_ends
+from cai_runtime.compress.ends import Ends
 from cai_runtime.compress.moments import MomentHooks, group_by_input, noting_inputs
 from cai_runtime.compress.optimizer import WhitenedMuon, core_metrics
 from cai_runtime.compress.stack import Batch
@@ -59,15 +59,15 @@ class HealSettings:
         return cls(options.heal_steps, options.heal_rate, WINDOWS if speech else 1, options.mixed)
 
 
-def dense_pair(weights: DenseWeights, options: Options, ends: dict[str, str]) -> tuple[Any, Any]:
+def dense_pair(weights: DenseWeights, options: Options, ends: Ends) -> tuple[Any, Any]:
     """Twice transformers' model with all its weights: the student, whose layers are still to be replaced, with embedding and
-    head as they will be stored (ends: their stores, by name); and the teacher. Nothing of them is to be trained."""
+    head as they will be stored (see `Ends`); and the teacher. Nothing of them is to be trained."""
     from cai_runtime.compress.options import DTYPES
 
     pair: list[Any] = [weights.resident(DTYPES[options.dtype]).to(options.device) for _ in range(2)]
     student, teacher = pair
     student.requires_grad_(False)
-    round_ends(student, ends, weights)
+    ends.put_in(student)
     return student, teacher
 
 

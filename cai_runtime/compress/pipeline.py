@@ -86,8 +86,8 @@ def compress(
         samples, sequence_length: sequences to calibrate and refine on, and tokens in each. Healing takes further ones. For a
             speech model windows of 30 s, and the most tokens of a text; a window counts as so many of `heal_tokens`.
         embedding_store: store of the token embedding and the head, which stay dense. None: as `store`, but int8 with the
-            int4 stores (4 bits hurt there, where nothing makes up for the rounding); with `target_bytes` and no `store` what
-            the budget is best spent on.
+            int4 stores (4 bits cost more there than in the layers); with `target_bytes` and no `store` what the budget is
+            best spent on.
         rank_multiple: ranks are multiples of this. None: 16, which keeps the rows of 8-bit cores aligned for vector
             loads; with an int4 store its group, of which otherwise a part would be wasted.
         floor: pooled: every layer keeps at least this share of `keep` (elastic: of `smallest_keep`).

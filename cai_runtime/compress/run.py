@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -21,15 +21,14 @@ from cai_runtime.compress.choices import Choice, choose
 from cai_runtime.compress.curves import Noise, curves_of, measure
 from cai_runtime.compress.elastic import ElasticPlan
 from cai_runtime.compress.elastic_run import ElasticCompressor, elastic_plan, heal_elastic, write_elastic
-from cai_runtime.compress.ends import STEP as ENDS
-from cai_runtime.compress.ends import end_names, ends_noise
+from cai_runtime.compress.ends import Ends, find_ends
 from cai_runtime.compress.heal import Healer, HealSettings, dense_pair
 from cai_runtime.compress.moments import BlockMoments
 from cai_runtime.compress.options import BATCH, DTYPES, Options
 from cai_runtime.compress.plan import MOMENT_BYTES, Plan, versions
 from cai_runtime.compress.report import Report
 from cai_runtime.compress.speech import calibration_batches
-from cai_runtime.compress.stack import Batch, open_model
+from cai_runtime.compress.stack import Batch, BlockModel, open_model
 from cai_runtime.compress.student import put_in
 from cai_runtime.compress.targets import InputGroup, find_targets
 from cai_runtime.compress.weights import DenseWeights
@@ -75,12 +74,14 @@ class Run:
                 targets = find_targets(model.model, [s.name for s in model.stacks], self._weights)
             calibration = CalibrationPass(model, targets, batches, work)
             self._calibrate(calibration, work)
+            with work.watch.stage("calibrate"):
+                known = options.embedding_store
+                ends = find_ends(calibration, (known,) if known else options.stores, work, compete=known is None)
             with work.watch.stage("allocate"):
                 curves, noise = self._curves(calibration, work)
                 forms = elastic_plan(curves, options) if options.elastic else None
-                choices = {} if forms is not None else self._planned or self._choose(calibration, curves, noise)
-                names = end_names(model.model, self._weights)
-                ends = {name: options.embedding_store or choices.pop(name).store for name in names}
+                choices = {} if forms is not None else self._planned or self._choose(model, curves, noise, ends)
+                ends = replace(ends, stores={name: known or choices.pop(name).store for name in ends.names})
             if forms is not None:
                 losses = self._compress_elastic(calibration, forms, extra, ends, work)
             else:
@@ -93,7 +94,7 @@ class Run:
                 calibration=text,
                 versions=versions(),
                 healing=losses,
-                ends=ends,
+                ends=ends.stores,
             )
             with (
                 work.watch.stage("write"),
@@ -102,9 +103,9 @@ class Run:
                 ) as writer,
             ):
                 if forms is not None:
-                    write_elastic(writer, calibration, forms, work, curves, report, self._progress)
+                    write_elastic(writer, calibration, forms, ends, work, curves, report, self._progress)
                 else:
-                    write_checkpoint(writer, calibration, work, curves, report, self._progress)
+                    write_checkpoint(writer, calibration, ends, work, curves, report, self._progress)
                 report.seconds = work.watch.seconds()
                 writer.finish(report.to_json())
             work.remove()
@@ -167,8 +168,6 @@ class Run:
                     for at in blocks:
                         visit(at)
                         bar.update()
-            if self._options.embedding_store is None and not work.has(ENDS):
-                work.save(ENDS, {}, ends_noise(calibration, self._options.stores))
 
     def _moments(self, calibration: CalibrationPass, work: Work, at: BlockId) -> tuple[list[InputGroup], BlockMoments]:
         return self._kept_moments(calibration, work, at) or calibration.moments(at, gradients=self._options.curvature)
@@ -192,15 +191,12 @@ class Run:
             found = curves_of(calibration.targets(at), *work.load(at.step("curves")), self._options)
             curves |= found[0]
             noise |= found[1]
-        if self._options.embedding_store is None:
-            noise |= work.load(ENDS)[1]
         return curves, noise
 
-    def _choose(self, calibration: CalibrationPass, curves: dict[str, Curve], noise: Noise) -> dict[str, Choice]:
-        options, model = self._options, calibration.model.model
-        competing = end_names(model, self._weights) if options.embedding_store is None else []
-        shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in competing}
-        return choose(curves, options, noise=noise, budget_bytes=self._plan.layer_budget_bytes, ends=shapes)
+    def _choose(self, model: BlockModel, curves: dict[str, Curve], noise: Noise, ends: Ends) -> dict[str, Choice]:
+        shapes: dict[str, tuple[int, int]] = {name: model.model.get_submodule(name).weight.shape for name in ends.noise}
+        budget = self._plan.layer_budget_bytes
+        return choose(curves, self._options, noise=noise | ends.noise, budget_bytes=budget, ends=shapes)
 
     def _compress_blocks(self, calibration: CalibrationPass, choices: dict[str, Choice], work: Work) -> None:
         options = self._options
@@ -220,7 +216,7 @@ class Run:
         calibration: CalibrationPass,
         plan: ElasticPlan,
         batches: list[Batch],
-        ends: dict[str, str],
+        ends: Ends,
         work: Work,
     ) -> list[float]:
         options = self._options
@@ -233,9 +229,7 @@ class Run:
         with work.watch.stage("heal"), self._bar(options.heal_steps, "heal", "step") as bar:
             return heal_elastic(calibration, plan, work, batches, options, ends, tick=bar.update)
 
-    def _heal(
-        self, calibration: CalibrationPass, batches: list[Batch], ends: dict[str, str], work: Work
-    ) -> list[float]:
+    def _heal(self, calibration: CalibrationPass, batches: list[Batch], ends: Ends, work: Work) -> list[float]:
         options, steps = self._options, self._options.heal_steps
         if not steps:
             return []

@@ -13,7 +13,6 @@ from torch import nn
 from cai_runtime.compress.evaluate import SPEECH, auto_class, dense_reference, slim_as_transformers
 from cai_runtime.convert.cache import sha256_of
 from cai_runtime.slim.reader import Checkpoint
-from cai_runtime.slim.stores import quantize
 
 
 class DenseWeights:
@@ -83,10 +82,6 @@ class DenseWeights:
     def config(self) -> dict[str, Any]:
         """config.json as it lies there."""
         return self._checkpoint.config
-
-    def rounded(self, weight: torch.Tensor, store: str) -> torch.Tensor:
-        """The values of a matrix once it is stored so, in its own dtype and on its device."""
-        return quantize(weight, store).values().to(weight)
 
     def parameters(self) -> int:
         """Numbers of the dense model."""

@@ -10,7 +10,7 @@ from cai_runtime.compress import compress, dry_run
 from cai_runtime.compress.calibrate import BlockId, CalibrationPass, next_token_loss
 from cai_runtime.compress.cores import dense_module, factorized_module
 from cai_runtime.compress.decompose import damped, factorize, spectrum, whitened_error
-from cai_runtime.compress.ends import ends_noise
+from cai_runtime.compress.ends import Ends, find_ends, rounding_noise
 from cai_runtime.compress.evaluate import agreement, dense_reference, slim_as_transformers
 from cai_runtime.compress.moments import STRIP, GramSum
 from cai_runtime.compress.stack import open_model
@@ -191,7 +191,8 @@ def test_what_rounding_the_ends_adds_is_an_estimate_of_the_loss(calibration):
     calibration, reference = calibration
     calibration.forward()
     calibration.backward(lambda at: calibration.moments(at, gradients=True) and None)
-    noise = ends_noise(calibration, ["int8", "int4-g64"])
+    ends = Ends.of(calibration.model.model, calibration.model.weights)
+    noise = rounding_noise(calibration, ends, ["int8", "int4-g64"])
     assert list(noise) == ["model.embed_tokens"]
     weight = reference.get_input_embeddings().weight
     for store, found in noise["model.embed_tokens"].items():
@@ -207,6 +208,31 @@ def test_what_rounding_the_ends_adds_is_an_estimate_of_the_loss(calibration):
         assert found == pytest.approx(float(expected.detach()), rel=1e-4)
     assert noise["model.embed_tokens"]["int4-g64"] > 20 * noise["model.embed_tokens"]["int8"]
     assert torch.equal(calibration.model.model.get_input_embeddings().weight, weight)  # as it was
+
+
+def test_only_the_head_is_rounded_with_feedback(make_tiny, tmp_path):
+    with Checkpoint.open(make_tiny(tied=False)) as checkpoint:
+        model = open_model(DenseWeights(checkpoint), dtype=torch.float32, device="cpu")
+        targets = find_targets(model.model, [stack.name for stack in model.stacks], checkpoint)
+        work = Work(tmp_path / "work", {})
+        calibration = CalibrationPass(model, targets, [{"input_ids": IDS}], work)
+        calibration.forward()
+        ends = find_ends(calibration, ["int4-g64"], work, compete=False)
+        assert ends.names == ("model.embed_tokens", "lm_head") and ends.heads == ("lm_head",) and not ends.noise
+        with torch.no_grad():
+            states = model.model.get_output_embeddings()
+            seen = []
+            handle = states.register_forward_pre_hook(lambda _m, args: seen.append(args[0].flatten(0, 1).double()))
+            calibration.finish(0)
+            handle.remove()
+        torch.testing.assert_close(ends.gram, seen[0].mT @ seen[0] / len(seen[0]), rtol=1e-4, atol=1e-6)
+        error = {}
+        for name in ends.names:
+            weight = model.model.get_submodule(name).weight.detach()
+            with_feedback, plain = ends.core(name, weight, "int4-g64").values(), quantize(weight, "int4-g64").values()
+            error[name] = [float(((v - weight).double() @ seen[0].mT).square().sum()) for v in (with_feedback, plain)]
+        assert error["lm_head"][0] < 0.9 * error["lm_head"][1]
+        assert error["model.embed_tokens"][0] == error["model.embed_tokens"][1]
 
 
 @pytest.mark.parametrize(
