@@ -74,7 +74,7 @@ def write_rest(
         tensor = weights.tensor(name)
         nbytes = tensor.nbytes
         module = name.removesuffix(".weight")
-        store = ends.stores.get(module) if module != name else None
+        store = ends.stores.get(module)
         if store is not None:
             rows, width = tensor.shape
             spec = ModuleSpec("dense", rows, width, None, (store,))

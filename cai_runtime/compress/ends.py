@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -105,36 +106,29 @@ def rounding_noise(calibration: CalibrationPass, ends: Ends, stores: Sequence[st
     model = calibration.model
     last = BlockId(len(model.stacks) - 1, 0)
     gradients, entries = calibration.gradients(last), calibration.entries(last.stack)
-    found: Noise = {name: dict.fromkeys(stores, 0.0) for name in ends.names}
-    for name in ends.names:
-        for store in stores:
-            total, rows = 0.0, 0
-            with _rounded(model.model.get_submodule(name).weight, ends, name, store) as (before, after):
-                for number, (gradient, entry) in enumerate(zip(gradients, entries, strict=True)):
-                    before()
-                    logits, at_logits = calibration.logits(number)
-                    after()
-                    with torch.no_grad():
-                        entered = calibration.enter(last.stack, number)
-                        changed = calibration.finish(number).logits.float()
-                    first = ((entered.hidden - entry.hidden) * gradient).float().sum(-1)
-                    second = changed.sub_(logits).mul_(at_logits).sum(-1)
-                    total += float(first.square().sum() + second.square().sum())
-                    rows += first.numel()
-            found[name][store] = total / max(rows, 1)
+    found: Noise = {}
+    for name, store in product(ends.names, stores):
+        parameter = model.model.get_submodule(name).weight
+        rounded = ends.core(name, parameter.data, store).values().to(parameter)
+        total, rows = 0.0, 0
+        for number, (gradient, entry) in enumerate(zip(gradients, entries, strict=True)):
+            logits, at_logits = calibration.logits(number)
+            with _holding(parameter, rounded), torch.no_grad():
+                entered = calibration.enter(last.stack, number)
+                changed = calibration.finish(number).logits.float()
+            first = ((entered.hidden - entry.hidden) * gradient).float().sum(-1)
+            second = changed.sub_(logits).mul_(at_logits).sum(-1)
+            total += float(first.square().sum() + second.square().sum())
+            rows += first.numel()
+        found.setdefault(name, {})[store] = total / max(rows, 1)
     return found
 
 
 @contextmanager
-def _rounded(parameter: nn.Parameter, ends: Ends, name: str, store: str) -> Iterator[tuple[Any, Any]]:
-    """Two functions: the first gives the parameter its values, the second those that it is stored with."""
-    values = parameter.data
-    changed = ends.core(name, values, store).values().to(values)
-
-    def take(data: torch.Tensor) -> None:
-        parameter.data = data
-
+def _holding(parameter: nn.Parameter, values: torch.Tensor) -> Iterator[None]:
+    before = parameter.data
+    parameter.data = values
     try:
-        yield (lambda: take(values)), (lambda: take(changed))
+        yield
     finally:
-        take(values)
+        parameter.data = before

@@ -15,6 +15,7 @@ import torch
 from cai_runtime.compress.allocate import Curve, allocate
 from cai_runtime.compress.choices import Choice
 from cai_runtime.compress.elastic import check_smallest
+from cai_runtime.compress.ends import Ends
 from cai_runtime.compress.heal import WINDOWS
 from cai_runtime.compress.mpo import reshapes
 from cai_runtime.compress.options import BATCH, DTYPES, Options
@@ -118,12 +119,11 @@ def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
     targets = find_targets(model, [stack.name for stack in stacks], weights)
     shapes = [(t.module.out_features, t.module.in_features) for t in targets.values()]
     layer_parameters = sum(out * inp for out, inp in shapes)
-    ends = {f"{name}.weight" for name, module in model.named_modules() if module in _ends(model)}
-    embedding = sum(math.prod(weights.shape(name)) for name in ends if name in weights)
+    ends = {f"{name}.weight" for name in Ends.of(model, weights).names}
+    matrices = [weights.shape(name) for name in ends]
+    embedding = sum(math.prod(shape) for shape in matrices)
     total = weights.parameters()
-    matrices = [weights.shape(name) for name in ends if name in weights]
     # At their smallest, where their stores compete: then they are part of the budget.
-    competing = options.embedding_store is None
     end_stores = options.stores if options.embedding_store is None else (options.embedding_store,)
     ends_bytes = sum(
         min(ModuleSpec("dense", rows, columns, None, (store,)).nbytes for store in end_stores)
@@ -146,7 +146,7 @@ def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
             raise CompressionError(
                 f"target_bytes {output:,} is too small: embedding, head and norms alone take {rest_bytes:,}"
             )
-        budget += ends_bytes if competing else 0
+        budget += ends_bytes if options.embedding_store is None else 0
     else:
         assert options.keep is not None
         # Ranks can't be chosen yet, but a budget below the smallest ones is known to fail.
@@ -261,10 +261,6 @@ def available_memory() -> int | None:
 
 def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("cai-runtime", "torch", "transformers")}
-
-
-def _ends(model: Any) -> set[Any]:
-    return {m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
 
 
 def _stored_bytes(parameters: int, store: str) -> int:

@@ -169,7 +169,7 @@ def test_a_budget_in_bytes_holds_and_mixes(tiny, text_file, tmp_path, share):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_stores_of_embedding_and_head_compete_for_bytes(make_tiny, text_file, tmp_path, tied):
-    """The smallest budget there is takes every matrix to 4 bits; one more group of bytes is not enough for 8."""
+    """The smallest budget there is takes every matrix to 4 bits, an ample one embedding and head to 8."""
     source = make_tiny(tied=tied)
     asked = {"calibration": text_file, "kind": "dense", "refine_epochs": 0, "heal_tokens": 1024, **FAST}
     with pytest.raises(CompressionError, match="linear layers, embedding and head need ([0-9,]+) bytes") as e:

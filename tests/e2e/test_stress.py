@@ -16,7 +16,7 @@ import torch
 import cai_runtime
 from cai_runtime.errors import CaiError
 
-REQUESTS, THREADS, ROUNDS = 200, 16, 4
+REQUESTS, THREADS, ROUNDS = 200, 16, 5
 
 pytestmark = pytest.mark.slow
 
@@ -111,4 +111,4 @@ def test_threads_aborts_and_bad_requests(smollm2_dir: Path):
         assert threading.active_count() <= threads_before + 1, threading.enumerate()  # the watcher of the exit
     # What lies outside of tensors. The first round fills the allocator's arenas, one for each of its threads. From then on
     # what they hold goes up and down by some 50 MB (eight rounds: 623 to 675 MiB, without a trend).
-    assert min(rss[2:]) - rss[1] < 60e6, f"memory grows from round to round: {rss}"
+    assert min(rss[3:]) - min(rss[1:3]) < 45e6, f"memory grows from round to round: {rss}"
