@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self, get_
 
 import torch
 
+from cai_runtime.compress.cached_forward import cached_forward
 from cai_runtime.compress.evaluate import dense_reference, logits_of, slim_as_transformers
 from cai_runtime.errors import CompressionError
 
@@ -125,12 +126,12 @@ class TransformersJudge(_Closing):
         found: list[int] = []
         feed, past = torch.tensor([list(prompt_ids)], device=self._device), None
         while len(found) < max_tokens:
-            out = self._model(input_ids=feed, past_key_values=past, use_cache=True)
+            out, past = cached_forward(self._model, past, input_ids=feed)
             token = int(out.logits[0, -1].argmax())
             if token in self._eos:
                 break
             found.append(token)
-            feed, past = torch.tensor([[token]], device=self._device), out.past_key_values
+            feed = torch.tensor([[token]], device=self._device)
         return found
 
     def close(self) -> None:

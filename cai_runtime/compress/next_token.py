@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from cai_runtime.compress.cached_forward import cache_name, cached_forward
 from cai_runtime.errors import CompressionError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -148,9 +149,9 @@ class TransformersLanes:
 
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         model = dense_reference(path, dtype=dtype, device=device)
-        missing = {"attention_mask", "position_ids", "past_key_values"} - set(
-            inspect.signature(model.forward).parameters
-        )
+        missing = {"attention_mask", "position_ids"} - set(inspect.signature(model.forward).parameters)
+        if cache_name(model) is None:
+            missing.add("KV cache")
         if missing:
             raise CompressionError(
                 f"{type(model).__name__} takes no {', no '.join(sorted(missing))}: it can't write several texts at once; "
@@ -184,14 +185,13 @@ class TransformersLanes:
         self._mask = torch.cat([self._mask, torch.ones_like(ids)], dim=1)
         device = next(self._model.parameters()).device
         with torch.inference_mode():
-            output = self._model(
+            output, self._cache = cached_forward(
+                self._model,
+                self._cache,
                 input_ids=ids.to(device),
                 attention_mask=self._mask.to(device),
                 position_ids=positions.to(device),
-                past_key_values=self._cache,
-                use_cache=True,
             )
-        self._cache = output.past_key_values
         rows: torch.Tensor = output.logits[[feed.lane for feed in feeds], -1]
         return rows.float().cpu().numpy()
 

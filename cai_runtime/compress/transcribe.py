@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from cai_runtime.compress.cached_forward import cached_forward
 from cai_runtime.engine.sampler import uniform
 from cai_runtime.errors import CompressionError
 
@@ -132,13 +133,9 @@ def _logits(model: Any, encoded: torch.Tensor, ids: torch.Tensor, cache: Any) ->
     """Of the last position, fp32 [windows, vocabulary]; the cache with these positions."""
     from transformers.modeling_outputs import BaseModelOutput
 
-    output = model(
-        encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
-        decoder_input_ids=ids,
-        past_key_values=cache,
-        use_cache=True,
-    )
-    return output.logits[:, -1].float(), output.past_key_values
+    encoder_outputs = BaseModelOutput(last_hidden_state=encoded)
+    output, cache = cached_forward(model, cache, encoder_outputs=encoder_outputs, decoder_input_ids=ids)
+    return output.logits[:, -1].float(), cache
 
 
 def _rules(model: Any, begin: int, last: int) -> list[Any]:

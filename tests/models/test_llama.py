@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from cai_runtime.compress.cached_forward import cached_forward
 from cai_runtime.engine.model_runner import ModelRunner
 from cai_runtime.engine.open import load_runner
 from cai_runtime.engine.runner import ScheduledSequence
@@ -86,10 +87,10 @@ def test_logits_match_transformers(tmp_path: Path, name: str, backend: str):
     ids = torch.randint(0, 300, (40 + STEPS,), generator=g).tolist()
 
     # transformers: a prompt of 40, then one token at a time, over its own cache.
-    out = model(torch.tensor([ids[:40]]), use_cache=True)
+    out, cache = cached_forward(model, None, input_ids=torch.tensor([ids[:40]]))
     expected = [out.logits[0, -1]]
     for token in ids[40:]:
-        out = model(torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True)
+        out, cache = cached_forward(model, cache, input_ids=torch.tensor([[token]]))
         expected.append(out.logits[0, -1])
     pages = [9, 3, 5, 11, 2]
     ours = feed(runner, ids, pages, [40] + [1] * STEPS)
