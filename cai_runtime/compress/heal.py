@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from cai_runtime.compress.ends import Ends
 from cai_runtime.compress.moments import MomentHooks, group_by_input, noting_inputs
-from cai_runtime.compress.optimizer import WhitenedMuon, core_metrics
+from cai_runtime.compress.optimizer import Metric, WhitenedMuon, core_metrics
 from cai_runtime.compress.stack import Batch
 from cai_runtime.compress.student import TrainableLinear
 from cai_runtime.compress.targets import Target
@@ -93,7 +93,7 @@ class Healer:
         self._steps, self._per_step, self._mixed = settings.steps, settings.batches, settings.mixed
         self._named = {name: p for name, p in student.named_parameters() if p.requires_grad}
         metrics = input_metrics(student, batches[: METRIC_BATCHES * self._per_step])
-        self._optimizer = WhitenedMuon(self._named.values(), settings.rate, metrics, half=self._mixed)
+        self._optimizer = WhitenedMuon(self._named.values(), settings.rate, metrics)
         self.losses: list[float] = []  # mean divergence of each step, in nats per position
 
     def run(self) -> None:
@@ -168,7 +168,7 @@ class Healer:
         self._work.save(STEP, tensors, {"steps": steps, "losses": self.losses, "state": kept}, again=True)
 
 
-def input_metrics(student: Any, batches: Sequence[Batch]) -> dict[torch.nn.Parameter, torch.Tensor]:
+def input_metrics(student: Any, batches: Sequence[Batch]) -> dict[torch.nn.Parameter, Metric]:
     """The metrics of a model's `TrainableLinear`s, see `core_metrics`, by what they are given in these batches."""
     layers = {name: module for name, module in student.named_modules() if isinstance(module, TrainableLinear)}
     targets = [Target(name, layer) for name, layer in layers.items()]

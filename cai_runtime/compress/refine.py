@@ -24,7 +24,7 @@ from torch import nn
 
 from cai_runtime.compress.decompose import INPUT_DAMPING
 from cai_runtime.compress.moments import GramSum
-from cai_runtime.compress.optimizer import WhitenedMuon
+from cai_runtime.compress.optimizer import Metric, WhitenedMuon
 from cai_runtime.compress.stack import Call
 
 SET_ASIDE = 8  # one batch of so many is not trained on
@@ -69,7 +69,7 @@ def refine_block(
     targets: Sequence[torch.Tensor],
     metric: torch.Tensor,
     *,
-    inputs_metrics: Mapping[nn.Parameter, torch.Tensor],
+    inputs_metrics: Mapping[nn.Parameter, Metric],
     epochs: int,
     rate: float,
     seed: int,
@@ -110,7 +110,7 @@ def refine_block(
             return sum(float(error(number)) for number in held) / held_scale
 
     begin = least = judged()
-    optimizer = WhitenedMuon(parameters, rate * min(begin, 1.0) ** 0.5, inputs_metrics, half=mixed)
+    optimizer = WhitenedMuon(parameters, rate * min(begin, 1.0) ** 0.5, inputs_metrics)
     generator = torch.Generator().manual_seed(seed)
     best = [p.detach().clone() for p in parameters]
     steps = refine_steps(epochs, len(inputs))
