@@ -128,7 +128,7 @@ def orthogonalized(matrix: torch.Tensor, basis: torch.Tensor | None = None) -> t
 
 
 def _inverse_root(square: torch.Tensor) -> torch.Tensor:
-    """About X^(-1/2) of a symmetric matrix X [n, n] without negative eigenvalues; it is no more than some 400 / ||X||^(1/2)."""
+    """About X^(-1/2) of a symmetric matrix X [n, n] without negative eigenvalues; never more than 60 / ||X||^(1/2)."""
     scale = square.norm() + torch.finfo(torch.float32).tiny  # no eigenvalue is larger
     x, found = square / scale, None
     for k, (a, b, c) in enumerate(POLAR):
