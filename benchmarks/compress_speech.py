@@ -81,7 +81,7 @@ def made(source: Path, slim: Path, options: dict[str, Any]) -> dict[str, Any]:
     if not slim.exists():
         compress(source, slim, evaluate=False, **options)
     report: dict[str, Any] = json.loads((slim / "slim_report.json").read_text())
-    asked = json.loads(json.dumps(asdict(options_of(**options))))
+    asked = json.loads(json.dumps(asdict(options_of(**options, speech=True))))
     kept = report["options"]
     if other := sorted(key for key in {*kept, *asked} if kept.get(key) != asked.get(key)):
         raise SystemExit(

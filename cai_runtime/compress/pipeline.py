@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -78,7 +79,7 @@ def compress(
         shift: fit every layer to the inputs that the compressed layers before it give. With little text it fits the text
             instead: SmolLM2-135M on 8,192 tokens gets worse by it.
         refine_epochs: passes over the calibration text in which each block is trained to give the dense block's output;
-            0: none. Default 2; with `elastic` none.
+            0: none. Default 2; none with `elastic`, nor where a language model of a keep of 0.7 or more is healed.
         heal_tokens: tokens on which the whole model is trained to predict what the original does; 0: none. Default
             65,536; with `elastic` none. Needs both models in memory, and three times the compressed one for the optimizer.
         calibration: see `cai_runtime.compress.calibration.calibration_sequences`. None: "self", the model's own text. A
@@ -121,7 +122,8 @@ def compress(
         SourceError, CheckpointError, UnsupportedModelError: the source can't be fetched, read, or factorized.
         CheckpointWriteError: `dst` exists or can't be written.
     """
-    options = Options.of(
+    options_for = partial(
+        Options.of,
         keep=keep,
         target_bytes=target_bytes,
         store=store,
@@ -144,11 +146,13 @@ def compress(
         dtype=dtype,
         seed=seed,
     )
+    options_for()  # what is wrong with them is known before anything is fetched
     path = pull(src, progress=progress)
     with Checkpoint.open(path) as checkpoint:
         # A destination that is taken is known before hours of work.
         CheckpointWriter(dst, config=checkpoint.config, overwrite=overwrite).abort()
         weights = DenseWeights(checkpoint)
+        options = options_for(speech=weights.is_speech)
         outlook = make_plan(weights, options, Path(dst))
         outlook.require_room()
         run = Run(str(src), Path(dst), weights, options, outlook, progress, evaluate=evaluate)
@@ -177,13 +181,14 @@ def dry_run(src: str | Path, dst: str | Path, *, progress: bool | None = None, *
     Raises what `compress` raises before its work, but for a full disk or memory: the plan tells.
     """
     with Checkpoint.open(pull(src, progress=progress)) as checkpoint:
-        return make_plan(DenseWeights(checkpoint), options_of(**options), Path(dst)), measured_rate()
+        weights = DenseWeights(checkpoint)
+        return make_plan(weights, options_of(**options, speech=weights.is_speech), Path(dst)), measured_rate()
 
 
-def options_of(**options: Any) -> Options:
-    """What `compress` makes of these options of its own, as the report has them, with the defaults of all others. Raises
-    CompressionError, which names the option."""
+def options_of(*, speech: bool = False, **options: Any) -> Options:
+    """What `compress` makes of these options of its own for a model (of speech, or not), as the report has them, with the
+    defaults of all others. Raises CompressionError, which names the option."""
     others = {"src", "dst", "evaluate", "overwrite", "restart", "progress"}
     parameters = inspect.signature(compress).parameters
     defaults = {name: parameter.default for name, parameter in parameters.items() if name not in others}
-    return Options.of(**{**defaults, **options})
+    return Options.of(**{**defaults, **options}, speech=speech)

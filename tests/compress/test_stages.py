@@ -13,6 +13,7 @@ from cai_runtime.compress.decompose import damped, factorize, spectrum, whitened
 from cai_runtime.compress.ends import Ends, find_ends, rounding_noise
 from cai_runtime.compress.evaluate import agreement, dense_reference, slim_as_transformers
 from cai_runtime.compress.moments import STRIP, GramSum
+from cai_runtime.compress.pipeline import options_of
 from cai_runtime.compress.stack import open_model
 from cai_runtime.compress.student import TrainableLinear
 from cai_runtime.compress.targets import find_targets
@@ -274,3 +275,20 @@ def test_a_sum_of_strips_is_the_whole_gram_matrix(features):
     torch.testing.assert_close(found, rows.mT @ rows / 21, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(total.mean(torch.float32), found.float(), rtol=1e-6, atol=0)
     assert not GramSum(features).mean().any()
+
+
+@pytest.mark.parametrize(
+    ("options", "epochs"),
+    [
+        ({"keep": 0.8}, 0),
+        ({}, 0),
+        ({"keep": 0.5}, 2),
+        ({"keep": 0.8, "heal_tokens": 0}, 2),
+        ({"keep": 0.8, "refine_epochs": 1}, 1),
+        ({"keep": 0.8, "speech": True}, 2),
+        ({"target_bytes": "45%"}, 2),
+        ({"elastic": True, "heal_tokens": 4096}, 0),
+    ],
+)
+def test_blocks_are_refined_where_healing_does_not_make_up_for_it(options, epochs):
+    assert options_of(**options).refine_epochs == epochs
