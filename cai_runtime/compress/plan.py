@@ -14,6 +14,7 @@ import torch
 
 from cai_runtime.compress.allocate import Curve, allocate
 from cai_runtime.compress.choices import Choice
+from cai_runtime.compress.curves import TYPICAL_SHARE
 from cai_runtime.compress.elastic import check_smallest
 from cai_runtime.compress.ends import Ends
 from cai_runtime.compress.heal import WINDOWS
@@ -29,7 +30,8 @@ from cai_runtime.slim.spec import DENSE_REFERENCE_BYTES, STORES, ModuleSpec
 
 MOMENT_BYTES = 4 << 30  # of all blocks' moments together that are kept on disk; more are computed twice
 STUDENT_BYTES = 16  # for each trained number while healing: latent, rounded, gradient, momentum, fp32
-HEAL = {False: 8.0, True: 5.0}  # operations for each number and token, as fp32's: those in bf16 take less time
+HEAL = {False: 6.0, True: 4.0}  # operations for each number and token, as fp32's: those in bf16 take less time
+OPTIMIZE = 5.0  # operations of one of the optimizer's steps for out * in * min(out, in) of a layer, at keep 1
 SHIFT_PASSES = 4  # forward passes of a block in which its layers' inputs are looked at: q/k/v, o, gate/up, down
 
 
@@ -224,15 +226,17 @@ def _flops(
     squares = sum(2.0 * tokens * (i * i + (o * o if options.curvature else 0)) / 2 for o, i in shapes)
     # Two Cholesky factors, three products, an eigendecomposition of the smaller side (about 9 n^3), in fp64.
     decompose = sum(2 * ((o**3 + i**3) / 3 + 6 * o * i * min(o, i) + 9 * min(o, i) ** 3) for o, i in shapes)
+    optimizer_step = OPTIMIZE * (options.keep or TYPICAL_SHARE) * sum(o * i * min(o, i) for o, i in shapes)
     found = {
         "calibrate": forward * (4 if options.curvature else 2) + 6.0 * head * tokens + squares,
         "decompose": decompose,
         "blocks": 3 * decompose + forward * (SHIFT_PASSES + 2 if options.shift else 1) + squares * options.shift * 3,
-        "heal": options.heal_steps * step * length * HEAL[options.mixed] * (layers + head),
+        "heal": options.heal_steps * (step * length * HEAL[options.mixed] * (layers + head) + optimizer_step),
     }
     if options.embedding_store is None:
         found["calibrate"] += 2.0 * head * tokens * (1 + len(options.stores))
-    found["blocks"] += options.refine_epochs * forward * 3
+    refine_steps = options.refine_epochs * options.samples // BATCH
+    found["blocks"] += options.refine_epochs * forward * 3 + refine_steps * optimizer_step
     return {stage: flops for stage, flops in found.items() if flops}
 
 
