@@ -208,21 +208,23 @@ def _put(model: Any, name: str, spec: ModuleSpec, dtype: torch.dtype, has_bias: 
 
     from cai_runtime.integrations.embedding import SlimEmbedding
     from cai_runtime.integrations.linear import FactorizedLinear, SlimLinear, TiedLinear
+    from cai_runtime.integrations.stock import is_linear
 
-    stock = model.get_submodule(name)
-    if type(stock) is nn.Linear:
+    stock: Any = model.get_submodule(name)
+    if is_linear(stock):
         _check_shape(name, spec, (stock.out_features, stock.in_features))
         kind = SlimLinear if spec.kind == "dense" else FactorizedLinear
         model.set_submodule(name, kind(spec, bias=has_bias or stock.bias is not None, dtype=dtype))
         return
-    if type(stock) is not nn.Embedding or spec.kind != "dense":
+    if not isinstance(stock, nn.Embedding) or set(stock._parameters) != {"weight"} or spec.kind != "dense":
         raise UnsupportedModelError(
             f"{name} is a {type(stock).__name__} in {type(model).__name__}; in transformers a {spec.kind} module of "
             f"{'+'.join(spec.store)} can stand for a plain Linear (or, if dense, Embedding) alone. Use cai_runtime.Client, "
             "or `cai export --dense`"
         )
     _check_shape(name, spec, (stock.num_embeddings, stock.embedding_dim))
-    table = SlimEmbedding(spec, padding_idx=stock.padding_idx, dtype=dtype)
+    subclass = stock if type(stock) is not nn.Embedding else None
+    table = SlimEmbedding(spec, padding_idx=stock.padding_idx, dtype=dtype, stock=subclass)
     model.set_submodule(name, table)
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if source == f"{name}.weight" and target.endswith(".weight"):

@@ -56,7 +56,8 @@ class StoredModule(nn.Module):
 
     def module_weights(self) -> ModuleWeights:
         """The tensors as the checkpoint's reader gives them; nothing is copied."""
-        held = dict(self.stored_tensors())
+        # Detached: kernels ask for the dtype that there is, not for that of a `StoredWeight`.
+        held = {name: tensor.detach() for name, tensor in self.stored_tensors()}
         cores = [
             CoreData(held[core], held.get(f"{core}_scale"), store, held.get(f"{core}_zero"), shape)
             for core, shape, store in zip(self.spec.core_names, self.spec.core_shapes, self.spec.store, strict=True)
