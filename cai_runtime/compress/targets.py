@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from cai_runtime.errors import UnsupportedModelError
+from cai_runtime.integrations.stock import is_linear
 
 
 @dataclass(frozen=True)
 class Target:
     """One linear layer y = W x + b of a decoder block. `name`: its name in the model and in the checkpoint. `module`: a
-    torch.nn.Linear, or a `TrainableLinear` in its place."""
+    torch.nn.Linear (see `is_linear`), or a `TrainableLinear` in its place."""
 
     name: str
     module: Any
@@ -41,11 +42,22 @@ def find_targets(model: nn.Module, stacks: Sequence[str], stored: Container[str]
         f"{stack}.{name}": Target(f"{stack}.{name}", module)
         for stack in stacks
         for name, module in model.get_submodule(stack).named_modules()
-        if type(module) is nn.Linear and f"{stack}.{name}.weight" in stored
+        if is_linear(module) and f"{stack}.{name}.weight" in stored
     }
     if not targets:
         raise UnsupportedModelError(
-            f"none of the linear layers of {type(model).__name__} ({', '.join(stacks)}) is in the checkpoint "
-            "under its own name"
+            f"none of the linear layers of {type(model).__name__} ({', '.join(stacks)}) is in the checkpoint under its own "
+            "name: transformers renames or fuses them while it loads, and there is no telling which is which. Take a "
+            "checkpoint of the language model alone, or of another architecture"
         )
     return targets
+
+
+def matrices_by_class(modules: Iterable[nn.Module]) -> str:
+    """For messages: the classes that hold matrices of their own, the largest share first."""
+    found: dict[str, int] = {}
+    for module in modules:
+        count = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim > 1)
+        if count:
+            found[type(module).__name__] = found.get(type(module).__name__, 0) + count
+    return ", ".join(f"{name} ({found[name]:,} parameters)" for name in sorted(found, key=lambda n: -found[n]))

@@ -16,7 +16,7 @@ import torch
 from cai_runtime.compress.stopwatch import Stopwatch
 from cai_runtime.errors import CompressionError
 
-FORMAT = 3  # raise it when what a step keeps, or how it comes about, changes
+FORMAT = 4  # raise it when what a step keeps, or how it comes about, changes
 MANIFEST = "manifest.json"
 LOCK = "lock"
 RECORD = "record"  # metadata entry of a step's file
