@@ -17,6 +17,7 @@ from cai_runtime.compress.choices import Choice
 from cai_runtime.compress.elastic import check_smallest
 from cai_runtime.compress.ends import Ends
 from cai_runtime.compress.heal import WINDOWS
+from cai_runtime.compress.left import Left
 from cai_runtime.compress.mpo import reshapes
 from cai_runtime.compress.options import BATCH, DTYPES, Options
 from cai_runtime.compress.plan_file import planned
@@ -42,7 +43,8 @@ class Plan:
     both forms of every layer that is dense at the largest keep). layer_budget_bytes: for the layers under a budget in bytes,
     and for embedding and head where their stores compete. moment_bytes: of
     all blocks' moments in fp32. state_bytes: of hidden states and gradients on disk. block_parameters: of the largest
-    block. flops: by stage. choices: what a plan file says of every layer, None without one.
+    block. flops: by stage. left: matrices that are not compressed. choices: what a plan file says of every layer, None
+    without one.
     """
 
     model_type: str
@@ -60,6 +62,7 @@ class Plan:
     memory_bytes: int
     heal_memory_bytes: int
     flops: dict[str, float]
+    left: Left
     dst: Path
     choices: dict[str, Choice] | None = None
 
@@ -84,13 +87,16 @@ class Plan:
         return {stage: flops / rate for stage, flops in self.flops.items()}
 
     def to_json(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("dst", "choices")}
+        apart = ("dst", "choices", "left")
+        found = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in apart}
+        return {**found, "left": self.left.parameters}
 
     def summary(self, rate: float | None = None) -> str:
         """A few lines for people. rate: floating point operations a second that this machine was seen to do."""
         lines = [
             f"{self.model_type}: {self.parameters:,} parameters, {self.layers} linear layers with {self.layer_parameters:,} "
             f"of them in {self.blocks} blocks",
+            *self.left.lines(),
             f"checkpoint        up to {_mib(self.output_bytes)}, "
             f"{self.output_bytes / (self.parameters * DENSE_REFERENCE_BYTES):.3f} of bf16",
             f"work directory    up to {_mib(self.work_bytes)}",
@@ -204,6 +210,7 @@ def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
         + 4 * tokens * width * size,
         heal_memory_bytes=heal_memory,
         flops=_flops(options, shapes, layer_parameters, embedding, length, WINDOWS if weights.is_speech else BATCH),
+        left=Left.of(model, weights, targets),
         dst=dst,
         choices=choices,
     )

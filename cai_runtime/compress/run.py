@@ -24,6 +24,7 @@ from cai_runtime.compress.elastic import ElasticPlan
 from cai_runtime.compress.elastic_run import ElasticCompressor, elastic_plan, heal_elastic, write_elastic
 from cai_runtime.compress.ends import Ends, find_ends
 from cai_runtime.compress.heal import Healer, HealSettings, dense_pair
+from cai_runtime.compress.left import Left
 from cai_runtime.compress.moments import BlockMoments
 from cai_runtime.compress.options import BATCH, DTYPES, Options
 from cai_runtime.compress.plan import MOMENT_BYTES, Plan, versions
@@ -99,6 +100,8 @@ class Run:
                 versions=versions(),
                 healing=losses,
                 ends=ends.stores,
+                left=Left.of(model.model, self._weights, targets, read).parameters,
+                read=sorted(read),
             )
             with (
                 work.watch.stage("write"),

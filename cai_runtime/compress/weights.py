@@ -92,7 +92,8 @@ class DenseWeights:
         from accelerate import init_empty_weights
 
         with init_empty_weights(include_buffers=False):
-            return auto_class(self.model_type).from_config(self._config(), dtype=dtype)
+            config = self._config()
+            return auto_class(config).from_config(config, dtype=dtype)
 
     def resident(self, dtype: torch.dtype) -> nn.Module:
         """transformers' model with all its weights, on the CPU."""
