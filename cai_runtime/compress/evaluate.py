@@ -142,7 +142,7 @@ def dense_reference(path: str | Path, *, dtype: torch.dtype = torch.float32, dev
         raise CompressionError(f"transformers can't load {path} as a language or speech model: {e}") from e
     for name in sorted(info["missing_keys"]):
         raise TensorMissingError(
-            "the checkpoint lacks a tensor that transformers' model has, and would draw at random: fetch the checkpoint again",
+            "the checkpoint lacks a tensor of transformers' model, which would draw it at random: fetch it again",
             file=path,
             tensor=name,
         )
@@ -186,7 +186,8 @@ def slim_as_transformers(
 
 
 def auto_class(config: Any) -> Any:
-    """transformers' class that loads models of this configuration: `SPEECH` or causal language models.
+    """transformers' class that loads models of this configuration: `SPEECH`, causal language models, and what answers text
+    and images with text.
 
     Raises UnsupportedModelError when it has none for it.
     """
@@ -194,14 +195,14 @@ def auto_class(config: Any) -> Any:
 
     if config.model_type in SPEECH:
         return transformers.AutoModelForSpeechSeq2Seq
-    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        names = ", ".join(getattr(config, "architectures", None) or []) or "no architecture"
-        raise UnsupportedModelError(
-            f"transformers {transformers.__version__} has no causal language model of model_type {config.model_type!r} "
-            f"({names}). Of a model that takes more than text, save the language model as a checkpoint of its own, and take "
-            "that"
-        )
-    return transformers.AutoModelForCausalLM
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
+        if type(config) in auto._model_mapping:
+            return auto
+    names = ", ".join(getattr(config, "architectures", None) or []) or "no architecture"
+    raise UnsupportedModelError(
+        f"transformers {transformers.__version__} has no model that predicts text for model_type {config.model_type!r} "
+        f"({names}). Of a larger model, save the language model as a checkpoint of its own, and take that"
+    )
 
 
 def _frozen(model: Any, device: str) -> Any:

@@ -7,6 +7,7 @@ says nothing of it, so plan and report have to.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,5 @@ def _reason(name: str, modules: dict[str, nn.Module], own: Container[str], read:
         if holder in read:
             return f"in {kind} layers whose weights the model reads itself"
         return f"in {kind} layers outside the blocks" if leaf == "weight" and is_linear(module) else f"in {kind}"
-    while holder not in modules:
-        holder = holder.rpartition(".")[0]
-    return f"in {type(modules[holder]).__name__}, where transformers fuses or renames them"
+    stem, _, _ = re.sub(r"\.\d+(?=\.)", ".*", name).rpartition(".*")
+    return f"in {f'{stem}.*' if stem else name}, which transformers fuses with others while it loads"

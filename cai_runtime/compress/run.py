@@ -37,7 +37,7 @@ from cai_runtime.compress.targets import InputGroup, Target, find_targets
 from cai_runtime.compress.weights import DenseWeights
 from cai_runtime.compress.work import Work
 from cai_runtime.convert.cache import tqdm_disable
-from cai_runtime.errors import CompressionError, UnsupportedModelError
+from cai_runtime.errors import CompressionError, TensorMissingError, UnsupportedModelError
 from cai_runtime.slim.writer import CheckpointWriter
 
 
@@ -285,10 +285,10 @@ class Run:
 
 @contextmanager
 def _nothing_left(work: Work) -> Iterator[None]:
-    """A model that can't be compressed will not be the next time: nothing is kept for it."""
+    """A model that can't be compressed can't be the next time: nothing is kept for it."""
     try:
         yield
-    except UnsupportedModelError:
+    except (UnsupportedModelError, TensorMissingError):
         work.remove()
         raise
 

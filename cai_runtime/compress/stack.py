@@ -249,8 +249,9 @@ def _set_parameter(module: nn.Module, key: str, value: torch.Tensor) -> None:
     setattr(module.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
 
 
-def find_stacks(model: nn.Module) -> list[Stack]:
-    """The lists of blocks with linear layers, in the model's order: those that lie in no other such list.
+def find_stacks(model: Any) -> list[Stack]:
+    """The lists of blocks with linear layers, in the model's order: those that lie in no other such list. Of a model that
+    takes more than text, those that text goes through.
 
     Raises UnsupportedModelError when there is none.
     """
@@ -261,6 +262,7 @@ def find_stacks(model: nn.Module) -> list[Stack]:
         linears = (m for block in module.children() for m in block.modules() if m is not block and is_linear(m))
         if isinstance(module, nn.ModuleList) and not inside and next(linears, None) is not None:
             found.append(Stack(name, module))
+    found = _of_text(model, found)
     if not found:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no list of blocks with torch.nn.Linear layers, so nothing of it can be factorized: "
@@ -268,6 +270,21 @@ def find_stacks(model: nn.Module) -> list[Stack]:
             "torch.nn.Linear"
         )
     return found
+
+
+def _of_text(model: Any, stacks: list[Stack]) -> list[Stack]:
+    """The stacks in the least part of the model with a stack that the input embedding lies in, too: a vision tower lies
+    beside the language model. Of an encoder-decoder, all."""
+    table = model.get_input_embeddings()
+    if getattr(model.config, "is_encoder_decoder", False) or table is None:
+        return stacks
+    parent = next((name for name, module in model.named_modules() if module is table), "")
+    while parent:
+        parent = parent.rpartition(".")[0]
+        inside = [stack for stack in stacks if stack.name.startswith(f"{parent}." if parent else "")]
+        if inside:
+            return inside
+    return stacks
 
 
 def open_model(weights: DenseWeights, *, dtype: torch.dtype, device: str | torch.device) -> BlockModel:
