@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from cai_runtime.compress.ends import Ends
-from cai_runtime.compress.targets import Target
+from cai_runtime.compress.targets import Target, shared_weights
 from cai_runtime.compress.weights import DenseWeights
 from cai_runtime.integrations.stock import is_linear
 
@@ -34,12 +34,13 @@ class Left:
         taken = {f"{name}.{part}" for name in names for part in ("weight", "bias")}
         modules = dict(model.named_modules(remove_duplicate=False))
         own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        shared = shared_weights(model)
         found: dict[str, int] = {}
         for name in weights.names():
             shape = weights.shape(name)
             if len(shape) < 2 or name in taken:
                 continue
-            reason = _reason(name, modules, own, read)
+            reason = _reason(name, modules, own, read, shared)
             found[reason] = found.get(reason, 0) + math.prod(shape)
         ordered = sorted(found, key=lambda reason: -found[reason])
         return cls({reason: found[reason] for reason in ordered}, weights.parameters())
@@ -53,13 +54,17 @@ class Left:
         return [f"left as they are   {count:,} parameters, {count / self.total:.1%} of the model: {parts}"]
 
 
-def _reason(name: str, modules: dict[str, nn.Module], own: Container[str], read: Container[str]) -> str:
+def _reason(
+    name: str, modules: dict[str, nn.Module], own: Container[str], read: Container[str], shared: Container[str]
+) -> str:
     holder, _, leaf = name.rpartition(".")
     if name in own:
         module = modules[holder]
         kind = type(module).__name__
         if holder in read:
             return f"in {kind} layers whose weights the model reads itself"
+        if name in shared:
+            return f"in {kind} layers that several blocks share"
         return f"in {kind} layers outside the blocks" if leaf == "weight" and is_linear(module) else f"in {kind}"
     stem, _, _ = re.sub(r"\.\d+(?=\.)", ".*", name).rpartition(".*")
     return f"in {f'{stem}.*' if stem else name}, which transformers fuses with others while it loads"

@@ -272,6 +272,12 @@ def find_stacks(model: Any) -> list[Stack]:
     return found
 
 
+def all_there(skeleton: nn.Module, weights: DenseWeights) -> bool:
+    """Whether the checkpoint has every parameter of the model as it is, so that blocks can be loaded one at a time."""
+    tied = getattr(skeleton, "all_tied_weights_keys", None) or {}
+    return all(key in weights or key in tied for key, _ in skeleton.named_parameters())
+
+
 def _of_text(model: Any, stacks: list[Stack]) -> list[Stack]:
     """The stacks in the least part of the model with a stack that the input embedding lies in, too: a vision tower lies
     beside the language model. Of an encoder-decoder, all."""
@@ -304,7 +310,7 @@ def open_model(weights: DenseWeights, *, dtype: torch.dtype, device: str | torch
     model = BlockModel(skeleton, weights, dtype, device)
     inside = tuple(f"{stack.name}." for stack in model.stacks)
     wanted = [key for key, _ in skeleton.named_parameters()]
-    if any(key not in weights for key in wanted):
+    if not all_there(skeleton, weights):
         return BlockModel(weights.resident(dtype).to(device), weights, dtype, device)
     for key in wanted:
         if not key.startswith(inside):

@@ -52,7 +52,10 @@ def check_blocks(model: BlockModel, targets: Mapping[str, Target], batch: Batch,
         read.update(reads.read)
 
     try:
-        logits = model.streamed(one, watch).logits[:, -1]
+        # Between the blocks, too: RWKV changes weights before it runs them.
+        with _Reads({name: target.module for name, target in targets.items()}) as reads:
+            logits = model.streamed(one, watch).logits[:, -1]
+        read.update(reads.read)
     except torch.OutOfMemoryError:
         raise
     except RAISED as e:
@@ -100,7 +103,8 @@ class _Reads(TorchFunctionMode):
         super().__init__()
         self.read: set[str] = set()
         self._running: set[str] = set()
-        self._names = {id(layer.weight): name for name, layer in layers.items()}
+        self._weights = [layer.weight for layer in layers.values()]  # held, so that no other tensor gets its address
+        self._names = {id(weight): name for weight, name in zip(self._weights, layers, strict=True)}
         self._layers = layers
         self._hooks = ExitStack()
 

@@ -33,16 +33,18 @@ class InputGroup:
 
 
 def find_targets(model: nn.Module, stacks: Sequence[str], stored: Container[str]) -> dict[str, Target]:
-    """Every linear layer inside the blocks whose weight lies in the checkpoint under the model's own name, by name.
+    """Every linear layer inside the blocks whose weight lies in the checkpoint under the model's own name, by name. None
+    that several blocks share: compressed for one it would change the others.
 
     stacks: names of the lists of blocks. stored: names of the checkpoint's tensors.
     Raises UnsupportedModelError when there is none.
     """
+    shared = shared_weights(model)
     targets = {
         f"{stack}.{name}": Target(f"{stack}.{name}", module)
         for stack in stacks
         for name, module in model.get_submodule(stack).named_modules()
-        if is_linear(module) and f"{stack}.{name}.weight" in stored
+        if is_linear(module) and f"{stack}.{name}.weight" in stored and f"{stack}.{name}.weight" not in shared
     }
     if not targets:
         raise UnsupportedModelError(
@@ -51,6 +53,16 @@ def find_targets(model: nn.Module, stacks: Sequence[str], stored: Container[str]
             "checkpoint of the language model alone, or of another architecture"
         )
     return targets
+
+
+def shared_weights(model: nn.Module) -> set[str]:
+    """Names of the weights that the model has in several places, under all their names."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear):
+            names.setdefault(id(module), []).append(f"{name}.weight")
+    return {*tied, *tied.values()}.union(*(same for same in names.values() if len(same) > 1))
 
 
 def matrices_by_class(modules: Iterable[nn.Module]) -> str:

@@ -28,6 +28,7 @@ class DenseWeights:
         self.path: Path = checkpoint.path
         self._on_disk: dict[str, str] = {}  # name in the model -> name in the checkpoint, where they differ
         self._converted: set[str] = set()
+        self._tied: dict[str, str] = {}  # name of a tensor that the checkpoint lacks -> name of the one that it is, too
 
     @property
     def model_type(self) -> str:
@@ -79,7 +80,9 @@ class DenseWeights:
         return self._checkpoint.tensors()[self.on_disk(name)].nbytes
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor in the dtype in which it is stored (a slim module's weight: fp32). Do not write to it."""
+        """The tensor in the dtype in which it is stored (a slim module's weight: fp32). Do not write to it. One that is not
+        in the weights because it is tied to another is there, too."""
+        name = self._tied.get(name, name)
         module = self._module_of(name)
         if module is not None:
             return self._checkpoint.module(module).dense()
@@ -87,6 +90,7 @@ class DenseWeights:
 
     def release(self, name: str) -> None:
         """Drop its resident pages."""
+        name = self._tied.get(name, name)
         module = self._module_of(name)
         self._checkpoint.release(self._checkpoint.module_tensors(module) if module is not None else self.on_disk(name))
 
@@ -118,6 +122,8 @@ class DenseWeights:
         found = {disk: names.in_model(disk) for disk in sorted(self._names_on_disk())}
         self._on_disk = {name: disk for disk, name in found.items() if name is not None and name != disk}
         self._converted = {disk for disk, name in found.items() if name is None}
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        self._tied = {name: kept for name, kept in tied.items() if name not in self and kept in self}
         return model
 
     def resident(self, dtype: torch.dtype) -> nn.Module:
