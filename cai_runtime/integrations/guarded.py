@@ -46,7 +46,9 @@ class StoredWeight(nn.Parameter):
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
-        return self.compute_dtype or torch.Tensor.dtype.__get__(self)  # type: ignore[attr-defined]
+        # accelerate brings back what it offloaded in the dtype of the placeholder that it left.
+        own: torch.dtype = torch.Tensor.dtype.__get__(self)  # type: ignore[attr-defined]
+        return own if self.compute_dtype is None or self.is_meta else self.compute_dtype
 
     @property
     def data(self) -> torch.Tensor:  # type: ignore[override]
