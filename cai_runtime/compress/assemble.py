@@ -45,7 +45,7 @@ def write_checkpoint(
             bias = None
             if layer.bias is not None:
                 bias = layer.bias.detach().to(weights.tensor(f"{name}.bias").dtype)
-            writer.add_module(name, stored.spec, stored.cores, pivot=stored.pivot, bias=bias)
+            writer.add_module(weights.module_on_disk(name), stored.spec, stored.cores, pivot=stored.pivot, bias=bias)
             report.modules.append(module_report(name, stored.spec, curves[name], record["rows"][name] > 0))
             report.add(stored.spec.dense_parameters, stored.spec.parameters, stored.spec.nbytes)
             done |= {f"{name}.weight", f"{name}.bias"}
@@ -78,12 +78,12 @@ def write_rest(
         if store is not None:
             rows, width = tensor.shape
             spec = ModuleSpec("dense", rows, width, None, (store,))
-            writer.add_module(module, spec, [ends.core(module, tensor, store)])
+            writer.add_module(weights.module_on_disk(module), spec, [ends.core(module, tensor, store)])
             nbytes = spec.nbytes
         elif name in healed:
-            writer.add_tensor(name, healed[name].to(tensor.dtype))
+            writer.add_tensor(weights.on_disk(name), healed[name].to(tensor.dtype))
         else:
-            writer.add_tensor(name, tensor)
+            writer.add_tensor(weights.on_disk(name), tensor)
         weights.release(name)
         report.add_rest(math.prod(tensor.shape), nbytes)
 

@@ -66,7 +66,8 @@ class BlockwiseCompressor:
 
     def ticks(self, at: BlockId) -> int:
         """Units of progress of a block: one for each layer, one for each step of refinement."""
-        return len(self._calibration.targets(at)) + refine_steps(self._settings.epochs, len(self._calibration.batches))
+        layers = len(self._calibration.targets(at))
+        return layers and layers + refine_steps(self._settings.epochs, len(self._calibration.batches))
 
     def run(self) -> None:
         for at in self._calibration.blocks():
@@ -92,7 +93,7 @@ class BlockwiseCompressor:
                     self.tick(1)
             record: dict[str, Any] = {name: layer.spec.to_json() for name, layer in kept.items()}
             errors = None
-            if self._settings.epochs:
+            if self._settings.epochs and kept:
                 errors = self._refine(at, after, block, kept, moments, calls, inputs)
             if self._follows:
                 with torch.no_grad():

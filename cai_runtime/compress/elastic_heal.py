@@ -21,7 +21,7 @@ from torch import nn
 from cai_runtime.compress.cores import StoredModule
 from cai_runtime.compress.heal import Healer, HealSettings
 from cai_runtime.compress.stack import Batch
-from cai_runtime.compress.student import TrainableLinear, put_in
+from cai_runtime.compress.student import TrainableLinear, no_weight, put_in
 from cai_runtime.compress.work import Work
 from cai_runtime.slim.elastic import ElasticTable
 from cai_runtime.slim.spec import ModuleSpec
@@ -50,16 +50,23 @@ class ElasticLinear(nn.Module):
     they are in use at first, whole.
     """
 
-    weight: torch.Tensor | None
+    whole: torch.Tensor | None
     bias: torch.Tensor | None
 
     def __init__(self, forms: Sequence[StoredModule], bias: torch.Tensor | None, dtype: torch.dtype):
         super().__init__()
         whole, lowrank = forms[0], forms[-1]
-        self.register_buffer("weight", whole.dense().to(dtype) if whole.spec.kind == "dense" else None)
+        self.spec, self.stands_for = whole.spec, dtype
+        self.register_buffer("whole", whole.dense().to(dtype) if whole.spec.kind == "dense" else None)
         self.register_buffer("bias", bias)
         self.lowrank = NestedLinear(lowrank) if lowrank.spec.kind == "lowrank" else None
         self.use(lowrank.spec)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """As `TrainableLinear.weight`."""
+        held = next(iter((*self.parameters(), *self.buffers())))
+        return no_weight(self.spec, self.stands_for, held.device)
 
     def use(self, spec: ModuleSpec) -> None:
         """From now on it is this one of its forms, at any rank that it has."""
@@ -69,8 +76,8 @@ class ElasticLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.dense or self.lowrank is None:
-            assert self.weight is not None
-            return F.linear(x, self.weight, self.bias)
+            assert self.whole is not None
+            return F.linear(x, self.whole, self.bias)
         y = self.lowrank(x)
         return y if self.bias is None else y + self.bias
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def write_elastic(
         for name, rounded in layers.items():
             forms = healed_forms(name, rounded, healed)
             bias = weights.tensor(f"{name}.bias") if f"{name}.bias" in weights else None
-            add_forms(writer, name, forms, bias)
+            add_forms(writer, weights.module_on_disk(name), forms, bias)
             spec = forms[0].spec
             if len(forms) == 2:
                 seconds[name] = forms[1].spec
@@ -175,7 +176,9 @@ def write_elastic(
             if bias is not None:
                 report.add_rest(bias.numel(), bias.nbytes)
     write_rest(writer, calibration, done, {}, ends, report)
-    writer.set_elastic(plan.table({name: spec.store for name, spec in seconds.items()}))
+    table = plan.table({name: spec.store for name, spec in seconds.items()})
+    modules = tuple(replace(module, name=weights.module_on_disk(module.name)) for module in table.modules)
+    writer.set_elastic(replace(table, modules=modules))
     report.elastic = {
         "keep": list(plan.keep),
         "second_forms": {

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from cai_runtime.convert.cache import tqdm_disable
-from cai_runtime.errors import CompressionError
+from cai_runtime.errors import CompressionError, TensorMissingError, UnsupportedModelError
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
 
@@ -127,18 +127,25 @@ def _batches(ids: torch.Tensor, window: int, stride: int, batch_size: int) -> It
 def dense_reference(path: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
     """The dense checkpoint as stock transformers' model, in evaluation mode, its parameters frozen.
 
-    Raises CompressionError when transformers can't load it.
+    Raises CompressionError when transformers can't load it, TensorMissingError when it lacks a tensor,
+    UnsupportedModelError as `auto_class`.
     """
     from transformers import AutoConfig
 
     try:
         with _no_bars():
             config: Any = AutoConfig.from_pretrained(path, trust_remote_code=False)
-            model = auto_class(config.model_type).from_pretrained(
-                path, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            model, info = auto_class(config).from_pretrained(
+                path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
     except (OSError, ValueError, KeyError, ImportError) as e:
         raise CompressionError(f"transformers can't load {path} as a language or speech model: {e}") from e
+    for name in sorted(info["missing_keys"]):
+        raise TensorMissingError(
+            "the checkpoint lacks a tensor of transformers' model, which would draw it at random: fetch it again",
+            file=path,
+            tensor=name,
+        )
     return _frozen(model, device)
 
 
@@ -170,7 +177,7 @@ def slim_as_transformers(
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):  # only to learn the class; nothing is allocated
-        architecture = type(auto_class(config.model_type).from_config(config))
+        architecture = type(auto_class(config).from_config(config))
     with _no_bars():
         model = architecture.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     if (Path(path) / "generation_config.json").exists():  # without a path transformers makes one up
@@ -178,11 +185,24 @@ def slim_as_transformers(
     return _frozen(model, device)
 
 
-def auto_class(model_type: str) -> Any:
-    """transformers' class that loads models of this type: `SPEECH` or causal language models."""
+def auto_class(config: Any) -> Any:
+    """transformers' class that loads models of this configuration: `SPEECH`, causal language models, and what answers text
+    and images with text.
+
+    Raises UnsupportedModelError when it has none for it.
+    """
     import transformers
 
-    return transformers.AutoModelForSpeechSeq2Seq if model_type in SPEECH else transformers.AutoModelForCausalLM
+    if config.model_type in SPEECH:
+        return transformers.AutoModelForSpeechSeq2Seq
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
+        if type(config) in auto._model_mapping:
+            return auto
+    names = ", ".join(getattr(config, "architectures", None) or []) or "no architecture"
+    raise UnsupportedModelError(
+        f"transformers {transformers.__version__} has no model that predicts text for model_type {config.model_type!r} "
+        f"({names}). Of a larger model, save the language model as a checkpoint of its own, and take that"
+    )
 
 
 def _frozen(model: Any, device: str) -> Any:

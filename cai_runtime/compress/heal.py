@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from cai_runtime.compress.ends import Ends
+from cai_runtime.compress.head import states_of
 from cai_runtime.compress.moments import MomentHooks, group_by_input, noting_inputs
 from cai_runtime.compress.optimizer import Metric, WhitenedMuon, core_metrics
 from cai_runtime.compress.stack import Batch
@@ -116,12 +117,11 @@ class Healer:
     def _gradients(self, batch: Batch) -> float:
         """Add this batch's share of the gradients. Returns its divergence."""
         with torch.no_grad(), self._precision():
-            wanted = _hidden(self._teacher, batch)
+            wanted = states_of(self._teacher, batch)
         with torch.enable_grad(), self._precision():
-            found = _hidden(self._student, batch)
-        head, teacher_head = self._student.get_output_embeddings(), self._teacher.get_output_embeddings()
-        leaf = found.detach().requires_grad_()
-        flat, flat_wanted = leaf.flatten(0, 1), wanted.flatten(0, 1)
+            found = states_of(self._student, batch)
+        leaf = found.hidden.detach().requires_grad_()
+        flat, flat_wanted = leaf.flatten(0, 1), wanted.hidden.flatten(0, 1)
         if "labels" in batch:  # what stands before them is given to the model, not predicted by it
             told = (batch["labels"].flatten() != -100).to(flat.device)
             flat, flat_wanted = flat[told], flat_wanted[told]
@@ -129,16 +129,16 @@ class Healer:
         for start in range(0, count, POSITIONS):
             part = slice(start, start + POSITIONS)
             with torch.no_grad(), self._precision():
-                target = teacher_head(flat_wanted[part])
+                target = wanted.logits(flat_wanted[part])
             with torch.enable_grad(), self._precision():
-                logits = head(flat[part])
+                logits = found.logits(flat[part])
             target = target.float().log_softmax(-1)
             with torch.enable_grad():
                 logits = logits.float().log_softmax(-1)
                 loss = F.kl_div(logits, target, log_target=True, reduction="sum") / (count * self._per_step)
                 loss.backward()
             total += float(loss.detach())
-        found.backward(leaf.grad)
+        found.hidden.backward(leaf.grad)
         return total * self._per_step
 
     def _precision(self) -> torch.autocast:
@@ -174,7 +174,7 @@ def input_metrics(student: Any, batches: Sequence[Batch]) -> dict[torch.nn.Param
     targets = [Target(name, layer) for name, layer in layers.items()]
     with torch.no_grad():
         with noting_inputs(targets) as read:
-            _hidden(student, batches[0])
+            states_of(student, batches[0])
         # One that is not called (an expert that was not chosen) is trained as it is.
         targets = [target for target in targets if target.name in read]
         groups = group_by_input(targets, read)
@@ -182,13 +182,6 @@ def input_metrics(student: Any, batches: Sequence[Batch]) -> dict[torch.nn.Param
         hooks = MomentHooks(groups, gradients=False, device=next(student.parameters()).device)
         with hooks.open():
             for batch in batches:
-                _hidden(student, batch)
+                states_of(student, batch)
     grams = hooks.moments().inputs
     return core_metrics([(layers[target.name], grams[target.name]) for target in targets])
-
-
-def _hidden(model: Any, batch: Batch) -> torch.Tensor:
-    """The states that the head is applied to, [batch, tokens, hidden]."""
-    device = next(model.parameters()).device
-    inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-    return model.base_model(**inputs, use_cache=False).last_hidden_state

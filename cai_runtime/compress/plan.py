@@ -18,11 +18,12 @@ from cai_runtime.compress.curves import TYPICAL_SHARE
 from cai_runtime.compress.elastic import check_smallest
 from cai_runtime.compress.ends import Ends
 from cai_runtime.compress.heal import WINDOWS
+from cai_runtime.compress.left import Left
 from cai_runtime.compress.mpo import reshapes
 from cai_runtime.compress.options import BATCH, DTYPES, Options
 from cai_runtime.compress.plan_file import planned
 from cai_runtime.compress.speech import require_audio
-from cai_runtime.compress.stack import find_stacks
+from cai_runtime.compress.stack import all_there, find_stacks
 from cai_runtime.compress.targets import find_targets
 from cai_runtime.compress.weights import DenseWeights
 from cai_runtime.errors import CompressionError
@@ -44,7 +45,8 @@ class Plan:
     both forms of every layer that is dense at the largest keep). layer_budget_bytes: for the layers under a budget in bytes,
     and for embedding and head where their stores compete. moment_bytes: of
     all blocks' moments in fp32. state_bytes: of hidden states and gradients on disk. block_parameters: of the largest
-    block. flops: by stage. choices: what a plan file says of every layer, None without one.
+    block. whole: whether all of the model must be in memory, because transformers fuses tensors while it loads. flops: by
+    stage. left: matrices that are not compressed. choices: what a plan file says of every layer, None without one.
     """
 
     model_type: str
@@ -61,7 +63,9 @@ class Plan:
     work_bytes: int
     memory_bytes: int
     heal_memory_bytes: int
+    whole: bool
     flops: dict[str, float]
+    left: Left
     dst: Path
     choices: dict[str, Choice] | None = None
 
@@ -75,6 +79,12 @@ class Plan:
                 f"{self.work_bytes >> 20} while it works and {self.output_bytes >> 20} for the checkpoint"
             )
         available = available_memory()
+        if available is not None and self.whole and self.memory_bytes > available:
+            raise CompressionError(
+                f"{self.model_type} needs about {self.memory_bytes >> 20} MiB of memory, {available >> 20} MiB are free:"
+                " transformers fuses its tensors while it loads, so that all of it must be there at once. A narrower dtype "
+                "takes less"
+            )
         if available is not None and self.heal_memory_bytes > available:
             raise CompressionError(
                 f"healing needs about {self.heal_memory_bytes >> 20} MiB of memory, {available >> 20} MiB are available: "
@@ -86,18 +96,27 @@ class Plan:
         return {stage: flops / rate for stage, flops in self.flops.items()}
 
     def to_json(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("dst", "choices")}
+        apart = ("dst", "choices", "left")
+        found = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in apart}
+        return {**found, "left": self.left.parameters}
 
     def summary(self, rate: float | None = None) -> str:
         """A few lines for people. rate: floating point operations a second that this machine was seen to do."""
         lines = [
             f"{self.model_type}: {self.parameters:,} parameters, {self.layers} linear layers with {self.layer_parameters:,} "
             f"of them in {self.blocks} blocks",
+            *self.left.lines(),
             f"checkpoint        up to {_mib(self.output_bytes)}, "
             f"{self.output_bytes / (self.parameters * DENSE_REFERENCE_BYTES):.3f} of bf16",
             f"work directory    up to {_mib(self.work_bytes)}",
             f"memory            about {_mib(max(self.memory_bytes, self.heal_memory_bytes))}"
-            + (" (healing)" if self.heal_memory_bytes > self.memory_bytes else ""),
+            + (
+                " (healing)"
+                if self.heal_memory_bytes > self.memory_bytes
+                else " (all of the model: transformers fuses tensors while it loads)"
+                if self.whole
+                else ""
+            ),
         ]
         if rate is not None:
             seconds = self.seconds(rate)
@@ -182,6 +201,8 @@ def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
     # While a layer is decomposed: both its metrics and their roots, and some four matrices of its own shape, in fp64.
     decomposing = max(16 * (i * i + o * o * options.curvature) + 32 * o * i for o, i in shapes)
     healing = options.heal_tokens > 0
+    whole = not all_there(model, weights)
+    resident = total if whole else embedding + 3 * block_parameters
     heal_memory = (2 * total * size + int(STUDENT_BYTES * layer_parameters)) if healing else 0
     # A block's cores: to be trained, or all forms as they are stored.
     kept = 4 * layer_parameters if healing or not options.elastic else 0
@@ -200,12 +221,11 @@ def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
         state_bytes=states,
         # Healing keeps its cores and their momentum; a file is whole beside the one before it until it takes its place.
         work_bytes=states + min(moments, MOMENT_BYTES) + kept + (4 * kept if healing else 0),
-        memory_bytes=(embedding + 3 * block_parameters) * size
-        + 2 * moments // max(blocks, 1)
-        + decomposing
-        + 4 * tokens * width * size,
+        memory_bytes=resident * size + 2 * moments // max(blocks, 1) + decomposing + 4 * tokens * width * size,
         heal_memory_bytes=heal_memory,
+        whole=whole,
         flops=_flops(options, shapes, layer_parameters, embedding, length, WINDOWS if weights.is_speech else BATCH),
+        left=Left.of(model, weights, targets),
         dst=dst,
         choices=choices,
     )

@@ -61,7 +61,12 @@ def _modules_in(path: str | Path, where: str) -> Any:
     except ValueError as e:
         raise CompressionError(f"{where} is not JSON: {e}") from e
     modules = document.get("modules") if isinstance(document, dict) else None
-    return _of_report(modules, where) if isinstance(modules, list) else modules
+    if not isinstance(modules, list):
+        return modules
+    # What the other compression had to leave as it is stays so.
+    read = document.get("read", [])
+    kept = {name: {"kind": "dense"} for name in read if isinstance(name, str)} if isinstance(read, list) else {}
+    return {**kept, **_of_report(modules, where)}
 
 
 def _of_report(modules: list[Any], where: str) -> dict[str, Entry]:

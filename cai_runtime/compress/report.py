@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from cai_runtime.compress.left import Left
 from cai_runtime.slim.provenance import quality_table
 from cai_runtime.slim.spec import DENSE_REFERENCE_BYTES
 
@@ -37,7 +38,9 @@ class Report:
     `ends`: the stores of embedding and head, by name. `seconds`: wall time by stage, of all calls that it took. `blocks`:
     error of each block's output before and after its refinement, see `refine_block`. `healing`: mean divergence of each
     step, in nats per position. `quality`: see `cai_runtime.compress.compare`. `keep_parameters`, `keep_bytes`: of the
-    factorized modules alone; the totals are of the checkpoint with embedding, head and norms.
+    factorized modules alone; the totals are of the checkpoint with embedding, head and norms. `left`: parameters of the
+    matrices that are in neither, by reason (see `left.Left`). `read`: linear layers among them whose weights the model reads
+    without calling the layer.
 
     `elastic`, of an elastic checkpoint: "keep", the smallest and the largest; "second_forms", the lowrank forms of modules
     that are dense at the largest keep: how many, their parameters and bytes; "quality" at several keeps, falling. All else
@@ -64,6 +67,8 @@ class Report:
     healing: list[float] = field(default_factory=list)
     quality: dict[str, Any] | None = None
     elastic: dict[str, Any] | None = None
+    left: dict[str, int] = field(default_factory=dict)
+    read: list[str] = field(default_factory=list)
 
     def add(self, dense_parameters: int, parameters: int, nbytes: int) -> None:
         """Count a compressed module."""
@@ -107,6 +112,7 @@ class Report:
             f"their parameters  {self.dense_parameters:>14,} -> {self.parameters:>14,}   "
             f"keep {self.keep_parameters:.3f}",
             f"their bytes       {self.dense_bytes:>14,} -> {self.bytes:>14,}   keep {self.keep_bytes:.3f} of bf16",
+            *Left(self.left, self.total_dense_parameters).lines(),
             f"whole checkpoint  {self.total_dense_bytes:>14,} -> {self.total_bytes:>14,} bytes, "
             f"{self.total_bytes / self.total_dense_bytes:.3f} of bf16",
             *self._elastic_lines(),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from cai_runtime.compress.elastic import ElasticPlan
 from cai_runtime.compress.elastic_run import ElasticCompressor, elastic_plan, heal_elastic, write_elastic
 from cai_runtime.compress.ends import Ends, find_ends
 from cai_runtime.compress.heal import Healer, HealSettings, dense_pair
+from cai_runtime.compress.left import Left
 from cai_runtime.compress.moments import BlockMoments
 from cai_runtime.compress.options import BATCH, DTYPES, Options
 from cai_runtime.compress.plan import MOMENT_BYTES, Plan, versions
@@ -30,11 +32,12 @@ from cai_runtime.compress.report import Report
 from cai_runtime.compress.speech import calibration_batches
 from cai_runtime.compress.stack import Batch, BlockModel, open_model
 from cai_runtime.compress.student import put_in
-from cai_runtime.compress.targets import InputGroup, find_targets
+from cai_runtime.compress.survey import check_blocks
+from cai_runtime.compress.targets import InputGroup, Target, find_targets
 from cai_runtime.compress.weights import DenseWeights
 from cai_runtime.compress.work import Work
 from cai_runtime.convert.cache import tqdm_disable
-from cai_runtime.errors import CompressionError
+from cai_runtime.errors import CompressionError, TensorMissingError, UnsupportedModelError
 from cai_runtime.slim.writer import CheckpointWriter
 
 
@@ -66,12 +69,14 @@ class Run:
         with ExitStack() as stack:
             work = Work(directory, key, restart=restart)
             stack.callback(work.close)
+            stack.enter_context(_nothing_left(work))
             work.watch.add("hash", hashed)
             with work.watch.stage("text"):
                 batches, extra, text = self._text(work)
             with work.watch.stage("open"):
                 model = open_model(self._weights, dtype=DTYPES[options.dtype], device=options.device)
-                targets = find_targets(model.model, [s.name for s in model.stacks], self._weights)
+                found = find_targets(model.model, [s.name for s in model.stacks], self._weights)
+                targets, read = self._called(model, found, batches, work)
             calibration = CalibrationPass(model, targets, batches, work)
             self._calibrate(calibration, work)
             with work.watch.stage("calibrate"):
@@ -80,7 +85,7 @@ class Run:
             with work.watch.stage("allocate"):
                 curves, noise = self._curves(calibration, work)
                 forms = elastic_plan(curves, options) if options.elastic else None
-                choices = {} if forms is not None else self._planned or self._choose(model, curves, noise, ends)
+                choices = {} if forms is not None else self._planned or self._choose(model, curves, noise, ends, read)
                 ends = replace(ends, stores={name: known or choices.pop(name).store for name in ends.names})
             if forms is not None:
                 losses = self._compress_elastic(calibration, forms, extra, ends, work)
@@ -95,6 +100,8 @@ class Run:
                 versions=versions(),
                 healing=losses,
                 ends=ends.stores,
+                left=Left.of(model.model, self._weights, targets, read).parameters,
+                read=sorted(read),
             )
             with (
                 work.watch.stage("write"),
@@ -110,6 +117,28 @@ class Run:
                 writer.finish(report.to_json())
             work.remove()
         return report
+
+    def _called(
+        self, model: BlockModel, targets: dict[str, Target], batches: list[Batch], work: Work
+    ) -> tuple[dict[str, Target], set[str]]:
+        """The targets whose weights the model reads by calling them alone, and the names of the others, which stay as they
+        are. Raises what `check_blocks` raises; UnsupportedModelError, CompressionError when nothing is left or the plan
+        wants another kind for a layer that must stay dense."""
+        if not work.has("survey"):
+            work.save("survey", {}, sorted(check_blocks(model, targets, batches[0], heal=self._options.heal_steps > 0)))
+        read = set(work.load("survey")[1])
+        called = {name: target for name, target in targets.items() if name not in read}
+        if not called:
+            raise UnsupportedModelError(
+                f"{type(model.model).__name__} reads the weights of all its linear layers itself "
+                f"({', '.join(sorted(read)[:4])} ..): nothing of it can be factorized. Take a model of another architecture"
+            )
+        for name in sorted(read):
+            if self._planned is not None and self._planned[name].rank is not None:
+                raise CompressionError(
+                    f"the plan factorizes {name}, whose weight the model reads itself: let it be dense there"
+                )
+        return called, read
 
     def _text(self, work: Work) -> tuple[list[Batch], list[Batch], dict[str, Any]]:
         """Batches to calibrate on, batches to heal on, and what they are. Those to heal on are others as long as there are
@@ -193,9 +222,13 @@ class Run:
             noise |= found[1]
         return curves, noise
 
-    def _choose(self, model: BlockModel, curves: dict[str, Curve], noise: Noise, ends: Ends) -> dict[str, Choice]:
+    def _choose(
+        self, model: BlockModel, curves: dict[str, Curve], noise: Noise, ends: Ends, read: set[str]
+    ) -> dict[str, Choice]:
         shapes: dict[str, tuple[int, int]] = {name: model.model.get_submodule(name).weight.shape for name in ends.noise}
         budget = self._plan.layer_budget_bytes
+        if budget is not None:  # the plan counts on all layers
+            budget -= sum(self._weights.nbytes(f"{name}.weight") for name in read)
         return choose(curves, self._options, noise=noise | ends.noise, budget_bytes=budget, ends=shapes)
 
     def _compress_blocks(self, calibration: CalibrationPass, choices: dict[str, Choice], work: Work) -> None:
@@ -248,6 +281,16 @@ class Run:
 
     def _bar(self, total: int, name: str, unit: str) -> tqdm:
         return tqdm(total=total, desc=name, unit=unit, disable=tqdm_disable(self._progress))
+
+
+@contextmanager
+def _nothing_left(work: Work) -> Iterator[None]:
+    """A model that can't be compressed can't be the next time: nothing is kept for it."""
+    try:
+        yield
+    except (UnsupportedModelError, TensorMissingError):
+        work.remove()
+        raise
 
 
 def _tokenizer(path: Path) -> Any:

@@ -144,6 +144,13 @@ class TrainableLinear(nn.Module):
         self._turn(module.pivot)
         self.bias = nn.Parameter(bias.detach().float().clone()) if bias is not None else None
 
+    stands_for = torch.float32  # the dtype of the weight in whose place this is
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Not a number, in the shape and the dtype of the weight: models cast what they give to a layer to that."""
+        return no_weight(self.spec, self.stands_for, self.parts()[0].latent.device)
+
     def _turn(self, pivot: torch.Tensor | None) -> None:
         self.pivot = pivot
         # Which feature of the output each pivot row and each of the others, which follow them, is; and the inverse.
@@ -223,7 +230,15 @@ class TrainableLinear(nn.Module):
 def put_in(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Replace the module `name` of a model."""
     parent, _, leaf = name.rpartition(".")
+    before = model.get_submodule(name)
+    if isinstance(layer, TrainableLinear) and isinstance(before, nn.Linear):
+        layer.stands_for = before.weight.dtype
     setattr(model.get_submodule(parent), leaf, layer)
+
+
+def no_weight(spec: ModuleSpec, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[out, in], all NaN, in the memory of one number."""
+    return torch.full((), float("nan"), dtype=dtype, device=device).expand(spec.out_features, spec.in_features)
 
 
 def _dtype(store: str) -> torch.dtype:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from cai_runtime.errors import UnsupportedModelError
+from cai_runtime.integrations.stock import is_linear
 
 
 @dataclass(frozen=True)
 class Target:
     """One linear layer y = W x + b of a decoder block. `name`: its name in the model and in the checkpoint. `module`: a
-    torch.nn.Linear, or a `TrainableLinear` in its place."""
+    torch.nn.Linear (see `is_linear`), or a `TrainableLinear` in its place."""
 
     name: str
     module: Any
@@ -32,20 +33,43 @@ class InputGroup:
 
 
 def find_targets(model: nn.Module, stacks: Sequence[str], stored: Container[str]) -> dict[str, Target]:
-    """Every linear layer inside the blocks whose weight lies in the checkpoint under the model's own name, by name.
+    """Every linear layer inside the blocks whose weight lies in the checkpoint under the model's own name, by name. None
+    that several blocks share: compressed for one it would change the others.
 
     stacks: names of the lists of blocks. stored: names of the checkpoint's tensors.
     Raises UnsupportedModelError when there is none.
     """
+    shared = shared_weights(model)
     targets = {
         f"{stack}.{name}": Target(f"{stack}.{name}", module)
         for stack in stacks
         for name, module in model.get_submodule(stack).named_modules()
-        if type(module) is nn.Linear and f"{stack}.{name}.weight" in stored
+        if is_linear(module) and f"{stack}.{name}.weight" in stored and f"{stack}.{name}.weight" not in shared
     }
     if not targets:
         raise UnsupportedModelError(
-            f"none of the linear layers of {type(model).__name__} ({', '.join(stacks)}) is in the checkpoint "
-            "under its own name"
+            f"none of the linear layers of {type(model).__name__} ({', '.join(stacks)}) is in the checkpoint under its own "
+            "name: transformers renames or fuses them while it loads, and there is no telling which is which. Take a "
+            "checkpoint of the language model alone, or of another architecture"
         )
     return targets
+
+
+def shared_weights(model: nn.Module) -> set[str]:
+    """Names of the weights that the model has in several places, under all their names."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear):
+            names.setdefault(id(module), []).append(f"{name}.weight")
+    return {*tied, *tied.values()}.union(*(same for same in names.values() if len(same) > 1))
+
+
+def matrices_by_class(modules: Iterable[nn.Module]) -> str:
+    """For messages: the classes that hold matrices of their own, the largest share first."""
+    found: dict[str, int] = {}
+    for module in modules:
+        count = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim > 1)
+        if count:
+            found[type(module).__name__] = found.get(type(module).__name__, 0) + count
+    return ", ".join(f"{name} ({found[name]:,} parameters)" for name in sorted(found, key=lambda n: -found[n]))

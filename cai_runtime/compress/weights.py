@@ -12,15 +12,23 @@ from torch import nn
 
 from cai_runtime.compress.evaluate import SPEECH, auto_class, dense_reference, slim_as_transformers
 from cai_runtime.convert.cache import sha256_of
+from cai_runtime.integrations.names import Names
 from cai_runtime.slim.reader import Checkpoint
 
 
 class DenseWeights:
-    """Named tensors of transformers' model, read from a checkpoint that stays open as long as this is used."""
+    """Named tensors of transformers' model, read from a checkpoint that stays open as long as this is used.
+
+    Names are the model's once there was a `skeleton`. A tensor that transformers fuses with others or permutes while it
+    loads has none there: it keeps the checkpoint's name, by which it can be read, but is not in the weights.
+    """
 
     def __init__(self, checkpoint: Checkpoint):
         self._checkpoint = checkpoint
         self.path: Path = checkpoint.path
+        self._on_disk: dict[str, str] = {}  # name in the model -> name in the checkpoint, where they differ
+        self._converted: set[str] = set()
+        self._tied: dict[str, str] = {}  # name of a tensor that the checkpoint lacks -> name of the one that it is, too
 
     @property
     def model_type(self) -> str:
@@ -31,11 +39,24 @@ class DenseWeights:
         return self.model_type in SPEECH
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and (self._module_of(name) is not None or name in self._checkpoint)
+        if not isinstance(name, str) or name in self._converted:
+            return False
+        return self._module_of(name) is not None or self.on_disk(name) in self._checkpoint
+
+    def on_disk(self, name: str) -> str:
+        """What a tensor of the model is called in the checkpoint."""
+        return self._on_disk.get(name, name)
+
+    def module_on_disk(self, module: str) -> str:
+        """The same for a module with a weight."""
+        return self.on_disk(f"{module}.weight").removesuffix(".weight")
 
     def names(self) -> list[str]:
-        """Names as the dense model has them, in the checkpoint's order; cores of a module stand under its weight's
-        name."""
+        """Of all tensors, in the checkpoint's order; cores of a module stand under its weight's name."""
+        names = {disk: name for name, disk in self._on_disk.items()}
+        return [names.get(disk, disk) for disk in self._names_on_disk()]
+
+    def _names_on_disk(self) -> list[str]:
         found: dict[str, None] = {}
         owned = {t: m for m in self._checkpoint.modules for t in self._checkpoint.module_tensors(m)}
         for tensor in self._checkpoint.tensors():
@@ -49,26 +70,29 @@ class DenseWeights:
         if module is not None:
             spec = self._checkpoint.modules[module]
             return spec.out_features, spec.in_features
-        return tuple(self._checkpoint.tensors()[name].shape)
+        return tuple(self._checkpoint.tensors()[self.on_disk(name)].shape)
 
     def nbytes(self, name: str) -> int:
         """Bytes of the tensor as it is stored; of a slim module, of its cores."""
         module = self._module_of(name)
-        return (
-            self._checkpoint.modules[module].nbytes if module is not None else self._checkpoint.tensors()[name].nbytes
-        )
+        if module is not None:
+            return self._checkpoint.modules[module].nbytes
+        return self._checkpoint.tensors()[self.on_disk(name)].nbytes
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor in the dtype in which it is stored (a slim module's weight: fp32). Do not write to it."""
+        """The tensor in the dtype in which it is stored (a slim module's weight: fp32). Do not write to it. One that is not
+        in the weights because it is tied to another is there, too."""
+        name = self._tied.get(name, name)
         module = self._module_of(name)
         if module is not None:
             return self._checkpoint.module(module).dense()
-        return self._checkpoint.tensor(name)
+        return self._checkpoint.tensor(self.on_disk(name))
 
     def release(self, name: str) -> None:
         """Drop its resident pages."""
+        name = self._tied.get(name, name)
         module = self._module_of(name)
-        self._checkpoint.release(self._checkpoint.module_tensors(module) if module is not None else name)
+        self._checkpoint.release(self._checkpoint.module_tensors(module) if module is not None else self.on_disk(name))
 
     def bias_owner(self, name: str) -> bool:
         """Whether the tensor is the bias of a layer whose weight is there, too."""
@@ -92,7 +116,15 @@ class DenseWeights:
         from accelerate import init_empty_weights
 
         with init_empty_weights(include_buffers=False):
-            return auto_class(self.model_type).from_config(self._config(), dtype=dtype)
+            config = self._config()
+            model = auto_class(config).from_config(config, dtype=dtype)
+        names = Names(model)
+        found = {disk: names.in_model(disk) for disk in sorted(self._names_on_disk())}
+        self._on_disk = {name: disk for disk, name in found.items() if name is not None and name != disk}
+        self._converted = {disk for disk, name in found.items() if name is None}
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        self._tied = {name: kept for name, kept in tied.items() if name not in self and kept in self}
+        return model
 
     def resident(self, dtype: torch.dtype) -> nn.Module:
         """transformers' model with all its weights, on the CPU."""
@@ -108,5 +140,6 @@ class DenseWeights:
         return config
 
     def _module_of(self, name: str) -> str | None:
+        name = self.on_disk(name)
         module = name.removesuffix(".weight")
         return module if module != name and module in self._checkpoint.modules else None

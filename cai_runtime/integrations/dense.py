@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -62,6 +63,11 @@ def make_dense(model: nn.Module, dtype: torch.dtype | None = None) -> None:
 
 def _stock(module: StoredModule, weight: nn.Parameter) -> nn.Module:
     rows, columns = weight.shape
+    if isinstance(module, SlimEmbedding) and module.stock is not None:
+        subclass = copy.copy(module.stock)
+        del subclass.__dict__["weight"]
+        subclass._parameters = {"weight": weight}
+        return subclass.train(module.training)
     with torch.device("meta"):
         stock: nn.Embedding | nn.Linear
         if isinstance(module, SlimEmbedding):

@@ -38,7 +38,17 @@ class ReadOnlyWeight(torch.Tensor):
 
 
 class StoredWeight(nn.Parameter):
-    """The packed codes of a dense module. They are a parameter like any other, except that `.data` is read-only."""
+    """The packed codes of a dense module. They are a parameter like any other, except that `.data` is read-only, and that
+    `.dtype` is what the module computes in: models cast what they give to a layer to its weight's dtype. The codes' own is
+    that of `.detach()`."""
+
+    compute_dtype: torch.dtype | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        # accelerate brings back what it offloaded in the dtype of the placeholder that it left.
+        own: torch.dtype = torch.Tensor.dtype.__get__(self)  # type: ignore[attr-defined]
+        return own if self.compute_dtype is None or self.is_meta else self.compute_dtype
 
     @property
     def data(self) -> torch.Tensor:  # type: ignore[override]
@@ -52,8 +62,15 @@ class StoredWeight(nn.Parameter):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StoredWeight:
         if id(self) not in memo:
-            memo[id(self)] = StoredWeight(self.detach().clone(), requires_grad=False)
+            memo[id(self)] = stored_weight(self.detach().clone(), self.compute_dtype)
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return StoredWeight, (self.detach(), False)
+        return stored_weight, (self.detach(), self.compute_dtype)
+
+
+def stored_weight(codes: torch.Tensor, compute_dtype: torch.dtype | None) -> StoredWeight:
+    """Codes of a module that computes in `compute_dtype`."""
+    made = StoredWeight(codes, requires_grad=False)
+    made.compute_dtype = compute_dtype
+    return made

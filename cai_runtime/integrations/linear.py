@@ -18,7 +18,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from cai_runtime.errors import KernelError
-from cai_runtime.integrations.guarded import ReadOnlyWeight, StoredWeight
+from cai_runtime.integrations.guarded import ReadOnlyWeight, StoredWeight, stored_weight
 from cai_runtime.integrations.stored import StoredModule
 from cai_runtime.kernels.backend import resolve_backend
 from cai_runtime.kernels.slim_linear import MpoShape, PreparedLinear, contract_mpo, prepare, reference
@@ -79,8 +79,10 @@ class SlimLinear(StoredModule, nn.Linear):
     def protect(self) -> None:
         """After loading or moving: packed codes are not to be written to by those who take them for a dense weight."""
         weight = self._parameters.get("weight")
-        if weight is not None and not isinstance(weight, StoredWeight):
-            self._parameters["weight"] = StoredWeight(weight.detach(), requires_grad=False)
+        if isinstance(weight, StoredWeight):
+            weight.compute_dtype = self.compute_dtype
+        elif weight is not None:
+            self._parameters["weight"] = stored_weight(weight.detach(), self.compute_dtype)
 
     def _trains_cores(self) -> bool:
         return torch.is_grad_enabled() and any(t.requires_grad for _, t in self.stored_tensors())

@@ -24,6 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cai_runtime.errors import CheckpointWriteError, InvalidConfigError, TensorShapeError, UnsupportedModelError
+from cai_runtime.integrations.names import Names
 from cai_runtime.slim.spec import QUANT_METHOD, STORES, ModuleSpec, SlimConfig
 
 if TYPE_CHECKING:
@@ -112,10 +113,11 @@ class SlimQuantizer(HfQuantizer):
         if getattr(model.config, "distributed_config", None) is not None:
             raise UnsupportedModelError("a slim checkpoint can't be loaded with tensor parallelism; use a device_map")
         biases = _checked_biases(checkpoint_files)
+        names = Names(model)
         for name, spec in self.quantization_config.modules.items():
             if spec.kind == "dense" and STORES[spec.store[0]].scale is None:
                 continue  # a stock module, in the dtype that was asked for
-            found = _name_in(model, name)
+            found = _name_in(model, name, spec, names)
             if found is not None:
                 _put(model, found, spec, dtype or model.dtype, f"{name}.bias" in biases)
         unused = {
@@ -150,8 +152,9 @@ class SlimQuantizer(HfQuantizer):
 
         state = model.state_dict()
         changed: dict[int, torch.Tensor] = {}
+        names = Names(model)
         for name, spec in self.quantization_config.modules.items():
-            weight = state.get(f"{name}.weight")
+            weight = state.get(names.in_model(f"{name}.weight") or "")
             if weight is None or spec.kind != "dense" or not weight.is_floating_point():
                 continue
             stored = getattr(torch, DTYPES[STORES[spec.store[0]].dtype][0])
@@ -187,15 +190,17 @@ def _checked_biases(checkpoint_files: list[str] | None) -> set[str]:
         return {tensor for tensor in checkpoint.tensors() if tensor.endswith(".bias")}
 
 
-def _name_in(model: Any, name: str) -> str | None:
+def _name_in(model: Any, name: str, spec: ModuleSpec, names: Names) -> str | None:
     """The module's name in this class of model, which may be the base model alone, or have another head."""
-    prefix = f"{model.base_model_prefix}."
-    modules = dict(model.named_modules())
-    for candidate in (name, name.removeprefix(prefix), prefix + name):
-        if candidate in modules:
-            return candidate
-    if not name.startswith(prefix) and name.split(".")[0] not in modules:
-        return None  # of a head that this class doesn't have
+    parts = [tensor.removeprefix(".") for tensor in spec.tensors("")]
+    found = names.module_in_model(name, parts)
+    if found is not None:
+        if found in dict(model.named_modules()):
+            return found
+        if not found.startswith(f"{model.base_model_prefix}.") and found.split(".")[0] not in dict(
+            model.named_children()
+        ):
+            return None  # of a head that this class doesn't have
     raise UnsupportedModelError(
         f"{type(model).__name__} has no module {name}, which the checkpoint stores as cores: transformers fuses or renames "
         "it in this architecture. Use cai_runtime.Client, or `cai export --dense`"
@@ -208,21 +213,23 @@ def _put(model: Any, name: str, spec: ModuleSpec, dtype: torch.dtype, has_bias: 
 
     from cai_runtime.integrations.embedding import SlimEmbedding
     from cai_runtime.integrations.linear import FactorizedLinear, SlimLinear, TiedLinear
+    from cai_runtime.integrations.stock import is_linear
 
-    stock = model.get_submodule(name)
-    if type(stock) is nn.Linear:
+    stock: Any = model.get_submodule(name)
+    if is_linear(stock):
         _check_shape(name, spec, (stock.out_features, stock.in_features))
         kind = SlimLinear if spec.kind == "dense" else FactorizedLinear
         model.set_submodule(name, kind(spec, bias=has_bias or stock.bias is not None, dtype=dtype))
         return
-    if type(stock) is not nn.Embedding or spec.kind != "dense":
+    if not isinstance(stock, nn.Embedding) or set(stock._parameters) != {"weight"} or spec.kind != "dense":
         raise UnsupportedModelError(
             f"{name} is a {type(stock).__name__} in {type(model).__name__}; in transformers a {spec.kind} module of "
             f"{'+'.join(spec.store)} can stand for a plain Linear (or, if dense, Embedding) alone. Use cai_runtime.Client, "
             "or `cai export --dense`"
         )
     _check_shape(name, spec, (stock.num_embeddings, stock.embedding_dim))
-    table = SlimEmbedding(spec, padding_idx=stock.padding_idx, dtype=dtype)
+    subclass = stock if type(stock) is not nn.Embedding else None
+    table = SlimEmbedding(spec, padding_idx=stock.padding_idx, dtype=dtype, stock=subclass)
     model.set_submodule(name, table)
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if source == f"{name}.weight" and target.endswith(".weight"):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from cai_runtime.errors import InvalidPivotError, KernelError, TensorDtypeError
+from cai_runtime.integrations.guarded import StoredWeight
 from cai_runtime.slim.module import ModuleWeights
 from cai_runtime.slim.shard import DTYPES
 from cai_runtime.slim.spec import STORES, ModuleSpec
@@ -56,7 +57,8 @@ class StoredModule(nn.Module):
 
     def module_weights(self) -> ModuleWeights:
         """The tensors as the checkpoint's reader gives them; nothing is copied."""
-        held = dict(self.stored_tensors())
+        # Kernels ask for the dtype that there is, not for the one that a `StoredWeight` says.
+        held = {name: t.detach() if isinstance(t, StoredWeight) else t for name, t in self.stored_tensors()}
         cores = [
             CoreData(held[core], held.get(f"{core}_scale"), store, held.get(f"{core}_zero"), shape)
             for core, shape, store in zip(self.spec.core_names, self.spec.core_shapes, self.spec.store, strict=True)

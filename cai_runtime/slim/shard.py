@@ -192,6 +192,8 @@ class MappedFile:
         are a view of the mapped bytes; leading columns are copied row by row, letting go of each page behind."""
         import torch
 
+        if shape == info.shape:  # a scalar has no rows
+            return self.tensor(info)
         rows = shape[0]
         row_bytes = info.nbytes // max(info.shape[0], 1)
         whole = self.tensor(replace(info, shape=(rows, *info.shape[1:]), nbytes=rows * row_bytes))

@@ -1,0 +1,49 @@
+"""What the tensors of a checkpoint are called in transformers' model, which renames and fuses some while it loads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class Names:
+    """The names of one model, resident or on the meta device."""
+
+    def __init__(self, model: Any):
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+
+        found = get_model_conversion_mapping(model)
+        self._renamings = [t for t in found if isinstance(t, WeightRenaming)]
+        self._converters = [t for t in found if not isinstance(t, WeightRenaming)]
+        # A checkpoint of the base model alone lacks its prefix, and has it where the model is the base model.
+        self._prefix = f"{model.base_model_prefix}." if model.base_model_prefix else None
+        self._own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        self._own |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+
+    def in_model(self, name: str) -> str | None:
+        """The name of a stock tensor in the model; None for one that is converted: fused with others, or permuted. A name
+        that the model does not have comes back as transformers would look for it."""
+        renamed = self._renamed(name)
+        if renamed is None or self._prefix is None or renamed in self._own:
+            return renamed
+        for other in (renamed.removeprefix(self._prefix), self._prefix + renamed):
+            if other in self._own:
+                return other
+        return renamed
+
+    def module_in_model(self, name: str, parts: Sequence[str]) -> str | None:
+        """The name of a linear module or an embedding in the model; None if its weight is converted, or if `parts`, the
+        names of its cores, would not be renamed as its weight is."""
+        weight, found = self._renamed(f"{name}.weight"), self.in_model(f"{name}.weight")
+        if weight is None or found is None:
+            return None
+        stem = weight.removesuffix(".weight")
+        alike = all(self._renamed(f"{name}.{part}") == f"{stem}.{part}" for part in parts)
+        return found.removesuffix(".weight") if alike else None
+
+    def _renamed(self, name: str) -> str | None:
+        for renaming in self._renamings:
+            name = renaming.rename_source_key(name)[0]
+        converted = any(converter.rename_source_key(name)[1] is not None for converter in self._converters)
+        return None if converted else name
