@@ -20,6 +20,7 @@ from cai_runtime.compress.heal import WINDOWS
 from cai_runtime.compress.mpo import reshapes
 from cai_runtime.compress.options import BATCH, DTYPES, Options
 from cai_runtime.compress.plan_file import planned
+from cai_runtime.compress.source_check import require_whole
 from cai_runtime.compress.speech import require_audio
 from cai_runtime.compress.stack import find_stacks
 from cai_runtime.compress.targets import find_targets
@@ -107,15 +108,14 @@ class Plan:
 
 
 def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
-    """Raises UnsupportedModelError when nothing can be compressed, CompressionError when transformers can't build the
-    model or the budget leaves nothing for the linear layers."""
-    try:
-        model: Any = weights.skeleton(DTYPES[options.dtype])
-    except (OSError, ValueError, KeyError, ImportError) as e:
-        raise CompressionError(f"transformers can't build the model of {weights.path}: {e}") from e
+    """Raises UnsupportedModelError when nothing can be compressed, CheckpointError when the tensors are not those of the
+    model, CompressionError when transformers can't build it or the budget leaves nothing for the linear layers."""
+    model: Any = weights.skeleton(DTYPES[options.dtype])
+    model.tie_weights()
     if weights.is_speech:
         require_audio(options.calibration)
     stacks = find_stacks(model)
+    require_whole(weights, model)
     targets = find_targets(model, [stack.name for stack in stacks], weights)
     shapes = [(t.module.out_features, t.module.in_features) for t in targets.values()]
     layer_parameters = sum(out * inp for out, inp in shapes)

@@ -22,6 +22,7 @@ from cai_runtime.compress.curves import Noise, curves_of, measure
 from cai_runtime.compress.elastic import ElasticPlan
 from cai_runtime.compress.elastic_run import ElasticCompressor, elastic_plan, heal_elastic, write_elastic
 from cai_runtime.compress.ends import Ends, find_ends
+from cai_runtime.compress.foreign import foreign
 from cai_runtime.compress.heal import Healer, HealSettings, dense_pair
 from cai_runtime.compress.moments import BlockMoments
 from cai_runtime.compress.options import BATCH, DTYPES, Options
@@ -34,7 +35,6 @@ from cai_runtime.compress.targets import InputGroup, find_targets
 from cai_runtime.compress.weights import DenseWeights
 from cai_runtime.compress.work import Work
 from cai_runtime.convert.cache import tqdm_disable
-from cai_runtime.errors import CompressionError
 from cai_runtime.slim.writer import CheckpointWriter
 
 
@@ -253,7 +253,5 @@ class Run:
 def _tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
-    try:
+    with foreign(f"the tokenizer of {path} can't be loaded"):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as e:
-        raise CompressionError(f"the tokenizer of {path} can't be loaded: {e}") from e
