@@ -64,14 +64,19 @@ class Plan:
     dst: Path
     choices: dict[str, Choice] | None = None
 
-    def require_room(self) -> None:
-        """Raises CompressionError when the disk can't hold the work and the result, or memory the healing."""
+    def require_room(self, held: int = 0) -> None:
+        """Raises CompressionError when the disk can't hold the work and the result, or memory the healing.
+
+        held: bytes of the work that are there already.
+        """
         parent = next(p for p in self.dst.absolute().parents if p.exists())
-        free, need = shutil.disk_usage(parent).free, self.work_bytes + self.output_bytes
+        work = max(self.work_bytes - held, 0)
+        free, need = shutil.disk_usage(parent).free, work + self.output_bytes
         if free < need:
             raise CompressionError(
                 f"{parent} has {free >> 20} MiB free, the compression needs up to {need >> 20} MiB: "
-                f"{self.work_bytes >> 20} while it works and {self.output_bytes >> 20} for the checkpoint"
+                f"{work >> 20} while it works and {self.output_bytes >> 20} for the checkpoint; free some space, or choose "
+                "another destination"
             )
         available = available_memory()
         if available is not None and self.heal_memory_bytes > available:

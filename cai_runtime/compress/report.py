@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from cai_runtime.slim.provenance import quality_table
@@ -64,6 +64,12 @@ class Report:
     healing: list[float] = field(default_factory=list)
     quality: dict[str, Any] | None = None
     elastic: dict[str, Any] | None = None
+
+    @classmethod
+    def of_json(cls, found: dict[str, Any]) -> Report:
+        """What `to_json` was made of."""
+        known = {field.name: found[field.name] for field in fields(cls)}
+        return cls(**{**known, "modules": [ModuleReport(**module) for module in found["modules"]]})
 
     def add(self, dense_parameters: int, parameters: int, nbytes: int) -> None:
         """Count a compressed module."""
