@@ -12,6 +12,7 @@ from cai_runtime.compress.allocate import Allocation
 from cai_runtime.compress.calibration import Source
 from cai_runtime.compress.comparison import quality
 from cai_runtime.compress.elastic_run import judge_keeps, judge_speech_keeps
+from cai_runtime.compress.option_types import plain
 from cai_runtime.compress.options import Options
 from cai_runtime.compress.plan import Plan, make_plan, measured_rate
 from cai_runtime.compress.plan_file import PlanSource
@@ -125,6 +126,7 @@ def compress(
         SourceError, CheckpointError, UnsupportedModelError: the source can't be fetched, read, or factorized.
         CheckpointWriteError: `dst` exists or can't be written.
     """
+    plain({"evaluate": evaluate, "overwrite": overwrite, "restart": restart, "progress": progress})
     options = Options.of(
         keep=keep,
         target_bytes=target_bytes,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cai_runtime.compress.allocate import Curve, allocate
-from cai_runtime.compress.choices import Choice
+from cai_runtime.compress.choices import Choice, choose
 from cai_runtime.compress.elastic import check_smallest
 from cai_runtime.compress.ends import Ends
 from cai_runtime.compress.heal import WINDOWS
@@ -121,11 +121,16 @@ def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
         require_audio(options.calibration)
     stacks = find_stacks(model)
     require_whole(weights, model)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if not weights.is_speech and positions is not None and options.sequence_length > positions:
+        raise CompressionError(
+            f"sequence_length {options.sequence_length} is longer than the {positions} positions that the model knows"
+        )
     targets = find_targets(model, [stack.name for stack in stacks], weights)
     shapes = [(t.module.out_features, t.module.in_features) for t in targets.values()]
     layer_parameters = sum(out * inp for out, inp in shapes)
     ends = {f"{name}.weight" for name in Ends.of(model, weights).names}
-    matrices = [weights.shape(name) for name in ends]
+    matrices = [weights.shape(name) for name in sorted(ends)]
     embedding = sum(math.prod(shape) for shape in matrices)
     total = weights.parameters()
     # At their smallest, where their stores compete: then they are part of the budget.
@@ -152,6 +157,11 @@ def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
                 f"target_bytes {output:,} is too small: embedding, head and norms alone take {rest_bytes:,}"
             )
         budget += ends_bytes if options.embedding_store is None else 0
+        # What is chosen depends on errors that are not known yet; whether anything fits does not.
+        unknown = {name: _unknown(name, o, i, options.kind) for name, (o, i) in zip(targets, shapes, strict=True)}
+        competing = dict(zip(sorted(ends), matrices, strict=True)) if options.embedding_store is None else {}
+        silent: dict[str, dict[str, float]] = {name: {} for name in (*unknown, *competing)}
+        choose(unknown, options, noise=silent, budget_bytes=budget, ends=competing)
     else:
         assert options.keep is not None
         # Ranks can't be chosen yet, but a budget below the smallest ones is known to fail.
@@ -244,7 +254,8 @@ def _flops(
 def measured_rate(seconds: float = 0.5) -> float:
     """Floating point operations a second of an fp32 matrix product on the CPU, halved: what the stages were seen to
     reach."""
-    a, b = torch.randn(BATCH * 512, 1024), torch.randn(1024, 1024)
+    a = torch.ones(BATCH * 512, 1024, dtype=torch.float32)  # not random: the generator is the caller's
+    b = torch.ones(1024, 1024, dtype=torch.float32)
     a @ b
     count, start = 0, perf_counter()
     while perf_counter() - start < seconds:
