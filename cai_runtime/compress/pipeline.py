@@ -19,6 +19,7 @@ from cai_runtime.compress.plan_file import PlanSource
 from cai_runtime.compress.report import Report
 from cai_runtime.compress.run import WRITTEN, Run
 from cai_runtime.compress.speech_evaluation import speech_quality
+from cai_runtime.compress.torch_state import plain_torch
 from cai_runtime.compress.weights import DenseWeights
 from cai_runtime.compress.work import SUFFIX, bytes_held, work_directory
 from cai_runtime.convert.sources import pull
@@ -157,6 +158,7 @@ def compress(
         CheckpointWriter(place, config=config, source_dir=path, overwrite=overwrite).abort()
 
     with ExitStack() as stack:
+        stack.enter_context(plain_torch())
         with Checkpoint.open(path) as checkpoint:
             weights = DenseWeights(checkpoint)
             # A destination that is taken is known before hours of work; it may be by what an earlier call wrote.

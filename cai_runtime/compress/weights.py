@@ -13,6 +13,7 @@ from torch import nn
 
 from cai_runtime.compress.evaluate import SPEECH, auto_class, dense_reference, slim_as_transformers
 from cai_runtime.compress.foreign import foreign
+from cai_runtime.compress.torch_state import parameters_on_meta
 from cai_runtime.convert.cache import sha256_of
 from cai_runtime.slim.reader import Checkpoint
 from cai_runtime.slim.shard import TensorInfo
@@ -99,9 +100,7 @@ class DenseWeights:
 
         Raises CompressionError when transformers can't build it.
         """
-        from accelerate import init_empty_weights
-
-        with self.transformers_reads(), init_empty_weights(include_buffers=False):
+        with self.transformers_reads(), parameters_on_meta():
             return auto_class(self.model_type).from_config(self.transformers_config(), dtype=dtype)
 
     def resident(self, dtype: torch.dtype) -> nn.Module:
