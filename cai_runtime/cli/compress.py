@@ -129,12 +129,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave out the judgement of the result on unseen text, which the report has otherwise",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace DST")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace DST, which is a checkpoint, once the new one is complete"
+    )
     parser.add_argument(
         "--restart", action="store_true", help="throw away what a call with other options left unfinished for DST"
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="say what would be done, how large it gets and how long it takes"
+    )
+    parser.add_argument(
+        "--no-progress", action="store_true", help="no bars (there are none either where stderr is no terminal)"
     )
 
 
@@ -167,13 +172,33 @@ def run(args: argparse.Namespace) -> int:
     if args.fast:
         options |= {name: options[name] or 0 for name in ("refine_epochs", "heal_tokens")}
     options = {name: value for name, value in options.items() if value is not None}
+    common = {"overwrite": args.overwrite, "progress": False if args.no_progress else None}
     if args.dry_run:
-        plan, rate = dry_run(args.src, args.dst, **options)
+        plan, rate = dry_run(args.src, args.dst, **common, **options)
         print(plan.summary(rate))
         return 0
-    report = compress(
-        args.src, args.dst, **options, evaluate=not args.no_evaluation, overwrite=args.overwrite, restart=args.restart
-    )
+    try:
+        report = compress(
+            args.src, args.dst, **options, **common, evaluate=not args.no_evaluation, restart=args.restart
+        )
+    except KeyboardInterrupt:
+        _say_how_to_go_on(args.dst)
+        raise
     print(report.summary())
     print(args.dst)
     return 0
+
+
+def _say_how_to_go_on(dst: str) -> None:
+    """After Ctrl-C, on stderr, below the bar that was begun."""
+    import sys
+
+    from cai_runtime.compress.work import work_directory
+    from cai_runtime.slim.destination import destination
+
+    directory = work_directory(destination(dst))
+    if directory.exists():
+        text = f"what is finished is kept in {directory}; run the same command again to go on, or remove it"
+    else:
+        text = "nothing is left behind"
+    print(f"\ninterrupted: {text}", end="", file=sys.stderr)

@@ -134,7 +134,7 @@ def _jsonl(path: Path, lines: list[str]) -> list[Clip]:
             continue
         try:
             entry = json.loads(line)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise CompressionError(f"{path}, line {number}: not JSON: {e}") from e
         if not isinstance(entry, dict):
             raise CompressionError(f'{path}, line {number}: not an object with "audio" and "text"')

@@ -87,7 +87,9 @@ def cut_windows(text: EvalText, tokenizer: Any, *, tokens: int, window: int) -> 
         whole = row[: len(row) // own * own].view(-1, own)
         wanted = max(tokens // window, 1)
         chosen = (
-            range(len(whole)) if len(whole) <= wanted else torch.linspace(0, len(whole) - 1, wanted).long().tolist()
+            range(len(whole))
+            if len(whole) <= wanted
+            else torch.linspace(0, len(whole) - 1, wanted, dtype=torch.float32).long().tolist()
         )
         pieces = [whole[k][: max(tokens, 2)] for k in chosen]
     return _windows(pieces, [_text_of(tokenizer, piece) for piece in pieces], bos)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from cai_runtime.compress.foreign import foreign, quiet_transformers
 from cai_runtime.convert.cache import tqdm_disable
 from cai_runtime.errors import CompressionError, TensorMissingError, UnsupportedModelError
 
@@ -127,25 +128,17 @@ def _batches(ids: torch.Tensor, window: int, stride: int, batch_size: int) -> It
 def dense_reference(path: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
     """The dense checkpoint as stock transformers' model, in evaluation mode, its parameters frozen.
 
-    Raises CompressionError when transformers can't load it, TensorMissingError when it lacks a tensor,
+    Raises CompressionError when transformers can't load it, TensorMissingError when it would draw tensors at random,
     UnsupportedModelError as `auto_class`.
     """
     from transformers import AutoConfig
 
-    try:
-        with _no_bars():
-            config: Any = AutoConfig.from_pretrained(path, trust_remote_code=False)
-            model, info = auto_class(config).from_pretrained(
-                path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-            )
-    except (OSError, ValueError, KeyError, ImportError) as e:
-        raise CompressionError(f"transformers can't load {path} as a language or speech model: {e}") from e
-    for name in sorted(info["missing_keys"]):
-        raise TensorMissingError(
-            "the checkpoint lacks a tensor of transformers' model, which would draw it at random: fetch it again",
-            file=path,
-            tensor=name,
+    with _loading(path):
+        config: Any = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        model, found = auto_class(config).from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
+    _require_all(path, found)
     return _frozen(model, device)
 
 
@@ -155,7 +148,8 @@ def slim_as_transformers(
     """A slim checkpoint as stock transformers' model: every module multiplied out to its dense matrix. The judge of a
     slim model's quality, not a way to run it: it holds the dense model. keep: of an elastic checkpoint.
 
-    Raises CheckpointError for a checkpoint that can't be read.
+    Raises CheckpointError for a checkpoint that can't be read or lacks a tensor, CompressionError when transformers can't
+    build the model.
     """
     from transformers import AutoConfig, GenerationConfig
 
@@ -173,15 +167,18 @@ def slim_as_transformers(
             state[f"{name}.weight"] = module.dense(torch.float32).to(dtype)
             if module.bias is not None:
                 state[f"{name}.bias"] = module.bias.to(dtype)
-    config: Any = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):  # only to learn the class; nothing is allocated
-        architecture = type(auto_class(config).from_config(config))
-    with _no_bars():
-        model = architecture.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
-    if (Path(path) / "generation_config.json").exists():  # without a path transformers makes one up
-        model.generation_config = GenerationConfig.from_pretrained(path)
+    with _loading(path):
+        config: Any = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):  # only to learn the class; nothing is allocated
+            architecture = type(auto_class(config).from_config(config))
+        model, found = architecture.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
+        if (Path(path) / "generation_config.json").exists():  # without a path transformers makes one up
+            model.generation_config = GenerationConfig.from_pretrained(path)
+    _require_all(path, found)
     return _frozen(model, device)
 
 
@@ -210,14 +207,17 @@ def _frozen(model: Any, device: str) -> Any:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without transformers' own progress bars, which come whether stderr is a terminal or not."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+def _loading(path: str | Path) -> Iterator[None]:
+    with foreign(f"transformers can't load {path} as a language or speech model"), quiet_transformers():
         yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+
+
+def _require_all(path: str | Path, found: dict[str, Any]) -> None:
+    """found: transformers' loading info."""
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise TensorMissingError(
+            f"the checkpoint does not have {len(missing)} of the tensors that its config.json's model has, such as this one",
+            file=path,
+            tensor=missing[0],
+        )

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import torch
 
 from cai_runtime.compress.allocate import Allocation
+from cai_runtime.compress.option_types import MOST_SEED, plain
 from cai_runtime.compress.plan_file import PlanSource, plan_entries
 from cai_runtime.errors import CompressionError
 from cai_runtime.slim.spec import STORE_ALIASES, STORES, Kind, canonical_store
@@ -28,6 +29,7 @@ BATCH = 2  # sequences that the model is run on at once
 REFINE_RATE = 2e-3  # see `refine_block`
 # Of `Healer`. At keep 0.5, where about 1.3 nats are lost, 24 steps go furthest at 8e-4, less far at 4e-4; 2e-3 is too much.
 HEAL_RATE = 6e-4
+MOST_BYTES = 1 << 62
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
@@ -67,7 +69,16 @@ class Options:
     smallest_keep: float | None
 
     @classmethod
-    def of(
+    def of(cls, *, speech: bool = False, **options: Any) -> Options:
+        """The options of `compress`, with the defaults filled in that depend on other options, and on whether the model is
+        one of speech.
+
+        Raises CompressionError, which names the option.
+        """
+        return cls._filled_in(speech=speech, **plain(options))
+
+    @classmethod
+    def _filled_in(
         cls,
         *,
         keep: float | None,
@@ -84,11 +95,9 @@ class Options:
         plan: PlanSource | None = None,
         elastic: bool = False,
         smallest_keep: float | None = None,
-        speech: bool = False,
+        speech: bool,
         **others: Any,
     ) -> Options:
-        """Fill in the defaults that depend on other options, and on whether the model is one of speech. Raises
-        CompressionError, which names the option."""
         if keep is not None and target_bytes is not None:
             raise CompressionError("keep and target_bytes are two budgets: give one of them")
         if plan is not None:
@@ -173,15 +182,18 @@ class Options:
             ("rank_multiple", 1),
             ("refine_epochs", 0),
             ("heal_tokens", 0),
+            ("seed", 0),
         ):
             value = getattr(self, name)
             need(value >= least, f"{name} must be at least {least}, is {value}")
+        need(self.seed <= MOST_SEED, f"seed must be at most {MOST_SEED}, is {self.seed}")
         need(0 <= self.floor <= 1, f"floor must be in [0, 1], is {self.floor}")
-        try:
-            device = torch.device(self.device)
-        except RuntimeError as e:
-            raise CompressionError(f"device {self.device!r} is unknown: {e}") from None
-        need(device.type != "cuda" or torch.cuda.is_available(), f"device {self.device!r}: no CUDA device is available")
+        cuda = re.fullmatch(r"cuda(?::(\d{1,4}))?", self.device)
+        need(self.device == "cpu" or cuda is not None, f"device must be cpu, cuda or cuda:N, is {self.device!r}")
+        if cuda is not None:
+            need(torch.cuda.is_available(), f"device {self.device!r}: no CUDA device is available")
+            count = torch.cuda.device_count()
+            need(int(cuda[1] or 0) < count, f"device {self.device!r}: there are {count} CUDA devices, counted from 0")
         if self.elastic:
             self._check_elastic(need)
         else:
@@ -227,8 +239,10 @@ def _parse_bytes(value: int | str | None) -> int | float | None:
     if share and 0 < float(share[1]) <= 100:
         return float(share[1]) / 100
     size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
-    if size and size[2].upper() in _UNITS and (count := int(float(size[1]) * _UNITS[size[2].upper()])) >= 1:
-        return count
+    if size and size[2].upper() in _UNITS:
+        count = float(size[1]) * _UNITS[size[2].upper()]
+        if 1 <= count <= MOST_BYTES:
+            return int(count)
     raise CompressionError(
         f"target_bytes must be a number of bytes, a size like 80MB or 1.5GiB, or a share of the bf16 bytes like 45%, "
         f"is {value!r}"
@@ -240,6 +254,10 @@ def _plain(source: Any) -> str | tuple[str, ...] | None:
         return source
     if isinstance(source, Path):
         return str(source)
-    if isinstance(source, Sequence):
+    if (
+        isinstance(source, Sequence)
+        and not isinstance(source, bytes)
+        and all(isinstance(i, str | Path) for i in source)
+    ):
         return tuple(str(item) for item in source)
-    raise CompressionError(f"calibration must be a name, a path or a list of paths, is {type(source).__name__}")
+    raise CompressionError(f"calibration must be a name, a path or a list of paths, is {source!r}")

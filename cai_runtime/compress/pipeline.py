@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -12,14 +13,19 @@ from cai_runtime.compress.allocate import Allocation
 from cai_runtime.compress.calibration import Source
 from cai_runtime.compress.comparison import quality
 from cai_runtime.compress.elastic_run import judge_keeps, judge_speech_keeps
+from cai_runtime.compress.option_types import plain
 from cai_runtime.compress.options import Options
 from cai_runtime.compress.plan import Plan, make_plan, measured_rate
 from cai_runtime.compress.plan_file import PlanSource
 from cai_runtime.compress.report import Report
-from cai_runtime.compress.run import Run
+from cai_runtime.compress.run import WRITTEN, Run, nothing_left
 from cai_runtime.compress.speech_evaluation import speech_quality
+from cai_runtime.compress.torch_state import plain_torch
 from cai_runtime.compress.weights import DenseWeights
+from cai_runtime.compress.work import SUFFIX, bytes_held, work_directory
 from cai_runtime.convert.sources import pull
+from cai_runtime.errors import CaiError, CompressionError
+from cai_runtime.slim.destination import check_destination, destination
 from cai_runtime.slim.reader import Checkpoint
 from cai_runtime.slim.spec import Kind
 from cai_runtime.slim.writer import CheckpointWriter, replace_report
@@ -106,7 +112,7 @@ def compress(
             `cai_runtime.compress.comparison.quality`; of a speech model on every tenth clip, at most 64 in all
             (`speech.split_clips`), see `speech_evaluation.speech_quality`. Both are held in memory. An elastic one is judged
             at several keeps, one after the other (`elastic_run.judge_keeps`).
-        overwrite: replace `dst`.
+        overwrite: replace `dst`, once the new checkpoint is complete. A directory that is no checkpoint is left alone.
         restart: throw away what an earlier call with other options left unfinished.
         progress: bars on stderr; None shows them on a terminal only.
 
@@ -122,6 +128,7 @@ def compress(
         SourceError, CheckpointError, UnsupportedModelError: the source can't be fetched, read, or factorized.
         CheckpointWriteError: `dst` exists or can't be written.
     """
+    plain({"evaluate": evaluate, "overwrite": overwrite, "restart": restart, "progress": progress})
     options_for = partial(
         Options.of,
         keep=keep,
@@ -147,42 +154,76 @@ def compress(
         seed=seed,
     )
     options_for()  # what is wrong with them is known before anything is fetched
+    place = destination(dst)
     path = pull(src, progress=progress)
-    with Checkpoint.open(path) as checkpoint:
-        # A destination that is taken is known before hours of work.
-        CheckpointWriter(dst, config=checkpoint.config, overwrite=overwrite).abort()
-        weights = DenseWeights(checkpoint)
-        options = options_for(speech=weights.is_speech)
-        outlook = make_plan(weights, options, Path(dst))
-        outlook.require_room()
-        run = Run(str(src), Path(dst), weights, options, outlook, progress, evaluate=evaluate)
-        report = run.run(overwrite=overwrite, restart=restart)
-    if evaluate:
-        start = perf_counter()
-        if weights.is_speech:
-            assert options.calibration is not None  # the plan has asked for it
-            if elastic:
-                judge_speech_keeps(path, dst, options.calibration, report, progress=progress)
-            else:
-                report.quality = speech_quality(path, dst, options.calibration, progress=progress)
-        elif elastic:
-            judge_keeps(path, dst, report, progress=progress)
-        else:
-            report.quality = quality(path, dst, progress=progress)
-        report.seconds["evaluate"] = round(perf_counter() - start, 3)
-        replace_report(dst, report.to_json())
+
+    def check_place(config: dict[str, Any]) -> None:
+        CheckpointWriter(place, config=config, source_dir=path, overwrite=overwrite).abort()
+
+    with ExitStack() as stack:
+        stack.enter_context(plain_torch())
+        with Checkpoint.open(path) as checkpoint:
+            weights = DenseWeights(checkpoint)
+            options = options_for(speech=weights.is_speech)
+            # A destination that is taken is known before hours of work; it may be by what an earlier call wrote.
+            taken_by_us = (work_directory(place) / f"{WRITTEN}{SUFFIX}").exists()
+            if not taken_by_us:
+                check_place(checkpoint.config)
+            outlook = make_plan(weights, options, place)
+            if not taken_by_us:
+                outlook.require_room(bytes_held(work_directory(place)))
+            run = Run(str(src), place, weights, options, outlook, progress, evaluate=evaluate)
+            work = stack.enter_context(closing(run.open_work(restart=restart)))
+            report = run.written(work)
+            if report is None:
+                check_place(checkpoint.config)
+                with nothing_left(work):
+                    report = run.run(work, overwrite=overwrite)
+        if evaluate and report.quality is None:
+            start = perf_counter()
+            _judge(path, place, weights.is_speech, options, report, progress)
+            report.seconds["evaluate"] = round(perf_counter() - start, 3)
+            replace_report(place, report.to_json())
+        work.remove()
     return report
 
 
-def dry_run(src: str | Path, dst: str | Path, *, progress: bool | None = None, **options: Any) -> tuple[Plan, float]:
+def _judge(src: Path, dst: Path, speech: bool, options: Options, report: Report, progress: bool | None) -> None:
+    """Judge the finished checkpoint, into the report. Raises CompressionError, which says that it is finished."""
+    try:
+        if speech:
+            assert options.calibration is not None  # the plan has asked for it
+            if options.elastic:
+                judge_speech_keeps(src, dst, options.calibration, report, progress=progress)
+            else:
+                report.quality = speech_quality(src, dst, options.calibration, progress=progress)
+        elif options.elastic:
+            judge_keeps(src, dst, report, progress=progress)
+        else:
+            report.quality = quality(src, dst, progress=progress)
+    except CaiError as e:
+        raise CompressionError(
+            f"the checkpoint {dst} is complete, but judging it failed: {e}. Run the same command again, or leave this out "
+            "(--no-evaluation)"
+        ) from e
+
+
+def dry_run(
+    src: str | Path, dst: str | Path, *, overwrite: bool = False, progress: bool | None = None, **options: Any
+) -> tuple[Plan, float]:
     """What `compress` would do with these options: the plan, and the floating point operations a second that this
     machine was seen to do, for `Plan.summary` and `Plan.seconds`. The source is fetched; nothing is written.
 
     Raises what `compress` raises before its work, but for a full disk or memory: the plan tells.
     """
-    with Checkpoint.open(pull(src, progress=progress)) as checkpoint:
+    options_of(**options)
+    place = destination(dst)
+    path = pull(src, progress=progress)
+    with Checkpoint.open(path) as checkpoint:
+        if not work_directory(place).exists():  # else the place may be taken by what is to go on
+            check_destination(place, source=path, overwrite=overwrite)
         weights = DenseWeights(checkpoint)
-        return make_plan(weights, options_of(**options, speech=weights.is_speech), Path(dst)), measured_rate()
+        return make_plan(weights, options_of(**options, speech=weights.is_speech), place), measured_rate()
 
 
 def options_of(*, speech: bool = False, **options: Any) -> Options:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cai_runtime.compress.allocate import Curve, allocate
-from cai_runtime.compress.choices import Choice
+from cai_runtime.compress.choices import Choice, choose
 from cai_runtime.compress.curves import TYPICAL_SHARE
 from cai_runtime.compress.elastic import check_smallest
 from cai_runtime.compress.ends import Ends
@@ -22,6 +22,7 @@ from cai_runtime.compress.left import Left
 from cai_runtime.compress.mpo import reshapes
 from cai_runtime.compress.options import BATCH, DTYPES, Options
 from cai_runtime.compress.plan_file import planned
+from cai_runtime.compress.source_check import require_whole
 from cai_runtime.compress.speech import require_audio
 from cai_runtime.compress.stack import all_there, find_stacks
 from cai_runtime.compress.targets import find_targets
@@ -69,14 +70,19 @@ class Plan:
     dst: Path
     choices: dict[str, Choice] | None = None
 
-    def require_room(self) -> None:
-        """Raises CompressionError when the disk can't hold the work and the result, or memory the healing."""
+    def require_room(self, held: int = 0) -> None:
+        """Raises CompressionError when the disk can't hold the work and the result, or memory the healing.
+
+        held: bytes of the work that are there already.
+        """
         parent = next(p for p in self.dst.absolute().parents if p.exists())
-        free, need = shutil.disk_usage(parent).free, self.work_bytes + self.output_bytes
+        work = max(self.work_bytes - held, 0)
+        free, need = shutil.disk_usage(parent).free, work + self.output_bytes
         if free < need:
             raise CompressionError(
                 f"{parent} has {free >> 20} MiB free, the compression needs up to {need >> 20} MiB: "
-                f"{self.work_bytes >> 20} while it works and {self.output_bytes >> 20} for the checkpoint"
+                f"{work >> 20} while it works and {self.output_bytes >> 20} for the checkpoint; free some space, or choose "
+                "another destination"
             )
         available = available_memory()
         if available is not None and self.whole and self.memory_bytes > available:
@@ -128,20 +134,24 @@ class Plan:
 
 
 def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
-    """Raises UnsupportedModelError when nothing can be compressed, CompressionError when transformers can't build the
-    model or the budget leaves nothing for the linear layers."""
-    try:
-        model: Any = weights.skeleton(DTYPES[options.dtype])
-    except (OSError, ValueError, KeyError, ImportError) as e:
-        raise CompressionError(f"transformers can't build the model of {weights.path}: {e}") from e
+    """Raises UnsupportedModelError when nothing can be compressed, CheckpointError when the tensors are not those of the
+    model, CompressionError when transformers can't build it or the budget leaves nothing for the linear layers."""
+    model: Any = weights.skeleton(DTYPES[options.dtype])
+    model.tie_weights()
     if weights.is_speech:
         require_audio(options.calibration)
     stacks = find_stacks(model)
+    require_whole(weights, model)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if not weights.is_speech and positions is not None and options.sequence_length > positions:
+        raise CompressionError(
+            f"sequence_length {options.sequence_length} is longer than the {positions} positions that the model knows"
+        )
     targets = find_targets(model, [stack.name for stack in stacks], weights)
     shapes = [(t.module.out_features, t.module.in_features) for t in targets.values()]
     layer_parameters = sum(out * inp for out, inp in shapes)
     ends = {f"{name}.weight" for name in Ends.of(model, weights).names}
-    matrices = [weights.shape(name) for name in ends]
+    matrices = [weights.shape(name) for name in sorted(ends)]
     embedding = sum(math.prod(shape) for shape in matrices)
     total = weights.parameters()
     # At their smallest, where their stores compete: then they are part of the budget.
@@ -168,6 +178,11 @@ def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
                 f"target_bytes {output:,} is too small: embedding, head and norms alone take {rest_bytes:,}"
             )
         budget += ends_bytes if options.embedding_store is None else 0
+        # What is chosen depends on errors that are not known yet; whether anything fits does not.
+        unknown = {name: _unknown(name, o, i, options.kind) for name, (o, i) in zip(targets, shapes, strict=True)}
+        competing = dict(zip(sorted(ends), matrices, strict=True)) if options.embedding_store is None else {}
+        silent: dict[str, dict[str, float]] = {name: {} for name in (*unknown, *competing)}
+        choose(unknown, options, noise=silent, budget_bytes=budget, ends=competing)
     else:
         assert options.keep is not None
         # Ranks can't be chosen yet, but a budget below the smallest ones is known to fail.
@@ -263,7 +278,8 @@ def _flops(
 def measured_rate(seconds: float = 0.5) -> float:
     """Floating point operations a second of an fp32 matrix product on the CPU, halved: what the stages were seen to
     reach."""
-    a, b = torch.randn(BATCH * 512, 1024), torch.randn(1024, 1024)
+    a = torch.ones(BATCH * 512, 1024, dtype=torch.float32)  # not random: the generator is the caller's
+    b = torch.ones(1024, 1024, dtype=torch.float32)
     a @ b
     count, start = 0, perf_counter()
     while perf_counter() - start < seconds:

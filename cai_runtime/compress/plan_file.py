@@ -45,6 +45,8 @@ def plan_entries(plan: PlanSource) -> dict[str, Entry]:
     if isinstance(plan, Mapping):
         modules: Any = plan
         where = "the plan"
+    elif not isinstance(plan, str | Path):
+        raise CompressionError(f"plan must be a file or an object of patterns, is {plan!r}")
     else:
         where = f"the plan file {plan}"
         modules = _modules_in(plan, where)
@@ -58,7 +60,7 @@ def _modules_in(path: str | Path, where: str) -> Any:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
         raise CompressionError(f"{where} can't be read: {e.strerror or e}") from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise CompressionError(f"{where} is not JSON: {e}") from e
     modules = document.get("modules") if isinstance(document, dict) else None
     if not isinstance(modules, list):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from cai_runtime.compress.left import Left
@@ -69,6 +69,12 @@ class Report:
     elastic: dict[str, Any] | None = None
     left: dict[str, int] = field(default_factory=dict)
     read: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of_json(cls, found: dict[str, Any]) -> Report:
+        """What `to_json` was made of."""
+        known = {field.name: found[field.name] for field in fields(cls)}
+        return cls(**{**known, "modules": [ModuleReport(**module) for module in found["modules"]]})
 
     def add(self, dense_parameters: int, parameters: int, nbytes: int) -> None:
         """Count a compressed module."""

@@ -40,7 +40,7 @@ def round_with_feedback(core: torch.Tensor, input_gram: torch.Tensor, store: str
     scales, zeros = [], []
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
-        errors = torch.empty(rows, stop - start, device=w.device)
+        errors = torch.empty(rows, stop - start, dtype=w.dtype, device=w.device)
         for k in range(start, stop):
             if kind.group and k % kind.group == 0:
                 end = min(k + kind.group, columns)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from cai_runtime.compress.curves import Noise, curves_of, measure
 from cai_runtime.compress.elastic import ElasticPlan
 from cai_runtime.compress.elastic_run import ElasticCompressor, elastic_plan, heal_elastic, write_elastic
 from cai_runtime.compress.ends import Ends, find_ends
+from cai_runtime.compress.foreign import foreign
 from cai_runtime.compress.heal import Healer, HealSettings, dense_pair
 from cai_runtime.compress.left import Left
 from cai_runtime.compress.moments import BlockMoments
@@ -35,10 +36,13 @@ from cai_runtime.compress.student import put_in
 from cai_runtime.compress.survey import check_blocks
 from cai_runtime.compress.targets import InputGroup, Target, find_targets
 from cai_runtime.compress.weights import DenseWeights
-from cai_runtime.compress.work import Work
+from cai_runtime.compress.work import Work, work_directory
 from cai_runtime.convert.cache import tqdm_disable
-from cai_runtime.errors import CompressionError, TensorMissingError, UnsupportedModelError
+from cai_runtime.errors import CheckpointError, CompressionError, TensorMissingError, UnsupportedModelError
+from cai_runtime.slim.reader import REPORT_FILE, read_json
 from cai_runtime.slim.writer import CheckpointWriter
+
+WRITTEN = "written"  # a step: the report, as it went to the destination
 
 
 class Run:
@@ -55,67 +59,81 @@ class Run:
         *,
         evaluate: bool,
     ):
-        self._source, self._dst, self._weights = source, dst.absolute(), weights
+        self._source, self._dst, self._weights = source, dst, weights
         self._options, self._plan, self._progress = options, plan, progress
         self._planned, self._evaluate = plan.choices, evaluate
+        self._hashes: dict[str, str] = {}
 
-    def run(self, *, overwrite: bool, restart: bool) -> Report:
-        options = self._options
+    def open_work(self, *, restart: bool) -> Work:
+        """The work directory, locked. Raises what `Work` does."""
         start = perf_counter()
-        hashes = self._weights.hashes()
+        self._hashes = self._weights.hashes()
         hashed = perf_counter() - start
-        key = {"options": asdict(options), "source": hashes, "versions": versions(), "threads": torch.get_num_threads()}
-        directory = self._dst.with_name(f".{self._dst.name}.work")
-        with ExitStack() as stack:
-            work = Work(directory, key, restart=restart)
-            stack.callback(work.close)
-            stack.enter_context(_nothing_left(work))
-            work.watch.add("hash", hashed)
-            with work.watch.stage("text"):
-                batches, extra, text = self._text(work)
-            with work.watch.stage("open"):
-                model = open_model(self._weights, dtype=DTYPES[options.dtype], device=options.device)
-                found = find_targets(model.model, [s.name for s in model.stacks], self._weights)
-                targets, read = self._called(model, found, batches, work)
-            calibration = CalibrationPass(model, targets, batches, work)
-            self._calibrate(calibration, work)
-            with work.watch.stage("calibrate"):
-                known = options.embedding_store
-                ends = find_ends(calibration, (known,) if known else options.stores, work, compete=known is None)
-            with work.watch.stage("allocate"):
-                curves, noise = self._curves(calibration, work)
-                forms = elastic_plan(curves, options) if options.elastic else None
-                choices = {} if forms is not None else self._planned or self._choose(model, curves, noise, ends, read)
-                ends = replace(ends, stores={name: known or choices.pop(name).store for name in ends.names})
+        key = {"options": asdict(self._options), "source": self._hashes, "versions": versions()}
+        work = Work(work_directory(self._dst), {**key, "threads": torch.get_num_threads()}, restart=restart)
+        work.watch.add("hash", hashed)
+        return work
+
+    def written(self, work: Work) -> Report | None:
+        """The report of the checkpoint that lies at the destination, if that is what an earlier call wrote that did not come
+        to its end; otherwise None."""
+        if not work.has(WRITTEN):
+            return None
+        try:
+            found = read_json(self._dst / REPORT_FILE)
+        except CheckpointError:
+            return None
+        return Report.of_json(found) if _unjudged(found) == _unjudged(work.load(WRITTEN)[1]) else None
+
+    def run(self, work: Work, *, overwrite: bool) -> Report:
+        """All stages, from where the work directory has them. Leaves it with what `written` needs."""
+        options, hashes = self._options, self._hashes
+        with work.watch.stage("text"):
+            batches, extra, text = self._text(work)
+        with work.watch.stage("open"):
+            model = open_model(self._weights, dtype=DTYPES[options.dtype], device=options.device)
+            found = find_targets(model.model, [s.name for s in model.stacks], self._weights)
+            targets, read = self._called(model, found, batches, work)
+        calibration = CalibrationPass(model, targets, batches, work)
+        self._calibrate(calibration, work)
+        with work.watch.stage("calibrate"):
+            known = options.embedding_store
+            ends = find_ends(calibration, (known,) if known else options.stores, work, compete=known is None)
+        with work.watch.stage("allocate"):
+            curves, noise = self._curves(calibration, work)
+            forms = elastic_plan(curves, options) if options.elastic else None
+            choices = {} if forms is not None else self._planned or self._choose(model, curves, noise, ends, read)
+            ends = replace(ends, stores={name: known or choices.pop(name).store for name in ends.names})
+        if forms is not None:
+            losses = self._compress_elastic(calibration, forms, extra, ends, work)
+        else:
+            self._compress_blocks(calibration, choices, work)
+            losses = self._heal(calibration, extra, ends, work)
+        report = Report(
+            source=self._source,
+            source_sha256=hashes,
+            options=asdict(options),
+            calibration=text,
+            versions=versions(),
+            healing=losses,
+            ends=ends.stores,
+            left=Left.of(model.model, self._weights, targets, read).parameters,
+            read=sorted(read),
+        )
+        with (
+            work.watch.stage("write"),
+            CheckpointWriter(
+                self._dst, config=self._weights.config(), source_dir=self._weights.path, overwrite=overwrite
+            ) as writer,
+        ):
             if forms is not None:
-                losses = self._compress_elastic(calibration, forms, extra, ends, work)
+                write_elastic(writer, calibration, forms, ends, work, curves, report, self._progress)
             else:
-                self._compress_blocks(calibration, choices, work)
-                losses = self._heal(calibration, extra, ends, work)
-            report = Report(
-                source=self._source,
-                source_sha256=hashes,
-                options=asdict(options),
-                calibration=text,
-                versions=versions(),
-                healing=losses,
-                ends=ends.stores,
-                left=Left.of(model.model, self._weights, targets, read).parameters,
-                read=sorted(read),
-            )
-            with (
-                work.watch.stage("write"),
-                CheckpointWriter(
-                    self._dst, config=self._weights.config(), source_dir=self._weights.path, overwrite=overwrite
-                ) as writer,
-            ):
-                if forms is not None:
-                    write_elastic(writer, calibration, forms, ends, work, curves, report, self._progress)
-                else:
-                    write_checkpoint(writer, calibration, ends, work, curves, report, self._progress)
-                report.seconds = work.watch.seconds()
-                writer.finish(report.to_json())
-            work.remove()
+                write_checkpoint(writer, calibration, ends, work, curves, report, self._progress)
+            report.seconds = work.watch.seconds()
+            work.save(WRITTEN, {}, report.to_json(), again=True)  # before it is there: a kill in between does no harm
+            writer.finish(report.to_json())
+        work.keep_only(WRITTEN)
         return report
 
     def _called(
@@ -284,7 +302,7 @@ class Run:
 
 
 @contextmanager
-def _nothing_left(work: Work) -> Iterator[None]:
+def nothing_left(work: Work) -> Iterator[None]:
     """A model that can't be compressed can't be the next time: nothing is kept for it."""
     try:
         yield
@@ -293,10 +311,16 @@ def _nothing_left(work: Work) -> Iterator[None]:
         raise
 
 
+def _unjudged(report: dict[str, Any]) -> dict[str, Any]:
+    """A report as it was before the judgement of the result, of which every run has another: its times are its own."""
+    found = {**report, "quality": None, "seconds": {**report.get("seconds", {}), "evaluate": None}}
+    if isinstance(found.get("elastic"), dict):
+        found["elastic"] = {**found["elastic"], "quality": None}
+    return found
+
+
 def _tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
-    try:
+    with foreign(f"the tokenizer of {path} can't be loaded"):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as e:
-        raise CompressionError(f"the tokenizer of {path} can't be loaded: {e}") from e

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cai_runtime.compress.audio_files import RATE, Clip, Source, cut_windows, find_clips, read_audio
+from cai_runtime.compress.foreign import foreign
 from cai_runtime.compress.repetition import loops
 from cai_runtime.compress.transcribe import TOGETHER, Prompts, encode, prompt_of, transcribe
 from cai_runtime.errors import CompressionError
@@ -222,13 +223,11 @@ def load_processor(path: str | Path) -> tuple[Any, Any]:
     """A Whisper's feature extractor and tokenizer. Raises CompressionError when the directory lacks their files."""
     from transformers import AutoFeatureExtractor, AutoTokenizer
 
-    try:
+    with foreign(f"the feature extractor or tokenizer of {path} can't be loaded"):
         return (
             AutoFeatureExtractor.from_pretrained(path, trust_remote_code=False),
             AutoTokenizer.from_pretrained(path, trust_remote_code=False),
         )
-    except (OSError, ValueError, KeyError, ImportError) as e:
-        raise CompressionError(f"the feature extractor or tokenizer of {path} can't be loaded: {e}") from e
 
 
 def _tell(

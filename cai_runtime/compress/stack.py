@@ -20,7 +20,7 @@ from torch import nn
 
 from cai_runtime.compress.targets import matrices_by_class
 from cai_runtime.compress.weights import DenseWeights
-from cai_runtime.errors import CompressionError, UnsupportedModelError
+from cai_runtime.errors import UnsupportedModelError
 from cai_runtime.integrations.stock import is_linear
 
 Batch = dict[str, torch.Tensor]
@@ -302,10 +302,7 @@ def open_model(weights: DenseWeights, *, dtype: torch.dtype, device: str | torch
     Raises CompressionError when transformers can't build or load it, UnsupportedModelError when it has no blocks.
     """
     device = torch.device(device)
-    try:
-        skeleton: Any = weights.skeleton(dtype)
-    except (OSError, ValueError, KeyError, ImportError) as e:
-        raise CompressionError(f"transformers can't build the model of {weights.path}: {e}") from e
+    skeleton: Any = weights.skeleton(dtype)
     skeleton.tie_weights()
     model = BlockModel(skeleton, weights, dtype, device)
     inside = tuple(f"{stack.name}." for stack in model.stacks)

@@ -114,7 +114,7 @@ def _json_lines(path: Path) -> Iterator[Document]:
             text = _decode(line, path, number)
             try:
                 entry = json.loads(text)
-            except ValueError as e:
+            except (ValueError, RecursionError) as e:
                 raise CompressionError(f"calibration file {where}: not JSON: {e}") from e
             if isinstance(entry, dict) and isinstance(entry.get("text"), str):
                 yield _text_document(where, entry["text"])

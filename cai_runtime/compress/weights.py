@@ -4,6 +4,7 @@ out."""
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ import torch
 from torch import nn
 
 from cai_runtime.compress.evaluate import SPEECH, auto_class, dense_reference, slim_as_transformers
+from cai_runtime.compress.foreign import foreign
+from cai_runtime.compress.torch_state import parameters_on_meta
 from cai_runtime.convert.cache import sha256_of
 from cai_runtime.integrations.names import Names
 from cai_runtime.slim.reader import Checkpoint
+from cai_runtime.slim.shard import TensorInfo
 
 
 class DenseWeights:
@@ -111,12 +115,17 @@ class DenseWeights:
         """Numbers of the dense model."""
         return sum(math.prod(self.shape(name)) for name in self.names())
 
-    def skeleton(self, dtype: torch.dtype) -> nn.Module:
-        """transformers' model with parameters on the meta device and real buffers."""
-        from accelerate import init_empty_weights
+    def info(self, name: str) -> TensorInfo | None:
+        """Where the tensor lies; None of one that is multiplied out, or not there."""
+        return None if self._module_of(name) is not None else self._checkpoint.tensors().get(self.on_disk(name))
 
-        with init_empty_weights(include_buffers=False):
-            config = self._config()
+    def skeleton(self, dtype: torch.dtype) -> nn.Module:
+        """transformers' model with parameters on the meta device and real buffers.
+
+        Raises CompressionError when transformers can't build it, UnsupportedModelError as `auto_class`.
+        """
+        with self.transformers_reads(), parameters_on_meta():
+            config = self.transformers_config()
             model = auto_class(config).from_config(config, dtype=dtype)
         names = Names(model)
         found = {disk: names.in_model(disk) for disk in sorted(self._names_on_disk())}
@@ -131,7 +140,12 @@ class DenseWeights:
         load = slim_as_transformers if self._checkpoint.is_slim else dense_reference
         return load(self.path, dtype=dtype)
 
-    def _config(self) -> Any:
+    def transformers_reads(self) -> AbstractContextManager[None]:
+        """In which transformers' errors are a CompressionError."""
+        return foreign(f"transformers can't build the model of {self.path}")
+
+    def transformers_config(self) -> Any:
+        """config.json as transformers has it, as that of a dense model."""
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)

@@ -21,6 +21,19 @@ MANIFEST = "manifest.json"
 LOCK = "lock"
 RECORD = "record"  # metadata entry of a step's file
 SECONDS = "seconds.json"  # nothing that results depend on
+SUFFIX, PARTIAL = ".safetensors", ".partial"  # of a step's file, of any file that is being written
+
+
+def work_directory(dst: Path) -> Path:
+    """Where the compression to `dst`, an absolute path, keeps its steps."""
+    return dst.parent / f".{dst.name}.work"
+
+
+def bytes_held(directory: Path) -> int:
+    """Bytes of the files in a work directory; 0 without one."""
+    with suppress(OSError):
+        return sum(entry.stat().st_size for entry in directory.iterdir())
+    return 0
 
 
 class Work:
@@ -46,7 +59,7 @@ class Work:
                     if entry.name != LOCK:
                         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             if not manifest.exists():
-                if any(entry.name != LOCK for entry in directory.iterdir()):
+                if any(entry.name not in (LOCK, _partial(manifest).name) for entry in directory.iterdir()):
                     raise CompressionError(
                         f"{directory} holds something else than an unfinished compression: remove it"
                     )
@@ -103,19 +116,29 @@ class Work:
         """Forget a step that nothing needs any more."""
         self._file(step).unlink(missing_ok=True)
 
+    def keep_only(self, step: str) -> None:
+        """Forget all steps but this one."""
+        for file in self.directory.glob(f"*{SUFFIX}"):
+            if file != self._file(step):
+                file.unlink(missing_ok=True)
+
     def close(self) -> None:
         """Let another process use the directory; one without results is removed. Idempotent."""
-        if not self._lock.closed and {entry.name for entry in self.directory.iterdir()} <= {LOCK, MANIFEST, SECONDS}:
-            shutil.rmtree(self.directory, ignore_errors=True)
+        with suppress(OSError):  # it was removed by hand
+            names = {entry.name for entry in self.directory.iterdir() if not entry.name.endswith(PARTIAL)}
+            if not self._lock.closed and names <= {LOCK, MANIFEST, SECONDS}:
+                shutil.rmtree(self.directory, ignore_errors=True)
         self._lock.close()
 
     def remove(self) -> None:
-        """Remove the directory."""
+        """Remove the directory: the steps first, so that what a kill leaves is a directory without steps."""
+        for file in self.directory.glob(f"*{SUFFIX}"):
+            file.unlink(missing_ok=True)
         shutil.rmtree(self.directory, ignore_errors=True)
         self._lock.close()
 
     def _file(self, step: str) -> Path:
-        return self.directory / f"{step}.safetensors"
+        return self.directory / f"{step}{SUFFIX}"
 
 
 def _locked(file: Path) -> IO[bytes]:
@@ -136,23 +159,37 @@ def _locked(file: Path) -> IO[bytes]:
 
 
 def _write(file: Path, data: bytes) -> None:
-    """All of a file or nothing, also when the power fails."""
-    partial = file.with_name(f"{file.name}.partial")
-    with partial.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    partial.replace(file)
+    """All of a file or nothing, also when the power fails. Raises OSError, and gives the space back."""
+    partial = _partial(file)
+    try:
+        with partial.open("wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        partial.replace(file)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _partial(file: Path) -> Path:
+    """Always the same: what a killed process left is written over."""
+    return file.with_name(f"{file.name}{PARTIAL}")
 
 
 def _difference(begun: str, wanted: str) -> str:
-    """Names of the top entries that differ, for the message."""
+    """Names of the entries that differ, such as options.keep, for the message."""
+
+    def names(old: Any, new: Any, name: str) -> list[str]:
+        if isinstance(old, dict) and isinstance(new, dict):
+            entries = sorted({*old, *new})
+            return [found for key in entries for found in names(old.get(key), new.get(key), f"{name}.{key}")]
+        return [] if old == new else [name]
+
     try:
-        old, new = json.loads(begun), json.loads(wanted)
-        names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
-    except (ValueError, AttributeError):
+        return ", ".join(found.removeprefix(".") for found in names(json.loads(begun), json.loads(wanted), ""))
+    except ValueError:
         return "its manifest is damaged"
-    return ", ".join(names)
 
 
 def digest(tensor: torch.Tensor) -> str:

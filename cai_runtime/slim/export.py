@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cai_runtime.errors import CheckpointWriteError, InvalidConfigError, NonFiniteTensorError
+from cai_runtime.errors import InvalidConfigError, NonFiniteTensorError
 from cai_runtime.progress import progress_bar
 from cai_runtime.slim.reader import Checkpoint
 from cai_runtime.slim.shard import DTYPES
@@ -53,8 +53,6 @@ def export_dense(
     if dtype not in EXPORT_DTYPES:
         raise InvalidConfigError(f"dtype {dtype!r} is none of {', '.join(EXPORT_DTYPES)}")
     with Checkpoint.open(src, keep) as checkpoint:
-        if dst.resolve() == src.resolve():
-            raise CheckpointWriteError("a checkpoint can't be exported into itself; choose another directory", file=dst)
         name = DTYPES[STORES[dtype].dtype][0]
         config = {k: v for k, v in checkpoint.config.items() if k != "torch_dtype"} | {"dtype": name}
         with (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from cai_runtime.errors import (
     TensorDtypeError,
     TensorShapeError,
 )
+from cai_runtime.slim.destination import PartialDirectory, check_destination, destination
 from cai_runtime.slim.publish import publish
 from cai_runtime.slim.reader import CONFIG_FILE, INDEX_FILE, REPORT_FILE, SINGLE_FILE, Checkpoint, read_json
 from cai_runtime.slim.shard import DTYPE_NAMES
@@ -71,11 +71,11 @@ class CheckpointWriter:
             are none; so is the entry that keeps transformers from loading a slim checkpoint as a dense one (`GUARD`).
         source_dir: where tokenizer, chat template, generation settings and licence are copied from (`COPIED_FILES`).
         max_shard_bytes: a shard is written before it would exceed this; a larger tensor has a shard of its own.
-        overwrite: replace an existing directory, once the new one is complete. Otherwise one that isn't empty is an
-            error.
+        overwrite: replace an existing checkpoint, once the new one is complete. Otherwise a directory that isn't empty is
+            an error.
 
     Raises (all methods):
-        CheckpointWriteError: `dst` is taken, the disk is full, or the system refused.
+        CheckpointWriteError: `dst` is taken or is the source, the disk is full, or the system refused.
         InvalidConfigError, TensorShapeError, TensorDtypeError, InvalidPivotError, NonFiniteTensorError: what was
             added is not what its spec says, a name occurs twice, or a value can't be stored.
     """
@@ -91,7 +91,7 @@ class CheckpointWriter:
     ):
         if max_shard_bytes < 1:
             raise CheckpointWriteError(f"max_shard_bytes must be positive, is {max_shard_bytes}")
-        self._dst = Path(dst).absolute()
+        self._dst = destination(dst)
         self._config = dict(config)
         self._source = Path(source_dir) if source_dir is not None else None
         self._max_shard_bytes = max_shard_bytes
@@ -105,8 +105,8 @@ class CheckpointWriter:
         self._shards: list[Path] = []
         self._open = False
         self._guard(self._refuse_taken)
-        self._tmp = self._dst.with_name(f".{self._dst.name}.{secrets.token_hex(4)}.partial")
-        self._guard(self._make_tmp)
+        self._partial = self._guard(lambda: PartialDirectory(self._dst))
+        self._tmp = self._partial.path
         self._open = True
 
     def add_module(
@@ -198,7 +198,7 @@ class CheckpointWriter:
         self._pending.clear()
         if self._open:
             self._open = False
-            shutil.rmtree(self._tmp, ignore_errors=True)
+            self._partial.remove()
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -213,18 +213,7 @@ class CheckpointWriter:
             raise CheckpointWriteError("this writer was already finished or aborted", file=self._dst)
 
     def _refuse_taken(self) -> None:
-        if not os.path.lexists(self._dst):
-            return
-        if not self._dst.is_dir() or self._dst.is_symlink():
-            raise CheckpointWriteError("exists and is not a directory; choose another destination", file=self._dst)
-        if not self._overwrite and any(self._dst.iterdir()):
-            raise CheckpointWriteError(
-                "exists and is not empty; choose another destination or overwrite it", file=self._dst
-            )
-
-    def _make_tmp(self) -> None:
-        self._dst.parent.mkdir(parents=True, exist_ok=True)
-        self._tmp.mkdir()
+        check_destination(self._dst, source=self._source, overwrite=self._overwrite)
 
     def _guard(self, act: Callable[[], T]) -> T:
         """Run something that touches the disk; a refusal of the system is a typed error and leaves nothing behind."""
@@ -392,7 +381,7 @@ def replace_report(path: str | Path, report: dict[str, Any]) -> None:
 
 
 def _replace_json(file: Path, value: dict[str, Any]) -> None:
-    tmp = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    tmp = file.with_name(f".{file.name}.partial")  # always the same: one that a killed process left is written over
     try:
         with tmp.open("w", encoding="utf-8") as f:
             f.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -1,16 +1,20 @@
 """A compression that was stopped anywhere goes on and comes to the same bytes."""
 
+import errno
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from cai_runtime.compress import compress
-from cai_runtime.compress.work import Work
-from cai_runtime.errors import CompressionError
+from cai_runtime.compress import compress, dry_run
+from cai_runtime.compress.work import FORMAT, Work
+from cai_runtime.errors import CaiError, CheckpointWriteError, CompressionError, SourceError
+from cai_runtime.slim.reader import Checkpoint
 
 SETTINGS = {
     "keep": 0.7,
@@ -129,5 +133,126 @@ def test_a_damaged_step_is_named(tiny, text_file, tmp_path, monkeypatch):
         compress(tiny, tmp_path / "slim", calibration=text_file, **SETTINGS)
 
 
-def _killed(*_args):
+def _killed(*_args, **_kwargs):
     raise Killed
+
+
+@pytest.mark.parametrize("elastic", [False, True])
+def test_stopped_while_the_result_is_judged(tiny, text_file, tmp_path, monkeypatch, elastic):
+    """The checkpoint is there: the same call judges it, and makes nothing again."""
+    kind = {"elastic": True, "keep": 1.0, "shift": False, "refine_epochs": 0, "heal_tokens": 0} if elastic else {}
+    settings = {**SETTINGS, **kind, "evaluate": True, "calibration": text_file}
+    pipeline = "cai_runtime.compress.pipeline."
+    judges = {"judge_keeps": _judged, "quality": lambda *_args, **_kwargs: {"perplexity": 1.0}}
+    for name in judges:
+        monkeypatch.setattr(pipeline + name, _killed)
+    with pytest.raises(Killed):
+        compress(tiny, tmp_path / "slim", **settings)
+    weights = (tmp_path / "slim/model.safetensors").read_bytes()
+    assert {entry.name for entry in tmp_path.iterdir()} == {"slim", ".slim.work"}
+    with pytest.raises(
+        CheckpointWriteError, match="exists"
+    ):  # another source's, or another call's, is not taken for it
+        (tmp_path / ".slim.work").rename(tmp_path / "aside")
+        compress(tiny, tmp_path / "slim", **settings)
+    (tmp_path / "aside").rename(tmp_path / ".slim.work")
+    for name, judge in judges.items():
+        monkeypatch.setattr(pipeline + name, judge)
+    monkeypatch.setattr("cai_runtime.compress.run.Run.run", _killed)
+    report = compress(tiny, tmp_path / "slim", **settings)
+    assert report.quality == {"perplexity": 1.0} and report.seconds["evaluate"] >= 0
+    assert (tmp_path / "slim/model.safetensors").read_bytes() == weights
+    assert json.loads((tmp_path / "slim/slim_report.json").read_text()) == json.loads(json.dumps(report.to_json()))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["slim"]
+
+
+def test_a_judgement_that_fails_leaves_the_checkpoint(tiny, text_file, tmp_path, monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise SourceError("no text")
+
+    monkeypatch.setattr("cai_runtime.compress.pipeline.quality", fail)
+    settings = {**SETTINGS, "calibration": text_file}
+    with pytest.raises(CompressionError, match=r"slim is complete.*no text.*--no-evaluation"):
+        compress(tiny, tmp_path / "slim", **{**settings, "evaluate": True})
+    Checkpoint.open(tmp_path / "slim").close()
+    assert compress(tiny, tmp_path / "slim", **settings).quality is None
+    assert [entry.name for entry in tmp_path.iterdir()] == ["slim"]
+
+
+def test_stopped_around_the_publication(tiny, text_file, tmp_path, monkeypatch, whole):
+    """Before it, the steps are there; behind it, nothing is left to do. What stood there is not taken for the result."""
+    settings = {**SETTINGS, "calibration": text_file, "overwrite": True}
+    compress(tiny, tmp_path / "slim", **{**settings, "keep": 0.9})
+    for name in ("cai_runtime.slim.writer.publish", "cai_runtime.compress.run.Work.keep_only"):
+        monkeypatch.setattr(name, _killed)
+        with pytest.raises(Killed):
+            compress(tiny, tmp_path / "slim", **settings)
+        monkeypatch.undo()
+    assert (tmp_path / "slim/model.safetensors").read_bytes() == whole[0]
+    monkeypatch.setattr("cai_runtime.compress.run.Run.run", _killed)
+    compress(tiny, tmp_path / "slim", **{**settings, "overwrite": False})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["slim"]
+
+
+def test_stopped_while_the_directory_begins_or_goes(tmp_path):
+    work = Work(tmp_path / "w", {"a": {"b": 1, "c": 2}})
+    work.save("step", {}, 1)
+    work.close()
+    for left in ({"lock"}, {"lock", "manifest.json.partial"}, {"lock", "manifest.json"}):
+        for entry in (tmp_path / "w").iterdir():
+            entry.unlink()
+        for name in left:
+            content = json.dumps({"format": FORMAT, "a": {"b": 1, "c": 2}}, sort_keys=True, indent=1)
+            (tmp_path / "w" / name).write_text(content if name == "manifest.json" else "")
+        again = Work(tmp_path / "w", {"a": {"b": 1, "c": 2}})
+        again.save("step", {}, 1)
+        again.close()
+    with pytest.raises(CompressionError, match=r"other options \(a\.c\)"):
+        Work(tmp_path / "w", {"a": {"b": 1, "c": 3}})
+
+
+def test_a_full_disk_keeps_what_is_finished(tiny, text_file, tmp_path, monkeypatch, whole):
+    """At every write to the disk in turn: the old checkpoint stays, no partial file does, and the same call goes on."""
+    settings = {**SETTINGS, "calibration": text_file, "overwrite": True}
+    compress(tiny, tmp_path / "slim", **{**settings, "keep": 0.9})
+    old = (tmp_path / "slim/model.safetensors").read_bytes()
+    fsync, left = os.fsync, [0]
+
+    def full(descriptor):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    for _ in range(20):
+        left[0] = 13
+        try:
+            compress(tiny, tmp_path / "slim", **settings)
+            break
+        except CaiError as e:
+            assert "No space left" in str(e)
+        assert (tmp_path / "slim/model.safetensors").read_bytes() == old
+        assert not list(tmp_path.rglob("*.partial"))
+    assert (tmp_path / "slim/model.safetensors").read_bytes() == whole[0]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["slim"]
+
+
+def test_room_is_wanted_for_what_is_not_there_yet(tiny, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("cai_runtime.compress.run.Run._heal", _killed)
+    settings = {**SETTINGS, "calibration": text_file}
+    with pytest.raises(Killed):
+        compress(tiny, tmp_path / "slim", **settings)
+    monkeypatch.undo()
+    held = sum(file.stat().st_size for file in (tmp_path / ".slim.work").iterdir())
+    plan, _ = dry_run(
+        tiny, tmp_path / "slim", **{k: v for k, v in settings.items() if k not in ("evaluate", "progress")}
+    )
+    free = SimpleNamespace(free=plan.work_bytes + plan.output_bytes - held)
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: free)
+    compress(tiny, tmp_path / "slim", **settings)
+
+
+def _judged(_dense, _slim, report, **_options):
+    report.quality = {"perplexity": 1.0}
+    report.elastic["quality"] = []

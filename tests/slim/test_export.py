@@ -90,7 +90,7 @@ def test_existing_destination(source, tmp_path):
         export_dense(source, path, dtype="fp32")
     export_dense(source, path, dtype="fp32", overwrite=True)
     assert json.loads((path / "config.json").read_text())["dtype"] == "float32"
-    with pytest.raises(CheckpointWriteError, match="into itself"):
+    with pytest.raises(CheckpointWriteError, match="is the source itself"):
         export_dense(source, source, overwrite=True)
 
 

@@ -1,0 +1,50 @@
+"""What torch keeps for a whole process or thread, where a caller or another thread may have it otherwise."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+BUILDING = threading.RLock()  # transformers changes torch for the whole process while it builds or loads a model
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules that this thread makes have their parameters on the meta device, and buffers as they are.
+
+    As accelerate's init_empty_weights(include_buffers=False), but for this thread alone: there, what other threads make
+    meanwhile loses its values.
+    """
+    with BUILDING:
+        owner, register = threading.get_ident(), nn.Module.register_parameter
+
+        def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+            register(module, name, parameter)
+            if parameter is not None and threading.get_ident() == owner:
+                attributes = {**parameter.__dict__, "requires_grad": parameter.requires_grad}
+                module._parameters[name] = type(parameter)(parameter.to("meta"), **attributes)
+
+        nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """This thread's gradients on, its inference mode and autocast off, its tensors on the CPU unless a device is named:
+    what our computations take for granted, whatever the caller is in."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
