@@ -53,13 +53,24 @@ MODELS = {
         "NemotronHConfig", {**SSM, "layers_block_type": ["mamba", "attention"], "num_key_value_heads": 2,
                             "mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "use_mamba_kernels": False},
     ),
+    "scalars": ("ApertusConfig", {}),
+    "blocks that share layers": (
+        "ZambaConfig", {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+                        "mamba_d_state": 8, "mamba_dt_rank": 4, "n_mamba_heads": 2, "use_mamba_kernels": False,
+                        "num_key_value_heads": 4, "attention_head_dim": 16},
+    ),
     "a vision tower": (
         "LlavaConfig", {"text_config": {**SIZES, "model_type": "llama"}, "image_token_index": 5,
                         "vision_config": {**VISION, "model_type": "clip_vision_model"}},
     ),
 }  # fmt: skip
 READ = {"weights that are read"}
-LEFT = {"fused experts": 0.5, "casts to a weight's dtype": 0.2, "a vision tower": 0.2}  # a share that is at least left
+LEFT = {
+    "fused experts": 0.5,
+    "blocks that share layers": 0.2,
+    "casts to a weight's dtype": 0.2,
+    "a vision tower": 0.2,
+}  # a share that is at least left
 
 
 @pytest.fixture
