@@ -53,13 +53,24 @@ MODELS = {
         "NemotronHConfig", {**SSM, "layers_block_type": ["mamba", "attention"], "num_key_value_heads": 2,
                             "mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "use_mamba_kernels": False},
     ),
+    "scalars": ("ApertusConfig", {}),
+    "blocks that share layers": (
+        "ZambaConfig", {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+                        "mamba_d_state": 8, "mamba_dt_rank": 4, "n_mamba_heads": 2, "use_mamba_kernels": False,
+                        "num_key_value_heads": 4, "attention_head_dim": 16},
+    ),
     "a vision tower": (
         "LlavaConfig", {"text_config": {**SIZES, "model_type": "llama"}, "image_token_index": 5,
                         "vision_config": {**VISION, "model_type": "clip_vision_model"}},
     ),
 }  # fmt: skip
 READ = {"weights that are read"}
-LEFT = {"fused experts": 0.5, "casts to a weight's dtype": 0.2, "a vision tower": 0.2}  # a share that is at least left
+LEFT = {
+    "fused experts": 0.5,
+    "blocks that share layers": 0.2,
+    "casts to a weight's dtype": 0.2,
+    "a vision tower": 0.2,
+}  # a share that is at least left
 
 
 @pytest.fixture
@@ -95,7 +106,7 @@ def make(tmp_path, add_tokenizer, monkeypatch):
 
 def run(src, dst, text_file, **options):
     settings = {
-        "calibration": text_file, "samples": 6, "sequence_length": 32, "rank_multiple": 1, "refine_epochs": 0,
+        "calibration": text_file, "samples": 4, "sequence_length": 16, "rank_multiple": 1, "refine_epochs": 0,
         "heal_tokens": 0, "evaluate": False, "progress": False,
     }  # fmt: skip
     return compress(src, dst, **{**settings, **options})
@@ -104,6 +115,10 @@ def run(src, dst, text_file, **options):
 def logits(model):
     with torch.inference_mode():
         return model(input_ids=IDS, use_cache=False).logits
+
+
+def distance(a, b):
+    return float((a - b).norm() / a.norm())
 
 
 def loaded(path):
@@ -116,18 +131,18 @@ def loaded(path):
 @pytest.mark.parametrize("what", MODELS)
 def test_the_whole_way(make, text_file, tmp_path, what):
     src = make(*MODELS[what])
-    report = run(src, tmp_path / "slim", text_file, keep=0.9, refine_epochs=1, heal_tokens=256)
+    report = run(src, tmp_path / "slim", text_file, keep=0.9, refine_epochs=1, heal_tokens=64)
     wanted = logits(slim_as_transformers(tmp_path / "slim"))
-    torch.testing.assert_close(logits(loaded(tmp_path / "slim")), wanted, rtol=1e-3, atol=1e-4)
+    assert distance(wanted, logits(loaded(tmp_path / "slim"))) < 1e-4
     assert all(module.calibrated for module in report.modules)
     assert bool(report.read) == (what in READ)
     assert sum(report.left.values()) >= LEFT.get(what, 0) * report.total_dense_parameters
     assert ("left as they are" in report.summary()) == bool(report.left)
     export_dense(tmp_path / "slim", tmp_path / "dense", dtype="fp32")
-    torch.testing.assert_close(logits(loaded(tmp_path / "dense")), wanted, rtol=1e-3, atol=1e-4)
+    assert distance(wanted, logits(loaded(tmp_path / "dense"))) < 1e-4
 
     stores = {"kind": "dense", "store": "fp32", "embedding_store": "fp32"}
-    run(src, tmp_path / "same", text_file, keep=1.0, **stores)
+    run(src, tmp_path / "same", text_file, keep=1.0, curvature=False, samples=1, **stores)
     wanted = logits(dense_reference(src))
     torch.testing.assert_close(logits(slim_as_transformers(tmp_path / "same")), wanted)
     torch.testing.assert_close(logits(loaded(tmp_path / "same")), wanted)
@@ -186,7 +201,7 @@ def test_a_checkpoint_without_the_models_prefix(make, text_file, tmp_path):
     with Checkpoint.open(tmp_path / "slim") as slim:
         assert "layers.0.mlp.up_proj" in slim.modules
     wanted = logits(slim_as_transformers(tmp_path / "slim"))
-    torch.testing.assert_close(logits(loaded(tmp_path / "slim")), wanted, rtol=1e-3, atol=1e-4)
+    assert distance(wanted, logits(loaded(tmp_path / "slim"))) < 1e-4
 
 
 def test_a_dry_run_says_what_stays(make, text_file, tmp_path):
