@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     if args.picture is not None:
         check_picture(args.picture)
     if args.json is not None:
-        _require_parent(args.json, "--json")
+        _require_file(args.json, "--json")
     prompts = [] if args.no_samples else None if args.prompts is None else read_prompts(args.prompts)
     import shutil
 
@@ -98,11 +98,11 @@ def run(args: argparse.Namespace) -> int:
         keep=args.keep,
         together=False if args.one_at_a_time else None,
     )
+    print(comparison.table(shutil.get_terminal_size().columns))  # first: a full disk does not take it away
     if args.json is not None:
         _write(args.json, comparison.to_json())
     if args.picture is not None:
         draw_comparison(comparison, args.picture)
-    print(comparison.table(shutil.get_terminal_size().columns))
     return 0
 
 
@@ -151,19 +151,22 @@ def _hear(args: argparse.Namespace) -> int:
             "--audio judges by transformers and draws nothing: leave --text, --picture, --backend out"
         )
     if args.json is not None:
-        _require_parent(args.json, "--json")
+        _require_file(args.json, "--json")
     comparison = compare_speech(
         args.reference, args.candidate, audio=args.audio, device=args.device, dtype=args.dtype, keep=args.keep
     )
+    print(comparison.table(shutil.get_terminal_size().columns))
     if args.json is not None:
         _write(args.json, comparison.to_json())
-    print(comparison.table(shutil.get_terminal_size().columns))
     return 0
 
 
-def _require_parent(path: Path, option: str) -> None:
+def _require_file(path: Path, option: str) -> None:
+    """What can be known before the minutes of work that the file is for. Raises CompressionError."""
     from cai_runtime.errors import CompressionError
 
+    if path.is_dir():
+        raise CompressionError(f"{option} {path} is a directory: name a file")
     if not path.absolute().parent.is_dir():
         raise CompressionError(f"{option} {path}: there is no directory {path.absolute().parent}")
 

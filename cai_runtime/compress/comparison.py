@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -108,6 +108,12 @@ def _compared(models: Sequence[tuple[str | Path, float | None]], settings: _Sett
     from cai_runtime.convert.sources import pull
     from cai_runtime.engine.open import choose_device, load_tokenizer
 
+    if settings.prompts and settings.max_tokens < 1:
+        raise CompressionError(
+            f"max_tokens must be at least 1, is {settings.max_tokens}; without samples, give no prompts"
+        )
+    if settings.backend not in get_args(Backend):
+        raise CompressionError(f"backend must be one of {', '.join(get_args(Backend))}, is {settings.backend!r}")
     found = {name: pull(name, progress=settings.progress) for name, _ in models}
     paths, keeps = [found[name] for name, _ in models], [keep for _, keep in models]
     place = choose_device(settings.device)

@@ -10,16 +10,23 @@ from torch import nn
 from cai_runtime.compress.foreign import quiet_transformers
 from cai_runtime.compress.weights import DenseWeights
 from cai_runtime.errors import TensorDtypeError, TensorMissingError, TensorShapeError
+from cai_runtime.slim.reader import read_json
 from cai_runtime.slim.spec import FLOAT_STORE_OF_DTYPE
+from cai_runtime.slim.writer import COPIED_FILES
 
 
 def require_whole(weights: DenseWeights, skeleton: nn.Module) -> None:
-    """Check the name, shape and dtype of every parameter of the model against the checkpoint. No weight is read.
+    """Check the name, shape and dtype of every parameter of the model against the checkpoint, and that the files which go
+    along into the result can be read. No weight is read.
 
     skeleton: transformers' model of the checkpoint's config.json, on the meta device.
 
-    Raises TensorMissingError, TensorShapeError or TensorDtypeError, which names the tensor and its file.
+    Raises TensorMissingError, TensorShapeError or TensorDtypeError, which names the tensor and its file; InvalidConfigError
+    or MissingFileError for another file.
     """
+    for name in COPIED_FILES:
+        if name.endswith(".json") and (weights.path / name).is_file():
+            read_json(weights.path / name)
     expected = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
     for name, shape in expected.items():
         if name in weights:

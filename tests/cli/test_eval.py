@@ -175,3 +175,20 @@ def test_lm_eval_generates_and_scores(tiny_dir):
         assert sampling_of({"do_sample": True, "temperature": 0.5, "max_new_tokens": 3}).temperature == 0.5
     finally:
         lm.close()
+
+
+def test_a_directory_for_a_file_is_told_before_the_work(tiny_dir, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("cai_runtime.compress.comparison._compared", lambda *_: pytest.fail("it was begun"))
+    assert run(tiny_dir, "--text", text, "--json", tmp_path) == 1
+    assert f"--json {tmp_path} is a directory" in capsys.readouterr().err
+
+
+def test_a_full_disk_does_not_take_the_table_away(tiny_dir, text, capsys):
+    assert run(tiny_dir, "--text", text, "--tokens", 64, "--window", 32, "--no-samples", "--json", "/dev/full") == 1
+    out, err = capsys.readouterr()
+    assert "perplexity" in out and "can't be written: No space left on device" in err
+
+
+def test_samples_have_tokens(tiny_dir, text, capsys):
+    assert run(tiny_dir, "--text", text, "--max-tokens", -1) == 1
+    assert "max_tokens must be at least 1, is -1" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from cai_runtime.compress.evaluate import dense_reference
 from cai_runtime.errors import (
     CheckpointError,
     CompressionError,
+    InvalidConfigError,
     TensorDtypeError,
     TensorMissingError,
     TensorShapeError,
@@ -113,3 +114,9 @@ def test_a_config_that_transformers_stumbles_over(source, text_file, tmp_path, e
 def test_a_damaged_tokenizer(source, text_file, tmp_path, name, content):
     (source / name).write_bytes(content)
     attempt(source, text_file, tmp_path, (CompressionError, CheckpointError), "tokenizer")
+
+
+def test_a_damaged_file_that_goes_along(source, text_file, tmp_path):
+    """It would be found out when the result is judged, after all the work."""
+    (source / "generation_config.json").write_text("{")
+    attempt(source, text_file, tmp_path, InvalidConfigError, "generation_config.json")
