@@ -179,10 +179,12 @@ def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
             )
         budget += ends_bytes if options.embedding_store is None else 0
         # What is chosen depends on errors that are not known yet; whether anything fits does not.
-        unknown = {name: _unknown(name, o, i, options.kind) for name, (o, i) in zip(targets, shapes, strict=True)}
-        competing = dict(zip(sorted(ends), matrices, strict=True)) if options.embedding_store is None else {}
-        silent: dict[str, dict[str, float]] = {name: {} for name in (*unknown, *competing)}
-        choose(unknown, options, noise=silent, budget_bytes=budget, ends=competing)
+        curves = {name: _unknown(name, o, i, options.kind) for name, (o, i) in zip(targets, shapes, strict=True)}
+        competing: dict[str, tuple[int, int]] = {}
+        if options.embedding_store is None:
+            competing = {name: (rows, width) for name, (rows, width) in zip(sorted(ends), matrices, strict=True)}
+        silent: dict[str, dict[str, float]] = {name: {} for name in (*curves, *competing)}
+        choose(curves, options, noise=silent, budget_bytes=budget, ends=competing)
     else:
         assert options.keep is not None
         # Ranks can't be chosen yet, but a budget below the smallest ones is known to fail.

@@ -28,7 +28,7 @@ def parameters_on_meta() -> Iterator[None]:
                 attributes = {**parameter.__dict__, "requires_grad": parameter.requires_grad}
                 module._parameters[name] = type(parameter)(parameter.to("meta"), **attributes)
 
-        nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+        nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
