@@ -22,7 +22,7 @@ from cai_runtime.compress.run import WRITTEN, Run, nothing_left
 from cai_runtime.compress.speech_evaluation import speech_quality
 from cai_runtime.compress.torch_state import plain_torch
 from cai_runtime.compress.weights import DenseWeights
-from cai_runtime.compress.work import SUFFIX, bytes_held, work_directory
+from cai_runtime.compress.work import bytes_held, was_begun, work_directory
 from cai_runtime.convert.sources import pull
 from cai_runtime.errors import CaiError, CompressionError
 from cai_runtime.slim.destination import check_destination, destination
@@ -166,7 +166,7 @@ def compress(
             weights = DenseWeights(checkpoint)
             options = options_for(speech=weights.is_speech)
             # A destination that is taken is known before hours of work; it may be by what an earlier call wrote.
-            taken_by_us = (work_directory(place) / f"{WRITTEN}{SUFFIX}").exists()
+            taken_by_us = was_begun(work_directory(place), WRITTEN)
             if not taken_by_us:
                 check_place(checkpoint.config)
             outlook = make_plan(weights, options, place)
@@ -220,7 +220,7 @@ def dry_run(
     place = destination(dst)
     path = pull(src, progress=progress)
     with Checkpoint.open(path) as checkpoint:
-        if not work_directory(place).exists():  # else the place may be taken by what is to go on
+        if not was_begun(work_directory(place)):  # else the place may be taken by what is to go on
             check_destination(place, source=path, overwrite=overwrite)
         weights = DenseWeights(checkpoint)
         return make_plan(weights, options_of(**options, speech=weights.is_speech), place), measured_rate()

@@ -29,6 +29,13 @@ def work_directory(dst: Path) -> Path:
     return dst.parent / f".{dst.name}.work"
 
 
+def was_begun(directory: Path, step: str | None = None) -> bool:
+    """Whether there is a work directory, or in it a step. False, too, where none can be: a name that is too long."""
+    with suppress(OSError):
+        return (directory if step is None else directory / f"{step}{SUFFIX}").exists()
+    return False
+
+
 def bytes_held(directory: Path) -> int:
     """Bytes of the files in a work directory; 0 without one."""
     with suppress(OSError):

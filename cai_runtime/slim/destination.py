@@ -12,6 +12,8 @@ from pathlib import Path
 from cai_runtime.errors import CheckpointWriteError
 from cai_runtime.slim.reader import CONFIG_FILE
 
+LONGEST_NAME = 255 - len("..01234567.partial")  # of a directory that has hidden ones of longer names beside it
+
 
 def destination(dst: str | Path) -> Path:
     """The path made absolute, without `.` and `..`, so that its name is that of a directory. Links stay as they are."""
@@ -34,6 +36,8 @@ def check_destination(dst: Path, *, source: Path | None = None, overwrite: bool 
         if place.is_relative_to(origin) or origin.is_relative_to(place):
             how = "lies inside the source" if place.is_relative_to(origin) else "has the source inside"
             raise CheckpointWriteError(f"{how}, {source}; choose another destination", file=dst)
+    if len(os.fsencode(dst.name)) > LONGEST_NAME:
+        raise CheckpointWriteError(f"has a name of more than {LONGEST_NAME} bytes", file=dst)
     if not os.path.lexists(dst):
         return
     if not dst.is_dir() or dst.is_symlink():

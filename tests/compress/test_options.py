@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cai_runtime.compress import compress, dry_run
-from cai_runtime.errors import CompressionError
+from cai_runtime.errors import CheckpointWriteError, CompressionError
 
 GOOD = {"samples": 4, "sequence_length": 32, "rank_multiple": 1, "refine_epochs": 0, "heal_tokens": 0, "evaluate": False,
         "progress": False}  # fmt: skip
@@ -57,3 +57,10 @@ def test_a_dry_run_leaves_the_random_generator(tiny, tmp_path):
     before = torch.random.get_rng_state()
     dry_run(tiny, tmp_path / "slim")
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_a_name_that_is_too_long(tiny, text_file, tmp_path):
+    for act in (lambda dst: compress(tiny, dst, calibration=text_file, **GOOD), lambda dst: dry_run(tiny, dst)):
+        with pytest.raises(CheckpointWriteError, match="more than 237 bytes"):
+            act(tmp_path / ("n" * 250))
+    assert list(tmp_path.iterdir()) == []

@@ -42,6 +42,10 @@ def test_the_source_is_no_destination(tmp_path: Path) -> None:
 def test_odd_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointWriteError, match="NUL"):
         CheckpointWriter(tmp_path / "a\0b", config={})
+    for length in (238, 300):
+        with pytest.raises(CheckpointWriteError, match="more than 237 bytes"):
+            CheckpointWriter(tmp_path / ("n" * length), config={})
+    CheckpointWriter(tmp_path / ("n" * 237), config={}).abort()
     (tmp_path / "loop").symlink_to("loop")
     for dst in (tmp_path / "loop", tmp_path / "loop/slim"):
         with pytest.raises(CheckpointWriteError, match=r"not a directory|can't be written"):
