@@ -37,12 +37,13 @@ class SelfSampling:
     to `temperature` over `start_tokens` tokens. chat_share: of the sequences of a chat model, those that are conversations.
     turns: a conversation's questions, before another begins. lanes: sequences written at once.
 
-    The defaults are by SmolLM2-135M-Instruct: at temperature 1.0 it writes nonsense, at 0.7 a quarter of its 4-grams repeat;
-    at 0.9 a tenth does, and the text can be read.
+    The defaults are the model's own distribution. SmolLM2-135M-Instruct, compressed to keep 0.8 on 12 such sequences and not
+    trained, has a perplexity of 29.6 on Wikipedia; on text that reads better, sampled at 0.9 with a top_p of 0.95, 33.6: what
+    is seldom written is what the compressed model forgets.
     """
 
-    temperature: float = 0.9
-    top_p: float = 0.95
+    temperature: float = 1.0
+    top_p: float = 1.0
     start_temperature: float = 1.2
     start_tokens: int = 4
     chat_share: float = 0.5
