@@ -38,8 +38,8 @@ class SelfSampling:
     turns: a conversation's questions, before another begins. lanes: sequences written at once.
 
     The defaults are the model's own distribution. SmolLM2-135M-Instruct, compressed to keep 0.8 on 12 such sequences and not
-    trained, has a perplexity of 29.6 on Wikipedia; on text that reads better, sampled at 0.9 with a top_p of 0.95, 33.6: what
-    is seldom written is what the compressed model forgets.
+    trained, has a perplexity of 29.6 on Wikipedia; on text that reads better, at 0.9 with a top_p of 0.95, it has 33.6:
+    what is seldom written is what the compressed model forgets.
     """
 
     temperature: float = 1.0
