@@ -151,7 +151,7 @@ def slim_as_transformers(
     Raises CheckpointError for a checkpoint that can't be read or lacks a tensor, CompressionError when transformers can't
     build the model.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     from cai_runtime.slim.reader import Checkpoint
 
@@ -168,9 +168,7 @@ def slim_as_transformers(
             if module.bias is not None:
                 state[f"{name}.bias"] = module.bias.to(dtype)
     with _loading(path):
-        config: Any = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
+        config = dense_config(path)
         with torch.device("meta"):  # only to learn the class; nothing is allocated
             architecture = type(auto_class(config).from_config(config))
         model, found = architecture.from_pretrained(
@@ -180,6 +178,16 @@ def slim_as_transformers(
             model.generation_config = GenerationConfig.from_pretrained(path)
     _require_all(path, found)
     return _frozen(model, device)
+
+
+def dense_config(path: str | Path) -> Any:
+    """A checkpoint's config.json as transformers has it, as that of a dense model. Raises what transformers raises."""
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
 
 
 def auto_class(config: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cai_runtime.compress.evaluate import dense_config
 from cai_runtime.compress.foreign import quiet_transformers
 from cai_runtime.compress.weights import DenseWeights
 from cai_runtime.errors import TensorDtypeError, TensorMissingError, TensorShapeError
@@ -78,7 +79,7 @@ def _loaded_by_name(weights: DenseWeights, architecture: Any) -> tuple[set[str],
     with weights.transformers_reads(), quiet_transformers():
         _, found = architecture.from_pretrained(
             None,
-            config=weights.transformers_config(),
+            config=dense_config(weights.path),
             state_dict=names,
             device_map={"": "meta"},
             ignore_mismatched_sizes=True,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cai_runtime.compress.evaluate import SPEECH, auto_class, dense_reference, slim_as_transformers
+from cai_runtime.compress.evaluate import SPEECH, auto_class, dense_config, dense_reference, slim_as_transformers
 from cai_runtime.compress.foreign import foreign
 from cai_runtime.compress.torch_state import parameters_on_meta
 from cai_runtime.convert.cache import sha256_of
@@ -125,7 +125,7 @@ class DenseWeights:
         Raises CompressionError when transformers can't build it, UnsupportedModelError as `auto_class`.
         """
         with self.transformers_reads(), parameters_on_meta():
-            config = self.transformers_config()
+            config = dense_config(self.path)
             model = auto_class(config).from_config(config, dtype=dtype)
         names = Names(model)
         found = {disk: names.in_model(disk) for disk in sorted(self._names_on_disk())}
@@ -143,15 +143,6 @@ class DenseWeights:
     def transformers_reads(self) -> AbstractContextManager[None]:
         """In which transformers' errors are a CompressionError."""
         return foreign(f"transformers can't build the model of {self.path}")
-
-    def transformers_config(self) -> Any:
-        """config.json as transformers has it, as that of a dense model."""
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        return config
 
     def _module_of(self, name: str) -> str | None:
         name = self.on_disk(name)
