@@ -38,7 +38,7 @@ class States:
         output = type(self.output)(**{**self.output, STATES: states[None]})
         with patched(self.body, lambda *_args, **_kwargs: output):
             logits: torch.Tensor = self.model(**self.inputs, use_cache=False).logits
-        return logits[0]
+        return logits.squeeze(0)  # whose gradient is a view, too
 
 
 def states_of(model: Any, batch: Batch) -> States:

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
+from torch import nn
 
+from cai_runtime.compress.divergence import Divergence
 from cai_runtime.compress.ends import Ends
 from cai_runtime.compress.head import states_of
 from cai_runtime.compress.moments import MomentHooks, group_by_input, noting_inputs
@@ -94,7 +95,11 @@ class Healer:
         self._steps, self._per_step, self._mixed = settings.steps, settings.batches, settings.mixed
         self._named = {name: p for name, p in student.named_parameters() if p.requires_grad}
         metrics = input_metrics(student, batches[: METRIC_BATCHES * self._per_step])
+        self._divergence = Divergence()
         self._optimizer = WhitenedMuon(self._named.values(), settings.rate, metrics)
+        if self._mixed:
+            for model in (student, teacher):
+                _cast_once(model)
         self.losses: list[float] = []  # mean divergence of each step, in nats per position
 
     def run(self) -> None:
@@ -132,14 +137,11 @@ class Healer:
                 target = wanted.logits(flat_wanted[part])
             with torch.enable_grad(), self._precision():
                 logits = found.logits(flat[part])
-            target = target.float().log_softmax(-1)
-            with torch.enable_grad():
-                logits = logits.float().log_softmax(-1)
-                loss = F.kl_div(logits, target, log_target=True, reduction="sum") / (count * self._per_step)
-                loss.backward()
-            total += float(loss.detach())
+            divergence, gradient = self._divergence(logits, target)
+            logits.backward(gradient.div_(count * self._per_step).to(logits.dtype))
+            total += divergence / count
         found.hidden.backward(leaf.grad)
-        return total * self._per_step
+        return total
 
     def _precision(self) -> torch.autocast:
         device = next(iter(self._named.values())).device.type
@@ -168,7 +170,15 @@ class Healer:
         self._work.save(STEP, tensors, {"steps": steps, "losses": self.losses, "state": kept}, again=True)
 
 
-def input_metrics(student: Any, batches: Sequence[Batch]) -> dict[torch.nn.Parameter, Metric]:
+def _cast_once(model: Any) -> None:
+    """Make what autocast would cast at every use, a weight that is not trained, bf16 for good; the head's is a tenth of a
+    step. An embedding that was tied to it stays fp32."""
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight.dtype == torch.float32 and not module.weight.requires_grad:
+            module.weight = nn.Parameter(module.weight.detach().bfloat16(), requires_grad=False)
+
+
+def input_metrics(student: Any, batches: Sequence[Batch]) -> dict[nn.Parameter, Metric]:
     """The metrics of a model's `TrainableLinear`s, see `core_metrics`, by what they are given in these batches."""
     layers = {name: module for name, module in student.named_modules() if isinstance(module, TrainableLinear)}
     targets = [Target(name, layer) for name, layer in layers.items()]
