@@ -37,6 +37,7 @@ from cai_runtime.bench.machine import describe_machine, versions
 from cai_runtime.compress import compress, run
 from cai_runtime.compress.calibration import tokenize
 from cai_runtime.compress.evaluate import dense_reference, perplexity, slim_as_transformers
+from cai_runtime.compress.options import HEAL_TOKENS
 from cai_runtime.compress.pipeline import options_of
 from cai_runtime.convert.sources import pull
 from cai_runtime.convert.texts import split_articles, wikipedia_articles
@@ -85,11 +86,12 @@ class _Done(Exception):
 def calibrated(source: Path, folder: Path, options: dict[str, Any]) -> Path:
     """A work directory in `folder` of a compression that has come to its allocation. Cases share it that differ in nothing
     before."""
-    name = f"{options['calibration']}-{options['samples']}{'' if options.get('curvature', True) else '-plain'}"
+    # The text is that of the healing, or of the default one, so that it is the same with and without.
+    shared = {key: options[key] for key in ("calibration", "samples", "curvature") if key in options}
+    shared["heal_tokens"] = options_of(**options).heal_tokens or HEAL_TOKENS
+    name = "-".join(map(str, shared.values()))
     work = folder / f".{name}.work"
     if not work.exists():
-        # The text is that of the default healing, so that it is the same with and without.
-        shared = {key: options[key] for key in ("calibration", "samples", "curvature") if key in options}
         with patch.object(run, "choose", side_effect=_Done), suppress(_Done):
             compress(source, folder / name, evaluate=False, **shared)
     return work

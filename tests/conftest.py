@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Tests run in as many processes as there are processors: each, and what it starts, takes one of them.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("CAI_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

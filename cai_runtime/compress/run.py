@@ -67,7 +67,7 @@ class Run:
     def open_work(self, *, restart: bool) -> Work:
         """The work directory, locked. Raises what `Work` does."""
         start = perf_counter()
-        self._hashes = self._weights.hashes()
+        self._hashes = self._weights.hashes(self._progress)
         hashed = perf_counter() - start
         key = {"options": asdict(self._options), "source": self._hashes, "versions": versions()}
         work = Work(work_directory(self._dst), {**key, "threads": torch.get_num_threads()}, restart=restart)
@@ -169,7 +169,7 @@ class Run:
                 SELF if options.calibration is None else options.calibration,
                 tokenizer=_tokenizer(self._weights.path),
                 model_path=self._weights.path,
-                samples=options.samples + -(-options.heal_tokens // options.sequence_length),
+                samples=options.text_samples,
                 sequence_length=options.sequence_length,
                 seed=options.seed,
                 device=options.device,

@@ -187,7 +187,7 @@ def calibration_batches(
             options.calibration,
             model=model,
             model_path=weights.path,
-            samples=options.samples + -(-options.heal_tokens // options.sequence_length),
+            samples=options.text_samples,
             most_tokens=options.sequence_length,
             seed=options.seed,
             progress=progress,

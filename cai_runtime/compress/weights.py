@@ -16,6 +16,7 @@ from cai_runtime.compress.foreign import foreign
 from cai_runtime.compress.torch_state import parameters_on_meta
 from cai_runtime.convert.cache import sha256_of
 from cai_runtime.integrations.names import Names
+from cai_runtime.progress import progress_bar
 from cai_runtime.slim.reader import Checkpoint
 from cai_runtime.slim.shard import TensorInfo
 
@@ -102,10 +103,12 @@ class DenseWeights:
         """Whether the tensor is the bias of a layer whose weight is there, too."""
         return name.endswith(".bias") and f"{name.removesuffix('.bias')}.weight" in self
 
-    def hashes(self) -> dict[str, str]:
-        """SHA-256 of every file the tensors lie in, by name."""
+    def hashes(self, progress: bool | None = None) -> dict[str, str]:
+        """SHA-256 of every file the tensors lie in, by name. progress: as of `progress_bar`."""
         files = sorted({info.file for info in self._checkpoint.tensors().values()})
-        return {file.name: sha256_of(file) for file in files}
+        size = sum(file.stat().st_size for file in files)
+        with progress_bar("hash source", total=size, unit="B", show=progress, unit_scale=True) as bar:
+            return {file.name: sha256_of(file, bar.update) for file in files}
 
     def config(self) -> dict[str, Any]:
         """config.json as it lies there."""

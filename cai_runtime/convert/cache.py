@@ -20,6 +20,7 @@ from cai_runtime.errors import SourceError
 from cai_runtime.home import cai_home
 
 RECEIPT = ".cai_receipt.json"
+PIECE = 16 << 20  # bytes that are hashed at a time
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +30,14 @@ def tqdm_disable(progress: bool | None) -> bool | None:
     return None if progress is None else not progress
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+def sha256_of(path: Path, tick: Callable[[int], object] = lambda _: None) -> str:
+    """SHA-256 of a file's bytes, as 64 hexadecimal digits. tick: called with numbers of bytes that are done."""
+    found = hashlib.sha256()
     with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        while piece := f.read(PIECE):
+            found.update(piece)
+            tick(len(piece))
+    return found.hexdigest()
 
 
 def entry_path(kind: str, name: str, identity: str) -> Path:

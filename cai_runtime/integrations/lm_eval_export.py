@@ -113,8 +113,8 @@ def export_lm_eval(
     one, and two tasks over a text (see `eval_text.read_text`) that need nothing from the network: rolling
     perplexity, and the last word of paragraphs. lm-eval itself need not be installed.
 
-    Raises CheckpointError for no checkpoint, CompressionError for a text without paragraphs or a directory that can't
-    be written.
+    Raises CheckpointError for no checkpoint, CompressionError for a text without paragraphs, for the checkpoint's own
+    directory or one that can't be written.
     """
     from cai_runtime.compress.eval_text import read_text
     from cai_runtime.slim.reader import Checkpoint
@@ -122,6 +122,8 @@ def export_lm_eval(
     model, directory = Path(model).absolute(), Path(directory).absolute()
     with Checkpoint.open(model):
         pass
+    if directory.resolve() == model.resolve():
+        raise CompressionError(f"{directory} is the checkpoint itself: give lm-eval's files a directory of their own")
     document = read_text(text)
     pieces = [{"text": piece} for whole in document.texts for piece in _pieces(whole)]
     passages = [found for whole in document.texts for line in whole.split("\n") if (found := _last_word(line))]

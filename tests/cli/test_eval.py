@@ -72,6 +72,9 @@ def test_mistakes_are_told_before_any_work(tiny_dir, text, tmp_path, capsys, mon
         assert message in capsys.readouterr().err
     assert run(tiny_dir, tiny_dir, "--lm-eval", tmp_path / "x") == 1
     assert "one model" in capsys.readouterr().err
+    before = sorted(tiny_dir.iterdir())
+    assert run(tiny_dir, "--text", text, "--lm-eval", tiny_dir) == 1
+    assert "the checkpoint itself" in capsys.readouterr().err and sorted(tiny_dir.iterdir()) == before
 
 
 def test_prompts(tmp_path):
