@@ -98,8 +98,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--heal-tokens",
         type=int,
         metavar="N",
-        help="tokens on which the whole model is trained to predict what the original does (default 65536, "
-        "below a keep of 0.7 90112); both models must fit in memory",
+        help="tokens on which the whole model is trained to predict what the original does (default 65536); both "
+        "models must fit in memory",
     )
     parser.add_argument(
         "--fast", action="store_true", help="neither refine nor heal, unless asked for: minutes less, a worse model"

@@ -20,7 +20,6 @@ KINDS = ("interpolative", "lowrank", "mpo", "dense")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEFAULT_KEEP = 0.8
 REFINE_EPOCHS, HEAL_TOKENS = 2, 65_536  # by default
-LONGER_HEAL_TOKENS = 90_112  # below REFINE_BELOW
 # From this keep on, healing makes up for what refinement would mend: it takes a hundredth off SmolLM2's perplexity at 0.8,
 # and a tenth at 0.5. A speech model's decoder has so little text to be healed on that it is refined at any keep.
 REFINE_BELOW = 0.7
@@ -116,8 +115,7 @@ class Options:
             healed = heal_tokens != 0 and keep is not None and keep >= REFINE_BELOW and not speech
             refine_epochs = 0 if elastic or healed else REFINE_EPOCHS
         if heal_tokens is None:
-            much = keep is not None and keep < REFINE_BELOW and not speech
-            heal_tokens = 0 if elastic else LONGER_HEAL_TOKENS if much else HEAL_TOKENS
+            heal_tokens = 0 if elastic else HEAL_TOKENS
         if store is None:
             stores: tuple[str, ...] = ("int8",) if target_bytes is None else COMPETING_STORES
         else:
@@ -156,8 +154,8 @@ class Options:
 
     @property
     def text_samples(self) -> int:
-        """Sequences of text: as many as healing reads, the `samples` of calibration last."""
-        return max(self.samples, -(-self.heal_tokens // self.sequence_length))
+        """Sequences of text: those of calibration, and others for healing."""
+        return self.samples + -(-self.heal_tokens // self.sequence_length)
 
     def __post_init__(self) -> None:
         def need(ok: bool, message: str) -> None:

@@ -87,11 +87,10 @@ def compress(
         refine_epochs: passes over the calibration text in which each block is trained to give the dense block's output;
             0: none. Default 2; none with `elastic`, nor where a language model of a keep of 0.7 or more is healed.
         heal_tokens: tokens on which the whole model is trained to predict what the original does; 0: none. Default
-            65,536, below a keep of 0.7 90,112; with `elastic` none. Needs both models in memory, and three times the
-            compressed one for the optimizer.
+            65,536; with `elastic` none. Needs both models in memory, and three times the compressed one for the optimizer.
         calibration: see `cai_runtime.compress.calibration.calibration_sequences`. None: "self", the model's own text. A
             speech model takes audio, see `cai_runtime.compress.speech.speech_samples`, and has no default.
-        samples, sequence_length: sequences to calibrate and refine on, and tokens in each. Healing takes further ones first.
+        samples, sequence_length: sequences to calibrate and refine on, and tokens in each. Healing takes further ones.
             For a speech model windows of 30 s, and the most tokens of a text; a window counts as so many of `heal_tokens`.
         embedding_store: store of the token embedding and the head, which stay dense. None: as `store`, but int8 with the
             int4 stores (4 bits cost more there than in the layers); with `target_bytes` and no `store` what the budget is

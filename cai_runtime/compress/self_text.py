@@ -46,7 +46,7 @@ class SelfSampling:
     top_p: float = 1.0
     start_temperature: float = 1.2
     start_tokens: int = 4
-    chat_share: float = 0.5
+    chat_share: float = 0.25
     turns: int = 3
     lanes: int = 16
 
