@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from cai_runtime.compress import compress, dry_run
+from cai_runtime.compress.pipeline import options_of
 from cai_runtime.errors import CheckpointWriteError, CompressionError
 
 GOOD = {"samples": 4, "sequence_length": 32, "rank_multiple": 1, "refine_epochs": 0, "heal_tokens": 0, "evaluate": False,
@@ -64,3 +65,20 @@ def test_a_name_that_is_too_long(tiny, text_file, tmp_path):
         with pytest.raises(CheckpointWriteError, match="more than 237 bytes"):
             act(tmp_path / ("n" * 250))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens", "sequences"),
+    [
+        ({}, 65_536, 176),
+        ({"keep": 0.5}, 65_536, 176),
+        ({"keep": 0.5, "speech": True}, 65_536, 176),
+        ({"target_bytes": "45%"}, 65_536, 176),
+        ({"elastic": True}, 0, 48),
+        ({"keep": 0.5, "heal_tokens": 1_000}, 1_000, 50),
+        ({"keep": 0.8, "heal_tokens": 1_000, "samples": 1}, 1_000, 3),
+    ],
+)
+def test_healing_has_text_beside_that_of_calibration(options, tokens, sequences):
+    found = options_of(**{"samples": 48, **options})
+    assert (found.heal_tokens, found.text_samples) == (tokens, sequences)
