@@ -34,15 +34,15 @@ from unittest.mock import patch
 import torch
 
 from cai_runtime.bench.machine import describe_machine, versions
-from cai_runtime.compress import compress, run
-from cai_runtime.compress.calibration import tokenize
-from cai_runtime.compress.evaluate import dense_reference, perplexity, slim_as_transformers
-from cai_runtime.compress.options import HEAL_TOKENS
-from cai_runtime.compress.pipeline import options_of
+from cai_runtime.compressor import compress, run
+from cai_runtime.compressor.data.calibration import tokenize
+from cai_runtime.compressor.options import HEAL_TOKENS
+from cai_runtime.compressor.pipeline import options_of
 from cai_runtime.convert.sources import pull
 from cai_runtime.convert.texts import split_articles, wikipedia_articles
 from cai_runtime.engine.open import load_tokenizer
 from cai_runtime.errors import CompressionError
+from cai_runtime.judge.evaluate import dense_reference, perplexity, slim_as_transformers
 
 MODEL = "smollm2-135m-instruct"
 WINDOW, WINDOWS = 512, 48

@@ -68,7 +68,7 @@ def child(directory: Path, settings: dict) -> None:
     import torch
     import transformers  # noqa: F401
 
-    from cai_runtime.compress import compress
+    from cai_runtime.compressor import compress
 
     torch.zeros(1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from cai_runtime.bench.machine import describe_machine, versions
-from cai_runtime.compress import compress
-from cai_runtime.compress.audio_files import find_clips
-from cai_runtime.compress.pipeline import options_of
-from cai_runtime.compress.speech_evaluation import compare_speech
+from cai_runtime.compressor import compress
+from cai_runtime.compressor.data.audio_files import find_clips
+from cai_runtime.compressor.pipeline import options_of
 from cai_runtime.convert.sources import pull
+from cai_runtime.judge.speech_evaluation import compare_speech
 
 MODEL = "whisper-tiny.en"
 UNTRAINED: dict[str, Any] = {"refine_epochs": 0, "heal_tokens": 0}

@@ -9,9 +9,7 @@ Names load when they are first used: importing the package brings in neither tor
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from cai_runtime.integrations import registration
@@ -28,9 +26,10 @@ if TYPE_CHECKING:
         UnprocessableEntityError,
     )
     from cai_runtime.client import AsyncClient, AsyncStream, Client, Stream
-    from cai_runtime.compress import compress  # type: ignore[attr-defined]
-    from cai_runtime.default import chat, close, complete, configure, models
+    from cai_runtime.compressor.pipeline import compress
     from cai_runtime.errors import CaiError
+    from cai_runtime.functions import chat, close, complete, configure, list_models
+    from cai_runtime.judge.comparison import compare
 
 _HOME_OF = {
     "APIError": "cai_runtime.api.errors",
@@ -46,17 +45,13 @@ _HOME_OF = {
     "Client": "cai_runtime.client",
     "Stream": "cai_runtime.client",
     "CaiError": "cai_runtime.errors",
-    "close": "cai_runtime.default",
-    "complete": "cai_runtime.default",
-    "configure": "cai_runtime.default",
-}
-
-# Names that are a function and a package too. Python puts a package in its parent's place of that name once it is
-# imported, so the package must be what is called.
-_FUNCTION_OF = {
-    "chat": "cai_runtime.default",
-    "compress": "cai_runtime.compress",
-    "models": "cai_runtime.default",
+    "chat": "cai_runtime.functions",
+    "close": "cai_runtime.functions",
+    "compare": "cai_runtime.judge.comparison",
+    "complete": "cai_runtime.functions",
+    "compress": "cai_runtime.compressor.pipeline",
+    "configure": "cai_runtime.functions",
+    "list_models": "cai_runtime.functions",
 }
 
 __all__ = [
@@ -75,33 +70,15 @@ __all__ = [
     "UnprocessableEntityError",
     "chat",
     "close",
+    "compare",
     "complete",
     "compress",
     "configure",
-    "models",
+    "list_models",
 ]
 
 
-class _CallablePackage(ModuleType):
-    """A package that is the function of its name when called."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        name = self.__name__.rpartition(".")[2]
-        return getattr(import_module(_FUNCTION_OF[name]), name)(*args, **kwargs)
-
-
-class _Package(ModuleType):
-    """This package: makes the packages of `_FUNCTION_OF` callable as the import system puts them in place."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _FUNCTION_OF and isinstance(value, ModuleType):
-            value.__class__ = _CallablePackage
-        super().__setattr__(name, value)
-
-
 def __getattr__(name: str) -> Any:
-    if name in _FUNCTION_OF:
-        return import_module(f"cai_runtime.{name}")
     if name in _HOME_OF:
         value = getattr(import_module(_HOME_OF[name]), name)
         globals()[name] = value
@@ -113,5 +90,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-sys.modules[__name__].__class__ = _Package
 registration.install()  # transformers reads slim checkpoints from here on

@@ -24,17 +24,17 @@ from cai_runtime.api.params import (
     validated,
 )
 from cai_runtime.api.usage import ReplyHead, usage_of
-from cai_runtime.chat.events import ChatEvent, EndEvent, TextEvent
-from cai_runtime.chat.messages import Message, parse_messages
-from cai_runtime.chat.template import render
 from cai_runtime.engine.request import Completion, Request
+from cai_runtime.formats.events import ChatEvent, EndEvent, TextEvent
+from cai_runtime.formats.messages import Message, parse_messages
+from cai_runtime.formats.template import render
 
 
 @with_config(STRICT)
 class ChatParams(GenerationParams, total=False):
     """Keyword arguments of `chat.completions.create`, besides `stream` (default false).
 
-    messages: the conversation; see `cai_runtime.chat.messages.parse_messages`.
+    messages: the conversation; see `cai_runtime.formats.messages.parse_messages`.
     parallel_tool_calls: accepted; there are no tool calls yet for it to govern.
 
     The others are those of GenerationParams. `tools`, `tool_choice`, `reasoning_effort`, `reasoning_enabled`,

@@ -23,8 +23,8 @@ from cai_runtime.api.params import (
     validated,
 )
 from cai_runtime.api.usage import ReplyHead, usage_of
-from cai_runtime.chat.events import ChatEvent, EndEvent, TextEvent
 from cai_runtime.engine.request import Completion, Request
+from cai_runtime.formats.events import ChatEvent, EndEvent, TextEvent
 
 DEFAULT_MAX_TOKENS = 16
 Prompt = str | list[int]

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from cai_runtime.api.errors import APIError, as_api_errors
-from cai_runtime.chat.events import ChatEvent
-from cai_runtime.chat.plain import PlainParser
 from cai_runtime.engine.request import Completion, Delta, Request
+from cai_runtime.formats.events import ChatEvent
+from cai_runtime.formats.plain import PlainParser
 
 Chunk = TypeVar("Chunk")
 Whole = TypeVar("Whole")

@@ -144,7 +144,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from cai_runtime.compress import compress, dry_run
+    from cai_runtime.compressor import compress, dry_run
 
     options = {
         "keep": args.keep,
@@ -193,7 +193,7 @@ def _say_how_to_go_on(dst: str) -> None:
     """After Ctrl-C, on stderr, below the bar that was begun."""
     import sys
 
-    from cai_runtime.compress.work import work_directory
+    from cai_runtime.compressor.work import work_directory
     from cai_runtime.slim.destination import destination
 
     directory = work_directory(destination(dst))

@@ -132,7 +132,7 @@ def slim_checkpoint(
     def build(directory: Path) -> None:
         nonlocal new
         new = True
-        from cai_runtime.compress import compress
+        from cai_runtime.compressor import compress
 
         say("compressing and evaluating; minutes, and only this once")
         start = time.perf_counter()
@@ -167,9 +167,9 @@ def weight_files(directory: Path) -> list[Path]:
 
 def perplexities(original: Path, slim: Path) -> dict[str, Any]:
     """Of both models on the first tokens of the articles that calibration and tuning have not seen."""
-    from cai_runtime.compress.evaluate import dense_reference, perplexity, slim_as_transformers
     from cai_runtime.convert.texts import split_articles, wikipedia_articles
     from cai_runtime.engine.open import load_tokenizer
+    from cai_runtime.judge.evaluate import dense_reference, perplexity, slim_as_transformers
 
     text = "\n\n".join(split_articles(wikipedia_articles()).test)
     # Tokens are a few characters long: no need to tokenize megabytes.

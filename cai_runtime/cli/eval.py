@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         return _export(args)
     if args.audio:
         return _hear(args)
-    from cai_runtime.compress.picture import check_picture, draw_comparison
+    from cai_runtime.judge.picture import check_picture, draw_comparison
 
     if args.picture is not None:
         check_picture(args.picture)
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = [] if args.no_samples else None if args.prompts is None else read_prompts(args.prompts)
     import shutil
 
-    from cai_runtime.compress.comparison import PROMPTS, compare
+    from cai_runtime.judge.comparison import PROMPTS, compare
 
     comparison = compare(
         args.reference,
@@ -130,7 +130,7 @@ def read_prompts(file: str | Path) -> list[str]:
 def _export(args: argparse.Namespace) -> int:
     from cai_runtime.convert.sources import pull
     from cai_runtime.errors import CompressionError
-    from cai_runtime.integrations.lm_eval_export import export_lm_eval
+    from cai_runtime.judge.lm_eval_export import export_lm_eval
 
     if args.candidate is not None:
         raise CompressionError("--lm-eval takes one model: run it once for each, with a directory of its own")
@@ -143,8 +143,8 @@ def _hear(args: argparse.Namespace) -> int:
     """Speech models, on audio."""
     import shutil
 
-    from cai_runtime.compress.speech_evaluation import compare_speech
     from cai_runtime.errors import CompressionError
+    from cai_runtime.judge.speech_evaluation import compare_speech
 
     if args.text is not None or args.picture is not None or args.backend != "transformers":
         raise CompressionError(

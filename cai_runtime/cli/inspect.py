@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     from cai_runtime.slim.inspect import format_inspection, inspect_checkpoint
 
     if args.picture is not None:
-        from cai_runtime.compress.picture import check_picture
+        from cai_runtime.judge.picture import check_picture
 
         check_picture(args.picture)
     inspection = inspect_checkpoint(args.dir, keep=args.keep)
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         with Checkpoint.open(args.dir) as checkpoint:
             checkpoint.verify()
     if args.picture is not None:
-        from cai_runtime.compress.picture import draw_inspection
+        from cai_runtime.judge.picture import draw_inspection
 
         draw_inspection(inspection, args.picture)
     if args.json:

@@ -3,9 +3,9 @@
 import pytest
 
 from cai_runtime import BadRequestError
-from cai_runtime.chat.messages import Message, parse_messages
-from cai_runtime.chat.template import _token_ids, render
 from cai_runtime.errors import ConversationError
+from cai_runtime.formats.messages import Message, parse_messages
+from cai_runtime.formats.template import _token_ids, render
 
 
 def text(content):

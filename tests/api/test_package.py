@@ -1,4 +1,4 @@
-"""`import cai_runtime`: light, with functions that are packages too, over a client that all calls share."""
+"""`import cai_runtime`: light, with functions over a client that all calls share."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import threading
 import pytest
 
 import cai_runtime
-from cai_runtime import default
+from cai_runtime import functions
 
 
 def python(code):
@@ -35,18 +35,17 @@ def test_every_name_is_there():
         cai_runtime.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("first", ["import cai_runtime.chat.messages, cai_runtime.models.catalog", ""])
-def test_functions_that_are_packages_too(first):
-    """Whether the package was imported before or not, its name can be called and imported from."""
+@pytest.mark.parametrize("first", ["import cai_runtime.formats.messages, cai_runtime.models.catalog", ""])
+def test_functions_are_functions_and_packages_are_packages(first):
+    """Whatever was imported before, no name stands for both."""
     printed = python(
-        f"{first}\nimport cai_runtime, cai_runtime.chat as chat\nfrom cai_runtime import models\n"
-        "assert chat is cai_runtime.chat and models is cai_runtime.models\n"
-        "from cai_runtime.chat.events import TextEvent\n"
-        "print(len(cai_runtime.models().data), len(models().data))\n"
-        "try: chat('hi')\n"
-        "except cai_runtime.BadRequestError as e: print(e.param)"
+        f"{first}\nimport cai_runtime, inspect, pkgutil\n"
+        "packages = {m.name for m in pkgutil.iter_modules(cai_runtime.__path__)} | {'kernels', 'models'}\n"
+        "print(*packages & {*cai_runtime.__all__})\n"
+        "print(len(cai_runtime.list_models().data))\n"
+        "print(*(n for n in ('chat', 'complete', 'compress', 'compare') if not inspect.isfunction(getattr(cai_runtime, n))))"
     )
-    assert printed == ["16", "16", "model"]
+    assert printed == ["16"]
 
 
 @pytest.fixture
@@ -65,7 +64,7 @@ def test_functions_over_the_shared_client(shared, factory, model_dir, ask):
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == alphabet
     assert cai_runtime.complete("w", temperature=0).choices[0].text == "xyz"
     assert cai_runtime.complete("w", temperature=0, model=model_dir).model == str(model_dir)
-    assert cai_runtime.models().data[-1].id == str(model_dir)
+    assert cai_runtime.list_models().data[-1].id == str(model_dir)
     assert len(factory.opened) == 1
     with pytest.raises(cai_runtime.BadRequestError):
         cai_runtime.chat("hi", nothing=1)
@@ -74,12 +73,12 @@ def test_functions_over_the_shared_client(shared, factory, model_dir, ask):
 def test_configure_and_close_give_models_back(shared, factory, model_dir):
     cai_runtime.chat("hi")
     new = cai_runtime.configure(models={"abc": model_dir}, _engine_factory=factory)
-    assert factory.runners[0].closed and default.client() is new
+    assert factory.runners[0].closed and functions.client() is new
     cai_runtime.chat("hi", model="abc")
     cai_runtime.close()
     cai_runtime.close()
     assert factory.runners[1].closed
-    assert default.client() is not new
+    assert functions.client() is not new
 
 
 def test_one_shared_client_for_all_threads():
@@ -89,7 +88,7 @@ def test_one_shared_client_for_all_threads():
 
     def use():
         barrier.wait()
-        clients.append(default.client())
+        clients.append(functions.client())
 
     threads = [threading.Thread(target=use) for _ in range(8)]
     for thread in threads:

@@ -52,7 +52,7 @@ def test_a_dry_run_writes_nothing_and_knows_a_taken_place(tiny_dir, text, tmp_pa
 def test_ctrl_c_says_how_to_go_on(tiny_dir, text, tmp_path):
     """In a process of its own, on its way through the blocks; then the same command goes on to the end."""
     code = (
-        "import os, signal, sys; from cai_runtime.cli import main; from cai_runtime.compress.run import Run\n"
+        "import os, signal, sys; from cai_runtime.cli import main; from cai_runtime.compressor.run import Run\n"
         "if sys.argv.pop(1) == 'stop':\n"
         "    Run._compress_blocks = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"

@@ -35,7 +35,7 @@ def test_defaults_are_those_of_compare():
     import argparse
 
     from cai_runtime.cli import eval as command
-    from cai_runtime.compress import compare
+    from cai_runtime.compressor import compare
 
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
@@ -62,7 +62,7 @@ def test_mistakes_are_told_before_any_work(tiny_dir, text, tmp_path, capsys, mon
     def never(*args, **kwargs):
         raise AssertionError("nothing should be loaded")
 
-    monkeypatch.setattr("cai_runtime.compress.comparison.compare", never)
+    monkeypatch.setattr("cai_runtime.judge.comparison.compare", never)
     for wrong, message in (
         (("--json", tmp_path / "no" / "c.json"), "no directory"),
         (("--picture", tmp_path / "c.pdf"), "PNG"),
@@ -93,7 +93,7 @@ def test_prompts(tmp_path):
 def exported(tiny_dir, text, tmp_path, capsys):
     directory = tmp_path / "lm eval"
     assert run(tiny_dir, "--text", text, "--lm-eval", directory) == 0
-    assert "python -m cai_runtime.integrations.lm_eval run --model cai" in capsys.readouterr().out
+    assert "python -m cai_runtime.judge.lm_eval run --model cai" in capsys.readouterr().out
     return directory
 
 
@@ -124,8 +124,8 @@ def test_lm_eval_runs_on_the_engine(exported, tiny_dir):
 
     import torch
 
-    from cai_runtime.compress.evaluate import dense_reference
     from cai_runtime.engine.open import load_tokenizer
+    from cai_runtime.judge.evaluate import dense_reference
 
     done = subprocess.run(
         [sys.executable, exported / "run.py"],
@@ -153,7 +153,7 @@ def test_lm_eval_generates_and_scores(tiny_dir):
     from lm_eval.api.instance import Instance
 
     from cai_runtime.errors import InvalidRequestError
-    from cai_runtime.integrations.lm_eval import CaiLM, sampling_of
+    from cai_runtime.judge.lm_eval import CaiLM, sampling_of
 
     def requests(kind, *arguments):
         return [Instance(kind, {}, own, k) for k, own in enumerate(arguments)]
@@ -181,7 +181,7 @@ def test_lm_eval_generates_and_scores(tiny_dir):
 
 
 def test_a_directory_for_a_file_is_told_before_the_work(tiny_dir, text, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("cai_runtime.compress.comparison._compared", lambda *_: pytest.fail("it was begun"))
+    monkeypatch.setattr("cai_runtime.judge.comparison._compared", lambda *_: pytest.fail("it was begun"))
     assert run(tiny_dir, "--text", text, "--json", tmp_path) == 1
     assert f"--json {tmp_path} is a directory" in capsys.readouterr().err
 

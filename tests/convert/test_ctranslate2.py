@@ -15,11 +15,11 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from cai_runtime.compress.transcribe import Prompts, encode, prompt_of
 from cai_runtime.convert.ctranslate2 import ctranslate2_to_hf
 from cai_runtime.convert.ctranslate2_file import CTranslate2File
 from cai_runtime.convert.sources import pull
 from cai_runtime.errors import CaiError, ConversionError
+from cai_runtime.stock.transcribe import Prompts, encode, prompt_of
 
 TYPES = {"float32": 0, "int8": 1, "int16": 2, "int32": 3, "float16": 4, "bfloat16": 5}
 WORDS = [f"w{k}" for k in range(40)]

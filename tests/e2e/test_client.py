@@ -81,6 +81,6 @@ def test_module_level_functions(smollm2_dir: Path):
         assert isinstance(reply, ChatCompletion)
         completion = cai_runtime.complete("Two plus two is", model=str(smollm2_dir), max_tokens=4, temperature=0)
         assert isinstance(completion, Completion)
-        assert len([m for m in cai_runtime.models().data if m.owned_by != "local"]) == 16
+        assert len([m for m in cai_runtime.list_models().data if m.owned_by != "local"]) == 16
     finally:
         cai_runtime.close()

@@ -13,9 +13,9 @@ import torch
 
 from cai_runtime.cli import main
 from cai_runtime.client import AsyncClient, Client
-from cai_runtime.compress.allocate import Curve
-from cai_runtime.compress.decompose import factorize
-from cai_runtime.compress.elastic import add_elastic_module, cut, plan_elastic
+from cai_runtime.compressor.elastic.growth import add_elastic_module, cut, plan_elastic
+from cai_runtime.compressor.factor.allocate import Curve
+from cai_runtime.compressor.factor.decompose import factorize
 from cai_runtime.engine.open import load_runner
 from cai_runtime.engine.runner import ScheduledSequence
 from cai_runtime.errors import KeepError

@@ -5,10 +5,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import cai_runtime
-from cai_runtime.compress.evaluate import slim_as_transformers
 from cai_runtime.integrations.dense import slim_modules
 from cai_runtime.integrations.guarded import ReadOnlyWeight
 from cai_runtime.integrations.linear import SlimLinear
+from cai_runtime.judge.evaluate import slim_as_transformers
 
 KINDS = ["interpolative", "lowrank", "mpo", "dense"]
 

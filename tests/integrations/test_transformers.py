@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import cai_runtime
-from cai_runtime.compress.evaluate import slim_as_transformers
 from cai_runtime.integrations.dense import dense_state, slim_modules
 from cai_runtime.integrations.embedding import SlimEmbedding
 from cai_runtime.integrations.linear import FactorizedLinear, SlimLinear, TiedLinear
+from cai_runtime.judge.evaluate import slim_as_transformers
 from cai_runtime.slim.elastic import ElasticModule, ElasticTable
 from cai_runtime.slim.reader import Checkpoint
 from cai_runtime.slim.spec import ModuleSpec

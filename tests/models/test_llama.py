@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cai_runtime.compress.cached_forward import cached_forward
 from cai_runtime.engine.model_runner import ModelRunner
 from cai_runtime.engine.open import load_runner
 from cai_runtime.engine.runner import ScheduledSequence
 from cai_runtime.errors import InvalidConfigError, TensorShapeError, UnsupportedModelError
+from cai_runtime.stock.cached_forward import cached_forward
 
 # Under the interpreter only Triton's kernels are of interest: test_llama_interpreted.py starts such a process.
 BACKENDS = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["cpu", "reference"]

@@ -1,0 +1,297 @@
+"""What a speech model is calibrated on: windows of audio as log-mel features, and what is said in them as tokens.
+
+A batch is one window. Windows of different texts side by side would need padding, and padded positions would go into the
+Gram matrices; an encoder's 1500 positions fill a machine anyway.
+
+Audio shorter than a window is padded with silence, as everywhere in Whisper, and the silence counts in the encoder's
+moments as any other position does: the decoder reads all positions, and a compressed encoder that has only learned speech
+gives it noise where it knows silence. Where silence says nothing about the loss, its gradients are small and weigh little.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cai_runtime.compressor.data.audio_files import RATE, Clip, Source, cut_windows, find_clips, read_audio
+from cai_runtime.compressor.data.repetition import loops
+from cai_runtime.errors import CompressionError
+from cai_runtime.progress import progress_bar
+from cai_runtime.stock.guard import foreign
+from cai_runtime.stock.transcribe import TOGETHER, Prompts, encode, prompt_of, transcribe
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from cai_runtime.compressor.options import Options
+    from cai_runtime.compressor.stats.block_stack import Batch
+    from cai_runtime.compressor.stats.weights import DenseWeights
+    from cai_runtime.compressor.work import Work
+
+# Of the model's own texts of one and the same window, one after the other until there are enough samples.
+TEMPERATURES = (0.0, 0.4, 0.8)
+SET_ASIDE = 10  # every tenth clip is for judging the result
+MOST_SET_ASIDE = 64  # a model hears each of them about as long as they take
+STEP = "text"
+NO_AUDIO = (
+    "a speech model is calibrated on audio, which it can't write itself: give files, a directory, or a list of clips "
+    "(--calibration DIR, calibration=); transcripts are welcome and not needed"
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One window and one text of it. window: index of the window. tokens: the prompt, the text and its end. prompt: how many
+    of them are the prompt."""
+
+    window: int
+    tokens: tuple[int, ...]
+    prompt: int
+
+
+@dataclass
+class SpeechCalibration:
+    """Windows and their texts.
+
+    features: fp32 [mels, frames] of each window. samples: texts of different windows first. source: in words. provenance:
+    plain values: files and their SHA-256, seconds, how many texts were given and how many are the model's own.
+    """
+
+    features: list[torch.Tensor]
+    samples: list[Sample]
+    source: str
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """For the report: plain values, with the SHA-256 of all token ids (int64, little-endian)."""
+        ids = torch.tensor([t for sample in self.samples for t in sample.tokens], dtype=torch.int64)
+        return {
+            "source": self.source,
+            "sequences": len(self.samples),
+            "windows": len(self.features),
+            "tokens": len(ids),
+            "tokens_sha256": hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest(),
+            **self.provenance,
+        }
+
+
+def require_audio(source: Source | None) -> None:
+    """Raises CompressionError, which says what to give, unless `source` is audio; as `find_clips` does."""
+    if source is None or source == "self":
+        raise CompressionError(NO_AUDIO)
+    find_clips(source)
+
+
+def split_clips(source: Source) -> tuple[list[Clip], list[Clip]]:
+    """The clips to calibrate on, and those to judge the result on: every tenth, none of fewer than ten; of more than 640,
+    64 that are spread evenly over them.
+
+    Raises CompressionError as `find_clips` does.
+    """
+    clips = find_clips(source)
+    count = min(len(clips) // SET_ASIDE, MOST_SET_ASIDE)
+    spread = max(len(clips), SET_ASIDE * MOST_SET_ASIDE)
+    judged = [(k + 1) * spread // MOST_SET_ASIDE - 1 for k in range(count)]
+    left = set(range(len(clips))).difference(judged)
+    return [clips[k] for k in sorted(left)], [clips[k] for k in judged]
+
+
+def open_clips(clips: Sequence[Clip], progress: bool | None = None) -> None:
+    """Read them all, so that one that can't be read is known before it is needed. Raises what `read_audio` raises."""
+    with progress_bar("clips", total=len(clips), unit="clip", show=progress) as bar:
+        for clip in clips:
+            read_audio(clip.path)
+            bar.update()
+
+
+def speech_samples(
+    source: Source | None,
+    *,
+    model: Any,
+    model_path: str | Path,
+    samples: int,
+    most_tokens: int = 512,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> SpeechCalibration:
+    """`samples` windows with a text each, or as many as the audio gives.
+
+    Args:
+        source: audio files, directories, or lists of clips, see `audio_files.find_clips`; some are left out, see
+            `split_clips`. A clip's transcript is the text of its window; a clip of more than 30 s is cut, and its windows,
+            like those without a transcript, get the model's own text, with times in every other one. Where there are more
+            samples than windows, the windows are told again: by the model, and then at higher temperatures.
+        model: transformers' Whisper. model_path: where its tokenizer and feature extractor are.
+        most_tokens: of a text; longer ones end there.
+        seed: draws the clips, and the tokens of texts at a temperature.
+        progress: bars on stderr; None shows them on a terminal only.
+
+    The same arguments give the same samples; no global random state is used or changed.
+
+    Raises CompressionError: no audio, or it can't be read, or the model's directory lacks a file.
+    """
+    require_audio(source)
+    assert source is not None
+    extractor, tokenizer = load_processor(model_path)
+    clips, judged = split_clips(source)
+    Random(seed).shuffle(clips)
+    features: list[torch.Tensor] = []
+    texts: list[str | None] = []
+    used: list[Clip] = []
+    seconds = 0.0
+    with progress_bar("audio", total=samples, unit="window", show=progress) as bar:
+        for clip in clips:
+            if len(features) >= samples:
+                break
+            windows = cut_windows(read_audio(clip.path), extractor.n_samples / RATE)
+            used.append(clip)
+            for window in windows[: samples - len(features)]:
+                features.append(window_features(extractor, window))
+                texts.append(clip.text if len(windows) == 1 else None)
+                seconds += len(window) / RATE
+                bar.update()
+    found = _tell(model, tokenizer, features, texts, samples, most_tokens, seed, progress)
+    own = sum(text is None for text in texts)
+    words = f"{seconds / 60:.1f} minutes of audio in {len(used)} clips and {len(features)} windows"
+    provenance = {
+        "seconds": round(seconds, 2),
+        "transcribed": len(features) - own,
+        "own_texts": len(found) - (len(features) - own),
+        "clips": len(clips) + len(judged),
+        "set_aside": len(judged),
+        "seed": seed,
+        "files": [_record(clip.path) for clip in used],
+    }
+    return SpeechCalibration(features, found, words, provenance)
+
+
+def calibration_batches(
+    weights: DenseWeights, options: Options, work: Work, progress: bool | None, *, judged: bool = False
+) -> tuple[list[Batch], list[Batch], dict[str, Any]]:
+    """Batches to calibrate on, batches to heal on (others first), and what they are; kept in the work directory. judged: the
+    clips that are set aside will be heard; all of them are opened now."""
+    from cai_runtime.compressor.options import DTYPES
+
+    if judged:
+        assert options.calibration is not None  # the plan has asked for it
+        open_clips(split_clips(options.calibration)[1], progress)
+    if not work.has(STEP):
+        model: Any = weights.resident(DTYPES[options.dtype]).to(options.device)
+        found = speech_samples(
+            options.calibration,
+            model=model,
+            model_path=weights.path,
+            samples=options.text_samples,
+            most_tokens=options.sequence_length,
+            seed=options.seed,
+            progress=progress,
+        )
+        tensors = {f"features-{k}": value for k, value in enumerate(found.features)}
+        tensors |= {f"tokens-{k}": torch.tensor(s.tokens, dtype=torch.int64) for k, s in enumerate(found.samples)}
+        record = {**found.to_json(), "calibrated_on": min(options.samples, len(found.samples))}
+        samples = [[sample.window, sample.prompt] for sample in found.samples]
+        work.save(STEP, tensors, {"report": record, "samples": samples})
+    tensors, record = work.load(STEP)
+    batches = [
+        speech_batch(tensors[f"features-{window}"].to(DTYPES[options.dtype]), tensors[f"tokens-{k}"], prompt)
+        for k, (window, prompt) in enumerate(record["samples"])
+    ]
+    known, others = batches[: options.samples], batches[options.samples :]
+    return known, others + known, record["report"]
+
+
+def speech_batch(features: torch.Tensor, tokens: torch.Tensor, prompt: int) -> Batch:
+    """A batch of one window: `input_features` [1, mels, frames], `decoder_input_ids` [1, tokens], and as `labels` the next
+    token at each place, -100 where that is part of the prompt. tokens: int64, prompt, text and end."""
+    labels = tokens[1:].clone()
+    labels[: prompt - 1] = -100
+    return {"input_features": features[None], "decoder_input_ids": tokens[None, :-1], "labels": labels[None]}
+
+
+def window_features(extractor: Any, audio: np.ndarray) -> torch.Tensor:
+    """Log-mel features of up to 30 s, padded with silence: fp32 [mels, frames]."""
+    return extractor(audio, sampling_rate=RATE, return_tensors="pt").input_features[0]
+
+
+def load_processor(path: str | Path) -> tuple[Any, Any]:
+    """A Whisper's feature extractor and tokenizer. Raises CompressionError when the directory lacks their files."""
+    from transformers import AutoFeatureExtractor, AutoTokenizer
+
+    with foreign(f"the feature extractor or tokenizer of {path} can't be loaded"):
+        return (
+            AutoFeatureExtractor.from_pretrained(path, trust_remote_code=False),
+            AutoTokenizer.from_pretrained(path, trust_remote_code=False),
+        )
+
+
+def _tell(
+    model: Any,
+    tokenizer: Any,
+    features: list[torch.Tensor],
+    texts: Sequence[str | None],
+    samples: int,
+    most: int,
+    seed: int,
+    progress: bool | None,
+) -> list[Sample]:
+    """A text for every window, then further ones of them until there are `samples`."""
+    most = min(most, model.config.max_target_positions - 4)  # the prompt is up to four tokens
+    found: dict[tuple[int, tuple[int, ...]], Sample] = {}
+    with progress_bar("texts", total=max(samples, len(features)), unit="text", show=progress) as bar:
+        for number, temperature in enumerate((None, *TEMPERATURES)):
+            for sample in _round(model, tokenizer, features, texts, number, temperature, most, seed):
+                if number > 0 and loops(sample.tokens):
+                    continue
+                if found.setdefault((sample.window, sample.tokens), sample) is sample:
+                    bar.update()
+                if number > 0 and len(found) >= samples:
+                    break
+            if len(found) >= samples:
+                break
+    return list(found.values())
+
+
+def _round(
+    model: Any,
+    tokenizer: Any,
+    features: list[torch.Tensor],
+    texts: Sequence[str | None],
+    number: int,
+    temperature: float | None,
+    most: int,
+    seed: int,
+) -> Iterator[Sample]:
+    """One text of each window, of at most `most` tokens: without a temperature the given one, where there is one; or the
+    model's own, with times in every other window, and the next round in the others."""
+    prompts = Prompts.of(model)
+    for start in range(0, len(features), TOGETHER):
+        group = range(start, min(start + TOGETHER, len(features)))
+        encoded = encode(model, torch.stack(features[start : group.stop]))
+        told = [k for k in group if temperature is None and texts[k] is not None]
+        if told:
+            begins = prompt_of(model, prompts, encoded[[k - start for k in told]], times=False)
+            for k, begin in zip(told, begins, strict=True):
+                ids = tokenizer(f" {texts[k]}", add_special_tokens=False)["input_ids"]
+                yield Sample(k, (*begin, *[*ids, prompts.end][:most]), len(begin))
+        for times in (False, True):
+            own = [k for k in group if k not in told and bool((k + number) % 2) == times]
+            if not own:
+                continue
+            heard = encoded[[k - start for k in own]]
+            begins = prompt_of(model, prompts, heard, times=times)
+            keys = [(seed << 40) + (number << 32) + k for k in own]
+            said = transcribe(model, heard, begins, most=most, temperature=temperature or 0.0, keys=keys)
+            for k, begin, text in zip(own, begins, said, strict=True):
+                yield Sample(k, (*begin, *text), len(begin))
+
+
+def _record(path: Path) -> dict[str, Any]:
+    from cai_runtime.convert.cache import sha256_of
+
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}

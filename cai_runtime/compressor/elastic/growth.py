@@ -1,0 +1,280 @@
+"""Elastic checkpoints: which forms each module gets, and in which order they grow with `keep`.
+
+All modules start at small ranks. The steepest fall of error per parameter is bought first, rank by rank, until the largest
+keep is reached (Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers", 1988). The order in which
+that happens serves every smaller budget as well: it is what the checkpoint's table holds (`slim/elastic.py`).
+
+On the way most modules come to the point where the whole dense weight costs less per error removed than more rank: a
+lowrank module pays r (in + out), dense in x out. Such a module is stored in both forms, dense and at the rank it had
+before. The file is larger for it; what is opened holds one form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from cai_runtime.compressor.factor.allocate import Curve, cost
+from cai_runtime.compressor.factor.cores import StoredModule, dense_module
+from cai_runtime.compressor.factor.decompose import Factors
+from cai_runtime.compressor.factor.elastic_rounding import nested_module
+from cai_runtime.compressor.options import SMALLEST_KEEP
+from cai_runtime.errors import CompressionError
+from cai_runtime.slim.elastic import ElasticModule, ElasticTable
+from cai_runtime.slim.reader import Checkpoint
+from cai_runtime.slim.spec import ModuleSpec
+from cai_runtime.slim.writer import CheckpointWriter
+
+_Step = tuple[int, int, int]  # which module, from which form of its menu, to which
+
+_SLACK = 1e-6  # parameters: a budget that was computed as keep * dense may lie a hair too low
+
+
+@dataclass(frozen=True)
+class PlannedModule:
+    """The forms of one module: a dense one, a lowrank one of `rank`, or both.
+
+    least, rank: of the lowrank form: the rank at the smallest keep, and the one that is stored; both None for a module that
+    is dense at every keep. dense: whether the dense form is stored.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    least: int | None
+    rank: int | None
+    dense: bool
+
+    def ranks(self, step: int) -> list[int]:
+        """Every rank at which the lowrank form is opened, rising."""
+        return [] if self.least is None or self.rank is None else [*range(self.least, self.rank, step), self.rank]
+
+    @property
+    def parameters(self) -> int:
+        """Of all forms that are stored."""
+        lowrank = 0 if self.rank is None else cost("lowrank", self.out_features, self.in_features, self.rank)
+        return lowrank + self.dense * self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class ElasticPlan:
+    """What `plan_elastic` found. keep, step, order: see `ElasticTable`. parameters: those of all stored forms, what the file
+    costs."""
+
+    keep: tuple[float, float]
+    modules: tuple[PlannedModule, ...]
+    step: int
+    order: tuple[int, ...]
+
+    @property
+    def parameters(self) -> int:
+        return sum(module.parameters for module in self.modules)
+
+    def table(self, stores: Mapping[str, Sequence[str]], quality: Sequence[Mapping[str, float]] = ()) -> ElasticTable:
+        """The table to write. stores: of core_0 and core_1 of every module that is stored in both forms, by name (those of
+        others are not looked at)."""
+        modules = []
+        for m in self.modules:
+            both = m.dense and m.rank is not None
+            second = (
+                ModuleSpec("lowrank", m.out_features, m.in_features, m.rank, tuple(stores[m.name])) if both else None
+            )
+            modules.append(ElasticModule(m.name, m.least, second))
+        return ElasticTable(self.keep, tuple(modules), self.step, self.order, tuple(dict(entry) for entry in quality))
+
+
+def plan_elastic(
+    curves: Sequence[Curve],
+    keep: float = 1.0,
+    *,
+    smallest: float = SMALLEST_KEEP,
+    multiple: int = 16,
+    floor: float = 0.25,
+) -> ElasticPlan:
+    """Ranks and forms of an elastic checkpoint.
+
+    curves: one per module, errors of its lowrank form by rank (at the dense form the error is 0). keep: the largest share of
+    the dense parameters that the checkpoint opens at; at 1 every module is dense there. smallest: the smallest. multiple:
+    ranks are multiples of it, and steps are that long. floor: even at the smallest keep every module has this share of what
+    that is of it, if a rank that small exists.
+
+    Raises CompressionError when the keeps are out of order, or the smallest ranks already exceed `smallest`.
+    """
+    if not 0 < smallest < keep <= 1:
+        raise CompressionError(f"an elastic checkpoint needs 0 < smallest keep < keep <= 1, not {smallest} and {keep}")
+    dense = sum(curve.dense_cost for curve in curves)
+    menus, start = _beginning(curves, smallest, multiple, floor)
+    steps = _steepest_first(menus, start)
+    least, taken = _spend(menus, start, steps, smallest * dense + _SLACK)
+    # A module that stopped there, because its next step was too dear for what was left, goes on.
+    done = set(taken)
+    steps = [step for step in steps if step not in done]
+    most, taken = _spend(menus, least, steps, keep * dense + _SLACK)
+    if not taken:
+        raise CompressionError(f"between keep {smallest} and {keep} no module has another rank: nothing is elastic")
+    before_dense = {m: menus[m][a].rank for m, a, b in taken if menus[m][b].rank is None}
+    modules = []
+    for m, (curve, menu) in enumerate(zip(curves, menus, strict=True)):
+        top = menu[most[m]].rank
+        rank = before_dense.get(m) if top is None else top
+        modules.append(
+            PlannedModule(curve.name, curve.out_features, curve.in_features, menu[least[m]].rank, rank, top is None)
+        )
+    return ElasticPlan((smallest, keep), tuple(modules), multiple, tuple(m for m, _, _ in taken))
+
+
+def check_smallest(curves: Sequence[Curve], smallest: float, *, multiple: int = 16, floor: float = 0.25) -> None:
+    """Raises CompressionError when the smallest ranks exceed `smallest`, for which errors need not be known. Arguments as in
+    `plan_elastic`."""
+    _beginning(curves, smallest, multiple, floor)
+
+
+def elastic_forms(
+    planned: PlannedModule,
+    step: int,
+    weight: torch.Tensor,
+    factors: Factors | None,
+    input_gram: torch.Tensor,
+    store: str,
+) -> list[StoredModule]:
+    """A module rounded to the forms that are planned: what `quantization_config` lists, and the second form behind it, if
+    there is one. Arguments as in `add_elastic_module`."""
+    forms = [dense_module(weight, store, input_gram)] if planned.dense else []
+    if planned.rank is not None:
+        if factors is None:
+            raise CompressionError(f"{planned.name} is planned at rank {planned.rank}, but there are no factors of it")
+        forms.append(nested_module(weight, factors, store, input_gram, planned.ranks(step)))
+    return forms
+
+
+def add_forms(
+    writer: CheckpointWriter, name: str, forms: Sequence[StoredModule], bias: torch.Tensor | None = None
+) -> None:
+    """Hand a module's forms to the writer, the one that `quantization_config` lists first."""
+    writer.add_module(name, forms[0].spec, forms[0].cores, bias=bias)
+    for second in forms[1:]:
+        writer.add_second_form(name, second.spec, second.cores)
+
+
+def add_elastic_module(
+    writer: CheckpointWriter,
+    planned: PlannedModule,
+    step: int,
+    weight: torch.Tensor,
+    factors: Factors | None,
+    input_gram: torch.Tensor,
+    store: str,
+    bias: torch.Tensor | None = None,
+) -> list[StoredModule]:
+    """Round a module to the forms that are planned and hand them to the writer. Returns them: what `quantization_config`
+    lists, and the second form behind it, if there is one.
+
+    step: the plan's. weight: [out, in], any float dtype. factors: of `weight` under `input_gram`, [in, in], the damped mean
+    of x x^T; None will do for a module that is dense at every keep. store: of the dense form and of both cores.
+    """
+    forms = elastic_forms(planned, step, weight, factors, input_gram, store)
+    add_forms(writer, planned.name, forms, bias)
+    return forms
+
+
+def cut(src: str | Path, dst: str | Path, keep: float, *, overwrite: bool = False) -> Path:
+    """Write the ordinary checkpoint that an elastic one is at `keep`: the same bits, in a smaller file. Returns `dst`.
+
+    Raises KeepError, CheckpointError, CheckpointWriteError.
+    """
+    with (
+        Checkpoint.open(src, keep=keep) as checkpoint,
+        CheckpointWriter(dst, config=checkpoint.config, source_dir=src, overwrite=overwrite) as writer,
+    ):
+        owned: set[str] = set()
+        for name, spec in checkpoint.modules.items():
+            module = checkpoint.module(name)
+            writer.add_module(name, spec, module.cores, pivot=module.pivot, bias=module.bias)
+            owned.update(checkpoint.module_tensors(name))
+            checkpoint.release(checkpoint.module_tensors(name))
+        for name in checkpoint.tensors():
+            if name not in owned:
+                writer.add_tensor(name, checkpoint.tensor(name))
+                checkpoint.release(name)
+        return writer.finish(checkpoint.report())
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A rank (None: dense), its parameters, its weighted error."""
+
+    rank: int | None
+    parameters: int
+    error: float
+
+
+def _menu(curve: Curve, multiple: int) -> list[_Form]:
+    """What a module may be, by rising cost: ranks that cost less than dense, then dense."""
+    found = [
+        _Form(rank, parameters, curve.weight * curve.errors[rank])
+        for rank in range(multiple, min(curve.out_features, curve.in_features), multiple)
+        if (parameters := cost("lowrank", curve.out_features, curve.in_features, rank)) < curve.dense_cost
+    ]
+    return [*found, _Form(None, curve.dense_cost, 0.0)]
+
+
+def _beginning(
+    curves: Sequence[Curve], smallest: float, multiple: int, floor: float
+) -> tuple[list[list[_Form]], list[int]]:
+    """Every module's menu, and where it begins."""
+    menus = [_menu(curve, multiple) for curve in curves]
+    share = floor * smallest
+    start = [
+        max((k for k, option in enumerate(menu) if option.parameters <= share * curve.dense_cost), default=0)
+        for menu, curve in zip(menus, curves, strict=True)
+    ]
+    spent = sum(menu[k].parameters for menu, k in zip(menus, start, strict=True))
+    dense = sum(curve.dense_cost for curve in curves)
+    if spent > smallest * dense + _SLACK:
+        raise CompressionError(
+            f"smallest keep {smallest} is too small: with ranks in multiples of {multiple} the modules need at least "
+            f"{spent / dense:.3f} of their parameters; raise it or lower the multiple"
+        )
+    return menus, start
+
+
+def _slope(menu: Sequence[_Form], a: int, b: int) -> float:
+    return (menu[a].error - menu[b].error) / (menu[b].parameters - menu[a].parameters)
+
+
+def _steepest_first(menus: Sequence[Sequence[_Form]], start: Sequence[int]) -> list[_Step]:
+    """Every step on the lower convex hulls of error over parameters, steepest first."""
+    found = []
+    for m, menu in enumerate(menus):
+        hull: list[int] = []
+        for k in range(start[m], len(menu)):
+            while len(hull) >= 2 and _slope(menu, hull[-2], hull[-1]) <= _slope(menu, hull[-1], k):
+                hull.pop()
+            hull.append(k)
+        for a, b in pairwise(hull):
+            slope = _slope(menu, a, b)
+            # Ranks between two corners of a hull are taken one by one; what a jump to dense leaves out is not.
+            way = [a, b] if menu[b].rank is None else range(a, b + 1)
+            found += [(-slope, m, c, d) for c, d in pairwise(way)]
+    return [(m, a, b) for _, m, a, b in sorted(found)]
+
+
+def _spend(
+    menus: Sequence[Sequence[_Form]], start: Sequence[int], steps: Sequence[_Step], budget: float
+) -> tuple[list[int], list[_Step]]:
+    """Take the steps that fit, in order, until the forms cost `budget`; a module whose step does not fit takes no more, as
+    in `ElasticTable.at`. Returns the forms reached and the steps taken."""
+    at, full, taken = list(start), set[int](), []
+    left = budget - sum(menu[k].parameters for menu, k in zip(menus, at, strict=True))
+    for m, a, b in steps:
+        price = menus[m][b].parameters - menus[m][a].parameters
+        if m not in full and price <= left:
+            left, at[m] = left - price, b
+            taken.append((m, a, b))
+        else:
+            full.add(m)
+    return at, taken

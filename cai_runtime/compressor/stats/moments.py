@@ -1,0 +1,166 @@
+"""Second moments of what the linear layers of one block see: of their inputs and of the loss gradients at their
+outputs.
+
+Only [in, in] and [out, out] matrices stay. Sums are taken in fp32 over one batch and in fp64 over the batches; what they
+come to is fp32. Of a wide layer each is gigabytes, so of a sum, which is symmetric, only one half is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from cai_runtime.compressor.stats.targets import InputGroup, Target
+from cai_runtime.errors import CompressionError
+
+STRIP = 384  # rows of the Gram matrix that are computed at a time, up to the diagonal
+
+
+class GramSum:
+    """The running sum of x^T x over rows x, [features, features], fp64. Feed it any number of batches."""
+
+    def __init__(self, features: int, device: torch.device | str = "cpu"):
+        self.rows = 0
+        self._features = features
+        self._strips = [
+            torch.zeros(stop - start, stop, dtype=torch.float64, device=device) for start, stop in _strips(features)
+        ]
+
+    def add(self, x: torch.Tensor) -> None:
+        """x: [..., features], any float dtype."""
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        for strip, (start, stop) in zip(self._strips, _strips(self._features), strict=True):
+            strip += x[:, start:stop].mT @ x[:, :stop]
+        self.rows += x.shape[0]
+
+    def mean(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        """[features, features], symmetric; zeros when nothing was fed."""
+        whole = self._strips[0].new_empty(self._features, self._features, dtype=dtype)
+        for strip, (start, stop) in zip(self._strips, _strips(self._features), strict=True):
+            mean = strip / max(self.rows, 1)
+            corner = mean[:, start:].tril()
+            whole[start:stop, :start] = mean[:, :start]
+            whole[:start, start:stop] = mean[:, :start].mT
+            whole[start:stop, start:stop] = corner + corner.tril(-1).mT
+        return whole
+
+
+def _strips(features: int) -> list[tuple[int, int]]:
+    return [(start, min(start + STRIP, features)) for start in range(0, features, STRIP)]
+
+
+@dataclass
+class BlockMoments:
+    """Of one block, by target name: the mean of x x^T, [in, in], one matrix for the targets that share an input, and
+    the mean of g g^T, [out, out], both fp32; the rows they were taken over. Without gradients `outputs` is empty."""
+
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+
+    def tensors(self, groups: Sequence[InputGroup]) -> dict[str, torch.Tensor]:
+        """What to keep on disk: a group's input matrix under its first target's name."""
+        kept = {f"in:{g.targets[0].name}": self.inputs[g.targets[0].name] for g in groups}
+        return {**kept, **{f"out:{name}": gram for name, gram in self.outputs.items()}}
+
+    @classmethod
+    def of(cls, tensors: dict[str, torch.Tensor], groups: Sequence[InputGroup], rows: dict[str, int]) -> BlockMoments:
+        """The inverse of `tensors`."""
+        inputs: dict[str, torch.Tensor] = {}
+        for group in groups:
+            gram = tensors[f"in:{group.targets[0].name}"]
+            inputs |= {target.name: gram for target in group.targets}
+        outputs = {name[4:]: tensor for name, tensor in tensors.items() if name.startswith("out:")}
+        return cls(inputs, outputs, rows)
+
+
+class MomentHooks:
+    """While `open`, every forward of the block feeds the sums of the inputs, every backward those of the gradients."""
+
+    def __init__(self, groups: Sequence[InputGroup], *, gradients: bool, device: torch.device):
+        self._groups = groups
+        self._inputs = {g.targets[0].name: GramSum(g.in_features, device) for g in groups}
+        self._outputs = {t.name: GramSum(t.module.out_features, device) for g in groups for t in g.targets if gradients}
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        handles = []
+        for group in self._groups:
+            for target in group.targets:
+                hook = _feed(self._inputs.get(target.name), self._outputs.get(target.name))
+                handles.append(target.module.register_forward_hook(hook))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def moments(self) -> BlockMoments:
+        """Raises CompressionError when an activation or a gradient was not finite."""
+        found = BlockMoments()
+        for group in self._groups:
+            total = self._inputs.pop(group.targets[0].name)
+            gram = total.mean(torch.float32)
+            for target in group.targets:
+                found.inputs[target.name], found.rows[target.name] = gram, total.rows
+                if target.name in self._outputs:
+                    found.outputs[target.name] = self._outputs.pop(target.name).mean(torch.float32)
+        for name, gram in [*found.inputs.items(), *found.outputs.items()]:
+            if not bool(gram.isfinite().all()):
+                raise CompressionError(f"calibration met values that are not finite ({name}): try --dtype fp32")
+        return found
+
+
+def _feed(total: GramSum | None, gradient: GramSum | None):
+    def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if total is not None:
+            total.add(args[0])
+        if gradient is not None and output.requires_grad:
+            output.register_hook(gradient.add)
+
+    return hook
+
+
+class _Noted(Exception):
+    """The rest of the run is not needed."""
+
+
+@contextmanager
+def noting_inputs(targets: Sequence[Target], *, stop: bool = False) -> Iterator[dict[str, torch.Tensor]]:
+    """While open, the tensors that the targets read, by name, in the order in which they are called. stop: end the run
+    (and the context) at the first of them."""
+    read: dict[str, torch.Tensor] = {}
+
+    def note(name: str):
+        def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            read[name] = args[0].detach()
+            if stop:
+                raise _Noted
+
+        return hook
+
+    handles = [target.module.register_forward_pre_hook(note(target.name)) for target in targets]
+    try:
+        yield read
+    except _Noted:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def group_by_input(targets: Sequence[Target], read: dict[str, torch.Tensor]) -> list[InputGroup]:
+    """The targets by the tensor that they read, in the order of their calls. read: as `noting_inputs` gives it, of one
+    call. A target that was not called (an expert that was not chosen) is a group of its own, at the end."""
+    by_name = {target.name: target for target in targets}
+    groups: dict[object, list[Target]] = {}
+    for name, tensor in read.items():
+        groups.setdefault((tensor.data_ptr(), tensor.shape), []).append(by_name[name])
+    for name, target in by_name.items():
+        if name not in read:
+            groups[name] = [target]
+    return [InputGroup(tuple(members)) for members in groups.values()]

@@ -1,0 +1,1 @@
+"""Conversation formats: messages in, token ids out; deltas in, events out. One file per format."""

@@ -1,0 +1,75 @@
+"""The functions of `cai_runtime` itself, over a client that all of them share.
+
+import cai_runtime
+print(cai_runtime.chat("Why is the sky blue?", model="path/to/checkpoint").choices[0].message.content)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+from openai.pagination import SyncPage
+from openai.types import Model
+
+from cai_runtime.client import Client
+
+_lock = threading.Lock()
+_client: Client | None = None
+
+
+def client() -> Client:
+    """The shared client; made with default options on first use."""
+    global _client
+    with _lock:
+        if _client is None:
+            _client = Client()
+        return _client
+
+
+def configure(**options: Any) -> Client:
+    """Replace the shared client by `Client(**options)` and close the one before. Returns the new one."""
+    global _client
+    new = Client(**options)
+    with _lock:
+        old, _client = _client, new
+    if old is not None:
+        old.close()
+    return new
+
+
+def close() -> None:
+    """Close the shared client, if there is one, and give back its models' memory. The next call makes a new one."""
+    global _client
+    with _lock:
+        old, _client = _client, None
+    if old is not None:
+        old.close()
+
+
+def chat(messages: str | Iterable[Any], **params: Any) -> Any:
+    """Answer a conversation, or one question given as a string: `Client.chat.completions.create` on the shared client.
+
+    Args:
+        messages: a question, or a list of messages.
+        params: as for `create`, such as `model`, `stream`, `temperature`.
+    """
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    return client().chat.completions.create(messages=messages, **params)
+
+
+def complete(prompt: Any, **params: Any) -> Any:
+    """Continue a text: `Client.completions.create` on the shared client.
+
+    Args:
+        prompt: a text, a list of texts, token ids, or a list of token ids.
+        params: as for `create`, such as `model`, `stream`, `max_tokens`.
+    """
+    return client().completions.create(prompt=prompt, **params)
+
+
+def list_models() -> SyncPage[Model]:
+    """The models there are: `Client.models.list` on the shared client."""
+    return client().models.list()
