@@ -23,8 +23,8 @@ STDERR_LINES = 20  # of a failed child that are shown
 def run_child(job: dict[str, Any], *, threads: int) -> Any:
     """Run `job` in a new process with `threads` threads for every library, and return its result.
 
-    job: {"do": "module.function", ...}: a function of `cai_runtime.bench`, such as "subjects.decode", which is called with the
-    job. It returns what JSON can hold.
+    job: {"do": "module.function", ...}: a function of `cai_runtime.bench`, such as "subjects.decode". It is
+    called with the job and returns what JSON can hold.
 
     Raises BenchmarkError with the child's error, or with the end of what it printed.
     """
