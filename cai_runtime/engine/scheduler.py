@@ -19,14 +19,14 @@ from cai_runtime.engine.stats import EngineStats
 
 
 @dataclass(frozen=True)
-class Share:
+class Feed:
     """One sequence's part of a step: `tokens` are fed, and the next one is sampled if they are the last known."""
 
     sequence: Sequence
     tokens: ScheduledSequence
 
     @classmethod
-    def of(cls, sequence: Sequence, num_tokens: int) -> Share:
+    def of(cls, sequence: Sequence, num_tokens: int) -> Feed:
         """The next `num_tokens` uncomputed tokens of a sequence."""
         start, end = sequence.num_computed, sequence.num_computed + num_tokens
         is_last = num_tokens == sequence.num_uncomputed
@@ -57,7 +57,7 @@ class Scheduler:
         (self.running if sequence in self.running else self.waiting).remove(sequence)
         self._take_pages(sequence)
 
-    def schedule(self) -> list[Share]:
+    def schedule(self) -> list[Feed]:
         """The next step: never empty while there is work."""
         step, budget, preempted = [], self.prefill_chunk, False
         for sequence in list(self.running):  # oldest first, so that nobody in `step` is preempted any more
@@ -67,16 +67,16 @@ class Scheduler:
             if not sequence.pages:
                 continue
             if sequence.num_uncomputed == 1:
-                step.append(Share.of(sequence, 1))
+                step.append(Feed.of(sequence, 1))
             elif budget > 0:
                 count = min(sequence.num_uncomputed, budget)
                 budget -= count
-                step.append(Share.of(sequence, count))
+                step.append(Feed.of(sequence, count))
         if not preempted:
             self._admit(step, budget)
         return step
 
-    def _admit(self, step: list[Share], budget: int) -> None:
+    def _admit(self, step: list[Feed], budget: int) -> None:
         """Move waiting sequences into the batch while there are seats, pages and budget."""
         being_computed = self._prefixes_being_computed() if self.waiting else set()
         for sequence in list(self.waiting):
@@ -102,7 +102,7 @@ class Scheduler:
                 self.stats.prefix_hit_tokens += sequence.num_computed
             count = min(sequence.num_uncomputed, budget)
             budget -= count
-            step.append(Share.of(sequence, count))
+            step.append(Feed.of(sequence, count))
             being_computed.update(sequence.digests[len(prefix) :])
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
@@ -138,9 +138,9 @@ class Scheduler:
         sequence.pages = []
         sequence.num_computed = sequence.num_registered = 0
 
-    def advance(self, share: Share) -> None:
-        """Note that a share was computed, and offer the pages that it filled to others."""
-        sequence, count = share.sequence, len(share.tokens.token_ids)
+    def advance(self, feed: Feed) -> None:
+        """Note that a feed was computed, and offer the pages that it filled to others."""
+        sequence, count = feed.sequence, len(feed.tokens.token_ids)
         if not (sequence.num_generated and count == 1):
             self.stats.tokens_prefilled += count
         sequence.num_computed += count
