@@ -100,6 +100,7 @@ def load_runner(
     modules are the ones in use). See `open_engine`."""
     import torch
 
+    from cai_runtime.engine.lifetime import enter_process
     from cai_runtime.engine.memory import cache_budget
     from cai_runtime.engine.model_runner import ModelRunner
     from cai_runtime.kernels.backend import resolve_backend
@@ -108,6 +109,7 @@ def load_runner(
     from cai_runtime.progress import progress_bar
     from cai_runtime.slim.reader import Checkpoint
 
+    enter_process()
     place = choose_device(device)
     kernels = resolve_backend(backend, place)
     with Checkpoint.open(path, keep=keep) as checkpoint:
