@@ -295,7 +295,7 @@ class EngineLoop:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or "out of memory" in str(error) or "OutOfMemory" in type(error).__name__
+    return isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "OutOfMemory" in type(error).__name__
 
 
 def _size(feeds: list[Feed]) -> str:
