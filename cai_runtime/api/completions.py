@@ -56,7 +56,7 @@ class CompletionParams(GenerationParams, total=False):
     """Keyword arguments of `completions.create`, besides `stream` (default false).
 
     prompt: a text, a list of texts, token ids, or a list of token ids; a tokenizer's own start token is put before
-        texts. With several prompts and `n` choices each, choice j of prompt i has the index i n + j.
+        texts. The spelling of a control token in a text is that token, unlike in chat. With several prompts and `n` choices each, choice j of prompt i has the index i n + j.
     echo: put the prompt's text before the answer. Default false.
 
     The others are those of GenerationParams. `suffix`, `best_of`, `logprobs`, `tools` and `tool_choice` are refused,
@@ -142,8 +142,19 @@ def prepare(request: CompletionRequest, name: str, opened: OpenModel) -> Generat
 
 
 def _encode(prompt: Prompt, opened: OpenModel) -> list[int]:
+    """Token ids of a prompt. It is the caller's own, whole: control tokens that it spells are control tokens."""
     if isinstance(prompt, str):
-        ids = opened.tokenizer.encode(prompt)
+        try:
+            ids = opened.tokenizer.encode(prompt, verbose=False)
+        except (TypeError, UnicodeEncodeError) as error:  # TypeError: what the tokenizers library raises here
+            if not any("\ud800" <= character <= "\udfff" for character in prompt):
+                raise
+            raise BadRequestError(
+                "Invalid 'prompt': it holds half of a surrogate pair, which is no text: it was cut inside a character, "
+                "or decoded with errors='surrogateescape'.",
+                param="prompt",
+                code="invalid_value",
+            ) from error
         if not ids and opened.tokenizer.bos_token_id is not None:
             ids = [opened.tokenizer.bos_token_id]  # nothing at all: start a text of its own
         if not ids:
