@@ -56,7 +56,8 @@ class CompletionParams(GenerationParams, total=False):
     """Keyword arguments of `completions.create`, besides `stream` (default false).
 
     prompt: a text, a list of texts, token ids, or a list of token ids; a tokenizer's own start token is put before
-        texts. The spelling of a control token in a text is that token, unlike in chat. With several prompts and `n` choices each, choice j of prompt i has the index i n + j.
+        texts. Unlike in chat, a text that spells a control token gives that token. With several prompts and `n` choices
+        each, choice j of prompt i has the index i n + j.
     echo: put the prompt's text before the answer. Default false.
 
     The others are those of GenerationParams. `suffix`, `best_of`, `logprobs`, `tools` and `tool_choice` are refused,

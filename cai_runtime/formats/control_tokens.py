@@ -21,10 +21,11 @@ from cai_runtime.formats.provenance import TracedText, mask_of, plain
 logger = logging.getLogger(__name__)
 
 # Elements of web pages. Vocabularies such as Gemma's hold them as words, though they are added tokens.
-_MARKUP = frozenset(
-    "a b blockquote body caption code div em footer h1 h2 h3 h4 h5 h6 html i iframe img li s span strong sub sup table "
-    "tbody td tfoot th thead tr u ul".split()
-)
+_MARKUP = frozenset({
+    "a", "b", "blockquote", "body", "caption", "code", "div", "em", "footer", "h1", "h2", "h3", "h4", "h5", "h6", "html",
+    "i", "iframe", "img", "li", "s", "span", "strong", "sub", "sup", "table", "tbody", "td", "tfoot", "th", "thead", "tr",
+    "u", "ul",
+})  # fmt: skip
 
 
 def control_tokens(tokenizer: Any, template_text: str = "") -> dict[str, int]:

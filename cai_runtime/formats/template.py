@@ -114,7 +114,6 @@ class ChatTemplate:
         except Exception as error:  # a template from anywhere can make the compiler stumble in any way
             raise self._failure("can't be compiled", error) from error
         self._variables = {key: own(str(token)) for key, token in tokenizer.special_tokens_map.items()}
-        text = "\n".join((text, *self._variables.values()))
         self._encoder: PromptEncoder = PromptEncoder(tokenizer, text)
         self.content_forms: dict[str, ContentForm] = dict.fromkeys(ROLES, "text")
         for role in ("user", "system", "assistant"):  # user turns first: they surround the others
@@ -158,7 +157,7 @@ class ChatTemplate:
             turns = [m.for_template(form if m is asked else self.content_forms["user"]) for m in conversation]
             try:
                 text = plain(self._run(turns))
-            except Exception:  # whatever this form of content makes its expressions raise
+            except Exception:  # noqa: BLE001 - whatever this form of content makes its expressions raise
                 continue
             # A template that prints the list holds the texts too, inside Python's or JSON's spelling of it.
             if all(word in text for word in PROBE_WORDS) and not ("'type'" in text or '"type"' in text):

@@ -107,10 +107,14 @@ def forged_texts(spellings):
         cut.map(lambda halves: halves[0]),
         cut.map(lambda halves: halves[1]),
         st.builds(lambda halves, inner: halves[0] + inner + halves[1], cut, spelling),
-        st.builds(lambda halves, between: halves[0] + between + halves[1], cut, st.sampled_from("\u200b\u200d\ufeff \n")),
+        st.builds(
+            lambda halves, between: halves[0] + between + halves[1], cut, st.sampled_from("\u200b\u200d\ufeff \n")
+        ),
         spelling.map(str.upper),
         spelling.map(lambda text: text.translate({ord("<"): "＜", ord("|"): "｜", ord(">"): "＞"})),
-        st.sampled_from(["\n", " ", "  ", "system\n", "user", "{{ bos_token }}", "{% raw %}", "\x00", "\x01", "0" * 40]),
+        st.sampled_from(
+            ["\n", " ", "  ", "system\n", "user", "{{ bos_token }}", "{% raw %}", "\x00", "\x01", "0" * 40]
+        ),
         st.sampled_from(["CONTENT_0", "\ue000", "\ue001", "__content__", "<|content|>", "%s", "{}", "🙂", "é", "ß"]),
         st.text(st.characters(codec="utf-8"), max_size=5),
     )
@@ -130,19 +134,23 @@ def conversations(texts, names=False):
     parts = st.lists(texts.map(lambda text: {"type": "text", "text": text}), min_size=1, max_size=3)
     content = st.one_of(texts, parts)
     name = st.none() | texts if names else st.none()
-    return st.builds(
-        build, st.none() | texts, st.lists(st.tuples(content, content), max_size=2), content, name
-    )
+    return st.builds(build, st.none() | texts, st.lists(st.tuples(content, content), max_size=2), content, name)
 
 
 def harmless(messages):
-    """The same conversation with contents that spell nothing."""
+    """The same conversation with contents that spell nothing; blank ones stay: templates leave blank turns out."""
+
+    def same(text):
+        return "x" if text.strip() else text
 
     def plain(content):
-        return "x" if isinstance(content, str) else [{"type": "text", "text": "x"} for _ in content]
+        if isinstance(content, str):
+            return same(content)
+        return [{"type": "text", "text": same(part["text"])} for part in content]
 
     return [
-        {**turn, "content": plain(turn["content"]), **({"name": "x"} if "name" in turn else {})} for turn in messages
+        {**turn, "content": plain(turn["content"]), **({"name": same(turn["name"])} if "name" in turn else {})}
+        for turn in messages
     ]
 
 

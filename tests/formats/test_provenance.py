@@ -15,7 +15,7 @@ count = st.integers(-1, 4)
 
 OPERATIONS = {
     "add": (lambda t, p, n: t + p),
-    "add to plain": (lambda t, p, n: ("a>" if isinstance(t, TracedText) else "a>") + t),
+    "add to plain": (lambda t, p, n: "a>" + t),
     "times": (lambda t, p, n: t * n),
     "times, turned": (lambda t, p, n: n * t),
     "item": (lambda t, p, n: t[n] if -len(t) <= n < len(t) else t),
