@@ -145,17 +145,7 @@ def prepare(request: CompletionRequest, name: str, opened: OpenModel) -> Generat
 def _encode(prompt: Prompt, opened: OpenModel) -> list[int]:
     """Token ids of a prompt. It is the caller's own, whole: control tokens that it spells are control tokens."""
     if isinstance(prompt, str):
-        try:
-            ids = opened.tokenizer.encode(prompt, verbose=False)
-        except (TypeError, UnicodeEncodeError) as error:  # TypeError: what the tokenizers library raises here
-            if not any("\ud800" <= character <= "\udfff" for character in prompt):
-                raise
-            raise BadRequestError(
-                "Invalid 'prompt': it holds half of a surrogate pair, which is no text: it was cut inside a character, "
-                "or decoded with errors='surrogateescape'.",
-                param="prompt",
-                code="invalid_value",
-            ) from error
+        ids = opened.tokenizer.encode(prompt, verbose=False)  # no warning about its length: that is checked here
         if not ids and opened.tokenizer.bos_token_id is not None:
             ids = [opened.tokenizer.bos_token_id]  # nothing at all: start a text of its own
         if not ids:

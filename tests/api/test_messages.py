@@ -143,10 +143,3 @@ def test_half_of_a_surrogate_pair(client, message, place):
     with pytest.raises(BadRequestError, match="surrogate") as caught:
         client.chat.completions.create(messages=[message])
     assert caught.value.param == place
-
-
-@pytest.mark.parametrize("prompt", ["a\ud800", ["fine", "\udfff"]])
-def test_half_of_a_surrogate_pair_in_a_prompt(client, prompt):
-    with pytest.raises(BadRequestError, match="surrogate") as caught:
-        client.completions.create(prompt=prompt)
-    assert caught.value.param == "prompt"
