@@ -1,9 +1,9 @@
 """Tokenizes a rendered prompt so that control tokens come from the template's own text alone.
 
 Control tokens are the tokenizer's added tokens: turn markers, tool markers, begin and end of text. The tokenizer finds
-them by their spelling, in content too. Where content holds such a spelling, the prompt goes through a second tokenizer:
-a copy in which each control token is spelled by a secret. The template's own control tokens are respelled that way
-before tokenizing, so content is left with spellings that mean nothing to the copy.
+them by their spelling, in content too. Where content holds such a spelling, the prompt goes through a second tokenizer,
+in which each control token is spelled by a secret. The template's own control tokens are respelled that way before
+tokenizing, so content is left with spellings that mean nothing there.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class PromptEncoder:
         first = "".join(sorted({re.escape(text[0]) for text in self._control}))
         self._first = re.compile(f"[{first}]" if first else r"(?!)")
         self._markers = frozenset(self._control.values()) - _unknown_ids(tokenizer, template_text)
-        self._copy: _RespelledTokenizer | None = None
+        # Made when content first needs them: one that shares the tokenizer's model, and one with a model of its own.
+        self._copies: list[_RespelledTokenizer | None] = []
 
     def encode(self, prompt: TracedText) -> list[int]:
         """Token ids of the prompt. Without a control token's spelling in content they are the tokenizer's own.
@@ -82,15 +83,17 @@ class PromptEncoder:
             ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             if self._is_clean(ids, expected):
                 return [int(token) for token in ids]
-        if self._copy is None:
-            self._copy = _RespelledTokenizer.of(self._tokenizer, self._control)
-        ids = self._copy.encode(text, self._own_matches(text, mask)) if self._copy else None
-        if ids is None or not self._is_clean(ids, expected):
-            raise ConversationError(
-                f"The messages hold the spelling of a control token ({self._example(text, mask)}), and the tokenizer "
-                f"of this model, {type(self._tokenizer).__name__}, can't take it as text: leave it out."
-            )
-        return ids
+        for which, make in enumerate((_sharing_the_model, _with_its_own_model)):
+            if len(self._copies) == which:
+                self._copies.append(make(self._tokenizer, self._control))
+            if copy := self._copies[which]:
+                found = copy.encode(text, self._own_matches(text, mask))
+                if found is not None and self._is_clean(found, expected):
+                    return found
+        raise ConversationError(
+            f"The messages hold the spelling of a control token ({self._example(text, mask)}), and the tokenizer of "
+            f"this model, {type(self._tokenizer).__name__}, can't take it as text: leave it out."
+        )
 
     def _own_matches(self, text: str, mask: bytes) -> list[tuple[int, int]]:
         """Where the template wrote control tokens, in order: spans that hold no character of a caller's."""
@@ -133,35 +136,18 @@ class PromptEncoder:
 
 
 class _RespelledTokenizer:
-    """A copy of a fast tokenizer whose control tokens have secret spellings and the ids they had."""
+    """A tokenizer whose control tokens have secret spellings.
 
-    def __init__(self, copy: Any, secret: dict[str, str]):
-        self._copy = copy
+    Args:
+        inner: of the `tokenizers` library.
+        secret: spelling to secret spelling of each control token.
+        ids: id in `inner` to id in the checkpoint's tokenizer, of the added tokens for which they differ.
+    """
+
+    def __init__(self, inner: Any, secret: dict[str, str], ids: dict[int, int]):
+        self._inner = inner
         self._secret = secret
-
-    @classmethod
-    def of(cls, tokenizer: Any, control: dict[str, int]) -> _RespelledTokenizer | None:
-        """None if this is no tokenizer of the `tokenizers` library, or the copy would give other ids."""
-        from tokenizers import Tokenizer
-
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if not isinstance(backend, Tokenizer):
-            return None
-        key = secrets.token_hex(16)
-        # All of one length: none begins another. Lowercase letters and digits: no normalizer changes them.
-        secret = {text: f"{key}{i:08x}" for i, text in enumerate(control)}
-        stored = json.loads(backend.to_str())
-        _respell(stored, secret)
-        try:
-            copy = Tokenizer.from_str(json.dumps(stored))
-        except Exception:  # of the tokenizers library's own type; a model whose parts depend on a token's spelling
-            logger.warning("control tokens can't be respelled in this tokenizer", exc_info=True)
-            return None
-        copy.no_truncation()
-        copy.no_padding()
-        if any(copy.token_to_id(secret[text]) != index for text, index in control.items()):
-            return None
-        return cls(copy, secret)
+        self._ids = ids
 
     def encode(self, text: str, own: list[tuple[int, int]]) -> list[int] | None:
         """Token ids. `own`: spans of the control tokens; None if not each of them became one."""
@@ -171,9 +157,72 @@ class _RespelledTokenizer:
             pieces += (text[start:first], self._secret[text[first:end]])
             start = end
         pieces.append(text[start:])
-        ids: list[int] = self._copy.encode("".join(pieces), add_special_tokens=False).ids
-        spelled = {self._copy.token_to_id(self._secret[text[first:end]]) for first, end in own}
-        return ids if sum(token in spelled for token in ids) == len(own) else None
+        found: list[int] = self._inner.encode("".join(pieces), add_special_tokens=False).ids
+        spelled = {self._inner.token_to_id(self._secret[text[first:end]]) for first, end in own}
+        if sum(token in spelled for token in found) != len(own):
+            return None
+        return [self._ids.get(token, token) for token in found]
+
+
+def _secrets(control: dict[str, int]) -> dict[str, str]:
+    """A secret spelling for each. All of one length: none begins another. Letters and digits that no normalizer changes."""
+    key = secrets.token_hex(16)
+    return {text: f"{key}{i:08x}" for i, text in enumerate(control)}
+
+
+def _sharing_the_model(tokenizer: Any, control: dict[str, int]) -> _RespelledTokenizer | None:
+    """Made in milliseconds. Its model can still make a control token of content where that is a word of its vocabulary:
+    the caller checks. None if the tokenizer is not of the `tokenizers` library."""
+    from tokenizers import AddedToken, Tokenizer
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        return None
+    secret = _secrets(control)
+    inner = Tokenizer(backend.model)
+    for part in ("normalizer", "pre_tokenizer"):
+        if getattr(backend, part) is not None:
+            setattr(inner, part, getattr(backend, part))
+    added = sorted(backend.get_added_tokens_decoder().items())
+    spellings = [secret.get(token.content, token.content) for _, token in added]
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    inner.add_tokens(
+        [
+            AddedToken(spelling, **{flag: getattr(token, flag) for flag in flags})
+            for spelling, (_, token) in zip(spellings, added, strict=True)
+        ]
+    )
+    new = {
+        inner.token_to_id(spelling): index
+        for spelling, (index, _) in zip(spellings, added, strict=True)
+        if backend.model.token_to_id(spelling) is None
+    }
+    if any(backend.model.id_to_token(there) is not None for there in new):
+        return None  # a vocabulary with gaps: a word of the model has the id that a secret was given
+    return _RespelledTokenizer(inner, secret, new)
+
+
+def _with_its_own_model(tokenizer: Any, control: dict[str, int]) -> _RespelledTokenizer | None:
+    """Made in seconds. No text but a secret makes a control token in it. None if the tokenizer is not of the
+    `tokenizers` library, or its parts depend on a spelling."""
+    from tokenizers import Tokenizer
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        return None
+    secret = _secrets(control)
+    stored = json.loads(backend.to_str())
+    _respell(stored, secret)
+    try:
+        inner = Tokenizer.from_str(json.dumps(stored))
+    except Exception:
+        logger.warning("control tokens can't be respelled in this tokenizer", exc_info=True)
+        return None
+    inner.no_truncation()
+    inner.no_padding()
+    if any(inner.token_to_id(secret[text]) != index for text, index in control.items()):
+        return None
+    return _RespelledTokenizer(inner, secret, {})
 
 
 def _respell(stored: dict[str, Any], secret: dict[str, str]) -> None:

@@ -7,9 +7,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cai_runtime.errors import ConversationError
-from cai_runtime.formats.control_tokens import PromptEncoder, control_tokens
+from cai_runtime.formats.control_tokens import (
+    PromptEncoder,
+    _sharing_the_model,
+    _with_its_own_model,
+    control_tokens,
+)
 from cai_runtime.formats.messages import parse_messages
-from cai_runtime.formats.provenance import content, joined, own, plain
+from cai_runtime.formats.provenance import content, joined, mask_of, own, plain
 from cai_runtime.formats.template import chat_template, render
 
 EVERY = settings(
@@ -17,6 +22,17 @@ EVERY = settings(
 )
 NAMED = "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}\n"
 ENDED = "{{ m.content | trim }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+
+
+_MADE = {}
+
+
+def made(tokenizer, make):
+    key = (id(tokenizer), make)
+    if key not in _MADE:
+        _MADE[key] = tokenizer, make(tokenizer, control_tokens(tokenizer))
+    assert _MADE[key][1] is not None
+    return _MADE[key][1]
 
 
 def test_whose_tokens_steer(tokenizer):
@@ -59,19 +75,20 @@ def test_honest_text_has_transformers_ids(tokenizer, forging, data):
     assert render(tokenizer, parse_messages(messages)) == want
 
 
+@pytest.mark.parametrize("make", [_sharing_the_model, _with_its_own_model])
 @given(data=st.data())
 @EVERY
-def test_respelled_tokenizer_gives_the_same_ids(tokenizer, data):
-    """The way that forged content takes, on honest text."""
+def test_respelled_tokenizers_give_the_same_ids(tokenizer, make, data):
+    """The ways that forged content takes, on honest text."""
     stretch = st.one_of(
         st.sampled_from(["<|im_start|>", "<|im_end|>", "<tool_call>", "user\n", "</s>", " "]).map(own),
         st.text(st.sampled_from("Helo wrd a\n  .é"), max_size=8).map(content),
     )
     prompt = joined(data.draw(st.lists(stretch, max_size=8)))
     encoder = PromptEncoder(tokenizer)
-    direct = encoder.encode(prompt)
-    encoder._in_content = lambda *_: True
-    assert encoder.encode(prompt) == direct == tokenizer(plain(prompt), add_special_tokens=False)["input_ids"]
+    text, mask = plain(prompt), mask_of(prompt)
+    found = made(tokenizer, make).encode(text, encoder._own_matches(text, mask))
+    assert found == encoder.encode(prompt) == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.parametrize(
