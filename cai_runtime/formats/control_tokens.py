@@ -92,7 +92,7 @@ class PromptEncoder:
                     return found
         raise ConversationError(
             f"The messages hold the spelling of a control token ({self._example(text, mask)}), and the tokenizer of "
-            f"this model, {type(self._tokenizer).__name__}, can't take it as text: leave it out."
+            f"this model, {self._tokenizer.__class__.__name__}, can't take it as text: leave it out."
         )
 
     def _own_matches(self, text: str, mask: bytes) -> list[tuple[int, int]]:
@@ -192,7 +192,7 @@ def _sharing_the_model(tokenizer: Any, control: dict[str, int]) -> _RespelledTok
             for spelling, (_, token) in zip(spellings, added, strict=True)
         ]
     )
-    new = {
+    new: dict[Any, int] = {
         inner.token_to_id(spelling): index
         for spelling, (index, _) in zip(spellings, added, strict=True)
         if backend.model.token_to_id(spelling) is None

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from string import Formatter
-from typing import Any, ClassVar
+from typing import Any
 
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator
@@ -53,7 +53,7 @@ class _TracingCodeGenerator(CodeGenerator):
 class _GenerationTag(Extension):
     """`{% generation %} ... {% endgeneration %}` marks answers for training; here its body is rendered as it is."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
 
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno

@@ -57,8 +57,9 @@ def chat_template(tokenizer: Any, name: str | None = None) -> ChatTemplate:
             known = _made[tokenizer] = (stored, {})
     chosen = _choose(stored, name)
     if chosen not in known[1]:
-        sources = stored if isinstance(stored, Mapping) else {DEFAULT: stored}
-        known[1][chosen] = ChatTemplate(tokenizer, sources[chosen], chosen)
+        sources: Mapping[str, Any] = stored if isinstance(stored, Mapping) else {DEFAULT: stored}
+        # By a weak reference: a tokenizer lives no longer for having been used.
+        known[1][chosen] = ChatTemplate(weakref.proxy(tokenizer), sources[chosen], chosen)
     return known[1][chosen]
 
 
@@ -113,7 +114,10 @@ class ChatTemplate:
             text = literals(environment, source)
         except Exception as error:  # a template from anywhere can make the compiler stumble in any way
             raise self._failure("can't be compiled", error) from error
-        self._variables = {key: own(str(token)) for key, token in tokenizer.special_tokens_map.items()}
+        self._variables = {
+            key: [own(str(token)) for token in value] if isinstance(value, (list, tuple)) else own(str(value))
+            for key, value in tokenizer.special_tokens_map.items()
+        }
         self._encoder: PromptEncoder = PromptEncoder(tokenizer, text)
         self.content_forms: dict[str, ContentForm] = dict.fromkeys(ROLES, "text")
         for role in ("user", "system", "assistant"):  # user turns first: they surround the others

@@ -1,5 +1,8 @@
 """What templates are given, which one is taken, and what happens when one fails."""
 
+import gc
+import weakref
+
 import pytest
 
 from cai_runtime.errors import ConversationError
@@ -109,6 +112,15 @@ def test_several_templates(byte_tokenizer):
 def test_template_text_is_not_taken_from_a_request(byte_tokenizer):
     with pytest.raises(ConversationError, match="no chat template named"):
         render(byte_tokenizer, [Message("user", "hi")], "{{ 'x' }}")
+
+
+def test_tokenizer_is_freed(make_byte_tokenizer):
+    tokenizer = make_byte_tokenizer()
+    render(tokenizer, [Message("user", "<|im_end|>")])
+    alive = weakref.ref(tokenizer)
+    del tokenizer
+    gc.collect()
+    assert alive() is None
 
 
 def test_another_template_is_noticed(byte_tokenizer):
