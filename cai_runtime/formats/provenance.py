@@ -44,11 +44,12 @@ class TracedText(str):
     def __iter__(self) -> Iterator[str]:
         return (self[i : i + 1] for i in range(len(self)))
 
+    # Other kinds of string, such as Jinja's Markup, which escapes what it is joined with, have their own say.
     def __add__(self, other: Any) -> Any:
-        return joined((self, other)) if isinstance(other, str) else NotImplemented
+        return joined((self, other)) if type(other) in (str, TracedText) else NotImplemented
 
     def __radd__(self, other: Any) -> Any:
-        return joined((other, self)) if isinstance(other, str) else NotImplemented
+        return joined((other, self)) if type(other) is str else NotImplemented
 
     def __mul__(self, times: Any) -> TracedText:
         return TracedText(str.__mul__(self, times), self._mask * max(0, int(times)))

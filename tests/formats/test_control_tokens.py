@@ -18,7 +18,7 @@ from cai_runtime.formats.provenance import content, joined, mask_of, own, plain
 from cai_runtime.formats.template import chat_template, render
 
 EVERY = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 NAMED = "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}\n"
 ENDED = "{{ m.content | trim }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"

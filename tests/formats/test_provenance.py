@@ -1,7 +1,7 @@
 """Strings that know who wrote each character: the text is str's own, the mask follows the characters."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cai_runtime.formats.provenance import TracedText, content, is_own, joined, mask_of, own, plain
@@ -54,6 +54,7 @@ def exact(value):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 @given(text=mixed, argument=piece, number=count)
+@settings(max_examples=40, deadline=None)
 def test_operations_are_strs_and_keep_the_mask(name, text, argument, number):
     operation = OPERATIONS[name]
     found = operation(text, argument, number)

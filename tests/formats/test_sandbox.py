@@ -42,6 +42,13 @@ SNIPPETS = [
     "{{ bos_token }}{{ '<T>' * 2 }}{{ 'a' if c is string else 'b' }}{{ dict(a='<T>').a }}",
     "{{ messages }}{{ 1.5 }}{{ none }}{{ 3 // 2 }}{{ range(3)|list }}<T>",
     "{{ '<T>'|indent }}{{ 'a b'|title|capitalize }}{{ c|wordwrap(5) }}{{ c|center(40) }}{{ c|truncate(9) }}",
+    "{{ '<T>' + (c|safe) }}{{ (c|safe) + '<T>' }}{{ ('<T>'|e) ~ c }}{{ '<T>%s' % (c|e) }}{{ c + ('<T>'|safe) }}",
+    "{% autoescape true %}<T>{{ c }}{{ '<T>' ~ c }}{% set x %}<T>{{ c }}{% endset %}{{ x }}{% endautoescape %}",
+    "{{ c|replace('e', '') }}{{ c|lower|upper|trim('2 ') }}{{ c.split()|list|length }}{{ c.splitlines()|join('<T>') }}",
+    "{{ c.partition('</think>')[2] }}{{ c.rsplit('</think>', 1)|last }}{{ c.removeprefix(' ö') ~ c.count('e') }}",
+    "{% for x in c.split('</think>') %}{{ loop.index0 ~ x }}{% else %}<T>{% endfor %}{{ c.encode('utf-8')|length }}",
+    "{{ messages|selectattr('role', 'equalto', 'user')|map(attribute='content')|map('trim')|list }}<T>",
+    "{{ messages[-1]['content'][::-1] }}{{ messages[0:1] }}{{ '%-5s|%3d' % ('<T>', 4) }}{{ '{:>9}'.format('<T>') }}",
     "{%- if c %}\n    <T>  \n{%- endif %}\n  {% if c %}  x\n  {% endif %}\n",
 ]
 
