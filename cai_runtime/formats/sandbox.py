@@ -23,6 +23,12 @@ from jinja2.utils import Namespace, pass_eval_context
 
 from cai_runtime.formats.provenance import TracedText, is_own, joined, own, plain
 
+# What compiling or rendering a template can raise: Jinja's errors, and Python's own of compiling and of expressions. No
+# OSError, and no other library's: those are not the template's, but a signal handler's, such as a time limit.
+TEMPLATE_ERRORS = (
+    TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, NameError, RuntimeError,
+    MemoryError, AssertionError, StopIteration, SyntaxError,
+)  # fmt: skip
 MAX_ROUNDS = 1_000_000  # that all `range` of one rendering may ask for together
 
 

@@ -105,14 +105,14 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, source: str, name: str = DEFAULT):
         from cai_runtime.formats.control_tokens import PromptEncoder
-        from cai_runtime.formats.sandbox import ChatTemplateEnvironment, literals
+        from cai_runtime.formats.sandbox import TEMPLATE_ERRORS, ChatTemplateEnvironment, literals
 
         self.name = name
         environment = ChatTemplateEnvironment()
         try:
             self._compiled = environment.from_string(source)
             text = literals(environment, source)
-        except Exception as error:  # a template from anywhere can make the compiler stumble in any way
+        except TEMPLATE_ERRORS as error:
             raise self._failure("can't be compiled", error) from error
         self._variables = {
             key: [own(str(token)) for token in value] if isinstance(value, (list, tuple)) else own(str(value))
@@ -129,30 +129,31 @@ class ChatTemplate:
 
     def text(self, messages: Sequence[Message]) -> TracedText:
         """The prompt's characters, and which of them the template wrote."""
+        from cai_runtime.formats.sandbox import TEMPLATE_ERRORS
+
         turns = [message.for_template(self.content_forms[message.role]) for message in messages]
         try:
             return self._run(turns)
-        except Exception as error:  # whatever its expressions raise: TypeError, OverflowError, RecursionError, ...
+        except TEMPLATE_ERRORS as error:
             raise self._failure("refuses these messages", error) from error
 
     def _run(self, turns: list[dict[str, Any]]) -> TracedText:
         from cai_runtime.formats.sandbox import budgeted_range
 
-        return joined(
-            [
-                self._compiled.render(
-                    **self._variables,
-                    messages=turns,
-                    tools=None,
-                    documents=None,
-                    add_generation_prompt=True,
-                    range=budgeted_range(),
-                )
-            ]
+        prompt = self._compiled.render(
+            **self._variables,
+            messages=turns,
+            tools=None,
+            documents=None,
+            add_generation_prompt=True,
+            range=budgeted_range(),
         )
+        return joined((prompt,))
 
     def _probe(self, role: str) -> ContentForm:
         """Which kind of content the template takes for a role: it is rendered with each, and the text looked for."""
+        from cai_runtime.formats.sandbox import TEMPLATE_ERRORS
+
         hello = Message("user", "Hello")
         taken: list[ContentForm] = []
         for form, content in PROBES.items():
@@ -161,7 +162,7 @@ class ChatTemplate:
             turns = [m.for_template(form if m is asked else self.content_forms["user"]) for m in conversation]
             try:
                 text = plain(self._run(turns))
-            except Exception:  # noqa: BLE001 - whatever this form of content makes its expressions raise
+            except TEMPLATE_ERRORS:  # this form of content is not taken
                 continue
             # A template that prints the list holds the texts too, inside Python's or JSON's spelling of it.
             if all(word in text for word in PROBE_WORDS) and not ("'type'" in text or '"type"' in text):

@@ -114,6 +114,19 @@ def test_template_text_is_not_taken_from_a_request(byte_tokenizer):
         render(byte_tokenizer, [Message("user", "hi")], "{{ 'x' }}")
 
 
+@pytest.mark.parametrize("error", [TimeoutError, KeyboardInterrupt, type("SoftTimeLimit", (Exception,), {})])
+def test_exceptions_that_are_not_the_templates_come_out_as_they_are(byte_tokenizer, monkeypatch, error):
+    """A time limit's signal handler raises wherever the thread happens to be."""
+
+    def interrupted(*_, **__):
+        raise error("time is up")
+
+    template = chat_template(byte_tokenizer)
+    monkeypatch.setattr(template, "_run", interrupted)
+    with pytest.raises(error):
+        template.text([Message("user", "hi")])
+
+
 def test_tokenizer_is_freed(make_byte_tokenizer):
     tokenizer = make_byte_tokenizer()
     render(tokenizer, [Message("user", "<|im_end|>")])
