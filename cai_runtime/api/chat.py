@@ -35,6 +35,7 @@ class ChatParams(GenerationParams, total=False):
     """Keyword arguments of `chat.completions.create`, besides `stream` (default false).
 
     messages: the conversation; see `cai_runtime.formats.messages.parse_messages`.
+    chat_template: the name of one of the model's chat templates. Default: the one named "default", or the only one.
     parallel_tool_calls: accepted; there are no tool calls yet for it to govern.
 
     The others are those of GenerationParams. `tools`, `tool_choice`, `reasoning_effort`, `reasoning_enabled`,
@@ -42,6 +43,7 @@ class ChatParams(GenerationParams, total=False):
     """
 
     messages: Required[Annotated[Iterable[Any], SkipValidation]]  # parse_messages checks them: its errors name places
+    chat_template: str | None
     parallel_tool_calls: bool | None
 
 
@@ -80,11 +82,11 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
     """Render the conversation and settle how each choice is sampled.
 
     Raises:
-        BadRequestError: the model has no chat template, its template refuses the messages, or they don't fit the
-            context.
+        BadRequestError: the model has no chat template or none of this name, its template refuses the messages, or
+            they don't fit the context.
     """
     with as_api_errors(), opened.tokenizer_lock:
-        prompt_ids = render(opened.tokenizer, request.messages)
+        prompt_ids = render(opened.tokenizer, request.messages, request.params.get("chat_template"))
     sampling = sampling_params(
         request.params,
         prompt_tokens=len(prompt_ids),
