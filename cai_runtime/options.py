@@ -12,10 +12,10 @@ from cai_runtime.errors import MemoryBudgetError, OptionTypeError, OptionValueEr
 from cai_runtime.scalars import as_bool, as_integer, as_number, shown
 from cai_runtime.slim.elastic import checked_keep
 
-# Every spelling of a dtype that is taken, and the one that the engine uses.
+# Every name of a dtype that is taken, and torch's.
 DTYPES = {
-    "auto": "auto", "fp32": "fp32", "float32": "fp32", "bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16",
-    "float16": "fp16",
+    "fp32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16",
+    "float16": "float16",
 }  # fmt: skip
 BACKENDS = ("reference", "cpu", "triton", "cuda")  # as `kernels.backend` has them, which brings torch
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
@@ -77,8 +77,7 @@ class EngineOptions:
         return cls(**{name: value for name, value in given.items() if value is not None}).checked()
 
     def checked(self) -> Self:
-        """These options with every value checked and brought into one form ("float16" is "fp16", NumPy's integers are
-        ints).
+        """These options with every value checked; torch's and NumPy's objects become plain ones, None the default.
 
         Raises:
             OptionTypeError (a TypeError): a value is of a wrong type; the message names the option.
@@ -105,6 +104,14 @@ class EngineOptions:
             progress=_flag("progress", self.progress),
         )
 
+    def given(self) -> dict[str, Any]:
+        """Keyword arguments that give these options: device and dtype, and what differs from the defaults."""
+        return {
+            field.name: value
+            for field in fields(self)
+            if (value := getattr(self, field.name)) != field.default or field.name in ("device", "dtype")
+        }
+
     def for_engine(self) -> dict[str, Any]:
         """The keyword arguments of `Engine` among them; without those that are left to its defaults."""
         names = ("max_batch", "prefill_chunk", "prefix_cache", "max_waiting")
@@ -127,9 +134,9 @@ def _device(value: Any) -> str:
 
 def _dtype(option: str, value: Any) -> str:
     name = _name_of_torch(option, value)
-    if name not in DTYPES:
+    if name != "auto" and name not in DTYPES:
         raise OptionValueError(f'{option} must be "auto", "fp32", "bf16" or "fp16", got {shown(value)}')
-    return DTYPES[name]
+    return name
 
 
 def _name_of_torch(option: str, value: Any) -> str:
@@ -174,7 +181,9 @@ def _flag(option: str, value: Any) -> Any:
 def _kv_cache(value: Any) -> int | float | str | None:
     if value is None:
         return None
-    allowed = 'kv_cache must be a number of bytes, a text such as "2GiB", or a float in (0, 1] for a share of free memory'
+    allowed = (
+        'kv_cache must be a number of bytes, a text such as "2GiB", or a float in (0, 1] for a share of free memory'
+    )
     if isinstance(value, str):
         try:
             parse_bytes(value)
