@@ -45,10 +45,10 @@ class APIError(library.CaiError, openai.APIError):
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None, type: str | None = None):
         # Not openai's __init__: it wants a response of the HTTP library, which most handlers never look at.
-        self.message = printable(message)
+        self.message = _cut(printable(message), 4000)
         Exception.__init__(self, self.message)
         self.type = type or self.default_type
-        self.param = None if param is None else printable(param)
+        self.param = None if param is None else _cut(printable(param), 200)
         self.code = code
 
     @property
@@ -66,6 +66,10 @@ class APIError(library.CaiError, openai.APIError):
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions pickle by their args alone; a batch job hands errors from one process to another.
         return _rebuild, (type(self), self.message, self.param, self.code, self.type)
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def _rebuild(cls: type[APIError], message: str, param: str | None, code: str | None, type: str | None) -> APIError:

@@ -142,7 +142,7 @@ class ModelHost:
             BadRequestError: no name and no default.
             NotFoundError: nothing has this name, or its weights are not on this machine; the message says what to do.
         """
-        name = self.default if name is None else name
+        name = self.default if name is None else model_name(name)
         if not name:
             raise BadRequestError(
                 "Missing required parameter: 'model'. Name one, or set a default with Client(model=...).",
@@ -265,7 +265,7 @@ class ModelHost:
         Raises:
             NotFoundError: as `resolve`.
         """
-        model = self.resolve(name)
+        model = self.resolve(model_name(name))
         with self._lock:
             slot = self._slots.get(model.path)
         return slot is not None and _close(slot)
@@ -313,6 +313,17 @@ def _close_dead(slot: _Slot) -> None:
     if opened is not None:
         with contextlib.suppress(Exception):  # what ended it was raised in its requests
             opened.engine.close()
+
+
+def model_name(name: Any) -> str:
+    """A model's name as a text: as it is, or of a path. Raises BadRequestError for anything else."""
+    if isinstance(name, Path):
+        return str(name)
+    if not isinstance(name, str) or not name:
+        raise BadRequestError(
+            f"Invalid 'model': must be a name or a directory, got {shown(name)}.", param="model", code="invalid_type"
+        )
+    return name
 
 
 def _directory(name: str | Path) -> Path | None:

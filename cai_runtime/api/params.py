@@ -228,12 +228,13 @@ def validated(adapter: TypeAdapter[Any], params: Mapping[str, Any], *, names: fr
         if name not in UNSUPPORTED or name not in names:
             continue
         reason, neutral = UNSUPPORTED[name]
-        # type() besides ==, for 0 == False.
-        if not any(type(given[name]) is type(value) and given[name] == value for value in neutral):
+        if not any(_is_same(given[name], value) for value in neutral):
             raise BadRequestError(f"'{name}' can't be used: {reason}.", param=name, code="unsupported_parameter")
         del given[name]
     for name in given:
-        if name in names and name not in _LABELS and (place := surrogate_place(given[name], name)):
+        if name not in names:
+            raise _unknown(name, names)
+        if name not in _LABELS and (place := surrogate_place(given[name], name)):
             raise BadRequestError(
                 f"Invalid '{place}': the text holds a lone surrogate, which is half of a character: send whole ones.",
                 param=place,
@@ -337,6 +338,14 @@ def _is_unset(value: Any) -> bool:
     return value is None or isinstance(value, (NotGiven, Omit))
 
 
+def _is_same(given: Any, neutral: Any) -> bool:
+    # type() besides ==, for 0 == False.
+    try:
+        return type(given) is type(neutral) and bool(given == neutral)
+    except ValueError:  # arrays in a list have no truth value
+        return False
+
+
 _LABELS = ("model", "user", "metadata", "safety_identifier", "prompt_cache_key", "extra_headers", "extra_query")
 _DEPTH = 8  # of containers in a parameter; content parts are at the third
 
@@ -353,7 +362,7 @@ def surrogate_place(value: Any, place: str, depth: int = _DEPTH) -> str | None:
         return surrogate_place(vars(value), place, depth - 1)
     elif depth and isinstance(value, Mapping):
         for key, item in value.items():
-            inner = f"{place}.{key}" if isinstance(key, str) else place
+            inner = f"{place}.{key[:40]}" if isinstance(key, str) else place
             if found := surrogate_place(key, place, depth) or surrogate_place(item, inner, depth - 1):
                 return found
     elif depth and isinstance(value, (list, tuple)):
@@ -381,6 +390,13 @@ def _with_extra_body(params: Mapping[str, Any]) -> dict[str, Any]:
     return {**merged, **extra}
 
 
+def _unknown(param: str, names: frozenset[str]) -> BadRequestError:
+    param = param if len(param) <= 80 else param[:77] + "..."
+    close = difflib.get_close_matches(param, names, n=1)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    return BadRequestError(f"Unknown parameter: '{param}'.{hint}", param=param, code="unknown_parameter")
+
+
 def _refuse(error: ValidationError, names: frozenset[str]) -> NoReturn:
     """Turn pydantic's first complaint into a BadRequestError."""
     first = error.errors(include_url=False)[0]
@@ -394,9 +410,7 @@ def _refuse(error: ValidationError, names: frozenset[str]) -> NoReturn:
     if kind == "missing":
         raise BadRequestError(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
     if kind == "extra_forbidden":
-        close = difflib.get_close_matches(param, names, n=1) if "." not in param else []
-        hint = f" Did you mean '{close[0]}'?" if close else ""
-        raise BadRequestError(f"Unknown parameter: '{param}'.{hint}", param=param, code="unknown_parameter")
+        raise _unknown(param, frozenset())
     message = (
         message.removeprefix("Input ")
         .replace("should be", "must be")

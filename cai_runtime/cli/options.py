@@ -47,8 +47,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> None:
     """How text is sampled. What is out of range is refused by the API, which names it."""
-    parser.add_argument("--temperature", type=float, metavar="T", help="0 to 2, 0 is greedy; default 1")
-    parser.add_argument("--top-p", type=float, metavar="P", help="0 < P <= 1; default 1")
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help="0 to 2, 0 is greedy; default: the checkpoint's, else 1"
+    )
+    parser.add_argument("--top-p", type=float, metavar="P", help="0 < P <= 1; default: the checkpoint's, else 1")
     limit = "the rest of the context" if max_tokens is None else str(max_tokens)
     parser.add_argument("--max-tokens", type=int, default=max_tokens, metavar="N", help=f"default: {limit}")
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text; default: a new one")

@@ -79,7 +79,7 @@ CHAT = {
     "functions": ([[], None], [[{}]]),
     "function_call": (["none", "auto", None], [{"name": "f"}]),
     "store": ([False, None], [True, 0]),
-    "modalities": ([["text"], None], [["audio"], ["text", "audio"], "text"]),
+    "modalities": ([["text"], None], [["audio"], ["text", "audio"], "text", [np.array(["text", "x"])]]),
     "service_tier": (["auto", "default", None], ["flex"]),
     "audio": ([None], [{}]),
     "prediction": ([None], [{}]),
