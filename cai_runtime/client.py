@@ -61,6 +61,7 @@ class _BaseClient:
         max_context: int | None = None,
         max_batch: int | None = None,
         prefill_chunk: int | None = None,
+        prefill_time: float | None = None,
         prefix_cache: bool | None = None,
         max_waiting: int | None = None,
         backend: str | None = None,
@@ -85,7 +86,8 @@ class _BaseClient:
             kv_dtype: of the cached keys and values, as `dtype`. Default: the activations'.
             max_context: positions a sequence may have. Default: what the model was made for.
             max_batch: sequences that run at once. Default: the engine's.
-            prefill_chunk: prompt tokens fed in one step. Default: the engine's.
+            prefill_chunk: prompt tokens fed in one step, at most. Default: the engine's.
+            prefill_time: seconds that one long prompt may hold up the next token of the others. Default: the engine's.
             prefix_cache: whether prompts reuse what equal beginnings left in the cache. Default: yes.
             max_waiting: requests that may wait for their turn; further ones raise RateLimitError. Default: no limit.
             backend: kernels to use: "reference", "cpu", "triton" or "cuda". Default: the device's.
@@ -118,6 +120,7 @@ class _BaseClient:
             max_context=max_context,
             max_batch=max_batch,
             prefill_chunk=prefill_chunk,
+            prefill_time=prefill_time,
             prefix_cache=prefix_cache,
             max_waiting=max_waiting,
             backend=backend,

@@ -86,7 +86,7 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
         BadRequestError: the model has no chat template, its template refuses the messages, or they don't fit the
             context.
     """
-    opened.check_characters(sum(len(message.content) for message in request.messages), "messages")
+    opened.check_characters(sum(_characters(message.content) for message in request.messages), "messages")
     with as_api_errors(), opened.tokenizer_lock:
         prompt_ids = render(opened.tokenizer, request.messages)
     sampling = sampling_params(
@@ -97,7 +97,7 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
         default_max=None,
         prompt_param="messages",
         defaults=opened.defaults,
-        model_context=getattr(opened.engine, "model_context", None),
+        context_limit=opened.engine.context_limit,
     )
     head = ReplyHead.new("chatcmpl", name)
     choices = request.params.get("n", 1)
@@ -107,6 +107,11 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
     ]
     include_usage = (request.params.get("stream_options") or {}).get("include_usage") or False
     return Generation(requests, ChatReply(head, choices, include_usage))
+
+
+def _characters(content: str | Sequence[str]) -> int:
+    """Of a text, or of a list of texts."""
+    return len(content) if isinstance(content, str) else sum(map(len, content))
 
 
 class ChatReply:

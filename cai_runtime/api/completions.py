@@ -146,7 +146,7 @@ def prepare(request: CompletionRequest, name: str, opened: OpenModel) -> Generat
             default_max=DEFAULT_MAX_TOKENS,
             prompt_param="prompt",
             defaults=opened.defaults,
-            model_context=getattr(opened.engine, "model_context", None),
+            context_limit=opened.engine.context_limit,
         )
         for i in range(choices):
             seed = choice_seed(sampling.seed, i)  # the same for every prompt: a list gives what one by one gives

@@ -260,7 +260,7 @@ def sampling_params(
     default_max: int | None,
     prompt_param: str,
     defaults: GenerationDefaults | None = None,
-    model_context: int | None = None,
+    context_limit: str | None = None,
 ) -> SamplingParams:
     """What the engine needs to know of validated parameters, for one prompt.
 
@@ -271,16 +271,14 @@ def sampling_params(
         default_max: max_tokens when not given, cut to the context; None is the whole rest of the context.
         prompt_param: the parameter that the prompt came in, for errors.
         defaults: of what the request does not name. None: OpenAI's.
-        model_context: positions that the model could have, if the engine has room for fewer.
+        context_limit: a sentence, what makes `context` what it is.
     """
     defaults = defaults or GenerationDefaults()
     room = context - prompt_tokens
-    holds = f"this model's context holds {context}"
-    if model_context is not None and model_context > context:
-        holds = f"the engine holds {context} (the model could {model_context}: raise kv_cache or max_context)"
+    limit = context_limit or f"the model's context holds {context} positions"
     if room < 1:
         raise BadRequestError(
-            f"The prompt has {prompt_tokens} tokens and {holds}, the answer included: shorten the prompt.",
+            f"The prompt has {prompt_tokens} tokens and the answer needs at least one, but {limit}. Shorten the prompt.",
             param=prompt_param,
             code="context_length_exceeded",
         )
@@ -290,8 +288,8 @@ def sampling_params(
         max_tokens = room if default_max is None else min(default_max, room)
     elif max_tokens > room:
         raise BadRequestError(
-            f"The prompt has {prompt_tokens} tokens and '{limit_name}' asks for {shown(max_tokens)} more, but {holds}: "
-            f"ask for at most {room}, or shorten the prompt.",
+            f"The prompt has {prompt_tokens} tokens and '{limit_name}' asks for {shown(max_tokens)} more, but {limit}. "
+            f"Ask for at most {room}, or shorten the prompt.",
             param=limit_name,
             code="context_length_exceeded",
         )

@@ -24,6 +24,7 @@ CASES = {
     "max_context": ([1, 64, np.int32(8)], ["64", 1.0, True], [0, -1, 10**5000]),
     "max_batch": ([1, 64], ["8", 1.5, True], [0, -1]),
     "prefill_chunk": ([1, 512], ["8", 1.5], [0]),
+    "prefill_time": ([0.1, 1, math.inf, np.float32(1)], ["1", True], [0, -1, math.nan]),
     "prefix_cache": ([True, False, np.bool_(True)], ["no", 1, 0], []),
     "max_waiting": ([0, 9], ["9", 0.5, False], [-1]),
     "backend": (list(BACKENDS), [3], ["opencl", "", "CPU"]),
