@@ -61,9 +61,10 @@ class OpenModel:
         return self.engine.tokenizer
 
     @property
-    def alive(self) -> bool:
-        """False once the engine has ended: closed, or by an error of its own."""
-        return bool(getattr(self.engine, "alive", True))
+    def ended(self) -> bool:
+        """Whether the engine was closed, or ended by an error of its own, so that the model has to be opened again. Not
+        in a forked child, where the engine itself says what to do."""
+        return not self.engine.alive and self.process == os.getpid()
 
     @cached_property
     def longest_token(self) -> int | None:
@@ -213,7 +214,7 @@ class ModelHost:
         with slot.lock:
             with self._lock:
                 self._check_open()  # it may have been closed while this thread waited
-            if slot.opened is not None and not slot.opened.alive:
+            if slot.opened is not None and slot.opened.ended:
                 _close_dead(slot)
             if slot.opened is None:
                 with as_api_errors():
@@ -231,7 +232,7 @@ class ModelHost:
         with self._lock:
             self._check_open()
             slot = self._slots.setdefault(model.path, _Slot())
-            if (opened := slot.opened) and opened.alive:
+            if (opened := slot.opened) and not opened.ended:
                 return opened
             if slot.loading is None or slot.loading.done():
                 slot.loading = Future()
