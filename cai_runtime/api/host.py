@@ -27,7 +27,7 @@ from cai_runtime.api.errors import (
 from cai_runtime.convert.named import NAMED
 from cai_runtime.convert.sources import pulled
 from cai_runtime.errors import OptionTypeError, OptionValueError
-from cai_runtime.home import cai_home
+from cai_runtime.home import cai_home, existing
 from cai_runtime.models.catalog import catalog
 from cai_runtime.options import EngineOptions
 from cai_runtime.scalars import shown
@@ -122,7 +122,7 @@ class ModelHost:
     ):
         self.default = default
         self.registered = {name: _registered(name, path) for name, path in models.items()}
-        self._default_directory = None if default is None else _directory(default)
+        self._default_directory = None if default is None else existing(default)
         self._open_engine = open_engine
         self._options = options
         self._own_defaults = own_defaults
@@ -151,7 +151,7 @@ class ModelHost:
                 code="missing_required_parameter",
             )
         if path := self.registered.get(name):
-            directory = _directory(path)
+            directory = existing(path)
             if directory is None:
                 raise _not_found(f"The model {shown(name)} is registered as {path}, which is not a directory.")
             return ResolvedModel(name, directory)
@@ -186,7 +186,7 @@ class ModelHost:
         """The directory called `name`, however it is spelled, as one path; None if there is none."""
         if name == self.default and self._default_directory is not None:
             return self._default_directory
-        return _directory(name)
+        return existing(name)
 
     def open(self, model: ResolvedModel, timeout: float | None = None) -> OpenModel:
         """The open model; loads it on first use, and again if its engine has ended by an error.
@@ -325,15 +325,6 @@ def model_name(name: Any) -> str:
             f"Invalid 'model': must be a name or a directory, got {shown(name)}.", param="model", code="invalid_type"
         )
     return name
-
-
-def _directory(name: str | Path) -> Path | None:
-    """The directory, however it is spelled, as one path; None if there is none."""
-    try:
-        path = Path(name).expanduser()
-        return path.resolve() if path.is_dir() else None
-    except (OSError, RuntimeError, ValueError):  # too long a name, no such user, a NUL or a lone surrogate in it
-        return None
 
 
 def _registered(name: str, path: Any) -> Path:
