@@ -18,13 +18,13 @@ from cai_runtime.api.host import OpenModel
 from cai_runtime.api.params import (
     STRICT,
     UNSUPPORTED,
-    Flag,
     GenerationParams,
     choice_seed,
     sampling_params,
     validated,
 )
 from cai_runtime.api.usage import ReplyHead, usage_of
+from cai_runtime.api.values import Flag
 from cai_runtime.engine.request import Completion, Request
 from cai_runtime.formats.events import ChatEvent, EndEvent, TextEvent
 from cai_runtime.formats.messages import Message, parse_messages

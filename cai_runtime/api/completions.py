@@ -16,15 +16,14 @@ from cai_runtime.api.generation import Generation
 from cai_runtime.api.host import OpenModel
 from cai_runtime.api.params import (
     STRICT,
-    TOKEN_LIMIT,
     UNSUPPORTED,
-    Flag,
     GenerationParams,
     choice_seed,
     sampling_params,
     validated,
 )
 from cai_runtime.api.usage import ReplyHead, usage_of
+from cai_runtime.api.values import TOKEN_LIMIT, Flag
 from cai_runtime.engine.request import Completion, Request
 from cai_runtime.formats.events import ChatEvent, EndEvent, TextEvent
 from cai_runtime.scalars import as_integer

@@ -10,113 +10,32 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import threading
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-from openai import NotGiven, Omit, Timeout
-from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError, with_config
-from pydantic_core import PydanticCustomError
+from openai import NotGiven, Omit
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
 from cai_runtime.api.errors import BadRequestError
+from cai_runtime.api.values import (
+    Flag,
+    Ignored,
+    LogitBias,
+    ModelName,
+    Number,
+    Penalty,
+    Seconds,
+    Stop,
+    Whole,
+    surrogate_place,
+)
 from cai_runtime.engine.request import SamplingParams
-from cai_runtime.scalars import as_bool, as_integer, as_number, shown
+from cai_runtime.scalars import shown
 from cai_runtime.slim.generation_defaults import PENALTY_MAX, PENALTY_MIN, GenerationDefaults
 
-MAX_STOPS = 16  # OpenAI's is 4; agents send more
 MAX_CHOICES = 128  # OpenAI's limit on n
 SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
-TOKEN_LIMIT = 2**31  # token ids, and counts of tokens, are below this
-
-
-def _model_name(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
-
-
-def _plain(value: Any) -> Any:
-    """NumPy's and torch's scalars as Python's; anything else as it is."""
-    for check in (as_bool, as_integer, as_number):
-        if (found := check(value)) is not None:
-            return found
-    return value
-
-
-def timeout_seconds(value: Any) -> float | None:
-    """Seconds of a `timeout`: a number, the `openai` client's Timeout (its `read`), or None for no limit.
-
-    Raises TypeError or ValueError; the message follows the parameter's name.
-    """
-    if isinstance(value, Timeout):
-        value = value.read
-    if value is None:
-        return None
-    number = as_number(value)
-    if number is None and not isinstance(value, float):
-        raise TypeError(f"must be a number of seconds, got {shown(value)}")
-    if number is None or not 0 < number <= threading.TIMEOUT_MAX:
-        raise ValueError(f"must be above 0 and at most {threading.TIMEOUT_MAX:.0f} seconds, got {shown(value)}")
-    return float(number)
-
-
-def _timeout(value: Any) -> float | None:
-    try:
-        return timeout_seconds(value)
-    except TypeError as error:
-        raise PydanticCustomError("timeout_type", "{message}", {"message": _without_value(error)}) from None
-    except ValueError as error:
-        raise PydanticCustomError("timeout", "{message}", {"message": _without_value(error)}) from None
-
-
-def _without_value(error: Exception) -> str:
-    return str(error).split(", got ")[0]
-
-
-def _stop_list(value: Any) -> list[str]:
-    stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, (list, tuple)) or not all(isinstance(stop, str) for stop in stops):
-        raise PydanticCustomError("stop_type", "must be a string or a list of strings")
-    if len(stops) > MAX_STOPS:
-        raise PydanticCustomError("too_long", "may hold at most {limit} strings", {"limit": MAX_STOPS})
-    if "" in stops:
-        raise PydanticCustomError("string_too_short", "must not hold an empty string")
-    return [str(stop) for stop in stops]
-
-
-def _logit_bias(value: Any) -> dict[int, float]:
-    if not isinstance(value, Mapping):
-        raise PydanticCustomError("dict_type", "must map token ids to numbers from -100 to 100")
-    biases: dict[int, float] = {}
-    for key, given in value.items():
-        # JSON has string keys only; Python callers have integers at hand.
-        if isinstance(key, str):
-            token = int(key) if key.isascii() and key.isdigit() and len(key) <= 20 else None
-        else:
-            token = as_integer(key)
-        if token is None or not 0 <= token < TOKEN_LIMIT:
-            raise PydanticCustomError("key_type", "has a key that is not a token id")
-        bias = as_number(given)
-        if bias is None and not isinstance(given, float):
-            raise PydanticCustomError("value_type", "must map token ids to numbers from -100 to 100")
-        if bias is None or not -100 <= bias <= 100:
-            raise PydanticCustomError("out_of_range", "has a bias outside -100 to 100")
-        biases[token] = float(bias)
-    return biases
-
-
-def _ignored_mapping(value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise PydanticCustomError("dict_type", "must map names to values")
-    return {}
-
-
-Plain = BeforeValidator(_plain)
-Ignored = Annotated[Mapping[str, Any], PlainValidator(_ignored_mapping)]
-Whole = Annotated[int, Plain]
-Number = Annotated[float, Plain, Field(allow_inf_nan=False)]
-Flag = Annotated[bool, Plain]
-Penalty = Annotated[Number, Field(ge=-2, le=2)]
 STRICT = ConfigDict(strict=True, extra="forbid")
 
 
@@ -155,18 +74,17 @@ class GenerationParams(TypedDict, total=False):
     extra_body: further parameters, merged into these, as the `openai` client does.
     """
 
-    model: Annotated[str | Path, BeforeValidator(_model_name)] | None
+    model: ModelName | None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None
     top_p: Annotated[Number, Field(ge=0, le=1)] | None
     max_tokens: Annotated[Whole, Field(ge=1)] | None
     max_completion_tokens: Annotated[Whole, Field(ge=1)] | None
     min_tokens: Annotated[Whole, Field(ge=0)] | None
-    stop: Annotated[str | list[str], PlainValidator(_stop_list)] | None
+    stop: Stop | None
     frequency_penalty: Penalty | None
     presence_penalty: Penalty | None
     repetition_penalty: Annotated[Number, Field(ge=PENALTY_MIN, le=PENALTY_MAX)] | None
-    logit_bias: Annotated[dict[str, float] | dict[int, float] | dict[str, int] | dict[int, int],
-                          PlainValidator(_logit_bias)] | None  # fmt: skip
+    logit_bias: LogitBias | None
     top_k: Annotated[Whole, Field(ge=-1)] | None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None
     seed: Annotated[Whole, Field(ge=SEED_MIN, le=SEED_MAX)] | None
@@ -177,7 +95,7 @@ class GenerationParams(TypedDict, total=False):
     safety_identifier: str | None
     prompt_cache_key: str | None
     stream_options: StreamOptions | None
-    timeout: Annotated[float | Timeout, PlainValidator(_timeout)] | None
+    timeout: Seconds | None
     extra_headers: Ignored | None
     extra_query: Ignored | None
     extra_body: dict[str, Any] | None
@@ -345,29 +263,6 @@ def _is_same(given: Any, neutral: Any) -> bool:
 
 
 _LABELS = ("model", "user", "metadata", "safety_identifier", "prompt_cache_key", "extra_headers", "extra_query")
-_DEPTH = 8  # of containers in a parameter; content parts are at the third
-
-
-def surrogate_place(value: Any, place: str, depth: int = _DEPTH) -> str | None:
-    """Where in a parameter a text with a lone surrogate is, such as `messages[0].content`; None if there is none. Such a
-    text has no UTF-8, so that no tokenizer takes it."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return place
-    elif depth and hasattr(value, "model_dump"):
-        return surrogate_place(vars(value), place, depth - 1)
-    elif depth and isinstance(value, Mapping):
-        for key, item in value.items():
-            inner = f"{place}.{key[:40]}" if isinstance(key, str) else place
-            if found := surrogate_place(key, place, depth) or surrogate_place(item, inner, depth - 1):
-                return found
-    elif depth and isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            if found := surrogate_place(item, f"{place}[{i}]", depth - 1):
-                return found
-    return None
 
 
 def _with_extra_body(params: Mapping[str, Any]) -> dict[str, Any]:
