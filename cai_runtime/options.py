@@ -88,7 +88,9 @@ class EngineOptions:
             OptionValueError (a ValueError): a value is out of range; the message names what is allowed.
             KeepError (a ValueError): `keep` is not in (0, 1].
         """
-        unset = {field.name: field.default for field in fields(self) if getattr(self, field.name) is None}
+        unset: dict[str, Any] = {
+            field.name: field.default for field in fields(self) if getattr(self, field.name) is None
+        }
         self = replace(self, **unset)
         return replace(
             self,

@@ -42,7 +42,7 @@ def _prompts(value: Any) -> list[Prompt]:
             return list(value)
         if None not in (ids := _token_ids(value)):
             return [ids]
-        several = [_token_ids(_listed(item)) for item in value]
+        several: list[Prompt] = [_token_ids(_listed(item)) for item in value]
         if all(ids and None not in ids for ids in several):
             return several
     raise PydanticCustomError("prompt_type", "must be a string, a list of strings, token ids, or a list of token ids")

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from importlib import import_module
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import openai
 
@@ -39,9 +38,13 @@ class APIError(library.CaiError, openai.APIError):
         request_id: None; there is no server that gives one.
     """
 
-    status_code: ClassVar[int] = 500  # type: ignore[misc]
+    status_code: int = 500
     default_type: ClassVar[str] = "api_error"
-    request_id = None
+    type: str
+    request: Any
+    response: Any
+    body: Any
+    request_id: str | None = None
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None, type: str | None = None):
         # Not openai's __init__: it wants a response of the HTTP library, which most handlers never look at.
@@ -50,18 +53,19 @@ class APIError(library.CaiError, openai.APIError):
         self.type = type or self.default_type
         self.param = None if param is None else _cut(printable(param), 200)
         self.code = code
+        self.body = {
+            "error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code},
+        }
 
-    @property
-    def body(self) -> dict[str, Any]:  # type: ignore[override]
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
-
-    @cached_property
-    def request(self) -> Any:  # type: ignore[override]
-        return _http().Request("POST", URL)
-
-    @cached_property
-    def response(self) -> Any:
-        return _http().Response(self.status_code, json=self.body, request=self.request)
+    def __getattr__(self, name: str) -> Any:
+        if name == "request":
+            value = _http().Request("POST", URL)
+        elif name == "response":
+            value = _http().Response(self.status_code, json=self.body, request=self.request)
+        else:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        setattr(self, name, value)
+        return value
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions pickle by their args alone; a batch job hands errors from one process to another.
@@ -99,38 +103,38 @@ class APIStatusError(APIError, openai.APIStatusError):
     """Base of the errors that a server would answer with."""
 
 
-class BadRequestError(APIStatusError, openai.BadRequestError):
+class BadRequestError(APIStatusError, openai.BadRequestError):  # type: ignore[misc]
     """400: the request itself is wrong; the same request will fail again."""
 
-    status_code = 400  # type: ignore[assignment]
+    status_code: Literal[400] = 400
     default_type = "invalid_request_error"
 
 
-class AuthenticationError(APIStatusError, openai.AuthenticationError):
+class AuthenticationError(APIStatusError, openai.AuthenticationError):  # type: ignore[misc]
     """401. There is nothing to authenticate in-process: no call raises it; it is here for handlers that name it."""
 
-    status_code = 401  # type: ignore[assignment]
+    status_code: Literal[401] = 401
     default_type = "authentication_error"
 
 
-class NotFoundError(APIStatusError, openai.NotFoundError):
+class NotFoundError(APIStatusError, openai.NotFoundError):  # type: ignore[misc]
     """404: no such model, or its weights are not on this machine."""
 
-    status_code = 404  # type: ignore[assignment]
+    status_code: Literal[404] = 404
     default_type = "invalid_request_error"
 
 
-class UnprocessableEntityError(APIStatusError, openai.UnprocessableEntityError):
+class UnprocessableEntityError(APIStatusError, openai.UnprocessableEntityError):  # type: ignore[misc]
     """422: the request is well formed, but the checkpoint it names can't be used."""
 
-    status_code = 422  # type: ignore[assignment]
+    status_code: Literal[422] = 422
     default_type = "invalid_request_error"
 
 
-class RateLimitError(APIStatusError, openai.RateLimitError):
+class RateLimitError(APIStatusError, openai.RateLimitError):  # type: ignore[misc]
     """429: more requests wait than the engine was told to accept. Try again later."""
 
-    status_code = 429  # type: ignore[assignment]
+    status_code: Literal[429] = 429
     default_type = "rate_limit_error"
 
 
