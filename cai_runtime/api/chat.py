@@ -36,6 +36,7 @@ class ChatParams(GenerationParams, total=False):
     """Keyword arguments of `chat.completions.create`, besides `stream` (default false).
 
     messages: the conversation; see `cai_runtime.formats.messages.parse_messages`.
+    chat_template: the name of one of the model's chat templates. Default: the one named "default", or the only one.
     parallel_tool_calls: accepted; there are no tool calls yet for it to govern.
 
     The others are those of GenerationParams. `tools`, `tool_choice`, `reasoning_effort`, `reasoning_enabled`,
@@ -43,6 +44,7 @@ class ChatParams(GenerationParams, total=False):
     """
 
     messages: Required[Annotated[Iterable[Any], SkipValidation]]  # parse_messages checks them: its errors name places
+    chat_template: str | None
     parallel_tool_calls: Flag | None
 
 
@@ -83,12 +85,12 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
     """Render the conversation and settle how each choice is sampled.
 
     Raises:
-        BadRequestError: the model has no chat template, its template refuses the messages, or they don't fit the
-            context.
+        BadRequestError: the model has no chat template or none of this name, its template refuses the messages, or
+            they don't fit the context.
     """
     opened.check_characters(sum(_characters(message.content) for message in request.messages), "messages")
     with as_api_errors(), opened.tokenizer_lock:
-        prompt_ids = render(opened.tokenizer, request.messages)
+        prompt_ids = render(opened.tokenizer, request.messages, request.params.get("chat_template"))
     sampling = sampling_params(
         request.params,
         prompt_tokens=len(prompt_ids),

@@ -66,7 +66,8 @@ class CompletionParams(GenerationParams, total=False):
     """Keyword arguments of `completions.create`, besides `stream` (default false).
 
     prompt: a text, a list of texts, token ids, or a list of token ids; a tokenizer's own start token is put before
-        texts. With several prompts and `n` choices each, choice j of prompt i has the index i n + j.
+        texts. Unlike in chat, a text that spells a control token gives that token. With several prompts and `n` choices
+        each, choice j of prompt i has the index i n + j.
     echo: put the prompt's text before the answer. Default false.
 
     The others are those of GenerationParams. `suffix`, `best_of`, `logprobs`, `tools` and `tool_choice` are refused,
@@ -156,6 +157,7 @@ def prepare(request: CompletionRequest, name: str, opened: OpenModel) -> Generat
 
 
 def _encode(prompt: Prompt, opened: OpenModel) -> list[int]:
+    """Token ids of a prompt. It is the caller's own, whole: control tokens that it spells are control tokens."""
     if isinstance(prompt, str):
         ids = opened.tokenizer.encode(prompt, verbose=False)  # no warning about its length: that is checked here
         if not ids and opened.tokenizer.bos_token_id is not None:

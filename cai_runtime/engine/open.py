@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cai_runtime.errors import InvalidConfigError, KernelError, MemoryBudgetError, MissingFileError
+from cai_runtime.engine.tokenizer import load_tokenizer as load_tokenizer  # others import it from here
+from cai_runtime.errors import InvalidConfigError, KernelError, MemoryBudgetError
 from cai_runtime.options import DTYPES, EngineOptions
 
 if TYPE_CHECKING:
@@ -177,34 +177,6 @@ def choose_dtype(dtype: str, config: dict[str, Any], backend: str) -> torch.dtyp
         return None
     stored = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     return named_dtype(stored if stored in DTYPES else "float32")
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The checkpoint's tokenizer, by transformers, without running code of the checkpoint's."""
-    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
-        raise MissingFileError("the checkpoint has no tokenizer (tokenizer.json)", file=path)
-    try:
-        return tokenizer_class(path).from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
-    except Exception as e:  # transformers raises whatever its code stumbles over in a damaged file
-        raise InvalidConfigError(f"the tokenizer can't be read: {e}", file=path) from e
-
-
-def tokenizer_class(path: Path) -> Any:
-    """AutoTokenizer, or the generic class of a tokenizer.json where AutoTokenizer would come to that too: on its way it
-    imports modelling code, which takes longer than everything else at opening a small model."""
-    config = path / "tokenizer_config.json"
-    if (path / "tokenizer.json").exists() and config.exists():
-        with contextlib.suppress(json.JSONDecodeError, AttributeError):
-            if json.loads(config.read_text()).get("tokenizer_class") in (
-                "TokenizersBackend",
-                "PreTrainedTokenizerFast",
-            ):
-                from transformers import PreTrainedTokenizerFast
-
-                return PreTrainedTokenizerFast
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer
 
 
 def end_of_sequence_ids(path: Path, config: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:

@@ -70,6 +70,7 @@ SHARED = {
     "extra_body": ([{}, {"top_k": 3}, None], [[], "x", {1: 2}]),
 }
 CHAT = {
+    "chat_template": (["rag", None], [3, b"x", {}]),
     "parallel_tool_calls": ([True, False, None], [1, "no"]),
     "reasoning_effort": ([None], ["low", "high", 3]),
     "reasoning_enabled": ([None], [True, False]),
