@@ -33,8 +33,7 @@ def test_used_where_a_request_names_none(client, model_dir, endpoint):
     expected = {name: FILE[name] for name in OPENAI}
     assert sampling(client, endpoint) == expected
     for name, value in OPENAI.items():
-        assert sampling(client, endpoint, **{name: value}) == {**expected, **({name: value} if name != "top_p" else
-                                                                              {"top_p": 1.0})}  # fmt: skip
+        assert sampling(client, endpoint, **{name: value}) == {**expected, name: value}
     assert sampling(client, endpoint, top_p=0) == expected  # an explicit 0 is "not given"
 
 
