@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Required
 
@@ -24,6 +24,7 @@ from cai_runtime.api.params import (
     validated,
 )
 from cai_runtime.api.usage import ReplyHead, usage_of
+from cai_runtime.api.values import Flag
 from cai_runtime.engine.request import Completion, Request
 from cai_runtime.formats.events import ChatEvent, EndEvent, TextEvent
 from cai_runtime.formats.messages import Message, parse_messages
@@ -44,12 +45,12 @@ class ChatParams(GenerationParams, total=False):
 
     messages: Required[Annotated[Iterable[Any], SkipValidation]]  # parse_messages checks them: its errors name places
     chat_template: str | None
-    parallel_tool_calls: bool | None
+    parallel_tool_calls: Flag | None
 
 
 @with_config(STRICT)
 class _ChatCall(ChatParams, total=False):
-    stream: bool | None
+    stream: Flag | None
 
 
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(_ChatCall)
@@ -72,6 +73,8 @@ def parse(params: Mapping[str, Any]) -> ChatRequest:
     Raises:
         BadRequestError: naming the parameter at fault.
     """
+    if isinstance(params.get("messages"), Iterator):
+        params = {**params, "messages": list(params["messages"])}  # it is looked at twice
     rest = validated(_ADAPTER, params, names=_NAMES)
     with as_api_errors():
         messages = parse_messages(rest.pop("messages"))
@@ -85,6 +88,7 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
         BadRequestError: the model has no chat template or none of this name, its template refuses the messages, or
             they don't fit the context.
     """
+    opened.check_characters(sum(_characters(message.content) for message in request.messages), "messages")
     with as_api_errors(), opened.tokenizer_lock:
         prompt_ids = render(opened.tokenizer, request.messages, request.params.get("chat_template"))
     sampling = sampling_params(
@@ -94,6 +98,8 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
         vocab_size=opened.engine.vocab_size,
         default_max=None,
         prompt_param="messages",
+        defaults=opened.defaults,
+        context_limit=opened.engine.context_limit,
     )
     head = ReplyHead.new("chatcmpl", name)
     choices = request.params.get("n", 1)
@@ -103,6 +109,11 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
     ]
     include_usage = (request.params.get("stream_options") or {}).get("include_usage") or False
     return Generation(requests, ChatReply(head, choices, include_usage))
+
+
+def _characters(content: str | Sequence[str]) -> int:
+    """Of a text, or of a list of texts."""
+    return len(content) if isinstance(content, str) else sum(map(len, content))
 
 
 class ChatReply:

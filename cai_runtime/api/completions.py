@@ -23,8 +23,10 @@ from cai_runtime.api.params import (
     validated,
 )
 from cai_runtime.api.usage import ReplyHead, usage_of
+from cai_runtime.api.values import TOKEN_LIMIT, Flag
 from cai_runtime.engine.request import Completion, Request
 from cai_runtime.formats.events import ChatEvent, EndEvent, TextEvent
+from cai_runtime.scalars import as_integer
 
 DEFAULT_MAX_TOKENS = 16
 Prompt = str | list[int]
@@ -34,21 +36,29 @@ def _prompts(value: Any) -> list[Prompt]:
     """One prompt or several, each a text or token ids, as a list of prompts."""
     if isinstance(value, str):
         return [value]
-    if not isinstance(value, (list, tuple)) or not value:
-        raise PydanticCustomError(
-            "prompt_type", "must be a string, a list of strings, token ids, or a list of token ids"
-        )
-    if all(isinstance(item, str) for item in value):
-        return list(value)
-    if all(_is_token(item) for item in value):
-        return [list(value)]
-    if all(isinstance(item, (list, tuple)) and item and all(map(_is_token, item)) for item in value):
-        return [list(item) for item in value]
+    value = _listed(value)
+    if value:
+        if all(isinstance(item, str) for item in value):
+            return list(value)
+        if None not in (ids := _token_ids(value)):
+            return [ids]
+        several: list[Prompt] = [_token_ids(_listed(item)) for item in value]
+        if all(ids and None not in ids for ids in several):
+            return several
     raise PydanticCustomError("prompt_type", "must be a string, a list of strings, token ids, or a list of token ids")
 
 
-def _is_token(item: Any) -> bool:
-    return isinstance(item, int) and not isinstance(item, bool) and item >= 0
+def _listed(value: Any) -> Sequence[Any]:
+    """A list or tuple as it is, NumPy's and torch's arrays as lists, nothing else."""
+    if hasattr(value, "tolist") and hasattr(value, "shape"):
+        value = value.tolist()
+    return value if isinstance(value, (list, tuple)) else ()
+
+
+def _token_ids(items: Sequence[Any]) -> list[Any]:
+    """Token ids as ints; None for what is none."""
+    found = (as_integer(item) for item in items)
+    return [token if token is not None and 0 <= token < TOKEN_LIMIT else None for token in found]
 
 
 @with_config(STRICT)
@@ -65,12 +75,12 @@ class CompletionParams(GenerationParams, total=False):
     """
 
     prompt: Required[Annotated[str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]], PlainValidator(_prompts)]]
-    echo: bool | None
+    echo: Flag | None
 
 
 @with_config(STRICT)
 class _CompletionCall(CompletionParams, total=False):
-    stream: bool | None
+    stream: Flag | None
 
 
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(_CompletionCall)
@@ -122,6 +132,8 @@ def prepare(request: CompletionRequest, name: str, opened: OpenModel) -> Generat
     requests: list[Request] = []
     echoes: list[str] = []
     for prompt in request.prompts:
+        if isinstance(prompt, str):
+            opened.check_characters(len(prompt), "prompt")
         with opened.tokenizer_lock:
             prompt_ids = _encode(prompt, opened)
             if request.params.get("echo"):
@@ -133,6 +145,8 @@ def prepare(request: CompletionRequest, name: str, opened: OpenModel) -> Generat
             vocab_size=opened.engine.vocab_size,
             default_max=DEFAULT_MAX_TOKENS,
             prompt_param="prompt",
+            defaults=opened.defaults,
+            context_limit=opened.engine.context_limit,
         )
         for i in range(choices):
             seed = choice_seed(sampling.seed, i)  # the same for every prompt: a list gives what one by one gives

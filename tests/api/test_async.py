@@ -75,7 +75,7 @@ def test_loading_blocks_neither_the_loop_nor_other_models(factory, tmp_path, ask
 def test_errors(async_client, factory, model_dir, ask):
     async def run():
         with pytest.raises(BadRequestError):
-            await async_client.chat.completions.create(**ask, top_k=-1)
+            await async_client.chat.completions.create(**ask, top_k=-2)
         with pytest.raises(NotFoundError):
             await async_client.chat.completions.create(**ask, model="nothing")
         factory.errors[model_dir] = ValueError("broken")
@@ -151,6 +151,18 @@ def test_models(async_client, ask, model_dir):
         assert not await async_client.models.unload("abc")
         await async_client.chat.completions.create(**ask)
         assert await async_client.models.unload("abc")
+        await async_client.close()
+
+    asyncio.run(run())
+
+
+def test_engine(async_client, factory, ask):
+    async def run():
+        engine = await async_client.engine()
+        await async_client.chat.completions.create(**ask)
+        assert engine is factory.engines[0] and engine.stats().finished == 1
+        with pytest.raises(NotFoundError):
+            await async_client.engine("nothing")
         await async_client.close()
 
     asyncio.run(run())
