@@ -12,6 +12,7 @@ import re
 import secrets
 from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from transformers.quantizers.auto import (
@@ -132,14 +133,17 @@ class SlimQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         """Raises TensorDtypeError, InvalidPivotError."""
         from cai_runtime.integrations.dense import slim_modules
-        from cai_runtime.integrations.linear import SlimLinear
+        from cai_runtime.integrations.linear import TiedLinear
 
-        for name, module in slim_modules(model).items():
+        modules = slim_modules(model)
+        for name, module in modules.items():
             module.check(name)
             module.arrange()
-            if isinstance(module, SlimLinear):
-                module.protect()
+        heads_first = sorted(modules.values(), key=lambda module: not isinstance(module, TiedLinear))
+        for module in heads_first:  # a tied head protects the weight for its embedding, too
+            module.protect()
         _guard_saves(model)
+        _guard_resizing(model)
         return model
 
     def get_state_dict_and_metadata(
@@ -157,6 +161,12 @@ class SlimQuantizer(HfQuantizer):
             weight = state.get(names.in_model(f"{name}.weight") or "")
             if weight is None or spec.kind != "dense" or not weight.is_floating_point():
                 continue
+            if tuple(weight.shape) != (spec.out_features, spec.in_features):
+                raise CheckpointWriteError(
+                    f"is {list(weight.shape)} now, but was loaded as {[spec.out_features, spec.in_features]}, and a slim "
+                    "checkpoint can't follow. Save `model.dequantize()`",
+                    tensor=f"{name}.weight",
+                )
             stored = getattr(torch, DTYPES[STORES[spec.store[0]].dtype][0])
             if weight.dtype != stored and weight.device.type != "meta":
                 changed[weight.data_ptr()] = weight.to(stored)
@@ -169,7 +179,8 @@ class SlimQuantizer(HfQuantizer):
         from cai_runtime.integrations.dense import make_dense
 
         make_dense(model, dtype)
-        model.__dict__.pop("save_pretrained", None)
+        for guarded in ("save_pretrained", "resize_token_embeddings"):
+            model.__dict__.pop(guarded, None)
         return model
 
 
@@ -271,6 +282,31 @@ def _save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, *
     file = Path(save_directory) / CONFIG_FILE
     if kwargs.get("is_main_process", True) and not getattr(self, "_hf_peft_config_loaded", False) and file.exists():
         add_guard(file)
+
+
+def _guard_resizing(model: nn.Module) -> None:
+    """Let the model's `resize_token_embeddings` name what can't be resized, instead of what it then stumbles over."""
+    if isinstance(getattr(model, "resize_token_embeddings", None), MethodType):
+        model.__dict__["resize_token_embeddings"] = partial(_resize_token_embeddings, model)
+
+
+def _resize_token_embeddings(
+    self: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+) -> Any:
+    """`PreTrainedModel.resize_token_embeddings`. Raises UnsupportedModelError where embedding or head is a slim module,
+    which has as many rows as its checkpoint says, unless nothing would change."""
+    from cai_runtime.integrations.dense import slim_modules
+
+    rows = self.get_input_embeddings().weight.shape[0]
+    changes = pad_to_multiple_of is not None or new_num_tokens not in (None, rows)
+    ends = {id(end) for end in (self.get_input_embeddings(), self.get_output_embeddings())}
+    found = [name for name, module in slim_modules(self).items() if id(module) in ends]
+    if changes and found:
+        raise UnsupportedModelError(
+            f"{' and '.join(found)} can't be resized: the checkpoint stores it as a slim module of {rows} rows. Resize "
+            "`model.dequantize()`, or the original model before compressing it"
+        )
+    return type(self).resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
 
 
 def add_guard(file: Path) -> None:

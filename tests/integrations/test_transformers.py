@@ -164,7 +164,7 @@ def test_tied_head_shares_the_embeddings_codes(slim):
     assert isinstance(model.lm_head, TiedLinear)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     # What is cast to the weight's dtype on its way into the layer must stay a number.
-    assert model.lm_head.weight.detach().dtype == torch.int8 and model.lm_head.weight.dtype == torch.float32
+    assert model.lm_head._parameters["weight"].dtype == torch.int8 and model.lm_head.weight.dtype == torch.float32
     assert model.to(torch.bfloat16).lm_head.weight.dtype == torch.bfloat16
     assert not any(name.startswith("lm_head") for name in dict(model.named_parameters()))
 
