@@ -85,13 +85,18 @@ def test_a_tensor_of_a_module_is_missing(good: Path, edit_header: EditFile, tens
     check(good, errors.TensorMissingError, tensor=tensor)
 
 
-def test_the_index_names_a_tensor_that_is_elsewhere(
+def test_the_index_names_a_tensor_that_no_shard_has(
     tmp_path: Path, write_checkpoint: Callable[..., Path], edit_json: EditFile
 ) -> None:
     path = write_checkpoint(tmp_path / "c", max_shard_bytes=200)
-    shard = sorted(path.glob("*.safetensors"))[0].name
-    edit_json(path / INDEX, lambda index: index["weight_map"].update({"ghost": shard}))
-    check(path, errors.TensorMissingError, file=shard, tensor="ghost")
+    shards = sorted(file.name for file in path.glob("*.safetensors"))
+    edit_json(path / INDEX, lambda index: index["weight_map"].update({"ghost": shards[0], "norm.weight": shards[0]}))
+    with Checkpoint.open(path) as checkpoint:
+        assert "ghost" not in checkpoint and "norm.weight" in checkpoint
+        with pytest.raises(errors.TensorMissingError, match="ghost"):
+            checkpoint.tensor("ghost")
+    edit_json(path / INDEX, lambda index: index["weight_map"].update({"layers.1.inter.pivot": "gone.safetensors"}))
+    check(path, errors.MissingFileError, file="gone.safetensors")
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "weights.bin", 3])
