@@ -113,14 +113,15 @@ class SlimQuantizer(HfQuantizer):
         """Raises what `Checkpoint.open` raises, UnsupportedModelError, TensorShapeError."""
         if getattr(model.config, "distributed_config", None) is not None:
             raise UnsupportedModelError("a slim checkpoint can't be loaded with tensor parallelism; use a device_map")
-        biases = _checked_biases(checkpoint_files)
+        stored = _checked_tensors(checkpoint_files)
         names = Names(model)
+        _untie_what_differs(model, self.quantization_config.modules, stored, names)
         for name, spec in self.quantization_config.modules.items():
             if spec.kind == "dense" and STORES[spec.store[0]].scale is None:
                 continue  # a stock module, in the dtype that was asked for
             found = _name_in(model, name, spec, names)
             if found is not None:
-                _put(model, found, spec, dtype or model.dtype, f"{name}.bias" in biases)
+                _put(model, found, spec, dtype or model.dtype)
         unused = {
             re.escape(tensor)
             for name, spec in self.quantization_config.second_forms.items()
@@ -187,9 +188,9 @@ class SlimQuantizer(HfQuantizer):
 # ------------------------------------------------------------------------------------------------------- loading
 
 
-def _checked_biases(checkpoint_files: list[str] | None) -> set[str]:
-    """Names of the checkpoint's biases, after checking that its tensors are what its config says. transformers itself
-    would draw a missing core at random. Nothing to check where the tensors were given as a state_dict."""
+def _checked_tensors(checkpoint_files: list[str] | None) -> set[str]:
+    """Names of the checkpoint's tensors, after checking that they are what its config says. transformers itself would draw a
+    missing core at random. Nothing to check where the tensors were given as a state_dict."""
     from cai_runtime.slim.reader import Checkpoint
 
     if not checkpoint_files:
@@ -198,7 +199,31 @@ def _checked_biases(checkpoint_files: list[str] | None) -> set[str]:
     if not (directory / CONFIG_FILE).exists():  # a config from elsewhere: shapes are compared while loading
         return set()
     with Checkpoint.open(directory) as checkpoint:
-        return {tensor for tensor in checkpoint.tensors() if tensor.endswith(".bias")}
+        return set(checkpoint.tensors())
+
+
+def _untie_what_differs(model: Any, modules: dict[str, ModuleSpec], stored: set[str], names: Names) -> None:
+    """Where config.json ties two weights and the checkpoint holds both, let each keep its own.
+
+    transformers does so for stock weights that differ, and slim ones it can't compare.
+
+    Raises UnsupportedModelError where a packed weight would have to be shared with a module that comes before it.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    held = {names.in_model(name) for name in stored | {f"{module}.weight" for module in modules}}
+    slim = {
+        names.in_model(f"{name}.weight")
+        for name, spec in modules.items()
+        if spec.kind != "dense" or STORES[spec.store[0]].scale is not None
+    }
+    for target, source in list(tied.items()):
+        if target in held and source in held and slim & {target, source}:
+            del tied[target]
+        elif target in slim and source not in held:
+            raise UnsupportedModelError(
+                f"config.json ties {source} to {target}, which the checkpoint stores as cores; transformers needs those of "
+                f"{source}. Use cai_runtime.Client, or `cai export --dense`"
+            )
 
 
 def _name_in(model: Any, name: str, spec: ModuleSpec, names: Names) -> str | None:
@@ -218,7 +243,7 @@ def _name_in(model: Any, name: str, spec: ModuleSpec, names: Names) -> str | Non
     )
 
 
-def _put(model: Any, name: str, spec: ModuleSpec, dtype: torch.dtype, has_bias: bool) -> None:
+def _put(model: Any, name: str, spec: ModuleSpec, dtype: torch.dtype) -> None:
     """Replace a stock module by one that holds the cores, and what is tied to it."""
     from torch import nn
 
@@ -230,7 +255,7 @@ def _put(model: Any, name: str, spec: ModuleSpec, dtype: torch.dtype, has_bias: 
     if is_linear(stock):
         _check_shape(name, spec, (stock.out_features, stock.in_features))
         kind = SlimLinear if spec.kind == "dense" else FactorizedLinear
-        model.set_submodule(name, kind(spec, bias=has_bias or stock.bias is not None, dtype=dtype))
+        model.set_submodule(name, kind(spec, bias=stock.bias is not None, dtype=dtype))
         return
     if not isinstance(stock, nn.Embedding) or set(stock._parameters) != {"weight"} or spec.kind != "dense":
         raise UnsupportedModelError(
