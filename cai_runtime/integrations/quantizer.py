@@ -97,7 +97,8 @@ class SlimQuantizer(HfQuantizer):
         # torch.compile works, on the plain torch path. `generate` must not switch to it by itself: kernels are faster.
         return False
 
-    # Both see the config between its reading and the look for weights; the second is the older one's successor.
+    # transformers calls both of these after it has read the config and before it looks for the weights' files, which is
+    # when the guard must go. Which of them it calls depends on its version.
     def update_tp_plan(self, config: Any) -> Any:
         return _without_guard(config)
 
@@ -345,3 +346,6 @@ def add_guard(file: Path) -> None:
     new = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     new.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     new.replace(file)
+
+
+register()  # also where this module, imported first, is what imports transformers

@@ -250,7 +250,7 @@ class CheckpointWriter:
         import torch
 
         # The format allows no padding between tensors. Those whose size is a multiple of the alignment go first, so
-        # that # each starts aligned; the rest by falling element size, so that each starts at a multiple of its own.
+        # that each starts aligned; the rest by falling element size, so that each starts at a multiple of its own.
         ordered = sorted(
             self._pending.items(),
             key=lambda item: -item[1].dtype.itemsize if item[1].nbytes % ALIGNMENT else -ALIGNMENT,

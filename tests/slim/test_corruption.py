@@ -118,15 +118,46 @@ def test_a_tensor_in_two_shards(good: Path) -> None:
 # Config.
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "\ufeff{}", "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000])
 def test_config_that_is_no_json_object(good: Path, text: str) -> None:
     (good / CONFIG).write_text(text)
     check(good, errors.InvalidConfigError, file=CONFIG)
 
 
-def test_config_that_is_not_utf8(good: Path) -> None:
-    (good / CONFIG).write_bytes(b'{"a": "\xff"}')
-    check(good, errors.InvalidConfigError, file=CONFIG)
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "latin-1"])
+def test_config_in_another_encoding(good: Path, encoding: str) -> None:
+    config = json.loads((good / CONFIG).read_text()) | {"_name_or_path": "modèle"}
+    (good / CONFIG).write_bytes(json.dumps(config, ensure_ascii=False).encode(encoding))
+    with Checkpoint.open(good) as checkpoint:
+        assert checkpoint.config == config and checkpoint.is_slim
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "latin-1"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "merges.txt"])
+def test_a_text_file_in_another_encoding(good: Path, name: str, encoding: str) -> None:
+    (good / name).write_bytes('{"a": "é"}'.encode(encoding))
+    check(good, errors.InvalidConfigError, file=name, match="save it as UTF-8 without a byte order mark")
+
+
+@pytest.mark.parametrize("name", [SHARD, CONFIG, "tokenizer.json", "tokenizer.model", "generation_config.json"])
+def test_a_pointer_in_place_of_the_file(good: Path, name: str) -> None:
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
+    (good / name).write_text(pointer)
+    check(good, errors.CorruptFileError, file=name, match="git lfs pull")
+
+
+def test_pointers_of_files_that_are_not_read_do_no_harm(good: Path) -> None:
+    (good / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\n")
+    Checkpoint.open(good).close()
+
+
+def test_a_relative_path_outlives_a_change_of_directory(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(good.parent)
+    with Checkpoint.open(good.name) as checkpoint:
+        monkeypatch.chdir("/")
+        assert checkpoint.path == good and float(checkpoint.tensor("norm.weight").sum()) == 6
 
 
 @pytest.mark.parametrize(
