@@ -26,7 +26,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cai_runtime.errors import CheckpointWriteError, InvalidConfigError, TensorShapeError, UnsupportedModelError
 from cai_runtime.integrations.names import Names
-from cai_runtime.slim.spec import QUANT_METHOD, STORES, ModuleSpec, SlimConfig
+from cai_runtime.slim.config import QUANT_METHOD, SlimConfig
+from cai_runtime.slim.spec import STORES, ModuleSpec
 
 if TYPE_CHECKING:
     import torch

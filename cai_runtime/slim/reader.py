@@ -23,10 +23,11 @@ from cai_runtime.errors import (
 )
 from cai_runtime.progress import progress_bar
 from cai_runtime.slim.check import check_modules
+from cai_runtime.slim.config import SlimConfig
 from cai_runtime.slim.elastic import ElasticTable, checked_keep
 from cai_runtime.slim.files import check_text_files, read_json
 from cai_runtime.slim.shard import DTYPES, MappedFile, TensorInfo, read_header
-from cai_runtime.slim.spec import FLOAT_STORE_OF_DTYPE, STORES, ModuleSpec, SlimConfig
+from cai_runtime.slim.spec import FLOAT_STORE_OF_DTYPE, STORES, ModuleSpec
 
 if TYPE_CHECKING:
     import torch

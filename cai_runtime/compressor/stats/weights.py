@@ -154,9 +154,8 @@ class DenseWeights:
         self._read, self._same, self._tied = {}, set(), {}
         with self.transformers_reads(), parameters_on_meta():
             config = dense_config(self.path)
-            for part in () if tie else (config, getattr(config, "text_config", None)):
-                if getattr(part, "tie_word_embeddings", False):
-                    part.tie_word_embeddings = False
+            for part in () if tie else (config, getattr(config, "text_config", config)):
+                part.tie_word_embeddings = False
             model: nn.Module = auto_class(config).from_config(config, dtype=dtype)
         names = Names(model)
         found = {disk: names.in_model(disk) for disk in sorted(self._names_on_disk())}
