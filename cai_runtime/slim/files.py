@@ -14,8 +14,12 @@ from typing import Any
 from cai_runtime.errors import CorruptFileError, InvalidConfigError, MissingFileError
 
 _LFS = b"version https://git-lfs.github.com/spec/"
-_TEXT = (".json", ".jinja", ".txt", ".model")
-_OURS = ("config.json", "generation_config.json", "slim_report.json")  # read by `read_json`
+# What transformers reads of a model besides its weights and config.json. Other files are nobody's business here.
+_TEXT = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt", "normalizer.json", "chat_template.json", "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+_OURS = "generation_config.json"  # in any encoding, see `read_json`
 _MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig",
@@ -72,7 +76,7 @@ def check_text_files(directory: Path) -> None:
     Raises CorruptFileError for a Git LFS pointer, InvalidConfigError for another encoding than UTF-8 or a byte order mark.
     """
     for file in sorted(directory.iterdir()):
-        if file.suffix not in _TEXT or file.name.endswith(".index.json") or not file.is_file():
+        if not (file.name in (*_TEXT, _OURS) or file.suffix in (".jinja", ".model")) or not file.is_file():
             continue
         try:
             with file.open("rb") as f:
@@ -80,7 +84,7 @@ def check_text_files(directory: Path) -> None:
         except OSError as e:
             raise MissingFileError(f"can't be read: {e.strerror or e}", file=file) from None
         refuse_pointer(raw, file)
-        if file.suffix == ".model" or file.name in _OURS:
+        if file.suffix == ".model" or file.name == _OURS:
             continue
         remedy = "save it as UTF-8 without a byte order mark, or fetch it again"
         for mark, encoding in _MARKS.items():

@@ -146,8 +146,9 @@ def test_a_pointer_in_place_of_the_file(good: Path, name: str) -> None:
     check(good, errors.CorruptFileError, file=name, match="git lfs pull")
 
 
-def test_pointers_of_files_that_are_not_read_do_no_harm(good: Path) -> None:
+def test_files_that_are_not_read_do_no_harm(good: Path) -> None:
     (good / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (good / "notes.txt").write_bytes("é".encode("latin-1"))
     Checkpoint.open(good).close()
 
 
