@@ -20,7 +20,7 @@ from cai_runtime.kernels.slim_linear import PreparedLinear
 from cai_runtime.layers.linear import WeightLoader
 from cai_runtime.layers.ops import Attention, Layers, Ops, make_ops
 from cai_runtime.layers.rotary import RopeConfig, cos_sin_table
-from cai_runtime.models.config import number, whole
+from cai_runtime.models.config import flag, number, whole
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class LlamaConfig:
     norm_eps: float
     rope: RopeConfig
     tied: bool
+    attention_bias: bool  # of all four projections
+    mlp_bias: bool
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> LlamaConfig:
@@ -51,7 +53,7 @@ class LlamaConfig:
                 f"{query_heads} query heads, {kv_heads} key/value heads and head_dim {head_dim} do not fit",
                 file="config.json",
             )
-        rope = RopeConfig.from_config(config, head_dim)
+        rope = RopeConfig.from_config(config, head_dim, partial=False)
         return cls(
             vocab_size=whole(config, "vocab_size"),
             hidden_size=hidden,
@@ -60,7 +62,9 @@ class LlamaConfig:
             heads=HeadLayout(query_heads, kv_heads, head_dim, rope.rotary_dim),
             norm_eps=number(config, "rms_norm_eps", 1e-6),
             rope=rope,
-            tied=bool(config.get("tie_word_embeddings", False)),
+            tied=flag(config, "tie_word_embeddings"),
+            attention_bias=flag(config, "attention_bias"),
+            mlp_bias=flag(config, "mlp_bias"),
         )
 
 
@@ -87,11 +91,11 @@ class Llama:
         self.ops: Ops = make_ops(loader.backend, loader.device, loader.arena)
         h = c.heads
         q, kv, hidden, wide = h.query_width, h.kv_heads * h.head_dim, c.hidden_size, c.intermediate_size
-        embedding = loader.weights("model.embed_tokens", (c.vocab_size, hidden))
-        head = None if c.tied else loader.weights("lm_head", (c.vocab_size, hidden))
+        ends = ("model.embed_tokens", "lm_head")
+        embedding, head = loader.embedding_and_head(*ends, (c.vocab_size, hidden), tied=c.tied)
         self.embed, self.head = self.ops.embedding_and_head(embedding, head, self.dtype)
-        for name in ["model.embed_tokens"] if c.tied else ["model.embed_tokens", "lm_head"]:
-            loader.checkpoint.release(loader.checkpoint.module_tensors(name))
+        for name in ends:
+            loader.release(name)
         del embedding, head
         self.blocks: list[Block] = []
         for i in range(c.layers):
@@ -100,12 +104,16 @@ class Llama:
                 Block(
                     RmsNorm(loader.vector(f"model.layers.{i}.input_layernorm.weight", hidden), c.norm_eps),
                     loader.linear(
-                        [at + "q_proj", at + "k_proj", at + "v_proj"], [(q, hidden), (kv, hidden), (kv, hidden)]
+                        [at + "q_proj", at + "k_proj", at + "v_proj"],
+                        [(q, hidden), (kv, hidden), (kv, hidden)],
+                        bias=c.attention_bias,
                     ),
-                    loader.linear([at + "o_proj"], [(hidden, q)]),
+                    loader.linear([at + "o_proj"], [(hidden, q)], bias=c.attention_bias),
                     RmsNorm(loader.vector(f"model.layers.{i}.post_attention_layernorm.weight", hidden), c.norm_eps),
-                    loader.linear([mlp + "gate_proj", mlp + "up_proj"], [(wide, hidden), (wide, hidden)]),
-                    loader.linear([mlp + "down_proj"], [(hidden, wide)]),
+                    loader.linear(
+                        [mlp + "gate_proj", mlp + "up_proj"], [(wide, hidden), (wide, hidden)], bias=c.mlp_bias
+                    ),
+                    loader.linear([mlp + "down_proj"], [(hidden, wide)], bias=c.mlp_bias),
                 )
             )
             on_layer()
@@ -119,8 +127,8 @@ class Llama:
         return self.config.layers * self.ops.page_bytes(page_size, self.config.heads, dtype)
 
     def allocate_cache(self, pages: int, page_size: int, dtype: torch.dtype, max_context: int) -> None:
-        """Give every layer its pages, and the rotary table its positions. Call once, before `forward`."""
-        self.cos_sin = cos_sin_table(self.config.rope, max_context).to(self.device)
+        """Give every layer its pages, and the rotary table as many positions as they hold. Call once, before `forward`."""
+        self.cos_sin = cos_sin_table(self.config.rope, min(max_context, pages * page_size)).to(self.device)
         for block in self.blocks:
             block.attention = self.ops.attention(self.config.heads, pages, page_size, dtype)
         compiled = self.ops.compile(self.layers, self.config.hidden_size)

@@ -122,7 +122,7 @@ def slim_checkpoint(
     """The compressed form of `original`, from the cache or made now, with both perplexities."""
     from cai_runtime.bench.machine import version_of
     from cai_runtime.convert.cache import entry
-    from cai_runtime.slim.spec import FORMAT_VERSION
+    from cai_runtime.slim.config import FORMAT_VERSION
 
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(original)]
     versions = f"format {FORMAT_VERSION} cai-runtime {version_of('cai-runtime')} demo {DEMO_VERSION}"

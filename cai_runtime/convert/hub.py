@@ -2,54 +2,104 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import re
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
 from typing import Any
 
 from cai_runtime.convert.cache import sha256_of, tqdm_disable
 from cai_runtime.convert.uris import HubUri
-from cai_runtime.errors import SourceError
+from cai_runtime.errors import CaiError, SourceError
+from cai_runtime.slim.files import read_json
 
-WANTED = [
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.json",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-    "*.tiktoken",
-    "LICENSE*",
-]
-# Weights of other frameworks and pickles; sub-directories hold copies in other formats (original/, onnx/, ...).
-UNWANTED = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.msgpack", "*.h5", "*.onnx", "original/*", "onnx/*", "*/.*"]
+# Beside the weights, of the repository's root: configuration, tokenizer, templates, licence.
+WANTED = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*"]
+# What training leaves there.
+UNWANTED = ["*.index.json", "*.index.*.json", "trainer_state.json", "training_args*", "*_results.json", "optimizer*"]
+# The one folder that a model reads besides.
+TEMPLATES = "additional_chat_templates/*.jinja"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Seconds to wait for the hub's first answer.
 PATIENCE = 8.0
 
 
 def fetch_repository(uri: HubUri, directory: Path, *, progress: bool | None = None) -> None:
-    """Download a model repository into `directory`. What a broken download left there is taken up again.
+    """Download what a model in a repository needs into `directory`. What a broken download left there is taken up again.
 
-    Every large file is checked against the SHA-256 that the hub states. Raises SourceError: no network, unknown
-    repository or revision, no permission, no safetensors, hash mismatch.
+    Its weights are those that transformers loads by default: model.safetensors, or else the shards of its index; not those
+    of variants, of other formats (consolidated*) or of checkpoints in folders. Every large file is checked against the
+    SHA-256 that the hub states. Raises SourceError: no network, unknown repository or revision, no permission, no weights
+    of this kind, hash mismatch.
     """
     with hub_errors(uri):
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import hf_hub_download, snapshot_download
 
         info = _info(uri)
-        files = [file for file in (info.siblings or []) if file.rfilename.endswith(".safetensors")]
-        if not files:
-            raise SourceError(f"{uri.repo} holds no safetensors weights; formats that need unpickling are not loaded")
-        snapshot_download(
-            uri.repo,
-            revision=info.sha,
-            local_dir=directory,
-            allow_patterns=WANTED,
-            ignore_patterns=UNWANTED,
-            etag_timeout=PATIENCE,
-            endpoint=endpoint(),
-            tqdm_class=bar_class(progress),
-        )
+        names = [file.rfilename for file in info.siblings or []]
+        options: dict[str, Any] = {
+            "revision": info.sha,
+            "local_dir": directory,
+            "etag_timeout": PATIENCE,
+            "endpoint": endpoint(),
+            "tqdm_class": bar_class(progress),
+        }
+        index = None
+        if INDEX in names:
+            index = read_json(Path(hf_hub_download(uri.repo, INDEX, **options)))
+        chosen = weight_files(uri.repo, names, index) + other_files(names)
+        if index is not None and INDEX not in chosen:
+            (directory / INDEX).unlink()
+        # Patterns, not names: a bracket in a name would be read as one.
+        snapshot_download(uri.repo, allow_patterns=[glob.escape(name) for name in chosen], **options)
     check_files(info, directory)
+
+
+def weight_files(repo: str, names: Sequence[str], index: Mapping[str, Any] | None) -> list[str]:
+    """Which files of a repository hold the weights of its model. index: `INDEX`, parsed, where there is one.
+
+    Raises SourceError where there are none, or a choice that only a person can make.
+    """
+    shards: set[str] = set()
+    if index is not None:
+        weight_map = index.get("weight_map")
+        shards = {str(shard) for shard in weight_map.values()} if isinstance(weight_map, dict) else set()
+    if SINGLE in names and SINGLE not in shards:  # as the reader and transformers choose
+        return [SINGLE]
+    if index is not None:
+        if not shards:
+            raise SourceError(f"{repo}: {INDEX} has no weight_map, so nothing says which files are the model's")
+        if missing := sorted(shards - set(names)):
+            raise SourceError(f"{repo}: {INDEX} names {missing[0]}, which the repository lacks")
+        return [INDEX, *sorted(shards)]
+    found = [name for name in names if "/" not in name and name.endswith(".safetensors")]
+    models = [name for name in found if not name.startswith(("consolidated", "adapter_"))]
+    if len(models) == 1 or (models and all(re.search(r"-\d{5}-of-\d{5}\.", name) for name in models)):
+        return models
+    if models:
+        raise SourceError(
+            f"{repo} holds several weights and neither {SINGLE} nor {INDEX}: {', '.join(models)}. Fetch them by hand"
+        )
+    if "adapter_model.safetensors" in found:
+        raise SourceError(
+            f"{repo} is an adapter (PEFT), not a model: pull its base model, and load the adapter with peft"
+        )
+    if found:
+        raise SourceError(f"{repo} holds {found[0]} alone, a format that is not read; pull a repository with {SINGLE}")
+    raise SourceError(f"{repo} holds no safetensors weights; formats that need unpickling are not loaded")
+
+
+def other_files(names: Sequence[str]) -> list[str]:
+    """Which of a repository's files a model needs beside its weights."""
+
+    def is_wanted(name: str) -> bool:
+        if "/" in name:
+            return fnmatch(name, TEMPLATES)
+        return any(fnmatch(name, p) for p in WANTED) and not any(fnmatch(name, p) for p in UNWANTED)
+
+    return [name for name in names if is_wanted(name)]
 
 
 def fetch_hub_file(uri: HubUri, directory: Path, *, progress: bool | None = None) -> Path:
@@ -125,7 +175,7 @@ class hub_errors:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is None or not isinstance(error, Exception) or isinstance(error, SourceError):
+        if error is None or not isinstance(error, Exception) or isinstance(error, CaiError):
             return
         from huggingface_hub import errors
 

@@ -18,7 +18,6 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from cai_runtime.errors import KernelError
-from cai_runtime.integrations.guarded import ReadOnlyWeight, StoredWeight, stored_weight
 from cai_runtime.integrations.stored import StoredModule
 from cai_runtime.kernels.backend import resolve_backend
 from cai_runtime.kernels.slim_linear import MpoShape, PreparedLinear, contract_mpo, prepare, reference
@@ -28,7 +27,7 @@ from cai_runtime.slim.spec import ModuleSpec
 from cai_runtime.slim.stores import as_matrix, from_matrix
 
 
-class SlimLinear(StoredModule, nn.Linear):
+class SlimLinear(StoredModule, nn.Linear):  # type: ignore[override]
     """A linear layer over a slim module's cores. A `torch.nn.Linear` to those who ask, PEFT among them.
 
     spec: kind and stores. bias: whether there is one, held in `dtype`. dtype: of activations, see `compute_dtype`.
@@ -76,32 +75,17 @@ class SlimLinear(StoredModule, nn.Linear):
         """The tensors as the kernels take them, in their stores; nothing is copied."""
         return kernel_weights(self.module_weights(), dtype=None, device=self._tensor(self.spec.core_names[0]).device)
 
-    def protect(self) -> None:
-        """After loading or moving: packed codes are not to be written to by those who take them for a dense weight."""
-        weight = self._parameters.get("weight")
-        if isinstance(weight, StoredWeight):
-            weight.compute_dtype = self.compute_dtype
-        elif weight is not None:
-            self._parameters["weight"] = stored_weight(weight.detach(), self.compute_dtype)
-
     def _trains_cores(self) -> bool:
         return torch.is_grad_enabled() and any(t.requires_grad for _, t in self.stored_tensors())
 
     def _apply(self, fn: Any, recurse: bool = True) -> SlimLinear:
-        protected = isinstance(self._parameters.get("weight"), StoredWeight)
         super()._apply(fn, recurse)
-        if protected:
-            self.protect()
+        self._prepared = None
         return self
 
 
 class FactorizedLinear(SlimLinear):
-    """A `SlimLinear` of more cores than one, which has a dense weight only when it is asked for."""
-
-    @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """`dense_weight()`, read-only: for those who look at a linear's weight (PEFT at its device and norm)."""
-        return self.dense_weight().as_subclass(ReadOnlyWeight)
+    """A `SlimLinear` of more cores than one: no tensor of it is called `weight`."""
 
 
 class TiedLinear(SlimLinear):
@@ -114,7 +98,7 @@ class TiedLinear(SlimLinear):
         self.__dict__["_table"] = table  # not a submodule: its tensors are the embedding's in the state_dict
 
     def protect(self) -> None:
-        """As `SlimLinear.protect`, for both who hold the weight."""
+        """As `StoredModule.protect`, for both who hold the weight."""
         table: StoredModule = self.__dict__["_table"]
         shared = table._parameters.get("weight") is self._parameters["weight"]
         super().protect()

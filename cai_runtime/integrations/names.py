@@ -16,7 +16,8 @@ class Names:
         found = get_model_conversion_mapping(model)
         self._renamings = [t for t in found if isinstance(t, WeightRenaming)]
         self._converters = [t for t in found if not isinstance(t, WeightRenaming)]
-        # A checkpoint of the base model alone lacks its prefix, and has it where the model is the base model.
+        # Names in a checkpoint of the base model alone ("layers.0...") lack the prefix that the whole model gives them
+        # ("model.layers.0..."). Loading the base model from a checkpoint of the whole one needs it taken off.
         self._prefix = f"{model.base_model_prefix}." if model.base_model_prefix else None
         self._own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._own |= {name for name, _ in model.named_buffers(remove_duplicate=False)}

@@ -12,6 +12,7 @@ import re
 import secrets
 from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from transformers.quantizers.auto import (
@@ -25,7 +26,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cai_runtime.errors import CheckpointWriteError, InvalidConfigError, TensorShapeError, UnsupportedModelError
 from cai_runtime.integrations.names import Names
-from cai_runtime.slim.spec import QUANT_METHOD, STORES, ModuleSpec, SlimConfig
+from cai_runtime.slim.config import QUANT_METHOD, SlimConfig
+from cai_runtime.slim.spec import STORES, ModuleSpec
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +98,8 @@ class SlimQuantizer(HfQuantizer):
         # torch.compile works, on the plain torch path. `generate` must not switch to it by itself: kernels are faster.
         return False
 
-    # Both see the config between its reading and the look for weights; the second is the older one's successor.
+    # transformers calls both of these after it has read the config and before it looks for the weights' files, which is
+    # when the guard must go. Which of them it calls depends on its version.
     def update_tp_plan(self, config: Any) -> Any:
         return _without_guard(config)
 
@@ -112,14 +115,15 @@ class SlimQuantizer(HfQuantizer):
         """Raises what `Checkpoint.open` raises, UnsupportedModelError, TensorShapeError."""
         if getattr(model.config, "distributed_config", None) is not None:
             raise UnsupportedModelError("a slim checkpoint can't be loaded with tensor parallelism; use a device_map")
-        biases = _checked_biases(checkpoint_files)
+        stored = _checked_tensors(checkpoint_files)
         names = Names(model)
+        _untie_what_differs(model, self.quantization_config.modules, stored, names)
         for name, spec in self.quantization_config.modules.items():
             if spec.kind == "dense" and STORES[spec.store[0]].scale is None:
                 continue  # a stock module, in the dtype that was asked for
             found = _name_in(model, name, spec, names)
             if found is not None:
-                _put(model, found, spec, dtype or model.dtype, f"{name}.bias" in biases)
+                _put(model, found, spec, dtype or model.dtype)
         unused = {
             re.escape(tensor)
             for name, spec in self.quantization_config.second_forms.items()
@@ -132,14 +136,17 @@ class SlimQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         """Raises TensorDtypeError, InvalidPivotError."""
         from cai_runtime.integrations.dense import slim_modules
-        from cai_runtime.integrations.linear import SlimLinear
+        from cai_runtime.integrations.linear import TiedLinear
 
-        for name, module in slim_modules(model).items():
+        modules = slim_modules(model)
+        for name, module in modules.items():
             module.check(name)
             module.arrange()
-            if isinstance(module, SlimLinear):
-                module.protect()
+        heads_first = sorted(modules.values(), key=lambda module: not isinstance(module, TiedLinear))
+        for module in heads_first:  # a tied head protects the weight for its embedding, too
+            module.protect()
         _guard_saves(model)
+        _guard_resizing(model)
         return model
 
     def get_state_dict_and_metadata(
@@ -157,6 +164,12 @@ class SlimQuantizer(HfQuantizer):
             weight = state.get(names.in_model(f"{name}.weight") or "")
             if weight is None or spec.kind != "dense" or not weight.is_floating_point():
                 continue
+            if tuple(weight.shape) != (spec.out_features, spec.in_features):
+                raise CheckpointWriteError(
+                    f"is {list(weight.shape)} now, but was loaded as {[spec.out_features, spec.in_features]}, and a slim "
+                    "checkpoint can't follow. Save `model.dequantize()`",
+                    tensor=f"{name}.weight",
+                )
             stored = getattr(torch, DTYPES[STORES[spec.store[0]].dtype][0])
             if weight.dtype != stored and weight.device.type != "meta":
                 changed[weight.data_ptr()] = weight.to(stored)
@@ -169,16 +182,17 @@ class SlimQuantizer(HfQuantizer):
         from cai_runtime.integrations.dense import make_dense
 
         make_dense(model, dtype)
-        model.__dict__.pop("save_pretrained", None)
+        for guarded in ("save_pretrained", "resize_token_embeddings"):
+            model.__dict__.pop(guarded, None)
         return model
 
 
 # ------------------------------------------------------------------------------------------------------- loading
 
 
-def _checked_biases(checkpoint_files: list[str] | None) -> set[str]:
-    """Names of the checkpoint's biases, after checking that its tensors are what its config says. transformers itself
-    would draw a missing core at random. Nothing to check where the tensors were given as a state_dict."""
+def _checked_tensors(checkpoint_files: list[str] | None) -> set[str]:
+    """Names of the checkpoint's tensors, after checking that they are what its config says. transformers itself would draw a
+    missing core at random. Nothing to check where the tensors were given as a state_dict."""
     from cai_runtime.slim.reader import Checkpoint
 
     if not checkpoint_files:
@@ -187,7 +201,31 @@ def _checked_biases(checkpoint_files: list[str] | None) -> set[str]:
     if not (directory / CONFIG_FILE).exists():  # a config from elsewhere: shapes are compared while loading
         return set()
     with Checkpoint.open(directory) as checkpoint:
-        return {tensor for tensor in checkpoint.tensors() if tensor.endswith(".bias")}
+        return set(checkpoint.tensors())
+
+
+def _untie_what_differs(model: Any, modules: dict[str, ModuleSpec], stored: set[str], names: Names) -> None:
+    """Where config.json ties two weights and the checkpoint holds both, let each keep its own.
+
+    transformers does so for stock weights that differ, and slim ones it can't compare.
+
+    Raises UnsupportedModelError where a packed weight would have to be shared with a module that comes before it.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    held = {names.in_model(name) for name in stored | {f"{module}.weight" for module in modules}}
+    slim = {
+        names.in_model(f"{name}.weight")
+        for name, spec in modules.items()
+        if spec.kind != "dense" or STORES[spec.store[0]].scale is not None
+    }
+    for target, source in list(tied.items()):
+        if target in held and source in held and slim & {target, source}:
+            del tied[target]
+        elif target in slim and source not in held:
+            raise UnsupportedModelError(
+                f"config.json ties {source} to {target}, which the checkpoint stores as cores; transformers needs those of "
+                f"{source}. Use cai_runtime.Client, or `cai export --dense`"
+            )
 
 
 def _name_in(model: Any, name: str, spec: ModuleSpec, names: Names) -> str | None:
@@ -207,7 +245,7 @@ def _name_in(model: Any, name: str, spec: ModuleSpec, names: Names) -> str | Non
     )
 
 
-def _put(model: Any, name: str, spec: ModuleSpec, dtype: torch.dtype, has_bias: bool) -> None:
+def _put(model: Any, name: str, spec: ModuleSpec, dtype: torch.dtype) -> None:
     """Replace a stock module by one that holds the cores, and what is tied to it."""
     from torch import nn
 
@@ -219,7 +257,7 @@ def _put(model: Any, name: str, spec: ModuleSpec, dtype: torch.dtype, has_bias: 
     if is_linear(stock):
         _check_shape(name, spec, (stock.out_features, stock.in_features))
         kind = SlimLinear if spec.kind == "dense" else FactorizedLinear
-        model.set_submodule(name, kind(spec, bias=has_bias or stock.bias is not None, dtype=dtype))
+        model.set_submodule(name, kind(spec, bias=stock.bias is not None, dtype=dtype))
         return
     if not isinstance(stock, nn.Embedding) or set(stock._parameters) != {"weight"} or spec.kind != "dense":
         raise UnsupportedModelError(
@@ -273,6 +311,31 @@ def _save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, *
         add_guard(file)
 
 
+def _guard_resizing(model: nn.Module) -> None:
+    """Let the model's `resize_token_embeddings` name what can't be resized, instead of what it then stumbles over."""
+    if isinstance(getattr(model, "resize_token_embeddings", None), MethodType):
+        model.__dict__["resize_token_embeddings"] = partial(_resize_token_embeddings, model)
+
+
+def _resize_token_embeddings(
+    self: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+) -> Any:
+    """`PreTrainedModel.resize_token_embeddings`. Raises UnsupportedModelError where embedding or head is a slim module,
+    which has as many rows as its checkpoint says, unless nothing would change."""
+    from cai_runtime.integrations.dense import slim_modules
+
+    rows = self.get_input_embeddings().weight.shape[0]
+    changes = pad_to_multiple_of is not None or new_num_tokens not in (None, rows)
+    ends = {id(end) for end in (self.get_input_embeddings(), self.get_output_embeddings())}
+    found = [name for name, module in slim_modules(self).items() if id(module) in ends]
+    if changes and found:
+        raise UnsupportedModelError(
+            f"{' and '.join(found)} can't be resized: the checkpoint stores it as a slim module of {rows} rows. Resize "
+            "`model.dequantize()`, or the original model before compressing it"
+        )
+    return type(self).resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+
+
 def add_guard(file: Path) -> None:
     """Put the guard into a config.json whose checkpoint is slim, in one step."""
     from cai_runtime.slim.writer import GUARD, GUARD_KEY
@@ -284,3 +347,6 @@ def add_guard(file: Path) -> None:
     new = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     new.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     new.replace(file)
+
+
+register()  # also where this module, imported first, is what imports transformers

@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from types import ModuleType
 
 WATCHED = "transformers.quantizers.auto"
+QUANTIZER = "cai_runtime.integrations.quantizer"
 
 
 def install() -> None:
@@ -32,10 +33,11 @@ def install() -> None:
 def _register() -> None:
     """A failure is a warning: it must not break an `import transformers` that never meets a slim checkpoint, and
     without a registration a slim checkpoint does not load (`cai_runtime.slim.writer.GUARD`)."""
+    quantizer = sys.modules.get(QUANTIZER)
+    if quantizer is not None and not hasattr(quantizer, "register"):
+        return  # it is being imported, and imports transformers: it registers at its end
     try:
-        from cai_runtime.integrations.quantizer import register
-
-        register()
+        import_module(QUANTIZER).register()
     except Exception as e:  # noqa: BLE001
         warnings.warn(
             f"cai_runtime can't register its checkpoints with transformers: {e!r}", RuntimeWarning, stacklevel=2

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cai_runtime.errors import InvalidPivotError, KernelError, TensorDtypeError
-from cai_runtime.integrations.guarded import StoredWeight
+from cai_runtime.integrations.guarded import REFUSAL, SlimWeight, StoredWeight, stored_weight
 from cai_runtime.slim.module import ModuleWeights
 from cai_runtime.slim.shard import DTYPES
 from cai_runtime.slim.spec import STORES, ModuleSpec
@@ -17,7 +17,7 @@ from cai_runtime.slim.stores import CoreData, as_matrix, from_matrix
 
 
 class StoredModule(nn.Module):
-    """Base of `SlimLinear` and `SlimEmbedding`.
+    """Base of `SlimLinear` and `SlimEmbedding`. `weight` is the dense weight, see `guarded.SlimWeight`.
 
     Cores are parameters, so that accelerate offloads them; a float core in another dtype than `compute_dtype` is a buffer,
     as scales, zero points and the pivot are, because transformers takes a model's dtype to be its first float parameter's.
@@ -57,13 +57,48 @@ class StoredModule(nn.Module):
 
     def module_weights(self) -> ModuleWeights:
         """The tensors as the checkpoint's reader gives them; nothing is copied."""
-        # Kernels ask for the dtype that there is, not for the one that a `StoredWeight` says.
+        # Plain tensors: kernels know no `StoredWeight`.
         held = {name: t.detach() if isinstance(t, StoredWeight) else t for name, t in self.stored_tensors()}
         cores = [
             CoreData(held[core], held.get(f"{core}_scale"), store, held.get(f"{core}_zero"), shape)
             for core, shape, store in zip(self.spec.core_names, self.spec.core_shapes, self.spec.store, strict=True)
         ]
         return ModuleWeights("", self.spec, cores, held.get("pivot"), getattr(self, "bias", None))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dense weight [out, in] of an embedding [rows, width], in `compute_dtype`, read-only. While the module is being
+        loaded, and where its tensors are on the meta device (offloaded), the tensor of this name: codes."""
+        if self.spec.kind != "dense":
+            return SlimWeight.of(self.module_weights(), self.compute_dtype)
+        codes: torch.Tensor | None = self._parameters.get("weight")
+        codes = self._buffers.get("weight") if codes is None else codes
+        if codes is None:
+            raise AttributeError(f"{type(self).__name__} has no weight yet")
+        if not isinstance(codes, StoredWeight) or codes.is_meta:
+            return codes
+        return codes.as_dense(self.module_weights(), self.compute_dtype)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, self._assigned(value) if name == "weight" else value)
+
+    def _assigned(self, value: Any) -> Any:
+        """What to register where somebody assigns `weight`: a tied module's codes, or what is loaded into the module."""
+        own = self._parameters.get("weight")
+        if isinstance(value, SlimWeight):
+            codes = value.codes
+            if codes is not None and own is not None and value.is_of(self.module_weights(), value.dtype):
+                return codes
+        elif isinstance(value, StoredWeight) or (self.spec.kind == "dense" and not isinstance(own, StoredWeight)):
+            return value
+        raise KernelError(REFUSAL)
+
+    def protect(self) -> None:
+        """After loading or moving: make the packed cores `StoredWeight`s."""
+        for name in self.spec.core_names:
+            codes = self._parameters.get(name)
+            if codes is not None and not codes.is_floating_point() and not isinstance(codes, StoredWeight):
+                self._parameters[name] = stored_weight(codes)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """W [out, in] of an embedding [rows, width], multiplied out in fp32 and rounded to `dtype` (default:
@@ -110,7 +145,16 @@ class StoredModule(nn.Module):
                 return moved
             return tensor.to(moved.device)
 
-        result = super()._apply(keep_store, recurse)
+        protected = [p for p in self._parameters.values() if isinstance(p, StoredWeight)]
+        try:
+            for codes in protected:
+                codes.__dict__["_moving"] = True
+            result = super()._apply(keep_store, recurse)
+        finally:
+            for codes in protected:
+                codes.__dict__.pop("_moving", None)
+        if protected:
+            self.protect()
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from cai_runtime.slim.module import ModuleWeights
     from cai_runtime.slim.reader import Checkpoint
     from cai_runtime.slim.stores import CoreData
+
+logger = logging.getLogger(__name__)
 
 
 def kernel_weights(module: ModuleWeights, *, dtype: torch.dtype | None, device: torch.device) -> LinearWeights:
@@ -52,7 +55,9 @@ class WeightLoader:
     """Reads modules and tensors of one checkpoint in the form a model wants, and lets go of each mapped page after use.
 
     dtype: activations' and float weights' dtype; None keeps float weights as stored (the CPU kernels convert in registers).
-    backend: a resolved kernel backend. int8_activations: the inputs of int8 cores are rounded to int8 (W8A8, see
+    backend: a resolved kernel backend. prefix: of the base model. transformers takes it off or puts it before a name where
+    that gives a tensor of the model, and so do all methods here: a checkpoint of the base model alone lacks the prefix, one
+    saved from inside a wrapper may have it twice. int8_activations: the inputs of int8 cores are rounded to int8 (W8A8, see
     `kernels.quantized_rows`), in every linear that `linear` gives.
     """
 
@@ -62,33 +67,75 @@ class WeightLoader:
     backend: str
     arena: Arena | None = field(default=None)
     int8_activations: bool = False
+    prefix: str = "model"
 
     def __post_init__(self) -> None:
         if self.backend == "cpu" and self.arena is None:
             self.arena = Arena()
 
-    def weights(self, name: str, shape: tuple[int, int]) -> LinearWeights:
-        """Module `name` as [out, in] = shape. Raises TensorShapeError when the checkpoint's module is of another."""
-        module = self.checkpoint.module(name)
+    def stored_name(self, name: str) -> str:
+        """What the checkpoint calls the module or tensor `name` of the model."""
+        dotted = f"{self.prefix}."
+        for found in (name, name.removeprefix(dotted), dotted + name):
+            if self.checkpoint.has_module(found) or found in self.checkpoint:
+                return found
+        return name
+
+    def weights(self, name: str, shape: tuple[int, int], *, bias: bool = True) -> LinearWeights:
+        """Module `name` as [out, in] = shape. bias: whether to take its bias along, if it has one.
+
+        Raises TensorShapeError when the checkpoint's module is of another shape."""
+        module = self._module(name)
         found = (module.spec.out_features, module.spec.in_features)
         if found != shape:
-            message = f"module {name} is {list(found)}, but config.json asks for {list(shape)}"
-            raise TensorShapeError(message, file=self.checkpoint.path, tensor=name)
+            message = f"module {module.name} is {list(found)}, but config.json asks for {list(shape)}"
+            raise TensorShapeError(message, file=self.checkpoint.path, tensor=module.name)
+        if not bias:
+            module = replace(module, bias=None)
         weights = kernel_weights(module, dtype=self.dtype, device=self.device)
         # The CPU backend packs, that is copies; the others keep the tensors that they are given.
         return weights if self.backend == "cpu" else self._own(weights)
 
-    def linear(self, names: Sequence[str], shapes: Sequence[tuple[int, int]]) -> PreparedLinear:
-        """Projections that share their input, as one prepared group."""
-        members = [self.weights(n, s) for n, s in zip(names, shapes, strict=True)]
+    def linear(self, names: Sequence[str], shapes: Sequence[tuple[int, int]], *, bias: bool = True) -> PreparedLinear:
+        """Projections that share their input, as one prepared group. bias: as in `weights`."""
+        members = [self.weights(n, s, bias=bias) for n, s in zip(names, shapes, strict=True)]
         group = prepare(members, backend=self.backend, arena=self.arena, int8_activations=self.int8_activations)
         del members
         for name in names:
-            self.checkpoint.release(self.checkpoint.module_tensors(name))
+            self.release(name)
         return group
+
+    def embedding_and_head(
+        self, table: str, head: str, shape: tuple[int, int], *, tied: bool
+    ) -> tuple[LinearWeights, LinearWeights | None]:
+        """The modules `table` and `head`, [vocabulary, hidden] = shape; the second None where they are one.
+
+        tied: whether config.json ties them. As in transformers, they are then one if the checkpoint holds either of them, or
+        two that are equal; two that differ are two. `release` both once they are copied.
+        """
+        if not tied:
+            return self.weights(table, shape, bias=False), self.weights(head, shape, bias=False)
+        has_table, has_head = (self.checkpoint.has_module(self.stored_name(name)) for name in (table, head))
+        if has_table and has_head and not _same(self._module(table), self._module(head)):
+            logger.warning(
+                "%s: config.json ties %s to %s, but the checkpoint holds two that differ: both are used",
+                self.checkpoint.path, head, table,
+            )  # fmt: skip
+            return self.weights(table, shape, bias=False), self.weights(head, shape, bias=False)
+        return self.weights(head if has_head and not has_table else table, shape, bias=False), None
+
+    def release(self, name: str) -> None:
+        """Let go of the mapped pages of a module, if the checkpoint has it."""
+        name = self.stored_name(name)
+        if self.checkpoint.has_module(name):
+            self.checkpoint.release(self.checkpoint.module_tensors(name))
+
+    def _module(self, name: str) -> ModuleWeights:
+        return self.checkpoint.module(self.stored_name(name))
 
     def vector(self, name: str, size: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A norm's weight, copied, in `dtype` (default: the activations')."""
+        name = self.stored_name(name)
         stored = self.checkpoint.tensor(name)
         if tuple(stored.shape) != (size,):
             message = f"tensor {name} is {list(stored.shape)}, but config.json asks for [{size}]"
@@ -114,3 +161,12 @@ class WeightLoader:
             pivot=None if w.pivot is None else w.pivot.clone(),
             bias=None if w.bias is None else w.bias.clone(),
         )
+
+
+def _same(a: ModuleWeights, b: ModuleWeights) -> bool:
+    """Whether two modules hold the same numbers in the same stores."""
+    if a.spec != b.spec or (a.pivot is not None and b.pivot is not None and not torch.equal(a.pivot, b.pivot)):
+        return False
+    cores = [(one.tensors, other.tensors) for one, other in zip(a.cores, b.cores, strict=True)]
+    pairs = [(one[part], other[part]) for one, other in cores for part in one]
+    return all(one.dtype == other.dtype and torch.equal(one, other) for one, other in pairs)

@@ -25,30 +25,44 @@ class RopeConfig:
     parameters: Mapping[str, Any]
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], head_dim: int) -> RopeConfig:
-        """From a config.json: `rope_parameters` (transformers 5), or `rope_scaling` and `rope_theta` (before).
+    def from_config(cls, config: Mapping[str, Any], head_dim: int, *, partial: bool = True) -> RopeConfig:
+        """From a config.json: `rope_scaling` and `rope_theta` (before transformers 5), or else `rope_parameters`.
 
-        Raises UnsupportedModelError for a rope_type that is not one of ROPE_TYPES.
+        partial: whether the architecture knows `partial_rotary_factor`; transformers ignores it in those that don't.
+
+        Raises UnsupportedModelError for a rope_type that is not one of ROPE_TYPES, InvalidConfigError for a value that is
+        no rotation's.
         """
-        parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        if not isinstance(parameters, Mapping):
+            raise _invalid(f"rope_scaling and rope_parameters must be objects, not {parameters!r}")
+        parameters = dict(parameters)
         rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
         if rope_type not in ROPE_TYPES:
             raise UnsupportedModelError(f"rope_type {rope_type!r} is not one of {', '.join(ROPE_TYPES)}")
-        theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
-        partial = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-        positions = int(config.get("max_position_embeddings") or 2048)
-        rotary_dim = int(head_dim * partial)
-        if rotary_dim % 2 or rotary_dim < 2:
-            raise InvalidConfigError(
-                f"config.json: {rotary_dim} rotated dimensions of {head_dim} are not an even number"
-            )
-        return cls(rope_type, theta, rotary_dim, positions, parameters)
+        positions = _number("max_position_embeddings", config.get("max_position_embeddings"), 2048)
+        if rope_type in ("llama3", "yarn"):
+            trained = config.get("original_max_position_embeddings")
+            if trained is None:
+                trained = parameters.get("original_max_position_embeddings")
+            trained = _number("original_max_position_embeddings", trained, positions)
+            parameters["original_max_position_embeddings"] = trained
+        theta = parameters.get("rope_theta")
+        theta = _number("rope_theta", config.get("rope_theta") if theta is None else theta, 10000.0)
+        rotary_dim = head_dim
+        if partial:
+            share = parameters.get("partial_rotary_factor")
+            share = config.get("partial_rotary_factor") if share is None else share
+            rotary_dim = int(head_dim * _number("partial_rotary_factor", share, 1.0))
+        if rotary_dim % 2 or not 2 <= rotary_dim <= head_dim:
+            raise _invalid(f"{rotary_dim} rotated dimensions of {head_dim} are not an even number of them")
+        return cls(rope_type, theta, rotary_dim, int(positions), parameters)
 
     def get(self, key: str) -> float:
         value = self.parameters.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InvalidConfigError(f"config.json: rope_type {self.rope_type} needs a number {key!r}, not {value!r}")
-        return float(value)
+        if value is None:
+            raise _invalid(f"rope_type {self.rope_type} needs a number {key!r}, not {value!r}")
+        return _number(key, value, 0.0)
 
     @property
     def original_positions(self) -> int:
@@ -59,6 +73,18 @@ class RopeConfig:
     def context(self) -> int:
         """Positions the model can use: with dynamic scaling, `factor` times those of its configuration."""
         return int(self.max_positions * self.get("factor")) if self.rope_type == "dynamic" else self.max_positions
+
+
+def _invalid(message: str) -> InvalidConfigError:
+    return InvalidConfigError(message, file="config.json")
+
+
+def _number(key: str, value: object, default: float) -> float:
+    """The value of a key, a number above 0. Raises InvalidConfigError."""
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise _invalid(f"{key} must be a number above 0, not {value!r}")
+    return float(value)
 
 
 def inverse_frequencies(rope: RopeConfig) -> tuple[torch.Tensor, float]:
@@ -85,7 +111,7 @@ def _llama3(rope: RopeConfig, plain: torch.Tensor) -> torch.Tensor:
     """Llama 3.1's scaling: long wavelengths are stretched by `factor`, short ones kept, those between blended."""
     factor, low, high = rope.get("factor"), rope.get("low_freq_factor"), rope.get("high_freq_factor")
     if low >= high:
-        raise InvalidConfigError(f"config.json: low_freq_factor {low} must be below high_freq_factor {high}")
+        raise _invalid(f"low_freq_factor {low} must be below high_freq_factor {high}")
     original = rope.get("original_max_position_embeddings")
     turns = original * plain / (2 * math.pi)  # full turns within the trained context
     smooth = ((turns - low) / (high - low)).clamp(0, 1)

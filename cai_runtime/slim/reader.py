@@ -3,7 +3,6 @@ checked in `Checkpoint.open`, and tensors are handed out as views of the mapped 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import replace
@@ -24,9 +23,11 @@ from cai_runtime.errors import (
 )
 from cai_runtime.progress import progress_bar
 from cai_runtime.slim.check import check_modules
+from cai_runtime.slim.config import SlimConfig
 from cai_runtime.slim.elastic import ElasticTable, checked_keep
+from cai_runtime.slim.files import check_text_files, read_json
 from cai_runtime.slim.shard import DTYPES, MappedFile, TensorInfo, read_header
-from cai_runtime.slim.spec import FLOAT_STORE_OF_DTYPE, STORES, ModuleSpec, SlimConfig
+from cai_runtime.slim.spec import FLOAT_STORE_OF_DTYPE, STORES, ModuleSpec
 
 if TYPE_CHECKING:
     import torch
@@ -113,17 +114,19 @@ class Checkpoint:
             MissingFileError: the directory, config.json, or a shard is not there.
             InvalidConfigError: config.json or the index is malformed, or contradicts itself or the files.
             UnknownVersionError, UnknownKindError, UnknownStoreError: written by a version this one does not know.
-            TruncatedFileError, CorruptFileError: a shard is cut short, or its header contradicts itself.
+            TruncatedFileError, CorruptFileError: a shard is cut short, or its header contradicts itself; a file is a Git
+                LFS pointer.
             TensorMissingError, TensorShapeError, TensorDtypeError: a tensor is not what its module's entry implies.
             InvalidPivotError: a pivot is not a permutation.
         """
-        path = Path(path)
+        path = Path(path).absolute()  # files are mapped when they are first read
         if not path.is_dir():
             raise MissingFileError("no such checkpoint directory", file=path)
         config = read_json(path / CONFIG_FILE)
         slim = SlimConfig.from_config(config, path / CONFIG_FILE)
         checkpoint = cls(path, config, slim, _read_tensors(path), keep)
         try:
+            check_text_files(path)
             check_modules(path, checkpoint._forms, checkpoint._on_disk)
         except BaseException:
             checkpoint.close()
@@ -273,7 +276,7 @@ class Checkpoint:
         return tensor
 
     def _take(self, elastic: ElasticTable, keep: float | None) -> None:
-        """Hand out the forms and the ranks of this keep from now on."""
+        """From now on, let `modules`, `tensors` and all reads be those of the checkpoint's size at this keep."""
         try:
             view = elastic.at(self.modules, keep)
         except KeepError as e:
@@ -288,24 +291,6 @@ class Checkpoint:
                 self._tensors[name] = replace(self._on_disk[name], shape=shape, nbytes=nbytes)
         if keep is not None:
             self.config = {**self.config, "quantization_config": SlimConfig(self.modules).to_json()}
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        MissingFileError: it is not there or can't be read.
-        InvalidConfigError: it is not a JSON object in UTF-8.
-    """
-    try:
-        value = json.loads(file.read_bytes().decode("utf-8"))
-    except OSError as e:
-        raise MissingFileError(f"can't be read: {e.strerror or e}", file=file) from None
-    except (ValueError, RecursionError) as e:
-        raise InvalidConfigError(f"is not valid JSON: {e}", file=file) from None
-    if not isinstance(value, dict):
-        raise InvalidConfigError("must hold a JSON object", file=file)
-    return value
 
 
 def _read_tensors(path: Path) -> dict[str, TensorInfo]:
@@ -329,9 +314,8 @@ def _read_tensors(path: Path) -> dict[str, TensorInfo]:
             if name in tensors:
                 raise InvalidConfigError(f"the tensor is also in {tensors[name].file.name}", file=shard, tensor=name)
             tensors[name] = info
-    for name, placed in weight_map.items():
-        if name not in tensors or tensors[name].file.name != placed:
-            raise TensorMissingError(f"{INDEX_FILE} places it here, but it is not", file=path / placed, tensor=name)
+    # As in transformers the shards decide. An index may list a tensor that none of them has: buffers that old writers
+    # left out (rotary_emb.inv_freq). One that the model needs is found missing when it is read.
     return tensors
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cai_runtime.errors import CorruptFileError, MissingFileError, TensorDtypeError, TruncatedFileError
+from cai_runtime.slim.files import refuse_pointer
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +65,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         size = file.stat().st_size
         with file.open("rb") as f:
             prefix = f.read(8)
+            if prefix == b"version ":
+                refuse_pointer(prefix + f.read(64), file)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8:
                 raise TruncatedFileError(f"has {size} bytes, less than a safetensors header; fetch it again", file=file)

@@ -21,11 +21,12 @@ from cai_runtime.errors import (
     TensorDtypeError,
     TensorShapeError,
 )
+from cai_runtime.slim.config import SlimConfig
 from cai_runtime.slim.destination import PartialDirectory, check_destination, destination
 from cai_runtime.slim.publish import publish
 from cai_runtime.slim.reader import CONFIG_FILE, INDEX_FILE, REPORT_FILE, SINGLE_FILE, Checkpoint, read_json
 from cai_runtime.slim.shard import DTYPE_NAMES
-from cai_runtime.slim.spec import FLOAT_STORE_OF_DTYPE, ModuleSpec, SlimConfig
+from cai_runtime.slim.spec import FLOAT_STORE_OF_DTYPE, ModuleSpec
 from cai_runtime.slim.stores import CoreData, all_finite, damage, quantize
 
 if TYPE_CHECKING:
@@ -250,7 +251,7 @@ class CheckpointWriter:
         import torch
 
         # The format allows no padding between tensors. Those whose size is a multiple of the alignment go first, so
-        # that # each starts aligned; the rest by falling element size, so that each starts at a multiple of its own.
+        # that each starts aligned; the rest by falling element size, so that each starts at a multiple of its own.
         ordered = sorted(
             self._pending.items(),
             key=lambda item: -item[1].dtype.itemsize if item[1].nbytes % ALIGNMENT else -ALIGNMENT,

@@ -115,6 +115,66 @@ def test_repository_is_pulled_without_pickles_and_only_once(hub):
     assert (path / "model.safetensors").read_bytes() == hub.files["model.safetensors"]
 
 
+WEIGHTS = {
+    "one file and everything else": (
+        ["model.safetensors", "consolidated.safetensors", "model.fp16.safetensors", "checkpoint-10/model.safetensors",
+         "onnx/model.onnx", "original/consolidated.safetensors", "openvino/config.json"],
+        None, {"model.safetensors"},
+    ),
+    "shards and everything else": (
+        ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "consolidated-00001-of-00001.safetensors",
+         "checkpoint-10/model-00001-of-00002.safetensors"],
+        ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+        {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"},
+    ),
+    "one file and an index of others": (["model.safetensors", "a.safetensors"], ["a.safetensors"], {"model.safetensors"}),
+    "another name": (["weights.safetensors", "consolidated.safetensors"], None, {"weights.safetensors"}),
+}  # fmt: skip
+BESIDE = {
+    "tokenizer.json", "special_tokens_map.json", "chat_template.jinja", "tokenizer.model", "LICENSE", "merges.txt",
+    "additional_chat_templates/tools.jinja", "preprocessor_config.json",
+}  # fmt: skip
+UNUSED = {
+    "README.md", "trainer_state.json", "model.safetensors.index.fp16.json", "all_results.json", "checkpoint-10/config.json",
+    ".gitattributes", "figure.png", "nested/tokenizer.json", "optimizer.pt", "training_args.bin",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("weights", "indexed", "wanted"), WEIGHTS.values(), ids=WEIGHTS)
+def test_only_what_the_model_needs_is_fetched(hub, weights, indexed, wanted):
+    whole = hub.files.pop("model.safetensors")
+    hub.files |= dict.fromkeys(weights, whole) | dict.fromkeys((*BESIDE, *UNUSED), b"{}")
+    if indexed is not None:
+        weight_map = {f"t{k}": name for k, name in enumerate(indexed)}
+        hub.files["model.safetensors.index.json"] = json.dumps({"weight_map": weight_map}).encode()
+    path = pull("hf://org/tiny")
+    kept = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()} - {".cai_receipt.json"}
+    assert kept == wanted | BESIDE | {"config.json", "generation_config.json"}
+
+
+@pytest.mark.parametrize(
+    ("weights", "match"),
+    [
+        (["consolidated.safetensors"], "consolidated.safetensors alone"),
+        (["adapter_model.safetensors"], "adapter"),
+        (["a.safetensors", "b.safetensors"], r"several weights.*a\.safetensors, b\.safetensors"),
+        (["checkpoint-10/model.safetensors"], "no safetensors weights"),
+    ],
+)
+def test_weights_that_are_no_models_are_named(hub, weights, match):
+    whole = hub.files.pop("model.safetensors")
+    hub.files |= dict.fromkeys(weights, whole)
+    with pytest.raises(SourceError, match=match):
+        pull("hf://org/tiny")
+
+
+def test_an_index_that_names_what_is_not_there(hub):
+    del hub.files["model.safetensors"]
+    hub.files["model.safetensors.index.json"] = b'{"weight_map": {"t": "gone.safetensors"}}'
+    with pytest.raises(SourceError, match=r"names gone\.safetensors, which the repository lacks"):
+        pull("hf://org/tiny")
+
+
 def test_file_is_fetched_and_checked(hub, tiny_llama, write_gguf):
     assert fetch_file("hf://org/tiny/README.md").read_bytes() == b"#"
     hub.files["sub/tiny.gguf"] = write_gguf(tiny_llama()).read_bytes()

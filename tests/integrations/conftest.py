@@ -108,6 +108,14 @@ def slim(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def paths(tmp_path_factory):
+    """Modules of one kind, int8, tied int8 embedding: the kind -> the directory."""
+    return {
+        kind: tiny_slim(tmp_path_factory.mktemp(kind) / "slim", kind, "int8") for kind in ("dense", "interpolative")
+    }
+
+
+@pytest.fixture(scope="session")
 def ids():
     return torch.randint(2, 62, (2, 9), generator=torch.Generator().manual_seed(1))
 

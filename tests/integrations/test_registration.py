@@ -42,6 +42,16 @@ def test_import_is_light_and_leaves_one_finder_until_it_is_used(python):
     assert done.returncode == 0, done.stderr
 
 
+def test_our_quantizer_may_be_imported_first(python):
+    done = python(
+        "import warnings; warnings.simplefilter('error')\n"
+        "import cai_runtime.integrations.quantizer\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING\n"
+        "assert 'cai' in AUTO_QUANTIZER_MAPPING\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_failure_to_register_is_a_warning(monkeypatch):
     import transformers.quantizers.auto  # noqa: F401
 

@@ -9,10 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_llama import feed, open_runner, tiny_model
 
-from cai_runtime.engine.model_runner import ModelRunner
-from cai_runtime.engine.open import load_runner
 from cai_runtime.engine.runner import ScheduledSequence
 from cai_runtime.errors import InvalidConfigError, TensorShapeError, UnsupportedModelError
 from cai_runtime.stock.cached_forward import cached_forward
@@ -46,34 +44,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "rope_theta": 500000.0,
     },
 }
-
-
-def tiny_model(path: Path, seed: int = 0, **options: Any) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    base = {
-        "vocab_size": 300, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 4, "max_position_embeddings": 256, "initializer_range": 0.2,
-    }  # fmt: skip
-    model = LlamaForCausalLM(LlamaConfig(**{**base, **options})).eval()
-    for name, p in model.named_parameters():  # norms and biases start as ones and zeros, which hide mistakes
-        if "norm" in name or name.endswith("bias"):
-            torch.nn.init.normal_(p, 1.0 if "norm" in name else 0.0, 0.3)
-    model.save_pretrained(path)
-    return model
-
-
-def open_runner(path: Path, **options: Any) -> ModelRunner:
-    runner, _ = load_runner(path, kv_cache="16MiB", progress=False, **options)
-    return runner
-
-
-def feed(runner: ModelRunner, ids: list[int], pages: list[int], chunks: list[int]) -> torch.Tensor:
-    """Logits after each chunk, [chunks, vocabulary]."""
-    rows, start = [], 0
-    for n in chunks:
-        rows.append(runner.run([ScheduledSequence(ids[start : start + n], start, pages, True)]))
-        start += n
-    return torch.cat(rows)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -85,13 +85,18 @@ def test_a_tensor_of_a_module_is_missing(good: Path, edit_header: EditFile, tens
     check(good, errors.TensorMissingError, tensor=tensor)
 
 
-def test_the_index_names_a_tensor_that_is_elsewhere(
+def test_the_index_names_a_tensor_that_no_shard_has(
     tmp_path: Path, write_checkpoint: Callable[..., Path], edit_json: EditFile
 ) -> None:
     path = write_checkpoint(tmp_path / "c", max_shard_bytes=200)
-    shard = sorted(path.glob("*.safetensors"))[0].name
-    edit_json(path / INDEX, lambda index: index["weight_map"].update({"ghost": shard}))
-    check(path, errors.TensorMissingError, file=shard, tensor="ghost")
+    shards = sorted(file.name for file in path.glob("*.safetensors"))
+    edit_json(path / INDEX, lambda index: index["weight_map"].update({"ghost": shards[0], "norm.weight": shards[0]}))
+    with Checkpoint.open(path) as checkpoint:
+        assert "ghost" not in checkpoint and "norm.weight" in checkpoint
+        with pytest.raises(errors.TensorMissingError, match="ghost"):
+            checkpoint.tensor("ghost")
+    edit_json(path / INDEX, lambda index: index["weight_map"].update({"layers.1.inter.pivot": "gone.safetensors"}))
+    check(path, errors.MissingFileError, file="gone.safetensors")
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "weights.bin", 3])
@@ -113,15 +118,47 @@ def test_a_tensor_in_two_shards(good: Path) -> None:
 # Config.
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "\ufeff{}", "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000])
 def test_config_that_is_no_json_object(good: Path, text: str) -> None:
     (good / CONFIG).write_text(text)
     check(good, errors.InvalidConfigError, file=CONFIG)
 
 
-def test_config_that_is_not_utf8(good: Path) -> None:
-    (good / CONFIG).write_bytes(b'{"a": "\xff"}')
-    check(good, errors.InvalidConfigError, file=CONFIG)
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "latin-1"])
+def test_config_in_another_encoding(good: Path, encoding: str) -> None:
+    config = json.loads((good / CONFIG).read_text()) | {"_name_or_path": "modèle"}
+    (good / CONFIG).write_bytes(json.dumps(config, ensure_ascii=False).encode(encoding))
+    with Checkpoint.open(good) as checkpoint:
+        assert checkpoint.config == config and checkpoint.is_slim
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "latin-1"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "merges.txt"])
+def test_a_text_file_in_another_encoding(good: Path, name: str, encoding: str) -> None:
+    (good / name).write_bytes('{"a": "é"}'.encode(encoding))
+    check(good, errors.InvalidConfigError, file=name, match="save it as UTF-8 without a byte order mark")
+
+
+@pytest.mark.parametrize("name", [SHARD, CONFIG, "tokenizer.json", "tokenizer.model", "generation_config.json"])
+def test_a_pointer_in_place_of_the_file(good: Path, name: str) -> None:
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
+    (good / name).write_text(pointer)
+    check(good, errors.CorruptFileError, file=name, match="git lfs pull")
+
+
+def test_files_that_are_not_read_do_no_harm(good: Path) -> None:
+    (good / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (good / "notes.txt").write_bytes("é".encode("latin-1"))
+    Checkpoint.open(good).close()
+
+
+def test_a_relative_path_outlives_a_change_of_directory(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(good.parent)
+    with Checkpoint.open(good.name) as checkpoint:
+        monkeypatch.chdir("/")
+        assert checkpoint.path == good and float(checkpoint.tensor("norm.weight").sum()) == 6
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from cai_runtime.errors import (
     UnknownStoreError,
     UnknownVersionError,
 )
-from cai_runtime.slim.spec import STORE_ALIASES, STORES, ModuleSpec, SlimConfig, canonical_store
+from cai_runtime.slim.config import SlimConfig
+from cai_runtime.slim.spec import STORE_ALIASES, STORES, ModuleSpec, canonical_store
 
 STORE = st.sampled_from(sorted(STORES))
 

@@ -34,6 +34,9 @@ class DenseWeights:
         self._on_disk: dict[str, str] = {}  # name in the model -> name in the checkpoint, where they differ
         self._converted: set[str] = set()
         self._tied: dict[str, str] = {}  # name of a tensor that the checkpoint lacks -> name of the one that it is, too
+        self._read: dict[str, str] = {}  # name in the model -> where to read it, where it will be written elsewhere
+        self._same: set[str] = set()  # tied tensors of the model that count as the one they are tied to
+        self._config = checkpoint.config
 
     @property
     def model_type(self) -> str:
@@ -44,13 +47,17 @@ class DenseWeights:
         return self.model_type in SPEECH
 
     def __contains__(self, name: object) -> bool:
-        if not isinstance(name, str) or name in self._converted:
+        if not isinstance(name, str) or name in self._converted or name in self._same:
             return False
-        return self._module_of(name) is not None or self.on_disk(name) in self._checkpoint
+        return self._module_of(name) is not None or self._place(name) in self._checkpoint
 
     def on_disk(self, name: str) -> str:
-        """What a tensor of the model is called in the checkpoint."""
+        """What a tensor of the model is called in the checkpoint, and in the one that is made of it."""
         return self._on_disk.get(name, name)
+
+    def _place(self, name: str) -> str:
+        """Where a tensor of the model lies in the checkpoint."""
+        return self._read.get(name, self.on_disk(name))
 
     def module_on_disk(self, module: str) -> str:
         """The same for a module with a weight."""
@@ -58,8 +65,9 @@ class DenseWeights:
 
     def names(self) -> list[str]:
         """Of all tensors, in the checkpoint's order; cores of a module stand under its weight's name."""
-        names = {disk: name for name, disk in self._on_disk.items()}
-        return [names.get(disk, disk) for disk in self._names_on_disk()]
+        names = {disk: name for name, disk in (self._on_disk | self._read).items()}
+        found = (names.get(disk, disk) for disk in self._names_on_disk())
+        return [name for name in found if name not in self._same]
 
     def _names_on_disk(self) -> list[str]:
         found: dict[str, None] = {}
@@ -75,14 +83,14 @@ class DenseWeights:
         if module is not None:
             spec = self._checkpoint.modules[module]
             return spec.out_features, spec.in_features
-        return tuple(self._checkpoint.tensors()[self.on_disk(name)].shape)
+        return tuple(self._checkpoint.tensors()[self._place(name)].shape)
 
     def nbytes(self, name: str) -> int:
         """Bytes of the tensor as it is stored; of a slim module, of its cores."""
         module = self._module_of(name)
         if module is not None:
             return self._checkpoint.modules[module].nbytes
-        return self._checkpoint.tensors()[self.on_disk(name)].nbytes
+        return self._checkpoint.tensors()[self._place(name)].nbytes
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor in the dtype in which it is stored (a slim module's weight: fp32). Do not write to it. One that is not
@@ -91,13 +99,13 @@ class DenseWeights:
         module = self._module_of(name)
         if module is not None:
             return self._checkpoint.module(module).dense()
-        return self._checkpoint.tensor(self.on_disk(name))
+        return self._checkpoint.tensor(self._place(name))
 
     def release(self, name: str) -> None:
         """Drop its resident pages."""
         name = self._tied.get(name, name)
         module = self._module_of(name)
-        self._checkpoint.release(self._checkpoint.module_tensors(module) if module is not None else self.on_disk(name))
+        self._checkpoint.release(self._checkpoint.module_tensors(module) if module is not None else self._place(name))
 
     def bias_owner(self, name: str) -> bool:
         """Whether the tensor is the bias of a layer whose weight is there, too."""
@@ -111,8 +119,8 @@ class DenseWeights:
             return {file.name: sha256_of(file, bar.update) for file in files}
 
     def config(self) -> dict[str, Any]:
-        """config.json as it lies there."""
-        return self._checkpoint.config
+        """config.json as it lies there; once there was a `skeleton`, without ties that the tensors contradict."""
+        return self._config
 
     def parameters(self) -> int:
         """Numbers of the dense model."""
@@ -120,23 +128,44 @@ class DenseWeights:
 
     def info(self, name: str) -> TensorInfo | None:
         """Where the tensor lies; None of one that is multiplied out, or not there."""
-        return None if self._module_of(name) is not None else self._checkpoint.tensors().get(self.on_disk(name))
+        return None if self._module_of(name) is not None else self._checkpoint.tensors().get(self._place(name))
 
     def skeleton(self, dtype: torch.dtype) -> nn.Module:
         """transformers' model with parameters on the meta device and real buffers.
 
         Raises CompressionError when transformers can't build it, UnsupportedModelError as `auto_class`.
         """
+        model = self._named_skeleton(dtype, tie=True)
+        tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+        both = [(name, kept) for name, kept in tied.items() if name in self and kept in self]
+        if any(not self._equal(name, kept) for name, kept in both):
+            # transformers then ties nothing, whatever config.json says, and so does what is made of it.
+            self._config = _without_ties(self._checkpoint.config)
+            return self._named_skeleton(dtype, tie=False)
+        for name, kept in tied.items():
+            if name in self and kept not in self:
+                self._read[kept] = self._place(name)  # the head alone is there: it is the embedding
+        self._same = {name for name in tied if name in self}
+        self._tied = {name: kept for name, kept in tied.items() if kept in self}
+        return model
+
+    def _named_skeleton(self, dtype: torch.dtype, *, tie: bool) -> nn.Module:
+        """The skeleton, and what its tensors are called on disk."""
+        self._read, self._same, self._tied = {}, set(), {}
         with self.transformers_reads(), parameters_on_meta():
             config = dense_config(self.path)
-            model = auto_class(config).from_config(config, dtype=dtype)
+            for part in () if tie else (config, getattr(config, "text_config", config)):
+                part.tie_word_embeddings = False
+            model: nn.Module = auto_class(config).from_config(config, dtype=dtype)
         names = Names(model)
         found = {disk: names.in_model(disk) for disk in sorted(self._names_on_disk())}
         self._on_disk = {name: disk for disk, name in found.items() if name is not None and name != disk}
         self._converted = {disk for disk, name in found.items() if name is None}
-        tied = getattr(model, "all_tied_weights_keys", None) or {}
-        self._tied = {name: kept for name, kept in tied.items() if name not in self and kept in self}
         return model
+
+    def _equal(self, one: str, other: str) -> bool:
+        a, b = self.tensor(one), self.tensor(other)
+        return a.dtype == b.dtype and torch.equal(a, b)
 
     def resident(self, dtype: torch.dtype) -> nn.Module:
         """transformers' model with all its weights, on the CPU."""
@@ -148,6 +177,15 @@ class DenseWeights:
         return foreign(f"transformers can't build the model of {self.path}")
 
     def _module_of(self, name: str) -> str | None:
-        name = self.on_disk(name)
+        name = self._place(name)
         module = name.removesuffix(".weight")
         return module if module != name and module in self._checkpoint.modules else None
+
+
+def _without_ties(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json whose embedding and head are two."""
+    found = config | {"tie_word_embeddings": False}
+    text = config.get("text_config")
+    if isinstance(text, dict) and "tie_word_embeddings" in text:
+        found["text_config"] = text | {"tie_word_embeddings": False}
+    return found
