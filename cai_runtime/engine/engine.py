@@ -103,7 +103,7 @@ class Engine:
             request=request,
             stop_ids=stop_ids,
             sampler=SequenceSampler(params, prompt_ids, possible, seed=secrets.randbits(64)),
-            detokenizer=Detokenizer(self._decoder, skip_special_tokens=request.skip_special_tokens),
+            detokenizer=Detokenizer(self._decoder, prompt_ids, skip_special_tokens=request.skip_special_tokens),
             stop_strings=StopStrings(params.stop),
             stream=Stream(),
         )
