@@ -16,8 +16,10 @@ from cai_runtime.integrations import registration
 
 if TYPE_CHECKING:
     from cai_runtime.api.errors import (
+        APIConnectionError,
         APIError,
         APIStatusError,
+        APITimeoutError,
         AuthenticationError,
         BadRequestError,
         InternalServerError,
@@ -30,10 +32,13 @@ if TYPE_CHECKING:
     from cai_runtime.errors import CaiError
     from cai_runtime.functions import chat, close, complete, configure, list_models
     from cai_runtime.judge.comparison import compare
+    from cai_runtime.options import EngineOptions
 
 _HOME_OF = {
+    "APIConnectionError": "cai_runtime.api.errors",
     "APIError": "cai_runtime.api.errors",
     "APIStatusError": "cai_runtime.api.errors",
+    "APITimeoutError": "cai_runtime.api.errors",
     "AuthenticationError": "cai_runtime.api.errors",
     "BadRequestError": "cai_runtime.api.errors",
     "InternalServerError": "cai_runtime.api.errors",
@@ -45,6 +50,7 @@ _HOME_OF = {
     "Client": "cai_runtime.client",
     "Stream": "cai_runtime.client",
     "CaiError": "cai_runtime.errors",
+    "EngineOptions": "cai_runtime.options",
     "chat": "cai_runtime.functions",
     "close": "cai_runtime.functions",
     "compare": "cai_runtime.judge.comparison",
@@ -55,14 +61,17 @@ _HOME_OF = {
 }
 
 __all__ = [
+    "APIConnectionError",
     "APIError",
     "APIStatusError",
+    "APITimeoutError",
     "AsyncClient",
     "AsyncStream",
     "AuthenticationError",
     "BadRequestError",
     "CaiError",
     "Client",
+    "EngineOptions",
     "InternalServerError",
     "NotFoundError",
     "RateLimitError",

@@ -11,12 +11,15 @@ Any number of threads and tasks may use one client; their requests run in one ba
 from __future__ import annotations
 
 import asyncio
+import os
+import time
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
+from openai import NOT_GIVEN, NotGiven, Omit, Timeout
 from openai.pagination import AsyncPage, SyncPage
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -26,12 +29,19 @@ from cai_runtime.api import chat as chat_endpoint
 from cai_runtime.api import completions as completions_endpoint
 from cai_runtime.api.chat import ChatParams
 from cai_runtime.api.completions import CompletionChunk, CompletionParams
-from cai_runtime.api.generation import AsyncStream, Stream
+from cai_runtime.api.errors import InternalServerError
+from cai_runtime.api.generation import AsyncStream, Running, Stream
 from cai_runtime.api.host import EngineFactory, ModelHost
 from cai_runtime.api.models import list_models, require_text, retrieve_model
-from cai_runtime.slim.elastic import checked_keep
+from cai_runtime.api.params import timeout_seconds
+from cai_runtime.api.timeouts import timed_out
+from cai_runtime.errors import OptionTypeError, OptionValueError
+from cai_runtime.options import EngineOptions
+from cai_runtime.scalars import shown
 
 __all__ = ["AsyncClient", "AsyncStream", "Client", "Stream"]
+
+GENERATION_CONFIG = ("model", "none")
 
 if TYPE_CHECKING:
     from cai_runtime.engine.engine import Engine
@@ -47,68 +57,121 @@ class _BaseClient:
         dtype: str = "auto",
         keep: float | None = None,
         kv_cache: int | float | str | None = None,
+        kv_dtype: str | None = None,
         max_context: int | None = None,
         max_batch: int | None = None,
         prefill_chunk: int | None = None,
         prefix_cache: bool | None = None,
         max_waiting: int | None = None,
+        backend: str | None = None,
         int8_activations: bool | None = None,
+        cuda_graphs: bool | None = None,
         progress: bool | None = None,
+        generation_config: str = "model",
+        timeout: float | Timeout | None = None,
         _engine_factory: EngineFactory | None = None,
     ):
-        """Nothing is loaded yet.
+        """Nothing is loaded yet, but every option is checked.
 
         Args:
             model: the model of requests that name none: a name of `models`, a checkpoint directory or a catalogue id.
             models: name to checkpoint directory.
             device: "cpu", "cuda", "cuda:1", or "auto": a GPU if there is one.
-            dtype: what float weights are held in: "fp32", "bf16", "fp16", or "auto", see `open_engine`.
+            dtype: what float weights are held in: "fp32", "bf16", "fp16", or "auto", see `EngineOptions`.
             keep: of elastic checkpoints: the share of the dense parameters to open, at most, such as 0.6. Memory follows it.
                 Default: the largest that the checkpoint holds.
             kv_cache: the key-value cache's budget for each model: bytes, a text such as "2GiB", or a fraction of the
                 free memory as a float. Default: the engine chooses.
+            kv_dtype: of the cached keys and values, as `dtype`. Default: the activations'.
             max_context: positions a sequence may have. Default: what the model was made for.
             max_batch: sequences that run at once. Default: the engine's.
             prefill_chunk: prompt tokens fed in one step. Default: the engine's.
             prefix_cache: whether prompts reuse what equal beginnings left in the cache. Default: yes.
             max_waiting: requests that may wait for their turn; further ones raise RateLimitError. Default: no limit.
+            backend: kernels to use: "reference", "cpu", "triton" or "cuda". Default: the device's.
             int8_activations: round the inputs of int8 weights to int8 as well (W8A8): faster prefill for some accuracy.
                 Default: no.
+            cuda_graphs: record decode steps as CUDA graphs. Default: where there is a GPU.
             progress: show a bar while weights load; None shows it on a terminal only.
+            generation_config: "model": a request that names no temperature, top_k, top_p, min_p or repetition_penalty
+                gets that of the checkpoint's generation_config.json, see `GenerationDefaults`. "none": OpenAI's
+                defaults, whatever the checkpoint says.
+            timeout: seconds that a request may take, see `create`. Default: no limit.
 
         Raises:
-            TypeError: `models` does not map names to directories, or `keep` is no number.
-            KeepError: `keep` is not in (0, 1]. Whether a checkpoint opens at it is known when the model is opened: an
-                UnprocessableEntityError then names its range.
+            TypeError: an option is of a wrong type, or `models` does not map names to directories.
+            ValueError: an option has a value that it can't have; the message names what is allowed. Whether a checkpoint
+                opens at `keep` is known when it is opened: an UnprocessableEntityError then names its range.
         """
+        if model is not None and not isinstance(model, (str, os.PathLike)):
+            raise OptionTypeError(f"model must be a name or a directory, got {shown(model)}")
         if models is not None and not (isinstance(models, Mapping) and all(isinstance(n, str) and n for n in models)):
-            raise TypeError(f"models must map names to checkpoint directories, got {models!r}")
-        if keep is not None:
-            keep = checked_keep(keep)
-        options = {
-            "keep": keep,
-            "kv_cache": kv_cache,
-            "max_context": max_context,
-            "max_batch": max_batch,
-            "prefill_chunk": prefill_chunk,
-            "prefix_cache": prefix_cache,
-            "max_waiting": max_waiting,
-            "int8_activations": int8_activations,
-            "progress": progress,
-        }
-        given = {name: value for name, value in options.items() if value is not None}
+            raise OptionTypeError(f"models must map names to checkpoint directories, got {shown(models)}")
+        if generation_config not in GENERATION_CONFIG:
+            raise OptionValueError(f'generation_config must be "model" or "none", got {shown(generation_config)}')
+        options = EngineOptions.of(
+            device=device,
+            dtype=dtype,
+            keep=keep,
+            kv_cache=kv_cache,
+            kv_dtype=kv_dtype,
+            max_context=max_context,
+            max_batch=max_batch,
+            prefill_chunk=prefill_chunk,
+            prefix_cache=prefix_cache,
+            max_waiting=max_waiting,
+            backend=backend,
+            int8_activations=int8_activations,
+            cuda_graphs=cuda_graphs,
+            progress=progress,
+        )
+        self._timeout = _checked_timeout(timeout)
         self._host = ModelHost(
             default=None if model is None else str(model),
             models=models or {},
             open_engine=_engine_factory or _open_engine,
-            options={"device": device, "dtype": dtype, **given},
+            options=options,
+            own_defaults=generation_config == "model",
         )
-        self._shown = {"model": model, "models": models, "device": device, "dtype": dtype, **given}
+        # What makes this client again, in another process too.
+        self._made_from = {"model": model, "models": None if models is None else dict(models), **options.given()}
+        if generation_config != "model":
+            self._made_from["generation_config"] = generation_config
+        if _engine_factory is not None:
+            self._made_from["_engine_factory"] = _engine_factory
+
+    def with_options(self, *, timeout: float | Timeout | NotGiven | None = NOT_GIVEN, max_retries: Any = None) -> Self:
+        """This client with another `timeout`. Both have the same open models: closing one closes the other.
+
+        max_retries: accepted for programs that were written for the `openai` client; nothing here is retried.
+        """
+        other = object.__new__(type(self))
+        other._host, other._made_from = self._host, self._made_from
+        other._timeout = self._timeout if isinstance(timeout, (NotGiven, Omit)) else _checked_timeout(timeout)
+        return other
 
     def __repr__(self) -> str:
         """How it was made, without what was left out."""
-        given = (f"{name}={value!r}" for name, value in self._shown.items() if value is not None)
+        shown_options = {**self._made_from, "timeout": self._timeout}
+        given = (f"{k}={v!r}" for k, v in shown_options.items() if v is not None and not k.startswith("_"))
         return f"{type(self).__name__}({', '.join(given)})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copying and pickling give a new client of the same options, which opens its models itself."""
+        return _client_again, (type(self), {**self._made_from, "timeout": self._timeout})
+
+
+def _client_again(kind: type[_BaseClient], options: dict[str, Any]) -> _BaseClient:
+    return kind(**options)
+
+
+def _checked_timeout(timeout: Any) -> float | None:
+    try:
+        return timeout_seconds(timeout)
+    except TypeError as error:
+        raise OptionTypeError(f"timeout {error}") from None
+    except ValueError as error:
+        raise OptionValueError(f"timeout {error}") from None
 
 
 def _open_engine(path: Path, **options: Any) -> Any:
@@ -122,11 +185,11 @@ class Client(_BaseClient):
 
     @cached_property
     def chat(self) -> Chat:
-        return Chat(self._host)
+        return Chat(self._host, self._timeout)
 
     @cached_property
     def completions(self) -> Completions:
-        return Completions(self._host)
+        return Completions(self._host, self._timeout)
 
     @cached_property
     def models(self) -> Models:
@@ -155,15 +218,19 @@ class AsyncClient(_BaseClient):
 
     @cached_property
     def chat(self) -> AsyncChat:
-        return AsyncChat(self._host)
+        return AsyncChat(self._host, self._timeout)
 
     @cached_property
     def completions(self) -> AsyncCompletions:
-        return AsyncCompletions(self._host)
+        return AsyncCompletions(self._host, self._timeout)
 
     @cached_property
     def models(self) -> AsyncModels:
         return AsyncModels(self._host)
+
+    async def engine(self, model: str | None = None) -> Engine:
+        """As `Client.engine`."""
+        return (await self._host.aopen(self._host.resolve(model))).engine
 
     async def close(self) -> None:
         """Close every model and give all memory back. Idempotent; running requests fail, and so do later ones."""
@@ -177,18 +244,19 @@ class AsyncClient(_BaseClient):
 
 
 class Chat:
-    def __init__(self, host: ModelHost):
-        self.completions = ChatCompletions(host)
+    def __init__(self, host: ModelHost, timeout: float | None = None):
+        self.completions = ChatCompletions(host, timeout)
 
 
 class AsyncChat:
-    def __init__(self, host: ModelHost):
-        self.completions = AsyncChatCompletions(host)
+    def __init__(self, host: ModelHost, timeout: float | None = None):
+        self.completions = AsyncChatCompletions(host, timeout)
 
 
 class _Endpoint:
-    def __init__(self, host: ModelHost):
+    def __init__(self, host: ModelHost, timeout: float | None = None):
         self._host = host
+        self._timeout = timeout  # of requests that name none
 
 
 class ChatCompletions(_Endpoint):
@@ -203,13 +271,17 @@ class ChatCompletions(_Endpoint):
     def create(self, **params: Any) -> Any:
         """Answer a conversation. The parameters are those of ChatParams and `stream`.
 
+        `top_p=0` means "not given", as in the CompactifAI API, and not "nearly greedy": that is `temperature=0`.
+
         Returns:
             ChatCompletion; with `stream=True` a Stream of ChatCompletionChunk.
 
         Raises:
-            APIError: see `cai_runtime.api.errors`; while streaming, the stream may raise it too.
+            APIError: see `cai_runtime.api.errors`; while streaming, the stream may raise it too. APITimeoutError after
+                `timeout` seconds: of a whole reply from the call to its end, of a stream to each next chunk. The request
+                is then aborted; a model that was loading goes on loading.
         """
-        return _create(chat_endpoint, self._host, params)
+        return _create(chat_endpoint, self._host, params, self._timeout)
 
 
 class AsyncChatCompletions(_Endpoint):
@@ -225,7 +297,7 @@ class AsyncChatCompletions(_Endpoint):
     ) -> ChatCompletion | AsyncStream[ChatCompletionChunk]: ...
     async def create(self, **params: Any) -> Any:
         """As `Client.chat.completions.create`, not blocking the event loop; with `stream=True` an AsyncStream."""
-        return await _acreate(chat_endpoint, self._host, params)
+        return await _acreate(chat_endpoint, self._host, params, self._timeout)
 
 
 class Completions(_Endpoint):
@@ -240,13 +312,17 @@ class Completions(_Endpoint):
     def create(self, **params: Any) -> Any:
         """Continue a text. The parameters are those of CompletionParams and `stream`.
 
+        `top_p=0` means "not given", as in the CompactifAI API, and not "nearly greedy": that is `temperature=0`.
+
         Returns:
             Completion; with `stream=True` a Stream of its pieces.
 
         Raises:
-            APIError: see `cai_runtime.api.errors`; while streaming, the stream may raise it too.
+            APIError: see `cai_runtime.api.errors`; while streaming, the stream may raise it too. APITimeoutError after
+                `timeout` seconds: of a whole reply from the call to its end, of a stream to each next chunk. The request
+                is then aborted; a model that was loading goes on loading.
         """
-        return _create(completions_endpoint, self._host, params)
+        return _create(completions_endpoint, self._host, params, self._timeout)
 
 
 class AsyncCompletions(_Endpoint):
@@ -264,7 +340,7 @@ class AsyncCompletions(_Endpoint):
     ) -> Completion | AsyncStream[CompletionChunk]: ...
     async def create(self, **params: Any) -> Any:
         """As `Client.completions.create`, not blocking the event loop; with `stream=True` an AsyncStream."""
-        return await _acreate(completions_endpoint, self._host, params)
+        return await _acreate(completions_endpoint, self._host, params, self._timeout)
 
 
 class Models(_Endpoint):
@@ -296,21 +372,67 @@ class AsyncModels(_Endpoint):
         return await asyncio.to_thread(self._host.unload, model)
 
 
-def _create(endpoint: ModuleType, host: ModelHost, params: Mapping[str, Any]) -> Any:
+def _create(endpoint: ModuleType, host: ModelHost, params: Mapping[str, Any], timeout: float | None) -> Any:
     """The way of every request: check it, find and open its model, prepare its sequences, run them."""
     request = endpoint.parse(params)
+    seconds = _timeout_of(params, request, timeout)
+    end = None if seconds is None else time.monotonic() + seconds
     model = host.resolve(request.model)
     require_text(model)
-    opened = host.open(model)
-    running = endpoint.prepare(request, model.name, opened).submit(opened.engine)
-    return Stream(running) if request.stream else running.whole()
+    opened = host.open(model, seconds)
+    try:
+        running = endpoint.prepare(request, model.name, opened).submit(opened.engine)
+    except InternalServerError as error:
+        if not (_has_ended(error, host) and host.discard(model, opened)):
+            raise
+        opened = host.open(model, _left(end))
+        running = endpoint.prepare(request, model.name, opened).submit(opened.engine)
+    running.timeout = seconds
+    return Stream(running) if request.stream else running.whole(_left(end))
 
 
-async def _acreate(endpoint: ModuleType, host: ModelHost, params: Mapping[str, Any]) -> Any:
+async def _acreate(endpoint: ModuleType, host: ModelHost, params: Mapping[str, Any], timeout: float | None) -> Any:
     request = endpoint.parse(params)
+    seconds = _timeout_of(params, request, timeout)
     model = host.resolve(request.model)
     require_text(model)
+    try:
+        async with asyncio.timeout(seconds):
+            running = await _start(endpoint, host, request, model)
+            if not request.stream:
+                return await running.awhole()
+    except TimeoutError:  # errors of the library come as APIError
+        raise timed_out(seconds) from None
+    running.timeout = seconds
+    return AsyncStream(running)
+
+
+async def _start(endpoint: ModuleType, host: ModelHost, request: Any, model: Any) -> Running[Any, Any]:
     opened = await host.aopen(model)
     generation = await asyncio.to_thread(endpoint.prepare, request, model.name, opened)
-    running = generation.submit(opened.engine)  # not in a thread: a cancelled task would lose sight of what runs there
-    return AsyncStream(running) if request.stream else await running.awhole()
+    try:
+        # Not in a thread: a cancelled task would lose sight of what runs there.
+        return generation.submit(opened.engine)
+    except InternalServerError as error:
+        if not (_has_ended(error, host) and await asyncio.to_thread(host.discard, model, opened)):
+            raise
+    opened = await host.aopen(model)
+    generation = await asyncio.to_thread(endpoint.prepare, request, model.name, opened)
+    return generation.submit(opened.engine)
+
+
+def _has_ended(error: InternalServerError, host: ModelHost) -> bool:
+    """Whether a request was refused because its engine has ended, unloaded since it was looked up or by an error of its
+    own, so that opening the model again serves it."""
+    return error.code == "engine_closed" and not host.closed
+
+
+def _timeout_of(params: Mapping[str, Any], request: Any, default: float | None) -> float | None:
+    """The request's own, else the client's. An explicit None is no limit, as in the `openai` client."""
+    if "timeout" in request.params:
+        return request.params["timeout"]
+    return None if params.get("timeout", default) is None else default
+
+
+def _left(end: float | None) -> float | None:
+    return None if end is None else max(0.0, end - time.monotonic())

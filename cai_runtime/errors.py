@@ -12,6 +12,14 @@ class CaiError(Exception):
     """Base of every error that cai_runtime raises on purpose."""
 
 
+class OptionTypeError(CaiError, TypeError):
+    """An option of a client or an engine is of a wrong type, or there is no option of this name."""
+
+
+class OptionValueError(CaiError, ValueError):
+    """An option of a client or an engine has a value that it can't have. The message names what is allowed."""
+
+
 class CheckpointError(CaiError):
     """A checkpoint can't be used. `.file` and `.tensor` name the place; the message says what is wrong and what to do."""
 
@@ -72,7 +80,7 @@ class InvalidConfigError(CheckpointError):
     """config.json or quantization_config is malformed or contradicts itself."""
 
 
-class KeepError(CheckpointError):
+class KeepError(CheckpointError, ValueError):
     """The `keep` asked for is not one that the checkpoint opens at: it is not elastic, or does not go as low or as high."""
 
 

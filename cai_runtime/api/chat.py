@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Required
 
@@ -18,6 +18,7 @@ from cai_runtime.api.host import OpenModel
 from cai_runtime.api.params import (
     STRICT,
     UNSUPPORTED,
+    Flag,
     GenerationParams,
     choice_seed,
     sampling_params,
@@ -42,12 +43,12 @@ class ChatParams(GenerationParams, total=False):
     """
 
     messages: Required[Annotated[Iterable[Any], SkipValidation]]  # parse_messages checks them: its errors name places
-    parallel_tool_calls: bool | None
+    parallel_tool_calls: Flag | None
 
 
 @with_config(STRICT)
 class _ChatCall(ChatParams, total=False):
-    stream: bool | None
+    stream: Flag | None
 
 
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(_ChatCall)
@@ -70,6 +71,8 @@ def parse(params: Mapping[str, Any]) -> ChatRequest:
     Raises:
         BadRequestError: naming the parameter at fault.
     """
+    if isinstance(params.get("messages"), Iterator):
+        params = {**params, "messages": list(params["messages"])}  # it is looked at twice
     rest = validated(_ADAPTER, params, names=_NAMES)
     with as_api_errors():
         messages = parse_messages(rest.pop("messages"))
@@ -83,6 +86,7 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
         BadRequestError: the model has no chat template, its template refuses the messages, or they don't fit the
             context.
     """
+    opened.check_characters(sum(len(message.content) for message in request.messages), "messages")
     with as_api_errors(), opened.tokenizer_lock:
         prompt_ids = render(opened.tokenizer, request.messages)
     sampling = sampling_params(
@@ -92,6 +96,8 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
         vocab_size=opened.engine.vocab_size,
         default_max=None,
         prompt_param="messages",
+        defaults=opened.defaults,
+        model_context=getattr(opened.engine, "model_context", None),
     )
     head = ReplyHead.new("chatcmpl", name)
     choices = request.params.get("n", 1)

@@ -16,7 +16,9 @@ from cai_runtime.api.generation import Generation
 from cai_runtime.api.host import OpenModel
 from cai_runtime.api.params import (
     STRICT,
+    TOKEN_LIMIT,
     UNSUPPORTED,
+    Flag,
     GenerationParams,
     choice_seed,
     sampling_params,
@@ -25,6 +27,7 @@ from cai_runtime.api.params import (
 from cai_runtime.api.usage import ReplyHead, usage_of
 from cai_runtime.engine.request import Completion, Request
 from cai_runtime.formats.events import ChatEvent, EndEvent, TextEvent
+from cai_runtime.scalars import as_integer
 
 DEFAULT_MAX_TOKENS = 16
 Prompt = str | list[int]
@@ -34,21 +37,29 @@ def _prompts(value: Any) -> list[Prompt]:
     """One prompt or several, each a text or token ids, as a list of prompts."""
     if isinstance(value, str):
         return [value]
-    if not isinstance(value, (list, tuple)) or not value:
-        raise PydanticCustomError(
-            "prompt_type", "must be a string, a list of strings, token ids, or a list of token ids"
-        )
-    if all(isinstance(item, str) for item in value):
-        return list(value)
-    if all(_is_token(item) for item in value):
-        return [list(value)]
-    if all(isinstance(item, (list, tuple)) and item and all(map(_is_token, item)) for item in value):
-        return [list(item) for item in value]
+    value = _listed(value)
+    if value:
+        if all(isinstance(item, str) for item in value):
+            return list(value)
+        if None not in (ids := _token_ids(value)):
+            return [ids]
+        several = [_token_ids(_listed(item)) for item in value]
+        if all(ids and None not in ids for ids in several):
+            return several
     raise PydanticCustomError("prompt_type", "must be a string, a list of strings, token ids, or a list of token ids")
 
 
-def _is_token(item: Any) -> bool:
-    return isinstance(item, int) and not isinstance(item, bool) and item >= 0
+def _listed(value: Any) -> Sequence[Any]:
+    """A list or tuple as it is, NumPy's and torch's arrays as lists, nothing else."""
+    if hasattr(value, "tolist") and hasattr(value, "shape"):
+        value = value.tolist()
+    return value if isinstance(value, (list, tuple)) else ()
+
+
+def _token_ids(items: Sequence[Any]) -> list[Any]:
+    """Token ids as ints; None for what is none."""
+    found = (as_integer(item) for item in items)
+    return [token if token is not None and 0 <= token < TOKEN_LIMIT else None for token in found]
 
 
 @with_config(STRICT)
@@ -64,12 +75,12 @@ class CompletionParams(GenerationParams, total=False):
     """
 
     prompt: Required[Annotated[str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]], PlainValidator(_prompts)]]
-    echo: bool | None
+    echo: Flag | None
 
 
 @with_config(STRICT)
 class _CompletionCall(CompletionParams, total=False):
-    stream: bool | None
+    stream: Flag | None
 
 
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(_CompletionCall)
@@ -121,6 +132,8 @@ def prepare(request: CompletionRequest, name: str, opened: OpenModel) -> Generat
     requests: list[Request] = []
     echoes: list[str] = []
     for prompt in request.prompts:
+        if isinstance(prompt, str):
+            opened.check_characters(len(prompt), "prompt")
         with opened.tokenizer_lock:
             prompt_ids = _encode(prompt, opened)
             if request.params.get("echo"):
@@ -132,6 +145,8 @@ def prepare(request: CompletionRequest, name: str, opened: OpenModel) -> Generat
             vocab_size=opened.engine.vocab_size,
             default_max=DEFAULT_MAX_TOKENS,
             prompt_param="prompt",
+            defaults=opened.defaults,
+            model_context=getattr(opened.engine, "model_context", None),
         )
         for i in range(choices):
             seed = choice_seed(sampling.seed, i)  # the same for every prompt: a list gives what one by one gives
@@ -143,7 +158,7 @@ def prepare(request: CompletionRequest, name: str, opened: OpenModel) -> Generat
 
 def _encode(prompt: Prompt, opened: OpenModel) -> list[int]:
     if isinstance(prompt, str):
-        ids = opened.tokenizer.encode(prompt)
+        ids = opened.tokenizer.encode(prompt, verbose=False)  # no warning about its length: that is checked here
         if not ids and opened.tokenizer.bos_token_id is not None:
             ids = [opened.tokenizer.bos_token_id]  # nothing at all: start a text of its own
         if not ids:

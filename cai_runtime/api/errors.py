@@ -1,43 +1,67 @@
-"""The API's errors: named as in the `openai` package, each with a status code and the JSON body a server would send.
+"""The API's errors: those of the `openai` package, each with a status code and the JSON body a server would send.
 
-Light to import. Everything below the API raises its own typed errors (`cai_runtime.errors`); `api_error` maps them, and
-the original stays as `__cause__`.
+Every class here is a subclass of the `openai` package's class of the same name and of `cai_runtime.CaiError`, so that
+`except openai.APIError` of a program written for that client catches what this one raises. Importing this module imports
+`openai`; `cai_runtime.errors` is the light one.
+
+Everything below the API raises its own typed errors (`cai_runtime.errors`); `api_error` maps them, and the original
+stays as `__cause__`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
+from importlib import import_module
+from types import ModuleType
 from typing import Any, ClassVar
 
+import openai
+
 from cai_runtime import errors as library
+from cai_runtime.scalars import printable
+
+URL = "http://localhost/cai_runtime"  # of `.request`, which a handler may log; nothing is ever sent
 
 
-class APIError(library.CaiError):
+class APIError(library.CaiError, openai.APIError):
     """Base of what the API raises.
 
     Attributes:
         status_code: the HTTP status a server would answer with.
-        message: what is wrong and what to do.
+        message: what is wrong and what to do. Always printable.
         type: the error's family, such as `invalid_request_error`.
         param: the parameter at fault, such as `temperature` or `messages[0].content`; None if it is none.
         code: a word for programs, such as `context_length_exceeded`; None if there is none.
         body: `{"error": {"message", "type", "param", "code"}}`.
+        request, response: the HTTP library's objects that a server's answer would have; made when asked for.
+        request_id: None; there is no server that gives one.
     """
 
-    status_code: ClassVar[int] = 500
+    status_code: ClassVar[int] = 500  # type: ignore[misc]
     default_type: ClassVar[str] = "api_error"
+    request_id = None
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None, type: str | None = None):
-        super().__init__(message)
-        self.message = message
+        # Not openai's __init__: it wants a response of the HTTP library, which most handlers never look at.
+        self.message = printable(message)
+        Exception.__init__(self, self.message)
         self.type = type or self.default_type
-        self.param = param
+        self.param = None if param is None else printable(param)
         self.code = code
 
     @property
-    def body(self) -> dict[str, Any]:
+    def body(self) -> dict[str, Any]:  # type: ignore[override]
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    @cached_property
+    def request(self) -> Any:  # type: ignore[override]
+        return _http().Request("POST", URL)
+
+    @cached_property
+    def response(self) -> Any:
+        return _http().Response(self.status_code, json=self.body, request=self.request)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions pickle by their args alone; a batch job hands errors from one process to another.
@@ -48,46 +72,65 @@ def _rebuild(cls: type[APIError], message: str, param: str | None, code: str | N
     return cls(message, param=param, code=code, type=type)
 
 
-class APIStatusError(APIError):
-    """Base of the errors that have a status code: here, all of them."""
+def _http() -> ModuleType:
+    """The HTTP library that this version of `openai` is built on: httpx, or its successor."""
+    (name,) = (
+        base.__module__.partition(".")[0] for base in openai.DefaultHttpxClient.__mro__ if base.__name__ == "Client"
+    )
+    return import_module(name)
 
 
-class BadRequestError(APIStatusError):
+class APIConnectionError(APIError, openai.APIConnectionError):
+    """Base of APITimeoutError, as in the `openai` package. There is no connection here that could fail."""
+
+
+class APITimeoutError(APIConnectionError, openai.APITimeoutError):
+    """408: the request took longer than its `timeout`. It was aborted and its memory freed."""
+
+    status_code = 408
+    default_type = "timeout_error"
+
+
+class APIStatusError(APIError, openai.APIStatusError):
+    """Base of the errors that a server would answer with."""
+
+
+class BadRequestError(APIStatusError, openai.BadRequestError):
     """400: the request itself is wrong; the same request will fail again."""
 
-    status_code = 400
+    status_code = 400  # type: ignore[assignment]
     default_type = "invalid_request_error"
 
 
-class AuthenticationError(APIStatusError):
+class AuthenticationError(APIStatusError, openai.AuthenticationError):
     """401. There is nothing to authenticate in-process: no call raises it; it is here for handlers that name it."""
 
-    status_code = 401
+    status_code = 401  # type: ignore[assignment]
     default_type = "authentication_error"
 
 
-class NotFoundError(APIStatusError):
+class NotFoundError(APIStatusError, openai.NotFoundError):
     """404: no such model, or its weights are not on this machine."""
 
-    status_code = 404
+    status_code = 404  # type: ignore[assignment]
     default_type = "invalid_request_error"
 
 
-class UnprocessableEntityError(APIStatusError):
+class UnprocessableEntityError(APIStatusError, openai.UnprocessableEntityError):
     """422: the request is well formed, but the checkpoint it names can't be used."""
 
-    status_code = 422
+    status_code = 422  # type: ignore[assignment]
     default_type = "invalid_request_error"
 
 
-class RateLimitError(APIStatusError):
+class RateLimitError(APIStatusError, openai.RateLimitError):
     """429: more requests wait than the engine was told to accept. Try again later."""
 
-    status_code = 429
+    status_code = 429  # type: ignore[assignment]
     default_type = "rate_limit_error"
 
 
-class InternalServerError(APIStatusError):
+class InternalServerError(APIStatusError, openai.InternalServerError):
     """500: the request was right, and the engine could not serve it."""
 
     status_code = 500

@@ -5,12 +5,15 @@ Both go one way: engine deltas -> parser -> events -> ReplyFormat, which makes c
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from cai_runtime.api.errors import APIError, as_api_errors
+from cai_runtime.api.timeouts import timing_out
 from cai_runtime.engine.request import Completion, Delta, Request
 from cai_runtime.formats.events import ChatEvent
 from cai_runtime.formats.plain import PlainParser
@@ -67,15 +70,20 @@ class Running(Generic[Chunk, Whole]):
         self._handles = handles
         self._format = format
         self._parsers = [PlainParser() for _ in handles]
+        self.timeout: float | None = None  # seconds that a stream waits for its next delta
 
     def abort(self) -> None:
         """Stop every choice that still runs and free its memory. Idempotent, thread-safe."""
         _abort(self._handles)
 
-    def whole(self) -> Whole:
-        """Wait for the end and fold. Aborts the request on any exception, Ctrl-C included."""
-        with as_api_errors(), self._aborting():
-            return self._fold([handle.result() for handle in self._handles])
+    def whole(self, timeout: float | None = None) -> Whole:
+        """Wait for the end, at most `timeout` seconds, and fold. Aborts the request on any exception, Ctrl-C
+        included."""
+        end = None if timeout is None else time.monotonic() + timeout
+        with as_api_errors(), self._aborting(), timing_out(self.timeout):
+            return self._fold(
+                [handle.result(None if end is None else max(0.0, end - time.monotonic())) for handle in self._handles]
+            )
 
     async def awhole(self) -> Whole:
         with as_api_errors(), self._aborting():
@@ -98,7 +106,8 @@ class Running(Generic[Chunk, Whole]):
             live = {index: iter(handle) for index, handle in enumerate(self._handles)}
             while live:
                 for index, deltas in [*live.items()]:
-                    delta = next(deltas, None)
+                    with timing_out(self.timeout):
+                        delta = deltas.next(self.timeout)
                     if delta is None:
                         del live[index]
                         continue
@@ -113,7 +122,9 @@ class Running(Generic[Chunk, Whole]):
             live = {index: aiter(handle) for index, handle in enumerate(self._handles)}
             while live:
                 for index, deltas in [*live.items()]:
-                    delta = await anext(deltas, None)
+                    with timing_out(self.timeout):
+                        async with asyncio.timeout(self.timeout):
+                            delta = await anext(deltas, None)
                     if delta is None:
                         del live[index]
                         continue

@@ -7,25 +7,38 @@ load; other models are not held up by it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cai_runtime.api.errors import BadRequestError, InternalServerError, NotFoundError, as_api_errors
+from cai_runtime.api.errors import (
+    APITimeoutError,
+    BadRequestError,
+    InternalServerError,
+    NotFoundError,
+    as_api_errors,
+)
 from cai_runtime.convert.named import NAMED
 from cai_runtime.convert.sources import pulled
+from cai_runtime.errors import OptionTypeError, OptionValueError
 from cai_runtime.home import cai_home
 from cai_runtime.models.catalog import catalog
+from cai_runtime.options import EngineOptions
+from cai_runtime.scalars import shown
+from cai_runtime.slim.generation_defaults import GenerationDefaults
 
 EngineFactory = Callable[..., Any]  # open_engine's signature: (path, **options) -> Engine
 
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """Where a name leads. `path` is the absolute checkpoint directory."""
+    """Where a name leads. `path` is the checkpoint directory, absolute and without symbolic links."""
 
     name: str
     path: Path
@@ -33,14 +46,49 @@ class ResolvedModel:
 
 @dataclass
 class OpenModel:
-    """An engine and what the API needs beside it. One for each directory, under whatever names it is asked for."""
+    """An engine and what the API needs beside it. One for each directory, under whatever names it is asked for.
+
+    `defaults`: the sampling parameters of requests that name none. `process`: where it was opened.
+    """
 
     engine: Any
+    defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     tokenizer_lock: threading.Lock = field(default_factory=threading.Lock)  # a tokenizer is not for several threads
+    process: int = field(default_factory=os.getpid)
 
     @property
     def tokenizer(self) -> Any:
         return self.engine.tokenizer
+
+    @property
+    def alive(self) -> bool:
+        """False once the engine has ended: closed, or by an error of its own."""
+        return bool(getattr(self.engine, "alive", True))
+
+    @cached_property
+    def longest_token(self) -> int | None:
+        """Characters of the vocabulary's longest entry; None if the tokenizer does not tell."""
+        try:
+            return max(map(len, self.tokenizer.get_vocab()), default=None)
+        except (AttributeError, NotImplementedError, TypeError):
+            return None
+
+    def check_characters(self, count: int, param: str) -> None:
+        """Refuse a prompt that can't fit by its characters alone: tokenizing megabytes takes seconds, in which the
+        model's other requests wait.
+
+        Args:
+            count: characters of the prompt.
+            param: the parameter that it came in.
+        """
+        context = self.engine.max_context
+        if count > 2 * context and self.longest_token and count > self.longest_token * context:
+            raise BadRequestError(
+                f"The prompt has {count} characters, more than {context} tokens can stand for, which is what fits "
+                "here, the answer included: shorten the prompt.",
+                param=param,
+                code="context_length_exceeded",
+            )
 
 
 @dataclass
@@ -55,9 +103,11 @@ class ModelHost:
 
     Args:
         default: the model of requests that name none.
-        models: name to checkpoint directory.
-        open_engine: opens one; called with the directory and `options`.
+        models: name to checkpoint directory. Relative ones, and a relative default, are of the directory that the
+            process is in now.
+        open_engine: opens one; called with the directory and the options as keywords.
         options: device, dtype, KV cache budget and so on, for every model.
+        own_defaults: whether a request's missing sampling parameters are the checkpoint's own.
     """
 
     def __init__(
@@ -66,12 +116,15 @@ class ModelHost:
         default: str | None,
         models: Mapping[str, str | Path],
         open_engine: EngineFactory,
-        options: Mapping[str, Any],
+        options: EngineOptions,
+        own_defaults: bool = True,
     ):
         self.default = default
-        self.registered = {name: Path(path).expanduser().absolute() for name, path in models.items()}
+        self.registered = {name: _registered(name, path) for name, path in models.items()}
+        self._default_directory = None if default is None else _directory(default)
         self._open_engine = open_engine
-        self._options = dict(options)
+        self._options = options
+        self._own_defaults = own_defaults
         self._lock = threading.Lock()  # guards _slots and _closed; never held while a model loads
         self._slots: dict[Path, _Slot] = {}
         self._closed = False
@@ -79,7 +132,7 @@ class ModelHost:
     @property
     def keep(self) -> float | None:
         """At which elastic checkpoints open; None: at their largest."""
-        return self._options.get("keep")
+        return self._options.keep
 
     def resolve(self, name: str | None) -> ResolvedModel:
         """The checkpoint directory that `name` (None: the default) stands for: a registered name, a catalogue id whose
@@ -97,73 +150,113 @@ class ModelHost:
                 code="missing_required_parameter",
             )
         if path := self.registered.get(name):
-            if not path.is_dir():
-                raise _not_found(f"The model '{name}' is registered as {path}, which is not a directory.")
-            return ResolvedModel(name, path)
+            directory = _directory(path)
+            if directory is None:
+                raise _not_found(f"The model {shown(name)} is registered as {path}, which is not a directory.")
+            return ResolvedModel(name, directory)
         if name in catalog():
             path = cai_home() / "models" / name
             if (path / "config.json").is_file():
-                return ResolvedModel(name, path)
+                return ResolvedModel(name, path.resolve())
             raise _not_found(
                 f"The weights of '{name}' are not on this machine. Put a checkpoint of it into {path}, or register one "
                 f"with Client(models={{{name!r}: directory}})."
             )
-        directory = Path(name).expanduser()
-        if directory.is_dir():
-            return ResolvedModel(name, directory.absolute())
+        if directory := self.directory(name):
+            return ResolvedModel(name, directory)
         if name in NAMED:
             if path := pulled(name):
-                return ResolvedModel(name, path)
+                return ResolvedModel(name, path.resolve())
             # A client never downloads by itself.
             raise _not_found(f"'{name}' is not on this machine: fetch it with `cai pull {name}`.")
         base = name.removesuffix("-r")
         if base != name and (base in self.registered or base in catalog()):
             raise BadRequestError(
-                f"'{name}' asks for reasoning by default, which is not supported yet: use '{base}'.",
+                f"{shown(name)} asks for reasoning by default, which is not supported yet: use {shown(base)}.",
                 param="model",
                 code="unsupported_parameter",
             )
         raise _not_found(
-            f"The model '{name}' does not exist: it is no name given with Client(models=...), no directory and no "
+            f"The model {shown(name)} does not exist: it is no name given with Client(models=...), no directory and no "
             "catalogue id. client.models.list() shows what there is."
         )
 
-    def open(self, model: ResolvedModel) -> OpenModel:
-        """The open model; loads it on first use.
+    def directory(self, name: str) -> Path | None:
+        """The directory called `name`, however it is spelled, as one path; None if there is none."""
+        if name == self.default and self._default_directory is not None:
+            return self._default_directory
+        return _directory(name)
+
+    def open(self, model: ResolvedModel, timeout: float | None = None) -> OpenModel:
+        """The open model; loads it on first use, and again if its engine has ended by an error.
+
+        timeout: seconds to wait for the load; it goes on in a thread of its own when they are over.
 
         Raises:
-            APIError: the checkpoint can't be used or does not fit, or the client is closed.
+            APIError: the checkpoint can't be used or does not fit, or the client is closed; APITimeoutError.
         """
+        if timeout is not None:
+            found = self._begin(model)
+            if isinstance(found, OpenModel):
+                return found
+            try:
+                return found.result(timeout)
+            except TimeoutError:
+                raise APITimeoutError(
+                    f"The model {shown(model.name)} was not open after {timeout:.3g} s; it goes on loading for later "
+                    "requests.",
+                    code="timeout",
+                ) from None
         with self._lock:
             self._check_open()
             slot = self._slots.setdefault(model.path, _Slot())
         with slot.lock:
             with self._lock:
                 self._check_open()  # it may have been closed while this thread waited
+            if slot.opened is not None and not slot.opened.alive:
+                _close_dead(slot)
             if slot.opened is None:
                 with as_api_errors():
-                    slot.opened = OpenModel(self._open_engine(model.path, **self._options))
+                    defaults = GenerationDefaults.read(model.path) if self._own_defaults else GenerationDefaults()
+                    slot.opened = OpenModel(self._open_engine(model.path, **self._options.given()), defaults)
             return slot.opened
 
     async def aopen(self, model: ResolvedModel) -> OpenModel:
         """`open` without blocking the event loop. However many tasks wait for a model, one thread loads it."""
+        found = self._begin(model)
+        return found if isinstance(found, OpenModel) else await asyncio.wrap_future(found)
+
+    def _begin(self, model: ResolvedModel) -> OpenModel | Future[OpenModel]:
+        """The open model, or the future of the thread that loads it, which is started if there is none."""
         with self._lock:
             self._check_open()
             slot = self._slots.setdefault(model.path, _Slot())
-            if opened := slot.opened:
+            if (opened := slot.opened) and opened.alive:
                 return opened
             if slot.loading is None or slot.loading.done():
                 slot.loading = Future()
                 slot.loading.set_running_or_notify_cancel()  # one waiter's cancellation must not reach the others
-                threading.Thread(target=self._load, args=(model, slot.loading), name=f"cai-open-{model.name}").start()
-            loading = slot.loading
-        return await asyncio.wrap_future(loading)
+                threading.Thread(target=self._load, args=(model, slot.loading), name="cai-open").start()
+            return slot.loading
 
     def _load(self, model: ResolvedModel, loading: Future[OpenModel]) -> None:
         try:
             loading.set_result(self.open(model))
         except BaseException as error:  # noqa: BLE001 - raised in whoever awaits it
             loading.set_exception(error)
+
+    def discard(self, model: ResolvedModel, opened: OpenModel) -> bool:
+        """Forget `opened` if its engine has ended, so that the next `open` opens the model again. False if that would
+        not help: the engine was another process's, before a fork."""
+        if opened.process != os.getpid():
+            return False
+        with self._lock:
+            slot = self._slots.get(model.path)
+        if slot is not None:
+            with slot.lock:
+                if slot.opened is opened:
+                    _close_dead(slot)
+        return True
 
     def unload(self, name: str) -> bool:
         """Close a model and give back its memory; running requests fail. False if it was not open. It opens again when
@@ -178,12 +271,27 @@ class ModelHost:
         return slot is not None and _close(slot)
 
     def close(self) -> None:
-        """Close every model. Idempotent; waits for one that is loading. Later requests fail."""
+        """Close every model. Idempotent; waits for one that is loading. Later requests fail.
+
+        Raises what an engine's `close` raised, of several an ExceptionGroup, after all of them are closed.
+        """
         with self._lock:
             self._closed = True
             slots = [*self._slots.values()]
+        errors: list[Exception] = []
         for slot in slots:
-            _close(slot)
+            try:
+                _close(slot)
+            except Exception as error:  # noqa: BLE001 - the other engines must be closed too
+                errors.append(error)
+        if len(errors) == 1:
+            raise errors[0]
+        if errors:
+            raise ExceptionGroup(f"{len(errors)} models failed while they were closed", errors)
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
 
     def _check_open(self) -> None:
         if self._closed:
@@ -197,6 +305,33 @@ def _close(slot: _Slot) -> bool:
             return False
         opened.engine.close()
         return True
+
+
+def _close_dead(slot: _Slot) -> None:
+    """Take an engine that has ended out of its slot; the caller holds the slot's lock."""
+    opened, slot.opened = slot.opened, None
+    if opened is not None:
+        with contextlib.suppress(Exception):  # what ended it was raised in its requests
+            opened.engine.close()
+
+
+def _directory(name: str | Path) -> Path | None:
+    """The directory, however it is spelled, as one path; None if there is none."""
+    try:
+        path = Path(name).expanduser()
+        return path.resolve() if path.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # too long a name, no such user, a NUL or a lone surrogate in it
+        return None
+
+
+def _registered(name: str, path: Any) -> Path:
+    """The absolute path of a registered directory, which need not exist yet."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise OptionTypeError(f"models[{shown(name)}] must be a directory's path, got {shown(path)}")
+    try:
+        return Path(path).expanduser().absolute()
+    except (RuntimeError, ValueError, OSError) as error:
+        raise OptionValueError(f"models[{shown(name)}] is no path: {shown(path)} ({error})") from error
 
 
 def _not_found(message: str) -> NotFoundError:

@@ -14,6 +14,7 @@ from cai_runtime.api.errors import BadRequestError, NotFoundError
 from cai_runtime.api.host import ModelHost, ResolvedModel
 from cai_runtime.errors import CaiError
 from cai_runtime.models.catalog import Capabilities, CatalogEntry, catalog, format_parameters
+from cai_runtime.scalars import shown
 from cai_runtime.slim.reader import Checkpoint
 
 UNKNOWN = "unknown"
@@ -24,7 +25,7 @@ def list_models(host: ModelHost) -> list[Model]:
     """The catalogue's entries in their order, then the client's own: its registered names and its default, if that is a
     directory. Nothing is opened: checkpoints' headers are read."""
     own = [name for name in host.registered if name not in catalog()]
-    if host.default is not None and host.default not in (*own, *catalog()) and Path(host.default).is_dir():
+    if host.default is not None and host.default not in (*own, *catalog()) and host.directory(host.default):
         own.append(host.default)
     return [_as_model(entry) for entry in catalog().values()] + [_as_model(_local_entry(host, name)) for name in own]
 
@@ -39,9 +40,9 @@ def retrieve_model(host: ModelHost, name: Any) -> Model:
         raise BadRequestError("Invalid 'model': must be a name.", param="model", code="invalid_type")
     if entry := catalog().get(name):
         return _as_model(entry)
-    if name not in host.registered and not (Path(name).expanduser() / "config.json").is_file():
+    if name not in host.registered and not _is_checkpoint(host.directory(name)):
         raise NotFoundError(
-            f"The model '{name}' does not exist: client.models.list() shows what there is.",
+            f"The model {shown(name)} does not exist: client.models.list() shows what there is.",
             param="model",
             code="model_not_found",
         )
@@ -69,7 +70,8 @@ def _as_model(entry: CatalogEntry) -> Model:
 
 
 def _local_entry(host: ModelHost, name: str) -> CatalogEntry:
-    path = host.registered.get(name) or Path(name).expanduser().absolute()
+    path = host.registered.get(name) or host.directory(name)
+    assert path is not None, "the caller has looked"
     capabilities = Capabilities(
         supports_audio=False,
         supports_image=False,
@@ -82,6 +84,10 @@ def _local_entry(host: ModelHost, name: str) -> CatalogEntry:
     except OSError:  # registered, but not there: it stays listed, and opening it says what is wrong
         created = 0
     return CatalogEntry(name, created, "local", _parameters_number(path, host.keep), capabilities)
+
+
+def _is_checkpoint(path: Path | None) -> bool:
+    return path is not None and (path / "config.json").is_file()
 
 
 def _has_template_file(path: Path) -> bool:

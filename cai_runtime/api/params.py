@@ -10,25 +10,67 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-from openai import NotGiven, Omit
+from openai import NotGiven, Omit, Timeout
 from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError, with_config
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
 from cai_runtime.api.errors import BadRequestError
 from cai_runtime.engine.request import SamplingParams
+from cai_runtime.scalars import as_bool, as_integer, as_number, shown
+from cai_runtime.slim.generation_defaults import PENALTY_MAX, PENALTY_MIN, GenerationDefaults
 
-MAX_STOPS = 4  # OpenAI's limit
+MAX_STOPS = 16  # OpenAI's is 4; agents send more
 MAX_CHOICES = 128  # OpenAI's limit on n
 SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
+TOKEN_LIMIT = 2**31  # token ids, and counts of tokens, are below this
 
 
 def _model_name(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's and torch's scalars as Python's; anything else as it is."""
+    for check in (as_bool, as_integer, as_number):
+        if (found := check(value)) is not None:
+            return found
+    return value
+
+
+def timeout_seconds(value: Any) -> float | None:
+    """Seconds of a `timeout`: a number, the `openai` client's Timeout (its `read`), or None for no limit.
+
+    Raises TypeError or ValueError; the message follows the parameter's name.
+    """
+    if isinstance(value, Timeout):
+        value = value.read
+    if value is None:
+        return None
+    number = as_number(value)
+    if number is None and not isinstance(value, float):
+        raise TypeError(f"must be a number of seconds, got {shown(value)}")
+    if number is None or not 0 < number <= threading.TIMEOUT_MAX:
+        raise ValueError(f"must be above 0 and at most {threading.TIMEOUT_MAX:.0f} seconds, got {shown(value)}")
+    return float(number)
+
+
+def _timeout(value: Any) -> float | None:
+    try:
+        return timeout_seconds(value)
+    except TypeError as error:
+        raise PydanticCustomError("timeout_type", "{message}", {"message": _without_value(error)}) from None
+    except ValueError as error:
+        raise PydanticCustomError("timeout", "{message}", {"message": _without_value(error)}) from None
+
+
+def _without_value(error: Exception) -> str:
+    return str(error).split(", got ")[0]
 
 
 def _stop_list(value: Any) -> list[str]:
@@ -39,28 +81,42 @@ def _stop_list(value: Any) -> list[str]:
         raise PydanticCustomError("too_long", "may hold at most {limit} strings", {"limit": MAX_STOPS})
     if "" in stops:
         raise PydanticCustomError("string_too_short", "must not hold an empty string")
-    return list(stops)
+    return [str(stop) for stop in stops]
 
 
 def _logit_bias(value: Any) -> dict[int, float]:
     if not isinstance(value, Mapping):
         raise PydanticCustomError("dict_type", "must map token ids to numbers from -100 to 100")
     biases: dict[int, float] = {}
-    for key, bias in value.items():
+    for key, given in value.items():
         # JSON has string keys only; Python callers have integers at hand.
-        if isinstance(key, str) and key.isascii() and key.isdigit():
-            key = int(key)
-        if isinstance(key, bool) or not isinstance(key, int) or key < 0:
+        if isinstance(key, str):
+            token = int(key) if key.isascii() and key.isdigit() and len(key) <= 20 else None
+        else:
+            token = as_integer(key)
+        if token is None or not 0 <= token < TOKEN_LIMIT:
             raise PydanticCustomError("key_type", "has a key that is not a token id")
-        if isinstance(bias, bool) or not isinstance(bias, (int, float)):
+        bias = as_number(given)
+        if bias is None and not isinstance(given, float):
             raise PydanticCustomError("value_type", "must map token ids to numbers from -100 to 100")
-        if not -100 <= bias <= 100:  # false for NaN too
+        if bias is None or not -100 <= bias <= 100:
             raise PydanticCustomError("out_of_range", "has a bias outside -100 to 100")
-        biases[key] = float(bias)
+        biases[token] = float(bias)
     return biases
 
 
-Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+def _ignored_mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise PydanticCustomError("dict_type", "must map names to values")
+    return {}
+
+
+Plain = BeforeValidator(_plain)
+Ignored = Annotated[Mapping[str, Any], PlainValidator(_ignored_mapping)]
+Whole = Annotated[int, Plain]
+Number = Annotated[float, Plain, Field(allow_inf_nan=False)]
+Flag = Annotated[bool, Plain]
+Penalty = Annotated[Number, Field(ge=-2, le=2)]
 STRICT = ConfigDict(strict=True, extra="forbid")
 
 
@@ -75,45 +131,55 @@ class GenerationParams(TypedDict, total=False):
     """What chat and text completions have in common.
 
     model: a name given with `Client(models=...)`, a checkpoint directory, or a catalogue id. Default: the client's.
-    temperature: 0 to 2, default 1; 0 is greedy.
+    temperature: 0 to 2, default 1; 0 is greedy. Where the checkpoint's generation_config.json has a temperature, top_p,
+        top_k, min_p or repetition_penalty, that is the default, unless `Client(generation_config="none")`.
     top_p: 0 < p <= 1, default 1; an explicit 0 means "not given", as in the CompactifAI API.
     max_tokens, max_completion_tokens: at least 1; the latter wins. Default: 16 for text completions, the rest of the
         context for chat.
     min_tokens: until then neither the model's end of text nor a stop string ends the answer. Default 0.
-    stop: up to 4 strings; the text ends before the first that appears.
+    stop: up to 16 strings; the text ends before the first that appears.
     frequency_penalty, presence_penalty: -2 to 2, default 0 (OpenAI's definition).
-    repetition_penalty: greater than 0, default 1 (Keskar et al. 2019).
+    repetition_penalty: 1e-6 to 1e6, default 1 (Keskar et al. 2019).
     logit_bias: token id to -100...100, added to its logit.
-    top_k: keep the k likeliest tokens; 0, the default, keeps all.
+    top_k: keep the k likeliest tokens; 0, the default, and -1 keep all.
     min_p: 0 to 1, default 0; keep the tokens at least this likely relative to the likeliest.
     seed: the same seed gives the same text, alone or in a batch. Default: drawn for each choice. Choice 0 uses the seed
         itself, choice i > 0 one derived from it.
     n: 1 to 128 choices for each prompt, default 1, each sampled on its own.
     ignore_eos: the end-of-text token is an ordinary token. Default false.
-    user: accepted for compatibility; a label with no effect on the text.
+    user, metadata, safety_identifier, prompt_cache_key: accepted for compatibility; labels with no effect.
     stream_options: `{"include_usage": bool}`, with `stream=True` only.
+    timeout: seconds, or the `openai` package's Timeout, whose `read` counts; the client's by default, and None is no
+        limit. A whole reply must be done, and each chunk of a stream must come, within it.
+    extra_headers, extra_query: accepted for compatibility; no HTTP request is sent that could carry them.
     extra_body: further parameters, merged into these, as the `openai` client does.
     """
 
     model: Annotated[str | Path, BeforeValidator(_model_name)] | None
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None
-    top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None
-    max_tokens: Annotated[int, Field(ge=1)] | None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None
-    min_tokens: Annotated[int, Field(ge=0)] | None
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None
+    top_p: Annotated[Number, Field(ge=0, le=1)] | None
+    max_tokens: Annotated[Whole, Field(ge=1)] | None
+    max_completion_tokens: Annotated[Whole, Field(ge=1)] | None
+    min_tokens: Annotated[Whole, Field(ge=0)] | None
     stop: Annotated[str | list[str], PlainValidator(_stop_list)] | None
     frequency_penalty: Penalty | None
     presence_penalty: Penalty | None
-    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
+    repetition_penalty: Annotated[Number, Field(ge=PENALTY_MIN, le=PENALTY_MAX)] | None
     logit_bias: Annotated[dict[str, float] | dict[int, float] | dict[str, int] | dict[int, int],
                           PlainValidator(_logit_bias)] | None  # fmt: skip
-    top_k: Annotated[int, Field(ge=0)] | None
-    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None
-    seed: Annotated[int, Field(ge=SEED_MIN, le=SEED_MAX)] | None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None
-    ignore_eos: bool | None
+    top_k: Annotated[Whole, Field(ge=-1)] | None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None
+    seed: Annotated[Whole, Field(ge=SEED_MIN, le=SEED_MAX)] | None
+    n: Annotated[Whole, Field(ge=1, le=MAX_CHOICES)] | None
+    ignore_eos: Flag | None
     user: str | None
+    metadata: Ignored | None
+    safety_identifier: str | None
+    prompt_cache_key: str | None
     stream_options: StreamOptions | None
+    timeout: Annotated[float | Timeout, PlainValidator(_timeout)] | None
+    extra_headers: Ignored | None
+    extra_query: Ignored | None
     extra_body: dict[str, Any] | None
 
 
@@ -122,28 +188,25 @@ _TOOLS = "tool calls are not supported yet"
 _REASONING = "reasoning control is not supported yet"
 _LOGPROBS = "log probabilities are not supported yet"
 UNSUPPORTED: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "tools": (_TOOLS, ()),
-    "tool_choice": (_TOOLS, ("none",)),
-    "functions": (_TOOLS, ()),
-    "function_call": (_TOOLS, ("none",)),
+    "tools": (_TOOLS, ([], ())),
+    "tool_choice": (_TOOLS, ("none", "auto")),  # "auto" is the default: a call, if there are tools
+    "functions": (_TOOLS, ([], ())),
+    "function_call": (_TOOLS, ("none", "auto")),
     "reasoning_effort": (_REASONING, ()),
     "reasoning_enabled": (_REASONING, ()),
     "response_format": ("only plain text is supported yet", ({"type": "text"},)),
     "logprobs": (_LOGPROBS, (False,)),
     "top_logprobs": (_LOGPROBS, ()),
-    "best_of": ("not supported; use `n` and choose among the choices", ()),
-    "suffix": ("insertion is not supported", ()),
+    "best_of": ("not supported; use `n` and choose among the choices", (1,)),
+    "suffix": ("insertion is not supported", ("",)),
     "audio": ("audio output is not supported", ()),
     "modalities": ("only text output is supported", (["text"],)),
     "prediction": ("predicted outputs are not supported", ()),
     "web_search_options": ("web search is not supported: nothing here uses the network", ()),
     "store": ("stored completions are not supported", (False,)),
-    "metadata": ("stored completions, and so their metadata, are not supported", ()),
     "moderation": ("moderation is not supported", ()),
     "service_tier": ("there are no service tiers in-process", ("auto", "default")),
-    "verbosity": ("not supported", ()),
-    "safety_identifier": ("not supported; `user` is accepted", ()),
-    "prompt_cache_key": ("not needed: equal prefixes are found by their content", ()),
+    "verbosity": ("not supported", ("medium",)),
     "prompt_cache_options": ("not supported", ()),
     "prompt_cache_retention": ("not supported", ()),
 }
@@ -169,6 +232,13 @@ def validated(adapter: TypeAdapter[Any], params: Mapping[str, Any], *, names: fr
         if not any(type(given[name]) is type(value) and given[name] == value for value in neutral):
             raise BadRequestError(f"'{name}' can't be used: {reason}.", param=name, code="unsupported_parameter")
         del given[name]
+    for name in given:
+        if name in names and name not in _LABELS and (place := surrogate_place(given[name], name)):
+            raise BadRequestError(
+                f"Invalid '{place}': the text holds a lone surrogate, which is half of a character: send whole ones.",
+                param=place,
+                code="invalid_value",
+            )
     try:
         checked = adapter.validate_python(given)
     except ValidationError as error:
@@ -188,6 +258,8 @@ def sampling_params(
     vocab_size: int,
     default_max: int | None,
     prompt_param: str,
+    defaults: GenerationDefaults | None = None,
+    model_context: int | None = None,
 ) -> SamplingParams:
     """What the engine needs to know of validated parameters, for one prompt.
 
@@ -197,12 +269,17 @@ def sampling_params(
         vocab_size: token ids are below this.
         default_max: max_tokens when not given, cut to the context; None is the whole rest of the context.
         prompt_param: the parameter that the prompt came in, for errors.
+        defaults: of what the request does not name. None: OpenAI's.
+        model_context: positions that the model could have, if the engine has room for fewer.
     """
+    defaults = defaults or GenerationDefaults()
     room = context - prompt_tokens
+    holds = f"this model's context holds {context}"
+    if model_context is not None and model_context > context:
+        holds = f"the engine holds {context} (the model could {model_context}: raise kv_cache or max_context)"
     if room < 1:
         raise BadRequestError(
-            f"The prompt has {prompt_tokens} tokens and this model's context holds {context}, the answer included: "
-            "shorten the prompt.",
+            f"The prompt has {prompt_tokens} tokens and {holds}, the answer included: shorten the prompt.",
             param=prompt_param,
             code="context_length_exceeded",
         )
@@ -212,15 +289,15 @@ def sampling_params(
         max_tokens = room if default_max is None else min(default_max, room)
     elif max_tokens > room:
         raise BadRequestError(
-            f"The prompt has {prompt_tokens} tokens and '{limit_name}' asks for {max_tokens} more, but this model's "
-            f"context holds {context}: ask for at most {room}, or shorten the prompt.",
+            f"The prompt has {prompt_tokens} tokens and '{limit_name}' asks for {shown(max_tokens)} more, but {holds}: "
+            f"ask for at most {room}, or shorten the prompt.",
             param=limit_name,
             code="context_length_exceeded",
         )
     min_tokens = params.get("min_tokens", 0)
     if min_tokens > max_tokens:
         raise BadRequestError(
-            f"'min_tokens' is {min_tokens}, more than the {max_tokens} tokens that the answer may have.",
+            f"'min_tokens' is {shown(min_tokens)}, more than the {max_tokens} tokens that the answer may have.",
             param="min_tokens",
             code="invalid_value",
         )
@@ -234,13 +311,13 @@ def sampling_params(
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
-        temperature=float(params.get("temperature", 1.0)),
-        top_p=float(params.get("top_p", 1.0)) or 1.0,  # an explicit 0 is "not given"
-        top_k=params.get("top_k", 0),
-        min_p=float(params.get("min_p", 0.0)),
+        temperature=float(params.get("temperature", defaults.temperature)),
+        top_p=float(params.get("top_p", 0.0)) or defaults.top_p,  # an explicit 0 is "not given"
+        top_k=min(max(params.get("top_k", defaults.top_k), 0), vocab_size),  # of more, NumPy's integers overflow
+        min_p=float(params.get("min_p", defaults.min_p)),
         frequency_penalty=float(params.get("frequency_penalty", 0.0)),
         presence_penalty=float(params.get("presence_penalty", 0.0)),
-        repetition_penalty=float(params.get("repetition_penalty", 1.0)),
+        repetition_penalty=float(params.get("repetition_penalty", defaults.repetition_penalty)),
         logit_bias=logit_bias,
         seed=params.get("seed"),
         stop=tuple(params.get("stop", ())),
@@ -260,6 +337,32 @@ def _is_unset(value: Any) -> bool:
     return value is None or isinstance(value, (NotGiven, Omit))
 
 
+_LABELS = ("model", "user", "metadata", "safety_identifier", "prompt_cache_key", "extra_headers", "extra_query")
+_DEPTH = 8  # of containers in a parameter; content parts are at the third
+
+
+def surrogate_place(value: Any, place: str, depth: int = _DEPTH) -> str | None:
+    """Where in a parameter a text with a lone surrogate is, such as `messages[0].content`; None if there is none. Such a
+    text has no UTF-8, so that no tokenizer takes it."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return place
+    elif depth and hasattr(value, "model_dump"):
+        return surrogate_place(vars(value), place, depth - 1)
+    elif depth and isinstance(value, Mapping):
+        for key, item in value.items():
+            inner = f"{place}.{key}" if isinstance(key, str) else place
+            if found := surrogate_place(key, place, depth) or surrogate_place(item, inner, depth - 1):
+                return found
+    elif depth and isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            if found := surrogate_place(item, f"{place}[{i}]", depth - 1):
+                return found
+    return None
+
+
 def _with_extra_body(params: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(params)
     extra = merged.pop("extra_body", None)
@@ -267,7 +370,7 @@ def _with_extra_body(params: Mapping[str, Any]) -> dict[str, Any]:
         return merged
     if not isinstance(extra, Mapping) or not all(isinstance(key, str) for key in extra):
         raise BadRequestError(
-            f"Invalid 'extra_body': must map names to values, got {_short(extra)}.",
+            f"Invalid 'extra_body': must map names to values, got {shown(extra)}.",
             param="extra_body",
             code="invalid_type",
         )
@@ -301,9 +404,4 @@ def _refuse(error: ValidationError, names: frozenset[str]) -> NoReturn:
         .replace(" a integer", " an integer")
     )
     code = "invalid_type" if kind.endswith("_type") else "invalid_value"
-    raise BadRequestError(f"Invalid '{param}': {message}, got {_short(first['input'])}.", param=param, code=code)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    raise BadRequestError(f"Invalid '{param}': {message}, got {shown(first['input'])}.", param=param, code=code)

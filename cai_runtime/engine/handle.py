@@ -186,12 +186,17 @@ class DeltaIterator:
         return self
 
     def __next__(self) -> Delta:
-        with self._handle._abort_on_exit():
-            self._stream.wait(self._index)
-        delta = self._take()
+        delta = self.next()
         if delta is None:
             raise StopIteration
         return delta
+
+    def next(self, timeout: float | None = None) -> Delta | None:
+        """The next delta; None at the end. Raises TimeoutError after `timeout` seconds, and aborts the request."""
+        with self._handle._abort_on_exit():
+            if not self._stream.wait(self._index, timeout):
+                raise TimeoutError(f"request {self._handle.request_id} put out nothing for {timeout} s")
+        return self._take()
 
     def __aiter__(self) -> DeltaIterator:
         return self

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cai_runtime.errors import InvalidConfigError, KernelError, MemoryBudgetError, MissingFileError
+from cai_runtime.options import DTYPES, EngineOptions
 
 if TYPE_CHECKING:
     import torch
@@ -16,134 +17,113 @@ if TYPE_CHECKING:
     from cai_runtime.engine.model_runner import ModelRunner
 
 PAGE_SIZE = 16
-DTYPES = {
-    "fp32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16",
-    "float16": "float16",
-}  # fmt: skip
 
 
-def open_engine(
-    path: str | Path,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    keep: float | None = None,
-    kv_cache: int | float | str | None = None,
-    kv_dtype: str = "auto",
-    max_context: int | None = None,
-    max_batch: int = 64,
-    backend: str | None = None,
-    int8_activations: bool = False,
-    cuda_graphs: bool | None = None,
-    progress: bool | None = None,
-    **engine_options: Any,
-) -> Engine:
+def open_engine(path: str | Path, options: EngineOptions | None = None, /, **more: Any) -> Engine:
     """Open a dense or slim checkpoint directory and start its engine.
 
-    device: "cpu", "cuda", "cuda:1" or "auto" (a GPU if torch sees one). dtype: "fp32", "bf16", "fp16" or "auto": what
-    float weights are held in; "auto" keeps them as stored on the CPU, whose kernels convert in registers and compute in
-    fp32, and elsewhere takes the checkpoint's own dtype. keep: of an elastic checkpoint, the share of its parameters to
-    open, at most; None: the largest. kv_cache: budget of the KV cache, see `memory.cache_budget`.
-    kv_dtype: of the cached keys and values; "auto" is the activations'. max_context: at most the model's. max_batch:
-    sequences decoded together. backend: kernels to use, see `kernels.backend`. int8_activations: round the inputs of
-    int8 cores to int8 (W8A8): faster prefill, and a loss of accuracy that hangs on the model; the head is left out.
-    cuda_graphs: record decode steps as CUDA graphs; None: where there is a GPU. engine_options: passed to `Engine`.
+    Whatever can be checked without the weights is checked before they are loaded: the options, the device, the
+    configuration, the tokenizer.
 
-    Raises CheckpointError (the checkpoint is damaged), KeepError (it is not elastic, or does not open at `keep`), TypeError
-    (`keep` is no number), UnsupportedModelError, MemoryBudgetError (not one sequence fits),
-    KernelError (the device or backend is not there).
+    Args:
+        path: the checkpoint directory.
+        options: see `EngineOptions`; the same as keywords: `open_engine(path, max_batch=8)`.
+
+    Raises:
+        OptionTypeError, OptionValueError, KeepError: an option is wrong in itself, or the checkpoint is not elastic, or
+            does not open at `keep`.
+        CheckpointError: the checkpoint is damaged or lacks its tokenizer.
+        UnsupportedModelError: this version does not run its architecture.
+        KernelError: the device or the backend is not there.
+        MemoryBudgetError: not one sequence fits.
     """
+    from cai_runtime.slim.reader import Checkpoint
+
+    options = EngineOptions.of(options, **more)
+    path = Path(path)
+    resolve_place(options)
+    with Checkpoint.open(path, keep=options.keep) as checkpoint:
+        config = checkpoint.config
+    tokenizer = load_tokenizer(path)
+    eos_token_ids = end_of_sequence_ids(path, config, tokenizer)
+    runner, config = load_runner(path, options)
+    return start_engine(runner, tokenizer, options, eos_token_ids=eos_token_ids, model_config=config)
+
+
+def start_engine(runner: ModelRunner, tokenizer: Any, options: EngineOptions, **more: Any) -> Engine:
+    """An `Engine` over `runner`, which is closed if the engine can't start. more: further arguments of `Engine`."""
     from cai_runtime.engine.engine import Engine
 
-    path = Path(path)
-    runner, config = load_runner(
-        path,
-        device=device,
-        dtype=dtype,
-        keep=keep,
-        kv_cache=kv_cache,
-        kv_dtype=kv_dtype,
-        max_context=max_context,
-        max_batch=max_batch,
-        backend=backend,
-        int8_activations=int8_activations,
-        cuda_graphs=cuda_graphs,
-        progress=progress,
-    )
-    tokenizer = load_tokenizer(path)
-    return Engine(
-        runner,
-        tokenizer,
-        eos_token_ids=end_of_sequence_ids(path, config, tokenizer),
-        model_config=config,
-        max_batch=max_batch,
-        **engine_options,
-    )
+    try:
+        return Engine(runner, tokenizer, **options.for_engine(), **more)
+    except BaseException:
+        runner.close()
+        raise
 
 
-def load_runner(
-    path: Path,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    keep: float | None = None,
-    kv_cache: int | float | str | None = None,
-    kv_dtype: str = "auto",
-    max_context: int | None = None,
-    max_batch: int = 64,
-    backend: str | None = None,
-    int8_activations: bool = False,
-    cuda_graphs: bool | None = None,
-    progress: bool | None = None,
-) -> tuple[ModelRunner, dict[str, Any]]:
+def resolve_place(options: EngineOptions) -> tuple[torch.device, str]:
+    """The device and the kernels' backend. Raises KernelError if one is not there."""
+    from cai_runtime.kernels.backend import resolve_backend
+
+    place = choose_device(options.device)
+    return place, resolve_backend(options.backend, place)
+
+
+def load_runner(path: Path, options: EngineOptions | None = None, /, **more: Any) -> tuple[ModelRunner, dict[str, Any]]:
     """The model of a checkpoint with its KV cache, and its config.json (at `keep`: that of the smaller checkpoint, whose
-    modules are the ones in use). See `open_engine`."""
+    modules are the ones in use). Arguments and errors as of `open_engine`."""
     import torch
 
     from cai_runtime.engine.memory import cache_budget
     from cai_runtime.engine.model_runner import ModelRunner
-    from cai_runtime.kernels.backend import resolve_backend
     from cai_runtime.layers.linear import WeightLoader
     from cai_runtime.models.registry import build_model
     from cai_runtime.progress import progress_bar
     from cai_runtime.slim.reader import Checkpoint
 
-    place = choose_device(device)
-    kernels = resolve_backend(backend, place)
-    with Checkpoint.open(path, keep=keep) as checkpoint:
+    options = EngineOptions.of(options, **more)
+    place, kernels = resolve_place(options)
+    with Checkpoint.open(path, keep=options.keep) as checkpoint:
         config = checkpoint.config
-        weights = choose_dtype(dtype, config, kernels)
-        loader = WeightLoader(checkpoint, place, weights, kernels, int8_activations=int8_activations)
+        _check_context(options.max_context, config.get("max_position_embeddings"))
+        weights = choose_dtype(options.dtype, config, kernels)
+        loader = WeightLoader(checkpoint, place, weights, kernels, int8_activations=options.int8_activations)
         layers = int(config.get("num_hidden_layers") or 0)
-        with progress_bar("load", total=layers, unit="layer", show=progress) as bar:
+        with progress_bar("load", total=layers, unit="layer", show=options.progress) as bar:
             model = build_model(loader, bar.update)
-    cache_dtype = model.dtype if kv_dtype == "auto" else named_dtype(kv_dtype)
-    if max_context is not None and not 1 <= max_context <= model.max_context:
-        raise MemoryBudgetError(f"max_context {max_context} is outside the model's 1 to {model.max_context} positions")
-    context = max_context or model.max_context
+    _check_context(options.max_context, model.max_context)
+    cache_dtype = model.dtype if options.kv_dtype == "auto" else named_dtype(options.kv_dtype)
+    context = options.max_context or model.max_context
     page_bytes = model.cache_bytes_per_token(cache_dtype) * PAGE_SIZE
-    useful = page_bytes * (-(-context // PAGE_SIZE)) * max_batch
-    budget = cache_budget(kv_cache, device=str(place), useful=useful)
+    useful = page_bytes * (-(-context // PAGE_SIZE)) * options.max_batch
+    budget = cache_budget(options.kv_cache, device=str(place), useful=useful)
     pages = budget // page_bytes
     if pages < 2:
         raise MemoryBudgetError(
             f"a KV cache of {budget} bytes holds {pages} pages of {page_bytes} bytes: give at least {2 * page_bytes} bytes"
         )
+    on_gpu = kernels in ("triton", "cuda") and place.type == "cuda"
     try:
         runner = ModelRunner(
             model,
             num_pages=pages,
             page_size=PAGE_SIZE,
             cache_dtype=cache_dtype,
-            max_context=max_context,
-            cuda_graphs=kernels in ("triton", "cuda") and place.type == "cuda" if cuda_graphs is None else cuda_graphs,
-            max_batch=max_batch,
+            max_context=options.max_context,
+            cuda_graphs=on_gpu if options.cuda_graphs is None else options.cuda_graphs,
+            max_batch=options.max_batch,
         )
     except (torch.OutOfMemoryError, OSError, MemoryError) as e:
         raise MemoryBudgetError(
             f"a KV cache of {budget} bytes can't be allocated: give a smaller kv_cache ({e})"
         ) from e
     return runner, config
+
+
+def _check_context(wanted: int | None, most: Any) -> None:
+    """Refuse a `max_context` beyond the model's. most: what is known of that; anything but an integer is no limit."""
+    if wanted is not None and isinstance(most, int) and wanted > most:
+        raise MemoryBudgetError(f"max_context {wanted} is more than the model's {most} positions: give at most {most}")
 
 
 def choose_device(device: str) -> torch.device:

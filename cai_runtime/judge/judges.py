@@ -65,8 +65,7 @@ def open_judge(
 
     backend: "transformers" multiplies every module out to its dense matrix; "engine" runs the checkpoint as `Client`
     does. device: as `Client`'s. dtype: "fp32", "bf16", "fp16"; "auto" is fp32 for transformers, and the engine's own
-    "auto" for it. keep: of an elastic checkpoint. engine_options: passed on to `engine.open.load_runner`, for the
-    engine alone.
+    "auto" for it. keep: of an elastic checkpoint. engine_options: of `EngineOptions`, for the engine alone.
 
     Raises CompressionError, CheckpointError, UnsupportedModelError, KernelError, MemoryBudgetError.
     """
@@ -75,9 +74,7 @@ def open_judge(
             raise CompressionError(f"{', '.join(engine_options)}: only for --backend engine")
         return TransformersJudge(path, device=device, dtype=dtype, keep=keep)
     if backend == "engine":
-        if keep is not None:
-            engine_options["keep"] = keep
-        return EngineJudge(path, device=device, dtype=dtype, progress=progress, **engine_options)
+        return EngineJudge(path, device=device, dtype=dtype, keep=keep, progress=progress, **engine_options)
     raise CompressionError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
 
 
@@ -146,33 +143,19 @@ class EngineJudge(_Closing):
     The cache is the engine's: logits may be asked for only while no request runs.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        device: str = "auto",
-        dtype: str = "auto",
-        progress: bool | None = None,
-        max_batch: int = ENGINE_SEQUENCES,
-        **options: Any,
-    ):
-        from cai_runtime.engine.engine import Engine
-        from cai_runtime.engine.open import end_of_sequence_ids, load_runner, load_tokenizer
+    def __init__(self, path: str | Path, **options: Any):
+        """options: of `EngineOptions`; `max_batch` is 8 by default. CUDA graphs and the prefix cache are off."""
+        from cai_runtime.engine.open import end_of_sequence_ids, load_runner, load_tokenizer, start_engine
+        from cai_runtime.options import EngineOptions
 
         path = Path(path)
+        # A prefix kept for later would be overwritten by `logits`.
+        fixed = {"cuda_graphs": False, "prefix_cache": False}
+        checked = EngineOptions.of({"max_batch": ENGINE_SEQUENCES, **options, **fixed})
         self.tokenizer = load_tokenizer(path)
-        self._runner, config = load_runner(
-            path, device=device, dtype=dtype, max_batch=max_batch, cuda_graphs=False, progress=progress, **options
-        )
+        self._runner, config = load_runner(path, checked)
         self._eos = end_of_sequence_ids(path, config, self.tokenizer)
-        self.engine = Engine(
-            self._runner,
-            self.tokenizer,
-            eos_token_ids=self._eos,
-            model_config=config,
-            max_batch=max_batch,
-            prefix_cache=False,  # a prefix kept for later would be overwritten by `logits`
-        )
+        self.engine = start_engine(self._runner, self.tokenizer, checked, eos_token_ids=self._eos, model_config=config)
         self.max_context = self.engine.max_context
 
     def logits(self, token_ids: torch.Tensor) -> torch.Tensor:

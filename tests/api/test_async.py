@@ -75,7 +75,7 @@ def test_loading_blocks_neither_the_loop_nor_other_models(factory, tmp_path, ask
 def test_errors(async_client, factory, model_dir, ask):
     async def run():
         with pytest.raises(BadRequestError):
-            await async_client.chat.completions.create(**ask, top_k=-1)
+            await async_client.chat.completions.create(**ask, top_k=-2)
         with pytest.raises(NotFoundError):
             await async_client.chat.completions.create(**ask, model="nothing")
         factory.errors[model_dir] = ValueError("broken")

@@ -1,5 +1,7 @@
-"""The API's exceptions: named as in the openai package, and what each of the library's own becomes."""
+"""The API's exceptions: the openai package's own, and what each of the library's own becomes."""
 
+import copy
+import json
 import pickle
 
 import openai
@@ -16,19 +18,41 @@ STATUS = {
     "UnprocessableEntityError": 422,
     "RateLimitError": 429,
     "InternalServerError": 500,
+    "APITimeoutError": 408,
 }
 
 
 @pytest.mark.parametrize("name", STATUS)
 def test_exceptions_are_openais(name):
     kind = getattr(cai_runtime, name)
-    assert hasattr(openai, name)
     error = kind("what is wrong", param="n", code="too_much")
     assert error.status_code == STATUS[name] and str(error) == error.message == "what is wrong"
     assert error.body == {"error": {"message": "what is wrong", "type": error.type, "param": "n", "code": "too_much"}}
-    assert isinstance(error, cai_runtime.APIStatusError) and isinstance(error, cai_runtime.CaiError)
-    again = pickle.loads(pickle.dumps(error))
-    assert type(again) is kind and again.body == error.body
+    assert isinstance(error, cai_runtime.APIError) and isinstance(error, cai_runtime.CaiError)
+    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+        assert type(again) is kind and again.body == error.body and str(again) == str(error)
+
+
+@pytest.mark.parametrize("name", [*STATUS, "APIError", "APIStatusError", "APIConnectionError"])
+def test_handlers_written_for_openai_catch_ours(name):
+    with pytest.raises(getattr(openai, name)) as caught:
+        raise getattr(cai_runtime, name)("what is wrong", param="n")
+    assert isinstance(caught.value, openai.OpenAIError)
+    assert isinstance(caught.value, openai.APIStatusError) == isinstance(caught.value, cai_runtime.APIStatusError)
+
+
+@pytest.mark.parametrize("name", STATUS)
+def test_request_and_response_are_what_a_server_would_have_sent(name):
+    error = getattr(cai_runtime, name)("what is wrong", param="n", code="too_much")
+    assert error.response.status_code == error.status_code and error.response.json() == error.body
+    assert error.request.method == "POST" and error.response.request is error.request
+    assert error.request_id is None
+    pickle.loads(pickle.dumps(error))  # still possible once they are made
+
+
+def test_messages_can_be_printed_and_sent():
+    error = cai_runtime.BadRequestError("no \ud800 here", param="a\udfff")
+    assert str(error).encode("utf-8") and json.dumps(error.body, ensure_ascii=False).encode("utf-8")
 
 
 @pytest.mark.parametrize(

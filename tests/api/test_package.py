@@ -16,7 +16,7 @@ def python(code):
 
 def test_import_is_light():
     heavy = python(
-        "import sys, threading, cai_runtime, cai_runtime.errors, cai_runtime.api.errors, cai_runtime.models.catalog\n"
+        "import sys, threading, cai_runtime, cai_runtime.errors, cai_runtime.options, cai_runtime.models.catalog\n"
         "print(*(m for m in ('torch', 'transformers', 'openai', 'pydantic', 'numpy') if m in sys.modules))\n"
         "assert threading.active_count() == 1"
     )

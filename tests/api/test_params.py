@@ -2,40 +2,70 @@
 
 import math
 
+import numpy as np
 import pytest
-from openai import NOT_GIVEN, omit
+from openai import NOT_GIVEN, Timeout, omit
 
 from cai_runtime import BadRequestError
 from cai_runtime.api import chat, completions
 from cai_runtime.api.params import choice_seed
+from cai_runtime.scalars import shown
 
 REQUIRED = {chat: {"messages": [{"role": "user", "content": "hi"}]}, completions: {"prompt": "hi"}}
 
 # Name: (values at or inside the limits, values outside or of a wrong type)
 SHARED = {
     "model": (["abc", None], [3, ["abc"], b"abc"]),
-    "temperature": ([0, 0.0, 1, 2, None], [-0.01, 2.01, "1", True, math.nan, math.inf, [1]]),
+    "temperature": (
+        [0, 0.0, 1, 2, np.float32(0.5), np.int64(1), None],
+        [10**5000, np.bool_(True), -0.01, 2.01, "1", True, math.nan, math.inf, [1]],
+    ),
     "top_p": ([0, 0.5, 1, None], [-0.1, 1.1, "1", False, math.nan]),
     "max_tokens": ([1, 10, None], [0, -1, 1.0, "10", True, math.inf]),
     "max_completion_tokens": ([1, 10, None], [0, -1, 1.0, "10", True]),
     "min_tokens": ([0, 5, None], [-1, 1.0, "1", True]),
-    "stop": (["x", ["x"], [], list("abcd"), None], ["", [""], ["x", 1], 3, list("abcde"), {"x": 1}, b"x"]),
+    "stop": (
+        ["x", ["x"], [], [str(i) for i in range(16)], None],
+        ["", [""], ["x", 1], 3, [str(i) for i in range(17)], {"x": 1}, b"x"],
+    ),
     "frequency_penalty": ([-2, 0, 2, None], [-2.01, 2.01, "0", True, math.nan]),
     "presence_penalty": ([-2, 0, 2, None], [-2.01, 2.01, "0", True, math.nan]),
-    "repetition_penalty": ([0.5, 1, 1.3, None], [0, -1, "1", True, math.nan, math.inf]),
+    "repetition_penalty": ([0.5, 1, 1.3, np.float32(1.1), None], [0, -1, 1e-300, 1e300, "1", True, math.nan, math.inf]),
     "logit_bias": (
-        [{}, {"5": 100}, {5: -100}, {"5": 1.5}, None],
-        [{"5": 101}, {"5": -101}, {"x": 1}, {-1: 1}, {"5": "1"}, {"5": math.nan}, {"5": True}, {True: 1}, [5], "5"],
+        [{}, {"5": 100}, {5: -100}, {"5": 1.5}, {np.int64(5): np.float32(1)}, None],
+        [
+            {"5": 101},
+            {"5": -101},
+            {"x": 1},
+            {-1: 1},
+            {"5": "1"},
+            {"5": math.nan},
+            {"5": True},
+            {True: 1},
+            {"9" * 5000: 1},
+            {10**5000: 1},
+            [5],
+            "5",
+        ],
     ),
-    "top_k": ([0, 40, None], [-1, 1.0, "1", True]),
+    "top_k": ([0, 40, -1, np.int32(3), None], [-2, 1.0, "1", True]),
     "min_p": ([0, 0.05, 1, None], [-0.1, 1.1, "0", True, math.nan]),
-    "seed": ([0, -1, 2**63 - 1, -(2**63), None], [2**63, -(2**63) - 1, 1.0, "1", True]),
+    "seed": (
+        [0, -1, 2**63 - 1, -(2**63), np.int64(3), np.uint8(3), None],
+        [2**63, 10**5000, -(2**63) - 1, 1.0, "1", True],
+    ),
     "n": ([1, 128, None], [0, -1, 129, 1.0, "1", True]),
-    "ignore_eos": ([True, False, None], [1, "true"]),
+    "ignore_eos": ([True, False, np.bool_(True), None], [1, "true"]),
     "user": (["someone", "", None], [3, b"x"]),
-    "stream": ([True, False, None], [1, "true"]),
-    "tool_choice": (["none", None], ["auto", "required", {"type": "function"}, 3]),
-    "tools": ([None], [[], [{"type": "function", "function": {"name": "f"}}], "f"]),
+    "stream": ([True, False, np.bool_(False), None], [1, "true"]),
+    "metadata": ([{}, {"a": "b"}, None], ["x", []]),
+    "safety_identifier": (["x", None], [3]),
+    "prompt_cache_key": (["x", None], [3]),
+    "timeout": ([30, 0.5, np.float32(1), Timeout(3), Timeout(None), None], [0, -1, "1", True, math.nan, math.inf, [1]]),
+    "extra_headers": ([{}, {"X-A": "b"}, None], [3, "x"]),
+    "extra_query": ([{}, {"a": "b"}, None], [3, []]),
+    "tool_choice": (["none", "auto", None], ["required", {"type": "function"}, 3]),
+    "tools": ([[], None], [[{"type": "function", "function": {"name": "f"}}], "f"]),
     "logprobs": ([None], [True, 0, 5]),
     "extra_body": ([{}, {"top_k": 3}, None], [[], "x", {1: 2}]),
 }
@@ -46,25 +76,22 @@ CHAT = {
     "response_format": ([{"type": "text"}, None], [{"type": "json_object"}, "text", {}]),
     "top_logprobs": ([None], [0, 5]),
     "logprobs": ([False, None], [True, 0, "no"]),
-    "functions": ([None], [[]]),
-    "function_call": (["none", None], ["auto"]),
+    "functions": ([[], None], [[{}]]),
+    "function_call": (["none", "auto", None], [{"name": "f"}]),
     "store": ([False, None], [True, 0]),
-    "metadata": ([None], [{}, {"a": "b"}]),
     "modalities": ([["text"], None], [["audio"], ["text", "audio"], "text"]),
     "service_tier": (["auto", "default", None], ["flex"]),
     "audio": ([None], [{}]),
     "prediction": ([None], [{}]),
     "web_search_options": ([None], [{}]),
-    "verbosity": ([None], ["low"]),
-    "safety_identifier": ([None], ["x"]),
-    "prompt_cache_key": ([None], ["x"]),
+    "verbosity": (["medium", None], ["low"]),
     "prompt_cache_retention": ([None], ["24h"]),
     "moderation": ([None], [{}]),
 }
 COMPLETIONS = {
     "echo": ([True, False, None], [1, "yes"]),
-    "suffix": ([None], ["", "x"]),
-    "best_of": ([None], [1, 2]),
+    "suffix": (["", None], ["x"]),
+    "best_of": ([1, None], [2, True]),
 }
 TABLES = [(chat, {**SHARED, **CHAT}), (completions, {**SHARED, **COMPLETIONS})]
 
@@ -73,7 +100,9 @@ def cases(good):
     for endpoint, table in TABLES:
         for name, values in table.items():
             for value in values[0 if good else 1]:
-                yield pytest.param(endpoint, name, value, id=f"{endpoint.__name__.split('.')[-1]}-{name}-{value!r:.40}")
+                yield pytest.param(
+                    endpoint, name, value, id=f"{endpoint.__name__.split('.')[-1]}-{name}-{shown(value, 40)}"
+                )
 
 
 @pytest.mark.parametrize(("endpoint", "name", "value"), list(cases(good=True)))
@@ -150,7 +179,7 @@ def test_openai_sentinels_mean_not_given():
 
 def test_extra_body_is_merged_and_checked():
     assert chat.parse({**REQUIRED[chat], "extra_body": {"top_k": 3}}).params["top_k"] == 3
-    for extra, param in [({"top_k": -1}, "top_k"), ({"unknown": 1}, "unknown"), ({"tools": []}, "tools")]:
+    for extra, param in [({"top_k": -2}, "top_k"), ({"unknown": 1}, "unknown"), ({"tools": [1]}, "tools")]:
         with pytest.raises(BadRequestError) as caught:
             chat.parse({**REQUIRED[chat], "extra_body": extra})
         assert caught.value.param == param
