@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cai_runtime.engine.turn_ends import end_of_sequence_ids
 from cai_runtime.errors import InvalidConfigError, KernelError, MemoryBudgetError, MissingFileError
 from cai_runtime.options import DTYPES, EngineOptions
 
@@ -186,21 +187,3 @@ def tokenizer_class(path: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer
-
-
-def end_of_sequence_ids(path: Path, config: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
-    """Every token that ends a text: of generation_config.json, else config.json, and the tokenizer's own."""
-    found: set[int] = set()
-    generation = path / "generation_config.json"
-    try:
-        stated = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
-    except (json.JSONDecodeError, AttributeError) as e:
-        raise InvalidConfigError(f"not a JSON object: {e}", file=generation) from e
-    if stated is None:
-        stated = config.get("eos_token_id")
-    for token in stated if isinstance(stated, list) else [stated]:
-        if isinstance(token, int):
-            found.add(token)
-    if isinstance(tokenizer.eos_token_id, int):
-        found.add(tokenizer.eos_token_id)
-    return tuple(sorted(found))
