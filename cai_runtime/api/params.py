@@ -84,6 +84,15 @@ def _stop_list(value: Any) -> list[str]:
     return [str(stop) for stop in stops]
 
 
+def _token_ids(value: Any) -> list[int]:
+    if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__len__"):
+        raise PydanticCustomError("list_type", "must be a list of token ids")
+    ids = [as_integer(item) for item in value]
+    if any(token is None or token < 0 for token in ids):
+        raise PydanticCustomError("token_type", "must hold token ids alone, integers of at least 0")
+    return [token for token in ids if token is not None]
+
+
 def _logit_bias(value: Any) -> dict[int, float]:
     if not isinstance(value, Mapping):
         raise PydanticCustomError("dict_type", "must map token ids to numbers from -100 to 100")
@@ -137,7 +146,9 @@ class GenerationParams(TypedDict, total=False):
     max_tokens, max_completion_tokens: at least 1; the latter wins. Default: 16 for text completions, the rest of the
         context for chat.
     min_tokens: until then neither the model's end of text nor a stop string ends the answer. Default 0.
-    stop: up to 16 strings; the text ends before the first that appears.
+    stop: up to 16 strings; the text ends before the first that appears. The text of a special token, such as
+        "<|im_end|>", stands for that token.
+    stop_token_ids: tokens that end the text, as the model's own end-of-text tokens do. Default none.
     frequency_penalty, presence_penalty: -2 to 2, default 0 (OpenAI's definition).
     repetition_penalty: 1e-6 to 1e6, default 1 (Keskar et al. 2019).
     logit_bias: token id to -100...100, added to its logit.
@@ -162,6 +173,7 @@ class GenerationParams(TypedDict, total=False):
     max_completion_tokens: Annotated[Whole, Field(ge=1)] | None
     min_tokens: Annotated[Whole, Field(ge=0)] | None
     stop: Annotated[str | list[str], PlainValidator(_stop_list)] | None
+    stop_token_ids: Annotated[list[int], PlainValidator(_token_ids)] | None
     frequency_penalty: Penalty | None
     presence_penalty: Penalty | None
     repetition_penalty: Annotated[Number, Field(ge=PENALTY_MIN, le=PENALTY_MAX)] | None
@@ -308,6 +320,13 @@ def sampling_params(
             param="logit_bias",
             code="invalid_value",
         )
+    stop_token_ids = tuple(params.get("stop_token_ids", ()))
+    if outside := [token for token in stop_token_ids if token >= vocab_size]:
+        raise BadRequestError(
+            f"'stop_token_ids' names token {outside[0]}, but this model's token ids end at {vocab_size - 1}.",
+            param="stop_token_ids",
+            code="invalid_value",
+        )
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
@@ -321,6 +340,7 @@ def sampling_params(
         logit_bias=logit_bias,
         seed=params.get("seed"),
         stop=tuple(params.get("stop", ())),
+        stop_token_ids=stop_token_ids,
         ignore_eos=params.get("ignore_eos", False),
     )
 
