@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -13,6 +14,10 @@ from cai_runtime.engine.lifetime import check_same_process
 from cai_runtime.engine.request import Delta
 from cai_runtime.engine.stats import RequestTimes
 from cai_runtime.errors import CaiError
+
+# Seconds after which a sleeping thread looks up. A signal does not end a sleep that begins just after it came, and on
+# Windows none: this bounds how long Ctrl-C can go unnoticed.
+_SLICE = 0.5
 
 
 class TokenLog:
@@ -83,8 +88,11 @@ class Outbox:
             waiter = _Waiter(ready)
             waiter.gate.acquire()
             self._waiters.append(waiter)
+        end = None if timeout is None else time.monotonic() + timeout
         try:
-            waiter.gate.acquire(timeout=-1 if timeout is None else min(max(timeout, 0), threading.TIMEOUT_MAX))
+            while not ready() and (end is None or time.monotonic() < end):
+                left = _SLICE if end is None else min(_SLICE, end - time.monotonic())
+                waiter.gate.acquire(timeout=max(left, 0))
         finally:
             self._remove(waiter)
         return ready()

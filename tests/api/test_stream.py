@@ -1,6 +1,5 @@
 """Streams that end early: closed, dropped, interrupted or failed, they leave an engine that is free and usable."""
 
-import _thread
 import gc
 import os
 import signal
@@ -82,10 +81,15 @@ def test_close_from_another_thread_ends_the_iteration(client, factory, ask):
     assert_free(factory, aborted=1)
 
 
+def to_main_thread(signum):
+    signal.pthread_kill(threading.main_thread().ident, signum)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals go to threads on POSIX only")
 @pytest.mark.parametrize("stream", [False, True])
 def test_interrupt(client, factory, ask, stream):
     """Ctrl-C while the main thread waits for a reply."""
-    factory.pause_before_step(10, full=3, and_then=_thread.interrupt_main)
+    factory.pause_before_step(10, full=3, and_then=lambda: to_main_thread(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         reply = client.chat.completions.create(**ask, **LONG, n=3, stream=stream)
         for _ in reply:
@@ -150,7 +154,7 @@ def alarm():
         raise TimeLimit
 
     before = signal.signal(signal.SIGUSR1, handler)
-    yield lambda: os.kill(os.getpid(), signal.SIGUSR1)
+    yield lambda: to_main_thread(signal.SIGUSR1)
     signal.signal(signal.SIGUSR1, before)
 
 
@@ -200,7 +204,8 @@ def test_choices_without_a_seat_hold_nobody_up(client, factory, ask):
     factory.wait_for = 10
     stream = client.chat.completions.create(**ask, **LONG, n=10, stream=True)
     seen = [next(stream).choices[0].index for _ in range(10 + 8 * 10)]
-    assert sorted(seen) == sorted([*range(10), *list(range(8)) * 10])
+    assert seen[:10] == list(range(10)) and set(seen[10:]) == set(range(8))
+    assert min(seen[10:].count(index) for index in range(8)) >= 9
     stream.close()
     assert_free(factory, aborted=10)
 
