@@ -42,7 +42,8 @@ from cai_runtime.convert.sources import pull
 from cai_runtime.convert.texts import split_articles, wikipedia_articles
 from cai_runtime.engine.open import load_tokenizer
 from cai_runtime.errors import CompressionError
-from cai_runtime.judge.evaluate import dense_reference, perplexity, slim_as_transformers
+from cai_runtime.judge.evaluate import perplexity
+from cai_runtime.stock.load import dense_reference, slim_as_transformers
 
 MODEL = "smollm2-135m-instruct"
 WINDOW, WINDOWS = 512, 48

@@ -24,7 +24,7 @@ from cai_runtime.compressor.data.self_text import SelfSampling, write_self_text
 from cai_runtime.convert.sources import pull
 from cai_runtime.engine.open import load_tokenizer
 from cai_runtime.judge.comparison import kl_divergence
-from cai_runtime.judge.evaluate import dense_reference, slim_as_transformers
+from cai_runtime.stock.load import dense_reference, slim_as_transformers
 
 MODEL = "smollm2-135m-instruct"
 SEQUENCES, LENGTH, SEED = 16, 512, 77

@@ -17,9 +17,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from cai_runtime.audio.files import find_clips
 from cai_runtime.bench.machine import describe_machine, versions
 from cai_runtime.compressor import compress
-from cai_runtime.compressor.data.audio_files import find_clips
 from cai_runtime.compressor.pipeline import options_of
 from cai_runtime.convert.sources import pull
 from cai_runtime.judge.speech_evaluation import compare_speech

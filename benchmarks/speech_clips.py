@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from cai_runtime.compressor.data.audio_files import RATE, read_audio
+from cai_runtime.audio.files import RATE, read_audio
 from cai_runtime.convert.sources import fetch_file
 from cai_runtime.convert.texts import split_articles, wikipedia_articles
 

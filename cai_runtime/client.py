@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 from openai import NOT_GIVEN, NotGiven, Omit, Timeout
@@ -29,12 +27,11 @@ from cai_runtime.api import chat as chat_endpoint
 from cai_runtime.api import completions as completions_endpoint
 from cai_runtime.api.chat import ChatParams
 from cai_runtime.api.completions import CompletionChunk, CompletionParams
-from cai_runtime.api.errors import InternalServerError
-from cai_runtime.api.generation import AsyncStream, Running, Stream
+from cai_runtime.api.generation import AsyncStream, Stream
 from cai_runtime.api.host import EngineFactory, ModelHost
-from cai_runtime.api.models import list_models, require_text, retrieve_model
-from cai_runtime.api.params import timeout_seconds
-from cai_runtime.api.timeouts import timed_out
+from cai_runtime.api.models import list_models, retrieve_model
+from cai_runtime.api.serving import acreate, create
+from cai_runtime.api.values import timeout_seconds
 from cai_runtime.errors import OptionTypeError, OptionValueError
 from cai_runtime.options import EngineOptions
 from cai_runtime.scalars import shown
@@ -61,6 +58,7 @@ class _BaseClient:
         max_context: int | None = None,
         max_batch: int | None = None,
         prefill_chunk: int | None = None,
+        prefill_time: float | None = None,
         prefix_cache: bool | None = None,
         max_waiting: int | None = None,
         backend: str | None = None,
@@ -85,7 +83,8 @@ class _BaseClient:
             kv_dtype: of the cached keys and values, as `dtype`. Default: the activations'.
             max_context: positions a sequence may have. Default: what the model was made for.
             max_batch: sequences that run at once. Default: the engine's.
-            prefill_chunk: prompt tokens fed in one step. Default: the engine's.
+            prefill_chunk: prompt tokens fed in one step, at most. Default: the engine's.
+            prefill_time: seconds that one long prompt may hold up the next token of the others. Default: the engine's.
             prefix_cache: whether prompts reuse what equal beginnings left in the cache. Default: yes.
             max_waiting: requests that may wait for their turn; further ones raise RateLimitError. Default: no limit.
             backend: kernels to use: "reference", "cpu", "triton" or "cuda". Default: the device's.
@@ -118,6 +117,7 @@ class _BaseClient:
             max_context=max_context,
             max_batch=max_batch,
             prefill_chunk=prefill_chunk,
+            prefill_time=prefill_time,
             prefix_cache=prefix_cache,
             max_waiting=max_waiting,
             backend=backend,
@@ -281,7 +281,7 @@ class ChatCompletions(_Endpoint):
                 `timeout` seconds: of a whole reply from the call to its end, of a stream to each next chunk. The request
                 is then aborted; a model that was loading goes on loading.
         """
-        return _create(chat_endpoint, self._host, params, self._timeout)
+        return create(chat_endpoint, self._host, params, self._timeout)
 
 
 class AsyncChatCompletions(_Endpoint):
@@ -297,7 +297,7 @@ class AsyncChatCompletions(_Endpoint):
     ) -> ChatCompletion | AsyncStream[ChatCompletionChunk]: ...
     async def create(self, **params: Any) -> Any:
         """As `Client.chat.completions.create`, not blocking the event loop; with `stream=True` an AsyncStream."""
-        return await _acreate(chat_endpoint, self._host, params, self._timeout)
+        return await acreate(chat_endpoint, self._host, params, self._timeout)
 
 
 class Completions(_Endpoint):
@@ -322,7 +322,7 @@ class Completions(_Endpoint):
                 `timeout` seconds: of a whole reply from the call to its end, of a stream to each next chunk. The request
                 is then aborted; a model that was loading goes on loading.
         """
-        return _create(completions_endpoint, self._host, params, self._timeout)
+        return create(completions_endpoint, self._host, params, self._timeout)
 
 
 class AsyncCompletions(_Endpoint):
@@ -340,7 +340,7 @@ class AsyncCompletions(_Endpoint):
     ) -> Completion | AsyncStream[CompletionChunk]: ...
     async def create(self, **params: Any) -> Any:
         """As `Client.completions.create`, not blocking the event loop; with `stream=True` an AsyncStream."""
-        return await _acreate(completions_endpoint, self._host, params, self._timeout)
+        return await acreate(completions_endpoint, self._host, params, self._timeout)
 
 
 class Models(_Endpoint):
@@ -370,69 +370,3 @@ class AsyncModels(_Endpoint):
     async def unload(self, model: str) -> bool:
         """As `Client.models.unload`."""
         return await asyncio.to_thread(self._host.unload, model)
-
-
-def _create(endpoint: ModuleType, host: ModelHost, params: Mapping[str, Any], timeout: float | None) -> Any:
-    """The way of every request: check it, find and open its model, prepare its sequences, run them."""
-    request = endpoint.parse(params)
-    seconds = _timeout_of(params, request, timeout)
-    end = None if seconds is None else time.monotonic() + seconds
-    model = host.resolve(request.model)
-    require_text(model)
-    opened = host.open(model, seconds)
-    try:
-        running = endpoint.prepare(request, model.name, opened).submit(opened.engine)
-    except InternalServerError as error:
-        if not (_has_ended(error, host) and host.discard(model, opened)):
-            raise
-        opened = host.open(model, _left(end))
-        running = endpoint.prepare(request, model.name, opened).submit(opened.engine)
-    running.timeout = seconds
-    return Stream(running) if request.stream else running.whole(_left(end))
-
-
-async def _acreate(endpoint: ModuleType, host: ModelHost, params: Mapping[str, Any], timeout: float | None) -> Any:
-    request = endpoint.parse(params)
-    seconds = _timeout_of(params, request, timeout)
-    model = host.resolve(request.model)
-    require_text(model)
-    try:
-        async with asyncio.timeout(seconds):
-            running = await _start(endpoint, host, request, model)
-            if not request.stream:
-                return await running.awhole()
-    except TimeoutError:  # errors of the library come as APIError
-        raise timed_out(seconds) from None
-    running.timeout = seconds
-    return AsyncStream(running)
-
-
-async def _start(endpoint: ModuleType, host: ModelHost, request: Any, model: Any) -> Running[Any, Any]:
-    opened = await host.aopen(model)
-    generation = await asyncio.to_thread(endpoint.prepare, request, model.name, opened)
-    try:
-        # Not in a thread: a cancelled task would lose sight of what runs there.
-        return generation.submit(opened.engine)
-    except InternalServerError as error:
-        if not (_has_ended(error, host) and await asyncio.to_thread(host.discard, model, opened)):
-            raise
-    opened = await host.aopen(model)
-    generation = await asyncio.to_thread(endpoint.prepare, request, model.name, opened)
-    return generation.submit(opened.engine)
-
-
-def _has_ended(error: InternalServerError, host: ModelHost) -> bool:
-    """Whether a request was refused because its engine has ended, unloaded since it was looked up or by an error of its
-    own, so that opening the model again serves it."""
-    return error.code == "engine_closed" and not host.closed
-
-
-def _timeout_of(params: Mapping[str, Any], request: Any, default: float | None) -> float | None:
-    """The request's own, else the client's. An explicit None is no limit, as in the `openai` client."""
-    if "timeout" in request.params:
-        return request.params["timeout"]
-    return None if params.get("timeout", default) is None else default
-
-
-def _left(end: float | None) -> float | None:
-    return None if end is None else max(0.0, end - time.monotonic())

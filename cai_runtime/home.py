@@ -18,3 +18,13 @@ def cai_home() -> Path:
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("cai_runtime", appauthor=False))
+
+
+def existing(name: str | Path, *, file: bool = False) -> Path | None:
+    """The directory (`file`: the file) called `name`, as one absolute path without symbolic links however it is spelled;
+    None if there is none. Names that no path can have are none: of a user who does not exist, or too long."""
+    try:
+        path = Path(name).expanduser()
+        return path.resolve() if (path.is_file() if file else path.is_dir()) else None
+    except (OSError, RuntimeError, ValueError):  # ValueError: a NUL or a lone surrogate in it
+        return None

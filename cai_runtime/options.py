@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -35,7 +36,9 @@ class EngineOptions:
         kv_dtype: of the cached keys and values, as `dtype`; "auto": the activations'.
         max_context: positions that a sequence may have, at most the model's. None: the model's.
         max_batch: sequences that run at once, at least 1.
-        prefill_chunk: prompt tokens fed in one step, at least 1. None: `Engine`'s default.
+        prefill_chunk: prompt tokens fed in one step at most, at least 1. None: `Engine`'s default.
+        prefill_time: seconds that a step may take which feeds a prompt while other sequences decode: the longest that
+            one long prompt holds up the others' next token. Infinity: no bound. None: `Engine`'s default.
         prefix_cache: whether prompts reuse the KV of equal beginnings.
         max_waiting: requests that may wait before further ones are refused, at least 0. None: any number.
         backend: kernels to use: "reference", "cpu", "triton" or "cuda". None: the device's.
@@ -53,6 +56,7 @@ class EngineOptions:
     max_context: int | None = None
     max_batch: int = 64
     prefill_chunk: int | None = None
+    prefill_time: float | None = None
     prefix_cache: bool = True
     max_waiting: int | None = None
     backend: str | None = None
@@ -84,7 +88,9 @@ class EngineOptions:
             OptionValueError (a ValueError): a value is out of range; the message names what is allowed.
             KeepError (a ValueError): `keep` is not in (0, 1].
         """
-        unset = {field.name: field.default for field in fields(self) if getattr(self, field.name) is None}
+        unset: dict[str, Any] = {
+            field.name: field.default for field in fields(self) if getattr(self, field.name) is None
+        }
         self = replace(self, **unset)
         return replace(
             self,
@@ -96,6 +102,7 @@ class EngineOptions:
             max_context=_whole("max_context", self.max_context, least=1),
             max_batch=_whole("max_batch", self.max_batch, least=1),
             prefill_chunk=_whole("prefill_chunk", self.prefill_chunk, least=1),
+            prefill_time=_seconds("prefill_time", self.prefill_time),
             prefix_cache=_flag("prefix_cache", self.prefix_cache),
             max_waiting=_whole("max_waiting", self.max_waiting, least=0),
             backend=_choice("backend", self.backend, BACKENDS),
@@ -114,8 +121,11 @@ class EngineOptions:
 
     def for_engine(self) -> dict[str, Any]:
         """The keyword arguments of `Engine` among them; without those that are left to its defaults."""
-        names = ("max_batch", "prefill_chunk", "prefix_cache", "max_waiting")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        names = ("max_batch", "prefill_chunk", "prefill_time", "prefix_cache", "max_waiting")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if given.get("prefill_time") == math.inf:
+            given["prefill_time"] = None  # which is no bound there
+        return given
 
 
 def _keep(value: Any) -> float | None:
@@ -167,6 +177,17 @@ def _whole(option: str, value: Any, *, least: int) -> Any:
     if not least <= number < 2**31:
         raise OptionValueError(f"{option} must be an integer from {least} to {2**31 - 1}, got {shown(value)}")
     return number
+
+
+def _seconds(option: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    number = math.inf if value == math.inf else as_number(value)
+    if number is None and not isinstance(value, float):  # a float here is NaN or minus infinity
+        raise OptionTypeError(f"{option} must be a number of seconds above 0, got {shown(value)}")
+    if number is None or number <= 0:
+        raise OptionValueError(f"{option} must be a number of seconds above 0, got {shown(value)}")
+    return float(number)
 
 
 def _flag(option: str, value: Any) -> Any:

@@ -18,13 +18,13 @@ from cai_runtime.api.host import OpenModel
 from cai_runtime.api.params import (
     STRICT,
     UNSUPPORTED,
-    Flag,
     GenerationParams,
     choice_seed,
     sampling_params,
     validated,
 )
 from cai_runtime.api.usage import ReplyHead, usage_of
+from cai_runtime.api.values import Flag
 from cai_runtime.engine.request import Finished, Request
 from cai_runtime.formats.base import Format
 from cai_runtime.formats.events import ChatEvent, EndEvent, TextEvent
@@ -38,6 +38,7 @@ class ChatParams(GenerationParams, total=False):
     """Keyword arguments of `chat.completions.create`, besides `stream` (default false).
 
     messages: the conversation; see `cai_runtime.formats.messages.parse_messages`.
+    chat_template: the name of one of the model's chat templates. Default: the one named "default", or the only one.
     parallel_tool_calls: accepted; there are no tool calls yet for it to govern.
 
     The others are those of GenerationParams. `tools`, `tool_choice`, `reasoning_effort`, `reasoning_enabled`,
@@ -45,6 +46,7 @@ class ChatParams(GenerationParams, total=False):
     """
 
     messages: Required[Annotated[Iterable[Any], SkipValidation]]  # parse_messages checks them: its errors name places
+    chat_template: str | None
     parallel_tool_calls: Flag | None
 
 
@@ -86,12 +88,12 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
     """Render the conversation and settle how each choice is sampled.
 
     Raises:
-        BadRequestError: the model has no chat template, its template refuses the messages, or they don't fit the
-            context.
+        BadRequestError: the model has no chat template or none of this name, its template refuses the messages, or
+            they don't fit the context.
     """
-    opened.check_characters(sum(len(message.content) for message in request.messages), "messages")
+    opened.check_characters(sum(_characters(message.content) for message in request.messages), "messages")
     with as_api_errors(), opened.tokenizer_lock:
-        prompt_ids = render(opened.tokenizer, request.messages)
+        prompt_ids = render(opened.tokenizer, request.messages, request.params.get("chat_template"))
     sampling = sampling_params(
         request.params,
         prompt_tokens=len(prompt_ids),
@@ -100,7 +102,7 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
         default_max=None,
         prompt_param="messages",
         defaults=opened.defaults,
-        model_context=getattr(opened.engine, "model_context", None),
+        context_limit=opened.engine.context_limit,
     )
     head = ReplyHead.new("chatcmpl", name)
     choices = request.params.get("n", 1)
@@ -115,6 +117,11 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
     ]
     include_usage = (request.params.get("stream_options") or {}).get("include_usage") or False
     return Generation(requests, ChatReply(head, choices, include_usage))
+
+
+def _characters(content: str | Sequence[str]) -> int:
+    """Of a text, or of a list of texts."""
+    return len(content) if isinstance(content, str) else sum(map(len, content))
 
 
 class ChatReply:

@@ -16,15 +16,14 @@ from cai_runtime.api.generation import Generation
 from cai_runtime.api.host import OpenModel
 from cai_runtime.api.params import (
     STRICT,
-    TOKEN_LIMIT,
     UNSUPPORTED,
-    Flag,
     GenerationParams,
     choice_seed,
     sampling_params,
     validated,
 )
 from cai_runtime.api.usage import ReplyHead, usage_of
+from cai_runtime.api.values import TOKEN_LIMIT, Flag
 from cai_runtime.engine.request import Finished, Request
 from cai_runtime.formats.events import ChatEvent, EndEvent, TextEvent
 from cai_runtime.scalars import as_integer
@@ -44,7 +43,7 @@ def _prompts(value: Any) -> list[Prompt]:
             return list(value)
         if None not in (ids := _token_ids(value)):
             return [ids]
-        several = [_token_ids(_listed(item)) for item in value]
+        several: list[Prompt] = [_token_ids(_listed(item)) for item in value]
         if all(ids and None not in ids for ids in several):
             return several
     raise PydanticCustomError("prompt_type", "must be a string, a list of strings, token ids, or a list of token ids")
@@ -68,7 +67,8 @@ class CompletionParams(GenerationParams, total=False):
     """Keyword arguments of `completions.create`, besides `stream` (default false).
 
     prompt: a text, a list of texts, token ids, or a list of token ids; a tokenizer's own start token is put before
-        texts. With several prompts and `n` choices each, choice j of prompt i has the index i n + j.
+        texts. Unlike in chat, a text that spells a control token gives that token. With several prompts and `n` choices
+        each, choice j of prompt i has the index i n + j.
     echo: put the prompt's text before the answer. Default false.
 
     The others are those of GenerationParams. `suffix`, `best_of`, `logprobs`, `tools` and `tool_choice` are refused,
@@ -148,7 +148,7 @@ def prepare(request: CompletionRequest, name: str, opened: OpenModel) -> Generat
             default_max=DEFAULT_MAX_TOKENS,
             prompt_param="prompt",
             defaults=opened.defaults,
-            model_context=getattr(opened.engine, "model_context", None),
+            context_limit=opened.engine.context_limit,
         )
         for i in range(choices):
             seed = choice_seed(sampling.seed, i)  # the same for every prompt: a list gives what one by one gives
@@ -159,6 +159,7 @@ def prepare(request: CompletionRequest, name: str, opened: OpenModel) -> Generat
 
 
 def _encode(prompt: Prompt, opened: OpenModel) -> list[int]:
+    """Token ids of a prompt. It is the caller's own, whole: control tokens that it spells are control tokens."""
     if isinstance(prompt, str):
         ids = opened.tokenizer.encode(prompt, verbose=False)  # no warning about its length: that is checked here
         if not ids and opened.tokenizer.bos_token_id is not None:

@@ -15,10 +15,10 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import partial
 from importlib import import_module
 from types import CodeType, ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import openai
 
@@ -42,33 +42,42 @@ class APIError(library.CaiError, openai.APIError):
         request_id: None; there is no server that gives one.
     """
 
-    status_code: ClassVar[int] = 500  # type: ignore[misc]
+    status_code: int = 500
     default_type: ClassVar[str] = "api_error"
-    request_id = None
+    type: str
+    request: Any
+    response: Any
+    body: Any
+    request_id: str | None = None
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None, type: str | None = None):
         # Not openai's __init__: it wants a response of the HTTP library, which most handlers never look at.
-        self.message = printable(message)
+        self.message = _cut(printable(message), 4000)
         Exception.__init__(self, self.message)
         self.type = type or self.default_type
-        self.param = None if param is None else printable(param)
+        self.param = None if param is None else _cut(printable(param), 200)
         self.code = code
+        self.body = {
+            "error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code},
+        }
 
-    @property
-    def body(self) -> dict[str, Any]:  # type: ignore[override]
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
-
-    @cached_property
-    def request(self) -> Any:  # type: ignore[override]
-        return _http().Request("POST", URL)
-
-    @cached_property
-    def response(self) -> Any:
-        return _http().Response(self.status_code, json=self.body, request=self.request)
+    def __getattr__(self, name: str) -> Any:
+        if name == "request":
+            value = _http().Request("POST", URL)
+        elif name == "response":
+            value = _http().Response(self.status_code, json=self.body, request=self.request)
+        else:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        setattr(self, name, value)
+        return value
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions pickle by their args alone; a batch job hands errors from one process to another.
         return _rebuild, (type(self), self.message, self.param, self.code, self.type)
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def _rebuild(cls: type[APIError], message: str, param: str | None, code: str | None, type: str | None) -> APIError:
@@ -98,38 +107,38 @@ class APIStatusError(APIError, openai.APIStatusError):
     """Base of the errors that a server would answer with."""
 
 
-class BadRequestError(APIStatusError, openai.BadRequestError):
+class BadRequestError(APIStatusError, openai.BadRequestError):  # type: ignore[misc]
     """400: the request itself is wrong; the same request will fail again."""
 
-    status_code = 400  # type: ignore[assignment]
+    status_code: Literal[400] = 400
     default_type = "invalid_request_error"
 
 
-class AuthenticationError(APIStatusError, openai.AuthenticationError):
+class AuthenticationError(APIStatusError, openai.AuthenticationError):  # type: ignore[misc]
     """401. There is nothing to authenticate in-process: no call raises it; it is here for handlers that name it."""
 
-    status_code = 401  # type: ignore[assignment]
+    status_code: Literal[401] = 401
     default_type = "authentication_error"
 
 
-class NotFoundError(APIStatusError, openai.NotFoundError):
+class NotFoundError(APIStatusError, openai.NotFoundError):  # type: ignore[misc]
     """404: no such model, or its weights are not on this machine."""
 
-    status_code = 404  # type: ignore[assignment]
+    status_code: Literal[404] = 404
     default_type = "invalid_request_error"
 
 
-class UnprocessableEntityError(APIStatusError, openai.UnprocessableEntityError):
+class UnprocessableEntityError(APIStatusError, openai.UnprocessableEntityError):  # type: ignore[misc]
     """422: the request is well formed, but the checkpoint it names can't be used."""
 
-    status_code = 422  # type: ignore[assignment]
+    status_code: Literal[422] = 422
     default_type = "invalid_request_error"
 
 
-class RateLimitError(APIStatusError, openai.RateLimitError):
+class RateLimitError(APIStatusError, openai.RateLimitError):  # type: ignore[misc]
     """429: more requests wait than the engine was told to accept. Try again later."""
 
-    status_code = 429  # type: ignore[assignment]
+    status_code: Literal[429] = 429
     default_type = "rate_limit_error"
 
 

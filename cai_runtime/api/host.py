@@ -27,7 +27,7 @@ from cai_runtime.api.errors import (
 from cai_runtime.convert.named import NAMED
 from cai_runtime.convert.sources import pulled
 from cai_runtime.errors import OptionTypeError, OptionValueError
-from cai_runtime.home import cai_home
+from cai_runtime.home import cai_home, existing
 from cai_runtime.models.catalog import catalog
 from cai_runtime.options import EngineOptions
 from cai_runtime.scalars import shown
@@ -61,9 +61,10 @@ class OpenModel:
         return self.engine.tokenizer
 
     @property
-    def alive(self) -> bool:
-        """False once the engine has ended: closed, or by an error of its own."""
-        return bool(getattr(self.engine, "alive", True))
+    def ended(self) -> bool:
+        """Whether the engine was closed, or ended by an error of its own, so that the model has to be opened again. Not
+        in a forked child, where the engine itself says what to do."""
+        return not self.engine.alive and self.process == os.getpid()
 
     @cached_property
     def longest_token(self) -> int | None:
@@ -121,7 +122,7 @@ class ModelHost:
     ):
         self.default = default
         self.registered = {name: _registered(name, path) for name, path in models.items()}
-        self._default_directory = None if default is None else _directory(default)
+        self._default_directory = None if default is None else existing(default)
         self._open_engine = open_engine
         self._options = options
         self._own_defaults = own_defaults
@@ -142,7 +143,7 @@ class ModelHost:
             BadRequestError: no name and no default.
             NotFoundError: nothing has this name, or its weights are not on this machine; the message says what to do.
         """
-        name = self.default if name is None else name
+        name = self.default if name is None else model_name(name)
         if not name:
             raise BadRequestError(
                 "Missing required parameter: 'model'. Name one, or set a default with Client(model=...).",
@@ -150,7 +151,7 @@ class ModelHost:
                 code="missing_required_parameter",
             )
         if path := self.registered.get(name):
-            directory = _directory(path)
+            directory = existing(path)
             if directory is None:
                 raise _not_found(f"The model {shown(name)} is registered as {path}, which is not a directory.")
             return ResolvedModel(name, directory)
@@ -185,7 +186,7 @@ class ModelHost:
         """The directory called `name`, however it is spelled, as one path; None if there is none."""
         if name == self.default and self._default_directory is not None:
             return self._default_directory
-        return _directory(name)
+        return existing(name)
 
     def open(self, model: ResolvedModel, timeout: float | None = None) -> OpenModel:
         """The open model; loads it on first use, and again if its engine has ended by an error.
@@ -213,7 +214,7 @@ class ModelHost:
         with slot.lock:
             with self._lock:
                 self._check_open()  # it may have been closed while this thread waited
-            if slot.opened is not None and not slot.opened.alive:
+            if slot.opened is not None and slot.opened.ended:
                 _close_dead(slot)
             if slot.opened is None:
                 with as_api_errors():
@@ -231,7 +232,7 @@ class ModelHost:
         with self._lock:
             self._check_open()
             slot = self._slots.setdefault(model.path, _Slot())
-            if (opened := slot.opened) and opened.alive:
+            if (opened := slot.opened) and not opened.ended:
                 return opened
             if slot.loading is None or slot.loading.done():
                 slot.loading = Future()
@@ -265,7 +266,7 @@ class ModelHost:
         Raises:
             NotFoundError: as `resolve`.
         """
-        model = self.resolve(name)
+        model = self.resolve(model_name(name))
         with self._lock:
             slot = self._slots.get(model.path)
         return slot is not None and _close(slot)
@@ -315,13 +316,15 @@ def _close_dead(slot: _Slot) -> None:
             opened.engine.close()
 
 
-def _directory(name: str | Path) -> Path | None:
-    """The directory, however it is spelled, as one path; None if there is none."""
-    try:
-        path = Path(name).expanduser()
-        return path.resolve() if path.is_dir() else None
-    except (OSError, RuntimeError, ValueError):  # too long a name, no such user, a NUL or a lone surrogate in it
-        return None
+def model_name(name: Any) -> str:
+    """A model's name as a text: as it is, or of a path. Raises BadRequestError for anything else."""
+    if isinstance(name, Path):
+        return str(name)
+    if not isinstance(name, str) or not name:
+        raise BadRequestError(
+            f"Invalid 'model': must be a name or a directory, got {shown(name)}.", param="model", code="invalid_type"
+        )
+    return name
 
 
 def _registered(name: str, path: Any) -> Path:

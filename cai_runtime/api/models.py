@@ -11,7 +11,7 @@ from typing import Any
 from openai.types import Model
 
 from cai_runtime.api.errors import BadRequestError, NotFoundError
-from cai_runtime.api.host import ModelHost, ResolvedModel
+from cai_runtime.api.host import ModelHost, ResolvedModel, model_name
 from cai_runtime.errors import CaiError
 from cai_runtime.models.catalog import Capabilities, CatalogEntry, catalog, format_parameters
 from cai_runtime.scalars import shown
@@ -36,8 +36,7 @@ def retrieve_model(host: ModelHost, name: Any) -> Model:
     Raises:
         NotFoundError: there is none of this name.
     """
-    if not isinstance(name, str) or not name:
-        raise BadRequestError("Invalid 'model': must be a name.", param="model", code="invalid_type")
+    name = model_name(name)
     if entry := catalog().get(name):
         return _as_model(entry)
     if name not in host.registered and not _is_checkpoint(host.directory(name)):

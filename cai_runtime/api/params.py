@@ -10,122 +10,33 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import threading
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-from openai import NotGiven, Omit, Timeout
-from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError, with_config
-from pydantic_core import PydanticCustomError
+from openai import NotGiven, Omit
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
 from cai_runtime.api.errors import BadRequestError
+from cai_runtime.api.values import (
+    Flag,
+    Ignored,
+    LogitBias,
+    ModelName,
+    Number,
+    Penalty,
+    Seconds,
+    Stop,
+    TokenIds,
+    Whole,
+    surrogate_place,
+)
 from cai_runtime.engine.request import SamplingParams
-from cai_runtime.scalars import as_bool, as_integer, as_number, shown
+from cai_runtime.scalars import shown
 from cai_runtime.slim.generation_defaults import PENALTY_MAX, PENALTY_MIN, GenerationDefaults
 
-MAX_STOPS = 16  # OpenAI's is 4; agents send more
 MAX_CHOICES = 128  # OpenAI's limit on n
 SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
-TOKEN_LIMIT = 2**31  # token ids, and counts of tokens, are below this
-
-
-def _model_name(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
-
-
-def _plain(value: Any) -> Any:
-    """NumPy's and torch's scalars as Python's; anything else as it is."""
-    for check in (as_bool, as_integer, as_number):
-        if (found := check(value)) is not None:
-            return found
-    return value
-
-
-def timeout_seconds(value: Any) -> float | None:
-    """Seconds of a `timeout`: a number, the `openai` client's Timeout (its `read`), or None for no limit.
-
-    Raises TypeError or ValueError; the message follows the parameter's name.
-    """
-    if isinstance(value, Timeout):
-        value = value.read
-    if value is None:
-        return None
-    number = as_number(value)
-    if number is None and not isinstance(value, float):
-        raise TypeError(f"must be a number of seconds, got {shown(value)}")
-    if number is None or not 0 < number <= threading.TIMEOUT_MAX:
-        raise ValueError(f"must be above 0 and at most {threading.TIMEOUT_MAX:.0f} seconds, got {shown(value)}")
-    return float(number)
-
-
-def _timeout(value: Any) -> float | None:
-    try:
-        return timeout_seconds(value)
-    except TypeError as error:
-        raise PydanticCustomError("timeout_type", "{message}", {"message": _without_value(error)}) from None
-    except ValueError as error:
-        raise PydanticCustomError("timeout", "{message}", {"message": _without_value(error)}) from None
-
-
-def _without_value(error: Exception) -> str:
-    return str(error).split(", got ")[0]
-
-
-def _stop_list(value: Any) -> list[str]:
-    stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, (list, tuple)) or not all(isinstance(stop, str) for stop in stops):
-        raise PydanticCustomError("stop_type", "must be a string or a list of strings")
-    if len(stops) > MAX_STOPS:
-        raise PydanticCustomError("too_long", "may hold at most {limit} strings", {"limit": MAX_STOPS})
-    if "" in stops:
-        raise PydanticCustomError("string_too_short", "must not hold an empty string")
-    return [str(stop) for stop in stops]
-
-
-def _token_ids(value: Any) -> list[int]:
-    if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__len__"):
-        raise PydanticCustomError("list_type", "must be a list of token ids")
-    ids = [as_integer(item) for item in value]
-    if any(token is None or token < 0 for token in ids):
-        raise PydanticCustomError("token_type", "must hold token ids alone, integers of at least 0")
-    return [token for token in ids if token is not None]
-
-
-def _logit_bias(value: Any) -> dict[int, float]:
-    if not isinstance(value, Mapping):
-        raise PydanticCustomError("dict_type", "must map token ids to numbers from -100 to 100")
-    biases: dict[int, float] = {}
-    for key, given in value.items():
-        # JSON has string keys only; Python callers have integers at hand.
-        if isinstance(key, str):
-            token = int(key) if key.isascii() and key.isdigit() and len(key) <= 20 else None
-        else:
-            token = as_integer(key)
-        if token is None or not 0 <= token < TOKEN_LIMIT:
-            raise PydanticCustomError("key_type", "has a key that is not a token id")
-        bias = as_number(given)
-        if bias is None and not isinstance(given, float):
-            raise PydanticCustomError("value_type", "must map token ids to numbers from -100 to 100")
-        if bias is None or not -100 <= bias <= 100:
-            raise PydanticCustomError("out_of_range", "has a bias outside -100 to 100")
-        biases[token] = float(bias)
-    return biases
-
-
-def _ignored_mapping(value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise PydanticCustomError("dict_type", "must map names to values")
-    return {}
-
-
-Plain = BeforeValidator(_plain)
-Ignored = Annotated[Mapping[str, Any], PlainValidator(_ignored_mapping)]
-Whole = Annotated[int, Plain]
-Number = Annotated[float, Plain, Field(allow_inf_nan=False)]
-Flag = Annotated[bool, Plain]
-Penalty = Annotated[Number, Field(ge=-2, le=2)]
 STRICT = ConfigDict(strict=True, extra="forbid")
 
 
@@ -166,19 +77,18 @@ class GenerationParams(TypedDict, total=False):
     extra_body: further parameters, merged into these, as the `openai` client does.
     """
 
-    model: Annotated[str | Path, BeforeValidator(_model_name)] | None
+    model: ModelName | None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None
     top_p: Annotated[Number, Field(ge=0, le=1)] | None
     max_tokens: Annotated[Whole, Field(ge=1)] | None
     max_completion_tokens: Annotated[Whole, Field(ge=1)] | None
     min_tokens: Annotated[Whole, Field(ge=0)] | None
-    stop: Annotated[str | list[str], PlainValidator(_stop_list)] | None
-    stop_token_ids: Annotated[list[int], PlainValidator(_token_ids)] | None
+    stop: Stop | None
+    stop_token_ids: TokenIds | None
     frequency_penalty: Penalty | None
     presence_penalty: Penalty | None
     repetition_penalty: Annotated[Number, Field(ge=PENALTY_MIN, le=PENALTY_MAX)] | None
-    logit_bias: Annotated[dict[str, float] | dict[int, float] | dict[str, int] | dict[int, int],
-                          PlainValidator(_logit_bias)] | None  # fmt: skip
+    logit_bias: LogitBias | None
     top_k: Annotated[Whole, Field(ge=-1)] | None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None
     seed: Annotated[Whole, Field(ge=SEED_MIN, le=SEED_MAX)] | None
@@ -189,7 +99,7 @@ class GenerationParams(TypedDict, total=False):
     safety_identifier: str | None
     prompt_cache_key: str | None
     stream_options: StreamOptions | None
-    timeout: Annotated[float | Timeout, PlainValidator(_timeout)] | None
+    timeout: Seconds | None
     extra_headers: Ignored | None
     extra_query: Ignored | None
     extra_body: dict[str, Any] | None
@@ -240,12 +150,13 @@ def validated(adapter: TypeAdapter[Any], params: Mapping[str, Any], *, names: fr
         if name not in UNSUPPORTED or name not in names:
             continue
         reason, neutral = UNSUPPORTED[name]
-        # type() besides ==, for 0 == False.
-        if not any(type(given[name]) is type(value) and given[name] == value for value in neutral):
+        if not any(_is_same(given[name], value) for value in neutral):
             raise BadRequestError(f"'{name}' can't be used: {reason}.", param=name, code="unsupported_parameter")
         del given[name]
     for name in given:
-        if name in names and name not in _LABELS and (place := surrogate_place(given[name], name)):
+        if name not in names:
+            raise _unknown(name, names)
+        if name not in _LABELS and (place := surrogate_place(given[name], name)):
             raise BadRequestError(
                 f"Invalid '{place}': the text holds a lone surrogate, which is half of a character: send whole ones.",
                 param=place,
@@ -271,7 +182,7 @@ def sampling_params(
     default_max: int | None,
     prompt_param: str,
     defaults: GenerationDefaults | None = None,
-    model_context: int | None = None,
+    context_limit: str | None = None,
 ) -> SamplingParams:
     """What the engine needs to know of validated parameters, for one prompt.
 
@@ -282,16 +193,14 @@ def sampling_params(
         default_max: max_tokens when not given, cut to the context; None is the whole rest of the context.
         prompt_param: the parameter that the prompt came in, for errors.
         defaults: of what the request does not name. None: OpenAI's.
-        model_context: positions that the model could have, if the engine has room for fewer.
+        context_limit: a sentence, what makes `context` what it is.
     """
     defaults = defaults or GenerationDefaults()
     room = context - prompt_tokens
-    holds = f"this model's context holds {context}"
-    if model_context is not None and model_context > context:
-        holds = f"the engine holds {context} (the model could {model_context}: raise kv_cache or max_context)"
+    limit = context_limit or f"the model's context holds {context} positions"
     if room < 1:
         raise BadRequestError(
-            f"The prompt has {prompt_tokens} tokens and {holds}, the answer included: shorten the prompt.",
+            f"The prompt has {prompt_tokens} tokens and the answer needs at least one, but {limit}. Shorten the prompt.",
             param=prompt_param,
             code="context_length_exceeded",
         )
@@ -301,8 +210,8 @@ def sampling_params(
         max_tokens = room if default_max is None else min(default_max, room)
     elif max_tokens > room:
         raise BadRequestError(
-            f"The prompt has {prompt_tokens} tokens and '{limit_name}' asks for {shown(max_tokens)} more, but {holds}: "
-            f"ask for at most {room}, or shorten the prompt.",
+            f"The prompt has {prompt_tokens} tokens and '{limit_name}' asks for {shown(max_tokens)} more, but {limit}. "
+            f"Ask for at most {room}, or shorten the prompt.",
             param=limit_name,
             code="context_length_exceeded",
         )
@@ -357,30 +266,15 @@ def _is_unset(value: Any) -> bool:
     return value is None or isinstance(value, (NotGiven, Omit))
 
 
+def _is_same(given: Any, neutral: Any) -> bool:
+    # type() besides ==, for 0 == False.
+    try:
+        return type(given) is type(neutral) and bool(given == neutral)
+    except ValueError:  # arrays in a list have no truth value
+        return False
+
+
 _LABELS = ("model", "user", "metadata", "safety_identifier", "prompt_cache_key", "extra_headers", "extra_query")
-_DEPTH = 8  # of containers in a parameter; content parts are at the third
-
-
-def surrogate_place(value: Any, place: str, depth: int = _DEPTH) -> str | None:
-    """Where in a parameter a text with a lone surrogate is, such as `messages[0].content`; None if there is none. Such a
-    text has no UTF-8, so that no tokenizer takes it."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return place
-    elif depth and hasattr(value, "model_dump"):
-        return surrogate_place(vars(value), place, depth - 1)
-    elif depth and isinstance(value, Mapping):
-        for key, item in value.items():
-            inner = f"{place}.{key}" if isinstance(key, str) else place
-            if found := surrogate_place(key, place, depth) or surrogate_place(item, inner, depth - 1):
-                return found
-    elif depth and isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            if found := surrogate_place(item, f"{place}[{i}]", depth - 1):
-                return found
-    return None
 
 
 def _with_extra_body(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -401,6 +295,13 @@ def _with_extra_body(params: Mapping[str, Any]) -> dict[str, Any]:
     return {**merged, **extra}
 
 
+def _unknown(param: str, names: frozenset[str]) -> BadRequestError:
+    param = param if len(param) <= 80 else param[:77] + "..."
+    close = difflib.get_close_matches(param, names, n=1)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    return BadRequestError(f"Unknown parameter: '{param}'.{hint}", param=param, code="unknown_parameter")
+
+
 def _refuse(error: ValidationError, names: frozenset[str]) -> NoReturn:
     """Turn pydantic's first complaint into a BadRequestError."""
     first = error.errors(include_url=False)[0]
@@ -414,9 +315,7 @@ def _refuse(error: ValidationError, names: frozenset[str]) -> NoReturn:
     if kind == "missing":
         raise BadRequestError(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
     if kind == "extra_forbidden":
-        close = difflib.get_close_matches(param, names, n=1) if "." not in param else []
-        hint = f" Did you mean '{close[0]}'?" if close else ""
-        raise BadRequestError(f"Unknown parameter: '{param}'.{hint}", param=param, code="unknown_parameter")
+        raise _unknown(param, frozenset())
     message = (
         message.removeprefix("Input ")
         .replace("should be", "must be")

@@ -8,7 +8,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from cai_runtime.bench.floors import floor, floor_fraction
-from cai_runtime.bench.report import aligned, device_line, figure
+from cai_runtime.bench.report import device_line
+from cai_runtime.tables import aligned, figure
 
 if TYPE_CHECKING:
     from cai_runtime.bench.attention import AttentionReport, AttentionResult

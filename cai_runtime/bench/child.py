@@ -1,7 +1,7 @@
-"""One measurement in a process of its own: `measure_in_child` starts it, `python -m cai_runtime.bench.child` is it.
+"""One measurement in a process of its own: `run_child` starts it, `python -m cai_runtime.bench.child` is it.
 
 The job comes as JSON on standard input, the result goes as JSON to the file that the job names: standard output belongs
-to whatever the engine prints.
+to whatever the engine prints. A job names a function of `cai_runtime.bench`, so this module knows no benchmark.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ STDERR_LINES = 20  # of a failed child that are shown
 def run_child(job: dict[str, Any], *, threads: int) -> Any:
     """Run `job` in a new process with `threads` threads for every library, and return its result.
 
-    job: {"do": "bandwidth" or "roofs", "device": ...}, or {"do": "decode" or "prefill", "subject": ..., "path": ...,
-    "settings": {...}}.
+    job: {"do": "module.function", ...}: a function of `cai_runtime.bench`, such as "subjects.decode". It is
+    called with the job and returns what JSON can hold.
 
     Raises BenchmarkError with the child's error, or with the end of what it printed.
     """
@@ -51,33 +50,8 @@ def run_child(job: dict[str, Any], *, threads: int) -> Any:
 
 def perform(job: dict[str, Any]) -> Any:
     """Do a job, in this process; the result is made of what JSON knows."""
-    if job["do"] == "bandwidth":
-        from cai_runtime.bench.bandwidth import read_bandwidth
-        from cai_runtime.engine.open import choose_device
-
-        device = str(choose_device(job["device"]))
-        return {"device": device, "bytes_per_s": read_bandwidth(device, threads=job["threads"])}
-    if job["do"] == "roofs":
-        from cai_runtime.bench.roofs import measure_roofs
-        from cai_runtime.engine.open import choose_device
-
-        device = str(choose_device(job["device"]))
-        return {"device": device, **asdict(measure_roofs(device, job["threads"]))}
-    from cai_runtime.bench import decode, peers, prefill
-
-    kinds: dict[str, Callable[[Path, decode.DecodeSettings], decode.Subject]] = {
-        "cai_runtime": decode.OurEngine,
-        "llama.cpp": peers.LlamaCpp,
-        "transformers": peers.Transformers,
-    }
-    settings = decode.DecodeSettings(**job["settings"])
-    subject = kinds[job["subject"]](Path(job["path"]), settings)
-    try:
-        if job["do"] == "prefill":
-            return prefill.measure_prefill(subject, settings)
-        return asdict(decode.measure(subject, settings))
-    finally:
-        subject.close()
+    module, _, function = job["do"].rpartition(".")
+    return getattr(import_module(f"cai_runtime.bench.{module}"), function)(job)
 
 
 def main() -> int:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cai_runtime.bench.floors import floor, floor_fraction
-from cai_runtime.bench.report import aligned, device_line, device_name, figure
+from cai_runtime.bench.report import device_line, device_name
+from cai_runtime.tables import aligned, figure
 
 if TYPE_CHECKING:
     from cai_runtime.bench.linear import LinearReport, LinearResult

@@ -90,6 +90,14 @@ def describe_gpus() -> list[dict[str, Any]]:
 
 def versions() -> dict[str, str | None]:
     """Installed versions, by name; None for what is not installed. Imports none of them."""
-    from cai_runtime.cli import version_of
-
     return {"python": platform.python_version(), **{name: version_of(dist) for name, dist in DISTRIBUTIONS.items()}}
+
+
+def version_of(distribution: str) -> str | None:
+    """The installed version of a distribution, without importing it; None when it is not installed."""
+    from importlib import metadata
+
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None

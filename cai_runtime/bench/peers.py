@@ -23,7 +23,7 @@ class LlamaCpp:
     def __init__(self, path: Path, settings: DecodeSettings):
         import xllamacpp
 
-        from cai_runtime.cli import version_of
+        from cai_runtime.bench.machine import version_of
 
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
@@ -91,7 +91,7 @@ class Transformers:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from cai_runtime.cli import version_of
+        from cai_runtime.bench.machine import version_of
 
         torch.set_num_threads(settings.threads)
         auto: Any = AutoModelForCausalLM  # its annotations do not fit what it returns

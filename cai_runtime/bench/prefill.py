@@ -20,13 +20,13 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from cai_runtime.bench.checks import check_at_least, check_same_model
 from cai_runtime.bench.child import run_child
-from cai_runtime.bench.decode import DecodeSettings, Subject
+from cai_runtime.bench.decode import DecodeSettings
 from cai_runtime.bench.machine import describe_machine, usable_threads, versions
-from cai_runtime.bench.report import aligned, figure
 from cai_runtime.bench.roofs import Roofs
-from cai_runtime.bench.run import check_at_least, check_same_model
 from cai_runtime.errors import BenchmarkError
+from cai_runtime.tables import aligned, figure
 
 if TYPE_CHECKING:
     from cai_runtime.slim.reader import Checkpoint
@@ -139,14 +139,14 @@ def bench_prefill(
             bar.update()
             return result
 
-        before = child("roofs", {"do": "roofs", "device": device})
+        before = child("roofs", {"do": "roofs.both", "device": device})
         results = []
         for subject, where, settings in planned:
             settings = replace(settings, device=before["device"])
-            job = {"do": "prefill", "subject": subject, "path": str(where), "settings": asdict(settings)}
+            job = {"do": "subjects.prefill", "subject": subject, "path": str(where), "settings": asdict(settings)}
             found = child(f"{subject}, {settings.prompt_tokens} tokens", job)
             results.append(PrefillResult(**found, linear_parameters=parameters[subject]))
-        after = child("roofs", {"do": "roofs", "device": device})
+        after = child("roofs", {"do": "roofs.both", "device": device})
     return PrefillReport(
         checkpoint=path.name,
         peer=None if dense is None else dense.name,
@@ -158,20 +158,6 @@ def bench_prefill(
         roofs=Roofs(before["read"], before["matmul"]).higher(Roofs(after["read"], after["matmul"])),
         results=results,
     )
-
-
-def measure_prefill(subject: Subject, settings: DecodeSettings) -> dict[str, Any]:
-    """Warm up with a prompt of the length that is measured, then time `repeats` others: the fields of `PrefillResult`
-    that the engine's process knows."""
-    subject.generate(settings.prompts(0), 1)
-    seconds = [max(subject.generate(settings.prompts(run + 1), 1)) for run in range(settings.repeats)]
-    return {
-        "engine": subject.engine,
-        "weights": subject.weights,
-        "prompt_tokens": settings.prompt_tokens,
-        "seconds": seconds,
-        "versions": subject.versions,
-    }
 
 
 def linear_parameters(checkpoint: Checkpoint) -> int:

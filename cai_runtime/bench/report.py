@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from cai_runtime.tables import aligned, figure
 
 if TYPE_CHECKING:
     from cai_runtime.bench.attention import AttentionReport
     from cai_runtime.bench.linear import LinearReport
     from cai_runtime.bench.run import DecodeReport
-
-
-def aligned(table: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> list[str]:
-    """Lines of a table whose columns are padded to one width; those in `right` are flush right."""
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    return [
-        "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    ]
-
-
-def figure(value: float | None, digits: int = 1) -> str:
-    """A number for a table; "-" for None."""
-    return "-" if value is None else f"{value:,.{digits}f}"
 
 
 def device_name(report: LinearReport | AttentionReport) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -44,3 +44,20 @@ def measure_roofs(device: str, threads: int | None = None) -> Roofs:
     from cai_runtime.bench.bandwidth import matmul_rates, read_bandwidth
 
     return Roofs(read_bandwidth(device, threads=threads), matmul_rates(device, threads=threads))
+
+
+def bandwidth(job: dict[str, Any]) -> dict[str, Any]:
+    """A job of `child.py`: {"device", "threads"} to the device's name and the bytes per second that it reads."""
+    from cai_runtime.bench.bandwidth import read_bandwidth
+    from cai_runtime.engine.open import choose_device
+
+    device = str(choose_device(job["device"]))
+    return {"device": device, "bytes_per_s": read_bandwidth(device, threads=job["threads"])}
+
+
+def both(job: dict[str, Any]) -> dict[str, Any]:
+    """The same with both roofs."""
+    from cai_runtime.engine.open import choose_device
+
+    device = str(choose_device(job["device"]))
+    return {"device": device, **asdict(measure_roofs(device, job["threads"]))}

@@ -5,24 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from cai_runtime.bench.checks import Peers, check_at_least, check_peers
 from cai_runtime.bench.child import run_child
 from cai_runtime.bench.decode import DecodeResult, DecodeSettings, kv_elements
 from cai_runtime.bench.machine import describe_machine, usable_threads, versions
-from cai_runtime.errors import BenchmarkError
-
-SAME = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-
-
-@dataclass(frozen=True)
-class Peers:
-    """The same model for other engines: a GGUF file for llama.cpp, a dense directory for transformers."""
-
-    gguf: Path
-    dense: Path
 
 
 @dataclass(frozen=True)
@@ -90,15 +79,15 @@ def bench_decode(
             bar.update()
             return result
 
-        before = child("bandwidth", {"do": "bandwidth", "device": device})
+        before = child("bandwidth", {"do": "roofs.bandwidth", "device": device})
         base = replace(base, device=before["device"])
         planned = list(subjects(path, base, batches, peers))
         bar.total = len(planned) + 2
         results = []
         for subject, where, settings in planned:
-            job = {"do": "decode", "subject": subject, "path": str(where), "settings": asdict(settings)}
+            job = {"do": "subjects.decode", "subject": subject, "path": str(where), "settings": asdict(settings)}
             results.append(DecodeResult(**child(f"{subject}, batch {settings.batch}", job)))
-        after = child("bandwidth", {"do": "bandwidth", "device": device})
+        after = child("bandwidth", {"do": "roofs.bandwidth", "device": device})
     shared = {key: value for key, value in asdict(base).items() if key not in ("batch", "device")}
     return DecodeReport(
         checkpoint=path.name,
@@ -125,29 +114,3 @@ def subjects(
     if peers is not None:
         for dtype in ("float32", "bfloat16"):
             yield "transformers", peers.dense, replace(base, batch=1, dtype=dtype)
-
-
-def check_at_least(minimum: int, **counts: int) -> None:
-    for name, count in counts.items():
-        if count < minimum:
-            raise BenchmarkError(f"{name} is {count}; it must be at least {minimum}")
-
-
-def check_peers(config: dict[str, Any], peers: Peers) -> None:
-    """Raise BenchmarkError unless the peers are installed and have the same architecture as `config`."""
-    if find_spec("xllamacpp") is None:
-        raise BenchmarkError("llama.cpp is not installed: pip install 'cai-runtime[peers]'")
-    check_same_model(config, peers.dense)
-
-
-def check_same_model(config: dict[str, Any], dense: Path) -> None:
-    """Raise BenchmarkError unless the directory's model has the same architecture as `config`."""
-    from cai_runtime.slim.reader import read_json
-
-    other = read_json(dense / "config.json")
-    for key in SAME:
-        if config.get(key) != other.get(key):
-            raise BenchmarkError(
-                f"the peers' model is another one: {key} is {other.get(key)} in {dense} and {config.get(key)} in "
-                "the checkpoint; name its source with --peers-model"
-            )

@@ -93,15 +93,7 @@ class _Version(argparse.Action):
     """Like argparse's own, but the version is looked up only when asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from cai_runtime.bench.machine import version_of
+
         print(f"cai_runtime {version_of('cai-runtime')}")
         parser.exit()
-
-
-def version_of(distribution: str) -> str | None:
-    """The installed version of a distribution, without importing it; None when it is not installed."""
-    from importlib import metadata
-
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None

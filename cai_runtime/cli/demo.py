@@ -120,7 +120,7 @@ def slim_checkpoint(
     original: Path, *, keep: float, store: str, force: bool = False, say: Callable[[str], object] = lambda text: None
 ) -> Made:
     """The compressed form of `original`, from the cache or made now, with both perplexities."""
-    from cai_runtime.cli import version_of
+    from cai_runtime.bench.machine import version_of
     from cai_runtime.convert.cache import entry
     from cai_runtime.slim.spec import FORMAT_VERSION
 
@@ -169,7 +169,8 @@ def perplexities(original: Path, slim: Path) -> dict[str, Any]:
     """Of both models on the first tokens of the articles that calibration and tuning have not seen."""
     from cai_runtime.convert.texts import split_articles, wikipedia_articles
     from cai_runtime.engine.open import load_tokenizer
-    from cai_runtime.judge.evaluate import dense_reference, perplexity, slim_as_transformers
+    from cai_runtime.judge.evaluate import perplexity
+    from cai_runtime.stock.load import dense_reference, slim_as_transformers
 
     text = "\n\n".join(split_articles(wikipedia_articles()).test)
     # Tokens are a few characters long: no need to tokenize megabytes.
@@ -231,7 +232,7 @@ def sizes(directory: Path) -> dict[str, int]:
 
 def format_result(result: dict[str, Any]) -> str:
     """The table at the end."""
-    from cai_runtime.bench.report import aligned, figure
+    from cai_runtime.tables import aligned, figure
 
     before, after = result["original"], result["slim"]
 

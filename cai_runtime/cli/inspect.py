@@ -1,5 +1,5 @@
 """What a checkpoint holds, and how it came about: per module its kind, rank, stores, parameters, bytes, keep and error;
-then what its report says of source, calibration, versions, times and quality."""
+the sampling parameters that it recommends; what its report says of source, calibration, versions, times and quality."""
 
 from __future__ import annotations
 

@@ -14,11 +14,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from cai_runtime.bench.report import aligned
     from cai_runtime.cli.options import demo_checkpoints, fetched_models
     from cai_runtime.client import Client
     from cai_runtime.convert.named import NAMED
     from cai_runtime.home import cai_home
+    from cai_runtime.tables import aligned
 
     local = {**fetched_models(), **{path.parent.name: path for path in demo_checkpoints()}}
     with Client(models=local) as client:

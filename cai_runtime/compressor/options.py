@@ -15,9 +15,9 @@ from cai_runtime.compressor.factor.plan_file import PlanSource, plan_entries
 from cai_runtime.compressor.option_types import MOST_SEED, plain
 from cai_runtime.errors import CompressionError
 from cai_runtime.slim.spec import STORE_ALIASES, STORES, Kind, canonical_store
+from cai_runtime.stock.load import DTYPES
 
 KINDS = ("interpolative", "lowrank", "mpo", "dense")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEFAULT_KEEP = 0.8
 REFINE_EPOCHS, HEAL_TOKENS = 2, 65_536  # by default
 # From this keep on, healing makes up for what refinement would mend: it takes a hundredth off SmolLM2's perplexity at 0.8,

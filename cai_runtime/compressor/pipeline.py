@@ -110,8 +110,8 @@ def compress(
         seed: draws the calibration sequences, and the order of training.
         evaluate: judge the result against the source on text that calibration has not seen, for the report's "quality": see
             `cai_runtime.judge.comparison.quality`; of a speech model on every tenth clip, at most 64 in all
-            (`speech.split_clips`), see `speech_evaluation.speech_quality`. Both are held in memory. An elastic one is judged
-            at several keeps, one after the other (`elastic_run.judge_keeps`).
+            (`audio.files.split_clips`), see `speech_evaluation.speech_quality`. Both are held in memory. An elastic one is
+            judged at several keeps, one after the other (`elastic.run.judge_keeps`).
         overwrite: replace `dst`, once the new checkpoint is complete. A directory that is no checkpoint is left alone.
         restart: throw away what an earlier call with other options left unfinished.
         progress: bars on stderr; None shows them on a terminal only.

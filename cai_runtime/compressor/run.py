@@ -19,11 +19,12 @@ from cai_runtime.compressor.data.speech import calibration_batches
 from cai_runtime.compressor.elastic.growth import ElasticPlan
 from cai_runtime.compressor.elastic.run import ElasticCompressor, elastic_plan, heal_elastic, write_elastic
 from cai_runtime.compressor.factor.allocate import Curve
-from cai_runtime.compressor.factor.choices import Choice, choose
+from cai_runtime.compressor.factor.choice import Choice
+from cai_runtime.compressor.factor.choices import choose
 from cai_runtime.compressor.factor.curves import Noise, curves_of, measure
 from cai_runtime.compressor.factor.embedding_head import Ends, find_ends
 from cai_runtime.compressor.factor.plan import MOMENT_BYTES, Plan, versions
-from cai_runtime.compressor.options import BATCH, DTYPES, Options
+from cai_runtime.compressor.options import BATCH, Options
 from cai_runtime.compressor.report import Report
 from cai_runtime.compressor.stats.block_stack import Batch, BlockModel, open_model
 from cai_runtime.compressor.stats.calibrate import BlockId, CalibrationPass
@@ -41,6 +42,7 @@ from cai_runtime.errors import CheckpointError, CompressionError, TensorMissingE
 from cai_runtime.slim.reader import REPORT_FILE, read_json
 from cai_runtime.slim.writer import CheckpointWriter
 from cai_runtime.stock.guard import foreign
+from cai_runtime.stock.load import DTYPES
 
 WRITTEN = "written"  # a step: the report, as it went to the destination
 

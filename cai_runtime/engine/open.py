@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
+import logging
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cai_runtime.engine.tokenizer import load_tokenizer as load_tokenizer  # others import it from here
 from cai_runtime.engine.turn_ends import end_of_sequence_ids
-from cai_runtime.errors import InvalidConfigError, KernelError, MemoryBudgetError, MissingFileError
+from cai_runtime.errors import InvalidConfigError, KernelError, MemoryBudgetError
 from cai_runtime.options import DTYPES, EngineOptions
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
     from cai_runtime.engine.engine import Engine
     from cai_runtime.engine.model_runner import ModelRunner
+
+logger = logging.getLogger("cai_runtime.engine")
 
 PAGE_SIZE = 16
 
@@ -37,11 +40,14 @@ def open_engine(path: str | Path, options: EngineOptions | None = None, /, **mor
         UnsupportedModelError: this version does not run its architecture.
         KernelError: the device or the backend is not there.
         MemoryBudgetError: not one sequence fits.
+        EngineClosedError: this process was forked from one with an engine.
     """
+    from cai_runtime.engine.lifetime import enter_process
     from cai_runtime.slim.reader import Checkpoint
 
     options = EngineOptions.of(options, **more)
     path = Path(path)
+    enter_process()
     resolve_place(options)
     with Checkpoint.open(path, keep=options.keep) as checkpoint:
         config = checkpoint.config
@@ -75,7 +81,8 @@ def load_runner(path: Path, options: EngineOptions | None = None, /, **more: Any
     modules are the ones in use). Arguments and errors as of `open_engine`."""
     import torch
 
-    from cai_runtime.engine.memory import cache_budget
+    from cai_runtime.engine.lifetime import enter_process
+    from cai_runtime.engine.memory import cache_budget, format_bytes
     from cai_runtime.engine.model_runner import ModelRunner
     from cai_runtime.layers.linear import WeightLoader
     from cai_runtime.models.registry import build_model
@@ -83,6 +90,8 @@ def load_runner(path: Path, options: EngineOptions | None = None, /, **more: Any
     from cai_runtime.slim.reader import Checkpoint
 
     options = EngineOptions.of(options, **more)
+    enter_process()
+    begin = time.monotonic()
     place, kernels = resolve_place(options)
     with Checkpoint.open(path, keep=options.keep) as checkpoint:
         config = checkpoint.config
@@ -95,7 +104,7 @@ def load_runner(path: Path, options: EngineOptions | None = None, /, **more: Any
     _check_context(options.max_context, model.max_context)
     cache_dtype = model.dtype if options.kv_dtype == "auto" else named_dtype(options.kv_dtype)
     context = options.max_context or model.max_context
-    page_bytes = model.cache_bytes_per_token(cache_dtype) * PAGE_SIZE
+    page_bytes = model.page_bytes(PAGE_SIZE, cache_dtype)
     useful = page_bytes * (-(-context // PAGE_SIZE)) * options.max_batch
     budget = cache_budget(options.kv_cache, device=str(place), useful=useful)
     pages = budget // page_bytes
@@ -118,6 +127,15 @@ def load_runner(path: Path, options: EngineOptions | None = None, /, **more: Any
         raise MemoryBudgetError(
             f"a KV cache of {budget} bytes can't be allocated: give a smaller kv_cache ({e})"
         ) from e
+    logger.info(
+        "loaded %s in %.1f s: %s, %s kernels, KV cache of %s for %d positions",
+        path, time.monotonic() - begin, place, kernels, format_bytes(pages * page_bytes), pages * PAGE_SIZE,
+    )  # fmt: skip
+    try:
+        runner.record_graphs(options.progress)  # now, and not in the middle of serving
+    except BaseException:
+        runner.close()
+        raise
     return runner, config
 
 
@@ -159,31 +177,3 @@ def choose_dtype(dtype: str, config: dict[str, Any], backend: str) -> torch.dtyp
         return None
     stored = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     return named_dtype(stored if stored in DTYPES else "float32")
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The checkpoint's tokenizer, by transformers, without running code of the checkpoint's."""
-    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
-        raise MissingFileError("the checkpoint has no tokenizer (tokenizer.json)", file=path)
-    try:
-        return tokenizer_class(path).from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
-    except Exception as e:  # transformers raises whatever its code stumbles over in a damaged file
-        raise InvalidConfigError(f"the tokenizer can't be read: {e}", file=path) from e
-
-
-def tokenizer_class(path: Path) -> Any:
-    """AutoTokenizer, or the generic class of a tokenizer.json where AutoTokenizer would come to that too: on its way it
-    imports modelling code, which takes longer than everything else at opening a small model."""
-    config = path / "tokenizer_config.json"
-    if (path / "tokenizer.json").exists() and config.exists():
-        with contextlib.suppress(json.JSONDecodeError, AttributeError):
-            if json.loads(config.read_text()).get("tokenizer_class") in (
-                "TokenizersBackend",
-                "PreTrainedTokenizerFast",
-            ):
-                from transformers import PreTrainedTokenizerFast
-
-                return PreTrainedTokenizerFast
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer

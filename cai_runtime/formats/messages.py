@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from cai_runtime.errors import ConversationError
+from cai_runtime.formats.provenance import content, own
 
+ContentForm = Literal["text", "parts", "both"]
 ROLES = ("system", "user", "assistant")
 # What a part of another type would need, for the error.
 PART_CAPABILITIES = {"image_url": "image", "image": "image", "input_audio": "audio", "audio": "audio", "file": "file"}
@@ -25,16 +27,26 @@ _LATER_FIELDS = {
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation. `role` is system, user or assistant."""
+    """One turn of a conversation. `role` is system, user or assistant; `content` a text, or the texts of its parts."""
 
     role: str
-    content: str
+    content: str | tuple[str, ...]
     name: str | None = None
 
-    def for_template(self) -> dict[str, str]:
-        """The dict a chat template sees."""
-        turn = {"role": self.role, "content": self.content}
-        return turn if self.name is None else {**turn, "name": self.name}
+    def for_template(self, takes: ContentForm = "text") -> dict[str, Any]:
+        """The dict a chat template sees: the role as the template's own text, all else as a caller's.
+
+        Args:
+            takes: the kind of content that the template takes for this role. "text": parts are joined with a line
+                break. "parts": a list of `{"type": "text", "text": ...}`. "both": the kind that the caller gave.
+        """
+        turn: dict[str, Any] = {"role": own(self.role)}
+        if takes == "parts" or (takes == "both" and not isinstance(self.content, str)):
+            parts = (self.content,) if isinstance(self.content, str) else self.content
+            turn["content"] = [{"type": own("text"), "text": content(part)} for part in parts]
+        else:
+            turn["content"] = content(self.content if isinstance(self.content, str) else "\n".join(self.content))
+        return turn if self.name is None else {**turn, "name": content(self.name)}
 
 
 def parse_messages(messages: Any) -> list[Message]:
@@ -42,8 +54,8 @@ def parse_messages(messages: Any) -> list[Message]:
 
     Args:
         messages: dicts (or of the `openai` package's message objects) with `role`: system, developer (the
-            same as system), user or assistant; and `content`: a string, or a list of `{"type": "text", "text": ...}`
-            parts, which are joined with a line break.
+            same as system), user or assistant; `content`: a string, or a list of `{"type": "text", "text": ...}`
+            parts; and optionally `name`, a string.
 
     Raises:
         ConversationError: `.param` names the place, such as `messages[1].content[0]`.
@@ -84,21 +96,21 @@ def _parse_message(message: Any, place: str) -> Message:
         elif key not in ("role", "content", "name"):
             raise ConversationError(f"Unknown parameter: '{place}.{key}'.", param=f"{place}.{key}")
     name = fields.get("name")
-    if name is not None and not isinstance(name, str):
-        raise ConversationError(f"'{place}.name' must be a string.", param=f"{place}.name")
+    if name is not None:
+        name = _parse_text(name, f"{place}.name")
     if "content" not in fields:
         raise ConversationError(f"Missing required parameter: '{place}.content'.", param=f"{place}.content")
     return Message(role, _parse_content(fields["content"], f"{place}.content"), name)
 
 
-def _parse_content(content: Any, place: str) -> str:
+def _parse_content(content: Any, place: str) -> str | tuple[str, ...]:
     if isinstance(content, str):
-        return content
-    if not isinstance(content, Sequence) or isinstance(content, bytes):
+        return _parse_text(content, place)
+    if not isinstance(content, Sequence) or isinstance(content, (bytes, bytearray)):
         raise ConversationError(f"'{place}' must be a string or a list of content parts.", param=place)
     if not content:
         raise ConversationError(f"'{place}' must hold at least one part.", param=place)
-    return "\n".join(_parse_part(part, f"{place}[{i}]") for i, part in enumerate(content))
+    return tuple(_parse_part(part, f"{place}[{i}]") for i, part in enumerate(content))
 
 
 def _parse_part(part: Any, place: str) -> str:
@@ -115,6 +127,18 @@ def _parse_part(part: Any, place: str) -> str:
         raise ConversationError(f"'{place}.type' must be 'text', got {kind!r}.", param=f"{place}.type")
     if unknown := [key for key in part if key not in ("type", "text")]:
         raise ConversationError(f"Unknown parameter: '{place}.{unknown[0]}'.", param=f"{place}.{unknown[0]}")
-    if not isinstance(part.get("text"), str):
-        raise ConversationError(f"'{place}.text' must be a string.", param=f"{place}.text")
-    return part["text"]
+    return _parse_text(part.get("text"), f"{place}.text")
+
+
+def _parse_text(text: Any, place: str) -> str:
+    if not isinstance(text, str):
+        raise ConversationError(f"'{place}' must be a string.", param=place)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConversationError(
+            f"'{place}' holds half of a surrogate pair at character {error.start}, which is no text: it was cut inside "
+            "a character, or decoded with errors='surrogateescape'.",
+            param=place,
+        ) from None
+    return str(text)

@@ -57,7 +57,7 @@ def compare(
 
     Args:
         reference, candidate: a known name, a URI or a directory (see `cai_runtime.convert.sources.pull`).
-        text: a file as `load_calibration` reads it; None or "wikipedia": the last quarter of the Wikipedia sample.
+        text: a file as `text_files.whole_texts` reads it; None or "wikipedia": the last quarter of the Wikipedia sample.
         tokens, window: how much of it, in windows of so many tokens, spread evenly; each window is read by itself.
         prompts: answered greedily by both, through the chat template where there is one, at most `max_tokens` long.
         backend: "transformers" (dense matrices in fp32, exact) or "engine" (as users run it); see `judges`.

@@ -95,7 +95,7 @@ class Comparison:
 
     def table(self, width: int = 100) -> str:
         """For people: sizes and figures, then the samples, at most `width` columns."""
-        from cai_runtime.bench.report import aligned
+        from cai_runtime.tables import aligned
 
         lines = aligned(self._rows(), right=(1, 2, 3))
         lines += ["", *self._notes(), "", *self._sample_lines(width)]

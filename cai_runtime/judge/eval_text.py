@@ -55,10 +55,10 @@ def read_text(source: str | Path | None = None, *, progress: bool | None = None)
 
         articles = split_articles(wikipedia_articles(progress=progress)).test
         return EvalText(tuple(articles), f"wikipedia-sample, last quarter: {len(articles)} articles")
-    from cai_runtime.compressor.data.calibration import load_calibration
+    from cai_runtime.convert.text_files import whole_texts
 
-    found = load_calibration(source, progress=progress)
-    return EvalText(tuple(found.texts), found.source)
+    texts, words = whole_texts(source)
+    return EvalText(tuple(texts), words)
 
 
 def cut_windows(text: EvalText, tokenizer: Any, *, tokens: int, window: int) -> Windows:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self, get_
 import torch
 
 from cai_runtime.errors import CompressionError
-from cai_runtime.judge.evaluate import dense_reference, logits_of, slim_as_transformers
+from cai_runtime.judge.evaluate import logits_of
 from cai_runtime.stock.cached_forward import cached_forward
+from cai_runtime.stock.load import dense_reference, slim_as_transformers
 
 if TYPE_CHECKING:
     pass

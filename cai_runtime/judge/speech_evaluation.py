@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from cai_runtime.compressor.data.audio_files import RATE, Clip, Source, cut_windows, find_clips, read_audio
-from cai_runtime.compressor.data.speech import load_processor, speech_batch, split_clips, window_features
+from cai_runtime.audio.files import RATE, Clip, Source, cut_windows, find_clips, read_audio, split_clips
 from cai_runtime.errors import CompressionError
-from cai_runtime.judge.evaluate import SPEECH, dense_reference, slim_as_transformers
 from cai_runtime.judge.speech_result import ClipResult, SpeechComparison, SpeechDivergence, SpeechScore
 from cai_runtime.progress import progress_bar
+from cai_runtime.stock.load import SPEECH, dense_reference, slim_as_transformers
+from cai_runtime.stock.speech_input import load_processor, speech_batch, window_features
 from cai_runtime.stock.transcribe import Prompts, encode, prompt_of
 
 TOGETHER = 8  # windows transcribed at once
@@ -83,9 +83,9 @@ def _compared(
     progress: bool | None,
 ) -> list[SpeechComparison]:
     """The first model by itself, or every other one with it. models: name and keep."""
-    from cai_runtime.compressor.options import DTYPES
     from cai_runtime.convert.sources import pull
     from cai_runtime.engine.open import choose_device
+    from cai_runtime.stock.load import DTYPES
 
     if dtype not in ("auto", *DTYPES):
         raise CompressionError(f"dtype must be auto, {', '.join(DTYPES)}, is {dtype!r}")

@@ -84,7 +84,7 @@ class SpeechComparison:
 
     def table(self, width: int = 100) -> str:
         """For people: sizes and figures, then the clips that the models hear differently, at most `width` columns."""
-        from cai_runtime.bench.report import aligned
+        from cai_runtime.tables import aligned
 
         lines = [*aligned(self._rows(), right=(1, 2, 3)), "", *self._notes()]
         differing = [clip for clip in self.clips if clip.candidate is not None and clip.candidate != clip.reference]

@@ -39,6 +39,8 @@ class GpuAttention:
 
 
 class GpuOps:
+    page_bytes = staticmethod(ReferenceKVCache.page_bytes)
+
     def __init__(self, backend: str, device: torch.device):
         self._backend, self._device = backend, device
 

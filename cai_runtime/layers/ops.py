@@ -45,6 +45,10 @@ class Ops(Protocol):
         """One layer's attention with its pages. sinks: fp32 [query_heads], see `paged_attention_reference`."""
         ...
 
+    def page_bytes(self, page_size: int, heads: HeadLayout, dtype: torch.dtype) -> int:
+        """Bytes of one page of one layer in the cache that `attention` makes."""
+        ...
+
     def embedding_and_head(
         self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype
     ) -> tuple[Callable[[torch.Tensor], torch.Tensor], PreparedLinear]:
@@ -59,6 +63,7 @@ class Ops(Protocol):
 class CpuOps:
     rms_norm = staticmethod(rms_norm_cpu)
     swiglu = staticmethod(swiglu_cpu)
+    page_bytes = staticmethod(CpuKVCache.page_bytes)
 
     def __init__(self, arena: Arena | None = None):
         self._arena = arena
@@ -83,6 +88,7 @@ class CpuOps:
 class ReferenceOps:
     """Plain torch on any device."""
 
+    page_bytes = staticmethod(ReferenceKVCache.page_bytes)
     rms_norm = staticmethod(rms_norm_reference)
     swiglu = staticmethod(swiglu_reference)
 

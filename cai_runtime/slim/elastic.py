@@ -14,7 +14,6 @@ docs/format.md has the specification. No torch here.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cai_runtime.errors import CheckpointError, InvalidConfigError, KeepError, UnknownVersionError
+from cai_runtime.scalars import as_integer, as_number
 from cai_runtime.slim.spec import STORES, ModuleSpec
 
 TABLE_VERSION = 1
@@ -196,7 +196,7 @@ class ElasticTable:
 
     def _check_quality(self) -> None:
         for entry in self.quality:
-            numbers = isinstance(entry, dict) and all(_is_number(value) for value in entry.values())
+            numbers = isinstance(entry, dict) and all(as_number(value) is not None for value in entry.values())
             if not numbers or not 0 < entry.get("keep", 0) <= 1:
                 raise InvalidConfigError(f"'quality' must list numbers by name, 'keep' among them, has {entry!r}")
 
@@ -252,7 +252,7 @@ def _parsed(raw: object, specs: Mapping[str, ModuleSpec]) -> ElasticTable:
     if not isinstance(raw["modules"], list) or not isinstance(raw["quality"], list):
         raise InvalidConfigError("'modules' and 'quality' must be lists")
     keep = raw["keep"]
-    if not isinstance(keep, list) or len(keep) != 2 or not all(map(_is_number, keep)):
+    if not isinstance(keep, list) or len(keep) != 2 or None in map(as_number, keep):
         raise InvalidConfigError(f"'keep' must be two numbers, is {keep!r}")
     modules = tuple(_parsed_module(entry, specs) for entry in raw["modules"])
     if not _is_positive(raw["step"]):
@@ -305,8 +305,4 @@ def _read_runs(text: object) -> Iterator[tuple[int, int]]:
 
 
 def _is_positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return (as_integer(value) or 0) >= 1

@@ -57,8 +57,10 @@ class GenerationDefaults:
             found["top_k"] = 0
         if found.get("top_p") == 0:
             found["top_p"] = 1
-        types = {field.name: type(field.default) for field in fields(cls)}
-        return cls(**{name: types[name](value) for name, value in found.items()})
+        values: dict[str, Any] = {
+            name: int(value) if name == "top_k" else float(value) for name, value in found.items()
+        }
+        return cls(**values)
 
     def given(self) -> dict[str, Any]:
         """Those that differ from OpenAI's, by name."""

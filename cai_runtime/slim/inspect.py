@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cai_runtime.errors import CheckpointError
 from cai_runtime.slim.elastic import ElasticTable
+from cai_runtime.slim.generation_defaults import GenerationDefaults
 from cai_runtime.slim.provenance import ModuleErrors, provenance_lines, quality_table
 from cai_runtime.slim.reader import Checkpoint
 from cai_runtime.slim.spec import FLOAT_STORE_OF_DTYPE, ModuleSpec
@@ -73,6 +74,8 @@ class Inspection:
         report_problem: why it can't be, in words.
         elastic: of an elastic checkpoint the least and the greatest keep that it opens at, the one it was opened at,
             and the quality that its table gives.
+        sampling_defaults: what requests that name no value of their own get, where it differs from OpenAI's defaults.
+        sampling_problem: why generation_config.json can't be used, in words.
     """
 
     path: Path
@@ -89,6 +92,8 @@ class Inspection:
     report: dict[str, Any] | None
     report_problem: str | None = None
     elastic: dict[str, Any] | None = None
+    sampling_defaults: dict[str, Any] = field(default_factory=dict)
+    sampling_problem: str | None = None
 
     @property
     def stores(self) -> dict[str, int]:
@@ -120,6 +125,8 @@ class Inspection:
             },
             "stores": self.stores,
             "elastic": self.elastic,
+            "sampling_defaults": self.sampling_defaults,
+            "sampling_problem": self.sampling_problem,
             "report": self.report,
             "report_problem": self.report_problem,
         }
@@ -146,6 +153,11 @@ def inspect_checkpoint(path: str | Path, keep: float | None = None) -> Inspectio
             report = checkpoint.report()
         except CheckpointError as e:  # the weights are as good without it
             problem = str(e)
+        defaults, sampling_problem = GenerationDefaults(), None
+        try:
+            defaults = GenerationDefaults.read(checkpoint.path)
+        except CheckpointError as e:
+            sampling_problem = str(e)
         return Inspection(
             path=checkpoint.path,
             model_type=model_type if isinstance(model_type, str) else None,
@@ -161,6 +173,8 @@ def inspect_checkpoint(path: str | Path, keep: float | None = None) -> Inspectio
             report=report,
             report_problem=problem,
             elastic=None if checkpoint.elastic is None else _elastic(checkpoint, checkpoint.elastic),
+            sampling_defaults=defaults.given(),
+            sampling_problem=sampling_problem,
         )
 
 
@@ -211,6 +225,11 @@ def format_inspection(inspection: Inspection, *, every_module: bool = False) -> 
         lines += ["", f"stores of the listed modules, by bytes: {shares}"]
     if inspection.elastic is not None:
         lines += ["", *_elastic_lines(inspection.elastic)]
+    if inspection.sampling_defaults:
+        shown = ", ".join(f"{name} {value:g}" for name, value in inspection.sampling_defaults.items())
+        lines += ["", f"sampling defaults: {shown} (generation_config.json)"]
+    if inspection.sampling_problem is not None:
+        lines += ["", f"sampling defaults: {inspection.sampling_problem}"]
     if inspection.report_problem is not None:
         lines += ["", f"report: {inspection.report_problem}"]
     report = dict(inspection.report or {})

@@ -6,10 +6,11 @@ and what is of an unexpected type is left out. Nothing here raises for a report'
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from cai_runtime.scalars import as_number
 
 # Shown by their own lines, or in the table; anything else that is a plain value goes to the end.
 _KNOWN = {
@@ -105,13 +106,8 @@ def quality_lines(quality: Mapping[str, Any]) -> list[str]:
 
 def number(value: object) -> float | None:
     """A finite number as a float; None of anything else (a bool, too)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    try:
-        found = float(value)
-    except OverflowError:
-        return None
-    return found if math.isfinite(found) else None
+    found = as_number(value)
+    return None if found is None else float(found)
 
 
 def stage_seconds(report: Mapping[str, Any] | None) -> dict[str, float]:

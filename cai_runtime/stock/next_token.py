@@ -145,7 +145,7 @@ class TransformersLanes:
         """Raises CompressionError for a model that can't be loaded, or takes no mask and positions."""
         import torch
 
-        from cai_runtime.judge.evaluate import dense_reference
+        from cai_runtime.stock.load import dense_reference
 
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         model = dense_reference(path, dtype=dtype, device=device)

@@ -170,3 +170,15 @@ def test_models(async_client, ask, model_dir):
         await async_client.close()
 
     asyncio.run(run())
+
+
+def test_engine(async_client, factory, ask):
+    async def run():
+        engine = await async_client.engine()
+        await async_client.chat.completions.create(**ask)
+        assert engine is factory.engines[0] and engine.stats().finished == 1
+        with pytest.raises(NotFoundError):
+            await async_client.engine("nothing")
+        await async_client.close()
+
+    asyncio.run(run())

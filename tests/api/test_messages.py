@@ -5,7 +5,7 @@ import pytest
 from cai_runtime import BadRequestError
 from cai_runtime.errors import ConversationError
 from cai_runtime.formats.messages import Message, parse_messages
-from cai_runtime.formats.template import _token_ids, render
+from cai_runtime.formats.template import render
 
 
 def text(content):
@@ -20,8 +20,10 @@ def test_accepted_forms():
             {"role": "assistant", "content": "", "tool_calls": None, "refusal": None, "annotations": []},
         ]
     )
-    assert parsed == [Message("system", "Be brief."), Message("user", "one\ntwo", "Ada"), Message("assistant", "")]
+    assert parsed == [Message("system", "Be brief."), Message("user", ("one", "two"), "Ada"), Message("assistant", "")]
     assert parsed[1].for_template() == {"role": "user", "content": "one\ntwo", "name": "Ada"}
+    assert parsed[1].for_template("parts")["content"] == [text("one"), text("two")]
+    assert parsed[0].for_template("parts")["content"] == [text("Be brief.")]
     assert parse_messages(iter([{"role": "user", "content": "x"}])) == [Message("user", "x")]
 
 
@@ -110,6 +112,34 @@ def test_no_template(new_client, factory, bare_tokenizer, model_dir, ask):
     assert client.completions.create(prompt="w", temperature=0).choices[0].text == "xyz"
 
 
-@pytest.mark.parametrize("encoded", [[1, 2], {"input_ids": [1, 2]}, {"input_ids": [[1, 2]]}, [[1, 2]]])
-def test_token_ids_of_every_return_type(encoded):
-    assert _token_ids(encoded) == [1, 2]
+def test_template_by_name(client, tokenizer, ask):
+    tokenizer.chat_template = {"short": "w", "long": "{{ messages[0].content }}: w"}
+    for name, prompt in (("short", 1), ("long", len("hi: w"))):
+        reply = client.chat.completions.create(**ask, chat_template=name, max_tokens=1)
+        assert reply.choices[0].message.content == "x" and reply.usage.prompt_tokens == prompt
+    for wrong in ({}, {"chat_template": "other"}):
+        with pytest.raises(BadRequestError, match="long, short") as caught:
+            client.chat.completions.create(**ask, **wrong)
+        assert caught.value.param == "chat_template"
+    with pytest.raises(BadRequestError, match="string"):
+        client.chat.completions.create(**ask, chat_template=3)
+
+
+def test_failing_template_is_a_bad_request(client, tokenizer, ask):
+    tokenizer.chat_template = "{{ 1 + messages }}"
+    with pytest.raises(BadRequestError, match="chat template .*TypeError"):
+        client.chat.completions.create(**ask)
+
+
+@pytest.mark.parametrize(
+    ("message", "place"),
+    [
+        ({"role": "user", "content": "a\ud800"}, "messages[0].content"),
+        ({"role": "user", "content": [text("x"), text("\udfff")]}, "messages[0].content[1].text"),
+        ({"role": "user", "content": "x", "name": "\ud800"}, "messages[0].name"),
+    ],
+)
+def test_half_of_a_surrogate_pair(client, message, place):
+    with pytest.raises(BadRequestError, match="surrogate") as caught:
+        client.chat.completions.create(messages=[message])
+    assert caught.value.param == place

@@ -71,6 +71,7 @@ SHARED = {
     "extra_body": ([{}, {"top_k": 3}, None], [[], "x", {1: 2}]),
 }
 CHAT = {
+    "chat_template": (["rag", None], [3, b"x", {}]),
     "parallel_tool_calls": ([True, False, None], [1, "no"]),
     "reasoning_effort": ([None], ["low", "high", 3]),
     "reasoning_enabled": ([None], [True, False]),
@@ -80,7 +81,7 @@ CHAT = {
     "functions": ([[], None], [[{}]]),
     "function_call": (["none", "auto", None], [{"name": "f"}]),
     "store": ([False, None], [True, 0]),
-    "modalities": ([["text"], None], [["audio"], ["text", "audio"], "text"]),
+    "modalities": ([["text"], None], [["audio"], ["text", "audio"], "text", [np.array(["text", "x"])]]),
     "service_tier": (["auto", "default", None], ["flex"]),
     "audio": ([None], [{}]),
     "prediction": ([None], [{}]),

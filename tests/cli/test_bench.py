@@ -4,9 +4,9 @@ import pytest
 
 from cai_runtime.bench import decode, peers
 from cai_runtime.bench.bandwidth import read_bandwidth
+from cai_runtime.bench.checks import Peers, check_peers
 from cai_runtime.bench.child import run_child
 from cai_runtime.bench.decode import DecodeSettings, measure
-from cai_runtime.bench.run import Peers, check_peers
 from cai_runtime.cli import main
 from cai_runtime.errors import BenchmarkError
 from cai_runtime.slim.reader import Checkpoint, read_json
@@ -146,7 +146,7 @@ def test_the_command_writes_a_table_and_json(tiny_dir, tmp_path, capsys, monkeyp
 
 def quick_bandwidth(job, *, threads):
     """Children as they are, but for the seconds that the bandwidth takes."""
-    return {"device": "cpu", "bytes_per_s": 8e9} if job["do"] == "bandwidth" else run_child(job, threads=threads)
+    return {"device": "cpu", "bytes_per_s": 8e9} if job["do"] == "roofs.bandwidth" else run_child(job, threads=threads)
 
 
 def test_a_failure_in_the_child_is_told(tiny_dir, tmp_path):
@@ -159,7 +159,7 @@ def test_a_failure_in_the_child_is_told(tiny_dir, tmp_path):
 def decode_job(path):
     from dataclasses import asdict
 
-    return {"do": "decode", "subject": "cai_runtime", "path": str(path), "settings": asdict(settings())}
+    return {"do": "subjects.decode", "subject": "cai_runtime", "path": str(path), "settings": asdict(settings())}
 
 
 def test_bad_arguments_are_named_before_anything_runs(tiny_dir, capsys, monkeypatch):
@@ -178,12 +178,12 @@ def test_bad_arguments_are_named_before_anything_runs(tiny_dir, capsys, monkeypa
 
 
 def test_peers_must_be_the_same_model(tiny_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr("cai_runtime.bench.run.find_spec", lambda name: object())
+    monkeypatch.setattr("cai_runtime.bench.checks.find_spec", lambda name: object())
     config = read_json(tiny_dir / "config.json")
     here = Peers(gguf=tmp_path / "a.gguf", dense=tiny_dir)
     check_peers(config, here)
     with pytest.raises(BenchmarkError, match="hidden_size is 64"):
         check_peers({**config, "hidden_size": 32}, here)
-    monkeypatch.setattr("cai_runtime.bench.run.find_spec", lambda name: None)
+    monkeypatch.setattr("cai_runtime.bench.checks.find_spec", lambda name: None)
     with pytest.raises(BenchmarkError, match=r"cai-runtime\[peers\]"):
         check_peers(config, here)

@@ -12,7 +12,7 @@ from cai_runtime.slim.reader import Checkpoint
 @pytest.fixture
 def quick_roofs(monkeypatch):
     def child(job, *, threads):
-        if job["do"] == "roofs":
+        if job["do"] == "roofs.both":
             return {"device": "cpu", "read": 1e10, "matmul": {"float32": 1e11, "bfloat16": 4e11}}
         from cai_runtime.bench.child import perform  # in this process: starting one takes seconds
 
@@ -42,7 +42,7 @@ def test_the_engine_beside_transformers(tiny_dir, quick_roofs):
 
 
 def test_a_child_measures_the_roofs():
-    found = run_child({"do": "roofs", "device": "cpu"}, threads=1)
+    found = run_child({"do": "roofs.both", "device": "cpu"}, threads=1)
     assert found["device"] == "cpu"
     assert found["read"] > 1e8 and found["matmul"]["float32"] > 1e8
 

@@ -54,3 +54,9 @@ def test_bad_parameters_are_named(tiny_dir, capsys):
     assert "tpu" in capsys.readouterr().err
     assert main(["complete", str(tiny_dir), "hi", "--kv-cache", "lots"]) == 1
     assert "lots" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/x", "x" * 5000, "~nosuchuser/x.gguf"])
+def test_odd_model_names_are_no_model(name, capsys):
+    assert main(["complete", name, "hi"]) == 1
+    assert "is no directory" in (error := capsys.readouterr().err) and len(error) < 1000

@@ -125,7 +125,7 @@ def test_lm_eval_runs_on_the_engine(exported, tiny_dir):
     import torch
 
     from cai_runtime.engine.open import load_tokenizer
-    from cai_runtime.judge.evaluate import dense_reference
+    from cai_runtime.stock.load import dense_reference
 
     done = subprocess.run(
         [sys.executable, exported / "run.py"],

@@ -12,9 +12,9 @@ from cai_runtime.compressor.stats.block_stack import find_stacks
 from cai_runtime.compressor.train.logit_slices import states_of
 from cai_runtime.errors import TensorMissingError, UnsupportedModelError
 from cai_runtime.integrations.stock import is_linear
-from cai_runtime.judge.evaluate import auto_class, dense_reference, slim_as_transformers
 from cai_runtime.slim.export import export_dense
 from cai_runtime.slim.reader import Checkpoint
+from cai_runtime.stock.load import auto_class, dense_reference, slim_as_transformers
 
 IDS = torch.randint(6, 62, (2, 24), generator=torch.Generator().manual_seed(3))
 SIZES = {

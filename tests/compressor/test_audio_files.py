@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from cai_runtime.compressor.data.audio_files import RATE, Clip, cut_windows, find_clips, read_audio
+from cai_runtime.audio.files import RATE, Clip, cut_windows, find_clips, read_audio
 from cai_runtime.errors import CompressionError
 
 

@@ -9,9 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from transformers import AutoTokenizer
 
-from cai_runtime.compressor.data import text_files
 from cai_runtime.compressor.data.calibration import calibration_sequences
 from cai_runtime.compressor.data.hub_dataset import DatasetName
+from cai_runtime.convert import text_files
 from cai_runtime.errors import CompressionError
 
 pa = pytest.importorskip("pyarrow")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from cai_runtime.compressor.data import text_files
-from cai_runtime.compressor.data.calibration import calibration_sequences, load_calibration, tokenize
-from cai_runtime.compressor.data.text_files import Document, read_documents, sample_documents
+from cai_runtime.compressor.data.calibration import calibration_sequences, tokenize
+from cai_runtime.convert import text_files
+from cai_runtime.convert.text_files import Document, read_documents, sample_documents, whole_texts
 from cai_runtime.errors import CompressionError
 
 CHAT = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
@@ -161,7 +161,7 @@ def test_other_bad_sources(tokenizer, chat_tokenizer, tmp_path):
     ):
         load(path, tokenizer)
     with pytest.raises(CompressionError, match=r"t\.jsonl, line 2: a conversation where a text is wanted"):
-        load_calibration(path)
+        whole_texts(path)
     path.write_text(json.dumps({"messages": [CHAT[0] | {"tool": "x"}]}))
     with pytest.raises(CompressionError, match=r"line 1: the model's chat template refuses .*no tools"):
         load(path, chat_tokenizer)

@@ -99,7 +99,7 @@ def test_the_seed_alone_decides(tiny, tokenizer):
 
 def test_tokens_follow_the_models_distribution(tiny, tokenizer):
     """The second token of many documents, against the probabilities that transformers gives."""
-    from cai_runtime.judge.evaluate import dense_reference
+    from cai_runtime.stock.load import dense_reference
 
     logits = dense_reference(tiny)(input_ids=torch.tensor([[EOS]])).logits[0, -1].detach()
     logits[[0, EOS]] = -torch.inf
@@ -250,7 +250,7 @@ def test_an_architecture_without_a_definition_is_run_by_transformers(add_tokeniz
 @pytest.mark.parametrize("lanes_of", [EngineLanes, TransformersLanes])
 def test_lanes_are_separate_texts(tiny, lanes_of):
     """Every lane's logits are those of its own text alone: texts of different lengths, one begun anew, one lane idle."""
-    from cai_runtime.judge.evaluate import dense_reference
+    from cai_runtime.stock.load import dense_reference
 
     options = {"context": 32, "progress": False} if lanes_of is EngineLanes else {}
     model = lanes_of(tiny, lanes=3, device="cpu", **options)

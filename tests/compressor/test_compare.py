@@ -11,11 +11,11 @@ from cai_runtime.compressor import compare, quality
 from cai_runtime.engine.open import load_tokenizer
 from cai_runtime.errors import CompressionError, KeepError
 from cai_runtime.judge.eval_text import EvalText, cut_windows, read_text
-from cai_runtime.judge.evaluate import dense_reference, slim_as_transformers
 from cai_runtime.judge.stored_logits import StoredLogits
 from cai_runtime.slim.reader import Checkpoint
 from cai_runtime.slim.spec import ModuleSpec
 from cai_runtime.slim.writer import CheckpointWriter
+from cai_runtime.stock.load import dense_reference, slim_as_transformers
 
 TOKENS, WINDOW = 160, 32
 RANK = 12

@@ -11,11 +11,11 @@ from cai_runtime.compressor import compress
 from cai_runtime.engine.open import load_runner
 from cai_runtime.engine.runner import ScheduledSequence
 from cai_runtime.errors import CheckpointWriteError, CompressionError, SourceError, UnsupportedModelError
-from cai_runtime.judge.evaluate import dense_reference, slim_as_transformers
 from cai_runtime.kernels.slim_linear import reference
 from cai_runtime.layers.linear import kernel_weights
 from cai_runtime.slim.reader import Checkpoint
 from cai_runtime.slim.stores import quantize
+from cai_runtime.stock.load import dense_reference, slim_as_transformers
 
 IDS = torch.randint(2, 62, (2, 40), generator=torch.Generator().manual_seed(3))
 

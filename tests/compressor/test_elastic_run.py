@@ -17,8 +17,8 @@ from cai_runtime.compressor.work import Work
 from cai_runtime.errors import CompressionError, KeepError
 from cai_runtime.judge.comparison import compare, compare_keeps
 from cai_runtime.judge.eval_text import read_text
-from cai_runtime.judge.evaluate import dense_reference, slim_as_transformers
 from cai_runtime.slim.reader import Checkpoint
+from cai_runtime.stock.load import dense_reference, slim_as_transformers
 
 IDS = torch.randint(2, 62, (2, 40), generator=torch.Generator().manual_seed(3))
 SETTINGS = {

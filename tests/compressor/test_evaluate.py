@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from cai_runtime.errors import CompressionError
-from cai_runtime.judge.evaluate import agreement, dense_reference, perplexity
+from cai_runtime.judge.evaluate import agreement, perplexity
+from cai_runtime.stock.load import dense_reference
 
 IDS = torch.randint(0, 62, (75,), generator=torch.Generator().manual_seed(0))
 

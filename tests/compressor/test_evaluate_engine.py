@@ -5,8 +5,8 @@ import torch
 
 from cai_runtime.errors import CompressionError
 from cai_runtime.judge import judges
-from cai_runtime.judge.evaluate import dense_reference
 from cai_runtime.judge.judges import EngineJudge, open_judge
+from cai_runtime.stock.load import dense_reference
 
 TEXTS = [([5, 9, 3, 44, 17], 2), ([8, 2], 1), ([3] * 40, 1), (list(range(2, 60)), 30), ([7, 7, 7, 7], 4), ([11], 1)]
 

@@ -9,8 +9,8 @@ from cai_runtime.compressor import compress
 from cai_runtime.compressor.factor.plan_file import plan_entries, planned
 from cai_runtime.compressor.pipeline import dry_run
 from cai_runtime.errors import CompressionError
-from cai_runtime.judge.evaluate import slim_as_transformers
 from cai_runtime.slim.reader import Checkpoint
+from cai_runtime.stock.load import slim_as_transformers
 
 PLAN = {
     "*.down_proj": {"kind": "lowrank", "rank": 12, "store": "int8"},

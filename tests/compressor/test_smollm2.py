@@ -8,9 +8,10 @@ from cai_runtime.compressor import compress
 from cai_runtime.compressor.data.calibration import tokenize
 from cai_runtime.convert.sources import pull
 from cai_runtime.convert.texts import split_articles, wikipedia_articles
-from cai_runtime.judge.evaluate import agreement, dense_reference, perplexity, slim_as_transformers
+from cai_runtime.judge.evaluate import agreement, perplexity
 from cai_runtime.slim.reader import Checkpoint
 from cai_runtime.slim.writer import CheckpointWriter
+from cai_runtime.stock.load import dense_reference, slim_as_transformers
 
 BLOCKS = 3
 SETTINGS = {

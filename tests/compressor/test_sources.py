@@ -16,7 +16,7 @@ from cai_runtime.errors import (
     TensorMissingError,
     TensorShapeError,
 )
-from cai_runtime.judge.evaluate import dense_reference
+from cai_runtime.stock.load import dense_reference
 
 UP, NORM, EMBEDDING = "model.layers.1.mlp.up_proj.weight", "model.norm.weight", "model.embed_tokens.weight"
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from cai_runtime.audio.files import Clip, split_clips
 from cai_runtime.compressor import compress, dry_run
-from cai_runtime.compressor.data.audio_files import Clip
-from cai_runtime.compressor.data.speech import load_processor, speech_batch, speech_samples, split_clips
+from cai_runtime.compressor.data.speech import speech_samples
 from cai_runtime.compressor.elastic.heal import ElasticHealer
 from cai_runtime.compressor.stats.block_stack import open_model
 from cai_runtime.compressor.stats.calibrate import BlockId, CalibrationPass, next_token_loss
@@ -21,9 +21,10 @@ from cai_runtime.compressor.train.heal import WINDOWS
 from cai_runtime.compressor.work import Work
 from cai_runtime.errors import CompressionError
 from cai_runtime.judge import speech_evaluation
-from cai_runtime.judge.evaluate import dense_reference, slim_as_transformers
 from cai_runtime.judge.speech_evaluation import _generate, compare_speech, english_words, word_errors
 from cai_runtime.slim.reader import Checkpoint
+from cai_runtime.stock.load import dense_reference, slim_as_transformers
+from cai_runtime.stock.speech_input import load_processor, speech_batch
 from cai_runtime.stock.transcribe import Prompts, encode, prompt_of, transcribe
 
 SETTINGS = {
@@ -419,7 +420,7 @@ def test_the_real_one_still_hears(tmp_path):
     words; five seconds are little to choose ranks by, but the tokens stay likely."""
     import soundfile
 
-    from cai_runtime.compressor.data.audio_files import RATE, read_audio
+    from cai_runtime.audio.files import RATE, read_audio
     from cai_runtime.convert.sources import fetch_file, pull
 
     audio = read_audio(fetch_file("speech-sample", progress=False))

@@ -19,9 +19,10 @@ from cai_runtime.compressor.stats.weights import DenseWeights
 from cai_runtime.compressor.train.student import TrainableLinear
 from cai_runtime.compressor.work import Work
 from cai_runtime.errors import CompressionError
-from cai_runtime.judge.evaluate import agreement, dense_reference, slim_as_transformers
+from cai_runtime.judge.evaluate import agreement
 from cai_runtime.slim.reader import Checkpoint
 from cai_runtime.slim.stores import quantize
+from cai_runtime.stock.load import dense_reference, slim_as_transformers
 
 IDS = torch.randint(2, 62, (4, 24), generator=torch.Generator().manual_seed(3))
 FAST = {"samples": 8, "sequence_length": 64, "rank_multiple": 1, "evaluate": False, "progress": False}

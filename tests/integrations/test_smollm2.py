@@ -8,10 +8,10 @@ from transformers import AutoModelForCausalLM
 
 import cai_runtime
 from cai_runtime.convert.sources import pull
-from cai_runtime.judge.evaluate import slim_as_transformers
 from cai_runtime.slim.reader import Checkpoint
 from cai_runtime.slim.spec import ModuleSpec
 from cai_runtime.slim.writer import CheckpointWriter
+from cai_runtime.stock.load import slim_as_transformers
 
 BLOCKS = 3
 KINDS = ["interpolative", "lowrank", "dense"]

@@ -8,7 +8,7 @@ import cai_runtime
 from cai_runtime.integrations.dense import slim_modules
 from cai_runtime.integrations.guarded import ReadOnlyWeight
 from cai_runtime.integrations.linear import SlimLinear
-from cai_runtime.judge.evaluate import slim_as_transformers
+from cai_runtime.stock.load import slim_as_transformers
 
 KINDS = ["interpolative", "lowrank", "mpo", "dense"]
 

@@ -15,11 +15,11 @@ import cai_runtime
 from cai_runtime.integrations.dense import dense_state, slim_modules
 from cai_runtime.integrations.embedding import SlimEmbedding
 from cai_runtime.integrations.linear import FactorizedLinear, SlimLinear, TiedLinear
-from cai_runtime.judge.evaluate import slim_as_transformers
 from cai_runtime.slim.elastic import ElasticModule, ElasticTable
 from cai_runtime.slim.reader import Checkpoint
 from cai_runtime.slim.spec import ModuleSpec
 from cai_runtime.slim.writer import GUARD, CheckpointWriter
+from cai_runtime.stock.load import slim_as_transformers
 
 STORES = ["fp32", "bf16", "fp16", "int8", "int4-g32", "int4-g64-zp"]
 KINDS = ["dense", "lowrank", "interpolative", "mpo"]

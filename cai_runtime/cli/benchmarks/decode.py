@@ -33,8 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from cai_runtime.bench.checks import Peers
     from cai_runtime.bench.report import decode_json, format_decode
-    from cai_runtime.bench.run import Peers, bench_decode
+    from cai_runtime.bench.run import bench_decode
 
     out = output_file("--json", args.json)
     peers = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from cai_runtime.compressor.data.self_text import SelfSampling
-    from cai_runtime.compressor.data.text_files import Document
+    from cai_runtime.convert.text_files import Document
 
 SELF = "self"
 WIKIPEDIA = "wikipedia"
@@ -128,7 +127,7 @@ def _self(
 
 
 def _wikipedia(progress: bool | None) -> tuple[list[Document], str, dict[str, Any]]:
-    from cai_runtime.compressor.data.text_files import Document
+    from cai_runtime.convert.text_files import Document
     from cai_runtime.convert.texts import split_articles, wikipedia_articles
 
     articles = split_articles(wikipedia_articles(progress=progress)).calibration
@@ -138,8 +137,8 @@ def _wikipedia(progress: bool | None) -> tuple[list[Document], str, dict[str, An
 
 
 def _files(source: Source, tokens: int, seed: int) -> tuple[list[Document], str, dict[str, Any]]:
-    from cai_runtime.compressor.data.text_files import characters_for, find_files, read_documents, sample_documents
     from cai_runtime.convert.cache import sha256_of
+    from cai_runtime.convert.text_files import characters_for, find_files, read_documents, sample_documents
 
     given = [source] if isinstance(source, (str, Path)) else list(source)
     files = [file for item in given for file in find_files(item)]
@@ -154,7 +153,7 @@ def _files(source: Source, tokens: int, seed: int) -> tuple[list[Document], str,
 
 def _dataset(source: str, tokens: int, seed: int, progress: bool | None) -> tuple[list[Document], str, dict[str, Any]]:
     from cai_runtime.compressor.data.hub_dataset import DatasetName, fetch_shards, find_shards
-    from cai_runtime.compressor.data.text_files import (
+    from cai_runtime.convert.text_files import (
         characters_for,
         read_documents,
         sample_documents,
@@ -279,27 +278,3 @@ def sample_sequences(tokens: torch.Tensor, samples: int, length: int, *, seed: i
         return packed
     order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))
     return packed[order[:samples].sort().values]
-
-
-@dataclass(frozen=True)
-class CalibrationText:
-    """Texts, and where they came from in words (for the report)."""
-
-    texts: list[str]
-    source: str
-
-
-def load_calibration(file: str | Path | None = None, *, progress: bool | None = None) -> CalibrationText:
-    """The texts of a file, whole; None: the calibration half of the Wikipedia sample.
-
-    Raises CompressionError as `calibration_sequences`, and for a file of conversations; SourceError when the sample can't
-    be fetched.
-    """
-    if file is None:
-        documents, words, _ = _wikipedia(progress)
-    else:
-        documents, words, _ = _files(file, sys.maxsize, 0)
-    for document in documents:
-        if document.messages:
-            raise CompressionError(f"calibration file {document.where}: a conversation where a text is wanted")
-    return CalibrationText([document.text for document in documents], words)

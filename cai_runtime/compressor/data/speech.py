@@ -19,16 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cai_runtime.compressor.data.audio_files import RATE, Clip, Source, cut_windows, find_clips, read_audio
+from cai_runtime.audio.files import RATE, Clip, Source, cut_windows, find_clips, read_audio, split_clips
 from cai_runtime.compressor.data.repetition import loops
 from cai_runtime.errors import CompressionError
 from cai_runtime.progress import progress_bar
-from cai_runtime.stock.guard import foreign
+from cai_runtime.stock.load import DTYPES
+from cai_runtime.stock.speech_input import load_processor, speech_batch, window_features
 from cai_runtime.stock.transcribe import TOGETHER, Prompts, encode, prompt_of, transcribe
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from cai_runtime.compressor.options import Options
     from cai_runtime.compressor.stats.block_stack import Batch
     from cai_runtime.compressor.stats.weights import DenseWeights
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
 
 # Of the model's own texts of one and the same window, one after the other until there are enough samples.
 TEMPERATURES = (0.0, 0.4, 0.8)
-SET_ASIDE = 10  # every tenth clip is for judging the result
-MOST_SET_ASIDE = 64  # a model hears each of them about as long as they take
 STEP = "text"
 NO_AUDIO = (
     "a speech model is calibrated on audio, which it can't write itself: give files, a directory, or a list of clips "
@@ -86,20 +83,6 @@ def require_audio(source: Source | None) -> None:
     if source is None or source == "self":
         raise CompressionError(NO_AUDIO)
     find_clips(source)
-
-
-def split_clips(source: Source) -> tuple[list[Clip], list[Clip]]:
-    """The clips to calibrate on, and those to judge the result on: every tenth, none of fewer than ten; of more than 640,
-    64 that are spread evenly over them.
-
-    Raises CompressionError as `find_clips` does.
-    """
-    clips = find_clips(source)
-    count = min(len(clips) // SET_ASIDE, MOST_SET_ASIDE)
-    spread = max(len(clips), SET_ASIDE * MOST_SET_ASIDE)
-    judged = [(k + 1) * spread // MOST_SET_ASIDE - 1 for k in range(count)]
-    left = set(range(len(clips))).difference(judged)
-    return [clips[k] for k in sorted(left)], [clips[k] for k in judged]
 
 
 def open_clips(clips: Sequence[Clip], progress: bool | None = None) -> None:
@@ -176,8 +159,6 @@ def calibration_batches(
 ) -> tuple[list[Batch], list[Batch], dict[str, Any]]:
     """Batches to calibrate on, batches to heal on (others first), and what they are; kept in the work directory. judged: the
     clips that are set aside will be heard; all of them are opened now."""
-    from cai_runtime.compressor.options import DTYPES
-
     if judged:
         assert options.calibration is not None  # the plan has asked for it
         open_clips(split_clips(options.calibration)[1], progress)
@@ -204,30 +185,6 @@ def calibration_batches(
     ]
     known, others = batches[: options.samples], batches[options.samples :]
     return known, others + known, record["report"]
-
-
-def speech_batch(features: torch.Tensor, tokens: torch.Tensor, prompt: int) -> Batch:
-    """A batch of one window: `input_features` [1, mels, frames], `decoder_input_ids` [1, tokens], and as `labels` the next
-    token at each place, -100 where that is part of the prompt. tokens: int64, prompt, text and end."""
-    labels = tokens[1:].clone()
-    labels[: prompt - 1] = -100
-    return {"input_features": features[None], "decoder_input_ids": tokens[None, :-1], "labels": labels[None]}
-
-
-def window_features(extractor: Any, audio: np.ndarray) -> torch.Tensor:
-    """Log-mel features of up to 30 s, padded with silence: fp32 [mels, frames]."""
-    return extractor(audio, sampling_rate=RATE, return_tensors="pt").input_features[0]
-
-
-def load_processor(path: str | Path) -> tuple[Any, Any]:
-    """A Whisper's feature extractor and tokenizer. Raises CompressionError when the directory lacks their files."""
-    from transformers import AutoFeatureExtractor, AutoTokenizer
-
-    with foreign(f"the feature extractor or tokenizer of {path} can't be loaded"):
-        return (
-            AutoFeatureExtractor.from_pretrained(path, trust_remote_code=False),
-            AutoTokenizer.from_pretrained(path, trust_remote_code=False),
-        )
 
 
 def _tell(

@@ -12,16 +12,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from cai_runtime.audio.files import Source, split_clips
 from cai_runtime.compressor.assemble import healed_parameters, module_report, write_rest
-from cai_runtime.compressor.data.audio_files import Source
-from cai_runtime.compressor.data.speech import split_clips
 from cai_runtime.compressor.elastic.growth import ElasticPlan, PlannedModule, add_forms, elastic_forms, plan_elastic
 from cai_runtime.compressor.elastic.heal import ElasticHealer, healed_forms, put_forms
 from cai_runtime.compressor.factor.allocate import Curve
 from cai_runtime.compressor.factor.cores import StoredModule
 from cai_runtime.compressor.factor.decompose import OUTPUT_DAMPING, damped, factorize
 from cai_runtime.compressor.factor.embedding_head import Ends
-from cai_runtime.compressor.options import DTYPES, Options
+from cai_runtime.compressor.options import Options
 from cai_runtime.compressor.report import Report
 from cai_runtime.compressor.stats.block_stack import Batch
 from cai_runtime.compressor.stats.calibrate import BlockId, CalibrationPass
@@ -39,6 +38,7 @@ from cai_runtime.judge.speech_result import SpeechComparison
 from cai_runtime.slim.spec import STORES, ModuleSpec
 from cai_runtime.slim.stores import CoreData
 from cai_runtime.slim.writer import CheckpointWriter, record_quality
+from cai_runtime.stock.load import DTYPES
 
 STEP = "elastic"
 FLOAT = "|float"  # what follows a core's name in the step's file
@@ -216,8 +216,8 @@ def judge_keeps(dense: str | Path, slim: str | Path, report: Report, **options: 
 def judge_speech_keeps(
     dense: str | Path, slim: str | Path, calibration: Source, report: Report, *, progress: bool | None = None
 ) -> None:
-    """`judge_keeps` of a Whisper, by what it hears in the clips that calibration left out (`speech.split_clips`); where it
-    left out none, nothing is judged. Raises what `compare_speech` and `record_quality` raise."""
+    """`judge_keeps` of a Whisper, by its word errors on the clips that calibration left out (`audio.files.split_clips`).
+    Where none was left out, nothing is judged. Raises what `compare_speech` and `record_quality` raise."""
     assert report.elastic is not None
     keeps, (_, clips) = judged_keeps(*report.elastic["keep"]), split_clips(calibration)
     if not clips:

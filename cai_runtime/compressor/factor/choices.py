@@ -1,39 +1,17 @@
-"""What each module becomes: kind, rank and store, under one budget."""
+"""Chooses what each module becomes, under one budget in parameters or bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from cai_runtime.compressor.factor.allocate import Curve, Option, allocate, allocate_menus
-from cai_runtime.compressor.factor.mpo import Reshape
+from cai_runtime.compressor.factor.choice import Choice
+from cai_runtime.compressor.options import Options
 from cai_runtime.errors import CompressionError
-from cai_runtime.slim.spec import Kind, ModuleSpec
-
-if TYPE_CHECKING:
-    from cai_runtime.compressor.options import Options
 
 # What rounding adds to the error of two cores, over what it adds to the dense weight's. On eight layers of SmolLM2-135M, in
 # int8 and int4-g64 at keep 0.8 and 0.5, it was 1.8 to 5.9, at the median 3.
 FACTOR_NOISE = 3.0
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Kind, rank (None: dense; of an mpo the widest bond dimension) and store of a module's cores. reshape: of an mpo."""
-
-    kind: Kind
-    rank: int | None
-    store: str
-    reshape: Reshape | None = None
-
-    def spec(self, out_features: int, in_features: int) -> ModuleSpec:
-        if self.rank is None:
-            return ModuleSpec("dense", out_features, in_features, None, (self.store,))
-        if self.reshape is not None:
-            return self.reshape.spec(self.rank, self.store)
-        return ModuleSpec(self.kind, out_features, in_features, self.rank, (self.store, self.store))
 
 
 def choose(

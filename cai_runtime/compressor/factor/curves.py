@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cai_runtime.compressor.factor.allocate import Curve
-from cai_runtime.compressor.factor.choices import Choice
+from cai_runtime.compressor.factor.choice import Choice
 from cai_runtime.compressor.factor.cores import dense_module
 from cai_runtime.compressor.factor.decompose import OUTPUT_DAMPING, damped, spectrum, whitened_error
 from cai_runtime.compressor.factor.mpo import MpoTrain, Reshape, best_train

@@ -15,12 +15,13 @@ import torch
 from cai_runtime.compressor.data.speech import require_audio
 from cai_runtime.compressor.elastic.growth import check_smallest
 from cai_runtime.compressor.factor.allocate import Curve, allocate
-from cai_runtime.compressor.factor.choices import Choice, choose
+from cai_runtime.compressor.factor.choice import Choice
+from cai_runtime.compressor.factor.choices import choose
 from cai_runtime.compressor.factor.curves import TYPICAL_SHARE
 from cai_runtime.compressor.factor.embedding_head import Ends
 from cai_runtime.compressor.factor.mpo import reshapes
 from cai_runtime.compressor.factor.plan_file import planned
-from cai_runtime.compressor.options import BATCH, DTYPES, Options
+from cai_runtime.compressor.options import BATCH, Options
 from cai_runtime.compressor.stats.block_stack import all_there, find_stacks
 from cai_runtime.compressor.stats.source_check import require_whole
 from cai_runtime.compressor.stats.targets import find_targets
@@ -29,6 +30,7 @@ from cai_runtime.compressor.stats.weights import DenseWeights
 from cai_runtime.compressor.train.heal import WINDOWS
 from cai_runtime.errors import CompressionError
 from cai_runtime.slim.spec import DENSE_REFERENCE_BYTES, STORES, ModuleSpec
+from cai_runtime.stock.load import DTYPES
 
 MOMENT_BYTES = 4 << 30  # of all blocks' moments together that are kept on disk; more are computed twice
 STUDENT_BYTES = 16  # for each trained number while healing: latent, rounded, gradient, momentum, fp32

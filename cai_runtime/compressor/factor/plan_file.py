@@ -21,7 +21,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from cai_runtime.compressor.factor.choices import Choice
+from cai_runtime.compressor.factor.choice import Choice
 from cai_runtime.compressor.factor.mpo import Reshape, reshapes
 from cai_runtime.errors import CheckpointError, CompressionError
 from cai_runtime.slim.spec import KINDS, STORES, canonical_store

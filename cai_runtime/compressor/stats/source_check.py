@@ -9,11 +9,11 @@ from torch import nn
 
 from cai_runtime.compressor.stats.weights import DenseWeights
 from cai_runtime.errors import TensorDtypeError, TensorMissingError, TensorShapeError
-from cai_runtime.judge.evaluate import dense_config
 from cai_runtime.slim.reader import read_json
 from cai_runtime.slim.spec import FLOAT_STORE_OF_DTYPE
 from cai_runtime.slim.writer import COPIED_FILES
 from cai_runtime.stock.guard import quiet_transformers
+from cai_runtime.stock.load import dense_config
 
 
 def require_whole(weights: DenseWeights, skeleton: nn.Module) -> None:

@@ -13,11 +13,11 @@ from torch import nn
 
 from cai_runtime.convert.cache import sha256_of
 from cai_runtime.integrations.names import Names
-from cai_runtime.judge.evaluate import SPEECH, auto_class, dense_config, dense_reference, slim_as_transformers
 from cai_runtime.progress import progress_bar
 from cai_runtime.slim.reader import Checkpoint
 from cai_runtime.slim.shard import TensorInfo
 from cai_runtime.stock.guard import foreign
+from cai_runtime.stock.load import SPEECH, auto_class, dense_config, dense_reference, slim_as_transformers
 from cai_runtime.stock.torch_state import parameters_on_meta
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cai_runtime.compressor.factor.choices import Choice
+from cai_runtime.compressor.factor.choice import Choice
 from cai_runtime.compressor.factor.cores import dense_module, factorized_module, mpo_module
 from cai_runtime.compressor.factor.decompose import OUTPUT_DAMPING, damped, factorize
 from cai_runtime.compressor.factor.mpo import MpoTrain

@@ -64,7 +64,7 @@ class HealSettings:
 def dense_pair(weights: DenseWeights, options: Options, ends: Ends) -> tuple[Any, Any]:
     """Twice transformers' model with all its weights: the student, whose layers are still to be replaced, with embedding and
     head as they will be stored (see `Ends`); and the teacher. Nothing of them is to be trained."""
-    from cai_runtime.compressor.options import DTYPES
+    from cai_runtime.stock.load import DTYPES
 
     pair: list[Any] = [weights.resident(DTYPES[options.dtype]).to(options.device) for _ in range(2)]
     student, teacher = pair

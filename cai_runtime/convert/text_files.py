@@ -199,3 +199,18 @@ def characters_for(tokens: int) -> int:
     """Characters that surely hold `tokens` tokens several times over, so that the windows can be drawn from all over a
     large file: 8 times as many tokens at 4 characters each, and at least 4 Mi."""
     return max(4 << 20, math.ceil(tokens * 8 * 4))
+
+
+def whole_texts(source: str | Path) -> tuple[list[str], str]:
+    """Every text of a file, or of a directory of files, and their number and place in words.
+
+    Raises CompressionError: a file is malformed or missing, or holds a conversation, or there is no text.
+    """
+    documents = [document for file in find_files(source) for document in read_documents(file)]
+    for document in documents:
+        if document.messages:
+            raise CompressionError(f"calibration file {document.where}: a conversation where a text is wanted")
+    if not documents:
+        raise CompressionError(f"calibration text {source} holds no text")
+    count = "1 text" if len(documents) == 1 else f"{len(documents)} texts"
+    return [document.text for document in documents], f"{Path(source).name}: {count}"

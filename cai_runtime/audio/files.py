@@ -17,6 +17,8 @@ RATE = 16_000  # samples a second
 WINDOW = 30  # seconds that a model hears at once
 LOOK_BACK = 5.0  # seconds before a window's end in which a pause is looked for
 PAUSE = 0.2  # seconds
+SET_ASIDE = 10  # every tenth clip is for judging the result
+MOST_SET_ASIDE = 64  # a model hears each of them about as long as they take
 
 Source = str | Path | Sequence[str | Path]
 
@@ -167,3 +169,17 @@ def _entry(path: Path, number: int, audio: object, text: object) -> Clip:
     if not file.is_file():
         raise CompressionError(f"{path}, line {number}: {file} is not there")
     return _with_text(file) if text is None else Clip(file, " ".join(text.split()))
+
+
+def split_clips(source: Source) -> tuple[list[Clip], list[Clip]]:
+    """The clips to calibrate on, and those to judge the result on: every tenth, none of fewer than ten; of more than 640,
+    64 that are spread evenly over them.
+
+    Raises CompressionError as `find_clips` does.
+    """
+    clips = find_clips(source)
+    count = min(len(clips) // SET_ASIDE, MOST_SET_ASIDE)
+    spread = max(len(clips), SET_ASIDE * MOST_SET_ASIDE)
+    judged = [(k + 1) * spread // MOST_SET_ASIDE - 1 for k in range(count)]
+    left = set(range(len(clips))).difference(judged)
+    return [clips[k] for k in sorted(left)], [clips[k] for k in judged]

@@ -1,0 +1,88 @@
+"""The way of every request: check it, find and open its model, prepare its sequences, run them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from cai_runtime.api.errors import InternalServerError
+from cai_runtime.api.generation import AsyncStream, Running, Stream
+from cai_runtime.api.host import ModelHost, ResolvedModel
+from cai_runtime.api.models import require_text
+from cai_runtime.api.timeouts import timed_out
+
+
+def create(endpoint: ModuleType, host: ModelHost, params: Mapping[str, Any], timeout: float | None) -> Any:
+    """The reply to a call of `create`, or its stream.
+
+    Args:
+        endpoint: the module that parses and prepares the request: `api.chat` or `api.completions`.
+        params: the keyword arguments as they came.
+        timeout: seconds, of a request that names none.
+    """
+    request = endpoint.parse(params)
+    seconds = _timeout_of(params, request, timeout)
+    end = None if seconds is None else time.monotonic() + seconds
+    model = host.resolve(request.model)
+    require_text(model)
+    opened = host.open(model, seconds)
+    try:
+        running = endpoint.prepare(request, model.name, opened).submit(opened.engine)
+    except InternalServerError as error:
+        if not (_has_ended(error, host) and host.discard(model, opened)):
+            raise
+        opened = host.open(model, _left(end))
+        running = endpoint.prepare(request, model.name, opened).submit(opened.engine)
+    running.timeout = seconds
+    return Stream(running) if request.stream else running.whole(_left(end))
+
+
+async def acreate(endpoint: ModuleType, host: ModelHost, params: Mapping[str, Any], timeout: float | None) -> Any:
+    """`create` without blocking the event loop."""
+    request = endpoint.parse(params)
+    seconds = _timeout_of(params, request, timeout)
+    model = host.resolve(request.model)
+    require_text(model)
+    try:
+        async with asyncio.timeout(seconds):
+            running = await _start(endpoint, host, request, model)
+            if not request.stream:
+                return await running.awhole()
+    except TimeoutError:  # errors of the library come as APIError
+        raise timed_out(seconds) from None
+    running.timeout = seconds
+    return AsyncStream(running)
+
+
+async def _start(endpoint: ModuleType, host: ModelHost, request: Any, model: ResolvedModel) -> Running[Any, Any]:
+    opened = await host.aopen(model)
+    generation = await asyncio.to_thread(endpoint.prepare, request, model.name, opened)
+    try:
+        # Not in a thread: a cancelled task would lose sight of what runs there.
+        return generation.submit(opened.engine)
+    except InternalServerError as error:
+        if not (_has_ended(error, host) and await asyncio.to_thread(host.discard, model, opened)):
+            raise
+    opened = await host.aopen(model)
+    generation = await asyncio.to_thread(endpoint.prepare, request, model.name, opened)
+    return generation.submit(opened.engine)
+
+
+def _has_ended(error: InternalServerError, host: ModelHost) -> bool:
+    """Whether a request was refused because its engine has ended, unloaded since it was looked up or by an error of its
+    own, so that opening the model again serves it."""
+    return error.code == "engine_closed" and not host.closed
+
+
+def _timeout_of(params: Mapping[str, Any], request: Any, default: float | None) -> float | None:
+    """The request's own, else the client's. An explicit None is no limit, as in the `openai` client."""
+    if "timeout" in request.params:
+        return request.params["timeout"]
+    return None if params.get("timeout", default) is None else default
+
+
+def _left(end: float | None) -> float | None:
+    return None if end is None else max(0.0, end - time.monotonic())

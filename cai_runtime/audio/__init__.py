@@ -1,0 +1,1 @@
+"""Audio: files read, resampled and cut into windows."""
