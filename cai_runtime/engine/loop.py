@@ -146,8 +146,10 @@ class EngineLoop:
             self._limits.relax(most_sequences=self.scheduler.max_batch, most_tokens=self._pace.most)
 
     def _try(self, feeds: list[Feed]) -> bool:
-        """Run feeds, in halves if the model fails on them, until the failure is that of one sequence alone, whose request it
-        ends. If every half goes through, its size is remembered. Returns whether no request failed."""
+        """Run feeds, in halves if the model fails on them, until the failure is that of one sequence alone. A sequence that
+        lacks memory is fed in halves of its tokens; any other failure of one sequence ends its request.
+
+        Returns False if one sequence was to blame. Otherwise their number was, and the one that worked is remembered."""
         try:
             logits = self._run_model(feeds)
         except Exception as error:
@@ -175,9 +177,11 @@ class EngineLoop:
             return all(through)
         sequence, count = feeds[0].sequence, len(feeds[0].tokens.token_ids)
         size = (count + 1) // 2
-        if self._try([Feed.of(sequence, size)]) and self._try([Feed.of(sequence, count - size)]):
-            self._limits.lower(prompt_tokens=size)
-            return True
+        self._try([Feed.of(sequence, size)])
+        if sequence.stream not in self._sequences:  # its request has failed
+            return False
+        self._limits.lower(prompt_tokens=size)
+        self._try([Feed.of(sequence, count - size)])
         return False
 
     def _run_model(self, feeds: list[Feed]) -> np.ndarray:
@@ -301,7 +305,9 @@ class EngineLoop:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or "out of memory" in str(error) or "OutOfMemory" in type(error).__name__
+    return (
+        isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "OutOfMemory" in type(error).__name__
+    )
 
 
 def _size(feeds: list[Feed]) -> str:

@@ -21,24 +21,21 @@ from cai_runtime.engine.stats import EngineStats
 logger = logging.getLogger("cai_runtime.engine")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)  # not frozen: thousands are made in a second, and that would take twice the time
 class Feed:
     """One sequence's part of a step: `tokens` are fed, and the next one is sampled if they are the last known."""
 
     sequence: Sequence
     tokens: ScheduledSequence
+    is_decode: bool  # the newest generated token, and no part of a prompt or of a recomputation
 
     @classmethod
-    def of(cls, sequence: Sequence, num_tokens: int) -> Feed:
-        """The next `num_tokens` uncomputed tokens of a sequence."""
-        start, end = sequence.num_computed, sequence.num_computed + num_tokens
-        is_last = num_tokens == sequence.num_uncomputed
-        return cls(sequence, ScheduledSequence(sequence.token_ids[start:end], start, sequence.pages, is_last))
-
-    @property
-    def is_decode(self) -> bool:
-        """Whether the feed is the newest generated token, and no part of a prompt or of a recomputation."""
-        return self.sequence.num_generated > 0 and self.tokens.sample and len(self.tokens.token_ids) == 1
+    def of(cls, sequence: Sequence, count: int) -> Feed:
+        """The next `count` uncomputed tokens of a sequence."""
+        start, known = sequence.num_computed, len(sequence.token_ids)
+        end = start + count
+        tokens = ScheduledSequence(sequence.token_ids[start:end], start, sequence.pages, end == known)
+        return cls(sequence, tokens, count == 1 and end == known > sequence.num_prompt)
 
 
 class Scheduler:
@@ -73,17 +70,19 @@ class Scheduler:
     def schedule(self, budget: int) -> list[Feed]:
         """The next step, with at most `budget` prompt tokens, at least one: never empty while there is work."""
         step, preempted = [], False
+        page_size = self.cache.page_size
         for sequence in list(self.running):  # oldest first, so that nobody in `step` is preempted any more
-            while sequence.pages and not self._grow(sequence):
+            known = len(sequence.token_ids)
+            while sequence.pages and known > len(sequence.pages) * page_size and not self._grow(sequence):
                 self._preempt(self.running[-1])
                 preempted = True
             if not sequence.pages:
                 continue
-            if sequence.num_uncomputed == 1:
-                step.append(Feed.of(sequence, 1))
-            elif budget > 0:
-                count = min(sequence.num_uncomputed, budget)
+            count = known - sequence.num_computed
+            if count > 1:
+                count = min(count, budget)
                 budget -= count
+            if count:
                 step.append(Feed.of(sequence, count))
         if not preempted:
             self._admit(step, budget)
@@ -162,17 +161,19 @@ class Scheduler:
 
     def advance(self, feed: Feed) -> None:
         """Note that a feed was computed."""
+        count = len(feed.tokens.token_ids)
         if not feed.is_decode:
-            self.stats.tokens_prefilled += len(feed.tokens.token_ids)
-        feed.sequence.num_computed += len(feed.tokens.token_ids)
+            self.stats.tokens_prefilled += count
+        feed.sequence.num_computed += count
 
     def commit(self, sequence: Sequence) -> None:
         """Offer the pages that a sequence has filled to others. Call once logits that follow them are known to be finite:
         whatever is wrong in a page of a sequence reaches all its later logits."""
-        if not self.cache.prefix_cache or sequence.num_computed // self.cache.page_size <= sequence.num_registered:
+        page_size = self.cache.page_size
+        if sequence.num_computed < (sequence.num_registered + 1) * page_size or not self.cache.prefix_cache:
             return
-        extend_digests(sequence.digests, sequence.token_ids, self.cache.page_size)
-        for page in range(sequence.num_registered, sequence.num_computed // self.cache.page_size):
+        extend_digests(sequence.digests, sequence.token_ids, page_size)
+        for page in range(sequence.num_registered, sequence.num_computed // page_size):
             self.cache.register(sequence.pages[page], sequence.digests[page])
             sequence.num_registered += 1
 

@@ -459,3 +459,22 @@ def test_an_internal_error_ends_the_engine_without_hanging_anyone(make_engine, m
 def test_impossible_options_are_refused(make_engine, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         make_engine(**options)
+
+
+def test_choices_of_one_prompt_hash_its_pages_once(make_engine, make_runner, greedy, monkeypatch):
+    from cai_runtime.engine import scheduler
+
+    hashed = []
+    extend = scheduler.extend_digests
+
+    def counting(digests, token_ids, page_size):
+        before = len(digests)
+        extend(digests, token_ids, page_size)
+        hashed.extend(digests[before:])
+
+    monkeypatch.setattr(scheduler, "extend_digests", counting)
+    engine = make_engine(make_runner(num_pages=512), max_batch=16)
+    prompt = list(range(41))
+    for handle in engine.submit_all([Request(prompt, SamplingParams(max_tokens=1, temperature=0.0)) for _ in range(8)]):
+        handle.result()
+    assert len(hashed) == len(set(hashed)) == 10, "41 tokens fill ten pages of 4"

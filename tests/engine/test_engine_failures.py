@@ -66,6 +66,18 @@ def test_a_prompt_that_the_memory_does_not_take_goes_in_parts(make_engine, make_
     assert engine.stats().retries == len(failures) and engine.stats().failed == 0
 
 
+def test_a_prompt_that_is_too_long_does_not_shrink_the_batch(make_engine, make_runner, greedy, expected):
+    runner = make_runner(num_pages=512)
+    out_of_memory_above(runner, tokens=10)
+    engine = make_engine(runner, prefill_time=None, max_batch=8)
+    prompts = [[i] for i in range(7)] + [list(range(50))]
+    handles = engine.submit_all([greedy(prompt, 30, ignore_eos=True) for prompt in prompts])
+    for handle, prompt in zip(handles, prompts, strict=True):
+        assert handle.result().token_ids[:1] == expected(prompt, 1)
+    assert [1] * 8 in runner.steps
+    assert engine.stats().failed == 0 and max(max(step) for step in runner.steps) == 7
+
+
 def test_one_guilty_request_costs_few_tries(make_engine, make_runner, greedy):
     runner = make_runner(num_pages=512)
     runner.fail_on = 95
