@@ -178,7 +178,7 @@ class EngineLoop:
         sequence, count = feeds[0].sequence, len(feeds[0].tokens.token_ids)
         size = (count + 1) // 2
         self._try([Feed.of(sequence, size)])
-        if sequence.stream not in self._sequences:  # its request has failed
+        if sequence.log not in self._sequences:  # its request has failed
             return False
         self._limits.lower(prompt_tokens=size)
         self._try([Feed.of(sequence, count - size)])
