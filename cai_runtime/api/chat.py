@@ -25,9 +25,11 @@ from cai_runtime.api.params import (
 )
 from cai_runtime.api.usage import ReplyHead, usage_of
 from cai_runtime.api.values import Flag
-from cai_runtime.engine.request import Completion, Request
+from cai_runtime.engine.request import Finished, Request
+from cai_runtime.formats.base import Format
 from cai_runtime.formats.events import ChatEvent, EndEvent, TextEvent
 from cai_runtime.formats.messages import Message, parse_messages
+from cai_runtime.formats.plain import PlainFormat
 from cai_runtime.formats.template import render
 
 
@@ -53,6 +55,7 @@ class _ChatCall(ChatParams, total=False):
     stream: Flag | None
 
 
+_FORMAT: Format = PlainFormat()  # of every model, until a format knows reasoning or tool calls
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(_ChatCall)
 _NAMES = frozenset(_ChatCall.__annotations__) | frozenset(UNSUPPORTED) - {"best_of", "suffix"}
 
@@ -104,7 +107,12 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
     head = ReplyHead.new("chatcmpl", name)
     choices = request.params.get("n", 1)
     requests = [
-        Request(prompt_ids, replace(sampling, seed=choice_seed(sampling.seed, i)), request_id=f"{head.id}/{i}")
+        Request(
+            prompt_ids,
+            replace(sampling, seed=choice_seed(sampling.seed, i)),
+            request_id=f"{head.id}/{i}",
+            output=_FORMAT.output,
+        )
         for i in range(choices)
     ]
     include_usage = (request.params.get("stream_options") or {}).get("include_usage") or False
@@ -134,18 +142,18 @@ class ChatReply:
             case EndEvent():
                 return self._chunk(index, ChoiceDelta(), event.finish_reason)
 
-    def closing(self, completions: Sequence[Completion]) -> list[ChatCompletionChunk]:
+    def closing(self, choices: Sequence[Finished]) -> list[ChatCompletionChunk]:
         if not self._include_usage:
             return []
-        usage = usage_of(completions, self._choices)
+        usage = usage_of(choices, self._choices)
         return [ChatCompletionChunk(**vars(self._head), object="chat.completion.chunk", choices=[], usage=usage)]
 
-    def fold(self, events: Sequence[Sequence[ChatEvent]], completions: Sequence[Completion]) -> ChatCompletion:
+    def fold(self, choices: Sequence[Finished]) -> ChatCompletion:
         return ChatCompletion(
             **vars(self._head),
             object="chat.completion",
-            choices=[_fold_choice(index, of_choice) for index, of_choice in enumerate(events)],
-            usage=usage_of(completions, self._choices),
+            choices=[_fold_choice(index, choice.events) for index, choice in enumerate(choices)],
+            usage=usage_of(choices, self._choices),
         )
 
     def _chunk(self, index: int, delta: ChoiceDelta, finish_reason: Any = None) -> ChatCompletionChunk:

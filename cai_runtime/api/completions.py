@@ -24,11 +24,12 @@ from cai_runtime.api.params import (
 )
 from cai_runtime.api.usage import ReplyHead, usage_of
 from cai_runtime.api.values import TOKEN_LIMIT, Flag
-from cai_runtime.engine.request import Completion, Request
+from cai_runtime.engine.request import Finished, Request
 from cai_runtime.formats.events import ChatEvent, EndEvent, TextEvent
 from cai_runtime.scalars import as_integer
 
 DEFAULT_MAX_TOKENS = 16
+_AS_IT_IS = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
 Prompt = str | list[int]
 
 
@@ -137,7 +138,8 @@ def prepare(request: CompletionRequest, name: str, opened: OpenModel) -> Generat
         with opened.tokenizer_lock:
             prompt_ids = _encode(prompt, opened)
             if request.params.get("echo"):
-                echoes += [prompt if isinstance(prompt, str) else opened.tokenizer.decode(prompt_ids)] * choices
+                echo = prompt if isinstance(prompt, str) else opened.tokenizer.decode(prompt_ids, **_AS_IT_IS)
+                echoes += [echo] * choices
         sampling = sampling_params(
             request.params,
             prompt_tokens=len(prompt_ids),
@@ -203,17 +205,17 @@ class CompletionReply:
                 choice = CompletionChunkChoice(index=index, text="", finish_reason=event.finish_reason)
         return self._piece([choice])
 
-    def closing(self, completions: Sequence[Completion]) -> list[CompletionChunk]:
+    def closing(self, choices: Sequence[Finished]) -> list[CompletionChunk]:
         if not self._include_usage:
             return []
-        return [self._piece([], usage_of(completions, self._choices_per_prompt))]
+        return [self._piece([], usage_of(choices, self._choices_per_prompt))]
 
-    def fold(self, events: Sequence[Sequence[ChatEvent]], completions: Sequence[Completion]) -> TextCompletion:
+    def fold(self, choices: Sequence[Finished]) -> TextCompletion:
         return TextCompletion(
             **vars(self._head),
             object="text_completion",
-            choices=[self._fold_choice(index, of_choice) for index, of_choice in enumerate(events)],
-            usage=usage_of(completions, self._choices_per_prompt),
+            choices=[self._fold_choice(index, choice.events) for index, choice in enumerate(choices)],
+            usage=usage_of(choices, self._choices_per_prompt),
         )
 
     def _piece(self, choices: list[CompletionChunkChoice], usage: CompletionUsage | None = None) -> CompletionChunk:

@@ -10,10 +10,14 @@ stays as `__cause__`.
 
 from __future__ import annotations
 
+import signal
+import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any, ClassVar, Literal
 
 import openai
@@ -179,11 +183,35 @@ def api_error(error: BaseException) -> APIError:
 
 
 @contextmanager
-def as_api_errors() -> Iterator[None]:
-    """Raise whatever the block raises as an APIError, the original as its `__cause__`."""
+def as_api_errors(kind: type[Exception] = Exception) -> Iterator[None]:
+    """Raise what the block raises as an APIError, the original as its `__cause__`.
+
+    kind: of the exceptions that are meant; others pass. So does, of any kind, what a handler of a signal raises while the
+    block runs, such as the time limit of a task queue or of a test: its program waits for that very exception.
+    """
     try:
         yield
     except APIError:
         raise
-    except Exception as error:
+    except kind as error:
+        if _is_of_signal_handler(error):
+            raise
         raise api_error(error) from error
+
+
+def _is_of_signal_handler(error: BaseException) -> bool:
+    """Whether the function that is installed for some signal raised it, or called what did."""
+    if threading.current_thread() is not threading.main_thread():  # handlers run in the main thread alone
+        return False
+    handlers = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
+    frames = traceback.walk_tb(error.__traceback__)
+    return bool(handlers) and any(frame.f_code in handlers for frame, _ in frames)
+
+
+def _code_of(handler: Any) -> CodeType | None:
+    """Of a function, a bound method, a partial of one, or an object that can be called."""
+    while isinstance(handler, partial):
+        handler = handler.func
+    if callable(handler) and not hasattr(handler, "__code__"):
+        handler = getattr(handler, "__func__", None) or type(handler).__call__
+    return getattr(handler, "__code__", None)

@@ -1,22 +1,24 @@
-"""Runs the sequences of one request and turns their deltas into a whole reply or a stream of chunks.
+"""Runs the sequences of one request and makes a whole reply or a stream of chunks of their events.
 
-Both go one way: engine deltas -> parser -> events -> ReplyFormat, which makes chunks of the events or folds them.
+Both go one way: the format's output makes events of tokens, in the engine; a ReplyFormat makes chunks of the events, or
+folds all of them into the reply.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from cai_runtime.api.errors import APIError, as_api_errors
-from cai_runtime.api.timeouts import timing_out
-from cai_runtime.engine.request import Completion, Delta, Request
+from cai_runtime.api.timeouts import timed_out, timing_out
+from cai_runtime.engine.handle import HandleGroup
+from cai_runtime.engine.request import Finished, Request
+from cai_runtime.errors import CaiError
 from cai_runtime.formats.events import ChatEvent
-from cai_runtime.formats.plain import PlainParser
 
 Chunk = TypeVar("Chunk")
 Whole = TypeVar("Whole")
@@ -34,11 +36,11 @@ class ReplyFormat(Protocol[Chunk, Whole_co]):
         """The chunk for one event of choice `index`."""
         ...
 
-    def closing(self, completions: Sequence[Completion]) -> list[Chunk]:
+    def closing(self, choices: Sequence[Finished]) -> list[Chunk]:
         """Chunks after the last event of the last choice, such as the usage."""
         ...
 
-    def fold(self, events: Sequence[Sequence[ChatEvent]], completions: Sequence[Completion]) -> Whole_co:
+    def fold(self, choices: Sequence[Finished]) -> Whole_co:
         """The whole reply from every choice's events."""
         ...
 
@@ -52,85 +54,66 @@ class Generation(Generic[Chunk, Whole]):
 
     def submit(self, engine: Any) -> Running[Chunk, Whole]:
         """Hand all choices to the engine; none runs if one is refused."""
-        handles: list[Any] = []
         with as_api_errors():
-            try:
-                for request in self.requests:
-                    handles.append(engine.submit(request))  # noqa: PERF401 - on error, what runs counts
-            except BaseException:
-                _abort(handles)
-                raise
-        return Running(handles, self.format)
+            handles = engine.submit_all(self.requests)
+        return Running(HandleGroup(handles), self.format)
 
 
 class Running(Generic[Chunk, Whole]):
-    """The choices of a request while they run. Consume it once: `whole`, `chunks` or their asynchronous twins."""
+    """The choices of a request while they run. Consume it once: `whole`, `chunks` or their asynchronous twins.
 
-    def __init__(self, handles: list[Any], format: ReplyFormat[Chunk, Whole]):
-        self._handles = handles
+    What is raised while waiting comes out as itself, such as the exception of a signal handler; what the engine reports
+    comes out as an APIError.
+    """
+
+    def __init__(self, group: HandleGroup, format: ReplyFormat[Chunk, Whole]):
+        self._group = group
         self._format = format
-        self._parsers = [PlainParser() for _ in handles]
         self.timeout: float | None = None  # seconds that a stream waits for its next delta
 
     def abort(self) -> None:
         """Stop every choice that still runs and free its memory. Idempotent, thread-safe."""
-        _abort(self._handles)
+        self._group.abort()
 
     def whole(self, timeout: float | None = None) -> Whole:
         """Wait for the end, at most `timeout` seconds, and fold. Aborts the request on any exception, Ctrl-C
         included."""
-        end = None if timeout is None else time.monotonic() + timeout
-        with as_api_errors(), self._aborting(), timing_out(self.timeout):
-            return self._fold(
-                [handle.result(None if end is None else max(0.0, end - time.monotonic())) for handle in self._handles]
-            )
+        with as_api_errors(CaiError), self._aborting():
+            choices = self._group.results(timeout)
+            if choices is None:
+                raise timed_out(timeout if self.timeout is None else self.timeout)
+            return self._format.fold(choices)
 
     async def awhole(self) -> Whole:
-        with as_api_errors(), self._aborting():
-            return self._fold([await handle.aresult() for handle in self._handles])
-
-    def _fold(self, completions: list[Completion]) -> Whole:
-        # The whole text as one delta: the engine's result is the fold of its deltas, and a parser's events do not depend
-        # on where those were cut. This spares waking the caller for every token.
-        events = [
-            parser.feed(Delta(done.text, done.token_ids, done.finish_reason, done.stop_string))
-            for parser, done in zip(self._parsers, completions, strict=True)
-        ]
-        return self._format.fold(events, completions)
+        with as_api_errors(CaiError), self._aborting():
+            return self._format.fold(await self._group.aresults())
 
     def chunks(self) -> Generator[Chunk]:
-        """Chunks as they come. With several choices, one delta of each in turn: they run in one batch, a token each per
-        step."""
-        with as_api_errors(), self._aborting():
+        """Chunks as they come, of whichever choice has some."""
+        with as_api_errors(CaiError), self._aborting():
             yield from self._format.opening()
-            live = {index: iter(handle) for index, handle in enumerate(self._handles)}
-            while live:
-                for index, deltas in [*live.items()]:
-                    with timing_out(self.timeout):
-                        delta = deltas.next(self.timeout)
-                    if delta is None:
-                        del live[index]
-                        continue
-                    for event in self._parsers[index].feed(delta):
+            while (deltas := self._group.next(self.timeout)) != []:
+                if deltas is None:
+                    raise timed_out(self.timeout)
+                for index, delta in deltas:
+                    for event in delta.events:
                         yield self._format.chunk(index, event)
-            yield from self._format.closing([handle.result() for handle in self._handles])
+            yield from self._format.closing(self._group.results() or [])
 
     async def achunks(self) -> AsyncGenerator[Chunk]:
-        with as_api_errors(), self._aborting():
+        with as_api_errors(CaiError), self._aborting():
             for chunk in self._format.opening():
                 yield chunk
-            live = {index: aiter(handle) for index, handle in enumerate(self._handles)}
-            while live:
-                for index, deltas in [*live.items()]:
-                    with timing_out(self.timeout):
-                        async with asyncio.timeout(self.timeout):
-                            delta = await anext(deltas, None)
-                    if delta is None:
-                        del live[index]
-                        continue
-                    for event in self._parsers[index].feed(delta):
+            while True:
+                with timing_out(self.timeout):
+                    async with asyncio.timeout(self.timeout):
+                        deltas = await self._group.anext()
+                if not deltas:
+                    break
+                for index, delta in deltas:
+                    for event in delta.events:
                         yield self._format.chunk(index, event)
-            for chunk in self._format.closing([await handle.aresult() for handle in self._handles]):
+            for chunk in self._format.closing(await self._group.aresults()):
                 yield chunk
 
     @contextlib.contextmanager
@@ -145,11 +128,13 @@ class Running(Generic[Chunk, Whole]):
 
 
 class Stream(Generic[Chunk]):
-    """Chunks of a running request; a context manager. Closing it, or dropping it before its end, aborts the request."""
+    """Chunks of a running request; a context manager. Closing it, or dropping it before its end, aborts the request.
+    Several threads may iterate it: each chunk goes to one of them."""
 
     def __init__(self, running: Running[Chunk, Any]):
         self._running = running
         self._chunks = running.chunks()
+        self._turn = threading.RLock()  # of the thread that waits for the next chunk
         self._closed = False
 
     def __iter__(self) -> Iterator[Chunk]:
@@ -159,7 +144,8 @@ class Stream(Generic[Chunk]):
         if self._closed:
             raise StopIteration
         try:
-            chunk = next(self._chunks)
+            with self._turn:
+                chunk = next(self._chunks)
         except APIError as error:
             raise (StopIteration if self._closed else error) from error.__cause__
         if self._closed:  # by another thread, while this one waited
@@ -186,11 +172,12 @@ class Stream(Generic[Chunk]):
 
 
 class AsyncStream(Generic[Chunk]):
-    """The same for `async for` and `async with`."""
+    """The same for `async for` and `async with`. Several tasks of one event loop may iterate it."""
 
     def __init__(self, running: Running[Chunk, Any]):
         self._running = running
         self._chunks = running.achunks()
+        self._turn = asyncio.Lock()
         self._closed = False
 
     def __aiter__(self) -> AsyncIterator[Chunk]:
@@ -200,7 +187,8 @@ class AsyncStream(Generic[Chunk]):
         if self._closed:
             raise StopAsyncIteration
         try:
-            chunk = await anext(self._chunks)
+            async with self._turn:
+                chunk = await anext(self._chunks)
         except APIError as error:
             raise (StopAsyncIteration if self._closed else error) from error.__cause__
         if self._closed:  # by another task, while this one waited
@@ -223,8 +211,3 @@ class AsyncStream(Generic[Chunk]):
     def __del__(self) -> None:
         if hasattr(self, "_running"):
             self._running.abort()
-
-
-def _abort(handles: Sequence[Any]) -> None:
-    for handle in handles:
-        handle.abort()

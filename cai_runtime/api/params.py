@@ -27,6 +27,7 @@ from cai_runtime.api.values import (
     Penalty,
     Seconds,
     Stop,
+    TokenIds,
     Whole,
     surrogate_place,
 )
@@ -56,7 +57,9 @@ class GenerationParams(TypedDict, total=False):
     max_tokens, max_completion_tokens: at least 1; the latter wins. Default: 16 for text completions, the rest of the
         context for chat.
     min_tokens: until then neither the model's end of text nor a stop string ends the answer. Default 0.
-    stop: up to 16 strings; the text ends before the first that appears.
+    stop: up to 16 strings; the text ends before the first that appears. The text of a special token, such as
+        "<|im_end|>", stands for that token.
+    stop_token_ids: tokens that end the text, as the model's own end-of-text tokens do. Default none.
     frequency_penalty, presence_penalty: -2 to 2, default 0 (OpenAI's definition).
     repetition_penalty: 1e-6 to 1e6, default 1 (Keskar et al. 2019).
     logit_bias: token id to -100...100, added to its logit.
@@ -81,6 +84,7 @@ class GenerationParams(TypedDict, total=False):
     max_completion_tokens: Annotated[Whole, Field(ge=1)] | None
     min_tokens: Annotated[Whole, Field(ge=0)] | None
     stop: Stop | None
+    stop_token_ids: TokenIds | None
     frequency_penalty: Penalty | None
     presence_penalty: Penalty | None
     repetition_penalty: Annotated[Number, Field(ge=PENALTY_MIN, le=PENALTY_MAX)] | None
@@ -225,6 +229,13 @@ def sampling_params(
             param="logit_bias",
             code="invalid_value",
         )
+    stop_token_ids = tuple(params.get("stop_token_ids", ()))
+    if outside := [token for token in stop_token_ids if token >= vocab_size]:
+        raise BadRequestError(
+            f"'stop_token_ids' names token {outside[0]}, but this model's token ids end at {vocab_size - 1}.",
+            param="stop_token_ids",
+            code="invalid_value",
+        )
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
@@ -238,6 +249,7 @@ def sampling_params(
         logit_bias=logit_bias,
         seed=params.get("seed"),
         stop=tuple(params.get("stop", ())),
+        stop_token_ids=stop_token_ids,
         ignore_eos=params.get("ignore_eos", False),
     )
 

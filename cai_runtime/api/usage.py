@@ -12,7 +12,7 @@ from functools import cache
 from openai.types import CompletionUsage
 from openai.types.completion_usage import CompletionTokensDetails, PromptTokensDetails
 
-from cai_runtime.engine.request import Completion
+from cai_runtime.engine.request import Finished
 
 _ALPHABET = string.ascii_letters + string.digits
 
@@ -43,7 +43,7 @@ def system_fingerprint() -> str:
         return "cai_runtime"
 
 
-def usage_of(completions: Sequence[Completion], choices_per_prompt: int) -> CompletionUsage:
+def usage_of(completions: Sequence[Finished], choices_per_prompt: int) -> CompletionUsage:
     """Token counts of a whole reply. A prompt counts once, however many choices were asked for it; so do its cached
     tokens, as its first choice found them."""
     firsts = completions[::choices_per_prompt]

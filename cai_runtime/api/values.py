@@ -71,6 +71,15 @@ def _stop_list(value: Any) -> list[str]:
     return [str(stop) for stop in stops]
 
 
+def _token_ids(value: Any) -> list[int]:
+    if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__len__"):
+        raise PydanticCustomError("list_type", "must be a list of token ids")
+    ids = [as_integer(item) for item in value]
+    if any(token is None or token < 0 for token in ids):
+        raise PydanticCustomError("token_type", "must hold token ids alone, integers of at least 0")
+    return [token for token in ids if token is not None]
+
+
 def _logit_bias(value: Any) -> dict[int, float]:
     if not isinstance(value, Mapping):
         raise PydanticCustomError("dict_type", "must map token ids to numbers from -100 to 100")
@@ -128,6 +137,7 @@ Flag = Annotated[bool, Plain]
 Penalty = Annotated[Number, Field(ge=-2, le=2)]
 ModelName = Annotated[str | Path, BeforeValidator(_model_name)]
 Stop = Annotated[str | list[str], PlainValidator(_stop_list)]
+TokenIds = Annotated[list[int], PlainValidator(_token_ids)]
 LogitBias = Annotated[
     dict[str, float] | dict[int, float] | dict[str, int] | dict[int, int], PlainValidator(_logit_bias)
 ]

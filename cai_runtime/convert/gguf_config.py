@@ -75,10 +75,14 @@ def llama_config(file: GGUFFile, dtype: str) -> dict[str, Any]:
 
 
 def generation_config(file: GGUFFile) -> dict[str, Any]:
-    """generation_config.json: the token ids that begin, pad and end a text; end of turn ends it too."""
-    meta = file.metadata
-    ends = [meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+    """generation_config.json: the token ids that begin, pad and end a text. The end of a turn (eot) and of a message that
+    calls a tool (eom) end it too. Raises ConversionError for an id that is no token."""
+    meta, size = file.metadata, len(file.metadata.get("tokenizer.ggml.tokens") or ())
+    ends = [meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     ends = list(dict.fromkeys(end for end in ends if end is not None))
+    for end in ends:
+        if not isinstance(end, int) or not 0 <= end < size:
+            raise ConversionError(f"{file.path}: {end!r} is said to end a text, and is none of the {size} tokens")
     config = {
         "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,

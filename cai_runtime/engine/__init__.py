@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .engine import Engine
     from .handle import Handle
-    from .request import Completion, Delta, Request, SamplingParams
+    from .request import Delta, Finished, Request, SamplingParams
     from .stats import EngineStats
 
-__all__ = ["Completion", "Delta", "Engine", "EngineStats", "Handle", "Request", "SamplingParams"]
+__all__ = ["Delta", "Engine", "EngineStats", "Finished", "Handle", "Request", "SamplingParams"]
 
 _MODULES = {
-    "Completion": "request",
     "Delta": "request",
     "Engine": "engine",
     "EngineStats": "stats",
+    "Finished": "request",
     "Handle": "handle",
     "Request": "request",
     "SamplingParams": "request",

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 _REPLACEMENT = "\ufffd"
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _MAX_UNSETTLED = 16  # tokens in the window before a cut is tried; see Detokenizer._cut
+_CONTEXT = 8  # prompt tokens that decide how the first generated token is written; a character has at most 4
 
 
 class TokenDecoder:
-    """The three questions that detokenization asks of a tokenizer. Shared by all sequences of an engine.
+    """The questions that detokenization asks of a tokenizer. Shared by all sequences of an engine, and thread-safe.
 
     `tokenizer`: a fast tokenizer of transformers, a `tokenizers.Tokenizer`, or anything with
     `decode(token_ids, skip_special_tokens=...)`. Text is never "cleaned up": it is what the model wrote.
@@ -23,8 +24,10 @@ class TokenDecoder:
         self._backend: Any = getattr(tokenizer, "backend_tokenizer", tokenizer)
         cleans_up = hasattr(self._backend, "clean_up_tokenization")
         self._options = {"clean_up_tokenization_spaces": False} if cleans_up else {}
-        self._special = frozenset(token_id for token_id, token in _added_tokens(self._backend) if token.special)
-        self._is_byte: dict[int, bool] = {}
+        special = {token_id: str(token) for token_id, token in _added_tokens(self._backend) if token.special}
+        self._special = frozenset(special)
+        self._special_id = {text: token_id for token_id, text in special.items()}
+        self._byte: dict[int, int | None] = {}
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """The text of a whole sequence of tokens."""
@@ -34,14 +37,20 @@ class TokenDecoder:
         """Whether the token is left out of text when special tokens are skipped."""
         return token_id in self._special
 
-    def is_byte(self, token_id: int) -> bool:
-        """Whether the token is one byte of a sentencepiece-like vocabulary's fallback, `<0x0A>`."""
-        known = self._is_byte.get(token_id)
-        if known is None:
+    def special_id(self, text: str) -> int | None:
+        """The special token that is written `text`, such as "<|im_end|>"; None when there is none."""
+        return self._special_id.get(text)
+
+    def byte_of(self, token_id: int) -> int | None:
+        """The byte that the token stands for, in vocabularies with byte fallback (`<0x0A>`); None for other tokens."""
+        if token_id not in self._byte:
             name = getattr(self._backend, "id_to_token", None) or getattr(self._backend, "convert_ids_to_tokens", None)
             token = name(token_id) if name else None
-            known = self._is_byte[token_id] = token is not None and _BYTE_TOKEN.fullmatch(token) is not None
-        return known
+            match = _BYTE_TOKEN.fullmatch(token) if token else None
+            # Without byte fallback, a token that looks like a byte is written as it is named.
+            is_byte = match is not None and self.decode([token_id], False) != token
+            self._byte[token_id] = int(match[1], 16) if match and is_byte else None
+        return self._byte[token_id]
 
 
 def _added_tokens(tokenizer: Any) -> list[tuple[int, Any]]:
@@ -51,45 +60,126 @@ def _added_tokens(tokenizer: Any) -> list[tuple[int, Any]]:
 
 
 class Detokenizer:
-    """The text of one growing sequence. The pieces that `feed` and `finish` return, joined, are exactly
-    `TokenDecoder.decode` of all tokens.
+    """The text that a growing sequence adds to its prompt.
 
-    A window of the newest tokens is decoded as a whole. Its first token was emitted before and stays as context,
-    because decoders treat the first token of a text differently (a leading space). What is not certain is held back:
+    The pieces that `feed` and `finish` return, joined, are what `TokenDecoder.decode` of prompt and generated tokens
+    has beyond the prompt's own text. One exception: byte-fallback decoders write U+FFFD for every byte of a run of
+    byte tokens as soon as one byte in it is invalid; here each valid character of the run stays, because it was shown.
+
+    `prompt_ids`: the tokens before the first generated one; only the last few matter. Decoders treat the first token of
+    a text differently (they strip its leading space), and the first generated token is not the first of the text.
+
+    The newest tokens are decoded together, as a window. Its first token was emitted before and is kept as context. Text
+    that is not certain is held back:
 
     - Byte-level vocabularies: an unfinished character shows as one U+FFFD at the end. That one character is held back.
-    - Byte fallback: a run of byte tokens is text as a whole or not at all, so the run is held until it ends.
+    - Byte fallback: byte tokens are held back until they make a character, or can't make one any more.
     """
 
-    def __init__(self, decoder: TokenDecoder, *, skip_special_tokens: bool = True):
+    def __init__(self, decoder: TokenDecoder, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True):
         self._decoder = decoder
         self._skip = skip_special_tokens
         self._window: list[int] = []
         self._emitted = 0  # characters of the window's text that were returned already
-        self._byte_run: list[int] = []
+        self._previous: list[int] = []  # what the window was extended by last
+        self._bytes: list[int] = []  # byte tokens that begin a character
+        self._bytes_shown = 0  # how many of them the prompt's own text shows as U+FFFD
+        self._after_bad_byte = False  # the window is one invalid byte: context for other tokens, not for bytes
+        self._prompt_is_unfinished = False  # the last character of the prompt's text may still be completed
+        self._context: list[int] | None = self._end_of(prompt_ids)  # None once it was read
+
+    def _end_of(self, prompt_ids: Sequence[int]) -> list[int]:
+        """The last few tokens of the prompt that have text."""
+        context: list[int] = []
+        for token_id in reversed(prompt_ids):
+            if not (self._skip and self._decoder.is_special(token_id)):
+                context.append(token_id)
+            if len(context) == _CONTEXT:
+                break
+        return context[::-1]
+
+    def _read_context(self, context: list[int]) -> None:
+        """Bring the window to where the prompt ends, with all text of the prompt emitted."""
+        self._context = None
+        for token_id in context:
+            self.feed(token_id)
+        self._bytes_shown = len(self._bytes)
+        text = self._decoder.decode(self._window, self._skip) if self._window else ""
+        self._prompt_is_unfinished = self._emitted < len(text)
+        self._emitted = len(text)
 
     def feed(self, token_id: int) -> str:
         """The text that became certain with this token; may be empty."""
+        if self._context is not None:
+            self._read_context(self._context)
         if self._skip and self._decoder.is_special(token_id):
             return ""  # it is as if it were not there
-        if self._decoder.is_byte(token_id):
-            self._byte_run.append(token_id)
-            return ""
-        self._window += [*self._byte_run, token_id]
-        self._byte_run.clear()
+        if self._decoder.byte_of(token_id) is not None:
+            return self._feed_byte(token_id)
+        dropped = self._drop_bytes() if self._bytes else ""
+        return dropped + self._extend([token_id])
+
+    def _feed_byte(self, token_id: int) -> str:
+        """Add a byte token: whole characters come out, bytes that can't belong to one come out as U+FFFD each."""
+        self._bytes.append(token_id)
+        pieces = []
+        while self._bytes:
+            content = bytes(self._decoder.byte_of(token) or 0 for token in self._bytes)
+            try:
+                content.decode("utf-8")
+            except UnicodeDecodeError as error:
+                if error.start == 0 and error.reason == "unexpected end of data":
+                    break
+                pieces.append(self._drop_byte())
+            else:
+                character, self._bytes, self._bytes_shown = self._bytes, [], 0
+                pieces.append(self._extend(character))
+        return "".join(pieces)
+
+    def _drop_byte(self) -> str:
+        """Give up on the oldest byte that was held back."""
+        byte = self._bytes.pop(0)
+        held = self._flush_window()
+        if not self._window:  # the decoder must not take what follows for the beginning of a text
+            self._window, self._previous, self._after_bad_byte = [byte], [], True
+            self._emitted = len(self._decoder.decode(self._window, self._skip))
+        if self._bytes_shown:
+            self._bytes_shown -= 1
+            return held
+        return held + _REPLACEMENT
+
+    def _drop_bytes(self) -> str:
+        return "".join(self._drop_byte() for _ in self._bytes[:])
+
+    def _extend(self, token_ids: list[int]) -> str:
+        """Add a token, or the byte tokens of one character, to the window."""
+        if self._after_bad_byte and self._decoder.byte_of(token_ids[0]) is not None:
+            # The invalid byte would spoil the run. Twice the character shows what it is in the middle of a text.
+            self._window = self._previous = list(token_ids)
+            self._emitted = len(self._decoder.decode(self._window, self._skip))
+        self._after_bad_byte = False
+        self._window = [*self._window, *token_ids]
         text = self._decoder.decode(self._window, self._skip)
+        if self._prompt_is_unfinished and text[self._emitted - 1 : self._emitted] != _REPLACEMENT:
+            self._emitted -= 1  # the generated bytes completed the prompt's last character
+            self._prompt_is_unfinished = False
         if text.endswith(_REPLACEMENT):
             piece = text[self._emitted : -1]
             self._emitted = max(self._emitted, len(text) - 1)
             if len(self._window) > _MAX_UNSETTLED:
                 self._cut(text)
             return piece
+        self._prompt_is_unfinished = False
         piece = text[self._emitted :]
         self._emitted = len(text)
         if piece:
-            last = self._decoder.decode([token_id], self._skip)
-            if last:  # a token without text of its own is no context for the next one
-                self._window, self._emitted = [token_id], len(last)
+            # A token without text of its own is no context for the next one; a second one before it makes it one.
+            for context in (token_ids, [*self._previous, *token_ids]):
+                length = len(self._decoder.decode(context, self._skip))
+                if length:
+                    self._window, self._emitted = list(context), length
+                    break
+        self._previous = token_ids
         return piece
 
     def _cut(self, text: str) -> None:
@@ -104,13 +194,14 @@ class Detokenizer:
         if right_text and left_text + right_text == text:
             self._window, self._emitted = right, self._emitted - len(left_text)
 
-    def finish(self) -> str:
-        """What was held back, as text: an unfinished character becomes U+FFFD."""
-        self._window += self._byte_run
-        self._byte_run.clear()
-        text = self._decoder.decode(self._window, self._skip)
+    def _flush_window(self) -> str:
+        text = self._decoder.decode(self._window, self._skip) if self._window else ""
         piece, self._emitted = text[self._emitted :], len(text)
         return piece
+
+    def finish(self) -> str:
+        """What was held back, as text: an unfinished character becomes U+FFFD."""
+        return self._flush_window() + self._drop_bytes()
 
 
 class StopStrings:

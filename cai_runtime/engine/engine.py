@@ -15,11 +15,13 @@ from functools import partial
 from operator import index
 from typing import Any
 
-from cai_runtime.engine.detokenizer import Detokenizer, StopStrings, TokenDecoder
-from cai_runtime.engine.handle import Handle, Stream
+from cai_runtime.engine.detokenizer import TokenDecoder
+from cai_runtime.engine.handle import Handle
 from cai_runtime.engine.lifetime import check_same_process, enter_process, watch_exit
 from cai_runtime.engine.loop import EngineLoop
 from cai_runtime.engine.memory import format_bytes
+from cai_runtime.engine.outbox import Outbox, TokenLog
+from cai_runtime.engine.output import OutputSpec, TextOutput
 from cai_runtime.engine.request import Request, SamplingParams
 from cai_runtime.engine.runner import Runner
 from cai_runtime.engine.sampler import SequenceSampler
@@ -114,40 +116,49 @@ class Engine:
         tokens have in common is computed once."""
         check_same_process(self._process)
         prompts: dict[int, tuple[list[int], list[bytes]]] = {}  # by the list's id: its tokens, the digests of its pages
-        sequences = []
-        for request in requests:
+        outbox, sequences = Outbox(), []
+        for i, request in enumerate(requests):
             key = id(request.prompt_ids)
             if key not in prompts:
                 prompts[key] = self._checked_prompt(request), []
-            sequences.append(self._sequence(request, *prompts[key]))
-        if sequences:
-            self._loop.send_requests(sequences)
-        return [
+            sequences.append(self._sequence(request, *prompts[key], TokenLog(outbox, i)))
+        handles = [
             Handle(
-                sequence.stream,
+                sequence.log,
                 request_id=sequence.request.request_id or "",
                 prompt_tokens=sequence.num_prompt,
-                abort=partial(self._loop.inbox.put, partial(self._loop.abort, sequence.stream)),
+                abort=partial(self._loop.inbox.put, partial(self._loop.abort, sequence.log)),
                 keep_alive=self,
             )
             for sequence in sequences
         ]
+        try:
+            if sequences:
+                self._loop.send_requests(sequences)
+        except BaseException:  # a signal handler's exception, which may come after they were sent
+            for handle in handles:
+                handle.abort()
+            raise
+        return handles
 
-    def _sequence(self, request: Request, prompt_ids: list[int], prompt_digests: list[bytes]) -> Sequence:
+    def _sequence(
+        self, request: Request, prompt_ids: list[int], prompt_digests: list[bytes], log: TokenLog
+    ) -> Sequence:
         params = request.sampling
         self._check(prompt_ids, params)
         arrival = next(self._arrivals)
         request = replace(request, prompt_ids=prompt_ids, request_id=request.request_id or f"request-{arrival}")
-        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_token_ids)
-        possible = [token_id for token_id in stop_ids if 0 <= token_id < self.vocab_size]
+        ends: dict[int, str | None] = dict.fromkeys(() if params.ignore_eos else self._eos_token_ids)
+        ends |= dict.fromkeys(params.stop_token_ids)
+        ends |= {token_id: stop for stop in params.stop if (token_id := self._decoder.special_id(stop)) is not None}
+        possible = [token_id for token_id in ends if 0 <= token_id < self.vocab_size]
+        spec = OutputSpec(self._decoder, prompt_ids, ends, params.stop, params.min_tokens, request.skip_special_tokens)
         return Sequence(
             arrival=arrival,
             request=request,
-            stop_ids=stop_ids,
             sampler=SequenceSampler(params, prompt_ids, possible, seed=secrets.randbits(64)),
-            detokenizer=Detokenizer(self._decoder, skip_special_tokens=request.skip_special_tokens),
-            stop_strings=StopStrings(params.stop),
-            stream=Stream(),
+            output=(request.output or TextOutput)(spec),
+            log=log,
             prompt_digests=prompt_digests,
             submitted_at=self._loop.clock(),
         )

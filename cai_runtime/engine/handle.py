@@ -2,86 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import os
-import threading
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from cai_runtime.engine.lifetime import check_same_process
-from cai_runtime.engine.request import Completion, Delta
-from cai_runtime.engine.stats import RequestTimes
+from cai_runtime.engine.outbox import TokenLog
+from cai_runtime.engine.request import Delta, Finished
 from cai_runtime.errors import CaiError
-
-
-class Stream:
-    """Everything that a request has put out, in order. The owner thread appends and never waits for a reader; readers
-    keep their own place, so the deltas are a record rather than a queue."""
-
-    def __init__(self) -> None:
-        self.deltas: list[Delta] = []
-        self.error: CaiError | None = None
-        self.done = False  # nothing will be added any more
-        self.cached_tokens = 0  # prompt tokens found in the prefix cache
-        self.times = RequestTimes()
-        self._process = os.getpid()
-        self._changed = threading.Condition()
-        self._async_waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None], bool]] = []
-
-    def put(self, delta: Delta) -> None:
-        """Append a delta; one with a finish reason is the last."""
-        with self._changed:
-            self.deltas.append(delta)
-            self.done = delta.finish_reason is not None
-            self._notify()
-
-    def fail(self, error: CaiError) -> None:
-        """End with an error, which every reader gets after the deltas so far."""
-        with self._changed:
-            self.error = error
-            self.done = True
-            self._notify()
-
-    def _notify(self) -> None:
-        self._changed.notify_all()
-        if self._async_waiters:
-            keep: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None], bool]] = []
-            for loop, future, until_done in self._async_waiters:
-                if until_done and not self.done:
-                    keep.append((loop, future, until_done))
-                    continue
-                with contextlib.suppress(RuntimeError):  # the loop was closed under its task
-                    loop.call_soon_threadsafe(_set_done, future)
-            self._async_waiters = keep
-
-    def _has(self, index: int | None) -> bool:
-        return self.done or (index is not None and index < len(self.deltas))
-
-    def wait(self, index: int | None, timeout: float | None = None) -> bool:
-        """Block until delta number `index` is there or the stream is done (None: is done). False on timeout.
-
-        Raises EngineClosedError in a forked child, where nobody would wake the caller."""
-        check_same_process(self._process)
-        with self._changed:
-            return self._changed.wait_for(lambda: self._has(index), timeout)
-
-    async def wait_async(self, index: int | None) -> None:
-        """The same without blocking the running event loop."""
-        check_same_process(self._process)
-        loop = asyncio.get_running_loop()
-        while True:
-            with self._changed:
-                if self._has(index):
-                    return
-                future = loop.create_future()
-                self._async_waiters.append((loop, future, index is None))
-            await future
-
-
-def _set_done(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 class Handle:
@@ -94,28 +22,28 @@ class Handle:
     """
 
     def __init__(
-        self, stream: Stream, *, request_id: str, prompt_tokens: int, abort: Callable[[], None], keep_alive: Any = None
+        self, log: TokenLog, *, request_id: str, prompt_tokens: int, abort: Callable[[], None], keep_alive: Any = None
     ):
         self.request_id = request_id
         self.prompt_tokens = prompt_tokens
-        self._stream = stream
+        self._log = log
         self._abort = abort
         self._keep_alive = keep_alive  # the engine lives as long as somebody waits for it
 
     @property
     def done(self) -> bool:
         """Whether the request has finished, failed or been aborted."""
-        return self._stream.done
+        return self._log.done
 
     @property
     def cached_tokens(self) -> int:
         """Prompt tokens whose KV came from the prefix cache; 0 until the request has started."""
-        return self._stream.cached_tokens
+        return self._log.cached_tokens
 
     def abort(self) -> None:
         """Stop the request before the next step and free its pages. Its consumers get RequestAbortedError. Idempotent;
         does nothing to a request that is done."""
-        if not self._stream.done:
+        if not self._log.done:
             self._abort()
 
     def __iter__(self) -> DeltaIterator:
@@ -124,49 +52,42 @@ class Handle:
     def __aiter__(self) -> DeltaIterator:
         return DeltaIterator(self)
 
-    def result(self, timeout: float | None = None) -> Completion:
+    def result(self, timeout: float | None = None) -> Finished:
         """Wait for the end and return the fold of all deltas.
 
         Raises the request's error, or TimeoutError after `timeout` seconds; the request goes on then. An interrupt
         (Ctrl-C) while waiting aborts it.
         """
-        with self._abort_on_exit():
-            finished = self._stream.wait(None, timeout)
+        with _aborting(self):
+            finished = self._log.outbox.wait(self._is_done, timeout)
         if not finished:
             raise TimeoutError(f"request {self.request_id} is not done after {timeout} s")
         return self._fold()
 
-    async def aresult(self) -> Completion:
+    async def aresult(self) -> Finished:
         """Like `result`; cancelling the task that awaits it aborts the request."""
-        with self._abort_on_exit():
-            await self._stream.wait_async(None)
+        with _aborting(self):
+            await self._log.outbox.wait_async(self._is_done)
         return self._fold()
 
-    @contextlib.contextmanager
-    def _abort_on_exit(self):
-        try:
-            yield
-        except BaseException:  # KeyboardInterrupt and CancelledError above all
-            self.abort()
-            raise
+    def _is_done(self) -> bool:
+        return self._log.done
 
-    def _fold(self) -> Completion:
+    def _fold(self) -> Finished:
         self._keep_alive = None
-        if self._stream.error is not None:
-            raise self._stream.error
-        deltas = self._stream.deltas
+        if self._log.error is not None:
+            _raise(self._log.error)
+        deltas = self._log.deltas
         finish_reason = deltas[-1].finish_reason
         assert finish_reason is not None
-        token_ids = tuple(token_id for delta in deltas for token_id in delta.token_ids)
-        return Completion(
-            text="".join(delta.text for delta in deltas),
-            token_ids=token_ids,
+        return Finished(
+            events=tuple(event for delta in deltas for event in delta.events),
+            token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
             finish_reason=finish_reason,
             prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached_tokens,
-            completion_tokens=len(token_ids),
             stop_string=deltas[-1].stop_string,
-            times=self._stream.times,
+            times=self._log.times,
         )
 
     def __del__(self) -> None:
@@ -179,44 +100,42 @@ class DeltaIterator:
 
     def __init__(self, handle: Handle):
         self._handle = handle
-        self._stream = handle._stream
+        self._log = handle._log
         self._index = 0
 
     def __iter__(self) -> DeltaIterator:
         return self
 
     def __next__(self) -> Delta:
-        delta = self.next()
+        with _aborting(self._handle):
+            self._log.outbox.wait(self._has_next)
+        delta = self._take()
         if delta is None:
             raise StopIteration
         return delta
-
-    def next(self, timeout: float | None = None) -> Delta | None:
-        """The next delta; None at the end. Raises TimeoutError after `timeout` seconds, and aborts the request."""
-        with self._handle._abort_on_exit():
-            if not self._stream.wait(self._index, timeout):
-                raise TimeoutError(f"request {self._handle.request_id} put out nothing for {timeout} s")
-        return self._take()
 
     def __aiter__(self) -> DeltaIterator:
         return self
 
     async def __anext__(self) -> Delta:
-        with self._handle._abort_on_exit():
-            await self._stream.wait_async(self._index)
+        with _aborting(self._handle):
+            await self._log.outbox.wait_async(self._has_next)
         delta = self._take()
         if delta is None:
             raise StopAsyncIteration
         return delta
 
+    def _has_next(self) -> bool:
+        return self._log.done or self._index < len(self._log.deltas)
+
     def _take(self) -> Delta | None:
         """The delta that was waited for; None at the end, the request's error after the last one before it."""
-        if self._index < len(self._stream.deltas):
+        if self._index < len(self._log.deltas):
             self._index += 1
-            return self._stream.deltas[self._index - 1]
+            return self._log.deltas[self._index - 1]
         self._handle._keep_alive = None
-        if self._stream.error is not None:
-            raise self._stream.error
+        if self._log.error is not None:
+            _raise(self._log.error)
         return None
 
     def close(self) -> None:
@@ -230,3 +149,86 @@ class DeltaIterator:
     def __del__(self) -> None:
         if hasattr(self, "_handle"):
             self.close()
+
+
+class HandleGroup:
+    """The requests of one reply, consumed together: deltas of whichever request has some, in the order in which they
+    came. Made of all the handles of one `Engine.submit_all`. To be consumed once, by one thread or task at a time.
+
+    The first error of a request ends the consumption. An exception while waiting aborts every request.
+    """
+
+    def __init__(self, handles: Sequence[Handle]):
+        self.handles = list(handles)
+        self._outbox = self.handles[0]._log.outbox
+        self._position = 0
+
+    def abort(self) -> None:
+        """Stop every request that still runs and free its memory. Idempotent, thread-safe."""
+        for handle in self.handles:
+            handle.abort()
+
+    def results(self, timeout: float | None = None) -> list[Finished] | None:
+        """Wait for the end of all; None if that takes more than `timeout` seconds. Raises the first error at once."""
+        with _aborting(self):
+            if not self._outbox.wait(self._is_over, timeout):
+                return None
+        return self._fold()
+
+    async def aresults(self) -> list[Finished]:
+        """Like `results`."""
+        with _aborting(self):
+            await self._outbox.wait_async(self._is_over)
+        return self._fold()
+
+    def next(self, timeout: float | None = None) -> list[tuple[int, Delta]] | None:
+        """Wait for deltas that were not returned yet: (index of the request, delta) of each. An empty list when all
+        requests are finished, None after `timeout` seconds. Raises the first error after the deltas before it."""
+        with _aborting(self):
+            if not self._outbox.wait(self._has_more, timeout):
+                return None
+        return self._take()
+
+    async def anext(self) -> list[tuple[int, Delta]]:
+        """Like `next`."""
+        with _aborting(self):
+            await self._outbox.wait_async(self._has_more)
+        return self._take()
+
+    def _is_over(self) -> bool:
+        return self._outbox.unfinished == 0 or self._outbox.error is not None
+
+    def _has_more(self) -> bool:
+        return self._position < len(self._outbox.entries) or self._outbox.unfinished == 0
+
+    def _fold(self) -> list[Finished]:
+        if self._outbox.error is not None:
+            _raise(self._outbox.error)
+        return [handle._fold() for handle in self.handles]
+
+    def _take(self) -> list[tuple[int, Delta]]:
+        taken: list[tuple[int, Delta]] = []
+        for index, item in self._outbox.entries[self._position :]:
+            if isinstance(item, Delta):
+                taken.append((index, item))
+            elif taken:
+                break
+            else:
+                _raise(item)
+        self._position += len(taken)
+        return taken
+
+
+def _raise(error: CaiError) -> None:
+    """Raise a copy: the same exception raised in several threads would mix up their tracebacks, and keep their frames."""
+    raise copy.copy(error).with_traceback(None) from error.__cause__
+
+
+@contextlib.contextmanager
+def _aborting(requests: Handle | HandleGroup) -> Iterator[None]:
+    """Abort if the block raises: KeyboardInterrupt and CancelledError above all."""
+    try:
+        yield
+    except BaseException:
+        requests.abort()
+        raise

@@ -12,9 +12,10 @@ from functools import partial
 
 import numpy as np
 
-from cai_runtime.engine.handle import Stream
 from cai_runtime.engine.kv_cache import KVCache
+from cai_runtime.engine.outbox import TokenLog, deliver
 from cai_runtime.engine.pacing import PrefillPace, StepLimits
+from cai_runtime.engine.request import Delta
 from cai_runtime.engine.runner import Runner
 from cai_runtime.engine.sampler import sample
 from cai_runtime.engine.scheduler import Feed, Scheduler
@@ -66,7 +67,8 @@ class EngineLoop:
         self._pace = PrefillPace(prefill_time, prefill_chunk)
         self._limits = StepLimits()
         self._runner: Runner | None = runner
-        self._sequences: dict[Stream, Sequence] = {}
+        self._sequences: dict[TokenLog, Sequence] = {}
+        self._outputs: list[tuple[TokenLog, Delta]] = []  # of the step that is being handed out
         self._gate = threading.Lock()  # guards `closed` and `_places`
         self._places = 0  # requests that were sent and have not ended
         self._most_places = None if max_waiting is None else max_batch + max_waiting
@@ -132,7 +134,7 @@ class EngineLoop:
         budget = self._pace.budget(decoding=self.scheduler.is_decoding)
         step = self.scheduler.schedule(min(budget, self._limits.prompt_tokens or budget))
         for sequence in self.scheduler.newly_admitted:
-            sequence.stream.times.queue = begin - sequence.submitted_at
+            sequence.log.times.queue = begin - sequence.submitted_at
         self.scheduler.newly_admitted.clear()
         prompt_tokens = sum(len(feed.tokens.token_ids) for feed in step if not feed.is_decode)
         size = self._limits.sequences or len(step)
@@ -176,7 +178,7 @@ class EngineLoop:
         sequence, count = feeds[0].sequence, len(feeds[0].tokens.token_ids)
         size = (count + 1) // 2
         self._try([Feed.of(sequence, size)])
-        if sequence.stream not in self._sequences:  # its request has failed
+        if sequence.log not in self._sequences:  # its request has failed
             return False
         self._limits.lower(prompt_tokens=size)
         self._try([Feed.of(sequence, count - size)])
@@ -200,21 +202,25 @@ class EngineLoop:
         with np.errstate(all="ignore"):  # overflows end as a typed error of their request
             tokens = sample(logits, [s.sampler for s in sampled], [len(s.token_ids) for s in sampled])
         now = self.clock()
-        for sequence, token in zip(sampled, tokens, strict=True):
-            self._accept(sequence, token, now)
+        try:
+            for sequence, token in zip(sampled, tokens, strict=True):
+                self._accept(sequence, token, now)
+        finally:
+            outputs, self._outputs = self._outputs, []
+            deliver(outputs)
 
     def _accept(self, sequence: Sequence, token: int | Exception, now: float) -> None:
         try:
             if isinstance(token, Exception):
                 raise token
             self.scheduler.commit(sequence)
-            delta = sequence.accept(token)
+            delta = sequence.accept([token])
         except CaiError as error:
             self._end(sequence, error)
         except Exception as error:  # noqa: BLE001 - a tokenizer or a parameter that breaks fails its request alone
             self._fail(sequence, EngineError, "the engine failed on this request", error)
         else:
-            self.stats.tokens_decoded += 1
+            self.stats.tokens_decoded += len(delta.token_ids)
             if sequence.last_token_at is None:
                 sequence.first_token_at = now
             else:
@@ -222,13 +228,13 @@ class EngineLoop:
             sequence.last_token_at = now
             if delta.finish_reason is not None:
                 self._finish(sequence, now)
-            sequence.stream.put(delta)
+            self._outputs.append((sequence.log, delta))
 
     def _finish(self, sequence: Sequence, now: float) -> None:
         """Free what a sequence holds, and note how long it took."""
         self._forget(sequence)
         assert sequence.first_token_at is not None
-        times, decoding = sequence.stream.times, now - sequence.first_token_at
+        times, decoding = sequence.log.times, now - sequence.first_token_at
         times.first_token = sequence.first_token_at - sequence.submitted_at
         times.per_token = decoding / max(1, sequence.num_generated - 1)
         self.stats.finished += 1
@@ -238,11 +244,11 @@ class EngineLoop:
 
     def _add(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
-            self._sequences[sequence.stream] = sequence
+            self._sequences[sequence.log] = sequence
             self.scheduler.add(sequence)
 
-    def abort(self, stream: Stream) -> None:
-        sequence = self._sequences.get(stream)
+    def abort(self, log: TokenLog) -> None:
+        sequence = self._sequences.get(log)
         if sequence is not None:
             self._end(sequence, RequestAbortedError(f"{sequence.request.request_id} was aborted"))
 
@@ -258,10 +264,10 @@ class EngineLoop:
             self.stats.aborted += 1
         else:
             self.stats.failed += 1
-        sequence.stream.fail(error)
+        deliver([(sequence.log, error)])
 
     def _forget(self, sequence: Sequence) -> None:
-        del self._sequences[sequence.stream]
+        del self._sequences[sequence.log]
         with self._gate:
             self._places -= 1
         self.scheduler.remove(sequence)
@@ -284,7 +290,7 @@ class EngineLoop:
             with contextlib.suppress(Exception):  # a crash may have left the books in disorder; the caller must wake up
                 self._forget(sequence)
             self.stats.failed += 1
-            sequence.stream.fail(self._closed_error())
+            deliver([(sequence.log, self._closed_error())])
         runner, self._runner = self._runner, None
         try:
             if runner is not None:

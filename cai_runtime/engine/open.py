@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cai_runtime.engine.tokenizer import load_tokenizer as load_tokenizer  # others import it from here
+from cai_runtime.engine.turn_ends import end_of_sequence_ids
 from cai_runtime.errors import InvalidConfigError, KernelError, MemoryBudgetError
 from cai_runtime.options import DTYPES, EngineOptions
 
@@ -177,21 +177,3 @@ def choose_dtype(dtype: str, config: dict[str, Any], backend: str) -> torch.dtyp
         return None
     stored = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     return named_dtype(stored if stored in DTYPES else "float32")
-
-
-def end_of_sequence_ids(path: Path, config: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
-    """Every token that ends a text: of generation_config.json, else config.json, and the tokenizer's own."""
-    found: set[int] = set()
-    generation = path / "generation_config.json"
-    try:
-        stated = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
-    except (json.JSONDecodeError, AttributeError) as e:
-        raise InvalidConfigError(f"not a JSON object: {e}", file=generation) from e
-    if stated is None:
-        stated = config.get("eos_token_id")
-    for token in stated if isinstance(stated, list) else [stated]:
-        if isinstance(token, int):
-            found.add(token)
-    if isinstance(tokenizer.eos_token_id, int):
-        found.add(tokenizer.eos_token_id)
-    return tuple(sorted(found))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cai_runtime.engine.stats import RequestTimes
+
+if TYPE_CHECKING:
+    from cai_runtime.engine.output import OutputFactory
 
 FinishReason = Literal["stop", "length"]
 
@@ -30,7 +33,9 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = field(default_factory=dict)  # token id -> added to its logit
     seed: int | None = None  # None: the engine draws one
-    stop: tuple[str, ...] = ()  # the text ends before the first of these; no part of it is ever emitted
+    # The text ends before the first of these; no part of it is ever emitted. One that is written like a special token,
+    # such as "<|im_end|>", stands for that token, for special tokens have no visible text.
+    stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()  # besides the model's own end-of-sequence tokens
     ignore_eos: bool = False  # end-of-sequence tokens are ordinary tokens
 
@@ -43,32 +48,69 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     request_id: str | None = None  # the engine makes one up when None
     skip_special_tokens: bool = True  # leave special tokens out of the emitted text
+    output: OutputFactory | None = None  # makes what turns its tokens into events; None: `TextOutput`
 
 
-@dataclass(frozen=True)
-class Delta:
-    """One piece of output: the text that became certain with `token_ids`, at present one token.
+@dataclass(frozen=True, slots=True)
+class TextEvent:
+    """A piece of visible text; never empty.
 
-    `text` may be empty while bytes or a possible stop string are held back. A token that ends the text (end of sequence
-    or stop token) is in `token_ids` but has no text; of several stop strings, the one that is complete first counts.
+    token_ids: the tokens that came since the last event, whose text the piece is, but for characters that were held back.
     """
 
     text: str
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EndEvent:
+    """The text is over; always the last event, once."""
+
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """One piece of output: the events that became certain with `token_ids`.
+
+    `events` may be empty while bytes or a possible stop string are held back. A token that ends the text (end of sequence
+    or stop token) is in `token_ids` but has no text; of several stop strings, the one that is complete first counts.
+    """
+
+    events: tuple[Any, ...]  # of the kinds that the request's output makes; `TextEvent` and `EndEvent` by default
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None  # set on the last delta only
     stop_string: str | None = None  # the stop string that ended the text, if one did
 
+    @property
+    def text(self) -> str:
+        """The text of its `TextEvent`s."""
+        return _text_of(self.events)
+
 
 @dataclass(frozen=True)
-class Completion:
-    """The fold of a request's deltas. Token counts are the engine's, not the text's: `completion_tokens` has every
-    generated token, the end-of-sequence token and those of a stop string included, as in the OpenAI API and vLLM."""
+class Finished:
+    """The fold of a request's deltas."""
 
-    text: str
+    events: tuple[Any, ...]
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     prompt_tokens: int
     cached_tokens: int  # prompt tokens whose KV came from the prefix cache
-    completion_tokens: int
     stop_string: str | None = None
     times: RequestTimes = field(default_factory=RequestTimes, compare=False)
+
+    @property
+    def text(self) -> str:
+        """The text of its `TextEvent`s."""
+        return _text_of(self.events)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Every generated token: also the end-of-sequence token and those of a stop string, as in the OpenAI API and
+        vLLM."""
+        return len(self.token_ids)
+
+
+def _text_of(events: tuple[Any, ...]) -> str:
+    return "".join(event.text for event in events if isinstance(event, TextEvent))

@@ -110,7 +110,7 @@ class Scheduler:
             if not sequence.was_admitted:
                 sequence.was_admitted = True
                 self.newly_admitted.append(sequence)
-                sequence.stream.cached_tokens = sequence.num_computed
+                sequence.log.cached_tokens = sequence.num_computed
                 self.stats.prompt_tokens += sequence.num_prompt
                 self.stats.prefix_hit_tokens += sequence.num_computed
             count = min(sequence.num_uncomputed, budget)

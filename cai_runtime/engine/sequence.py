@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import collections.abc
 from dataclasses import dataclass, field
 
-from cai_runtime.engine.detokenizer import Detokenizer, StopStrings
-from cai_runtime.engine.handle import Stream
-from cai_runtime.engine.request import Delta, FinishReason, Request
+from cai_runtime.engine.outbox import TokenLog
+from cai_runtime.engine.output import Output
+from cai_runtime.engine.request import Delta, Request
 from cai_runtime.engine.sampler import SequenceSampler
 
 
@@ -16,11 +17,9 @@ class Sequence:
 
     arrival: int  # smaller is older
     request: Request
-    stop_ids: frozenset[int]  # tokens that end the text
     sampler: SequenceSampler
-    detokenizer: Detokenizer
-    stop_strings: StopStrings
-    stream: Stream
+    output: Output
+    log: TokenLog
 
     token_ids: list[int] = field(init=False)  # prompt, then generated
     num_computed: int = 0  # positions whose KV is in `pages`
@@ -49,31 +48,18 @@ class Sequence:
         """Tokens still to be fed before the next one can be sampled: 1 when decoding, more when prefilling."""
         return len(self.token_ids) - self.num_computed
 
-    def accept(self, token_id: int) -> Delta:
-        """Append a sampled token; return what the consumer sees of it. The delta says whether the text is over.
+    def accept(self, token_ids: collections.abc.Sequence[int]) -> Delta:
+        """Append generated tokens, which are final; return what the consumer sees of them.
 
-        The token that ends the text counts as generated (as in the OpenAI API and vLLM) but has no text.
+        The delta says which of them belong to the text, and whether it is over. The token that ends the text counts as
+        generated (as in the OpenAI API and vLLM).
         """
-        params = self.request.sampling
-        self.token_ids.append(token_id)
-        self.sampler.observe(token_id)
-        may_stop = self.num_generated >= params.min_tokens
-        reason: FinishReason | None = None
-        stop_string = None
-        if token_id in self.stop_ids and may_stop:
-            reason, text = "stop", ""
-        else:
-            text, stop_string = self.stop_strings.feed(self.detokenizer.feed(token_id), may_stop=may_stop)
-            if stop_string is not None:
-                reason = "stop"
-            elif self.num_generated >= params.max_tokens:
-                reason = "length"
-        if reason is not None and stop_string is None:
-            # What was held back as an unfinished character may still complete a stop string.
-            rest, stop_string = self.stop_strings.feed(self.detokenizer.finish(), may_stop=may_stop)
-            text += rest
-            if stop_string is not None:
-                reason = "stop"
-            else:
-                text += self.stop_strings.finish()
-        return Delta(text, (token_id,), reason, stop_string)
+        most = self.request.sampling.max_tokens
+        delta = self.output.feed(token_ids[: most - self.num_generated])
+        self.token_ids += delta.token_ids
+        for token_id in delta.token_ids:
+            self.sampler.observe(token_id)
+        if delta.finish_reason is None and self.num_generated >= most:
+            rest = self.output.finish()
+            delta = Delta(delta.events + rest.events, delta.token_ids, rest.finish_reason, rest.stop_string)
+        return delta

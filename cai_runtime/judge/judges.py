@@ -96,7 +96,8 @@ class TransformersJudge(_Closing):
     """Stock transformers' model in memory, dense, in `dtype` (default fp32)."""
 
     def __init__(self, path: str | Path, *, device: str = "auto", dtype: str = "auto", keep: float | None = None):
-        from cai_runtime.engine.open import choose_device, end_of_sequence_ids, load_tokenizer, named_dtype
+        from cai_runtime.engine.open import choose_device, load_tokenizer, named_dtype
+        from cai_runtime.engine.turn_ends import end_of_sequence_ids
         from cai_runtime.slim.reader import Checkpoint
 
         path = Path(path)
@@ -146,7 +147,8 @@ class EngineJudge(_Closing):
 
     def __init__(self, path: str | Path, **options: Any):
         """options: of `EngineOptions`; `max_batch` is 8 by default. CUDA graphs and the prefix cache are off."""
-        from cai_runtime.engine.open import end_of_sequence_ids, load_runner, load_tokenizer, start_engine
+        from cai_runtime.engine.open import load_runner, load_tokenizer, start_engine
+        from cai_runtime.engine.turn_ends import end_of_sequence_ids
         from cai_runtime.options import EngineOptions
 
         path = Path(path)

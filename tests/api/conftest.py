@@ -106,15 +106,17 @@ class Factory:
 
     def _hold(self, engine, runner):
         runner.gate.clear()
-        submit, left = engine.submit, iter(range(self.wait_for - 1, -1, -1))
+        submit_all, missing = engine.submit_all, self.wait_for
 
-        def submit_and_count(request):
-            handle = submit(request)
-            if next(left, None) == 0:
+        def submit_and_count(requests):
+            nonlocal missing
+            handles = submit_all(requests)
+            missing -= len(handles)
+            if missing <= 0:
                 runner.gate.set()
-            return handle
+            return handles
 
-        engine.submit = submit_and_count
+        engine.submit_all = submit_and_count
 
     def pause_before_step(self, step, full=1, and_then=lambda: None):
         """Have every engine wait at this step until `resume`; steps of fewer sequences than `full` don't count, and

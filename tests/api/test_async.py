@@ -35,6 +35,22 @@ def test_replies_equal_the_synchronous_ones(async_client, client, ask, valid):
     assert text.choices[0].text == "xyz" == "".join(piece.choices[0].text for piece in pieces)
 
 
+def test_two_tasks_on_one_stream(async_client, ask):
+    """Each chunk goes to one of them."""
+
+    async def run():
+        stream = await async_client.chat.completions.create(**ask, stream=True)
+
+        async def consume():
+            return [chunk.choices[0].delta.content or "" async for chunk in stream]
+
+        pieces = await asyncio.gather(consume(), consume())
+        await async_client.close()
+        return pieces
+
+    assert sorted("".join(map("".join, asyncio.run(run())))) == sorted("abcdefghijklmnopqrstuvwxyz")
+
+
 def test_many_tasks_open_a_model_once(async_client, factory, ask):
     async def run():
         async with async_client:

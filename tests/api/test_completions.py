@@ -122,3 +122,42 @@ def test_one_bad_prompt_runs_none(client, factory):
     with pytest.raises(BadRequestError):
         client.completions.create(prompt=["fits", "a" * 200])
     assert factory.engines[0].stats().finished == 0
+
+
+def test_stop_by_special_token_and_by_id(client, factory, tokenizer):
+    """The alphabet's end of text is special. Its text as a stop string means the token, even where eos is ignored."""
+    ask = {"prompt": "w", "temperature": 0, "ignore_eos": True, "max_tokens": 20}
+    assert len(client.completions.create(**ask).choices[0].text) > 4
+    for stop in ({"stop": ["<eos>"]}, {"stop_token_ids": [tokenizer.eos_token_id]}):
+        (choice,) = client.completions.create(**ask, **stop).choices
+        assert (choice.text, choice.finish_reason) == ("xyz", "stop")
+    letter = tokenizer.convert_tokens_to_ids("y")
+    assert client.completions.create(**ask, stop_token_ids=[letter]).choices[0].text == "x"
+    with pytest.raises(BadRequestError, match="names token 999999"):
+        client.completions.create(**ask, stop_token_ids=[999_999])
+
+
+def test_echo_and_answer_join_in_a_sentencepiece_vocabulary(client, factory):
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    vocab = {token: i for i, token in enumerate(["<unk>", "<eos>", *letters, *("\u2581" + c for c in letters)])}
+    merges = [("\u2581", c) for c in letters]
+    inner = Tokenizer(models.BPE(vocab={**vocab, "\u2581": len(vocab)}, merges=merges, unk_token="<unk>"))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    factory.tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", unk_token="<unk>")
+
+    def say_words(runner):
+        runner.next_token[:] = vocab["\u2581a"]
+
+    factory.prepare = say_words
+    for prompt in ("once", [vocab["\u2581o"], vocab["n"]]):
+        for echo in (False, True):
+            ask = {"prompt": prompt, "temperature": 0, "max_tokens": 2, "echo": echo}
+            text = client.completions.create(**ask).choices[0].text
+            assert text == ("" if not echo else prompt if isinstance(prompt, str) else "on") + " a a"
+            assert "".join(c.choices[0].text for c in client.completions.create(**ask, stream=True)) == text

@@ -24,6 +24,7 @@ SHARED = {
     "max_tokens": ([1, 10, None], [0, -1, 1.0, "10", True, math.inf]),
     "max_completion_tokens": ([1, 10, None], [0, -1, 1.0, "10", True]),
     "min_tokens": ([0, 5, None], [-1, 1.0, "1", True]),
+    "stop_token_ids": ([[], [3], (3, 4), np.array([1, 2])], ["1", 5, [-1], [1.5], [True], ["1"], {1: 2}]),
     "stop": (
         ["x", ["x"], [], [str(i) for i in range(16)], None],
         ["", [""], ["x", 1], 3, [str(i) for i in range(17)], {"x": 1}, b"x"],

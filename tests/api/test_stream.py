@@ -1,7 +1,8 @@
 """Streams that end early: closed, dropped, interrupted or failed, they leave an engine that is free and usable."""
 
-import _thread
 import gc
+import os
+import signal
 import threading
 import time
 
@@ -80,10 +81,15 @@ def test_close_from_another_thread_ends_the_iteration(client, factory, ask):
     assert_free(factory, aborted=1)
 
 
+def to_main_thread(signum):
+    signal.pthread_kill(threading.main_thread().ident, signum)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals go to threads on POSIX only")
 @pytest.mark.parametrize("stream", [False, True])
 def test_interrupt(client, factory, ask, stream):
     """Ctrl-C while the main thread waits for a reply."""
-    factory.pause_before_step(10, full=3, and_then=_thread.interrupt_main)
+    factory.pause_before_step(10, full=3, and_then=lambda: to_main_thread(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         reply = client.chat.completions.create(**ask, **LONG, n=3, stream=stream)
         for _ in reply:
@@ -124,24 +130,100 @@ def test_unload_fails_running_requests(client, factory, ask):
     assert caught.value.code == "engine_closed"
 
 
-def test_nothing_runs_when_one_choice_is_refused(client, factory, ask, monkeypatch):
+def test_a_failing_submit_is_an_internal_error(client, factory, ask, monkeypatch):
     client.chat.completions.create(**ask, max_tokens=1)
     (engine,) = factory.engines
-    submit, calls = engine.submit, []
 
-    def third_fails(request):
-        calls.append(request)
-        if len(calls) == 3:
-            raise MemoryError("no room")
-        return submit(request)
+    def no_room(sequences):
+        raise MemoryError("no room")
 
-    factory.runners[0].gate.clear()
-    monkeypatch.setattr(engine, "submit", third_fails)
+    monkeypatch.setattr(engine._loop, "send_requests", no_room)
     with pytest.raises(InternalServerError, match="no room"):
+        client.chat.completions.create(**ask, **LONG, n=3)
+
+
+class TimeLimit(Exception):
+    """What a task queue raises in the handler of its alarm."""
+
+
+@pytest.fixture
+def alarm():
+    """alarm() -> a signal whose handler, the way task queues have one, raises TimeLimit."""
+
+    def handler(signum, frame):
+        raise TimeLimit
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    yield lambda: to_main_thread(signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a signal of the program's own")
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_exception_of_a_signal_handler_comes_out_as_itself(client, factory, ask, alarm, stream):
+    factory.pause_before_step(10, full=3, and_then=alarm)
+    with pytest.raises(TimeLimit):
+        reply = client.chat.completions.create(**ask, **LONG, n=3, stream=stream)
+        for _ in reply:
+            pass
+    assert_free(factory, aborted=3)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a signal of the program's own")
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_signal_during_submission(client, factory, ask, alarm, monkeypatch, when):
+    client.chat.completions.create(**ask, max_tokens=1)
+    (engine,) = factory.engines
+    send = engine._loop.send_requests
+
+    def interrupted(sequences):
+        if when == "after":
+            send(sequences)
+        alarm()
+
+    monkeypatch.setattr(engine._loop, "send_requests", interrupted)
+    factory.runners[0].gate.clear()
+    with pytest.raises(TimeLimit):
         client.chat.completions.create(**ask, **LONG, n=3)
     factory.resume()
     engine.check_integrity()
-    assert engine.stats().aborted == 2
+    stats = engine.stats()
+    assert (stats.aborted, stats.running, stats.waiting) == (3 if when == "after" else 0, 0, 0)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a signal of the program's own")
+def test_a_signal_while_a_model_opens(client, factory, ask, alarm):
+    factory.prepare = lambda runner: alarm()
+    with pytest.raises(TimeLimit):
+        client.chat.completions.create(**ask)
+
+
+def test_choices_without_a_seat_hold_nobody_up(client, factory, ask):
+    """Eight seats, ten choices: the chunks of those that run come while the others wait."""
+    factory.pause_before_step(10, full=8)
+    factory.wait_for = 10
+    stream = client.chat.completions.create(**ask, **LONG, n=10, stream=True)
+    seen = [next(stream).choices[0].index for _ in range(10 + 8 * 10)]
+    assert seen[:10] == list(range(10)) and set(seen[10:]) == set(range(8))
+    assert min(seen[10:].count(index) for index in range(8)) >= 9
+    stream.close()
+    assert_free(factory, aborted=10)
+
+
+def test_two_threads_on_one_stream(client, ask):
+    request = {**ask, "max_tokens": 100, "ignore_eos": True}
+    want = [chunk.choices[0].delta.content for chunk in client.chat.completions.create(**request, stream=True)]
+    stream = client.chat.completions.create(**request, stream=True)
+    seen: list[str] = []
+    threads = [
+        threading.Thread(target=lambda: seen.extend(chunk.choices[0].delta.content for chunk in stream))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert len(seen) == len(want) and sorted(map(str, seen)) == sorted(map(str, want))
 
 
 def test_many_threads(client, ask):

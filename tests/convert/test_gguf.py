@@ -181,6 +181,18 @@ def test_tokenizer_template_and_special_tokens(tiny_llama, write_gguf, tmp_path)
     }
 
 
+def test_every_end_of_turn_of_the_metadata_ends_a_text(tiny_llama, write_gguf, tmp_path):
+    def metadata(writer):
+        writer.add_eot_token_id(10)
+        writer.add_uint32("tokenizer.ggml.eom_token_id", 11)
+
+    out = gguf_to_hf(write_gguf(tiny_llama(), metadata=metadata), tmp_path / "out")
+    eos = AutoTokenizer.from_pretrained(out).eos_token_id
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [eos, 10, 11]
+    with pytest.raises(ConversionError, match="400 is said to end a text"):
+        gguf_to_hf(write_gguf(tiny_llama(), metadata=lambda writer: writer.add_eot_token_id(400)), tmp_path / "bad")
+
+
 def test_bos_and_eos_are_added_where_the_file_asks(tiny_llama, write_gguf, tmp_path):
     def metadata(writer):
         writer.add_add_bos_token(True)

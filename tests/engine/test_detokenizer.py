@@ -1,5 +1,6 @@
 """Pieces that add up to the tokenizer's own text, and stop strings that never leak."""
 
+import codecs
 import random
 
 import pytest
@@ -69,16 +70,43 @@ def tokenizer(request):
     return TOKENIZERS[request.param]()
 
 
-def pieces_of(decoder, token_ids, skip):
-    """The emitted pieces, the last one from finish(). Checks that what is shown never changes afterwards."""
-    detokenizer = Detokenizer(decoder, skip_special_tokens=skip)
+def pieces_of(decoder, token_ids, skip, prompt_ids=()):
+    """The emitted pieces, the last one from finish()."""
+    detokenizer = Detokenizer(decoder, prompt_ids, skip_special_tokens=skip)
     pieces = [detokenizer.feed(token_id) for token_id in token_ids]
     return [*pieces, detokenizer.finish()]
 
 
+def _replace_one_byte(error):
+    return "\ufffd", error.start + 1
+
+
+codecs.register_error("replace_one_byte", _replace_one_byte)
+
+
+def text_of(decoder, token_ids, skip):
+    """The tokenizer's own text, but for runs of byte tokens with an invalid byte in them: their valid characters stay.
+
+    Each run is decoded once with its invalid bytes out of the way, as a character that occurs nowhere else.
+    """
+    ids = [token_id for token_id in token_ids if not (skip and decoder.is_special(token_id))]
+    byte_id = {decoder.byte_of(i): i for i in range(258) if decoder.byte_of(i) is not None}
+    whole, run = [], b""
+    for token_id in [*ids, None]:
+        byte = None if token_id is None else decoder.byte_of(token_id)
+        if byte is not None:
+            run += bytes([byte])
+            continue
+        mended = run.decode("utf-8", "replace_one_byte").encode()
+        whole += [byte_id[b] for b in mended]
+        run = b""
+        whole += [] if token_id is None else [token_id]
+    return decoder.decode(whole, skip)
+
+
 def check(decoder, token_ids, skip):
     pieces = pieces_of(decoder, token_ids, skip)
-    assert "".join(pieces) == decoder.decode(token_ids, skip), token_ids
+    assert "".join(pieces) == text_of(decoder, token_ids, skip), token_ids
 
 
 @pytest.mark.parametrize("skip", [True, False])
@@ -91,6 +119,62 @@ def test_pieces_of_random_tokens_add_up_to_the_text(tokenizer, skip):
     for _ in range(200):  # long runs of the same troublemakers
         check(decoder, [rng.choice(few) for _ in range(80)], skip)
         few[rng.randrange(4)] = rng.randrange(size)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_prompt_and_pieces_add_up_to_the_text_of_both(tokenizer, skip):
+    """Wherever a text is cut into prompt and answer. Prompts end in a whole character, as those of `encode` do."""
+    decoder, rng = TokenDecoder(tokenizer), random.Random(1)
+    size = tokenizer.get_vocab_size()
+    whole_characters = [
+        i for i in range(size) if decoder.byte_of(i) is None and "\ufffd" not in decoder.decode([i], False)
+    ]
+    for _ in range(300):
+        prompt = [rng.choice(whole_characters) for _ in range(rng.randrange(1, 30))]
+        answer = [rng.randrange(size) for _ in range(rng.randrange(1, 10))]
+        text = "".join(pieces_of(decoder, answer, skip, prompt))
+        assert text_of(decoder, prompt, skip) + text == text_of(decoder, prompt + answer, skip), (prompt, answer)
+
+
+def test_the_first_token_keeps_its_space():
+    for name in ("llama", "metaspace"):
+        tokenizer = TOKENIZERS[name]()
+        hello, world, start = (tokenizer.token_to_id(piece) for piece in ("▁Hello", "▁world", "<s>"))
+        decoder = TokenDecoder(tokenizer)
+        assert "".join(pieces_of(decoder, [world], True, [start, hello])) == " world"
+        assert "".join(pieces_of(decoder, [world], True, [hello, start])) == " world", "a chat prompt ends in a special"
+        assert "".join(pieces_of(decoder, [hello, world], True, [start])) == "Hello world", "the first of the text"
+
+
+def test_an_answer_may_complete_the_prompts_last_character():
+    """Prompts of token ids may end within a character. What the prompt's own text has as U+FFFD is not repeated."""
+    tokenizer, sun = TOKENIZERS["llama"](), [byte + 2 for byte in "日".encode()]
+    a = tokenizer.token_to_id("a")
+    assert pieces_of(TokenDecoder(tokenizer), [sun[2], a], True, [a, *sun[:2]]) == ["日", "a", ""]
+    assert pieces_of(TokenDecoder(tokenizer), [a, a], True, [a, *sun[:2]]) == ["a", "a", ""]
+    sun = _BYTE_LEVEL.encode("語").ids
+    if len(sun) > 1:
+        assert "".join(pieces_of(TokenDecoder(_BYTE_LEVEL), sun[1:], True, sun[:1])) == "語"
+    literal = _BYTE_LEVEL.encode("\ufffd").ids
+    letter = _BYTE_LEVEL.encode("a").ids
+    assert "".join(pieces_of(TokenDecoder(_BYTE_LEVEL), letter, True, literal)) == "a"
+
+
+def test_byte_tokens_come_out_as_soon_as_they_make_a_character():
+    tokenizer = TOKENIZERS["llama"]()
+    decoder = TokenDecoder(tokenizer)
+    ids = [byte + 2 for byte in "\n\n🙂日".encode()]
+    pieces = pieces_of(decoder, ids, True, [tokenizer.token_to_id("a")])
+    assert pieces == ["\n", "\n", "", "", "", "🙂", "", "", "日", ""]
+    broken = [byte + 2 for byte in b"\n\xff\xe6\x97A"]
+    assert pieces_of(decoder, broken, True) == ["\n", "\ufffd", "", "", "\ufffd\ufffdA", ""]
+
+
+def test_a_byte_level_token_that_looks_like_a_byte_is_text():
+    tokenizer = byte_level()
+    tokenizer.add_tokens(["<0x0A>"])
+    ids = tokenizer.encode("a<0x0A>b").ids
+    assert "".join(pieces_of(TokenDecoder(tokenizer), ids, True)) == "a<0x0A>b"
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))

@@ -6,12 +6,14 @@ import gc
 import signal
 import threading
 import time
+import traceback
 
 import pytest
 
-from cai_runtime.engine.handle import Stream
-from cai_runtime.engine.request import Delta
-from cai_runtime.errors import EngineClosedError, RequestAbortedError
+from cai_runtime.engine.handle import HandleGroup
+from cai_runtime.engine.outbox import Outbox, TokenLog, deliver
+from cai_runtime.engine.request import Delta, EndEvent, TextEvent
+from cai_runtime.errors import EngineClosedError, RequestAbortedError, RunnerError
 
 LONG = 3000  # tokens; every test that leaves early checks that this many were not generated
 
@@ -180,10 +182,10 @@ def test_keyboard_interrupt_while_waiting_aborts(slow, greedy, monkeypatch, wait
     engine, _ = slow
     handle = engine.submit(greedy([1], LONG, ignore_eos=True))
 
-    def interrupted(self, index, timeout=None):
+    def interrupted(self, ready, timeout=None):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Stream, "wait", interrupted)
+    monkeypatch.setattr(Outbox, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         handle.result() if wait == "result" else next(iter(handle))
     assert left(engine)
@@ -322,8 +324,123 @@ def test_a_forgotten_engine_closes_itself(make_runner, greedy):
     assert not thread.is_alive() and runner.closed == 1
 
 
-def test_stream_delivers_before_it_fails():
-    stream = Stream()
-    stream.put(Delta("a", (1,)))
-    stream.fail(RequestAbortedError("x"))
-    assert stream.wait(0) and stream.wait(None) and stream.done
+def piece(text, *token_ids):
+    return Delta((TextEvent(text, token_ids),), token_ids)
+
+
+LAST = Delta((EndEvent("length"),), (), "length")
+
+
+def test_a_log_has_what_came_before_its_error():
+    log = TokenLog()
+    deliver([(log, piece("a", 1)), (log, RequestAbortedError("x"))])
+    assert log.deltas == [piece("a", 1)] and log.done and isinstance(log.error, RequestAbortedError)
+
+
+def test_every_reader_gets_an_error_of_its_own(make_engine, make_runner, greedy):
+    runner = make_runner()
+    runner.fail_on = 5
+    handle = make_engine(runner).submit(greedy([5]))
+    errors = []
+    for _ in range(3):
+        with pytest.raises(RunnerError, match="poison") as caught:
+            handle.result()
+        errors.append(caught.value)
+    lengths = [len(traceback.extract_tb(error.__traceback__)) for error in errors]
+    assert len(set(map(id, errors))) == 3 and lengths[0] == lengths[2], "no traceback grows"
+    assert all(isinstance(error.__cause__, RuntimeError) for error in errors)
+
+
+class Waiters:
+    """Threads that wait for an outbox, each counting how often it looks whether it may go on."""
+
+    def __init__(self, outbox, readies):
+        self.looks = [0] * len(readies)
+        self.threads = [
+            threading.Thread(target=outbox.wait, args=(self._counted(i, r),)) for i, r in enumerate(readies)
+        ]
+        for thread in self.threads:
+            thread.start()
+        until(lambda: len(outbox._waiters) == len(readies))
+
+    def _counted(self, i, ready):
+        def look():
+            self.looks[i] += threading.current_thread() is self.threads[i]
+            return ready()
+
+        return look
+
+
+def test_a_waiter_wakes_when_it_may_go_on_and_no_sooner(monkeypatch):
+    """Who waits for the end sleeps through the tokens."""
+    monkeypatch.setattr("cai_runtime.engine.outbox._SLICE", 60)
+    outbox = Outbox()
+    logs = [TokenLog(outbox, i) for i in range(2)]
+    waiters = Waiters(outbox, [lambda: logs[0].done, lambda: bool(logs[1].deltas), lambda: outbox.unfinished == 0])
+    for _ in range(5):
+        deliver([(logs[0], piece("a", 1))])
+    assert len(outbox._waiters) == 3
+    deliver([(logs[0], LAST), (logs[1], piece("b", 2))])
+    for thread in waiters.threads[:2]:
+        thread.join(30)
+    assert len(outbox._waiters) == 1
+    deliver([(logs[1], LAST)])
+    waiters.threads[2].join(30)
+    assert max(waiters.looks) <= 4, "twice before the sleep and twice after it, whatever came meanwhile"
+
+
+def test_a_step_wakes_an_event_loop_once():
+    async def main():
+        loop, calls = asyncio.get_running_loop(), []
+        logs = [TokenLog() for _ in range(5)]
+        tasks = [asyncio.create_task(log.outbox.wait_async(lambda log=log: bool(log.deltas))) for log in logs]
+        await asyncio.sleep(0)
+        call = loop.call_soon_threadsafe
+        loop.call_soon_threadsafe = lambda *args: (calls.append(args), call(*args))
+        deliver([(log, piece("a", 1)) for log in logs])
+        await asyncio.gather(*tasks)
+        return len(calls)
+
+    assert asyncio.run(main()) == 1
+
+
+def test_a_waiter_that_leaves_is_forgotten():
+    log = TokenLog()
+    assert not log.outbox.wait(lambda: log.done, 0.001)
+
+    async def main():
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(log.outbox.wait_async(lambda: log.done), 0.001)
+
+    asyncio.run(main())
+    assert log.outbox._waiters == []
+
+
+def test_a_group_has_the_deltas_of_all_in_the_order_of_arrival(make_engine, greedy, expected):
+    group = HandleGroup(make_engine(max_batch=2).submit_all([greedy([i, 3]) for i in range(5)]))
+    seen = []
+    while deltas := group.next(timeout=60):
+        seen += deltas
+    for i in range(5):
+        assert tuple(t for index, delta in seen if index == i for t in delta.token_ids) == expected([i, 3], 20)
+    results = group.results()
+    assert [done.token_ids for done in results] == [expected([i, 3], 20) for i in range(5)]
+    assert [done.events for done in results] == [
+        tuple(e for index, delta in seen if index == i for e in delta.events) for i in range(5)
+    ]
+    assert [index for index, _ in seen][:4] == [0, 1, 0, 1], "those with seats come first"
+
+
+def test_a_group_ends_with_its_first_error(make_engine, make_runner, greedy):
+    runner = make_runner()
+    runner.fail_on = 5
+    runner.gate = threading.Semaphore(0)
+    group = HandleGroup(make_engine(runner).submit_all([greedy([1], ignore_eos=True), greedy([5])]))
+    runner.gate.release(4)
+    with pytest.raises(RunnerError):
+        group.results(timeout=60)
+    with pytest.raises(RunnerError):
+        while group.next(timeout=60):
+            pass
+    group.abort()
+    runner.gate.release(10_000)
