@@ -47,7 +47,7 @@ def padded_rows(data: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Weights:
-    """A core as the kernel takes it: rows of whole 16 bytes, int4 as 32-bit words."""
+    """A core as the kernel takes it: rows of whole 16 bytes, int4 as 32-bit words, zero points as bfloat16."""
 
     data: torch.Tensor
     scale: torch.Tensor | None
@@ -64,6 +64,11 @@ class Weights:
         if core.is_int4:
             data = data.view(torch.int32)
         scale, zero = (None if t is None else t.contiguous() for t in (core.scale, core.zero))
+        if zero is not None:
+            # Exact up to 256. As bytes they would be the narrowest input of the dot's operand, from which Triton derives
+            # how many columns a thread holds (kWidth): 8, while a dot over the 16 columns of a group of 32 has room for 4,
+            # and Triton 3.6 to 3.8 then multiply half of the columns twice and the others never.
+            zero = zero.to(torch.bfloat16)
         return cls(data, scale, zero, rows, columns, core.group, core.store)
 
     @property
