@@ -175,5 +175,14 @@ def cases() -> Iterator[Case]:
     types = {"qkv": b, "cos_sin": "*fp32!", "k_cache": b, "v_cache": b, "positions": "*i32!", "slots": "*i32!"}
     numbers = ("ldq", "ldc", "page_size", "k_page", "k_head", "k_slot", "v_page", "v_head", "v_slot")
     types |= dict.fromkeys(numbers, "i32!")
-    heads = {"Q_HEADS": 32, "KV_HEADS": 8, "DIM": 128, "ROTARY": 128, "BLOCK_HALF": 64, "BLOCK_DIM": 128}
-    yield Case("rope_kv_write", rope_kv_write_kernel, types, heads, 1, decode=True, products=False)
+    for rotary in (128, 64):
+        heads = {
+            "Q_HEADS": 32,
+            "KV_HEADS": 8,
+            "DIM": 128,
+            "ROTARY": rotary,
+            "BLOCK_HALF": rotary // 2,
+            "BLOCK_DIM": 128,
+        }
+        name = f"rope_kv_write {rotary} of 128"
+        yield Case(name, rope_kv_write_kernel, types, heads, 1, decode=True, products=False)

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 import triton
-from ptx.machine import run
-from ptx.memory import Global
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from ptx.machine import run
+from ptx.memory import Global
 
 POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8", torch.uint8: "*u8",
@@ -42,9 +43,8 @@ class Device:
             signature[p.name] = kind
             if kind == "constexpr":
                 constants[p.name] = value
-            elif isinstance(value, torch.Tensor) or (isinstance(value, int) and not p.do_not_specialize):
-                if (value.data_ptr() if isinstance(value, torch.Tensor) else value) % 16 == 0:
-                    aligned[(i,)] = [["tt.divisibility", 16]]
+            elif _aligned(value) and (isinstance(value, torch.Tensor) or not p.do_not_specialize):
+                aligned[(i,)] = [["tt.divisibility", 16]]
         values = [bound[name] for name in names if signature[name] != "constexpr"]
         key = (kernel, *signature.items(), *(str(c) for c in constants.values()), *aligned, *kwargs.items())
         if key not in self._compiled:
@@ -64,6 +64,12 @@ def _kind(value: Any, unspecialized: bool) -> str:
     if isinstance(value, float):
         return "fp32"
     return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _aligned(value: Any) -> bool:
+    """Whether Triton compiles for a multiple of 16, of an address or an integer."""
+    number = value.data_ptr() if isinstance(value, torch.Tensor) else value
+    return isinstance(number, int) and number % 16 == 0
 
 
 def _execute(ptx: str, values: list[Any], grid: tuple[int, int, int], shared_bytes: int) -> None:

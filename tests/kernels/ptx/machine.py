@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+
 from ptx import matrix, movement, scalar
 from ptx.memory import Global, Shared
 from ptx.program import Instruction, Program, PtxError, parse

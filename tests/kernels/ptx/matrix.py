@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 import numpy as np
-from ptx.movement import address, spread
+
+from ptx.movement import address, chosen, spread
 from ptx.program import Instruction, PtxError
 from ptx.values import Array, Mask, Slots, Step, to_float, vector
 
@@ -36,7 +37,12 @@ def _mma(instruction: Instruction, slots: Slots) -> Step:
     words = [word for word in instruction.words if word != "satfinite"]
     _, _, _, shape, a_layout, b_layout, result, kind, b_kind, total = words
     known = {"bf16": ("m16n8k16", "f32"), "f16": ("m16n8k16", "f32"), "s8": ("m16n8k32", "s32")}
-    if kind != b_kind or known.get(kind) != (shape, result) or total != result or (a_layout, b_layout) != ("row", "col"):
+    if (
+        kind != b_kind
+        or known.get(kind) != (shape, result)
+        or total != result
+        or (a_layout, b_layout) != ("row", "col")
+    ):
         raise PtxError("an unknown matrix instruction")
     to, a, b, c = (vector(operand) for operand in instruction.operands)
     whole = "b32" if kind == "s8" else "f32"
@@ -67,11 +73,13 @@ def _tiles(instruction: Instruction, operand: str, slots: Slots):
         raise PtxError("an unknown tile of shared memory")
     read = address(slots, operand, "u32")
 
-    def offsets(machine) -> Array:
-        """[warps, matrices, 8]: lane 8 j + i has the address of row i of matrix j."""
-        lanes = machine.every.reshape(-1, 32)[:, : 8 * count].reshape(-1)
+    def offsets(machine, mask: Mask) -> tuple[Array, Array]:
+        """The warps that take part, and [warps, matrices, 8]: lane 8 j + i has the address of row i of matrix j."""
+        machine.need_whole_warps(mask)
+        warps = chosen(machine, mask)[::32] // 32
+        lanes = machine.every.reshape(-1, 32)[warps, : 8 * count].reshape(-1)
         found = machine.shared.offsets(spread(machine, read(machine.registers))[lanes], lanes, 16)
-        return found.reshape(-1, count, 8)
+        return warps, found.reshape(-1, count, 8)
 
     return count, transposed, offsets
 
@@ -81,14 +89,14 @@ def _load_matrix(instruction: Instruction, slots: Slots) -> Step:
     writes = [slots.write(name, "b32") for name in vector(instruction.operands[0])]
 
     def load(machine, mask: Mask) -> None:
-        machine.need_whole_warps(mask)
-        at = offsets(machine)[..., None] // 2 + np.arange(8)
-        tiles = machine.shared.bytes.view(np.uint16)[at]  # [warps, matrices, 8, 8]
+        warps, at = offsets(machine, mask)
+        tiles = machine.shared.bytes.view(np.uint16)[at[..., None] // 2 + np.arange(8)]  # [warps, matrices, 8, 8]
         if transposed:
             tiles = tiles.swapaxes(2, 3)
-        registers = np.ascontiguousarray(tiles).view(np.uint32).reshape(-1, count, 32)
-        for i, write in enumerate(writes):
-            write(machine, registers[:, i].reshape(-1), mask)
+        registers = np.zeros((count, machine.threads // 32, 32), np.uint32)
+        registers[:, warps] = np.ascontiguousarray(tiles).view(np.uint32).reshape(-1, count, 32).swapaxes(0, 1)
+        for write, value in zip(writes, registers, strict=True):
+            write(machine, value.reshape(-1), mask)
 
     return load
 
@@ -98,21 +106,19 @@ def _store_matrix(instruction: Instruction, slots: Slots) -> Step:
     reads = [slots.read(name, "b32") for name in vector(instruction.operands[1])]
 
     def store(machine, mask: Mask) -> None:
-        machine.need_whole_warps(mask)
-        if mask is not None and not mask.all():
-            raise PtxError("a part of the warps stores tiles")
-        registers = np.ascontiguousarray(_read_fragment(machine, reads))
-        tiles = registers.view(np.uint16).reshape(-1, count, 8, 8)
+        warps, at = offsets(machine, mask)
+        tiles = np.ascontiguousarray(_read_fragment(machine, reads)[warps]).view(np.uint16).reshape(-1, count, 8, 8)
         if transposed:
             tiles = tiles.swapaxes(2, 3)
-        at = offsets(machine)[..., None] + 2 * np.arange(8)
-        machine.shared.store(at.reshape(-1), [np.ascontiguousarray(tiles).reshape(-1)])
+        machine.shared.store((at[..., None] + 2 * np.arange(8)).reshape(-1), [np.ascontiguousarray(tiles).reshape(-1)])
 
     return store
 
 
-def _described(machine, descriptor: Array, rows: int) -> Array:
-    """What a wgmma descriptor names in shared memory: [blocks, rows, 32] bytes, rows along K, swizzled."""
+def _described(machine, descriptor: Array, rows: int, mask: Mask) -> Array:
+    """What a wgmma descriptor names in shared memory: [blocks, rows, 32] bytes, rows along K, swizzled. Anything for blocks
+    that take no part."""
+    descriptor = np.where(True if mask is None else mask, descriptor, descriptor[chosen(machine, mask)[0]])
     firsts = descriptor[:: machine.block_threads]
     start, stride = ((firsts >> np.uint64(shift) & np.uint64(0x3FFF)).astype(np.int64) * 16 for shift in (0, 32))
     swizzle = (firsts >> np.uint64(62)).astype(np.int64)
@@ -143,11 +149,15 @@ def _wgmma(instruction: Instruction, slots: Slots) -> Step:
         machine.need_whole_warps(mask)
         if machine.block_threads != 128:
             raise PtxError("wgmma with several warp groups")
-        left = _described(machine, spread(machine, read_a(machine.registers)), 64).view(np.int8).astype(np.float64)
-        right = _described(machine, spread(machine, read_b(machine.registers)), columns).view(np.int8).astype(np.float64)
+        left, right = (
+            _described(machine, spread(machine, read(machine.registers)), rows, mask).view(np.int8).astype(np.float64)
+            for read, rows in ((read_a, 64), (read_b, columns))
+        )
         product = (left @ right.transpose(0, 2, 1)).astype(np.int32)
         # Warp w has rows 16 w on; of 8 columns at a time, the fragment of mma.
-        pairs = product.reshape(-1, 4, 2, 8, columns // 8, 4, 2).transpose(0, 1, 4, 2, 6, 3, 5).reshape(-1, len(names), 32)
+        pairs = (
+            product.reshape(-1, 4, 2, 8, columns // 8, 4, 2).transpose(0, 1, 4, 2, 6, 3, 5).reshape(-1, len(names), 32)
+        )
         kept = spread(machine, keep(machine.registers)).reshape(-1, 1, 32)
         result = np.where(kept, _read_fragment(machine, reads), 0) + pairs
         for i, write in enumerate(writes):

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
+
 from ptx.program import Instruction, PtxError
 from ptx.values import SIGNED, UNSIGNED, Array, Mask, Read, Slots, Step, bits_type, vector, width
 
@@ -54,7 +55,10 @@ def _load(instruction: Instruction, slots: Slots) -> Step:
     shared, count, kind = _space(instruction)
     targets = vector(instruction.operands[0])
     kind = kind if kind[0] == "s" else f"b{width(kind)}"
-    at, writes = address(slots, instruction.operands[1], "u32" if shared else "u64"), [slots.write(t, kind) for t in targets]
+    at, writes = (
+        address(slots, instruction.operands[1], "u32" if shared else "u64"),
+        [slots.write(t, kind) for t in targets],
+    )
     dtype = SIGNED[width(kind)] if kind[0] == "s" else UNSIGNED[width(kind)]
     if len(targets) != count:
         raise PtxError(f"{len(targets)} registers for {count} elements")

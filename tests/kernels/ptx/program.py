@@ -29,7 +29,7 @@ class Program:
 
 
 _STATEMENT = re.compile(r"^(?:@(!?)([%\w]+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.DOTALL)
-_LABEL = re.compile(r"\s*([\w$]+):(?!:)")
+_PARTS = re.compile(r"\s*(?:([{}])|([\w$]+):(?!:)|([^;]+);|$)")
 
 
 def parse(ptx: str) -> Program:
@@ -46,28 +46,23 @@ def parse(ptx: str) -> Program:
     registers: dict[str, str] = {}
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
-    rest = _body(text, text.index("{", text.index(".reqntid")))
-    while rest := rest.lstrip():
-        if rest[0] in "{}":  # scopes: their registers have names of their own, or the same type
-            rest = rest[1:]
-        elif label := _LABEL.match(rest):
-            labels[label[1]] = len(instructions)
-            rest = rest[label.end() :]
-        else:
-            statement, _, rest = rest.partition(";")
-            if statement.startswith(".reg"):
-                registers |= _declared(statement)
-            elif not statement.startswith(".pragma"):
-                instructions.append(_instruction(" ".join(statement.split())))
+    body = _body(text, text.index("{", text.index(".reqntid")))
+    for _, label, statement in _PARTS.findall(body):  # braces are scopes, whose registers have names of their own
+        if label:
+            labels[label] = len(instructions)
+        elif statement.startswith(".reg"):
+            registers |= _declared(statement)
+        elif statement and not statement.startswith(".pragma"):
+            instructions.append(_instruction(" ".join(statement.split())))
     return Program(parameters, int(threads[1]), registers, instructions, labels)
 
 
 def _body(text: str, start: int) -> str:
     depth = 0
-    for at in range(start, len(text)):
-        depth += (text[at] == "{") - (text[at] == "}")
+    for brace in re.finditer(r"[{}]", text[start:]):
+        depth += 1 if brace[0] == "{" else -1
         if depth == 0:
-            return text[start + 1 : at]
+            return text[start + 1 : start + brace.start()]
     raise PtxError("the kernel's body does not end")
 
 

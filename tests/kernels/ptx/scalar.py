@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+
 from ptx.program import Instruction, PtxError
 from ptx.values import FLOATS, SIGNED, UNSIGNED, Array, Mask, Slots, Step, vector, width
 
@@ -32,10 +33,6 @@ def _flushed(x: Array) -> Array:
 
 def _wide(compute: Callable[..., Array]) -> Callable[..., Array]:
     return lambda *values: compute(*(v.astype(np.float64) for v in values))
-
-
-def _nan_extreme(extreme: Callable[..., Array]) -> Callable[..., Array]:
-    return lambda a, b: extreme(a, b)  # numpy's maximum and minimum propagate NaN
 
 
 FLOAT: dict[str, Callable[..., Array]] = {
@@ -150,13 +147,16 @@ def _integer(instruction: Instruction, slots: Slots) -> Step:
         double = f"{kind[0]}{2 * width(kind)}"
         wide = (SIGNED if kind[0] == "s" else UNSIGNED)[2 * width(kind)]
         product = lambda a, b, *c: sum(c, a.astype(wide) * b.astype(wide))  # noqa: E731
-        return _step(slots, target, double, product, [(s, kind) for s in sources[:2]] + [(s, double) for s in sources[2:]])
+        return _step(
+            slots, target, double, product, [(s, kind) for s in sources[:2]] + [(s, double) for s in sources[2:]]
+        )
     if "hi" in instruction.words:
         bits = width(kind)
-        if bits != 32 or name != "mul":
-            raise PtxError("high halves of 32-bit products alone are known")
-        wide, narrow = (np.int64, np.int32) if kind[0] == "s" else (np.uint64, np.uint32)
-        high = lambda a, b: ((a.astype(wide) * b.astype(wide)) >> wide(32)).astype(narrow)  # noqa: E731
+        if bits == 64 or name != "mul":
+            raise PtxError("a high half of 64 bits, or in a sum")
+        types = SIGNED if kind[0] == "s" else UNSIGNED
+        wide, narrow = types[2 * bits], types[bits]
+        high = lambda a, b: (a.astype(wide) * b.astype(wide) >> wide.type(bits)).astype(narrow)  # noqa: E731
         return _step(slots, target, kind, high, [(s, kind) for s in sources])
     _check_words(instruction)
     return _step(slots, target, kind, INTEGER[name], [(source, kind) for source in sources])
@@ -270,7 +270,13 @@ def _conversion(instruction: Instruction, slots: Slots) -> Step:
     if set(how) - {"rn", "ftz", *ROUNDINGS}:
         raise PtxError(f"unknown {', '.join(how)}")
     if to.endswith("x2"):  # the first source is the upper half
-        return _step(slots, target, to, lambda high, low: np.stack(np.broadcast_arrays(low, high), -1), [(s, of) for s in sources])
+        return _step(
+            slots,
+            target,
+            to,
+            lambda high, low: np.stack(np.broadcast_arrays(low, high), -1),
+            [(s, of) for s in sources],
+        )
     if to in FLOATS:
         return _step(slots, target, to, lambda a: a, [(sources[0], of)])
     dtype = (SIGNED if to[0] == "s" else UNSIGNED)[width(to)]

@@ -3,11 +3,13 @@ thread has the same. Operands are read as a type, results written as one."""
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from ptx.program import Program, PtxError
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ SIGNED = {8: np.dtype(np.int8), 16: np.dtype(np.int16), 32: np.dtype(np.int32), 
 FLOATS = ("f32", "f16", "bf16", "f16x2", "bf16x2")
 
 
+@functools.cache
 def width(kind: str) -> int:
     """Bits of a type."""
     if kind == "pred":
