@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 TileChoice = Callable[[Products], Tile]
 
 MEMBERS = 3  # per launch: q/k/v
-GATED_ROWS = (
-    4  # up to here a product gates its own input; beyond, forming silu in every column tile costs more than a launch
-)
 
 
 def compute_dtype(activation: torch.dtype, store: str) -> torch.dtype:
@@ -243,9 +240,8 @@ class Plan:
                 first.append(Product(m.cores[0], p.TO_Y, m.cores[0].columns, y_col=y_col, bias=m.bias))
             else:
                 rank = m.cores[0].rows
-                wide = (
-                    -(-rank // 16) * 16
-                )  # z's columns of a member start on 16 elements and end in zeros, for wide loads
+                # A member's columns of z start at a multiple of 16 and end in zeros, so that they are read in wide loads.
+                wide = -(-rank // 16) * 16
                 to = p.TO_Z if m.kind == "lowrank" else p.TO_BOTH
                 pivots, rest = m.pivots
                 core_0, core_1 = m.cores

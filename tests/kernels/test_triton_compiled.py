@@ -117,6 +117,21 @@ def test_int8_activations(g: torch.Generator, device: Device, dtype: torch.dtype
         assert unit in device.launches[-1][1]
 
 
+@pytest.mark.parametrize(("store", "int8_activations"), [("int8", False), ("int8", True), ("int4-32-zero", False)])
+def test_linear_for_ampere(g: torch.Generator, monkeypatch: pytest.MonkeyPatch, store: str, int8_activations: bool):
+    """Compiled for sm_80, which has no wgmma."""
+    put_in_place(monkeypatch, 80)
+    w = random_linear("dense", 208, 40, 0, [store], True, g)
+    x = normal(20, 208, dtype=torch.bfloat16, g=g)
+    group = backend.TritonLinear([w], int8_activations)
+    whole = group(x)
+    check(
+        whole,
+        lambda growth: linear(Bounded.exact(x), w, torch.bfloat16, int8_activations=int8_activations, growth=growth),
+    )
+    assert torch.equal(group(x[:3]), whole[:3])
+
+
 @dataclass
 class Step:
     """A step of attention over shuffled pages of 16; what no sequence owns is NaN."""
