@@ -122,6 +122,8 @@ def compile_case(case: Case, target_name: str) -> Outcome:
     found = dots(compiled.asm["ttgir"])
     outcome.orders = frozenset((d.dtype, d.run) for d in found)
     outcome.problems += dot_problems(found)
+    if case.products and not case.fp32 and not case.int8 and not found:
+        outcome.problems.append("no matrix product is found in Triton's GPU dialect, whose text may have changed")
     if outcome.spilled and case.decode:
         outcome.problems.append(f"a decode kernel spills ({outcome.spilled})")
     if outcome.shared > SHARED_BYTES[target_name]:
