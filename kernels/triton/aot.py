@@ -2,9 +2,14 @@
 
     python -m cai_runtime.kernels.triton.aot [--targets sm_90,gfx942]
 
-For each kernel and target it prints registers, spills and shared memory, and fails when a decode kernel spills, when
-shared memory exceeds what the architecture has, or when the matrix products are not the one instruction shape that batch
-invariance rests on (m16n8k16 on NVIDIA; wgmma and tcgen05 round differently; 16x16 on AMD).
+For each kernel and target it prints registers, spills and shared memory, and fails
+
+- when a decode kernel spills, or shared memory exceeds what the architecture has;
+- when the matrix products are not the one instruction shape that batch invariance rests on (m16n8k16 on NVIDIA; wgmma and
+  tcgen05 round differently; 16x16 on AMD);
+- when a dot multiplies fewer columns than its operands' layout spreads over the lanes: Triton then multiplies some of them
+  twice and others never;
+- when kernels that must give the same bits, those of decode and of prefill, add columns in another order.
 """
 
 from __future__ import annotations
@@ -41,6 +46,58 @@ class Outcome:
     spilled: int  # bytes of local memory a thread (NVIDIA), registers (AMD)
     shared: int  # bytes
     problems: list[str] = field(default_factory=list)
+    orders: frozenset[tuple[str, int]] = frozenset()  # of the matrix products: dtype and `Dot.run`
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A matrix product of the matrix unit, as Triton lays it out (`tt.dot` of its GPU dialect)."""
+
+    columns: int  # of the first operand, which are summed over
+    dtype: str
+    run: int  # consecutive columns that a lane holds, kWidth; four lanes hold a row, so an instruction takes 4 runs
+
+    @property
+    def fits(self) -> bool:
+        return self.columns >= 4 * self.run
+
+
+_DOT = re.compile(
+    r"= tt\.dot [^\n]*?: tensor<\d+x(\d+)x(\w+), #ttg\.dot_op<\{opIdx = 0, parent = #\w+, kWidth = (\d+)\}>>"
+)
+
+
+def dots(ttgir: str) -> set[Dot]:
+    """The products of a kernel's GPU dialect. Products by fused multiply-add have no runs and are left out, as are those by
+    wgmma and tcgen05, which read shared memory."""
+    return {Dot(int(columns), dtype, int(run)) for columns, dtype, run in _DOT.findall(ttgir)}
+
+
+def dot_problems(found: set[Dot]) -> list[str]:
+    return [
+        f"a dot over {d.columns} columns of {d.dtype} is laid out for {4 * d.run} (kWidth {d.run}): it multiplies some "
+        "columns twice and others never; keep what its operand is made from in wider types"
+        for d in sorted(found, key=str)
+        if not d.fits
+    ]
+
+
+class Orders:
+    """Whether cases of one `Case.same_bits` and target add in one order: the run of a lane decides which columns an
+    instruction adds together."""
+
+    def __init__(self) -> None:
+        self._first: dict[tuple[str, str], tuple[str, frozenset[tuple[str, int]]]] = {}
+
+    def check(self, case: Case, target_name: str, outcome: Outcome) -> None:
+        """Add a problem to the outcome if an earlier case added in another order."""
+        if not case.same_bits:
+            return
+        name, orders = self._first.setdefault((case.same_bits, target_name), (case.name, outcome.orders))
+        if orders != outcome.orders:
+            outcome.problems.append(
+                f"sums in another order than {name}: (dtype, kWidth) {sorted(outcome.orders)}, there {sorted(orders)}"
+            )
 
 
 def compile_case(case: Case, target_name: str) -> Outcome:
@@ -62,6 +119,11 @@ def compile_case(case: Case, target_name: str) -> Outcome:
         outcome = _read_amd(case, compiled)
     else:
         outcome = _read_nvidia(case, compiled)
+    found = dots(compiled.asm["ttgir"])
+    outcome.orders = frozenset((d.dtype, d.run) for d in found)
+    outcome.problems += dot_problems(found)
+    if case.products and not case.fp32 and not case.int8 and not found:
+        outcome.problems.append("no matrix product is found in Triton's GPU dialect, whose text may have changed")
     if outcome.spilled and case.decode:
         outcome.problems.append(f"a decode kernel spills ({outcome.spilled})")
     if outcome.shared > SHARED_BYTES[target_name]:
@@ -118,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unknown target {', '.join(unknown) or '(none)'}; known: {', '.join(TARGETS)}")
     if interpreting():
         parser.error("TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it")
-    failures = 0
+    failures, orders = 0, Orders()
     print(f"triton {triton.__version__}\n{'kernel':<52}{'target':<8}{'registers':>10}{'spilled':>9}{'shared':>9}")
     for case in cases():
         for target in targets:
@@ -128,6 +190,7 @@ def main(argv: list[str] | None = None) -> int:
                 failures += 1
                 print(f"{case.name:<52}{target:<8}  does not compile: {type(error).__name__}: {error}", flush=True)
                 continue
+            orders.check(case, target, outcome)
             failures += bool(outcome.problems)
             note = "".join(f"  FAIL: {p}" for p in outcome.problems)
             row = f"{outcome.registers:>10}{outcome.spilled:>9}{outcome.shared:>9}"

@@ -12,6 +12,7 @@ import triton
 from cai_runtime.kernels.triton import products as p
 from cai_runtime.kernels.triton.attention import attention_tile, merge_splits_kernel, paged_attention_kernel
 from cai_runtime.kernels.triton.launch import operand_dtype
+from cai_runtime.kernels.triton.linear import NORM_IN_LAUNCH
 from cai_runtime.kernels.triton.plan import MEMBERS, compute_dtype
 from cai_runtime.kernels.triton.quantized_rows import quantize_rows_kernel
 from cai_runtime.kernels.triton.rope import rope_kv_write_kernel
@@ -42,6 +43,7 @@ class Case:
     fp32: bool = False  # in float32: fused multiply-adds on NVIDIA
     int8: bool = False  # sums of int8 products: exact, by any instruction
     wide_loads: bool = False  # most loads must be of 16 bytes (NVIDIA)
+    same_bits: str = ""  # names what cases of the same name compute, bit for bit alike; "": no other case does
 
 
 def _linear_case(
@@ -79,7 +81,7 @@ def _linear_case(
             constants |= dict.fromkeys((w, scale, zeros, index)) | dict.fromkeys((*numbers, f"pitch{g}"), 0)
             continue
         types |= {w: _STORE[store] + "!", f"pitch{g}": "i32"} | dict.fromkeys(numbers, "i32!")
-        optional = {scale: {"int8": "*fp32!", "int4": "*bf16!"}.get(store), zeros: "*u8!" if zero else None}
+        optional = {scale: {"int8": "*fp32!", "int4": "*bf16!"}.get(store), zeros: "*bf16!" if zero else None}
         optional[index] = None if to[g] == p.TO_Z else "*i32"  # the second part of a pivot starts anywhere
         types |= {name: kind for name, kind in optional.items() if kind}
         constants |= {name: None for name, kind in optional.items() if not kind}
@@ -87,10 +89,13 @@ def _linear_case(
     stored = f"{store}/{group}{'z' if zero else ''}" if group else store
     name = f"products {'decode' if decode else 'prefill'} x{len(to)} {activation} {stored}".replace("torch.", "")
     name += names[prologue] + (" w8a8" if int8_activations else "")
+    # Sums of int8 are exact. Where a norm is not in the launch, the cases with one are not launched together.
+    alike = compute != torch.int8 and (prologue == p.PLAIN.value or store in NORM_IN_LAUNCH)
+    same_bits = f"{activation} {stored}{'' if prologue == p.PLAIN.value else ' normed'}" if alike else ""
     return Case(
         name, p.products_kernel, types, constants, tile.num_warps, tile.num_stages, decode,
         fp32=compute == torch.float32, int8=compute == torch.int8,
-        wide_loads=compute != torch.float32, max_registers=tile.max_registers,
+        wide_loads=compute != torch.float32, max_registers=tile.max_registers, same_bits=same_bits,
     )  # fmt: skip
 
 
@@ -116,7 +121,7 @@ def _attention_case(
     name += "".join(f" {word}" for word, on in (("splits", splits), ("window", window), ("sinks", sinks)) if on)
     return Case(
         name, paged_attention_kernel, types, constants, tile.num_warps, 2, decode, fp32=dtype == torch.float32,
-        max_registers=tile.max_registers,
+        max_registers=tile.max_registers, same_bits=f"attention {dtype} D={dim}",
     )  # fmt: skip
 
 
@@ -129,9 +134,12 @@ def cases() -> Iterator[Case]:
         yield _linear_case(bf16, store, 1, (both, both, both), group=group, prologue=p.NORM.value)
         yield _linear_case(bf16, store, 512, (y,), group=group)
     yield _linear_case(bf16, "int8", 512, (both, both), prologue=p.FACTOR.value)
-    yield _linear_case(bf16, "int4", 1, (both,), group=32)
-    yield _linear_case(bf16, "int4", 1, (both,), group=64, zero=True)
-    yield _linear_case(fp16, "int4", 1, (both,), group=64, zero=True)
+    yield _linear_case(bf16, "bf16", 512, (both, both), prologue=p.FACTOR.value)
+    for rows in (1, 512):
+        yield _linear_case(bf16, "int4", rows, (both,), group=32)
+        yield _linear_case(bf16, "int4", rows, (both,), group=32, zero=True)
+        yield _linear_case(bf16, "int4", rows, (both,), group=64, zero=True)
+        yield _linear_case(fp16, "int4", rows, (both,), group=32, zero=True)
     yield _linear_case(fp32, "int8", 1, (both,))
     yield _linear_case(fp32, "int4", 1, (both,), group=64, prologue=p.NORM.value)
     yield _linear_case(fp32, "fp32", 512, (p.TO_Z,))
@@ -139,7 +147,7 @@ def cases() -> Iterator[Case]:
         yield _linear_case(bf16, "int8", rows, (both,), int8_activations=True)
     types = {"x": "*bf16!", "factor": "*fp32!", "M": "i32", "K": "i32!", "ldx": "i32!", "eps": "fp32"}
     blocks = {"COMPUTE": operand_dtype(bf16), "BLOCK_M": 32, "BLOCK_K": block_k(bf16, 0)}
-    yield Case("inverse rms", p.factor_kernel, types, blocks, 4, 2)
+    yield Case("inverse rms", p.factor_kernel, types, blocks, 4, 2, same_bits=f"{bf16} bf16 normed")
     types = {"x": "*bf16!", "codes": "*i8!", "scales": "*fp32!", "starts": "*i32!", "widths": "*i32!"}
     types |= dict.fromkeys(("ldx", "ldc", "lds"), "i32!")
     yield Case("quantize rows", quantize_rows_kernel, types, {"BLOCK": 1024}, 4, decode=True, products=False)
@@ -167,5 +175,14 @@ def cases() -> Iterator[Case]:
     types = {"qkv": b, "cos_sin": "*fp32!", "k_cache": b, "v_cache": b, "positions": "*i32!", "slots": "*i32!"}
     numbers = ("ldq", "ldc", "page_size", "k_page", "k_head", "k_slot", "v_page", "v_head", "v_slot")
     types |= dict.fromkeys(numbers, "i32!")
-    heads = {"Q_HEADS": 32, "KV_HEADS": 8, "DIM": 128, "ROTARY": 128, "BLOCK_HALF": 64, "BLOCK_DIM": 128}
-    yield Case("rope_kv_write", rope_kv_write_kernel, types, heads, 1, decode=True, products=False)
+    for rotary in (128, 64):
+        heads = {
+            "Q_HEADS": 32,
+            "KV_HEADS": 8,
+            "DIM": 128,
+            "ROTARY": rotary,
+            "BLOCK_HALF": rotary // 2,
+            "BLOCK_DIM": 128,
+        }
+        name = f"rope_kv_write {rotary} of 128"
+        yield Case(name, rope_kv_write_kernel, types, heads, 1, decode=True, products=False)

@@ -47,9 +47,10 @@ class TritonLinear:
     """Linears that share their input, checked and made ready to run together.
 
     members: dense, lowrank or interpolative, on one device; cores float32, bfloat16, float16, int8 with one scale per row,
-    or int4; biases of any activation dtype; kinds, ranks and stores may differ. Tensors whose rows are not whole 16 bytes
-    are copied, others shared: they must not change. int8_activations: the input of every int8 core is rounded to int8
-    first, see `cai_runtime.kernels.quantized_rows`. tiles: chooses the shape of programs; no tile changes a bit.
+    or int4; biases of any activation dtype; kinds, ranks and stores may differ. Zero points, and tensors whose rows are
+    not whole 16 bytes, are copied, others shared: they must not change. int8_activations: the input of every int8 core is
+    rounded to int8 first, see `cai_runtime.kernels.quantized_rows`. tiles: chooses the shape of programs; no tile changes
+    a bit.
 
     Raises KernelError for a shape, dtype, device or kind that is not as above; names the member.
     """

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 TileChoice = Callable[[Products], Tile]
 
 MEMBERS = 3  # per launch: q/k/v
-GATED_ROWS = (
-    4  # up to here a product gates its own input; beyond, forming silu in every column tile costs more than a launch
-)
 
 
 def compute_dtype(activation: torch.dtype, store: str) -> torch.dtype:
@@ -47,7 +44,7 @@ def padded_rows(data: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Weights:
-    """A core as the kernel takes it: rows of whole 16 bytes, int4 as 32-bit words."""
+    """A core as the kernel takes it: rows of whole 16 bytes, int4 as 32-bit words, zero points as bfloat16."""
 
     data: torch.Tensor
     scale: torch.Tensor | None
@@ -64,6 +61,11 @@ class Weights:
         if core.is_int4:
             data = data.view(torch.int32)
         scale, zero = (None if t is None else t.contiguous() for t in (core.scale, core.zero))
+        if zero is not None:
+            # Exact up to 256. As bytes they would be the narrowest input of the dot's operand, from which Triton derives
+            # how many columns a thread holds (kWidth): 8, while a dot over the 16 columns of a group of 32 has room for 4,
+            # and Triton 3.6 to 3.8 then multiply half of the columns twice and the others never.
+            zero = zero.to(torch.bfloat16)
         return cls(data, scale, zero, rows, columns, core.group, core.store)
 
     @property
@@ -238,9 +240,8 @@ class Plan:
                 first.append(Product(m.cores[0], p.TO_Y, m.cores[0].columns, y_col=y_col, bias=m.bias))
             else:
                 rank = m.cores[0].rows
-                wide = (
-                    -(-rank // 16) * 16
-                )  # z's columns of a member start on 16 elements and end in zeros, for wide loads
+                # A member's columns of z start at a multiple of 16 and end in zeros, so that they are read in wide loads.
+                wide = -(-rank // 16) * 16
                 to = p.TO_Z if m.kind == "lowrank" else p.TO_BOTH
                 pivots, rest = m.pivots
                 core_0, core_1 = m.cores

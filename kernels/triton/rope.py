@@ -47,8 +47,8 @@ def rope_kv_write_kernel(
             tl.store(kept + HALF + at, high.to(k_cache.dtype.element_ty), mask=ok)
             if ROTARY < DIM:
                 rest = (whole >= ROTARY) & (whole < DIM)
-                x = tl.load(source + whole, mask=rest, other=0)
-                tl.store(kept + whole, x.to(k_cache.dtype.element_ty), mask=rest)
+                unturned = tl.load(source + whole, mask=rest, other=0)
+                tl.store(kept + whole, unturned.to(k_cache.dtype.element_ty), mask=rest)
     else:
         if slot >= 0:
             kept = v_cache + page * v_page + (head - Q_HEADS - KV_HEADS) * v_head + in_page * v_slot

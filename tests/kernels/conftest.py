@@ -1,5 +1,5 @@
-"""Makes `tests/kernels/helpers` importable (pytest's importlib mode puts no test directory on the path), and holds what the
-tests of the Triton kernels share."""
+"""Makes `tests/kernels/helpers` and the package `tests/kernels/ptx` importable, as pytest's importlib mode puts no test
+directory on the path, and holds what the tests of the Triton kernels share."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 HELPERS = str(Path(__file__).parent / "helpers")
-if HELPERS not in sys.path:
-    sys.path.append(HELPERS)
+HERE = str(Path(__file__).parent)  # of the package `ptx`
+for folder in (HELPERS, HERE):
+    if folder not in sys.path:
+        sys.path.append(folder)
 
 
 @pytest.fixture

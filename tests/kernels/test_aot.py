@@ -68,6 +68,52 @@ def test_products_name_the_type_of_their_sums(monkeypatch: pytest.MonkeyPatch):
     assert (tl.int32, tl.int32) in seen and all(acc == stated for acc, stated in seen)
 
 
+def with_byte_zero_points(good: aot.Case) -> aot.Case:
+    """As Triton 3.6 to 3.8 lay it out, 8 columns to a lane."""
+    return dataclasses.replace(good, types=good.types | {"zero0": "*u8!"})
+
+
+def test_dots_shorter_than_their_layout_are_found():
+    """A group of 32 has two dots over 16 columns."""
+    good = case("products decode x1 bfloat16 int4/32z")
+    outcome = aot.compile_case(good, "sm_90")
+    assert outcome.problems == [] and outcome.orders == {("bf16", 4)}
+    bad = aot.compile_case(with_byte_zero_points(good), "sm_90")
+    assert any("over 16 columns of bf16 is laid out for 32" in problem for problem in bad.problems)
+
+
+def test_decode_and_prefill_that_add_in_another_order_are_found():
+    decode, prefill = (case(f"products {phase} x1 bfloat16 int4/64z") for phase in ("decode", "prefill"))
+    outcomes = [(c, aot.compile_case(c, "sm_90")) for c in (decode, prefill, with_byte_zero_points(prefill))]
+    orders = aot.Orders()
+    for c, outcome in outcomes:
+        orders.check(c, "sm_90", outcome)
+    good, also_good, bad = (outcome for _, outcome in outcomes)
+    assert good.problems == also_good.problems == []
+    assert any(f"another order than {decode.name}" in problem for problem in bad.problems)
+
+
+def test_every_product_is_in_a_check_of_orders():
+    """But those whose sums are exact, in fused multiply-adds, or of a norm that no launch has."""
+    alone = [c.name for c in aot.cases() if c.products and not c.same_bits and not c.int8 and not c.fp32]
+    assert all(name.endswith((" norm", " factor")) and " int" in name for name in alone), alone
+    groups: dict[str, set[bool]] = {}
+    for c in aot.cases():
+        if c.same_bits and not c.fp32:
+            groups.setdefault(c.same_bits, set()).add(c.decode)
+    assert all(phases == {True, False} for phases in groups.values()), groups
+
+
+def test_dots_are_read_from_the_gpu_dialect():
+    """Those of the matrix unit; the columns are the first operand's."""
+    layout = "#ttg.dot_op<{opIdx = %d, parent = #mma, kWidth = 8}>"
+    operands = f"tensor<32x16xbf16, {layout % 0}> * tensor<16x64xbf16, {layout % 1}>"
+    line = f"%1 = tt.dot %a, %b, %c : {operands} -> tensor<32x64xf32, #mma>"
+    fma = "%1 = tt.dot %a, %b, %c : tensor<32x8xf32, #ttg.dot_op<{opIdx = 0, parent = #blocked}>> * tensor<8x8xf32>"
+    assert aot.dots(f"{line}\n{fma}\n") == {aot.Dot(16, "bf16", 8)}
+    assert not aot.Dot(16, "bf16", 8).fits and aot.Dot(16, "bf16", 4).fits
+
+
 def test_unknown_target_is_refused(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         aot.main(["--targets", "sm_7"])

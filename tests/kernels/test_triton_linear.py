@@ -21,7 +21,8 @@ from cai_runtime.kernels.triton.plan import padded_rows
 from cai_runtime.kernels.weights import Core, LinearWeights
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-STORES = ["fp32", "bf16", "fp16", "int8", "int4/32", "int4/64z", "int4/128"]  # z: with zero points
+INT4 = [f"int4/{group}{zero}" for group in (32, 64, 128) for zero in ("", "z")]  # z: with zero points
+STORES = ["fp32", "bf16", "fp16", "int8", *INT4]
 ACTIVATIONS = [torch.float32, torch.bfloat16, torch.float16]
 # The input (by a norm's weight), the intermediate z and the result are each rounded once to the activation dtype.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.2e-3}
