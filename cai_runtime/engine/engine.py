@@ -16,14 +16,12 @@ from functools import partial
 from operator import index
 from typing import Any
 
-import numpy as np
-
 from cai_runtime.engine.detokenizer import Detokenizer, StopStrings, TokenDecoder
 from cai_runtime.engine.handle import Handle, Stream
 from cai_runtime.engine.kv_cache import KVCache
 from cai_runtime.engine.request import Request
-from cai_runtime.engine.runner import Runner
-from cai_runtime.engine.sampler import SequenceSampler, sample
+from cai_runtime.engine.runner import Runner, sampler_of
+from cai_runtime.engine.sampling import SequenceSampler, sampling_batch, tokens_or_errors
 from cai_runtime.engine.scheduler import Scheduler, Share
 from cai_runtime.engine.sequence import Sequence
 from cai_runtime.engine.stats import EngineStats
@@ -193,6 +191,7 @@ class _Owner:
         self.scheduler = Scheduler(cache, self.stats, max_batch=max_batch, prefill_chunk=prefill_chunk)
         self.close_error: Exception | None = None
         self._runner: Runner | None = runner
+        sampler_of(runner)  # loads what it needs
         self._sequences: dict[Stream, Sequence] = {}
         self._gate = threading.Lock()  # between send() and the end
         self.closed = False
@@ -248,18 +247,29 @@ class _Owner:
         for share in step:
             self.scheduler.advance(share)
         sampled = [share.sequence for share in step if share.tokens.sample]
-        tokens = sample(logits, [s.sampler for s in sampled], [len(s.token_ids) for s in sampled])
-        for sequence, token in zip(sampled, tokens, strict=True):
+        for sequence, token in zip(sampled, self._next_tokens(logits, sampled), strict=True):
             self._accept(sequence, token)
 
-    def _run_model(self, step: list[Share]) -> np.ndarray:
-        """The logits, fp32 [sequences that sample, vocab]."""
+    def _run_model(self, step: list[Share]) -> Any:
+        """The logits, fp32 [sequences that sample, vocab], wherever the runner has them."""
         assert self._runner is not None
-        logits = np.asarray(self._runner.run([share.tokens for share in step]), dtype=np.float32)
+        logits = self._runner.run([share.tokens for share in step])
         expected = (sum(share.tokens.sample for share in step), self._runner.vocab_size)
-        if logits.shape != expected:
-            raise RunnerError(f"the runner returned logits of shape {logits.shape} instead of {expected}")
+        if tuple(logits.shape) != expected:
+            raise RunnerError(f"the runner returned logits of shape {tuple(logits.shape)} instead of {expected}")
         return logits
+
+    def _next_tokens(self, logits: Any, sequences: list[Sequence]) -> list[int | Exception]:
+        """Of each sequence the sampled token, or the error that it alone fails with."""
+        if not sequences:
+            return []
+        positions = [len(sequence.token_ids) for sequence in sequences]
+        try:
+            batch = sampling_batch([sequence.sampler for sequence in sequences], positions)
+            return tokens_or_errors(sampler_of(self._runner)(logits, batch).wait(), positions)
+        except Exception as error:  # noqa: BLE001 - such as a device out of memory: the step's failure, not the engine's
+            _forget_frames(error)
+            return [error] * len(sequences)
 
     def _accept(self, sequence: Sequence, token: int | Exception) -> None:
         try:

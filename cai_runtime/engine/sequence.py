@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from cai_runtime.engine.detokenizer import Detokenizer, StopStrings
 from cai_runtime.engine.handle import Stream
 from cai_runtime.engine.request import Delta, FinishReason, Request
-from cai_runtime.engine.sampler import SequenceSampler
+from cai_runtime.engine.sampling import SequenceSampler
 
 
 @dataclass(eq=False)

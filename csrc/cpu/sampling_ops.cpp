@@ -1,0 +1,420 @@
+// Sampling over the threads: rows of logits to tokens, and the logarithms of the greatest probabilities. The definition is
+// kernels/sampling.py's. Sums are of integers, so neither threads nor pieces move a token.
+#include "sampling.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+namespace cai {
+namespace {
+
+constexpr Int kPieceBlocks = 64;  // blocks that a thread looks at together where a row is shared: 4096 tokens
+
+// ------------------------------------------------------------------------------------------------- random numbers
+
+struct Product {
+  uint64_t high, low;
+};
+Product multiply(uint64_t a, uint64_t b) {
+  __extension__ typedef unsigned __int128 Wide;
+  const Wide p = static_cast<Wide>(a) * b;
+  return {static_cast<uint64_t>(p >> 64), static_cast<uint64_t>(p)};
+}
+
+// The first of the four words that Philox4x64-10 (Salmon et al. 2011) makes of a key and the counter `position` + 1, which is
+// what numpy.random.Philox(key=seed, counter=position) gives first.
+uint64_t philox(uint64_t key0, uint64_t key1, uint64_t position) {
+  uint64_t c0 = position + 1, c1 = c0 == 0, c2 = 0, c3 = 0;
+  for (int round = 0; round < 10; ++round) {
+    const Product a = multiply(0xD2E7470EE14C6C93u, c0), b = multiply(0xCA5A826395121157u, c2);
+    c0 = b.high ^ c1 ^ key0;
+    c1 = b.low;
+    c2 = a.high ^ c3 ^ key1;
+    c3 = a.low;
+    key0 += 0x9E3779B97F4A7C15u;
+    key1 += 0xBB67AE8584CAA73Bu;
+  }
+  return c0;
+}
+
+// -------------------------------------------------------------------------------------------------------- one row
+
+float logit_of_key(int32_t key) {
+  const uint32_t bits = key < 0 ? static_cast<uint32_t>(-key) | 0x80000000u : static_cast<uint32_t>(key);
+  float logit;
+  std::memcpy(&logit, &bits, sizeof logit);
+  return logit;
+}
+
+Int blocks_in(Int vocabulary) { return (vocabulary + kSampleBlock - 1) / kSampleBlock; }
+
+// A logit, a weight or a key for each of some tokens, ascending by id, in memory of the calling thread.
+struct Candidates {
+  int32_t *ids, *values, *spare;
+  Int count = 0;
+
+  explicit Candidates(Int vocabulary) {
+    ids = static_cast<int32_t*>(private_memory(Private::kCandidates, 3 * vocabulary * Int(sizeof(int32_t))));
+    values = ids + vocabulary;
+    spare = values + vocabulary;
+  }
+  void add(Int id, int32_t value, bool wanted) {  // without a branch: `wanted` is seldom foreseeable
+    ids[count] = static_cast<int32_t>(id);
+    values[count] = value;
+    count += wanted;
+  }
+  // The k-th greatest value.
+  int32_t greatest(Int k) {
+    std::copy(values, values + count, spare);
+    std::nth_element(spare, spare + k - 1, spare + count, [](int32_t a, int32_t b) { return a > b; });
+    return spare[k - 1];
+  }
+  void keep_from(int32_t lowest) {
+    const Int all = count;
+    count = 0;
+    for (Int i = 0; i < all; ++i) add(ids[i], values[i], values[i] >= lowest);
+  }
+};
+
+// The passes over one row of logits and what they leave behind.
+class Row {
+ public:
+  static Int bytes(Int vocabulary) {
+    const Int blocks = blocks_in(vocabulary), pieces = (blocks + kPieceBlocks - 1) / kPieceBlocks;
+    return (blocks * 16 + pieces * 8 + 63) / 64 * 64;
+  }
+  Row(float* logits, Int vocabulary, void* memory)
+      : logits_(logits), vocabulary_(vocabulary), blocks_(blocks_in(vocabulary)) {
+    sums_ = static_cast<int64_t*>(memory);
+    peaks_ = reinterpret_cast<int32_t*>(sums_ + blocks_);
+    weight_peaks_ = peaks_ + blocks_;
+    piece_peaks_ = weight_peaks_ + blocks_;
+    piece_worst_ = piece_peaks_ + pieces();
+  }
+
+  Int pieces() const { return (blocks_ + kPieceBlocks - 1) / kPieceBlocks; }
+
+  // First pass over a piece: bans, peaks.
+  void look(Int piece, const uint32_t* mask) {
+    const Span s = span(piece);
+    if (mask) kernels().mask_logits(logits_ + s.token, s.tokens, mask + s.token / 32);
+    piece_worst_[piece] = kernels().logit_peaks(logits_ + s.token, s.tokens, peaks_ + s.block);
+    piece_peaks_[piece] = *std::max_element(peaks_ + s.block, peaks_ + s.block + s.blocks);
+  }
+  // Afterwards:
+  int32_t greatest() const { return *std::max_element(piece_peaks_, piece_peaks_ + pieces()); }
+  SampleStatus status() const {
+    if (*std::max_element(piece_worst_, piece_worst_ + pieces()) > kInfinityKey) return SampleStatus::kNotFinite;  // NaN
+    const int32_t key = greatest();
+    if (key == kInfinityKey) return SampleStatus::kNotFinite;
+    return key == -kInfinityKey ? SampleStatus::kNothingAllowed : SampleStatus::kOk;
+  }
+
+  // Second pass over a piece: sums of weights.
+  void weigh(Int piece, float inverse_temperature) {
+    const Span s = span(piece);
+    kernels().weight_blocks(logits_ + s.token, s.tokens, logit_of_key(greatest()), inverse_temperature, sums_ + s.block,
+                            weight_peaks_ + s.block);
+  }
+  int64_t total() const {
+    int64_t sum = 0;
+    for (Int b = 0; b < blocks_; ++b) sum += sums_[b];
+    return sum;
+  }
+
+  // The first token of the greatest logit.
+  int32_t best() const {
+    const int32_t key = greatest();
+    Int token = (std::find(peaks_, peaks_ + blocks_, key) - peaks_) * kSampleBlock;
+    while (logit_key(logits_[token]) != key) ++token;
+    return static_cast<int32_t>(token);
+  }
+
+  // Tokens of the k greatest logits and all that tie with the k-th, with their keys.
+  void collect_top_k(Int k, Candidates& found) const {
+    int32_t lowest = std::numeric_limits<int32_t>::min();
+    if (blocks_ > k) {  // the k-th greatest of the blocks' peaks is no greater than the k-th greatest logit
+      std::copy(peaks_, peaks_ + blocks_, found.spare);
+      std::nth_element(found.spare, found.spare + k - 1, found.spare + blocks_, [](int32_t a, int32_t b) { return a > b; });
+      lowest = found.spare[k - 1];
+    }
+    for (Int b = 0; b < blocks_; ++b) {
+      if (peaks_[b] < lowest) continue;
+      for (Int t = b * kSampleBlock; t < end_of(b); ++t) {
+        const int32_t key = logit_key(logits_[t]);
+        found.add(t, key, key >= lowest);
+      }
+    }
+    found.keep_from(found.greatest(k));
+  }
+  // Their weights in place of their keys.
+  void weigh(Candidates& c, float inverse_temperature) const {
+    const float greatest_logit = logit_of_key(greatest());
+    for (Int begin = 0; begin < c.count; begin += kSampleBlock) {
+      float logits[kSampleBlock];
+      int32_t weights[kSampleBlock];
+      const Int n = std::min(kSampleBlock, c.count - begin);
+      for (Int i = 0; i < n; ++i) logits[i] = logits_[c.ids[begin + i]];
+      kernels().token_weights(logits, n, greatest_logit, inverse_temperature, weights);
+      std::copy(weights, weights + n, c.values + begin);
+    }
+  }
+  // Tokens of at least this weight.
+  void collect_weights(int32_t lowest, float inverse_temperature, Candidates& found) const {
+    const float greatest_logit = logit_of_key(greatest());
+    for (Int b = 0; b < blocks_; ++b) {
+      if (weight_peaks_[b] < lowest) continue;
+      int32_t weights[kSampleBlock];
+      const Int begin = b * kSampleBlock, n = end_of(b) - begin;
+      kernels().token_weights(logits_ + begin, n, greatest_logit, inverse_temperature, weights);
+      for (Int i = 0; i < n; ++i) found.add(begin + i, weights[i], weights[i] >= lowest);
+    }
+  }
+  // The token where the running sum of weights first exceeds `target`, which is below the total.
+  int32_t token_at(int64_t target, float inverse_temperature) const {
+    Int b = 0;
+    while (sums_[b] <= target) target -= sums_[b++];
+    int32_t weights[kSampleBlock];
+    kernels().token_weights(logits_ + b * kSampleBlock, end_of(b) - b * kSampleBlock, logit_of_key(greatest()),
+                            inverse_temperature, weights);
+    Int i = 0;
+    while (weights[i] <= target) target -= weights[i++];
+    return static_cast<int32_t>(b * kSampleBlock + i);
+  }
+
+ private:
+  struct Span {
+    Int block, blocks, token, tokens;
+  };
+  Span span(Int piece) const {
+    const Int block = piece * kPieceBlocks, blocks = std::min(kPieceBlocks, blocks_ - block);
+    const Int token = block * kSampleBlock;
+    return {block, blocks, token, std::min(blocks * kSampleBlock, vocabulary_ - token)};
+  }
+  Int end_of(Int block) const { return std::min((block + 1) * kSampleBlock, vocabulary_); }
+
+  float* logits_;
+  Int vocabulary_, blocks_;
+  int64_t* sums_;
+  int32_t *peaks_, *weight_peaks_, *piece_peaks_, *piece_worst_;
+};
+
+// ------------------------------------------------------------------------------------------------------- choosing
+
+int64_t share(double fraction, int64_t total) {  // floor(fraction x total), less than total
+  return std::min(static_cast<int64_t>(fraction * static_cast<double>(total)), total - 1);
+}
+int64_t nucleus_target(double top_p, int64_t total) {  // ceil(top_p x total), 1 to total
+  const auto target = static_cast<int64_t>(std::ceil(top_p * static_cast<double>(total)));
+  return std::min(std::max<int64_t>(target, 1), total);
+}
+
+// The smallest set of greatest weights whose sum reaches a target: all above `weight`, and the first `ties` equal to it.
+struct Cut {
+  int32_t weight = 0;
+  int64_t ties = std::numeric_limits<int64_t>::max();
+};
+// By digits of the weight, from the highest, without sorting. All of the candidates where they don't reach the target.
+Cut find_cut(const Candidates& c, int64_t target) {
+  constexpr int kDigit = 10, kBins = (1 << kDigit) + 1;  // 2^30 has the first digit 1024
+  int64_t sums[kBins];
+  int64_t prefix = 0;
+  for (int shift = 2 * kDigit; shift >= 0; shift -= kDigit) {
+    std::fill(sums, sums + kBins, 0);
+    const int64_t low = prefix << kDigit;  // of weights that agree so far, the least shifted one
+    for (Int i = 0; i < c.count; ++i) {
+      const int64_t bin = (c.values[i] >> shift) - low;
+      if (bin >= 0 && bin < kBins - (shift < 2 * kDigit)) sums[bin] += c.values[i];
+    }
+    int64_t bin = kBins - 1;
+    while (bin >= 0 && sums[bin] < target) target -= sums[bin--];
+    if (bin < 0) return {};
+    prefix = low + bin;
+  }
+  return {static_cast<int32_t>(prefix), prefix > 0 ? (target + prefix - 1) / prefix : 0};
+}
+
+int32_t choose_of(Candidates& c, const SampleRow& row, int64_t target) {
+  if (target > 0) {
+    Cut cut = find_cut(c, target);
+    const Int all = c.count;
+    c.count = 0;
+    for (Int i = 0; i < all; ++i) {
+      const bool tie = c.values[i] == cut.weight;
+      c.add(c.ids[i], c.values[i], c.values[i] > cut.weight || (tie && cut.ties > 0));
+      cut.ties -= tie;
+    }
+  }
+  c.keep_from(row.min_weight);
+  int64_t total = 0;
+  for (Int i = 0; i < c.count; ++i) total += c.values[i];
+  int64_t left = share(row.uniform, total);
+  Int i = 0;
+  while (c.values[i] <= left) left -= c.values[i++];
+  return c.ids[i];
+}
+
+bool limits_top_k(const SampleRow& row, Int vocabulary) { return 0 < row.top_k && row.top_k < vocabulary; }
+bool weighs_all(const SampleRow& row, Int vocabulary) {
+  return row.inverse_temperature > 0 && !limits_top_k(row, vocabulary);
+}
+
+// After look(), and after weigh() where weighs_all().
+int32_t choose(const Row& looked, const SampleRow& row, Int vocabulary) {
+  if (!(row.inverse_temperature > 0)) return looked.best();
+  const bool nucleus = row.top_p < 1.0;
+  if (limits_top_k(row, vocabulary)) {
+    Candidates c(vocabulary);
+    looked.collect_top_k(row.top_k, c);
+    looked.weigh(c, row.inverse_temperature);
+    int64_t total = 0;
+    for (Int i = 0; i < c.count; ++i) total += c.values[i];
+    return choose_of(c, row, nucleus ? nucleus_target(row.top_p, total) : 0);
+  }
+  const int64_t total = looked.total();
+  if (!nucleus && row.min_weight <= 0) return looked.token_at(share(row.uniform, total), row.inverse_temperature);
+  Candidates c(vocabulary);
+  int64_t target = 0, lowest = row.min_weight;
+  if (nucleus) {
+    target = nucleus_target(row.top_p, total);
+    // Together, lighter tokens than this weigh no more than what the nucleus leaves out.
+    lowest = std::max(lowest, (total - target) / vocabulary + 1);
+  }
+  looked.collect_weights(static_cast<int32_t>(lowest), row.inverse_temperature, c);
+  return choose_of(c, row, target);
+}
+
+// Penalties, bias and bans of a row, put in place; `saved` keeps what they change. False for a token outside the vocabulary.
+bool apply_tables(const SampleRow& row, float* logits, Int vocabulary, float* saved) {
+  const auto outside = [&](int32_t token) { return token < 0 || token >= vocabulary; };
+  if (std::any_of(row.penalty_token, row.penalty_token + row.penalties, outside) ||
+      std::any_of(row.bias_token, row.bias_token + row.biases, outside))
+    return false;
+  for (Int i = 0; i < row.penalties; ++i) {
+    float& logit = logits[row.penalty_token[i]];
+    *saved++ = logit;
+    logit = logit > 0 ? logit / row.repetition : logit * row.repetition;
+    const auto count = static_cast<float>(row.penalty_count[i]);
+    if (count > 0) logit -= count * row.frequency + row.presence;
+  }
+  for (Int i = 0; i < row.biases; ++i) {
+    float& logit = logits[row.bias_token[i]];
+    *saved++ = logit;
+    logit = row.bias[i] == -std::numeric_limits<float>::infinity() ? row.bias[i] : logit + row.bias[i];
+  }
+  return true;
+}
+void take_back(const SampleRow& row, float* logits, const float* saved) {
+  saved += row.penalties + row.biases;
+  for (Int i = row.biases; i-- > 0;) logits[row.bias_token[i]] = *--saved;
+  for (Int i = row.penalties; i-- > 0;) logits[row.penalty_token[i]] = *--saved;
+}
+Int saved_bytes(const SampleRow& row) { return (row.penalties + row.biases) * Int(sizeof(float)); }
+
+}  // namespace
+
+void sampling_uniforms(SampleRow* rows, Int count) {
+  for (SampleRow* row = rows; row < rows + count; ++row)
+    row->uniform = static_cast<double>(philox(row->seed[0], row->seed[1], row->position) >> 11) * 0x1p-53;
+}
+
+void sample_whole_rows(Team& team, const SampleCall& c) {
+  team.deal(c.count, [&](Int r) {
+    const SampleRow& row = c.rows[r];
+    float* logits = c.logits + r * c.vocabulary;
+    auto* saved = static_cast<float*>(private_memory(Private::kSaved, saved_bytes(row)));
+    c.ids[r] = -1;
+    if (!apply_tables(row, logits, c.vocabulary, saved)) {
+      c.status[r] = static_cast<uint8_t>(SampleStatus::kBadToken);
+      return;
+    }
+    Row passes(logits, c.vocabulary, private_memory(Private::kSampling, Row::bytes(c.vocabulary)));
+    for (Int p = 0; p < passes.pieces(); ++p) passes.look(p, c.mask ? c.mask + r * c.mask_words : nullptr);
+    const SampleStatus status = passes.status();
+    c.status[r] = static_cast<uint8_t>(status);
+    if (status == SampleStatus::kOk) {
+      if (weighs_all(row, c.vocabulary))
+        for (Int p = 0; p < passes.pieces(); ++p) passes.weigh(p, row.inverse_temperature);
+      c.ids[r] = choose(passes, row, c.vocabulary);
+    }
+    take_back(row, logits, saved);
+  });
+}
+
+void sample_shared_rows(Team& team, const SampleCall& c) {
+  const Int pieces = Row(nullptr, c.vocabulary, c.memory).pieces(), row_bytes = Row::bytes(c.vocabulary);
+  const auto passes = [&](Int r) { return Row(c.logits + r * c.vocabulary, c.vocabulary, c.memory + r * row_bytes); };
+  const auto saved = [&](Int r) { return c.saved + c.saved_begin[r]; };
+  team.deal(c.count, [&](Int r) {
+    const bool good = apply_tables(c.rows[r], c.logits + r * c.vocabulary, c.vocabulary, saved(r));
+    c.status[r] = static_cast<uint8_t>(good ? SampleStatus::kOk : SampleStatus::kBadToken);
+    c.ids[r] = -1;
+  });
+  team.sync();
+  team.deal(c.count * pieces, [&](Int i) {
+    const Int r = i / pieces;
+    passes(r).look(i % pieces, c.mask ? c.mask + r * c.mask_words : nullptr);
+  });
+  team.sync();
+  team.deal(c.count * pieces, [&](Int i) {
+    const Int r = i / pieces;
+    const Row looked = passes(r);
+    if (weighs_all(c.rows[r], c.vocabulary) && looked.status() == SampleStatus::kOk)
+      passes(r).weigh(i % pieces, c.rows[r].inverse_temperature);
+  });
+  team.sync();
+  team.deal(c.count, [&](Int r) {
+    if (c.status[r] == static_cast<uint8_t>(SampleStatus::kBadToken)) return;
+    const Row looked = passes(r);
+    const SampleStatus status = looked.status();
+    c.status[r] = static_cast<uint8_t>(status);
+    if (status == SampleStatus::kOk) c.ids[r] = choose(looked, c.rows[r], c.vocabulary);
+    take_back(c.rows[r], c.logits + r * c.vocabulary, saved(r));
+  });
+}
+
+void sample_tokens(SampleCall c) {
+  if (c.count == 0) return;
+  const int threads = c.count * c.vocabulary < (Int(1) << 15) ? 1 : num_threads();
+  if (threads == 1 || c.count >= 2 * threads) {
+    parallel(threads, 1, [&](Team& team) { sample_whole_rows(team, c); });
+    return;
+  }
+  Int entries = 0;
+  for (Int r = 0; r < c.count; ++r) {
+    c.saved_begin[r] = entries;
+    entries += c.rows[r].penalties + c.rows[r].biases;
+  }
+  c.saved = static_cast<float*>(private_memory(Private::kSaved, entries * Int(sizeof(float))));
+  c.memory = static_cast<char*>(private_memory(Private::kSampling, c.count * Row::bytes(c.vocabulary)));
+  parallel(threads, 4, [&](Team& team) { sample_shared_rows(team, c); });
+}
+
+void top_logits(Team& team, const TopLogitsCall& c) {
+  team.deal(c.count, [&](Int r) {
+    // Nothing is written to the logits: there is no mask.
+    Row passes(const_cast<float*>(c.logits) + c.which[r] * c.vocabulary, c.vocabulary,
+               private_memory(Private::kSampling, Row::bytes(c.vocabulary)));
+    for (Int p = 0; p < passes.pieces(); ++p) passes.look(p, nullptr);
+    std::fill(c.ids + r * c.k, c.ids + (r + 1) * c.k, -1);
+    c.total[r] = 0;
+    if (passes.status() != SampleStatus::kOk) return;
+    for (Int p = 0; p < passes.pieces(); ++p) passes.weigh(p, 1.0f);
+    c.greatest[r] = logit_of_key(passes.greatest());
+    c.total[r] = passes.total();
+    const Int k = std::min(c.k, c.vocabulary);
+    if (k == 0) return;
+    Candidates found(c.vocabulary);
+    passes.collect_top_k(k, found);
+    int32_t* order = found.spare;
+    for (Int i = 0; i < found.count; ++i) order[i] = static_cast<int32_t>(i);
+    std::partial_sort(order, order + k, order + found.count, [&](int32_t a, int32_t b) {
+      return found.values[a] != found.values[b] ? found.values[a] > found.values[b] : a < b;
+    });
+    for (Int i = 0; i < k; ++i) c.ids[r * c.k + i] = found.ids[order[i]];
+  });
+}
+
+}  // namespace cai
