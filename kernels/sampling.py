@@ -131,9 +131,18 @@ class SamplingBatch:
             raise KernelError(f"SamplingBatch has tables of {len(self.tables)} rows for {len(self.rows)} rows")
         if self.logprobs is not None and self.logprobs.shape != self.rows.shape:
             raise KernelError(f"SamplingBatch.logprobs has shape {self.logprobs.shape}, expected {self.rows.shape}")
+        if self.logprobs is not None and not (self.logprobs >= 0).any():
+            self.logprobs = None
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def take(self, rows: np.ndarray) -> SamplingBatch:
+        """The batch of these rows (numbers, ascending) alone."""
+        custom = {i: self.custom[int(row)] for i, row in enumerate(rows) if int(row) in self.custom}
+        mask = None if self.mask is None else np.ascontiguousarray(self.mask[rows])
+        logprobs = None if self.logprobs is None else self.logprobs[rows]
+        return SamplingBatch(self.rows[rows], [self.tables[row] for row in rows], mask, logprobs, custom)
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise KernelError unless the batch fits logits of this shape."""
