@@ -47,4 +47,4 @@ inline V exp_ps(V x) {
 
 const KernelTable kTable = {Simd::kName, linear, linear_int8, linear_int4, quantize_rows, rms_norm, swiglu,
                             gather,      rotate, write_kv,    attention,   combine,
-                            logit_peaks, mask_logits, token_weights, weight_blocks};
+                            logit_peaks, mask_logits, token_weights, weight_blocks, sum_from, collect};

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
 
 namespace cai {
@@ -41,34 +42,41 @@ uint64_t philox(uint64_t key0, uint64_t key1, uint64_t position) {
 
 // -------------------------------------------------------------------------------------------------------- one row
 
-float logit_of_key(int32_t key) {
-  const uint32_t bits = key < 0 ? static_cast<uint32_t>(-key) | 0x80000000u : static_cast<uint32_t>(key);
-  float logit;
-  std::memcpy(&logit, &bits, sizeof logit);
-  return logit;
+// A logit's bits as an integer of the same order, +0 and -0 the same one.
+int32_t key_of(float logit) {
+  int32_t bits;
+  std::memcpy(&bits, &logit, sizeof bits);
+  const int32_t sign = bits >> 31;
+  return ((bits & 0x7fffffff) ^ sign) - sign;
 }
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 Int blocks_in(Int vocabulary) { return (vocabulary + kSampleBlock - 1) / kSampleBlock; }
 
-// A logit, a weight or a key for each of some tokens, ascending by id, in memory of the calling thread.
+// Some tokens, ascending by id, each with its weight or its logit's key, in memory of the calling thread.
 struct Candidates {
   int32_t *ids, *values, *spare;
   Int count = 0;
 
   explicit Candidates(Int vocabulary) {
-    ids = static_cast<int32_t*>(private_memory(Private::kCandidates, 3 * vocabulary * Int(sizeof(int32_t))));
-    values = ids + vocabulary;
-    spare = values + vocabulary;
+    ids = static_cast<int32_t*>(private_memory(Private::kCandidates, 3 * (vocabulary + 1) * Int(sizeof(int32_t))));
+    values = ids + vocabulary + 1;
+    spare = values + vocabulary + 1;
   }
   void add(Int id, int32_t value, bool wanted) {  // without a branch: `wanted` is seldom foreseeable
     ids[count] = static_cast<int32_t>(id);
     values[count] = value;
     count += wanted;
   }
+  // Of values of consecutive tokens, the ones of at least `lowest`.
+  void add_from(int32_t lowest, Int first_id, const int32_t* found, Int n) {
+    count += kernels().collect(found, n, lowest, static_cast<int32_t>(first_id), ids + count, values + count);
+  }
   // The k-th greatest value.
   int32_t greatest(Int k) {
     std::copy(values, values + count, spare);
-    std::nth_element(spare, spare + k - 1, spare + count, [](int32_t a, int32_t b) { return a > b; });
+    std::nth_element(spare, spare + k - 1, spare + count, std::greater<>());
     return spare[k - 1];
   }
   void keep_from(int32_t lowest) {
@@ -83,15 +91,16 @@ class Row {
  public:
   static Int bytes(Int vocabulary) {
     const Int blocks = blocks_in(vocabulary), pieces = (blocks + kPieceBlocks - 1) / kPieceBlocks;
-    return (blocks * 16 + pieces * 8 + 63) / 64 * 64;
+    return (blocks * (kSampleBlock * 4 + 16) + pieces * 5 + 63) / 64 * 64;
   }
   Row(float* logits, Int vocabulary, void* memory)
       : logits_(logits), vocabulary_(vocabulary), blocks_(blocks_in(vocabulary)) {
-    sums_ = static_cast<int64_t*>(memory);
-    peaks_ = reinterpret_cast<int32_t*>(sums_ + blocks_);
-    weight_peaks_ = peaks_ + blocks_;
-    piece_peaks_ = weight_peaks_ + blocks_;
-    piece_worst_ = piece_peaks_ + pieces();
+    weights_ = static_cast<int32_t*>(memory);
+    sums_ = reinterpret_cast<int64_t*>(weights_ + blocks_ * kSampleBlock);
+    peaks_ = reinterpret_cast<float*>(sums_ + blocks_);
+    heaviest_ = reinterpret_cast<int32_t*>(peaks_ + blocks_);
+    piece_peaks_ = reinterpret_cast<float*>(heaviest_ + blocks_);
+    piece_nan_ = reinterpret_cast<bool*>(piece_peaks_ + pieces());
   }
 
   Int pieces() const { return (blocks_ + kPieceBlocks - 1) / kPieceBlocks; }
@@ -100,23 +109,22 @@ class Row {
   void look(Int piece, const uint32_t* mask) {
     const Span s = span(piece);
     if (mask) kernels().mask_logits(logits_ + s.token, s.tokens, mask + s.token / 32);
-    piece_worst_[piece] = kernels().logit_peaks(logits_ + s.token, s.tokens, peaks_ + s.block);
+    piece_nan_[piece] = kernels().logit_peaks(logits_ + s.token, s.tokens, peaks_ + s.block);
     piece_peaks_[piece] = *std::max_element(peaks_ + s.block, peaks_ + s.block + s.blocks);
   }
   // Afterwards:
-  int32_t greatest() const { return *std::max_element(piece_peaks_, piece_peaks_ + pieces()); }
+  float greatest() const { return *std::max_element(piece_peaks_, piece_peaks_ + pieces()); }
   SampleStatus status() const {
-    if (*std::max_element(piece_worst_, piece_worst_ + pieces()) > kInfinityKey) return SampleStatus::kNotFinite;  // NaN
-    const int32_t key = greatest();
-    if (key == kInfinityKey) return SampleStatus::kNotFinite;
-    return key == -kInfinityKey ? SampleStatus::kNothingAllowed : SampleStatus::kOk;
+    if (std::any_of(piece_nan_, piece_nan_ + pieces(), [](bool nan) { return nan; })) return SampleStatus::kNotFinite;
+    if (greatest() == kInfinity) return SampleStatus::kNotFinite;
+    return greatest() == -kInfinity ? SampleStatus::kNothingAllowed : SampleStatus::kOk;
   }
 
-  // Second pass over a piece: sums of weights.
-  void weigh(Int piece, float inverse_temperature) {
+  // Second pass over a piece: sums of weights, and the weights themselves for collect_weights().
+  void weigh(Int piece, float inverse_temperature, bool keep) {
     const Span s = span(piece);
-    kernels().weight_blocks(logits_ + s.token, s.tokens, logit_of_key(greatest()), inverse_temperature, sums_ + s.block,
-                            weight_peaks_ + s.block);
+    kernels().weight_blocks(logits_ + s.token, s.tokens, peaks_ + s.block, greatest(), inverse_temperature,
+                            sums_ + s.block, heaviest_ + s.block, keep ? weights_ + s.token : nullptr);
   }
   int64_t total() const {
     int64_t sum = 0;
@@ -126,9 +134,9 @@ class Row {
 
   // The first token of the greatest logit.
   int32_t best() const {
-    const int32_t key = greatest();
-    Int token = (std::find(peaks_, peaks_ + blocks_, key) - peaks_) * kSampleBlock;
-    while (logit_key(logits_[token]) != key) ++token;
+    const float peak = greatest();
+    Int token = (std::find(peaks_, peaks_ + blocks_, peak) - peaks_) * kSampleBlock;
+    while (logits_[token] != peak) ++token;
     return static_cast<int32_t>(token);
   }
 
@@ -136,40 +144,51 @@ class Row {
   void collect_top_k(Int k, Candidates& found) const {
     int32_t lowest = std::numeric_limits<int32_t>::min();
     if (blocks_ > k) {  // the k-th greatest of the blocks' peaks is no greater than the k-th greatest logit
-      std::copy(peaks_, peaks_ + blocks_, found.spare);
-      std::nth_element(found.spare, found.spare + k - 1, found.spare + blocks_, [](int32_t a, int32_t b) { return a > b; });
+      std::transform(peaks_, peaks_ + blocks_, found.spare, key_of);
+      std::nth_element(found.spare, found.spare + k - 1, found.spare + blocks_, std::greater<>());
       lowest = found.spare[k - 1];
     }
     for (Int b = 0; b < blocks_; ++b) {
-      if (peaks_[b] < lowest) continue;
-      for (Int t = b * kSampleBlock; t < end_of(b); ++t) {
-        const int32_t key = logit_key(logits_[t]);
-        found.add(t, key, key >= lowest);
-      }
+      if (key_of(peaks_[b]) < lowest) continue;
+      int32_t keys[kSampleBlock];
+      const Int begin = b * kSampleBlock, end = end_of(b);
+      std::transform(logits_ + begin, logits_ + end, keys, key_of);
+      found.add_from(lowest, begin, keys, end - begin);
     }
     found.keep_from(found.greatest(k));
   }
   // Their weights in place of their keys.
   void weigh(Candidates& c, float inverse_temperature) const {
-    const float greatest_logit = logit_of_key(greatest());
+    const float peak = greatest();
     for (Int begin = 0; begin < c.count; begin += kSampleBlock) {
       float logits[kSampleBlock];
       int32_t weights[kSampleBlock];
       const Int n = std::min(kSampleBlock, c.count - begin);
       for (Int i = 0; i < n; ++i) logits[i] = logits_[c.ids[begin + i]];
-      kernels().token_weights(logits, n, greatest_logit, inverse_temperature, weights);
+      kernels().token_weights(logits, n, peak, inverse_temperature, weights);
       std::copy(weights, weights + n, c.values + begin);
     }
   }
-  // Tokens of at least this weight.
-  void collect_weights(int32_t lowest, float inverse_temperature, Candidates& found) const {
-    const float greatest_logit = logit_of_key(greatest());
+  // A weight such that all lighter tokens together weigh no more than `spare`, and not far below the greatest such weight:
+  // the fewer candidates are collected.
+  int64_t light(int64_t total, int64_t spare) const {
+    int64_t low = spare / vocabulary_ + 1, high = Int(1) << 30;
+    for (int shift = 1; (low << 1) < high; shift = 1) {
+      while ((low << (2 * shift + 2)) <= high) ++shift;  // halves the number of octaves between them
+      const int64_t middle = low << shift;
+      int64_t kept = 0;
+      for (Int b = 0; b < blocks_; ++b)
+        if (heaviest_[b] >= middle)
+          kept += kernels().sum_from(weights_ + b * kSampleBlock, kSampleBlock, static_cast<int32_t>(middle));
+      (total - kept <= spare ? low : high) = middle;
+    }
+    return low;
+  }
+  // Tokens of at least this weight, which is above 0.
+  void collect_weights(int64_t lowest, Candidates& found) const {
     for (Int b = 0; b < blocks_; ++b) {
-      if (weight_peaks_[b] < lowest) continue;
-      int32_t weights[kSampleBlock];
-      const Int begin = b * kSampleBlock, n = end_of(b) - begin;
-      kernels().token_weights(logits_ + begin, n, greatest_logit, inverse_temperature, weights);
-      for (Int i = 0; i < n; ++i) found.add(begin + i, weights[i], weights[i] >= lowest);
+      const Int begin = b * kSampleBlock;
+      if (heaviest_[b] >= lowest) found.add_from(static_cast<int32_t>(lowest), begin, weights_ + begin, end_of(b) - begin);
     }
   }
   // The token where the running sum of weights first exceeds `target`, which is below the total.
@@ -177,7 +196,7 @@ class Row {
     Int b = 0;
     while (sums_[b] <= target) target -= sums_[b++];
     int32_t weights[kSampleBlock];
-    kernels().token_weights(logits_ + b * kSampleBlock, end_of(b) - b * kSampleBlock, logit_of_key(greatest()),
+    kernels().token_weights(logits_ + b * kSampleBlock, end_of(b) - b * kSampleBlock, greatest(),
                             inverse_temperature, weights);
     Int i = 0;
     while (weights[i] <= target) target -= weights[i++];
@@ -197,8 +216,11 @@ class Row {
 
   float* logits_;
   Int vocabulary_, blocks_;
+  int32_t* weights_;
   int64_t* sums_;
-  int32_t *peaks_, *weight_peaks_, *piece_peaks_, *piece_worst_;
+  float *peaks_, *piece_peaks_;
+  int32_t* heaviest_;
+  bool* piece_nan_;
 };
 
 // ------------------------------------------------------------------------------------------------------- choosing
@@ -257,6 +279,7 @@ int32_t choose_of(Candidates& c, const SampleRow& row, int64_t target) {
 }
 
 bool limits_top_k(const SampleRow& row, Int vocabulary) { return 0 < row.top_k && row.top_k < vocabulary; }
+bool keeps_weights(const SampleRow& row) { return row.top_p < 1.0 || row.min_weight > 0; }
 bool weighs_all(const SampleRow& row, Int vocabulary) {
   return row.inverse_temperature > 0 && !limits_top_k(row, vocabulary);
 }
@@ -274,15 +297,14 @@ int32_t choose(const Row& looked, const SampleRow& row, Int vocabulary) {
     return choose_of(c, row, nucleus ? nucleus_target(row.top_p, total) : 0);
   }
   const int64_t total = looked.total();
-  if (!nucleus && row.min_weight <= 0) return looked.token_at(share(row.uniform, total), row.inverse_temperature);
+  if (!keeps_weights(row)) return looked.token_at(share(row.uniform, total), row.inverse_temperature);
   Candidates c(vocabulary);
   int64_t target = 0, lowest = row.min_weight;
   if (nucleus) {
     target = nucleus_target(row.top_p, total);
-    // Together, lighter tokens than this weigh no more than what the nucleus leaves out.
-    lowest = std::max(lowest, (total - target) / vocabulary + 1);
+    lowest = std::max(lowest, looked.light(total, total - target));
   }
-  looked.collect_weights(static_cast<int32_t>(lowest), row.inverse_temperature, c);
+  looked.collect_weights(lowest, c);
   return choose_of(c, row, target);
 }
 
@@ -336,7 +358,7 @@ void sample_whole_rows(Team& team, const SampleCall& c) {
     c.status[r] = static_cast<uint8_t>(status);
     if (status == SampleStatus::kOk) {
       if (weighs_all(row, c.vocabulary))
-        for (Int p = 0; p < passes.pieces(); ++p) passes.weigh(p, row.inverse_temperature);
+        for (Int p = 0; p < passes.pieces(); ++p) passes.weigh(p, row.inverse_temperature, keeps_weights(row));
       c.ids[r] = choose(passes, row, c.vocabulary);
     }
     take_back(row, logits, saved);
@@ -362,7 +384,7 @@ void sample_shared_rows(Team& team, const SampleCall& c) {
     const Int r = i / pieces;
     const Row looked = passes(r);
     if (weighs_all(c.rows[r], c.vocabulary) && looked.status() == SampleStatus::kOk)
-      passes(r).weigh(i % pieces, c.rows[r].inverse_temperature);
+      passes(r).weigh(i % pieces, c.rows[r].inverse_temperature, keeps_weights(c.rows[r]));
   });
   team.sync();
   team.deal(c.count, [&](Int r) {
@@ -401,8 +423,8 @@ void top_logits(Team& team, const TopLogitsCall& c) {
     std::fill(c.ids + r * c.k, c.ids + (r + 1) * c.k, -1);
     c.total[r] = 0;
     if (passes.status() != SampleStatus::kOk) return;
-    for (Int p = 0; p < passes.pieces(); ++p) passes.weigh(p, 1.0f);
-    c.greatest[r] = logit_of_key(passes.greatest());
+    for (Int p = 0; p < passes.pieces(); ++p) passes.weigh(p, 1.0f, false);
+    c.greatest[r] = passes.greatest();
     c.total[r] = passes.total();
     const Int k = std::min(c.k, c.vocabulary);
     if (k == 0) return;
