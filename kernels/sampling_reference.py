@@ -106,7 +106,7 @@ def sample_reference(logits, batch: SamplingBatch) -> Sampled:
     k = max(int(batch.logprobs.max(initial=0)), 0)
     found = np.full(count, np.nan, np.float32)
     top = np.full((count, k), -1, np.int32), np.full((count, k), LOGPROB_FLOOR, np.float32)
-    for i in np.flatnonzero(batch.logprobs >= 0):
+    for i in np.flatnonzero(batch.logprobs >= 0).tolist():
         values, wanted = logprobs(raw[i]), min(int(batch.logprobs[i]), vocabulary)
         found[i] = values[ids[i]] if ids[i] >= 0 else LOGPROB_FLOOR
         if np.isfinite(raw[i].max()) and wanted:

@@ -6,7 +6,6 @@ position, so that a seeded request gives the same text alone, in a batch, and af
 
 from __future__ import annotations
 
-import numbers
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
@@ -174,13 +173,16 @@ class SequenceSampler:
         self.tables.write(self.row)
 
 
+_NUMBER = (int, float, np.integer, np.floating)
+
+
 def _check(params: SamplingParams) -> None:
     for name, (low, high) in _RANGES.items():
         value = getattr(params, name)
-        if not isinstance(value, numbers.Real) or not low <= value <= high:
+        if not isinstance(value, _NUMBER) or not low <= value <= high:
             raise InvalidRequestError(f"{name} is {value!r}; it must be a number from {low:g} to {high:g}")
     for token_id, bias in params.logit_bias.items():
-        if not isinstance(bias, numbers.Real) or not (bias == -np.inf or abs(bias) <= 1e30):
+        if not isinstance(bias, _NUMBER) or not (bias == -np.inf or abs(bias) <= 1e30):
             raise InvalidRequestError(
                 f"logit_bias of token {token_id} is {bias!r}; it must be a number up to 1e30 or -inf"
             )
@@ -203,7 +205,7 @@ def sampling_batch(
     positions: the absolute position that each new token takes. drafted: row number -> tokens between the sequence's text and
     this row, where a sequence has several rows. mask: see `SamplingBatch`.
     """
-    rows = np.frombuffer(bytearray().join([sampler.row for sampler in samplers]), ROW)
+    rows = np.frombuffer(bytearray().join([sampler.row.data for sampler in samplers]), ROW)
     rows["position"] = positions
     tables = [sampler.tables for sampler in samplers]
     for i, tokens in (drafted or {}).items():

@@ -211,3 +211,21 @@ def test_sample_one_raises():
     assert sample_one(row(0, 100), SamplingParams(temperature=0.0), 0.5) == int(row(0, 100).argmax())
     with pytest.raises(NonFiniteLogitsError):
         sample_one(np.full(10, np.nan, np.float32), SamplingParams(), 0.5)
+
+
+def test_a_runner_samples_its_own_logits_and_may_fail(make_engine, make_runner, greedy, expected):
+    runner = make_runner()
+    shapes = []
+
+    def broken_once(logits, batch):
+        shapes.append((logits.shape, len(batch)))
+        if len(shapes) == 1:
+            raise RuntimeError("the device is out of memory")
+        return sample_cpu(logits, batch)
+
+    runner.sample = broken_once
+    engine = make_engine(runner)
+    with pytest.raises(EngineError, match="out of memory"):
+        engine.submit(greedy([1])).result(timeout=30)
+    assert engine.submit(greedy([1])).result(timeout=30).token_ids == expected([1], 20)
+    assert shapes[0] == ((1, runner.vocab_size), 1)
