@@ -180,7 +180,10 @@ class Sampled:
 
 def host_logits(logits: Any) -> np.ndarray:
     """Logits as writable contiguous fp32 [rows, vocabulary] on the host; without a copy where they are that already."""
-    return np.require(np.asarray(logits), dtype=np.float32, requirements=["C", "W", "A"])
+    array = np.asarray(logits)
+    if array.dtype == np.float32 and array.flags.carray:
+        return array
+    return np.require(array, dtype=np.float32, requirements=["C", "W", "A"])
 
 
 def apply_processors(logits: np.ndarray, custom: Mapping[int, LogitsProcessor]) -> dict[int, Exception]:
@@ -213,24 +216,16 @@ def sample_cpu(logits: Any, batch: SamplingBatch) -> Sampled:
     raw = _RawLogprobs(logits, batch) if batch.logprobs is not None else None
     errors = apply_processors(logits, batch.custom)
     count, vocabulary = logits.shape
-    ids, status = np.empty(count, np.int32), np.empty(count, np.uint8)
-    starts = np.empty(count, np.int64)
+    # One block for the call's nine arguments, its scratch [count], ids and status: an array's address is slow to get at.
+    block = np.empty(9 + count + (5 * count + 7) // 8, np.int64)
+    address = block.ctypes.data
+    outputs = 8 * (9 + count)
+    ids = block.view(np.uint8)[outputs : outputs + 4 * count].view(np.int32)
+    status = block.view(np.uint8)[outputs + 4 * count : outputs + 5 * count]
     mask, words = (0, 0) if batch.mask is None else (batch.mask.ctypes.data, batch.mask.shape[1])
-    call = np.array(
-        [
-            batch.rows.ctypes.data,
-            count,
-            logits.ctypes.data,
-            vocabulary,
-            mask,
-            words,
-            ids.ctypes.data,
-            status.ctypes.data,
-            starts.ctypes.data,
-        ],
-        dtype=np.int64,
-    )
-    _function("sample_rows")(call.ctypes.data)
+    inputs = (batch.rows.ctypes.data, count, logits.ctypes.data, vocabulary, mask, words)
+    block[:9] = *inputs, address + outputs, address + outputs + 4 * count, address + 72
+    _function("sample_rows")(address)
     for row in errors:
         ids[row], status[row] = -1, PROCESSOR_FAILED
     if raw is None:
