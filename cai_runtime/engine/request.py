@@ -10,7 +10,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one sequence is sampled. Validated by the API layer; the engine trusts it.
+    """How one sequence is sampled. The API layer validates it; `Engine.submit` refuses numbers out of range.
 
     The order of the logits processors is: repetition penalty (Keskar et al. 2019), frequency and presence penalties
     (OpenAI's definition, over generated tokens; repetition also over the prompt), logit bias, min_tokens' ban of stop
