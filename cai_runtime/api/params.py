@@ -223,19 +223,14 @@ def sampling_params(
             code="invalid_value",
         )
     logit_bias = params.get("logit_bias", {})
-    if outside := [token for token in logit_bias if token >= vocab_size]:
-        raise BadRequestError(
-            f"'logit_bias' names token {outside[0]}, but this model's token ids end at {vocab_size - 1}.",
-            param="logit_bias",
-            code="invalid_value",
-        )
     stop_token_ids = tuple(params.get("stop_token_ids", ()))
-    if outside := [token for token in stop_token_ids if token >= vocab_size]:
-        raise BadRequestError(
-            f"'stop_token_ids' names token {outside[0]}, but this model's token ids end at {vocab_size - 1}.",
-            param="stop_token_ids",
-            code="invalid_value",
-        )
+    for name, tokens in (("logit_bias", logit_bias), ("stop_token_ids", stop_token_ids)):
+        if outside := [token for token in tokens if token >= vocab_size]:
+            raise BadRequestError(
+                f"'{name}' names token {shown(outside[0])}, but this model's token ids end at {vocab_size - 1}.",
+                param=name,
+                code="invalid_value",
+            )
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=min_tokens,

@@ -154,21 +154,10 @@ class DecodeGraphs:
         self._capture = capture or CudaCapture(model.device)
         self._batches: dict[int, StaticBatch] = {}  # by size
         self._recorded: dict[tuple[int, int], Forward] = {}  # by size and width
-        pinned = model.device.type == "cuda"
-        self._logits = torch.empty(self.sizes[-1], model.vocab_size, dtype=torch.float32, pin_memory=pinned)
 
     def takes(self, step: list[ScheduledSequence]) -> bool:
         """Whether `step` is a pure decode step of a recorded size."""
         return 0 < len(step) <= self.sizes[-1] and all(len(s.token_ids) == 1 and s.sample for s in step)
-
-    def run(self, step: list[ScheduledSequence]) -> torch.Tensor:
-        """The step's logits, fp32 [sequences, vocabulary] on the CPU, good until the next call."""
-        forward = self.prepare(step)
-        out = self._logits[: len(step)]
-        out.copy_(forward()[: len(step)], non_blocking=True)
-        if self._model.device.type == "cuda":
-            torch.cuda.current_stream(self._model.device).synchronize()
-        return out
 
     @torch.inference_mode()
     def prepare(self, step: list[ScheduledSequence]) -> Forward:
@@ -196,7 +185,7 @@ class DecodeGraphs:
         self._recorded.clear()
         self._batches.clear()
         gone: Any = None
-        self._model = self._capture = self._logits = gone
+        self._model = self._capture = gone
 
     def _get(self, size: int, width: int) -> Forward:
         if (size, width) not in self._recorded:

@@ -24,7 +24,7 @@ from cai_runtime.engine.outbox import Outbox, TokenLog
 from cai_runtime.engine.output import OutputSpec, TextOutput
 from cai_runtime.engine.request import Request, SamplingParams
 from cai_runtime.engine.runner import Runner
-from cai_runtime.engine.sampler import SequenceSampler
+from cai_runtime.engine.sampling import SequenceSampler
 from cai_runtime.engine.sequence import Sequence
 from cai_runtime.engine.stats import EngineStats
 from cai_runtime.errors import EngineClosedError, InvalidRequestError, RequestTooLargeError

@@ -9,15 +9,14 @@ import threading
 import traceback
 from collections.abc import Callable
 from functools import partial
-
-import numpy as np
+from typing import Any
 
 from cai_runtime.engine.kv_cache import KVCache
 from cai_runtime.engine.outbox import TokenLog, deliver
 from cai_runtime.engine.pacing import PrefillPace, StepLimits
 from cai_runtime.engine.request import Delta
-from cai_runtime.engine.runner import Runner
-from cai_runtime.engine.sampler import sample
+from cai_runtime.engine.runner import Runner, sampler_of
+from cai_runtime.engine.sampling import sampling_batch, tokens_or_errors
 from cai_runtime.engine.scheduler import Feed, Scheduler
 from cai_runtime.engine.sequence import Sequence
 from cai_runtime.engine.stats import EngineStats
@@ -67,6 +66,7 @@ class EngineLoop:
         self._pace = PrefillPace(prefill_time, prefill_chunk)
         self._limits = StepLimits()
         self._runner: Runner | None = runner
+        sampler_of(runner)  # loads what it needs, so that no step pays for it
         self._sequences: dict[TokenLog, Sequence] = {}
         self._outputs: list[tuple[TokenLog, Delta]] = []  # of the step that is being handed out
         self._gate = threading.Lock()  # guards `closed` and `_places`
@@ -184,23 +184,34 @@ class EngineLoop:
         self._try([Feed.of(sequence, count - size)])
         return False
 
-    def _run_model(self, feeds: list[Feed]) -> np.ndarray:
-        """The logits, fp32 [sequences that sample, vocab]."""
+    def _run_model(self, feeds: list[Feed]) -> Any:
+        """The logits, fp32 [sequences that sample, vocab], wherever the runner has them."""
         assert self._runner is not None
-        logits = np.asarray(self._runner.run([feed.tokens for feed in feeds]), dtype=np.float32)
+        logits = self._runner.run([feed.tokens for feed in feeds])
         expected = (sum(feed.tokens.sample for feed in feeds), self._runner.vocab_size)
-        if logits.shape != expected:
-            raise RunnerError(f"the runner returned logits of shape {logits.shape} instead of {expected}")
+        if tuple(logits.shape) != expected:
+            raise RunnerError(f"the runner returned logits of shape {tuple(logits.shape)} instead of {expected}")
         return logits
 
-    def _hand_out(self, feeds: list[Feed], logits: np.ndarray) -> None:
+    def _next_tokens(self, logits: Any, sequences: list[Sequence]) -> list[int | Exception]:
+        """Of each sequence the sampled token, or the error that it alone fails with."""
+        if not sequences:
+            return []
+        positions = [len(sequence.token_ids) for sequence in sequences]
+        try:
+            batch = sampling_batch([sequence.sampler for sequence in sequences], positions)
+            return tokens_or_errors(sampler_of(self._runner)(logits, batch).wait(), positions)
+        except Exception as error:  # noqa: BLE001 - such as a device out of memory: the step's failure, not the engine's
+            _forget_frames(error)
+            return [error] * len(sequences)
+
+    def _hand_out(self, feeds: list[Feed], logits: Any) -> None:
         """Sample from the logits of a step that went through, and give each sequence its token."""
         self.stats.steps += 1
         for feed in feeds:
             self.scheduler.advance(feed)
         sampled = [feed.sequence for feed in feeds if feed.tokens.sample]
-        with np.errstate(all="ignore"):  # overflows end as a typed error of their request
-            tokens = sample(logits, [s.sampler for s in sampled], [len(s.token_ids) for s in sampled])
+        tokens = self._next_tokens(logits, sampled)
         now = self.clock()
         try:
             for sequence, token in zip(sampled, tokens, strict=True):

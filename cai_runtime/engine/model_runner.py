@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from cai_runtime.engine.cuda_graphs import DecodeGraphs, Forward
-from cai_runtime.engine.runner import ScheduledSequence
+from cai_runtime.engine.runner import PendingSampled, ScheduledSequence
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels.attention import AttentionBatch
+from cai_runtime.kernels.sampling import SamplingBatch, sample_cpu
 
 if TYPE_CHECKING:
+    from cai_runtime.kernels.triton.sampling import TritonSampler
     from cai_runtime.models.registry import CausalLM
 
 # Rows of logits computed at a time, so that a large batch at a large vocabulary needs no gigabytes at once.
@@ -51,6 +53,7 @@ class ModelRunner:
         model.allocate_cache(num_pages + (1 if cuda_graphs else 0), page_size, cache_dtype, self.max_context)
         self._model: CausalLM | None = model
         self._device = model.device
+        self._sampler: TritonSampler | None = None
         self._graphs: DecodeGraphs | None = None
         if cuda_graphs:
             pages = min(-(-self.max_context // page_size), num_pages)
@@ -68,16 +71,35 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, step: list[ScheduledSequence]) -> torch.Tensor:
+        """The logits on the model's device; of a CUDA graph they are good until the next call."""
         if self._graphs is not None and self._graphs.takes(step):
-            return self._graphs.run(step)
+            return self._graphs.prepare(step)()[: len(step)]
         hidden = self.hidden_states(step)
         ends = accumulate(len(s.token_ids) for s in step)
         rows = [end - 1 for s, end in zip(step, ends, strict=True) if s.sample]
         if len(rows) != len(hidden):
             hidden = hidden[torch.tensor(rows, dtype=torch.long, device=self._device)]
         if len(rows) <= LOGIT_ROWS:
-            return self.logits(hidden).cpu()
-        return torch.cat([self.logits(part).cpu() for part in hidden.split(LOGIT_ROWS)])
+            return self.logits(hidden)
+        logits = torch.empty(len(rows), self.vocab_size, dtype=torch.float32, device=self._device)
+        for part, place in zip(hidden.split(LOGIT_ROWS), logits.split(LOGIT_ROWS), strict=True):
+            place.copy_(self.logits(part))
+        return logits
+
+    @torch.inference_mode()
+    def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> PendingSampled:
+        """On a GPU by Triton, without waiting; on the CPU, and where the kernels' backend has no Triton, by the CPU."""
+        if logits.device.type == "cpu":
+            return sample_cpu(logits, batch)
+        if self._sampler is None:
+            from cai_runtime.kernels import triton
+
+            if not triton.available():
+                return sample_cpu(logits.cpu(), batch)
+            from cai_runtime.kernels.triton.sampling import TritonSampler
+
+            self._sampler = TritonSampler(self._device)
+        return self._sampler(logits, batch)
 
     @torch.inference_mode()
     def hidden_states(self, step: list[ScheduledSequence]) -> torch.Tensor:
@@ -99,7 +121,7 @@ class ModelRunner:
         if self._graphs is not None:
             self._graphs.close()
             self._graphs = None
-        self._model = None
+        self._model = self._sampler = None
 
     def _flatten(self, step: list[ScheduledSequence]) -> tuple[torch.Tensor, AttentionBatch]:
         size = self.page_size

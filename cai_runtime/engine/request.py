@@ -15,11 +15,13 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one sequence is sampled. Validated by the API layer; the engine trusts it.
+    """How one sequence is sampled. The API layer validates it; `Engine.submit` refuses numbers out of range.
 
     The order of the logits processors is: repetition penalty (Keskar et al. 2019), frequency and presence penalties
     (OpenAI's definition, over generated tokens; repetition also over the prompt), logit bias, min_tokens' ban of stop
-    tokens, temperature, top_k, top_p, min_p.
+    tokens, temperature, top_k, top_p, min_p. That is transformers' order; vLLM V1 adds the bias before the penalties and
+    applies min_p before top_k and top_p. Random numbers depend on (seed, absolute position) alone. The exact definition
+    is in kernels/sampling.py.
     """
 
     max_tokens: int = 16
@@ -33,6 +35,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = field(default_factory=dict)  # token id -> added to its logit
     seed: int | None = None  # None: the engine draws one
+    logprobs: int | None = None  # k: logprobs of the sampled token and of the k (0 to 127) likeliest, in `Sampled`
     # The text ends before the first of these; no part of it is ever emitted. One that is written like a special token,
     # such as "<|im_end|>", stands for that token, for special tokens have no visible text.
     stop: tuple[str, ...] = ()

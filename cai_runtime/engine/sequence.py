@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from cai_runtime.engine.outbox import TokenLog
 from cai_runtime.engine.output import Output
 from cai_runtime.engine.request import Delta, Request
-from cai_runtime.engine.sampler import SequenceSampler
+from cai_runtime.engine.sampling import SequenceSampler
 
 
 @dataclass(eq=False)

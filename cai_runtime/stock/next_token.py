@@ -125,7 +125,7 @@ class EngineLanes:
             step.append(
                 ScheduledSequence(feed.token_ids, feed.start, list(range(first, first + self._pages)), sample=True)
             )
-        return self._runner.run(step).numpy()
+        return self._runner.run(step).cpu().numpy()
 
     def close(self) -> None:
         self._runner.close()

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from cai_runtime.engine.sampler import uniform
 from cai_runtime.errors import CompressionError
+from cai_runtime.kernels.sampling import uniform
 from cai_runtime.stock.cached_forward import cached_forward
 
 TOGETHER = 8  # windows transcribed at once

@@ -7,6 +7,7 @@
 
 #include "ops.h"
 #include "program.h"
+#include "sampling.h"
 
 namespace cai {
 namespace {
@@ -108,6 +109,21 @@ void attention_alone(Int qkv, Int M, Int batch, Int cos_sin, Int rotary_dim, Int
   parallel(threads, kAttentionPhases, [&](Team& team) { attention(team, c); });
 }
 
+// call: [rows, count, logits, vocabulary, mask, mask_words, ids, status, saved_begin], see SampleCall.
+void sample_rows(Int call) {
+  const Int* c = pointer<const Int>(call);
+  sample_tokens({pointer<const SampleRow>(c[0]), c[1], c[3], pointer<float>(c[2]), pointer<const uint32_t>(c[4]), c[5],
+                 pointer<int32_t>(c[6]), pointer<uint8_t>(c[7]), pointer<Int>(c[8]), nullptr, nullptr});
+}
+
+void uniforms(Int rows, Int count) { sampling_uniforms(pointer<SampleRow>(rows), count); }
+
+void top_logits_alone(Int logits, Int which, Int count, Int vocabulary, Int k, Int greatest, Int total, Int ids) {
+  const TopLogitsCall c{pointer<const float>(logits), pointer<const int32_t>(which), count, vocabulary, k,
+                        pointer<float>(greatest),     pointer<int64_t>(total),       pointer<int32_t>(ids)};
+  parallel(threads_for(4 * count * vocabulary), 1, [&](Team& team) { top_logits(team, c); });
+}
+
 tvm::ffi::String instruction_set() { return kernels().name; }
 
 tvm::ffi::String instruction_sets() {
@@ -137,6 +153,9 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(rms_norm, cai::rms_norm_alone);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(swiglu, cai::swiglu_alone);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gather, cai::gather_alone);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention, cai::attention_alone);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(sample_rows, cai::sample_rows);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(sampling_uniforms, cai::uniforms);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(top_logits, cai::top_logits_alone);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack, cai::pack);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_int4, cai::pack_int4);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(run_program, cai::run_program);

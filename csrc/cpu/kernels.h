@@ -104,6 +104,9 @@ struct AttentionShape {
   Store store;  // of the cache
 };
 
+// Sampling. Tokens of the vocabulary are looked at in blocks of this many.
+constexpr int64_t kSampleBlock = 64;
+
 struct KernelTable {
   const char* name;
   // y[m, row] for row blocks [block0, block1) and all M rows of x. Float and int8 weights.
@@ -140,6 +143,23 @@ struct KernelTable {
   // Merges the states of `splits` splits, `stride` floats apart, in order, and finishes one row's heads of one KV head.
   void (*combine)(const float* partial, int64_t splits, int64_t stride, int64_t kv_head, const AttentionShape& shape,
                   float* out);
+  // Sampling (sampling_ops.cpp). The greatest of each block of `count` logits; returns whether one of them is NaN, which
+  // leaves the peaks undefined.
+  bool (*logit_peaks)(const float* logits, int64_t count, float* peaks);
+  // Logits whose bit in `mask` is 0, counted from the lowest of the first word, become -inf.
+  void (*mask_logits)(float* logits, int64_t count, const uint32_t* mask);
+  // Weights of a block of tokens: e^((logit - greatest) * inverse_temperature) in units of 2^-30, 0 to 2^30. Writes
+  // kSampleBlock of them, zeros beyond `count`.
+  void (*token_weights)(const float* logits, int64_t count, float greatest, float inverse_temperature, int32_t* weights);
+  // Each block's sum of weights and heaviest token; the weights themselves, too, in whole blocks, where `weights` is not
+  // null. peaks: of the blocks, from logit_peaks.
+  void (*weight_blocks)(const float* logits, int64_t count, const float* peaks, float greatest, float inverse_temperature,
+                        int64_t* sums, int32_t* heaviest, int32_t* weights);
+  // The sum of the weights of at least `lowest`.
+  int64_t (*sum_from)(const int32_t* weights, int64_t count, int32_t lowest);
+  // Of values of consecutive tokens, those of at least `lowest`, with their ids. Both outputs need room for one more than is
+  // kept. Returns how many are.
+  int64_t (*collect)(const int32_t* values, int64_t count, int32_t lowest, int32_t first_id, int32_t* ids, int32_t* kept);
 };
 
 // Keys of a sequence that are attended as one chain of sums; the boundaries lie at multiples of it from position 0, so that

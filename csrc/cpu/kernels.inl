@@ -43,5 +43,8 @@ inline V exp_ps(V x) {
 
 #include "attention.inl"
 
+#include "sampling.inl"
+
 const KernelTable kTable = {Simd::kName, linear, linear_int8, linear_int4, quantize_rows, rms_norm, swiglu,
-                            gather,      rotate, write_kv,    attention,   combine};
+                            gather,      rotate, write_kv,    attention,   combine,
+                            logit_peaks, mask_logits, token_weights, weight_blocks, sum_from, collect};

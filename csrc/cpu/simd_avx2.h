@@ -29,6 +29,9 @@ struct Simd {
     return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane));
   }
   static void store(float* p, V v) { _mm256_storeu_ps(p, v); }
+  static void store_whole(int32_t* p, V v) {  // the fractions cut off
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_cvttps_epi32(v));
+  }
   static V load(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }

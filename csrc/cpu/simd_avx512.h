@@ -28,6 +28,7 @@ struct Simd {
     return _mm512_maskz_loadu_ps(n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1u), p);
   }
   static void store(float* p, V v) { _mm512_storeu_ps(p, v); }
+  static void store_whole(int32_t* p, V v) { _mm512_storeu_si512(p, _mm512_cvttps_epi32(v)); }  // fractions cut off
   static V load(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }

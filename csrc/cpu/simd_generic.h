@@ -87,6 +87,10 @@ struct Simd {
     return v;
   }
   static void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
+  static void store_whole(int32_t* p, V v) {  // the fractions cut off
+    const I whole = __builtin_convertvector(v, I);
+    std::memcpy(p, &whole, sizeof whole);
+  }
   static V load(const int8_t* p) {
     I wide;
     for (int i = 0; i < 8; ++i) wide[i] = p[i];

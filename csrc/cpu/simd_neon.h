@@ -34,6 +34,7 @@ struct Simd {
     return n == 1 ? vld1q_lane_f32(p, v, 0) : v;
   }
   static void store(float* p, V v) { vst1q_f32(p, v); }
+  static void store_whole(int32_t* p, V v) { vst1q_s32(p, vcvtq_s32_f32(v)); }  // the fractions cut off
 
   // Four bytes to the tops of four 32-bit lanes, zeros below (an index past the table gives zero).
   static uint32x4_t bytes_at_top(const void* p) {

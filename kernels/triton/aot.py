@@ -114,6 +114,7 @@ def compile_case(case: Case, target_name: str) -> Outcome:
     options = compile_options(
         case.num_warps, case.num_stages, max_registers=case.max_registers, hip=target.backend == "hip"
     )
+    options["enable_fp_fusion"] = case.fused
     compiled = triton.compile(source, target=target, options=options)
     if target.backend == "hip":
         outcome = _read_amd(case, compiled)
@@ -147,6 +148,8 @@ def _read_nvidia(case: Case, compiled: Any) -> Outcome:
             outcome.problems.append(f"{wide} of {len(loads)} loads are of 16 bytes: weights are read in narrower ones")
     if case.int8:
         return outcome
+    if not case.fused and "fma.rn.f32" in ptx:
+        outcome.problems.append("products and sums are fused: results differ from the CPU's")
     if "wgmma" in ptx or "tcgen05" in ptx:
         outcome.problems.append("uses wgmma or tcgen05: sums depend on the number of rows")
     if case.products:

@@ -17,6 +17,7 @@ from cai_runtime.kernels.triton.plan import MEMBERS, compute_dtype
 from cai_runtime.kernels.triton.quantized_rows import quantize_rows_kernel
 from cai_runtime.kernels.triton.rope import rope_kv_write_kernel
 from cai_runtime.kernels.triton.rows import rms_norm_kernel, swiglu_kernel
+from cai_runtime.kernels.triton.sampling import BLOCK, OPTIONS, sample_kernel
 from cai_runtime.kernels.triton.tiles import DECODE_ROWS, Products, block_k, default_tile
 
 _POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8"}
@@ -44,6 +45,7 @@ class Case:
     int8: bool = False  # sums of int8 products: exact, by any instruction
     wide_loads: bool = False  # most loads must be of 16 bytes (NVIDIA)
     same_bits: str = ""  # names what cases of the same name compute, bit for bit alike; "": no other case does
+    fused: bool = True  # products and sums may be one instruction
 
 
 def _linear_case(
@@ -186,3 +188,24 @@ def cases() -> Iterator[Case]:
         }
         name = f"rope_kv_write {rotary} of 128"
         yield Case(name, rope_kv_write_kernel, types, heads, 1, decode=True, products=False)
+    for masked in (False, True):
+        yield _sampling_case(masked)
+
+
+def _sampling_case(masked: bool) -> Case:
+    types = {"logits": "*fp32!", "shares": "*fp64!", "numbers": "*fp32!", "bias": "*fp32!", "statuses": "*u8!"}
+    integers = (
+        "limits",
+        "penalty_start",
+        "penalty_token",
+        "penalty_count",
+        "bias_start",
+        "bias_token",
+        "weights",
+        "ids",
+    )
+    types |= dict.fromkeys(integers, "*i32!") | dict.fromkeys(("vocabulary", "ld", "mask_words"), "i32!")
+    types |= {"mask": "*i32!"} if masked else {}
+    constants = {"BLOCK": BLOCK, "TABLE": 256} | ({} if masked else {"mask": None})
+    name = "sample" + (" masked" if masked else "")
+    return Case(name, sample_kernel, types, constants, OPTIONS["num_warps"], decode=True, products=False, fused=False)

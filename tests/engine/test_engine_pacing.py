@@ -66,7 +66,11 @@ def serve_beside_a_stream(engine, request, greedy, decoded=5):
     return done
 
 
-@pytest.mark.parametrize("clock", [Clock(), Clock(growth=0), Clock(fixed=0.03, per_token=0.0004, growth=2)], ids=str)
+@pytest.mark.parametrize(
+    "clock",
+    [Clock(), Clock(growth=0), Clock(fixed=0.03, per_token=0.0004, growth=2)],
+    ids=["growing", "even", "cheap"],
+)
 def test_a_long_prompt_does_not_stop_a_stream(timed_engine, greedy, expected, clock):
     long = serve_beside_a_stream(engine := timed_engine(clock), greedy(PROMPT, 2), greedy)
     assert long.token_ids == expected(PROMPT, 2)

@@ -152,7 +152,7 @@ def test_an_output_of_ones_own(make_engine, greedy, expected):
 
 def test_several_tokens_at_once_keep_to_max_tokens(make_engine, greedy):
     from cai_runtime.engine.outbox import TokenLog
-    from cai_runtime.engine.sampler import SequenceSampler
+    from cai_runtime.engine.sampling import SequenceSampler
     from cai_runtime.engine.sequence import Sequence
 
     request = greedy([1], 3)

@@ -24,6 +24,20 @@ def test_decode_kernels_compile_without_spills():
         assert outcome.problems == [] and outcome.spilled == 0 and outcome.registers > 0 and outcome.shared > 0
 
 
+def test_the_sampler_fuses_no_product_with_a_sum(monkeypatch: pytest.MonkeyPatch):
+    """Fused, weights would differ from the CPU's in their last bits."""
+    assert aot.compile_case(case("sample"), "sm_90").problems == []
+    compile_kernel = aot.triton.compile
+    monkeypatch.setattr(
+        aot.triton,
+        "compile",
+        lambda source, target, options: compile_kernel(
+            source, target=target, options=options | {"enable_fp_fusion": True}
+        ),
+    )
+    assert any("fused" in problem for problem in aot.compile_case(case("sample"), "sm_90").problems)
+
+
 def test_attention_compiles_for_blackwell():
     assert aot.compile_case(case("attention decode bfloat16 D=128"), "sm_100").problems == []
 

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is that process")
-@pytest.mark.parametrize("part", ["linear", "rows", "attention"])
+@pytest.mark.parametrize("part", ["linear", "rows", "attention", "sampling"])
 def test_kernels_interpreted(part: str):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     module = HERE / f"test_triton_{part}.py"

@@ -17,8 +17,9 @@ import numpy as np
 from cai_runtime.compressor.data.conversation import ChatFrame, chat_frame
 from cai_runtime.compressor.data.repetition import WINDOW, loops
 from cai_runtime.engine.request import SamplingParams
-from cai_runtime.engine.sampler import check_finite, draw, uniform
+from cai_runtime.engine.sampling import sample_one
 from cai_runtime.errors import CompressionError
+from cai_runtime.kernels.sampling import uniform
 from cai_runtime.progress import progress_bar
 from cai_runtime.stock.next_token import Feed, NextToken, open_next_token
 
@@ -239,8 +240,8 @@ class _Writer:
         logits[self.marks.banned] = -np.inf
         if self.said < LEAST_WORDS:
             logits[self._ends] = -np.inf
-        check_finite(logits.max(), self.fed)
-        return draw(logits, self.sampling.params(self.said, self.asking or self.frame is None), self._uniform())
+        params = self.sampling.params(self.said, self.asking or self.frame is None)
+        return sample_one(logits, params, self._uniform(), position=self.fed)
 
     def _uniform(self) -> float:
         self._draws += 1

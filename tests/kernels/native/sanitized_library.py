@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
-TESTS = ["slim_linear", "attention", "rows", "properties_linear", "properties_attention", "properties_rows"]
+TESTS = ["slim_linear", "attention", "rows", "properties_linear", "properties_attention", "properties_rows", "sampling"]
 # A read that no test makes: RMSNorm of rows longer than their tensor. The library must stop at it.
 OVERREAD = """
 import torch

@@ -1,0 +1,284 @@
+"""Sampling: rows of logits to tokens, by one definition that every backend follows to the last bit.
+
+The definition. A row is fp32 [vocabulary] logits; it never sees its neighbours. In this order, transformers' (vLLM V1 adds
+the bias before the penalties and applies min_p before top_k and top_p):
+
+1. Custom processors (`SamplingBatch.custom`), Python functions on the raw row.
+2. Repetition penalty (Keskar et al. 2019): positive logits of tokens seen in prompt or text are divided by it, others
+   multiplied.
+3. Frequency and presence penalty (OpenAI): count * frequency + presence is subtracted from tokens of the text.
+4. Bias: added to the token's logit. A bias of -inf, and a 0 bit in the mask, set the logit to -inf: a ban.
+5. A NaN or +inf among the logits is an error of the row (NOT_FINITE), and so is -inf everywhere (NOTHING_ALLOWED).
+6. Temperature 0: the greatest logit, of equal ones the first.
+7. Weights are whole numbers: w = trunc(2^30 e^x + 1/2), x = max((logit - greatest) * fp32(1 / temperature), -22) in fp32.
+   e^x is Cephes' polynomial by separate IEEE multiplications and additions (`reference_weights` in
+   sampling_reference.py). The greatest logit weighs 2^30; a probability below 2^-31 of the greatest becomes 0.
+8. top_k: logits below the k-th greatest drop out. Those that tie with it stay.
+9. top_p (Holtzman et al. 2020): the smallest set of greatest weights with a sum of at least ceil(top_p * total) stays;
+   of equal weights the first ones. The product is in float64.
+10. min_p: weights below ceil(min_p * 2^30) drop out.
+11. The token is the first where the running sum of the weights, by token id, exceeds floor(u * total), the product in
+    float64. u in [0, 1) has 53 bits of Philox4x64-10 (Salmon et al. 2011) with the seed as key and the absolute position
+    of the token as counter. So two requests with one seed share their numbers at equal positions.
+
+Sums of whole numbers are the same in any order: threads, pieces, instruction sets and devices can't move a seeded text.
+Against exact arithmetic, a token's share is off by 4e-7 of itself (the polynomial and x's rounding at |x| <= 22) plus 2^-31
+of the greatest token's; over a vocabulary V, the total variation distance is below 4e-7 + V * 2^-31 (6e-5 at 128k, reached
+only when the whole vocabulary lies at the threshold).
+
+Logprobs are log softmax of the raw logits (before step 1), from the same weights at temperature 1: fp32, at least -9999.
+
+Backends: `sample_cpu` here (csrc/cpu/sampling_ops.cpp), kernels/triton/sampling.py, and kernels/sampling_reference.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cai_runtime.errors import KernelError
+
+OK, NOT_FINITE, NOTHING_ALLOWED, BAD_TOKEN, PROCESSOR_FAILED = range(5)  # Sampled.status
+ONE = 1 << 30  # the weight of the greatest logit
+LOGPROB_FLOOR = -9999.0
+
+LogitsProcessor = Callable[[np.ndarray], None]
+"""Changes a row of logits (fp32 [vocabulary]) in place."""
+
+# csrc/cpu/sampling.h: SampleRow. Addresses point into the row's `RowTables`.
+ROW = np.dtype(
+    [
+        ("seed", np.uint64, 2),  # low, high
+        ("position", np.uint64),
+        ("uniform", np.float64),
+        ("top_p", np.float64),  # 1: off
+        ("penalty_token", np.uint64),
+        ("penalty_count", np.uint64),
+        ("penalties", np.int64),
+        ("bias_token", np.uint64),
+        ("bias", np.uint64),
+        ("biases", np.int64),
+        ("inverse_temperature", np.float32),  # 0: greedy
+        ("repetition", np.float32),
+        ("frequency", np.float32),
+        ("presence", np.float32),
+        ("top_k", np.int32),  # 0: off
+        ("min_weight", np.int32),  # 0: off
+    ]
+)
+NEUTRAL = np.zeros(1, ROW)
+NEUTRAL["top_p"] = NEUTRAL["repetition"] = 1
+
+
+@dataclass(frozen=True, eq=False)
+class RowTables:
+    """The tokens of one row that have something of their own. Tokens of a table are different from each other.
+
+    penalty_tokens, penalty_counts: int32, the tokens seen and how often each was generated (0: in the prompt only).
+    bias_tokens int32, biases fp32: what is added to their logits; -inf is a ban. All contiguous.
+    """
+
+    penalty_tokens: np.ndarray
+    penalty_counts: np.ndarray
+    bias_tokens: np.ndarray
+    biases: np.ndarray
+
+    def write(self, row: np.ndarray) -> None:
+        """Put the addresses and sizes into `row`, ROW [1]. This object must outlive their use."""
+        row["penalty_token"] = self.penalty_tokens.ctypes.data
+        row["penalty_count"] = self.penalty_counts.ctypes.data
+        row["penalties"] = len(self.penalty_tokens)
+        row["bias_token"], row["bias"] = self.bias_tokens.ctypes.data, self.biases.ctypes.data
+        row["biases"] = len(self.bias_tokens)
+
+
+_NO_IDS, _NO_VALUES = np.zeros(0, np.int32), np.zeros(0, np.float32)
+NO_TABLES = RowTables(_NO_IDS, _NO_IDS, _NO_IDS, _NO_VALUES)
+
+
+def inverse_temperature(temperature: float) -> float:
+    """What the logits are multiplied by; 0 for temperature 0. Kept away from where fp32 overflows or loses bits."""
+    return 0.0 if temperature == 0 else min(max(1.0 / max(temperature, 1e-30), 1e-30), 1e30)
+
+
+def min_weight(min_p: float) -> int:
+    """min_p, the least share of the greatest token's probability, as a weight."""
+    return int(np.ceil(min(max(min_p, 0.0), 1.0) * ONE))
+
+
+@dataclass(eq=False)
+class SamplingBatch:
+    """How each row of a step's logits becomes a token.
+
+    rows: ROW [n], `uniform` filled in. tables: of each row, what its addresses point to. mask: uint32
+    [n, ceil(vocabulary / 32)] or None; bit t % 32 of word t // 32 says whether token t is allowed. logprobs: int8 [n] or
+    None; -1 none, 0 the sampled token's, k also the k greatest. custom: row number -> logits processor.
+    """
+
+    rows: np.ndarray
+    tables: Sequence[RowTables]
+    mask: np.ndarray | None = None
+    logprobs: np.ndarray | None = None
+    custom: Mapping[int, LogitsProcessor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.rows.dtype != ROW or self.rows.ndim != 1 or not self.rows.flags.c_contiguous:
+            raise KernelError("SamplingBatch.rows must be a contiguous array of kernels.sampling.ROW")
+        if len(self.tables) != len(self.rows):
+            raise KernelError(f"SamplingBatch has tables of {len(self.tables)} rows for {len(self.rows)} rows")
+        if self.logprobs is not None and self.logprobs.shape != self.rows.shape:
+            raise KernelError(f"SamplingBatch.logprobs has shape {self.logprobs.shape}, expected {self.rows.shape}")
+        if self.logprobs is not None and not (self.logprobs >= 0).any():
+            self.logprobs = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, rows: np.ndarray) -> SamplingBatch:
+        """The batch of these rows (numbers, ascending) alone."""
+        custom = {i: self.custom[int(row)] for i, row in enumerate(rows) if int(row) in self.custom}
+        mask = None if self.mask is None else np.ascontiguousarray(self.mask[rows])
+        logprobs = None if self.logprobs is None else self.logprobs[rows]
+        return SamplingBatch(self.rows[rows], [self.tables[row] for row in rows], mask, logprobs, custom)
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raise KernelError unless the batch fits logits of this shape."""
+        if len(shape) != 2 or shape[0] != len(self.rows) or shape[1] < 1:
+            raise KernelError(f"logits of shape {list(shape)} for a SamplingBatch of {len(self.rows)} rows")
+        if self.mask is not None:
+            words = (len(self.rows), -(-shape[1] // 32))
+            if self.mask.dtype != np.uint32 or self.mask.shape != words or not self.mask.flags.c_contiguous:
+                raise KernelError(
+                    f"SamplingBatch.mask is {self.mask.dtype} {list(self.mask.shape)}, expected contiguous uint32 "
+                    f"{list(words)}"
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class Sampled:
+    """Tokens of the rows, on the host.
+
+    ids: int32 [n], -1 where the status is not OK. status: uint8 [n]. logprobs: fp32 [n] or None, of the sampled tokens; NaN
+    for rows that want none. top: (ids int32 [n, k], logprobs fp32 [n, k]) or None: the greatest by falling logit, equal ones
+    by id, k the most that a row wants; id -1 and the floor where a row wants fewer. errors: row number -> what its custom
+    processor raised (status PROCESSOR_FAILED).
+    """
+
+    ids: np.ndarray
+    status: np.ndarray
+    logprobs: np.ndarray | None = None
+    top: tuple[np.ndarray, np.ndarray] | None = None
+    errors: Mapping[int, Exception] = field(default_factory=dict)
+
+    def wait(self) -> Sampled:
+        """Itself: for symmetry with results that are still on a device."""
+        return self
+
+
+def host_logits(logits: Any) -> np.ndarray:
+    """Logits as writable contiguous fp32 [rows, vocabulary] on the host; without a copy where they are that already."""
+    array = np.asarray(logits)
+    if array.dtype == np.float32 and array.flags.carray:
+        return array
+    return np.require(array, dtype=np.float32, requirements=["C", "W", "A"])
+
+
+def apply_processors(logits: np.ndarray, custom: Mapping[int, LogitsProcessor]) -> dict[int, Exception]:
+    """Run each processor on its row of fp32 [n, vocabulary], in place. Returns what they raised, by row."""
+    errors: dict[int, Exception] = {}
+    for row, process in custom.items():
+        try:
+            process(logits[row])
+        except Exception as error:  # noqa: BLE001 - user code: it fails its own row
+            errors[row] = error
+    return errors
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) of 53 random bits: Philox4x64 (Salmon et al. 2011), `seed` as key, `position` as counter."""
+    generator = np.random.Philox(key=seed % 2**128, counter=position)
+    return (int(generator.random_raw()) >> 11) * 2.0**-53
+
+
+def fill_uniforms(rows: np.ndarray) -> None:
+    """`uniform` of ROW [n], from seed and position: the same numbers as `uniform` gives, by the CPU kernels."""
+    _function("sampling_uniforms")(rows.ctypes.data, len(rows))
+
+
+def sample_cpu(logits: Any, batch: SamplingBatch) -> Sampled:
+    """logits: fp32 [n, vocabulary], numpy or torch on the CPU; may be overwritten. Raises KernelError for a batch that
+    doesn't fit."""
+    logits = host_logits(logits)
+    batch.check(logits.shape)
+    raw = _RawLogprobs(logits, batch) if batch.logprobs is not None else None
+    errors = apply_processors(logits, batch.custom)
+    count, vocabulary = logits.shape
+    # One block for the call's nine arguments, its scratch [count], ids and status: an array's address is slow to get at.
+    block = np.empty(9 + count + (5 * count + 7) // 8, np.int64)
+    address = block.ctypes.data
+    outputs = 8 * (9 + count)
+    ids = block.view(np.uint8)[outputs : outputs + 4 * count].view(np.int32)
+    status = block.view(np.uint8)[outputs + 4 * count : outputs + 5 * count]
+    mask, words = (0, 0) if batch.mask is None else (batch.mask.ctypes.data, batch.mask.shape[1])
+    inputs = (batch.rows.ctypes.data, count, logits.ctypes.data, vocabulary, mask, words)
+    block[:9] = *inputs, address + outputs, address + outputs + 4 * count, address + 72
+    _function("sample_rows")(address)
+    for row in errors:
+        ids[row], status[row] = -1, PROCESSOR_FAILED
+    if raw is None:
+        return Sampled(ids, status, errors=errors)
+    return Sampled(ids, status, raw.of(ids), raw.top, errors)
+
+
+class _RawLogprobs:
+    """Log softmax of the rows that want it, taken before anything changes them."""
+
+    def __init__(self, logits: np.ndarray, batch: SamplingBatch):
+        assert batch.logprobs is not None
+        count, vocabulary = logits.shape
+        self._which = np.flatnonzero(batch.logprobs >= 0).astype(np.int32)
+        self._count = count
+        # A custom processor changes its row: keep what it was. Other rows are as before once they are sampled, except for
+        # banned tokens, which are not sampled.
+        kept = {int(row): logits[row].copy() for row in self._which if row in batch.custom}
+        self._rows = [kept.get(int(row), logits[row]) for row in self._which]
+        wanted = batch.logprobs[self._which]
+        k = int(wanted.max(initial=0))
+        greatest, total = np.zeros(len(self._which), np.float32), np.zeros(len(self._which), np.int64)
+        ids = np.full((len(self._which), k), -1, np.int32)
+        addresses = [a.ctypes.data for a in (greatest, total, ids)]
+        _function("top_logits")(
+            logits.ctypes.data, self._which.ctypes.data, len(self._which), vocabulary, k, *addresses
+        )
+        ids[np.arange(k) >= wanted[:, None]] = -1
+        with np.errstate(divide="ignore"):  # a total of 0: the row fails
+            self._log_total = greatest + np.log(total / ONE)
+        self.top: tuple[np.ndarray, np.ndarray] | None = None
+        if k:
+            self.top = np.full((count, k), -1, np.int32), np.full((count, k), LOGPROB_FLOOR, np.float32)
+            self.top[0][self._which] = ids
+            for row, raw, found, log_total in zip(self._which, self._rows, ids, self._log_total, strict=True):
+                self.top[1][row] = _logprobs(raw, found, log_total)
+
+    def of(self, ids: np.ndarray) -> np.ndarray:
+        out = np.full(self._count, np.nan, np.float32)
+        for row, raw, log_total in zip(self._which, self._rows, self._log_total, strict=True):
+            out[row] = _logprobs(raw, ids[row : row + 1], log_total)[0]
+        return out
+
+
+def _logprobs(raw: np.ndarray, ids: np.ndarray, log_total: np.floating) -> np.ndarray:
+    """fp32, of tokens of a row; the floor for id -1."""
+    with np.errstate(invalid="ignore"):
+        values = raw[ids].astype(np.float64) - log_total
+    usable = (ids >= 0) & np.isfinite(values)
+    return np.where(usable, np.maximum(values, LOGPROB_FLOOR), LOGPROB_FLOOR).astype(np.float32)
+
+
+def _function(name: str) -> Any:
+    from cai_runtime.kernels import cpu_library  # imports torch
+
+    return cpu_library.function(name)
