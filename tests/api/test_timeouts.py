@@ -19,6 +19,7 @@ SHORT = 0.05
 def stuck(client, factory, ask):
     """A client whose model stands still from its tenth step on."""
     factory.pause_before_step(10)
+    client.engine()  # loading counts, and may take longer than the tests' timeouts
     return client
 
 

@@ -1,6 +1,7 @@
 """Runners that fail, and what the engine remembers of it, says of it, and never shares because of it."""
 
 import logging
+import math
 
 import numpy as np
 import pytest
@@ -158,8 +159,10 @@ def test_what_limits_a_request_is_named(make_engine, make_runner):
 
 def test_no_warning_of_numpy_reaches_the_caller(make_engine, make_runner, greedy, recwarn):
     engine = make_engine(make_runner())
+    extreme = {"repetition_penalty": 1e-6, "temperature": 1e-30, "logit_bias": {3: 1e30}, "frequency_penalty": -1e6}
+    engine.submit(greedy([1, 2], **extreme)).result()
     with pytest.raises(NonFiniteLogitsError):
-        engine.submit(greedy([1, 2], repetition_penalty=1e-300)).result()
+        engine.submit(greedy([1, 2], logit_bias=dict.fromkeys(range(engine.vocab_size), -math.inf))).result()
     assert not list(recwarn)
 
 
