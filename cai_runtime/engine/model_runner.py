@@ -11,7 +11,7 @@ import torch
 from cai_runtime.engine.cuda_graphs import DecodeGraphs, Forward
 from cai_runtime.engine.runner import ScheduledSequence
 from cai_runtime.errors import KernelError
-from cai_runtime.kernels.attention import AttentionBatch
+from cai_runtime.kernels.batch import AttentionBatch
 
 if TYPE_CHECKING:
     from cai_runtime.models.registry import CausalLM
@@ -68,13 +68,13 @@ class ModelRunner:
     def run(self, step: list[ScheduledSequence]) -> torch.Tensor:
         if self._graphs is not None and self._graphs.takes(step):
             return self._graphs.run(step)
-        hidden = self.hidden_states(step)
+        ids, batch = self._flatten(step)
         ends = accumulate(len(s.token_ids) for s in step)
         rows = [end - 1 for s, end in zip(step, ends, strict=True) if s.sample]
-        if len(rows) != len(hidden):
-            hidden = hidden[torch.tensor(rows, dtype=torch.long, device=self._device)]
+        wanted = torch.tensor(rows, dtype=torch.int32, device=self._device)
         if len(rows) <= LOGIT_ROWS:
-            return self.logits(hidden).cpu()
+            return self._opened.step(ids, wanted, batch).cpu()
+        hidden = self._opened.forward(ids, batch).index_select(0, wanted)
         return torch.cat([self.logits(part).cpu() for part in hidden.split(LOGIT_ROWS)])
 
     @torch.inference_mode()
@@ -117,5 +117,5 @@ class ModelRunner:
         width = max(used)
         table = [[*s.pages[:n], *([0] * (width - n))] for s, n in zip(step, used, strict=True)]
         parts = (ids, positions, slots, starts, lengths, table)
-        on_device = [torch.tensor(p, dtype=torch.int32).to(self._device) for p in parts]
-        return on_device[0], AttentionBatch(*on_device[1:])
+        on_device = [torch.tensor(p, dtype=torch.int32, device="cpu").to(self._device) for p in parts]
+        return on_device[0], AttentionBatch.of(*on_device[1:])

@@ -10,13 +10,13 @@ import torch
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels import cpu_library
 from cai_runtime.kernels.attention import (
-    AttentionBatch,
     CpuAttention,
     CpuKVCache,
     HeadLayout,
     ReferenceAttention,
     ReferenceKVCache,
 )
+from cai_runtime.kernels.batch import AttentionBatch
 
 PAGE = 16
 
@@ -38,7 +38,7 @@ def batch_of(chunks: list[tuple[int, int, list[int]]]) -> AttentionBatch:
         lengths.append(start + count)
     width = max(len(pages) for *_, pages in chunks)
     table = [pages + [0] * (width - len(pages)) for *_, pages in chunks]
-    return AttentionBatch(*(torch.tensor(t, dtype=torch.int32) for t in (positions, slots, starts, lengths, table)))
+    return AttentionBatch.of(*(torch.tensor(t, dtype=torch.int32) for t in (positions, slots, starts, lengths, table)))
 
 
 @pytest.mark.parametrize("isa", cpu_library.instruction_sets())
