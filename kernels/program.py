@@ -131,6 +131,7 @@ class Program:
             "places": [places[v.index] for v in recorder.values],
             "columns": columns,
             "groups": recorder.groups,
+            "arguments": [*inputs, "the result"],
             "operations": [
                 {
                     "name": o.name,
@@ -152,6 +153,8 @@ class Program:
         given = [tensors[name] for name in self._inputs]
         out = cpu_library.empty(self._rows(batch, tensors), self._result.width, self._result.dtype)
         if batch is None:
+            if self._groups:
+                raise KernelError("a program with attention needs a batch")
             self._run(None, None, None, *given, out)
             return out
         missing = [g for g in self._groups if g not in batch.tables]

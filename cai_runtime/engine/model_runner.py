@@ -68,13 +68,14 @@ class ModelRunner:
     def run(self, step: list[ScheduledSequence]) -> torch.Tensor:
         if self._graphs is not None and self._graphs.takes(step):
             return self._graphs.run(step)
+        model = self._opened
         ids, batch = self._flatten(step)
         ends = accumulate(len(s.token_ids) for s in step)
         rows = [end - 1 for s, end in zip(step, ends, strict=True) if s.sample]
         wanted = torch.tensor(rows, dtype=torch.int32, device=self._device)
         if len(rows) <= LOGIT_ROWS:
-            return self._opened.step(ids, wanted, batch).cpu()
-        hidden = self._opened.forward(ids, batch).index_select(0, wanted)
+            return model.step(ids, wanted, batch).cpu()
+        hidden = model.forward(ids, batch).index_select(0, wanted)
         return torch.cat([self.logits(part).cpu() for part in hidden.split(LOGIT_ROWS)])
 
     @torch.inference_mode()

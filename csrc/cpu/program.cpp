@@ -49,7 +49,7 @@ std::vector<Int> integers(const Dict& dict, const char* key) {
 class Program {
  public:
   // recorded: axes, widths and types of the values; places: a column of the axis' part of the workspace, or -1 - i for
-  // argument i; columns: of the workspace, by axis; groups: names of cache groups; operations: name, inputs, output,
+  // argument i; columns: of the workspace, by axis; arguments: their names; groups: names of cache groups; operations: name, inputs, output,
   // attributes, bindings.
   explicit Program(const Dict& recorded) : columns_(integers(recorded, "columns")), places_(integers(recorded, "places")) {
     const std::vector<Int> axes = integers(recorded, "axes"), widths = integers(recorded, "widths"),
@@ -68,6 +68,8 @@ class Program {
         arguments_[argument] = static_cast<Int>(i);
       }
     }
+    for (const ffi::Any& name : entry<ffi::Array<ffi::Any>>(recorded, "arguments")) names_.push_back(name.cast<ffi::String>());
+    if (names_.size() != arguments_.size()) TVM_FFI_THROW(ValueError) << "a program's arguments do not fit their names";
     for (Int value : arguments_)
       if (value < 0) TVM_FFI_THROW(ValueError) << "an argument of a program stands for no value";
     for (const ffi::Any& group : entry<ffi::Array<ffi::Any>>(recorded, "groups"))
@@ -101,6 +103,7 @@ class Program {
   const std::vector<Int> columns_, places_;
   std::vector<Value> values_;
   std::vector<Int> arguments_;  // argument -> value
+  std::vector<std::string> names_;  // of the arguments, for messages
   std::vector<std::string> groups_;
   std::vector<std::unique_ptr<const Operation>> operations_;
   std::vector<Int> outputs_;  // of each operation
@@ -133,12 +136,12 @@ void Program::bind(Step& step, const ffi::PackedArgs& arguments) const {
   step.addresses.resize(values_.size());
   for (size_t i = 0; i < arguments_.size(); ++i) {
     const Value& value = values_[static_cast<size_t>(arguments_[i])];
-    const std::string name = "argument " + std::to_string(i) + " of the program";
+    const char* name = names_[i].c_str();
     const Tensor given = tensor(tables + i);
-    const Int rows = rows_of(given, name.c_str());
-    count(value.axis, rows, name.c_str());
+    const Int rows = rows_of(given, name);
+    count(value.axis, rows, name);
     step.addresses[static_cast<size_t>(arguments_[i])] = checked_matrix<void>(
-        given, name.c_str(), value.type == ValueType::kInt32 ? kInt32 : kFloat, rows, value.width);
+        given, name, value.type == ValueType::kInt32 ? kInt32 : kFloat, rows, value.width);
   }
 }
 
