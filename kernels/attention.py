@@ -173,7 +173,7 @@ class CpuAttention:
             if self._sinks is not None:
                 bindings["sinks"] = self._sinks
             group = qkv.recorder.group(self.group)
-            attributes = {"scale": scale, "pages": cache.pages, "group": group}
+            attributes: dict[str, int | float | str] = {"scale": scale, "pages": cache.pages, "group": group}
             return qkv.recorder.note(
                 "attention", [qkv], heads.query_width, attributes=attributes, bindings=bindings, keep=self
             )

@@ -119,4 +119,5 @@ class ModelRunner:
         table = [[*s.pages[:n], *([0] * (width - n))] for s, n in zip(step, used, strict=True)]
         parts = (ids, positions, slots, starts, lengths, table)
         on_device = [torch.tensor(p, dtype=torch.int32, device="cpu").to(self._device) for p in parts]
-        return on_device[0], AttentionBatch.of(*on_device[1:])
+        tokens, placed, own_slots, query_start, context_len, page_table = on_device
+        return tokens, AttentionBatch.of(placed, own_slots, query_start, context_len, page_table)

@@ -49,8 +49,8 @@ std::vector<Int> integers(const Dict& dict, const char* key) {
 class Program {
  public:
   // recorded: axes, widths and types of the values; places: a column of the axis' part of the workspace, or -1 - i for
-  // argument i; columns: of the workspace, by axis; arguments: their names; groups: names of cache groups; operations: name, inputs, output,
-  // attributes, bindings.
+  // argument i; columns: of the workspace, by axis; arguments: their names; groups: names of cache groups; operations: name,
+  // inputs, output, attributes, bindings.
   explicit Program(const Dict& recorded) : columns_(integers(recorded, "columns")), places_(integers(recorded, "places")) {
     const std::vector<Int> axes = integers(recorded, "axes"), widths = integers(recorded, "widths"),
                            types = integers(recorded, "types");

@@ -72,7 +72,7 @@ def packed_linear(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> Cp
     linear.in_features, linear.out_features, linear.scratch_columns = numbers[:3]
     linear.matrices, linear.vectors = [], list(tensors)
     linear.descriptor = cpu_library.integers(with_addresses(numbers[3:], tensors))
-    linear._run = cpu_library.operation("linear_group")
+    linear.native = cpu_library.operation("linear_group")
     return linear
 
 

@@ -32,7 +32,7 @@ from cai_runtime.kernels.cpu_library import Arena
 from cai_runtime.kernels.embedding import CpuEmbedding
 from cai_runtime.kernels.norm import RmsNorm
 from cai_runtime.kernels.slim_linear import (
-    CpuMpo,
+    MpoLinear,
     MpoShape,
     PreparedLinear,
     SideBySide,
@@ -229,8 +229,8 @@ def torch_module(prepared: Any) -> LinearModule | Attention | Embedding:
 def linear_module(prepared: PreparedLinear) -> LinearModule:
     if isinstance(prepared, SideBySide):
         return Beside([linear_module(p) for p in prepared.parts])
-    if isinstance(prepared, CpuMpo):
-        return Mpo(prepared._shape, [Linear(freeze(c)) for c in prepared._cores], prepared._bias)
+    if isinstance(prepared, MpoLinear):
+        return Mpo(prepared.shape, [Linear(freeze(c)) for c in prepared.cores], prepared.bias)
     return Linear(freeze(prepared))
 
 
