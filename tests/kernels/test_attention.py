@@ -100,6 +100,20 @@ def test_chunks_batches_and_page_ids_do_not_change_the_bits(isa: str):
         cpu_library.use_instruction_set(best)
 
 
+def test_pages_before_the_window_may_be_gone():
+    """A cache group that slides frees them; their entries in the page table mean nothing any more."""
+    heads, g = HeadLayout(4, 2, 16, 16, window=20), torch.Generator().manual_seed(2)
+    table, qkv = rope_table(128, 16), torch.randn(101, heads.qkv_width, generator=g)
+    attention = CpuAttention(heads, CpuKVCache(8, PAGE, heads, torch.float32))
+    pages = [3, 1, 5, 0, 2, 6, 4]
+    attention(qkv[:100].clone(), batch_of([(0, 100, pages)]), table, 0.2)
+    expected = attention(qkv[100:].clone(), batch_of([(100, 1, pages)]), table, 0.2)
+    gone = batch_of([(100, 1, [-1, 99, -1, -1, -1, *pages[5:]])])  # the window begins at position 81, on page 5
+    assert torch.equal(attention(qkv[100:].clone(), gone, table, 0.2), expected)
+    with pytest.raises(KernelError, match="page -1 is outside the cache's 8"):
+        attention(qkv[100:].clone(), batch_of([(100, 1, [-1, -1, -1, -1, -1, -1, 4])]), table, 0.2)
+
+
 def test_unsupported_shapes_are_refused():
     heads = HeadLayout(4, 2, 32, 32)
     with pytest.raises(KernelError, match="page_size"):
