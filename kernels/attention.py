@@ -54,6 +54,11 @@ class ReferenceKVCache:
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
+    @staticmethod
+    def page_bytes(page_size: int, heads: HeadLayout, dtype: torch.dtype) -> int:
+        """Bytes of one page of one layer."""
+        return 2 * heads.kv_heads * page_size * heads.head_dim * dtype.itemsize
+
 
 def rotate_reference(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
     """x [T, heads, D] with the rotate-half convention; cos_sin [max_position, rotary_dim], cosines first."""
@@ -138,12 +143,24 @@ class CpuKVCache:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise KernelError(f"a KV cache is fp32, bf16 or fp16, not {dtype}")
         self.page_size = page_size
-        padded = -(-heads.head_dim // 16) * 16
-        self._k = cpu_library.system_memory(pages * heads.kv_heads * heads.head_dim * page_size * dtype.itemsize)
-        self._v = cpu_library.system_memory(pages * heads.kv_heads * padded * page_size * dtype.itemsize)
+        k, v = self._page_sizes(page_size, heads, dtype)
+        self._k = cpu_library.system_memory(pages * k)
+        self._v = cpu_library.system_memory(pages * v)
         self.k = torch.frombuffer(self._k, dtype=dtype)
         self.v = torch.frombuffer(self._v, dtype=dtype)
         self.pages = pages
+
+    @staticmethod
+    def _page_sizes(page_size: int, heads: HeadLayout, dtype: torch.dtype) -> tuple[int, int]:
+        """Bytes of the keys and of the values of a page: rows of values are padded to a multiple of 16."""
+        padded = -(-heads.head_dim // 16) * 16
+        item = heads.kv_heads * page_size * dtype.itemsize
+        return item * heads.head_dim, item * padded
+
+    @classmethod
+    def page_bytes(cls, page_size: int, heads: HeadLayout, dtype: torch.dtype) -> int:
+        """Bytes of one page of one layer."""
+        return sum(cls._page_sizes(page_size, heads, dtype))
 
 
 class CpuAttention:

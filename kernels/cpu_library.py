@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from cai_runtime.errors import KernelError
+from cai_runtime.kernels.processors import usable_processors
 from cai_runtime.kernels.weights import Core
 
 STORE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # csrc/cpu/kernels.h: Store
@@ -40,10 +41,7 @@ def library() -> Any:
 
     lib = tvm_ffi.load_module(str(path))
     threads = os.environ.get("CAI_NUM_THREADS")
-    if threads:
-        lib["set_threads"](_positive(threads))
-    elif hasattr(os, "sched_getaffinity"):
-        lib["set_threads"](len(os.sched_getaffinity(0)))
+    lib["set_threads"](_positive(threads) if threads else usable_processors())
     isa = os.environ.get("CAI_CPU_ISA")
     if isa:
         use_instruction_set(isa, lib)
@@ -124,8 +122,8 @@ def num_threads() -> int:
 
 
 def set_num_threads(n: int) -> None:
-    """Threads that the CPU kernels use, process-wide. Default: the processors this process may run on, or
-    `CAI_NUM_THREADS`."""
+    """Threads that the CPU kernels use, process-wide. Default: the processors that this process may use, see
+    `processors.usable_processors`, or `CAI_NUM_THREADS`."""
     if n < 1:
         raise KernelError(f"the number of threads must be above 0, not {n}")
     function("set_threads")(n)

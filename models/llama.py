@@ -117,11 +117,9 @@ class Llama:
         self.compiled_forward: Compiled | None = None
         self.compiled_step: Compiled | None = None
 
-    def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
-        """Bytes that one position takes in the caches of all layers."""
-        h = self.config.heads
-        padded = -(-h.head_dim // 16) * 16
-        return self.config.layers * h.kv_heads * (h.head_dim + padded) * dtype.itemsize
+    def page_bytes(self, page_size: int, dtype: torch.dtype) -> int:
+        """Bytes that one page takes in the caches of all layers."""
+        return self.config.layers * self.ops.page_bytes(page_size, self.config.heads, dtype)
 
     def allocate_cache(self, pages: int, page_size: int, dtype: torch.dtype, max_context: int) -> None:
         """Give every layer its pages, and the rotary table its positions. Call once, before `forward`."""

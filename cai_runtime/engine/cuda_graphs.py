@@ -8,6 +8,8 @@ nobody's, and as no kernel's result depends on how many rows there are, they cha
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -23,14 +25,20 @@ from cai_runtime.progress import progress_bar
 if TYPE_CHECKING:
     from cai_runtime.models.registry import CausalLM
 
+logger = logging.getLogger("cai_runtime.engine")
+
 Forward = Callable[[], torch.Tensor]  # reads fixed inputs; its result lies at a fixed place
 
 
 def batch_sizes(max_batch: int) -> tuple[int, ...]:
-    """The sizes that are recorded: 1, 2, 4, then multiples of 8, the last at least `max_batch`."""
-    sizes = [n for n in (1, 2, 4) if n < max_batch]
-    last = max_batch if max_batch <= 4 else -(-max_batch // 8) * 8
-    return (*sizes, *(range(8, last + 1, 8) if last > 4 else (max(last, 1),)))
+    """The sizes that are recorded: 1, 2, 4, 8, 16, then two for each doubling (24, 32, 48, 64, ...), the last `max_batch`.
+
+    All are recorded when a model is opened, and a step takes the next larger size. Decoding reads the weights once for
+    all rows, so the padding costs less than the recording of more sizes would."""
+    sizes = [1, 2, 4, 8, 16]
+    while sizes[-1] < max_batch:
+        sizes += [sizes[-1] * 3 // 2, sizes[-1] * 2]
+    return (*(size for size in sizes if size < max_batch), max_batch)
 
 
 def table_widths(pages: int) -> tuple[int, ...]:
@@ -128,7 +136,7 @@ class CudaCapture:
 
 
 class DecodeGraphs:
-    """A model's decode steps, each recorded when first needed, or all by `record_all`.
+    """A model's decode steps, all recorded by `record_all`; one that was not is recorded when it is needed.
 
     model: with its cache allocated, `scratch_page` among its pages. max_batch: the most sequences of a step. pages: that
     one sequence may have. capture: makes a forward repeatable; None: as CUDA graphs.
@@ -184,11 +192,13 @@ class DecodeGraphs:
     @torch.inference_mode()
     def record_all(self, progress: bool | None = None) -> None:
         """Record every size and width, the largest first, so that the smaller ones find room in its memory."""
+        begin = time.monotonic()
         shapes = [(size, width) for size in reversed(self.sizes) for width in reversed(self.widths)]
         with progress_bar("record", total=len(shapes), unit="graph", show=progress) as bar:
             for shape in shapes:
                 self._get(*shape)
                 bar.update()
+        logger.info("recorded %d CUDA graphs in %.1f s", len(shapes), time.monotonic() - begin)
 
     def close(self) -> None:
         """Let go of graphs, their memory and the model."""

@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import queue
+import logging
+import os
 import secrets
 import threading
-import traceback
-import weakref
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from operator import index
 from typing import Any
 
-import numpy as np
-
 from cai_runtime.engine.detokenizer import Detokenizer, StopStrings, TokenDecoder
 from cai_runtime.engine.handle import Handle, Stream
-from cai_runtime.engine.kv_cache import KVCache
-from cai_runtime.engine.request import Request
+from cai_runtime.engine.lifetime import check_same_process, enter_process, watch_exit
+from cai_runtime.engine.loop import EngineLoop
+from cai_runtime.engine.memory import format_bytes
+from cai_runtime.engine.request import Request, SamplingParams
 from cai_runtime.engine.runner import Runner
-from cai_runtime.engine.sampler import SequenceSampler, sample
-from cai_runtime.engine.scheduler import Scheduler, Share
+from cai_runtime.engine.sampler import SequenceSampler
 from cai_runtime.engine.sequence import Sequence
 from cai_runtime.engine.stats import EngineStats
-from cai_runtime.errors import (
-    CaiError,
-    EngineClosedError,
-    EngineError,
-    InvalidRequestError,
-    QueueFullError,
-    RequestAbortedError,
-    RequestTooLargeError,
-    RunnerError,
-)
+from cai_runtime.errors import EngineClosedError, InvalidRequestError, RequestTooLargeError
+
+logger = logging.getLogger("cai_runtime.engine")
 
 
 class Engine:
@@ -44,14 +35,17 @@ class Engine:
 
     `runner`: belongs to the engine from here on, which closes it. `tokenizer`: see `detokenizer.TokenDecoder`.
     `eos_token_ids`: tokens that end a text unless a request ignores them. `max_batch`: sequences in a step.
-    `prefill_chunk`: prompt tokens in a step, beside the decoding sequences' one each. `prefix_cache`: whether prompts
-    reuse the KV of equal beginnings. `max_waiting`: requests that may wait before `submit` refuses more; None: any.
+    `prefill_chunk`: prompt tokens in a step at most, beside the decoding sequences' one each. `prefill_time`: seconds
+    that a step of both should take, which bounds its prompt tokens further (see `pacing.PrefillPace`); None: no bound.
+    `prefix_cache`: whether prompts reuse the KV of equal beginnings. `max_waiting`: requests that may be under way beyond
+    `max_batch` before `submit` refuses more; None: any. `clock`: monotonic seconds, for tests.
 
-    Attributes: `tokenizer`, `model_config` (config.json as a dict), `max_context` (the most tokens, prompt and
-    generated, that one request may have), `vocab_size`.
+    Attributes: `tokenizer`, `model_config` (config.json as a dict), `vocab_size`, `max_context` (the most tokens, prompt
+    and generated, that one request may have), `model_context` (what the model could take), `context_limit` (a sentence:
+    what makes max_context what it is).
 
     Use it as a context manager or call `close()`. An engine that is forgotten, or open when the interpreter exits,
-    closes itself after the step it is in.
+    closes itself after the step it is in. Raises EngineClosedError in a child forked from a process with an engine.
     """
 
     def __init__(
@@ -63,24 +57,49 @@ class Engine:
         model_config: dict[str, Any] | None = None,
         max_batch: int = 64,
         prefill_chunk: int = 512,
+        prefill_time: float | None = 0.1,
         prefix_cache: bool = True,
         max_waiting: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ):
         if max_batch < 1 or prefill_chunk < 1:
             raise ValueError(f"max_batch ({max_batch}) and prefill_chunk ({prefill_chunk}) must be at least 1")
+        if prefill_time is not None and not prefill_time > 0:
+            raise ValueError(f"prefill_time is {prefill_time}; give seconds above 0, or None for no bound")
+        if max_waiting is not None and max_waiting < 0:
+            raise ValueError(f"max_waiting is {max_waiting}; give 0 or more, or None for no bound")
+        enter_process()
         self.tokenizer = tokenizer
         self.model_config = dict(model_config or {})
-        self.max_context = min(runner.max_context, runner.num_pages * runner.page_size)
+        positions = runner.num_pages * runner.page_size
+        self.max_context = min(runner.max_context, positions)
+        self.model_context: int = getattr(runner, "model_context", runner.max_context)
+        self.context_limit = _context_limit(runner, self.model_context)
+        if positions < runner.max_context:
+            logger.warning("%s", self.context_limit)
         self.vocab_size = runner.vocab_size
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._max_waiting = max_waiting
         self._decoder = TokenDecoder(tokenizer)
         self._arrivals = itertools.count()
-        self._owner = _Owner(runner, max_batch=max_batch, prefill_chunk=prefill_chunk, prefix_cache=prefix_cache)
-        # Not a daemon: those are killed inside native code at exit, which may crash. _close_at_exit ends it instead.
-        self._thread = threading.Thread(target=self._owner.run, name=f"cai-engine-{id(self):x}", daemon=False)
-        _watch_exit(self._owner)
+        self._process = os.getpid()
+        self._loop = EngineLoop(
+            runner,
+            max_batch=max_batch,
+            prefill_chunk=prefill_chunk,
+            prefill_time=prefill_time,
+            prefix_cache=prefix_cache,
+            max_waiting=max_waiting,
+            clock=clock,
+        )
+        # Not a daemon: those are killed inside native code at exit, which may crash. watch_exit() ends it instead.
+        self._thread = threading.Thread(target=self._loop.run, name=f"cai-engine-{id(self):x}", daemon=False)
+        watch_exit(self._loop)
         self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes requests: it was not closed, did not stop on an internal error, and this is its process."""
+        return not self._loop.closed and os.getpid() == self._process
 
     def submit(self, request: Request) -> Handle:
         """Queue a request; returns at once. May be called from any thread.
@@ -88,17 +107,40 @@ class Engine:
         Raises InvalidRequestError, RequestTooLargeError if it could never fit, QueueFullError, EngineClosedError.
         Everything that goes wrong later is raised by the handle.
         """
-        try:
-            prompt_ids = list(map(index, request.prompt_ids))
-        except TypeError as error:
-            raise InvalidRequestError(f"prompt_ids must be integers: {error}") from error
+        return self.submit_all([request])[0]
+
+    def submit_all(self, requests: Iterable[Request]) -> list[Handle]:
+        """Queue several requests, such as the choices of one, all or none: `submit` for each. What equal lists of prompt
+        tokens have in common is computed once."""
+        check_same_process(self._process)
+        prompts: dict[int, tuple[list[int], list[bytes]]] = {}  # by the list's id: its tokens, the digests of its pages
+        sequences = []
+        for request in requests:
+            key = id(request.prompt_ids)
+            if key not in prompts:
+                prompts[key] = self._checked_prompt(request), []
+            sequences.append(self._sequence(request, *prompts[key]))
+        if sequences:
+            self._loop.send_requests(sequences)
+        return [
+            Handle(
+                sequence.stream,
+                request_id=sequence.request.request_id or "",
+                prompt_tokens=sequence.num_prompt,
+                abort=partial(self._loop.inbox.put, partial(self._loop.abort, sequence.stream)),
+                keep_alive=self,
+            )
+            for sequence in sequences
+        ]
+
+    def _sequence(self, request: Request, prompt_ids: list[int], prompt_digests: list[bytes]) -> Sequence:
         params = request.sampling
-        self._check(prompt_ids, request)
+        self._check(prompt_ids, params)
         arrival = next(self._arrivals)
         request = replace(request, prompt_ids=prompt_ids, request_id=request.request_id or f"request-{arrival}")
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_token_ids)
         possible = [token_id for token_id in stop_ids if 0 <= token_id < self.vocab_size]
-        sequence = Sequence(
+        return Sequence(
             arrival=arrival,
             request=request,
             stop_ids=stop_ids,
@@ -106,42 +148,40 @@ class Engine:
             detokenizer=Detokenizer(self._decoder, skip_special_tokens=request.skip_special_tokens),
             stop_strings=StopStrings(params.stop),
             stream=Stream(),
-        )
-        self._send(partial(self._owner.add, sequence), limit=self._max_waiting)
-        return Handle(
-            sequence.stream,
-            request_id=request.request_id or "",
-            prompt_tokens=len(prompt_ids),
-            abort=partial(self._owner.inbox.put, partial(self._owner.abort, sequence.stream)),
-            keep_alive=self,
+            prompt_digests=prompt_digests,
+            submitted_at=self._loop.clock(),
         )
 
-    def _send(self, command: Callable[[], None], limit: int | None = None) -> None:
-        self._owner.send(command, limit)
-        if not self._thread.is_alive() and not self._owner.closed:
-            raise EngineClosedError("this process was forked from the one that opened the engine; open it here")
-
-    def _check(self, prompt_ids: list[int], request: Request) -> None:
-        params = request.sampling
+    def _checked_prompt(self, request: Request) -> list[int]:
+        try:
+            prompt_ids = list(map(index, request.prompt_ids))
+        except TypeError as error:
+            raise InvalidRequestError(f"prompt_ids must be integers: {error}") from error
         if not prompt_ids:
             raise InvalidRequestError("the prompt has no tokens; give at least one")
+        self._check_ids("prompt_ids", prompt_ids)
+        return prompt_ids
+
+    def _check(self, prompt_ids: list[int], params: SamplingParams) -> None:
         if params.max_tokens < 1:
             raise InvalidRequestError(f"max_tokens is {params.max_tokens}; it must be at least 1")
-        for name, ids in (("prompt_ids", prompt_ids), ("logit_bias", params.logit_bias)):
-            if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
-                bad = next(token_id for token_id in ids if not 0 <= token_id < self.vocab_size)
-                raise InvalidRequestError(f"{name} has token id {bad}; the vocabulary is 0..{self.vocab_size - 1}")
+        self._check_ids("logit_bias", params.logit_bias)
         if len(prompt_ids) + params.max_tokens > self.max_context:
             raise RequestTooLargeError(
-                f"{len(prompt_ids)} prompt tokens and max_tokens {params.max_tokens} exceed the {self.max_context} "
-                "tokens that a request may have here (the model's context or the whole KV cache)"
+                f"{len(prompt_ids)} prompt tokens and max_tokens {params.max_tokens} need "
+                f"{len(prompt_ids) + params.max_tokens} positions, but {self.context_limit}"
             )
+
+    def _check_ids(self, name: str, ids: Collection[int]) -> None:
+        if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
+            bad = next(token_id for token_id in ids if not 0 <= token_id < self.vocab_size)
+            raise InvalidRequestError(f"{name} has token id {bad}; the vocabulary is 0..{self.vocab_size - 1}")
 
     def stats(self) -> EngineStats:
         """What the engine has done and holds. Does not wait for the step that runs."""
-        scheduler, cache = self._owner.scheduler, self._owner.scheduler.cache
+        scheduler, cache = self._loop.scheduler, self._loop.scheduler.cache
         return replace(
-            self._owner.stats,
+            self._loop.stats,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             pages_total=cache.num_pages,
@@ -152,22 +192,23 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every page of the KV cache is accounted for. Runs between two steps."""
+        check_same_process(self._process)
         future: Future[None] = Future()
         try:
-            self._send(partial(_answer, future, self._owner.scheduler.check_integrity))
+            self._loop.send(partial(_answer, future, self._loop.scheduler.check_integrity))
         except EngineClosedError:
             self._thread.join()
-            self._owner.scheduler.check_integrity()
+            self._loop.scheduler.check_integrity()
         else:
             future.result()
 
     def close(self) -> None:
         """End the engine after the step it is in: every unfinished request fails with EngineClosedError, the model's
         and the cache's memory is given back. Idempotent; raises what the runner's own `close` raised."""
-        self._owner.inbox.put(None)
+        self._loop.inbox.put(None)
         if self._thread is not threading.current_thread():  # garbage collection may run anywhere
             self._thread.join()
-        error, self._owner.close_error = self._owner.close_error, None
+        error, self._loop.close_error = self._loop.close_error, None
         if error is not None:
             raise error
 
@@ -178,158 +219,8 @@ class Engine:
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_owner"):
-            self._owner.inbox.put(None)
-
-
-class _Owner:
-    """What the owner thread holds. It knows no Engine, so that a forgotten Engine can be collected, and close it."""
-
-    def __init__(self, runner: Runner, *, max_batch: int, prefill_chunk: int, prefix_cache: bool):
-        # SimpleQueue.put is reentrant: finalizers put here, in whatever thread the garbage collector runs.
-        self.inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self.stats = EngineStats()
-        cache = KVCache(runner.num_pages, runner.page_size, prefix_cache=prefix_cache)
-        self.scheduler = Scheduler(cache, self.stats, max_batch=max_batch, prefill_chunk=prefill_chunk)
-        self.close_error: Exception | None = None
-        self._runner: Runner | None = runner
-        self._sequences: dict[Stream, Sequence] = {}
-        self._gate = threading.Lock()  # between send() and the end
-        self.closed = False
-        self._crash: BaseException | None = None  # an error of the engine itself, which ended it
-
-    # Any thread
-
-    def send(self, command: Callable[[], None], limit: int | None = None) -> None:
-        """Have the owner thread call `command` between two steps. `limit`: of requests waiting before this one."""
-        with self._gate:
-            if self.closed:
-                raise self._closed_error()
-            if limit is not None and len(self.scheduler.waiting) + self.inbox.qsize() >= limit:
-                raise QueueFullError(f"{limit} requests are waiting already; try again later")
-            self.inbox.put(command)
-
-    # Owner thread
-
-    def run(self) -> None:
-        """The step loop."""
-        try:
-            while self._receive():
-                self._step(self.scheduler.schedule())
-        except BaseException as error:  # noqa: BLE001 - raised in every caller, so that none of them waits for ever
-            _forget_frames(error)
-            self._crash = error
-        self._shut_down()
-
-    def _receive(self) -> bool:
-        """Carry out what was sent; wait for more while there is nothing to run. False when the engine is to close."""
-        while True:
-            try:
-                command = self.inbox.get(block=not self.scheduler.has_work)
-            except queue.Empty:
-                return True
-            if command is None:
-                return False
-            command()
-
-    def _step(self, step: list[Share]) -> None:
-        """Feed a step to the model, sample, hand the tokens out. If the model fails, each sequence is tried alone."""
-        try:
-            logits = self._run_model(step)
-        except Exception as error:  # noqa: BLE001 - whatever the model raises is a request's failure, not the engine's
-            _forget_frames(error)
-            if len(step) > 1:
-                for share in step:
-                    self._step([share])
-            else:
-                self._fail(step[0].sequence, RunnerError, "the model failed on this request", error)
-            return
-        self.stats.steps += 1
-        for share in step:
-            self.scheduler.advance(share)
-        sampled = [share.sequence for share in step if share.tokens.sample]
-        tokens = sample(logits, [s.sampler for s in sampled], [len(s.token_ids) for s in sampled])
-        for sequence, token in zip(sampled, tokens, strict=True):
-            self._accept(sequence, token)
-
-    def _run_model(self, step: list[Share]) -> np.ndarray:
-        """The logits, fp32 [sequences that sample, vocab]."""
-        assert self._runner is not None
-        logits = np.asarray(self._runner.run([share.tokens for share in step]), dtype=np.float32)
-        expected = (sum(share.tokens.sample for share in step), self._runner.vocab_size)
-        if logits.shape != expected:
-            raise RunnerError(f"the runner returned logits of shape {logits.shape} instead of {expected}")
-        return logits
-
-    def _accept(self, sequence: Sequence, token: int | Exception) -> None:
-        try:
-            if isinstance(token, Exception):
-                raise token
-            delta = sequence.accept(token)
-        except CaiError as error:
-            self._end(sequence, error)
-        except Exception as error:  # noqa: BLE001 - a tokenizer or a parameter that breaks fails its request alone
-            self._fail(sequence, EngineError, "the engine failed on this request", error)
-        else:
-            self.stats.tokens_decoded += 1
-            if delta.finish_reason is not None:
-                self._forget(sequence)
-                self.stats.finished += 1
-            sequence.stream.put(delta)
-
-    def add(self, sequence: Sequence) -> None:
-        self._sequences[sequence.stream] = sequence
-        self.scheduler.add(sequence)
-
-    def abort(self, stream: Stream) -> None:
-        sequence = self._sequences.get(stream)
-        if sequence is not None:
-            self._end(sequence, RequestAbortedError(f"{sequence.request.request_id} was aborted"))
-
-    def _fail(self, sequence: Sequence, kind: type[EngineError], message: str, cause: Exception) -> None:
-        error = kind(f"{message}: {cause!r}")
-        error.__cause__ = cause
-        self._end(sequence, error)
-
-    def _end(self, sequence: Sequence, error: CaiError) -> None:
-        """Free what a sequence holds, then tell its consumer."""
-        self._forget(sequence)
-        if isinstance(error, RequestAbortedError):
-            self.stats.aborted += 1
-        else:
-            self.stats.failed += 1
-        sequence.stream.fail(error)
-
-    def _forget(self, sequence: Sequence) -> None:
-        del self._sequences[sequence.stream]
-        self.scheduler.remove(sequence)
-
-    def _closed_error(self) -> EngineClosedError:
-        crash = self._crash
-        error = EngineClosedError(
-            "the engine was closed" if crash is None else f"the engine stopped on an internal error: {crash!r}"
-        )
-        error.__cause__ = crash
-        return error
-
-    def _shut_down(self) -> None:
-        with self._gate:
-            self.closed = True  # nothing is sent from here on
-        while not self.inbox.empty():
-            command = self.inbox.get()
-            if command is not None:
-                command()
-        for sequence in list(self._sequences.values()):
-            with contextlib.suppress(Exception):  # a crash may have left the books in disorder; the caller must wake up
-                self._forget(sequence)
-            self.stats.failed += 1
-            sequence.stream.fail(self._closed_error())
-        runner, self._runner = self._runner, None
-        try:
-            if runner is not None:
-                runner.close()
-        except Exception as error:  # noqa: BLE001 - raised in Engine.close(), in the caller's thread
-            self.close_error = error
+        if hasattr(self, "_loop"):
+            self._loop.inbox.put(None)
 
 
 def _answer(future: Future[None], ask: Callable[[], None]) -> None:
@@ -340,34 +231,18 @@ def _answer(future: Future[None], ask: Callable[[], None]) -> None:
         future.set_exception(error)
 
 
-def _forget_frames(error: BaseException) -> None:
-    """Let go of the local variables (activations, weights) of the frames that an exception went through."""
-    seen: BaseException | None = error
-    while seen is not None:
-        traceback.clear_frames(seen.__traceback__)
-        seen = seen.__cause__ or seen.__context__
-
-
-# At exit the interpreter waits for every thread that is not a daemon, once the main thread is done. One daemon thread
-# waits for that moment and closes the engines that are still open. No atexit hook, and nothing before the first engine.
-
-_open_owners: weakref.WeakSet[_Owner] = weakref.WeakSet()
-_watcher: threading.Thread | None = None
-_watcher_lock = threading.Lock()
-
-
-def _watch_exit(owner: _Owner) -> None:
-    global _watcher
-    with _watcher_lock:
-        _open_owners.add(owner)
-        if _watcher is None or not _watcher.is_alive():  # not alive: in a forked child
-            _watcher = threading.Thread(target=_close_at_exit, name="cai-engine-exit", daemon=True)
-            _watcher.start()
-
-
-def _close_at_exit() -> None:
-    threading.main_thread().join()
-    with _watcher_lock:
-        owners = list(_open_owners)
-    for owner in owners:
-        owner.inbox.put(None)
+def _context_limit(runner: Runner, model_context: int) -> str:
+    """What makes a request's most tokens what they are."""
+    positions = runner.num_pages * runner.page_size
+    page_bytes = getattr(runner, "page_bytes", None)  # a runner that has no memory to speak of does not say
+    if positions < runner.max_context:
+        needed = -(-runner.max_context // runner.page_size)
+        held = format_bytes(runner.num_pages * page_bytes) if page_bytes else f"{runner.num_pages} pages"
+        enough = format_bytes(needed * page_bytes) if page_bytes else f"{needed} pages"
+        return (
+            f"the KV cache of {held} holds {positions} positions (the model could take {runner.max_context}): "
+            f"raise kv_cache, to {enough} for all of them"
+        )
+    if runner.max_context < model_context:
+        return f"max_context is {runner.max_context} (the model could take {model_context}): raise max_context"
+    return f"the model's context holds {model_context} positions"

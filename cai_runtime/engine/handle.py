@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
 
+from cai_runtime.engine.lifetime import check_same_process
 from cai_runtime.engine.request import Completion, Delta
+from cai_runtime.engine.stats import RequestTimes
 from cai_runtime.errors import CaiError
 
 
@@ -21,6 +24,8 @@ class Stream:
         self.error: CaiError | None = None
         self.done = False  # nothing will be added any more
         self.cached_tokens = 0  # prompt tokens found in the prefix cache
+        self.times = RequestTimes()
+        self._process = os.getpid()
         self._changed = threading.Condition()
         self._async_waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None], bool]] = []
 
@@ -54,12 +59,16 @@ class Stream:
         return self.done or (index is not None and index < len(self.deltas))
 
     def wait(self, index: int | None, timeout: float | None = None) -> bool:
-        """Block until delta number `index` is there or the stream is done (None: is done). False on timeout."""
+        """Block until delta number `index` is there or the stream is done (None: is done). False on timeout.
+
+        Raises EngineClosedError in a forked child, where nobody would wake the caller."""
+        check_same_process(self._process)
         with self._changed:
             return self._changed.wait_for(lambda: self._has(index), timeout)
 
     async def wait_async(self, index: int | None) -> None:
         """The same without blocking the running event loop."""
+        check_same_process(self._process)
         loop = asyncio.get_running_loop()
         while True:
             with self._changed:
@@ -157,6 +166,7 @@ class Handle:
             cached_tokens=self.cached_tokens,
             completion_tokens=len(token_ids),
             stop_string=deltas[-1].stop_string,
+            times=self._stream.times,
         )
 
     def __del__(self) -> None:

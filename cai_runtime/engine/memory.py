@@ -22,6 +22,16 @@ def parse_bytes(value: int | str) -> int:
     return int(float(match[1]) * UNITS[match[2].lower()])
 
 
+def format_bytes(count: int) -> str:
+    """A number of bytes as `parse_bytes` reads it, in the largest unit that is not above it: "32MiB", "1.5GiB"."""
+    size, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{size:.1f}".removesuffix(".0") + unit
+
+
 def available_memory(device: str) -> int:
     """Free bytes on the device, "cpu" or "cuda[:n]"; on the CPU what the system says is available, within the control
     group's limit."""

@@ -24,7 +24,7 @@ class ModelRunner:
     """Implements `Runner` over a model and the cache that the model allocated.
 
     cuda_graphs: record decode steps of up to `max_batch` sequences as CUDA graphs and replay them; on a GPU, with kernels
-    that can be recorded (triton, cuda). Each size is recorded when first needed; `record_graphs` does all at once. The
+    that can be recorded (triton, cuda). `record_graphs` records every size; one that it did not is recorded when needed. The
     cache then has one page more than `num_pages`, for padding.
     capture: how a step is made repeatable, for tests; see `cuda_graphs.DecodeGraphs`.
     """
@@ -45,7 +45,9 @@ class ModelRunner:
             raise KernelError(f"CUDA graphs need a model on a GPU, this one is on {model.device}: cuda_graphs=False")
         self.page_size, self.num_pages = page_size, num_pages
         self.vocab_size = model.vocab_size
+        self.model_context = model.max_context
         self.max_context = min(max_context or model.max_context, model.max_context)
+        self.page_bytes = model.page_bytes(page_size, cache_dtype)
         model.allocate_cache(num_pages + (1 if cuda_graphs else 0), page_size, cache_dtype, self.max_context)
         self._model: CausalLM | None = model
         self._device = model.device

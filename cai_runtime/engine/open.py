@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 
     from cai_runtime.engine.engine import Engine
     from cai_runtime.engine.model_runner import ModelRunner
+
+logger = logging.getLogger("cai_runtime.engine")
 
 PAGE_SIZE = 16
 DTYPES = {
@@ -100,7 +104,8 @@ def load_runner(
     modules are the ones in use). See `open_engine`."""
     import torch
 
-    from cai_runtime.engine.memory import cache_budget
+    from cai_runtime.engine.lifetime import enter_process
+    from cai_runtime.engine.memory import cache_budget, format_bytes
     from cai_runtime.engine.model_runner import ModelRunner
     from cai_runtime.kernels.backend import resolve_backend
     from cai_runtime.layers.linear import WeightLoader
@@ -108,6 +113,8 @@ def load_runner(
     from cai_runtime.progress import progress_bar
     from cai_runtime.slim.reader import Checkpoint
 
+    enter_process()
+    begin = time.monotonic()
     place = choose_device(device)
     kernels = resolve_backend(backend, place)
     with Checkpoint.open(path, keep=keep) as checkpoint:
@@ -121,7 +128,7 @@ def load_runner(
     if max_context is not None and not 1 <= max_context <= model.max_context:
         raise MemoryBudgetError(f"max_context {max_context} is outside the model's 1 to {model.max_context} positions")
     context = max_context or model.max_context
-    page_bytes = model.cache_bytes_per_token(cache_dtype) * PAGE_SIZE
+    page_bytes = model.page_bytes(PAGE_SIZE, cache_dtype)
     useful = page_bytes * (-(-context // PAGE_SIZE)) * max_batch
     budget = cache_budget(kv_cache, device=str(place), useful=useful)
     pages = budget // page_bytes
@@ -143,6 +150,15 @@ def load_runner(
         raise MemoryBudgetError(
             f"a KV cache of {budget} bytes can't be allocated: give a smaller kv_cache ({e})"
         ) from e
+    logger.info(
+        "loaded %s in %.1f s: %s, %s kernels, KV cache of %s for %d positions",
+        path, time.monotonic() - begin, place, kernels, format_bytes(pages * page_bytes), pages * PAGE_SIZE,
+    )  # fmt: skip
+    try:
+        runner.record_graphs(progress)  # now, and not in the middle of serving
+    except BaseException:
+        runner.close()
+        raise
     return runner, config
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from cai_runtime.engine.stats import RequestTimes
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -69,3 +71,4 @@ class Completion:
     cached_tokens: int  # prompt tokens whose KV came from the prefix cache
     completion_tokens: int
     stop_string: str | None = None
+    times: RequestTimes = field(default_factory=RequestTimes, compare=False)

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: made anew for each sequence in each step
 class ScheduledSequence:
     """The share of one sequence in one step: a chunk of its prompt (prefill) or its newest token (decode).
 

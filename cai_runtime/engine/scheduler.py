@@ -1,7 +1,7 @@
 """Which tokens of which sequences go into the next step. Continuous batching with chunked prefill.
 
 First come, first served: `running` and `waiting` are ordered by arrival. Every running sequence that decodes takes
-part in every step; prompts share `prefill_chunk` tokens a step, oldest first. A sequence gets the pages of its whole
+part in every step; prompts share a budget of tokens a step, oldest first. A sequence gets the pages of its whole
 prompt when it is admitted, and one more whenever it grows over a page. When none is left, the youngest running sequence
 gives its pages up and waits to be computed again (preemption by recompute). So the oldest always advances, and nothing
 starves.
@@ -9,6 +9,7 @@ starves.
 
 from __future__ import annotations
 
+import logging
 from bisect import insort
 from dataclasses import dataclass
 
@@ -17,36 +18,45 @@ from cai_runtime.engine.runner import ScheduledSequence
 from cai_runtime.engine.sequence import Sequence
 from cai_runtime.engine.stats import EngineStats
 
+logger = logging.getLogger("cai_runtime.engine")
 
-@dataclass(frozen=True)
-class Share:
+
+@dataclass(eq=False, slots=True)  # not frozen: thousands are made in a second, and that would take twice the time
+class Feed:
     """One sequence's part of a step: `tokens` are fed, and the next one is sampled if they are the last known."""
 
     sequence: Sequence
     tokens: ScheduledSequence
+    is_decode: bool  # the newest generated token, and no part of a prompt or of a recomputation
 
     @classmethod
-    def of(cls, sequence: Sequence, num_tokens: int) -> Share:
-        """The next `num_tokens` uncomputed tokens of a sequence."""
-        start, end = sequence.num_computed, sequence.num_computed + num_tokens
-        is_last = num_tokens == sequence.num_uncomputed
-        return cls(sequence, ScheduledSequence(sequence.token_ids[start:end], start, sequence.pages, is_last))
+    def of(cls, sequence: Sequence, count: int) -> Feed:
+        """The next `count` uncomputed tokens of a sequence."""
+        start, known = sequence.num_computed, len(sequence.token_ids)
+        end = start + count
+        tokens = ScheduledSequence(sequence.token_ids[start:end], start, sequence.pages, end == known)
+        return cls(sequence, tokens, count == 1 and end == known > sequence.num_prompt)
 
 
 class Scheduler:
     """Sequences and their pages. Used by the owner thread only."""
 
-    def __init__(self, cache: KVCache, stats: EngineStats, *, max_batch: int, prefill_chunk: int):
+    def __init__(self, cache: KVCache, stats: EngineStats, *, max_batch: int):
         self.cache = cache
         self.stats = stats
         self.max_batch = max_batch
-        self.prefill_chunk = prefill_chunk
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.newly_admitted: list[Sequence] = []  # for the first time; the step loop empties it
 
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether a sequence of the batch waits for its next token alone."""
+        return any(sequence.num_uncomputed == 1 for sequence in self.running)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. That it fits the whole cache has been checked."""
@@ -57,26 +67,28 @@ class Scheduler:
         (self.running if sequence in self.running else self.waiting).remove(sequence)
         self._take_pages(sequence)
 
-    def schedule(self) -> list[Share]:
-        """The next step: never empty while there is work."""
-        step, budget, preempted = [], self.prefill_chunk, False
+    def schedule(self, budget: int) -> list[Feed]:
+        """The next step, with at most `budget` prompt tokens, at least one: never empty while there is work."""
+        step, preempted = [], False
+        page_size = self.cache.page_size
         for sequence in list(self.running):  # oldest first, so that nobody in `step` is preempted any more
-            while sequence.pages and not self._grow(sequence):
+            known = len(sequence.token_ids)
+            while sequence.pages and known > len(sequence.pages) * page_size and not self._grow(sequence):
                 self._preempt(self.running[-1])
                 preempted = True
             if not sequence.pages:
                 continue
-            if sequence.num_uncomputed == 1:
-                step.append(Share.of(sequence, 1))
-            elif budget > 0:
-                count = min(sequence.num_uncomputed, budget)
+            count = known - sequence.num_computed
+            if count > 1:
+                count = min(count, budget)
                 budget -= count
-                step.append(Share.of(sequence, count))
+            if count:
+                step.append(Feed.of(sequence, count))
         if not preempted:
             self._admit(step, budget)
         return step
 
-    def _admit(self, step: list[Share], budget: int) -> None:
+    def _admit(self, step: list[Feed], budget: int) -> None:
         """Move waiting sequences into the batch while there are seats, pages and budget."""
         being_computed = self._prefixes_being_computed() if self.waiting else set()
         for sequence in list(self.waiting):
@@ -97,18 +109,22 @@ class Scheduler:
             sequence.num_computed = len(prefix) * self.cache.page_size
             if not sequence.was_admitted:
                 sequence.was_admitted = True
+                self.newly_admitted.append(sequence)
                 sequence.stream.cached_tokens = sequence.num_computed
                 self.stats.prompt_tokens += sequence.num_prompt
                 self.stats.prefix_hit_tokens += sequence.num_computed
             count = min(sequence.num_uncomputed, budget)
             budget -= count
-            step.append(Share.of(sequence, count))
+            step.append(Feed.of(sequence, count))
             being_computed.update(sequence.digests[len(prefix) :])
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
         """Cached pages that the sequence can start from. The last token is always fed, for its logits."""
         if not self.cache.prefix_cache:
             return []
+        if not sequence.digests:
+            extend_digests(sequence.prompt_digests, sequence.request.prompt_ids, self.cache.page_size)
+            sequence.digests = list(sequence.prompt_digests)
         extend_digests(sequence.digests, sequence.token_ids, self.cache.page_size)
         return self.cache.find_prefix(sequence.digests[: self._max_prefix(sequence)])
 
@@ -129,6 +145,11 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.stats.preemptions += 1
+        logger.info(
+            "no page is left: request %s is preempted after %d tokens",
+            sequence.request.request_id,
+            sequence.num_computed,
+        )
         self.running.remove(sequence)
         self._take_pages(sequence)
         self.add(sequence)
@@ -138,17 +159,23 @@ class Scheduler:
         sequence.pages = []
         sequence.num_computed = sequence.num_registered = 0
 
-    def advance(self, share: Share) -> None:
-        """Note that a share was computed, and offer the pages that it filled to others."""
-        sequence, count = share.sequence, len(share.tokens.token_ids)
-        if not (sequence.num_generated and count == 1):
+    def advance(self, feed: Feed) -> None:
+        """Note that a feed was computed."""
+        count = len(feed.tokens.token_ids)
+        if not feed.is_decode:
             self.stats.tokens_prefilled += count
-        sequence.num_computed += count
-        if self.cache.prefix_cache:
-            extend_digests(sequence.digests, sequence.token_ids, self.cache.page_size)
-            for page in range(sequence.num_registered, sequence.num_computed // self.cache.page_size):
-                self.cache.register(sequence.pages[page], sequence.digests[page])
-                sequence.num_registered += 1
+        feed.sequence.num_computed += count
+
+    def commit(self, sequence: Sequence) -> None:
+        """Offer the pages that a sequence has filled to others. Call once logits that follow them are known to be finite:
+        whatever is wrong in a page of a sequence reaches all its later logits."""
+        page_size = self.cache.page_size
+        if sequence.num_computed < (sequence.num_registered + 1) * page_size or not self.cache.prefix_cache:
+            return
+        extend_digests(sequence.digests, sequence.token_ids, page_size)
+        for page in range(sequence.num_registered, sequence.num_computed // page_size):
+            self.cache.register(sequence.pages[page], sequence.digests[page])
+            sequence.num_registered += 1
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless pages and queues agree."""

@@ -28,6 +28,10 @@ class Sequence:
     digests: list[bytes] = field(default_factory=list)  # of the full pages of token_ids; see kv_cache
     num_registered: int = 0  # pages offered to the prefix cache
     was_admitted: bool = False
+    prompt_digests: list[bytes] = field(default_factory=list)  # of the prompt's full pages; shared by equal prompts
+    submitted_at: float = 0.0  # on the engine's clock, as the following
+    first_token_at: float | None = None
+    last_token_at: float | None = None
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_ids)

@@ -6,6 +6,15 @@ from dataclasses import dataclass
 
 
 @dataclass
+class RequestTimes:
+    """How long one request took, in seconds. Complete once the request is done."""
+
+    queue: float = 0.0  # from `submit` to its first step
+    first_token: float = 0.0  # from `submit` to the first token
+    per_token: float = 0.0  # mean between two tokens; 0 with a single one
+
+
+@dataclass
 class EngineStats:
     """A snapshot. Counts are since the engine was made; a request is finished, failed or aborted, never two of them."""
 
@@ -24,3 +33,8 @@ class EngineStats:
     finished: int = 0
     failed: int = 0
     aborted: int = 0
+    retries: int = 0  # steps that failed and were tried again in halves
+    queue_seconds: float = 0.0  # sums of `RequestTimes`, over finished requests
+    first_token_seconds: float = 0.0
+    decode_seconds: float = 0.0  # from their first token to their last
+    worst_token_gap: float = 0.0  # the most seconds between two tokens of one sequence, preemptions included

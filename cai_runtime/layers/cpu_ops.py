@@ -24,6 +24,7 @@ class CpuOps:
     rms_norm = staticmethod(rms_norm_cpu)
     swiglu = staticmethod(swiglu_cpu)
     take_rows = staticmethod(take_rows)
+    page_bytes = staticmethod(CpuKVCache.page_bytes)
 
     def __init__(self, backend: str, device: torch.device, arena: Arena | None = None):
         self._arena = arena

@@ -47,6 +47,7 @@ class GpuOps:
     """Implements `Ops`. backend: "triton" or "cuda", for the linears."""
 
     take_rows = staticmethod(take_rows)
+    page_bytes = staticmethod(ReferenceKVCache.page_bytes)
 
     def __init__(self, backend: str, device: torch.device, arena: Arena | None = None):
         self._backend, self._device = backend, device

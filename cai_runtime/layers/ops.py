@@ -56,6 +56,10 @@ class Ops(Protocol):
         cache group whose page table it reads."""
         ...
 
+    def page_bytes(self, page_size: int, heads: HeadLayout, dtype: torch.dtype) -> int:
+        """Bytes of one page of one layer in the cache that `attention` makes."""
+        ...
+
     def embedding_and_head(
         self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype
     ) -> tuple[Callable[[torch.Tensor], torch.Tensor], PreparedLinear]:

@@ -24,6 +24,7 @@ class ReferenceOps:
     rms_norm = staticmethod(rms_norm_reference)
     swiglu = staticmethod(swiglu_reference)
     take_rows = staticmethod(take_rows)
+    page_bytes = staticmethod(ReferenceKVCache.page_bytes)
 
     def __init__(self, backend: str, device: torch.device, arena: Arena | None = None):
         self._device = device

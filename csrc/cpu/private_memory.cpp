@@ -1,6 +1,8 @@
-// Scratch memory of a thread: kept between calls, freed with the thread.
+// Scratch memory of a thread: kept between calls, freed with the thread. Where there is none, the call that the thread works
+// for fails (see thread_pool.h), not the process.
 #include <cstdlib>
-#include <new>
+#include <stdexcept>
+#include <string>
 
 #include "ops.h"
 
@@ -23,7 +25,8 @@ void* private_memory(Private purpose, Int bytes) {
     std::free(b.data);
     b.bytes = 0;
     b.data = std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64));
-    if (b.data == nullptr) throw std::bad_alloc();
+    if (b.data == nullptr)
+      throw std::runtime_error("out of memory: " + std::to_string(bytes) + " bytes for the scratch memory of a thread");
     b.bytes = bytes;
   }
   return b.data;

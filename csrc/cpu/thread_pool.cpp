@@ -1,6 +1,6 @@
 #include "thread_pool.h"
 
-#include <unistd.h>
+#include <pthread.h>
 #if defined(__linux__)
 #include <sched.h>
 #endif
@@ -8,9 +8,11 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdlib>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -58,15 +60,11 @@ constexpr auto kSpinTime = std::chrono::microseconds(200);  // Python between tw
 
 class Pool {
  public:
-  explicit Pool(int threads) : threads_(threads), owner_(getpid()) {
+  explicit Pool(int threads) : threads_(threads) {
     for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
   }
 
   ~Pool() {
-    if (owner_ != getpid()) {  // after a fork the threads exist in the parent only
-      for (auto& w : workers_) w.detach();
-      return;
-    }
     {
       std::lock_guard<std::mutex> lock(mutex_);
       stop_.store(true);
@@ -77,7 +75,6 @@ class Pool {
   }
 
   int threads() const { return threads_; }
-  pid_t owner() const { return owner_; }
 
   void run(int threads, int64_t phases, RegionFunction f, void* context) {
     const size_t wanted = static_cast<size_t>(Team::counters(threads, phases));
@@ -89,6 +86,7 @@ class Pool {
     caller_cpu_ = current_cpu();
     helpers_.store(static_cast<uint64_t>(threads - 1), std::memory_order_relaxed);
     left_.store(0, std::memory_order_relaxed);
+    failed_.store(false, std::memory_order_relaxed);
     epoch_ = (epoch_ + 1) & 0xffffffffu;
     if (epoch_ == 0) epoch_ = 1;  // 0 is the tag of counters that were never used
     ticket_.store(epoch_ << 32 | kOpen, std::memory_order_seq_cst);
@@ -96,10 +94,10 @@ class Pool {
       std::lock_guard<std::mutex> lock(mutex_);
       wake_.notify_all();
     }
-    Team team(0, threads, static_cast<uint32_t>(epoch_), counters_.data(), phases);
-    f(context, team);
+    take_part(0);
     const uint64_t joined = ticket_.fetch_and(~kOpen, std::memory_order_acq_rel) & kJoined;
     for (int i = 0; left_.load(std::memory_order_acquire) != joined; ++i) spin(i);
+    if (failed_.load(std::memory_order_relaxed)) std::rethrow_exception(std::exchange(error_, nullptr));
   }
 
  private:
@@ -107,6 +105,20 @@ class Pool {
   // the region only after it has counted itself in.
   static constexpr uint64_t kOpen = uint64_t(1) << 31;
   static constexpr uint64_t kJoined = kOpen - 1;
+
+  // Runs the region's function as thread `rank`. Its exception is kept for the caller, which throws it in run().
+  void take_part(int rank) {
+    try {
+      Team team(rank, team_threads_, static_cast<uint32_t>(ticket_.load(std::memory_order_relaxed) >> 32), counters_.data(),
+                phases_, &failed_);
+      f_(context_, team);
+    } catch (const RegionFailed&) {  // the thread that failed first has kept its exception
+    } catch (...) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (!error_) error_ = std::current_exception();
+      failed_.store(true, std::memory_order_release);
+    }
+  }
 
   void work() {
     uint64_t seen = 0;
@@ -117,10 +129,8 @@ class Pool {
       uint64_t t = ticket_.load(std::memory_order_acquire);
       while (t >> 32 == epoch && (t & kOpen) && (t & kJoined) < helpers_.load(std::memory_order_relaxed)) {
         if (ticket_.compare_exchange_weak(t, t + 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
-          Team team(static_cast<int>(t & kJoined) + 1, team_threads_, static_cast<uint32_t>(epoch), counters_.data(),
-                    phases_);
           if (caller_cpu_ >= 0 && current_cpu() == caller_cpu_) leave_cpu(caller_cpu_);
-          f_(context_, team);
+          take_part(static_cast<int>(t & kJoined) + 1);
           left_.fetch_add(1, std::memory_order_release);
           break;
         }
@@ -148,7 +158,6 @@ class Pool {
   }
 
   const int threads_;
-  const pid_t owner_;
   std::vector<std::thread> workers_;
   std::mutex mutex_;
   std::condition_variable wake_;
@@ -158,6 +167,8 @@ class Pool {
   std::atomic<uint64_t> helpers_{0};
   std::atomic<int> sleeping_{0};
   std::atomic<bool> stop_{false};
+  std::atomic<bool> failed_{false};
+  std::exception_ptr error_;  // the first of this region, under mutex_
   RegionFunction f_ = nullptr;
   void* context_ = nullptr;
   int team_threads_ = 1;
@@ -172,9 +183,18 @@ struct State {
   std::atomic<int> wanted{0};
 };
 
+// Never destroyed: worker threads may outlive the library's static objects at exit.
 State& state() {
-  // Never destroyed: worker threads may outlive the library's static objects at exit.
-  static State* s = new State;
+  static State* s = [] {
+    // fork() takes the mutex, so no region runs in the moment of the fork, and the child finds the mutex in order. The
+    // pool's threads exist in the parent only: the child leaves the pool's memory alone and makes a new one.
+    pthread_atfork([] { state().mutex.lock(); }, [] { state().mutex.unlock(); },
+                   [] {
+                     static_cast<void>(state().pool.release());
+                     state().mutex.unlock();
+                   });
+    return new State;
+  }();
   return *s;
 }
 
@@ -195,14 +215,13 @@ void Team::pause(int spins) { spin(spins); }
 void run_region(int threads, int64_t phases, RegionFunction f, void* context) {
   State& s = state();
   if (threads == 1) {
-    Team alone(0, 1, 0, nullptr, 0);
+    Team alone(0, 1, 0, nullptr, 0, nullptr);
     f(context, alone);
     return;
   }
   std::lock_guard<std::mutex> lock(s.mutex);
   const int wanted = num_threads();
-  if (!s.pool || s.pool->threads() != wanted || s.pool->owner() != getpid()) {
-    if (s.pool && s.pool->owner() != getpid()) s.pool.release();  // its threads stayed behind in the parent
+  if (!s.pool || s.pool->threads() != wanted) {
     s.pool.reset();
     s.pool = std::make_unique<Pool>(wanted);
   }

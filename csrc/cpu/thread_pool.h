@@ -5,8 +5,11 @@
 // done. The caller takes part; workers spin for a short while after a region, since the next one often follows at once, and
 // then sleep.
 //
-// Nobody waits for a worker that has not begun: only pieces that were claimed are waited for, and one that comes late skips
-// the phases that are over. So a worker whose processor is busy with something else costs its help, not the region's time.
+// Nobody waits for a worker that has not begun: only claimed pieces are waited for, and a late worker skips the phases that
+// are over. So a worker whose processor is busy with something else costs its help, not the region's time.
+//
+// An exception in any thread ends the region: the other threads leave at their next wait, and run_region throws the first
+// exception in its caller. A forked child starts a pool of its own; fork() waits for the region that runs.
 #pragma once
 
 #include <atomic>
@@ -42,11 +45,14 @@ class TaggedCounter {
   alignas(64) std::atomic<uint64_t> value_{0};
 };
 
-// One thread's part in a region.
+// Thrown by a wait in a region in which another thread has failed. It only unwinds its own thread.
+struct RegionFailed {};
+
+// One thread's part in a region. failed: set when any thread of the region has thrown.
 class Team {
  public:
-  Team(int rank, int threads, uint32_t region, TaggedCounter* counters, int64_t phases)
-      : rank_(rank), threads_(threads), region_(region), counters_(counters), phases_(phases) {}
+  Team(int rank, int threads, uint32_t region, TaggedCounter* counters, int64_t phases, const std::atomic<bool>* failed)
+      : rank_(rank), threads_(threads), region_(region), counters_(counters), phases_(phases), failed_(failed) {}
 
   int rank() const { return rank_; }
   int threads() const { return threads_; }
@@ -75,7 +81,7 @@ class Team {
     }
   }
 
-  // Until every piece of the last phase is finished, by whomever; f() is called meanwhile, again and again.
+  // Spins until all pieces of the last phase are done; calls f() while spinning.
   template <class F>
   void sync(F&& meanwhile) {
     if (threads_ == 1) return;
@@ -97,8 +103,11 @@ class Team {
   bool finished() const { return counters_[(phase_ - 1) * (threads_ + 1) + threads_].count(region_) >= total_; }
   TaggedCounter* next_phase();
   template <class Done>
-  static void wait_for(Done done) {
-    for (int i = 0; !done(); ++i) pause(i);
+  void wait_for(Done done) const {
+    for (int i = 0; !done(); ++i) {
+      if (failed_->load(std::memory_order_acquire)) throw RegionFailed{};  // a piece may never be finished
+      pause(i);
+    }
   }
   static void pause(int spins);
 
@@ -106,13 +115,14 @@ class Team {
   const uint32_t region_;
   TaggedCounter* const counters_;  // per phase: one for each thread's run, then the finished pieces
   const int64_t phases_;
+  const std::atomic<bool>* const failed_;
   int64_t phase_ = 0, total_ = 0;
 };
 
 using RegionFunction = void (*)(void* context, Team& team);
 
 // Runs f on the caller and on up to `threads` - 1 workers, and returns when all that began have finished. At most `phases`
-// phases. Regions of several callers take turns.
+// phases. Regions of several callers take turns. Throws the first exception that a thread of the region threw.
 void run_region(int threads, int64_t phases, RegionFunction f, void* context);
 
 template <class F>

@@ -96,11 +96,12 @@ def continuation(prompt, count):
 
 @pytest.fixture
 def make_engine():
-    """Engines over a HashRunner, closed after the test with their pages checked."""
+    """Engines over a HashRunner, closed after the test with their pages checked. Their clock stands still unless another is
+    given, so that no test depends on the machine's speed."""
     engines = []
 
-    def make(runner=None, **options):
-        engine = Engine(runner or HashRunner(), FakeTokenizer(), eos_token_ids=[EOS], **options)
+    def make(runner=None, clock=lambda: 0.0, **options):
+        engine = Engine(runner or HashRunner(), FakeTokenizer(), eos_token_ids=[EOS], clock=clock, **options)
         engines.append(engine)
         return engine
 

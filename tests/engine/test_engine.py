@@ -243,23 +243,46 @@ def test_the_largest_request_fits_exactly(make_engine, make_runner, greedy, expe
     assert engine.max_context == 40
     prompt = list(range(30))
     assert engine.submit(greedy(prompt, 10)).result().token_ids == expected(prompt, 10)
-    with pytest.raises(RequestTooLargeError):
+    with pytest.raises(RequestTooLargeError, match="41 positions, but the KV cache of 10 pages holds 40"):
         engine.submit(greedy(prompt, 11))
 
 
-def test_max_waiting(make_engine, make_runner, greedy):
+@pytest.mark.parametrize("max_waiting", [0, 1, 4])
+def test_max_waiting_is_what_waits_beyond_the_seats(make_engine, make_runner, greedy, max_waiting):
     runner = make_runner()
     runner.gate = threading.Semaphore(0)
-    engine = make_engine(runner, max_batch=1, max_waiting=2)
-    handles = [engine.submit(greedy([1]))]
-    assert runner.entered.wait(30)
-    handles += [engine.submit(greedy([2])), engine.submit(greedy([3]))]
-    with pytest.raises(QueueFullError):
+    engine = make_engine(runner, max_batch=3, max_waiting=max_waiting)
+    handles = [engine.submit(greedy([i])) for i in range(3 + max_waiting)]
+    with pytest.raises(QueueFullError, match="raise max_waiting"):
         engine.submit(greedy([4]))
+    handles[0].abort()
     runner.gate.release(10_000)
-    for handle in handles:
+    for handle in handles[1:]:
         handle.result()
-    engine.submit(greedy([4])).result()
+    for i in range(5):  # aborted and finished requests have given their places back
+        engine.submit_all([greedy([i])] * (3 + max_waiting))[-1].result()
+
+
+def test_several_requests_are_queued_all_or_none(make_engine, make_runner, greedy, expected):
+    runner = make_runner()
+    engine = make_engine(runner, max_batch=4, max_waiting=1)
+    for _ in range(20):
+        handles = engine.submit_all([greedy([1, 2, 3], 3)] * 5)
+        assert {handle.result().token_ids for handle in handles} == {expected([1, 2, 3], 3)}
+    runner.gate = threading.Semaphore(0)
+    one = engine.submit(greedy([1], 3))
+    with pytest.raises(QueueFullError):
+        engine.submit_all([greedy([2])] * 5)
+    others = engine.submit_all([greedy([2], 3)] * 4)
+    runner.gate.release(10_000)
+    for handle in (one, *others):
+        handle.result()
+    with pytest.raises(InvalidRequestError, match="6 sequences at once never fit"):
+        engine.submit_all([greedy([2])] * 6)
+    with pytest.raises(InvalidRequestError):
+        engine.submit_all([greedy([2]), greedy([])])
+    assert engine.submit_all([]) == []
+    assert engine.stats().finished == 20 * 5 + 5, "none of the refused ones ran"
 
 
 def test_a_failing_model_fails_the_guilty_request_alone(make_engine, make_runner, greedy, expected, prompts):
@@ -380,11 +403,11 @@ def test_close_wakes_everyone_and_closes_the_runner_once(make_engine, make_runne
     for thread in threads:
         thread.start()
     assert runner.entered.wait(30)
-    sent = engine._owner.inbox.qsize()  # the owner thread is held in its first step
+    sent = engine._loop.inbox.qsize()  # the owner thread is held in its first step
     closers = [threading.Thread(target=engine.close) for _ in range(3)]
     for thread in closers:
         thread.start()
-    while engine._owner.inbox.qsize() < sent + 3:
+    while engine._loop.inbox.qsize() < sent + 3:
         closers[0].join(0.001)
     runner.gate.release(10_000)
     for thread in threads + closers:
@@ -414,19 +437,44 @@ def test_close_raises_what_the_runner_raises_once(make_engine, make_runner):
 def test_an_internal_error_ends_the_engine_without_hanging_anyone(make_engine, make_runner, greedy):
     engine = make_engine()
 
-    def schedule():
+    assert engine.alive
+
+    def schedule(budget):
         raise ZeroDivisionError("a bug")
 
-    engine._owner.scheduler.schedule = schedule
+    engine._loop.scheduler.schedule = schedule
     with pytest.raises(EngineClosedError, match="a bug") as caught:
         engine.submit(greedy([1])).result(timeout=30)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     engine._thread.join(30)
+    assert not engine.alive
     with pytest.raises(EngineClosedError, match="a bug"):
         engine.submit(greedy([1]))
 
 
-@pytest.mark.parametrize("options", [{"max_batch": 0}, {"prefill_chunk": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [{"max_batch": 0}, {"prefill_chunk": 0}, {"prefill_time": 0}, {"prefill_time": -1.0}, {"max_waiting": -1}],
+)
 def test_impossible_options_are_refused(make_engine, options):
-    with pytest.raises(ValueError, match="must be at least 1"):
+    with pytest.raises(ValueError, match=next(iter(options))):
         make_engine(**options)
+
+
+def test_choices_of_one_prompt_hash_its_pages_once(make_engine, make_runner, greedy, monkeypatch):
+    from cai_runtime.engine import scheduler
+
+    hashed = []
+    extend = scheduler.extend_digests
+
+    def counting(digests, token_ids, page_size):
+        before = len(digests)
+        extend(digests, token_ids, page_size)
+        hashed.extend(digests[before:])
+
+    monkeypatch.setattr(scheduler, "extend_digests", counting)
+    engine = make_engine(make_runner(num_pages=512), max_batch=16)
+    prompt = list(range(41))
+    for handle in engine.submit_all([Request(prompt, SamplingParams(max_tokens=1, temperature=0.0)) for _ in range(8)]):
+        handle.result()
+    assert len(hashed) == len(set(hashed)) == 10, "41 tokens fill ten pages of 4"

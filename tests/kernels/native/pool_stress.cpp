@@ -1,12 +1,13 @@
 // The thread pool under stress: regions of one to six phases from several callers at once, of more and fewer pieces than
-// threads, with the number of threads changed between. What the pieces write is plain memory, so that ThreadSanitizer sees
-// every hand-over that the pool does not order. Usage: pool_stress [REGIONS] (per caller). --race: pieces that write one
-// place without order, which ThreadSanitizer must report. Exits 1 on a wrong result.
+// threads, some with a piece that throws, with the number of threads changed between. The pieces write plain memory, so
+// that ThreadSanitizer sees every hand-over that the pool does not order. Usage: pool_stress [REGIONS] (per caller).
+// --race: pieces that write one place without order, which ThreadSanitizer must report. Exits 1 on a wrong result.
 #include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -70,12 +71,33 @@ void one_phase(int threads, int64_t pieces) {
   for (int n : runs) expect(n == 1, "a piece did not run exactly once");
 }
 
+// A piece that throws, on whichever thread runs it: the caller gets the exception, and no thread waits for that piece.
+void failing(int threads, int64_t pieces, int64_t bad) {
+  bool caught = false;
+  try {
+    cai::parallel(threads, 2, [&](cai::Team& team) {
+      team.deal(pieces, [&](int64_t p) {
+        if (p == bad) throw std::bad_alloc();
+      });
+      team.sync();
+      team.deal(pieces, [](int64_t) {});
+      team.sync();
+    });
+  } catch (const std::bad_alloc&) {
+    caught = true;
+  }
+  expect(caught, "the exception of a piece was lost");
+}
+
 void caller(int number, int regions) {
   uint32_t state = 12345u + 977u * number;
   auto below = [&](uint32_t n) { return (state = state * 1664525u + 1013904223u) / 65536 % n; };
   for (int i = 0; i < regions; ++i) {
     const int threads = 1 + static_cast<int>(below(5));
-    if (below(3) == 0) {
+    if (below(10) == 0) {
+      const int64_t pieces = 1 + below(12);
+      failing(threads, pieces, below(static_cast<uint32_t>(pieces)));
+    } else if (below(3) == 0) {
       one_phase(threads, below(40));
     } else {
       std::vector<int64_t> pieces(1 + below(6));
