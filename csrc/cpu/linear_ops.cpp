@@ -206,12 +206,12 @@ Int output_width(const LinearGroup& group) {
 }
 
 const LinearGroup& checked_group(const void* data, Int size) {
-  const LinearGroup& group = *static_cast<const LinearGroup*>(data);
+  const auto* group = static_cast<const LinearGroup*>(data);  // null where there are no numbers
   constexpr Int kHead = sizeof(LinearGroup) / sizeof(Int), kMember = sizeof(Member) / sizeof(Int);
-  if (size < kHead || group.members < 1 || group.members > kMaxMembers || size != kHead + group.members * kMember)
+  if (size < kHead || group->members < 1 || group->members > kMaxMembers || size != kHead + group->members * kMember)
     TVM_FFI_THROW(ValueError) << "a group of linears has 1 to " << kMaxMembers << " members, " << kMember
                               << " numbers each after the first " << kHead << ", not " << size << " numbers in all";
-  return group;
+  return *group;
 }
 
 void linear_group(Team& team, const LinearCall& c, const char* after) {

@@ -8,7 +8,7 @@
 #include <cstddef>
 #include <cstdlib>
 #include <map>
-#include <new>
+#include <stdexcept>
 
 namespace cai {
 
@@ -29,7 +29,8 @@ using Memory = std::unique_ptr<float, Free>;
 // Floats on a cache line's boundary.
 Memory allocate(Int floats) {
   void* memory = std::aligned_alloc(64, static_cast<size_t>(std::max<Int>(16, (floats + 15) / 16 * 16)) * sizeof(float));
-  if (memory == nullptr) throw std::bad_alloc();
+  if (memory == nullptr)
+    throw std::runtime_error("out of memory: " + std::to_string(floats * Int(sizeof(float))) + " bytes for a step's values");
   return Memory(static_cast<float*>(memory));
 }
 
