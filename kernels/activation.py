@@ -9,7 +9,7 @@ import torch
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels import cpu_library
 from cai_runtime.kernels.cpu_library import check_rows
-from cai_runtime.kernels.program import SWIGLU, Slot
+from cai_runtime.kernels.program import Value
 
 
 def swiglu_reference(gate_up: torch.Tensor) -> torch.Tensor:
@@ -19,14 +19,13 @@ def swiglu_reference(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu_cpu(gate_up: Any) -> Any:
-    """gate_up fp32 [M, 2 I], or a Slot of a program being recorded."""
-    width = gate_up.width if isinstance(gate_up, Slot) else gate_up.shape[-1] if gate_up.dim() else 1
+    """gate_up fp32 [M, 2 I], or a Value of a pass being recorded."""
+    width = gate_up.width if isinstance(gate_up, Value) else gate_up.shape[-1] if gate_up.dim() else 1
     if width % 2:
         raise KernelError(f"swiglu takes gate and up side by side, not {width} columns")
-    if isinstance(gate_up, Slot):
-        return gate_up.recorder.note(SWIGLU, gate_up, gate_up.width // 2)
+    if isinstance(gate_up, Value):
+        return gate_up.recorder.note("swiglu", [gate_up], gate_up.width // 2)
     gate_up = check_rows(gate_up, width, "swiglu").contiguous()
-    rows, width = gate_up.shape
-    out = torch.empty(rows, width // 2)
-    cpu_library.function("swiglu")(gate_up.data_ptr(), width // 2, rows, out.data_ptr())
+    out = cpu_library.empty(gate_up.shape[0], width // 2)
+    cpu_library.operation("swiglu")(gate_up, out)
     return out

@@ -13,8 +13,9 @@ import torch
 
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels import cpu_library
-from cai_runtime.kernels.cpu_library import STORE_CODES, check_rows
-from cai_runtime.kernels.program import ATTENTION, AttentionBatch, Slot, batch_addresses, bits
+from cai_runtime.kernels.batch import FULL, AttentionBatch
+from cai_runtime.kernels.cpu_library import check_rows
+from cai_runtime.kernels.program import Value
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,17 @@ def rotate_reference(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Te
 
 
 def rope_kv_write_reference(
-    qkv: torch.Tensor, batch: AttentionBatch, cos_sin: torch.Tensor, heads: HeadLayout, cache: ReferenceKVCache
+    qkv: torch.Tensor,
+    batch: AttentionBatch,
+    cos_sin: torch.Tensor,
+    heads: HeadLayout,
+    cache: ReferenceKVCache,
+    group: str = FULL,
 ) -> torch.Tensor:
-    """qkv [T, (Hq + 2 Hkv) D] -> the rotated queries [T, Hq, D]; rotated keys and values go to their slots."""
+    """qkv [T, (Hq + 2 Hkv) D] -> the rotated queries [T, Hq, D]; rotated keys and values go to their slots of `group`."""
     q, k, v = qkv.view(len(qkv), -1, heads.head_dim).split([heads.query_heads, heads.kv_heads, heads.kv_heads], dim=1)
-    page, offset = batch.slots.long() // cache.page_size, batch.slots.long() % cache.page_size
+    slots = batch.tables[group].slots.long()
+    page, offset = slots // cache.page_size, slots % cache.page_size
     cache.k[page, :, offset] = rotate_reference(k, batch.positions, cos_sin).to(cache.k.dtype)
     cache.v[page, :, offset] = v.to(cache.v.dtype)
     return rotate_reference(q, batch.positions, cos_sin)
@@ -87,27 +94,28 @@ def paged_attention_reference(
     heads: HeadLayout,
     cache: ReferenceKVCache,
     sinks: torch.Tensor | None = None,
+    group: str = FULL,
 ) -> torch.Tensor:
-    """q [T, Hq, D] -> [T, Hq * D], one sequence at a time, softmax in at least fp32.
+    """q [T, Hq, D] -> [T, Hq * D], one sequence at a time, softmax in at least fp32. group: the cache's, of `batch.tables`.
 
     sinks: fp32 [Hq], a logit of each head that takes part in the softmax and brings no value (Agarwal et al. 2025, gpt-oss).
     """
     out = torch.empty(len(q), heads.query_width, dtype=q.dtype, device=q.device)
     starts, lengths = batch.query_start.tolist(), batch.context_len.tolist()
-    group = heads.query_heads // heads.kv_heads
+    table, shared = batch.tables[group].pages, heads.query_heads // heads.kv_heads
     wide = torch.promote_types(q.dtype, torch.float32)
     for i, length in enumerate(lengths):
         rows = slice(starts[i], starts[i + 1])
         count = starts[i + 1] - starts[i]
         if count == 0:
             continue
-        pages = batch.page_table[i, : -(-length // cache.page_size)].long()
+        pages = table[i, : -(-length // cache.page_size)].long()
         k = cache.k[pages].transpose(0, 1).reshape(heads.kv_heads, -1, heads.head_dim)[:, :length].to(wide)
         v = cache.v[pages].transpose(0, 1).reshape(heads.kv_heads, -1, heads.head_dim)[:, :length].to(wide)
-        k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+        k, v = k.repeat_interleave(shared, 0), v.repeat_interleave(shared, 0)
         scores = q[rows].transpose(0, 1).to(wide) @ k.transpose(1, 2) * scale
-        query_position = torch.arange(length - count, length, device=q.device)
-        distance = query_position[:, None] - torch.arange(length, device=q.device)[None]
+        query_position = torch.arange(length - count, length, dtype=torch.int64, device=q.device)
+        distance = query_position[:, None] - torch.arange(length, dtype=torch.int64, device=q.device)[None]
         unseen = distance < 0 if heads.window is None else (distance < 0) | (distance >= heads.window)
         scores = scores.masked_fill(unseen, float("-inf"))
         if sinks is not None:
@@ -132,7 +140,7 @@ class CpuKVCache:
             raise KernelError(f"the CPU kernels take a page_size of 16, 32, 48 or 64, not {page_size}")
         if heads.head_dim > 512 or heads.query_heads % heads.kv_heads:
             raise KernelError(f"the CPU kernels take head_dim up to 512 and whole groups of query heads, not {heads}")
-        if STORE_CODES.get(dtype, 3) > 2:
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise KernelError(f"a KV cache is fp32, bf16 or fp16, not {dtype}")
         self.page_size = page_size
         k, v = self._page_sizes(page_size, heads, dtype)
@@ -141,8 +149,6 @@ class CpuKVCache:
         self.k = torch.frombuffer(self._k, dtype=dtype)
         self.v = torch.frombuffer(self._v, dtype=dtype)
         self.pages = pages
-        self.addresses = (self.k.data_ptr(), self.v.data_ptr())
-        self.store = STORE_CODES[dtype]
 
     @staticmethod
     def _page_sizes(page_size: int, heads: HeadLayout, dtype: torch.dtype) -> tuple[int, int]:
@@ -158,53 +164,54 @@ class CpuKVCache:
 
 
 class CpuAttention:
-    """Both operations for one layer's heads, in one call. sinks: see `paged_attention_reference`."""
+    """Both operations for one layer's heads, in one call. sinks: see `paged_attention_reference`. group: of the cache."""
 
-    def __init__(self, heads: HeadLayout, cache: CpuKVCache, sinks: torch.Tensor | None = None):
-        self.heads, self.cache = heads, cache
+    def __init__(
+        self, heads: HeadLayout, cache: CpuKVCache, sinks: torch.Tensor | None = None, group: str = FULL
+    ) -> None:
+        self.heads, self.cache, self.group = heads, cache, group
         self._sinks = None
         if sinks is not None:
             if tuple(sinks.shape) != (heads.query_heads,):
                 raise KernelError(f"sinks are one number per query head [{heads.query_heads}], not {list(sinks.shape)}")
             self._sinks = sinks.to("cpu", torch.float32).contiguous().clone()
-        address = 0 if self._sinks is None else self._sinks.data_ptr()
-        fields = [heads.query_heads, heads.kv_heads, heads.head_dim, cache.page_size, cache.store, heads.window or 0]
-        self._shape = torch.tensor([*fields, address, cache.pages, 0], dtype=torch.int64)  # the last: rotary positions
-        self._run = cpu_library.function("attention")
+        fields = [heads.query_heads, heads.kv_heads, heads.head_dim, cache.page_size, heads.window or 0]
+        self._heads = cpu_library.integers(fields)
+        self._run = cpu_library.operation("attention")
 
     def __call__(self, qkv: Any, batch: Any, cos_sin: torch.Tensor, scale: float) -> Any:
-        """qkv fp32 [T, (Hq + 2 Hkv) D], which may be overwritten by its rotation -> [T, Hq D]. Or a Slot, and no batch yet.
+        """qkv fp32 [T, (Hq + 2 Hkv) D], which may be overwritten by its rotation -> [T, Hq D]. Or a Value, and no batch yet.
 
-        Raises KernelError for a batch that does not fit the cache or the rotary table.
+        cos_sin: fp32 [positions, rotary_dim]. Raises KernelError for a batch that does not fit cache or table.
         """
-        heads = self.heads
-        if cos_sin.dim() != 2 or cos_sin.dtype != torch.float32 or cos_sin.shape[1] > heads.head_dim:
-            raise KernelError(f"cos_sin is fp32 [positions, rotary_dim], not {cos_sin.dtype} {list(cos_sin.shape)}")
-        self._shape[-1] = cos_sin.shape[0]
-        shape, (k, v) = self._shape.data_ptr(), self.cache.addresses
-        if isinstance(qkv, Slot):
-            arguments = (shape, k, v, cos_sin.data_ptr(), cos_sin.shape[1], bits(scale))
-            return qkv.recorder.note(ATTENTION, qkv, heads.query_width, *arguments, keep=(self, cos_sin))
+        heads, cache = self.heads, self.cache
+        if isinstance(qkv, Value):
+            bindings = {"heads": self._heads, "k_cache": cache.k, "v_cache": cache.v, "cos_sin": cos_sin}
+            if self._sinks is not None:
+                bindings["sinks"] = self._sinks
+            group = qkv.recorder.group(self.group)
+            attributes: dict[str, int | float | str] = {"scale": scale, "pages": cache.pages, "group": group}
+            return qkv.recorder.note(
+                "attention", [qkv], heads.query_width, attributes=attributes, bindings=bindings, keep=self
+            )
         qkv = check_rows(qkv, heads.qkv_width, "attention").contiguous()
-        rows = qkv.shape[0]
-        out = torch.empty(rows, heads.query_width)
-        places = batch_addresses(batch)
-        try:
-            self._run(
-                qkv.data_ptr(), rows, places.data_ptr(), cos_sin.data_ptr(), cos_sin.shape[1], shape, scale, k, v,
-                out.data_ptr(),
-            )  # fmt: skip
-        except (IndexError, ValueError) as e:
-            raise KernelError(str(e)) from None
+        out = cpu_library.empty(qkv.shape[0], heads.query_width)
+        table = batch.tables[self.group]
+        self._run(
+            qkv, batch.positions, table.slots, batch.query_start, batch.context_len, table.pages, cos_sin, self._heads,
+            scale, cache.k, cache.v, cache.pages, self._sinks, out,
+        )  # fmt: skip
         return out
 
 
 class ReferenceAttention:
     """Both operations by the reference."""
 
-    def __init__(self, heads: HeadLayout, cache: ReferenceKVCache, sinks: torch.Tensor | None = None):
-        self.heads, self.cache, self.sinks = heads, cache, sinks
+    def __init__(
+        self, heads: HeadLayout, cache: ReferenceKVCache, sinks: torch.Tensor | None = None, group: str = FULL
+    ) -> None:
+        self.heads, self.cache, self.sinks, self.group = heads, cache, sinks, group
 
     def __call__(self, qkv: torch.Tensor, batch: AttentionBatch, cos_sin: torch.Tensor, scale: float) -> torch.Tensor:
-        q = rope_kv_write_reference(qkv, batch, cos_sin, self.heads, self.cache)
-        return paged_attention_reference(q, batch, scale, self.heads, self.cache, self.sinks)
+        q = rope_kv_write_reference(qkv, batch, cos_sin, self.heads, self.cache, self.group)
+        return paged_attention_reference(q, batch, scale, self.heads, self.cache, self.sinks, self.group)

@@ -1,6 +1,7 @@
 """The C++ library of `csrc/cpu`: loading it, settings, and matrices packed for it.
 
-Its functions take addresses as integers; the modules of this package check shapes, dtypes and contiguity before they call.
+Its functions take tensors, whose dtype, device, shape and contiguity C++ checks (csrc/cpu/tensors.h). Packed weights are
+the exception: a list of integers, some of them addresses, says where they lie.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 import importlib.resources
 import mmap
 import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +61,34 @@ def _positive(text: str) -> int:
 @functools.cache
 def function(name: str) -> Any:
     return library()[name]
+
+
+@functools.cache
+def operation(name: str) -> Callable[..., Any]:
+    """A function of the library whose refusals are KernelErrors."""
+    return guarded(function(name))
+
+
+def guarded(native: Callable[..., Any]) -> Callable[..., Any]:
+    """`native`, with the exceptions that C++ and the passing of tensors raise as KernelError."""
+
+    def call(*arguments: Any) -> Any:
+        try:
+            return native(*arguments)
+        except (IndexError, TypeError, ValueError, RuntimeError) as e:
+            raise KernelError(str(e).partition("\n")[0]) from None
+
+    return call
+
+
+def empty(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """[rows, columns] on the CPU, whatever torch's default dtype and device are."""
+    return torch.empty(rows, columns, dtype=dtype, device="cpu")
+
+
+def integers(numbers: Sequence[int]) -> torch.Tensor:
+    """int64 [len(numbers)] on the CPU, whatever torch's default device is: a descriptor that C++ reads."""
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 def available() -> bool:
@@ -131,7 +161,7 @@ class Arena:
 
 
 def _heap(nbytes: int) -> torch.Tensor:
-    return torch.zeros(nbytes, dtype=torch.uint8)
+    return torch.zeros(nbytes, dtype=torch.uint8, device="cpu")
 
 
 class PackedMatrix:
@@ -161,7 +191,7 @@ class PackedMatrix:
         data = data.contiguous()
         padded = _round_up(self.rows, BLOCK_ROWS) * _round_up(self.cols, BLOCK_COLS)
         packed = self._new(padded * data.element_size(), torch.uint8)
-        function("pack")(data.data_ptr(), self.rows, self.cols, data.element_size(), packed.data_ptr())
+        operation("pack")(data, packed)
         scale = sums = 0
         if core.scale is not None:
             scale = self._copy(core.scale.to(torch.float32))
@@ -177,7 +207,7 @@ class PackedMatrix:
         assert core.scale is not None
         data = core.data.contiguous()
         packed = self._new(_round_up(self.rows, INT4_ROWS) * _round_up(self.cols, INT4_COLS) // 2, torch.uint8)
-        function("pack_int4")(data.data_ptr(), self.rows, self.cols, packed.data_ptr())
+        operation("pack_int4")(data, self.cols, packed)
         scale = self._copy(_blocked(core.scale))
         zero = 0 if core.zero is None else self._copy(_blocked(core.zero))
         return [packed.data_ptr(), scale, INT4_CODE, self.rows, self.cols, zero, core.group, 0]

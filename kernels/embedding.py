@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from cai_runtime.errors import KernelError
 from cai_runtime.kernels import cpu_library
+from cai_runtime.kernels.program import Value
 from cai_runtime.kernels.slim_linear import CpuLinear
 from cai_runtime.kernels.weights import Core
 
@@ -23,14 +25,21 @@ class CpuEmbedding:
         self._head = head
         matrix = head.first_matrix()
         self.hidden = matrix.cols
-        self._fields = torch.tensor(matrix.fields, dtype=torch.int64)
+        self._matrix = cpu_library.integers(matrix.fields)
 
-    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids int32 [M] -> fp32 [M, H]. Raises KernelError for an id outside the table."""
+    def __call__(self, ids: Any) -> Any:
+        """ids int32 [M] -> fp32 [M, H]. Or a Value int32 [M, 1]. Raises KernelError for an id outside the table."""
+        if isinstance(ids, Value):
+            bindings = {"matrix": self._matrix}
+            return ids.recorder.note("embedding", [ids], self.hidden, bindings=bindings, keep=self)
         ids = ids.to(torch.int32).contiguous()
-        out = torch.empty(ids.shape[0], self.hidden)
-        try:
-            cpu_library.function("gather")(self._fields.data_ptr(), ids.data_ptr(), ids.shape[0], out.data_ptr())
-        except IndexError as e:
-            raise KernelError(str(e)) from None
+        out = cpu_library.empty(ids.shape[0], self.hidden)
+        cpu_library.operation("gather")(self._matrix, ids, out)
         return out
+
+
+def take_rows(x: Any, index: Any) -> Any:
+    """Rows of x [M, H] by number, int [N] -> [N, H]. Or Values, index int32 [N, 1], on the CPU."""
+    if isinstance(x, Value):
+        return x.recorder.note("take_rows", [x, index], x.width, axis=index.axis)
+    return x.index_select(0, index)

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from cai_runtime.kernels.norm import RmsNorm
-from cai_runtime.kernels.slim_linear import MpoShape, PreparedLinear, SideBySide, as_dense, contract_mpo, transformed
+from cai_runtime.kernels.slim_linear import Linear, MpoLinear, PreparedLinear, Prologue, SideBySide, as_dense
 from cai_runtime.kernels.weights import LinearWeights
 
 
-class CudaOrTritonLinear:
+class CudaOrTritonLinear(Linear):
     """Up to 16 rows by the CUDA kernels, more by Triton's.
 
     The two sum in different orders, so on a GPU a row's last bits may depend on which of them its batch took.
@@ -27,59 +26,26 @@ class CudaOrTritonLinear:
         # The CUDA kernels have no int8 activations: with them, all rows go through Triton.
         self._few = None if int8_activations else CudaLinear(members)
 
-    def __call__(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None = None,
-        *,
-        norm: RmsNorm | None = None,
-        swiglu: bool = False,
-    ) -> torch.Tensor:
+    def _run(self, x: torch.Tensor, prologue: Prologue, residual: torch.Tensor | None) -> torch.Tensor:
         from cai_runtime.kernels.cuda import MAX_ROWS
 
         linear = self._many if self._few is None or x.shape[0] > MAX_ROWS else self._few
-        return linear(x, residual, norm=norm, swiglu=swiglu)
+        return linear(x, residual, norm=prologue.norm, swiglu=prologue.swiglu)
 
 
-class GpuMpo:
-    """A matrix product operator: each core is one row-wise linear."""
+def gpu_mpo(w: LinearWeights, backend: str, int8_activations: bool = False) -> MpoLinear:
+    from cai_runtime.kernels.triton import rms_norm, swiglu
+    from cai_runtime.kernels.triton.checks import check_activation
 
-    def __init__(self, w: LinearWeights, backend: str, int8_activations: bool = False):
-        self.in_features, self.out_features = w.in_features, w.out_features
-        # Not `w` itself: its tensors may have been copied for the kernels.
-        self._shape = MpoShape(w.in_features, w.out_features, w.out_dims, w.in_dims, w.bonds)
-        self._bias = w.bias
-        self._cores = [prepare_linear([as_dense(c)], backend, int8_activations) for c in w.cores]
-
-    def __call__(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None = None,
-        *,
-        norm: RmsNorm | None = None,
-        swiglu: bool = False,
-    ) -> torch.Tensor:
-        from cai_runtime.kernels.triton import rms_norm
-        from cai_runtime.kernels.triton import swiglu as swiglu_op
-        from cai_runtime.kernels.triton.checks import check_activation, check_tensor
-
-        check_activation("x", x, self.in_features * (2 if swiglu else 1))
-        x = transformed(x, norm, swiglu, rms_norm, swiglu_op)
-        y = contract_mpo(x, self._shape, self._cores)
-        if residual is not None:
-            check_tensor(
-                "residual", residual, shape=tuple(y.shape), device=y.device, dtypes=(y.dtype,), unit_stride=False
-            )
-        if self._bias is not None:
-            y = y + self._bias.to(y.dtype)
-        return y if residual is None else y + residual
+    cores = [prepare_linear([as_dense(c)], backend, int8_activations) for c in w.cores]
+    return MpoLinear(w, cores, rms_norm, swiglu, lambda x, columns: check_activation("x", x, columns))
 
 
 def prepare_linear(members: Sequence[LinearWeights], backend: str, int8_activations: bool = False) -> PreparedLinear:
     """backend: "triton" or "cuda". int8_activations: the input of every int8 core is rounded to int8 first."""
     if any(w.kind == "mpo" for w in members):
         parts = [
-            GpuMpo(w, backend, int8_activations) if w.kind == "mpo" else prepare_linear([w], backend, int8_activations)
+            gpu_mpo(w, backend, int8_activations) if w.kind == "mpo" else prepare_linear([w], backend, int8_activations)
             for w in members
         ]
         return parts[0] if len(parts) == 1 else SideBySide(parts)

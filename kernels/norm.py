@@ -10,7 +10,7 @@ import torch
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels import cpu_library
 from cai_runtime.kernels.cpu_library import check_rows
-from cai_runtime.kernels.program import RMS_NORM, Slot, bits
+from cai_runtime.kernels.program import Value
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,15 @@ def checked_weight(weight: torch.Tensor, what: str) -> torch.Tensor:
 
 
 def rms_norm_cpu(x: Any, weight: torch.Tensor, eps: float) -> Any:
-    """x fp32 [M, H], or a Slot of a program being recorded."""
+    """x fp32 [M, H], or a Value of a pass being recorded."""
     weight = checked_weight(weight, "rms_norm")
-    if isinstance(x, Slot):
+    if isinstance(x, Value):
         if x.width != weight.shape[0]:
             raise KernelError(f"rms_norm: a weight of {weight.shape[0]} for rows of {x.width}")
-        return x.recorder.note(RMS_NORM, x, x.width, weight.data_ptr(), bits(eps), keep=weight)
+        return x.recorder.note("rms_norm", [x], x.width, attributes={"eps": eps}, bindings={"weight": weight})
     x = check_rows(x, weight.shape[0], "rms_norm").contiguous()
     out = torch.empty_like(x)
-    rows, width = x.shape
-    cpu_library.function("rms_norm")(x.data_ptr(), 0, weight.data_ptr(), eps, width, rows, 0, out.data_ptr())
+    cpu_library.operation("rms_norm")(x, None, weight, eps, None, out)
     return out
 
 
@@ -68,8 +67,5 @@ def add_rms_norm_cpu(
     if residual.shape != x.shape:
         raise KernelError(f"add_rms_norm: {residual.shape[0]} rows of residual for {x.shape[0]} rows of x")
     out, total = torch.empty_like(x), torch.empty_like(x)
-    rows, width = x.shape
-    cpu_library.function("rms_norm")(
-        x.data_ptr(), residual.data_ptr(), weight.data_ptr(), eps, width, rows, total.data_ptr(), out.data_ptr()
-    )
+    cpu_library.operation("rms_norm")(x, residual, weight, eps, total, out)
     return out, total

@@ -1,174 +1,216 @@
 """Recording a forward pass on the CPU kernels, to run it with one call: what a CUDA graph is on a GPU.
 
-A model's blocks run once on a `Slot` in place of a tensor; each operation that meets one notes itself in the `Recorder` and
-returns a new Slot. The finished `Program` runs the same operations over any number of rows, with no Python between them.
-The arithmetic is that of the single calls, bit for bit.
+A model's pass runs once on `Value`s in place of tensors. Each operation that meets a Value notes itself in the `Recorder`
+and returns a new Value. The finished `Program` runs the same operations over any number of rows, with no Python between
+them. The arithmetic is that of the single calls, bit for bit. csrc/cpu/program.h says how C++ learns a new operation.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 import torch
 
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels import cpu_library
+from cai_runtime.kernels.batch import AttentionBatch
 
-# csrc/cpu/program.cpp: OpCode
-RMS_NORM, LINEAR, ATTENTION, SWIGLU = range(4)
-OP_FIELDS = 10
+
+class Axis(IntEnum):
+    """What the rows of a value are. csrc/cpu/program.h: Axis."""
+
+    TOKENS = 0  # the flattened tokens of a step
+    SEQUENCES = 1
+    WANTED = 2  # rows whose logits are wanted
+    ENCODER = 3  # positions of an encoder's output
+    EXPERT = 4  # rows dealt to experts
+
+
+TYPE_CODES = {torch.float32: 0, torch.int32: 1}  # csrc/cpu/program.h: ValueType; both take four bytes
 
 
 class NotRecordable(KernelError):
     """An operation of the pass runs only one call at a time; run the pass unrecorded."""
 
 
-def bits(value: float) -> int:
-    """A double's bits as the integer that carries it."""
-    return struct.unpack("<q", struct.pack("<d", value))[0]
-
-
 @dataclass(frozen=True)
-class AttentionBatch:
-    """Where each row of a step's flattened tokens belongs. All int32, on the model's device.
-
-    T tokens of S sequences, sequence i owning rows query_start[i] to query_start[i + 1]. context_len counts a sequence's
-    tokens in the cache after this step. A slot is page * page_size + offset.
-    """
-
-    positions: torch.Tensor  # [T]
-    slots: torch.Tensor  # [T]
-    query_start: torch.Tensor  # [S + 1]
-    context_len: torch.Tensor  # [S]
-    page_table: torch.Tensor  # [S, P]
-
-
-def batch_addresses(batch: AttentionBatch) -> torch.Tensor:
-    """What C++ reads of a batch; `batch` must outlive it. Raises KernelError for tensors that are not int32 on the CPU."""
-    tensors = (batch.positions, batch.slots, batch.query_start, batch.context_len, batch.page_table)
-    for t in tensors:
-        if t.dtype != torch.int32 or t.device.type != "cpu" or not t.is_contiguous():
-            raise KernelError(
-                f"a batch for the CPU kernels is of contiguous int32 on the CPU, not {t.dtype} {t.device}"
-            )
-    sizes = (batch.context_len.shape[0], batch.page_table.shape[1])
-    return torch.tensor([*(t.data_ptr() for t in tensors), *sizes], dtype=torch.int64)
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A value of the recorded pass: [rows, width] fp32."""
+class Value:
+    """A matrix of the recorded pass, [rows, width], contiguous. A step says how many rows an axis has."""
 
     index: int
+    axis: Axis
     width: int
+    dtype: torch.dtype
     recorder: Recorder = field(repr=False, compare=False)
 
 
-@dataclass
+@dataclass(frozen=True)
+class Input:
+    """What a program takes at each run: a tensor [rows, width], contiguous, on the CPU."""
+
+    axis: Axis
+    width: int
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
 class Operation:
-    code: int
-    source: Slot
-    target: Slot
-    arguments: tuple[int, ...]
-    residual: Slot | None = None
+    """One noted operation. attributes: numbers and texts. bindings: tensors that stay where they are."""
+
+    name: str
+    inputs: tuple[Value, ...]
+    output: Value
+    attributes: Mapping[str, int | float | str]
+    bindings: Mapping[str, torch.Tensor]
 
 
 class Recorder:
-    """Notes operations in order. `keep` holds on to whatever the noted addresses point to."""
+    """Notes operations in order. `keep` holds on to what their bindings point to."""
 
-    def __init__(self, width: int):
-        self.slots = [Slot(0, width, self)]
+    def __init__(self) -> None:
+        self.values: list[Value] = []
         self.operations: list[Operation] = []
-        self.scratch_columns = 0
+        self.groups: list[str] = []
         self.keep: list[object] = []
 
-    @property
-    def input(self) -> Slot:
-        return self.slots[0]
+    def value(self, axis: Axis, width: int, dtype: torch.dtype = torch.float32) -> Value:
+        if dtype not in TYPE_CODES:
+            raise KernelError(f"a value of a recorded pass is float32 or int32, not {dtype}")
+        self.values.append(Value(len(self.values), axis, width, dtype, self))
+        return self.values[-1]
 
     def note(
-        self, code: int, source: Slot, width: int, *arguments: int, residual: Slot | None = None, keep: object = None
-    ) -> Slot:
-        target = Slot(len(self.slots), width, self)
-        self.slots.append(target)
-        self.operations.append(Operation(code, source, target, arguments, residual))
+        self,
+        name: str,
+        inputs: Sequence[Value],
+        width: int,
+        *,
+        axis: Axis | None = None,
+        dtype: torch.dtype = torch.float32,
+        attributes: Mapping[str, int | float | str] | None = None,
+        bindings: Mapping[str, torch.Tensor] | None = None,
+        keep: object = None,
+    ) -> Value:
+        """Note an operation that csrc/cpu registers as `name`. axis: of the result; None: that of the first input."""
+        if any(v.recorder is not self for v in inputs):
+            raise KernelError(f"{name}: its inputs are of different recordings")
+        output = self.value(inputs[0].axis if axis is None else axis, width, dtype)
+        self.operations.append(Operation(name, tuple(inputs), output, attributes or {}, bindings or {}))
         self.keep.append(keep)
-        return target
+        return output
+
+    def group(self, name: str) -> str:
+        """Have the program take the page table of this cache group."""
+        if name not in self.groups:
+            self.groups.append(name)
+        return name
 
 
 class Program:
-    """A recorded pass, x [M, in] -> [M, out]."""
+    """A recorded pass. Called with the tensors of its inputs by name, and a batch where it has attention.
 
-    def __init__(self, recorder: Recorder, result: Slot):
-        if not recorder.operations or result.index == 0:
+    A tensor of one column may have one dimension. Several threads may call it. Raises KernelError for tensors that don't
+    fit.
+    """
+
+    def __init__(self, recorder: Recorder, inputs: Mapping[str, Value], result: Value):
+        if not recorder.operations or result in inputs.values():
             raise KernelError("nothing was recorded")
-        self.in_features, self.out_features = recorder.input.width, result.width
+        self._inputs = dict(inputs)
+        self._result = result
+        self._groups = tuple(recorder.groups)
         self._keep = recorder.keep
-        offsets, columns = _place(recorder.operations, result)
-        self._workspace_columns = columns + recorder.scratch_columns
-        # In C++ slot 0 is the input and slot 1 the output; the rest follow.
-        order = [s for s in recorder.slots if s.index not in (0, result.index)]
-        number = {0: 0, result.index: 1, **{s.index: i + 2 for i, s in enumerate(order)}}
-        fields = [len(recorder.slots), len(recorder.operations), columns]
-        fields += [0, self.in_features, 0, self.out_features]
-        for s in order:
-            fields += [offsets[s.index], s.width]
-        for o in recorder.operations:
-            entry = [o.code, number[o.source.index], number[o.target.index], *o.arguments]
-            if o.code == LINEAR:
-                entry.append(-1 if o.residual is None else number[o.residual.index])
-            fields += entry + [0] * (OP_FIELDS - len(entry))
-        self._fields = torch.tensor(fields, dtype=torch.int64)
-        self._run = cpu_library.function("run_program")
+        arguments = [*inputs.values(), result]
+        places, columns = place(recorder.operations, arguments)
+        recorded = {
+            "axes": [int(v.axis) for v in recorder.values],
+            "widths": [v.width for v in recorder.values],
+            "types": [TYPE_CODES[v.dtype] for v in recorder.values],
+            "places": [places[v.index] for v in recorder.values],
+            "columns": columns,
+            "groups": recorder.groups,
+            "arguments": [*inputs, "the result"],
+            "operations": [
+                {
+                    "name": o.name,
+                    "inputs": [v.index for v in o.inputs],
+                    "output": o.output.index,
+                    "attributes": dict(o.attributes),
+                    "bindings": dict(o.bindings),
+                }
+                for o in recorder.operations
+            ],
+        }
+        self._run = cpu_library.guarded(cpu_library.operation("make_program")(recorded))
 
-    def __call__(self, x: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
-        x = cpu_library.check_rows(x, self.in_features, "program").contiguous()
-        rows = x.shape[0]
-        out = torch.empty(rows, self.out_features)
-        places = batch_addresses(batch)
-        if len(batch.positions) != rows or len(batch.slots) != rows:
-            raise KernelError(f"{rows} rows, but {len(batch.positions)} positions and {len(batch.slots)} slots")
-        fields, workspace = self._fields.data_ptr(), torch.empty(rows * self._workspace_columns)
-        try:
-            self._run(fields, x.data_ptr(), rows, out.data_ptr(), workspace.data_ptr(), places.data_ptr())
-        except (IndexError, ValueError) as e:
-            raise KernelError(str(e)) from None
+    def __call__(self, batch: AttentionBatch | None = None, **tensors: torch.Tensor) -> torch.Tensor:
+        """-> [rows, width] of the result, on the CPU."""
+        if tensors.keys() != self._inputs.keys():
+            raise KernelError(f"the program takes {', '.join(self._inputs)}, not {', '.join(tensors) or 'nothing'}")
+        tensors = {name: t.unsqueeze(1) if t.dim() == 1 else t for name, t in tensors.items()}
+        given = [tensors[name] for name in self._inputs]
+        out = cpu_library.empty(self._rows(batch, tensors), self._result.width, self._result.dtype)
+        if batch is None:
+            if self._groups:
+                raise KernelError("a program with attention needs a batch")
+            self._run(None, None, None, *given, out)
+            return out
+        missing = [g for g in self._groups if g not in batch.tables]
+        if missing:
+            raise KernelError(f"the batch has no page table of the cache group {missing[0]!r}")
+        tables = [t for g in self._groups for t in (batch.tables[g].slots, batch.tables[g].pages)]
+        self._run(batch.positions, batch.query_start, batch.context_len, *tables, *given, out)
         return out
 
+    def _rows(self, batch: AttentionBatch | None, tensors: Mapping[str, torch.Tensor]) -> int:
+        axis = self._result.axis
+        for name, value in self._inputs.items():
+            if value.axis == axis and tensors[name].dim() == 2:
+                return tensors[name].shape[0]
+        if batch is not None and axis in (Axis.TOKENS, Axis.SEQUENCES):
+            return len(batch.positions if axis is Axis.TOKENS else batch.context_len)
+        raise KernelError(f"no input of the program says how many rows {axis.name} has")
 
-def _place(operations: list[Operation], result: Slot) -> tuple[dict[int, int], int]:
-    """Column offsets in the workspace, shared by slots that are not alive together, and the columns needed in all.
 
-    First fit in order of creation. The input and the result are the caller's memory.
+def place(operations: Sequence[Operation], arguments: Sequence[Value]) -> tuple[dict[int, int], list[int]]:
+    """Where values lie, by index, and the columns of workspace that each axis needs.
+
+    A place is a column of the axis' part of the workspace, shared by values that are not alive together, or -1 - i for
+    argument i. First fit in order of creation; columns are multiples of 16, so that rows begin on a cache line where all
+    rows of a value lie together.
     """
+    places = {v.index: -1 - i for i, v in enumerate(arguments)}
     last: dict[int, int] = {}
     for i, o in enumerate(operations):
-        last[o.target.index] = max(last.get(o.target.index, i), i)
-        for s in (o.source, o.residual):
-            if s is not None:
-                last[s.index] = i
-    alive: list[tuple[int, int, int]] = []  # (offset, width, last use)
-    offsets: dict[int, int] = {}
-    columns = 0
+        for v in (o.output, *o.inputs):
+            last[v.index] = i
+    alive: dict[Axis, list[tuple[int, int, int]]] = {axis: [] for axis in Axis}  # (column, width, last use)
+    columns = [0] * len(Axis)
     for i, o in enumerate(operations):
-        if o.target.index == result.index:
+        value = o.output
+        if value.index in places:
             continue
-        alive = sorted(a for a in alive if a[2] >= i)
-        width = -(-o.target.width // 16) * 16
+        axis = value.axis
+        alive[axis] = sorted(a for a in alive[axis] if a[2] >= i)
+        width = -(-value.width // 16) * 16
         at = 0
-        for start, size, _ in alive:
+        for start, size, _ in alive[axis]:
             if at + width <= start:
                 break
             at = max(at, start + size)
-        offsets[o.target.index] = at
-        alive.append((at, width, last[o.target.index]))
-        columns = max(columns, at + width)
-    return offsets, columns
+        places[value.index] = at
+        alive[axis].append((at, width, last[value.index]))
+        columns[axis] = max(columns[axis], at + width)
+    return places, columns
 
 
-def record(function: Callable[[Slot], Slot], width: int) -> Program:
-    """Run `function` on a slot of `width` columns and make a program of what it did."""
-    recorder = Recorder(width)
-    return Program(recorder, function(recorder.input))
+def record(function: Callable[..., Value], inputs: Mapping[str, Input]) -> Program:
+    """Run `function` on a Value for each input, by name, and make a program of what it did.
+
+    Raises NotRecordable where an operation runs only one call at a time.
+    """
+    recorder = Recorder()
+    values = {name: recorder.value(i.axis, i.width, i.dtype) for name, i in inputs.items()}
+    return Program(recorder, values, function(**values))

@@ -6,6 +6,7 @@ backends are in `cai_runtime.kernels.triton` and `cai_runtime.kernels.cuda`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,9 +20,8 @@ from cai_runtime.kernels.activation import swiglu_cpu, swiglu_reference
 from cai_runtime.kernels.backend import resolve_backend
 from cai_runtime.kernels.cpu_library import EMPTY_MATRIX, Arena, PackedMatrix, check_rows
 from cai_runtime.kernels.norm import RmsNorm, checked_weight, rms_norm_cpu, rms_norm_reference
-from cai_runtime.kernels.program import LINEAR, NotRecordable, Slot, bits
+from cai_runtime.kernels.program import NotRecordable, Value
 from cai_runtime.kernels.quantized_rows import rounded_rows
-from cai_runtime.kernels.relocation import strip_addresses, with_addresses
 from cai_runtime.kernels.weights import Core, LinearWeights
 
 
@@ -45,6 +45,36 @@ class PreparedLinear(Protocol):
         At most one of them. A backend may fuse them: with one or without, the bits are the same for every number of rows.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Prologue:
+    """What a linear does to its input first: RMSNorm, or silu(gate) * up of rows that hold both, or nothing."""
+
+    norm: RmsNorm | None = None
+    swiglu: bool = False
+
+    def apply(self, x: Any, norm_op: Callable[[Any, torch.Tensor, float], Any], swiglu_op: Callable[[Any], Any]) -> Any:
+        """By operations of their own: for backends that don't fuse them."""
+        if self.norm is not None:
+            return norm_op(x, self.norm.weight, self.norm.eps)
+        return swiglu_op(x) if self.swiglu else x
+
+
+class Linear(ABC):
+    """A `PreparedLinear` whose backend fills in `_run`. On the CPU, x and residual may be Values of a recorded pass."""
+
+    in_features: int
+    out_features: int
+
+    def __call__(self, x: Any, residual: Any = None, *, norm: RmsNorm | None = None, swiglu: bool = False) -> Any:
+        if norm is not None and swiglu:
+            raise KernelError("a linear's input is normed or gated, not both")
+        return self._run(x, Prologue(norm, swiglu), residual)
+
+    @abstractmethod
+    def _run(self, x: Any, prologue: Prologue, residual: Any) -> Any:
+        """x [M, in_features], twice as wide with swiglu -> [M, out_features], plus the residual if there is one."""
 
 
 # ------------------------------------------------------------------------------------------------------ reference
@@ -112,22 +142,7 @@ def contract_mpo(
     return state.reshape(rows, w.out_features)
 
 
-def transformed(
-    x: Any,
-    norm: RmsNorm | None,
-    swiglu: bool,
-    norm_op: Callable[[Any, torch.Tensor, float], Any],
-    swiglu_op: Callable[[Any], Any],
-) -> Any:
-    """What a linear's prologue makes of x, by the operations of their own: for backends that don't fuse them."""
-    if norm is not None and swiglu:
-        raise KernelError("a linear's input is normed or gated, not both")
-    if norm is not None:
-        return norm_op(x, norm.weight, norm.eps)
-    return swiglu_op(x) if swiglu else x
-
-
-class ReferenceLinear:
+class ReferenceLinear(Linear):
     """The reference as a prepared group: plain torch, on any device."""
 
     def __init__(self, members: Sequence[LinearWeights], int8_activations: bool = False):
@@ -136,15 +151,8 @@ class ReferenceLinear:
         self.out_features = sum(w.out_features for w in members)
         self._int8_activations = int8_activations
 
-    def __call__(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None = None,
-        *,
-        norm: RmsNorm | None = None,
-        swiglu: bool = False,
-    ) -> torch.Tensor:
-        x = transformed(x, norm, swiglu, rms_norm_reference, swiglu_reference)
+    def _run(self, x: torch.Tensor, prologue: Prologue, residual: torch.Tensor | None) -> torch.Tensor:
+        x = prologue.apply(x, rms_norm_reference, swiglu_reference)
         y = torch.cat([reference(x, w, int8_activations=self._int8_activations) for w in self.members], dim=1)
         return y if residual is None else y + residual
 
@@ -159,12 +167,14 @@ MAX_MEMBERS = 64
 
 def checked_pivot(pivot: torch.Tensor) -> torch.Tensor:
     """A copy as int32. C++ writes where it says, so it must be a permutation. Raises KernelError."""
-    if not torch.equal(pivot.long().sort().values, torch.arange(pivot.shape[0])):
+    if not torch.equal(
+        pivot.long().sort().values, torch.arange(pivot.shape[0], dtype=torch.int64, device=pivot.device)
+    ):
         raise KernelError(f"the pivot is not a permutation of 0 to {pivot.shape[0] - 1}")
     return pivot.to(torch.int32).clone()
 
 
-class CpuLinear:
+class CpuLinear(Linear):
     """Members packed for the C++ kernels; one call runs the prologue and every core of every member. fp32 in, fp32 out.
 
     The weights are copied into `arena` (or the heap): the tensors given may be dropped afterwards. int8_activations: see
@@ -176,16 +186,16 @@ class CpuLinear:
             raise KernelError(f"a group on the CPU has up to {MAX_MEMBERS} members, not {len(members)}")
         self.in_features = members[0].in_features
         self.out_features = sum(w.out_features for w in members)
-        self._matrices: list[PackedMatrix] = []  # with _keep, what the descriptor points to
-        self._keep: list[torch.Tensor | None] = []
+        self.matrices: list[PackedMatrix] = []  # with `vectors`: what the descriptor points to
+        self.vectors: list[torch.Tensor | None] = []
         fields: list[int] = []
         out_offset = z_offset = 0
         for w in members:
             cores = [PackedMatrix(c, arena, row_sums=int8_activations) for c in w.cores]
-            self._matrices += cores
+            self.matrices += cores
             pivot = None if w.pivot is None else checked_pivot(w.pivot)
             bias = None if w.bias is None else w.bias.to(torch.float32).contiguous().clone()
-            self._keep += [pivot, bias]
+            self.vectors += [pivot, bias]
             rank = w.rank or 0
             fields += [KIND_CODES[w.kind], w.out_features, out_offset, rank, z_offset]
             fields += [0 if t is None else t.data_ptr() for t in (pivot, bias)]
@@ -193,92 +203,78 @@ class CpuLinear:
             fields += cores[1].fields if len(cores) > 1 else EMPTY_MATRIX
             out_offset += w.out_features
             z_offset += -(-rank // 16) * 16
-        # Floats of scratch per row: z; the input after its prologue; and with int8 activations the codes of both.
-        self._z_columns = z_offset
-        self._scratch_columns = z_offset + self.in_features
+        # Floats of scratch for M rows: z; the input after its prologue; with int8 activations the codes of both.
+        # csrc/cpu/linear_ops.cpp: scratch_floats
+        self.scratch_columns = z_offset + self.in_features
         if int8_activations:
             widths = [self.in_features, *(w.rank or 0 for w in members)]
-            self._scratch_columns += sum(-(-n // 16) * 4 + 16 for n in widths)
+            self.scratch_columns += sum(-(-n // 16) * 4 + 16 for n in widths)
         head = [len(members), self.in_features, z_offset, int(int8_activations)]
-        self._descriptor = torch.tensor([*head, *fields], dtype=torch.int64)
-        self._address = self._descriptor.data_ptr()
-        self._run = cpu_library.function("linear_group")
+        self.descriptor = cpu_library.integers([*head, *fields])
+        self.native = cpu_library.operation("linear_group")
 
     def first_matrix(self) -> PackedMatrix:
         """The first core of the first member: of a dense linear, its weight."""
-        return self._matrices[0]
+        return self.matrices[0]
 
-    def _record(self, x: Slot, residual: Slot | None, prologue: int, norm: RmsNorm | None) -> Slot:
-        """Note this call in x's program."""
-        recorder = x.recorder
-        recorder.scratch_columns = max(recorder.scratch_columns, self._scratch_columns)
-        weight, eps = (0, 0) if norm is None else (norm.weight.data_ptr(), bits(norm.eps))
-        arguments = (self._address, prologue, weight, eps)
-        return recorder.note(LINEAR, x, self.out_features, *arguments, residual=residual, keep=(self, norm))
-
-    def __call__(self, x: Any, residual: Any = None, *, norm: RmsNorm | None = None, swiglu: bool = False) -> Any:
-        if norm is not None and swiglu:
-            raise KernelError("a linear's input is normed or gated, not both")
-        prologue = NORM if norm is not None else SWIGLU_INPUT if swiglu else NO_PROLOGUE
+    def _run(self, x: Any, prologue: Prologue, residual: Any) -> Any:
+        norm, swiglu = prologue.norm, prologue.swiglu
+        code = NORM if norm is not None else SWIGLU_INPUT if swiglu else NO_PROLOGUE
+        weight, eps = None, 0.0
         if norm is not None:
-            norm = RmsNorm(checked_weight(norm.weight, "slim_linear's norm"), norm.eps)
-            if norm.weight.shape[0] != self.in_features:
-                raise KernelError(f"slim_linear: a norm of {norm.weight.shape[0]} for {self.in_features} features")
-        if isinstance(x, Slot):
-            return self._record(x, residual, prologue, norm)
+            weight, eps = checked_weight(norm.weight, "slim_linear's norm"), norm.eps
+            if weight.shape[0] != self.in_features:
+                raise KernelError(f"slim_linear: a norm of {weight.shape[0]} for {self.in_features} features")
+        if isinstance(x, Value):
+            bindings = {"group": self.descriptor} | ({} if weight is None else {"weight": weight})
+            return x.recorder.note(
+                "linear", [x] if residual is None else [x, residual], self.out_features,
+                attributes={"prologue": code, "eps": eps}, bindings=bindings, keep=self,
+            )  # fmt: skip
         x = check_rows(x, self.in_features * (2 if swiglu else 1), "slim_linear")
         if norm is not None:
             x = x.contiguous()
-        rows = x.shape[0]
-        out = torch.empty(rows, self.out_features)
-        scratch = torch.empty(rows, self._scratch_columns if rows > 1 or norm or swiglu else self._z_columns)
-        address = stride = 0
         if residual is not None:
             residual = check_rows(residual, self.out_features, "slim_linear's residual")
-            if residual.shape[0] != rows:
-                raise KernelError(f"slim_linear: {residual.shape[0]} rows of residual for {rows} rows of x")
-            address, stride = residual.data_ptr(), residual.stride(0)
-        weight, eps = (0, 0.0) if norm is None else (norm.weight.data_ptr(), norm.eps)
-        self._run(
-            self._address, x.data_ptr(), rows, x.stride(0), prologue, weight, eps, out.data_ptr(), self.out_features,
-            address, stride, scratch.data_ptr(),
-        )  # fmt: skip
+        rows = x.shape[0]
+        out = cpu_library.empty(rows, self.out_features)
+        scratch = cpu_library.empty(rows, self.scratch_columns)
+        self.native(self.descriptor, x, code, weight, eps, residual, out, scratch)
         return out
 
-    def state(self) -> tuple[list[torch.Tensor], list[int]]:
-        """The packed tensors, and numbers that tell `from_state` what they are, wherever they lie then."""
-        tensors = [t for m in self._matrices for t in m.tensors] + [t for t in self._keep if t is not None]
-        numbers = strip_addresses(self._descriptor.tolist(), tensors)
-        return tensors, [self.in_features, self.out_features, self._z_columns, self._scratch_columns, *numbers]
 
-    @classmethod
-    def from_state(cls, tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> CpuLinear:
-        """A linear over the tensors of another's `state`, or equal ones. Raises KernelError where they don't fit."""
-        linear = cls.__new__(cls)
-        linear.in_features, linear.out_features, linear._z_columns, linear._scratch_columns = numbers[:4]
-        linear._matrices, linear._keep = [], list(tensors)
-        linear._descriptor = torch.tensor(with_addresses(numbers[4:], tensors), dtype=torch.int64)
-        linear._address = linear._descriptor.data_ptr()
-        linear._run = cpu_library.function("linear_group")
-        return linear
+class MpoLinear(Linear):
+    """A matrix product operator: each core is one row-wise linear. cores: prepared, one for each core of `w`.
 
+    norm_op, swiglu_op: the backend's. check: called with x and its columns, raises KernelError for an x that does not fit.
+    """
 
-class CpuMpo:
-    """A matrix product operator on the CPU: each core is one row-wise linear of the C++ kernels."""
-
-    def __init__(self, w: LinearWeights, arena: Arena | None = None, *, int8_activations: bool = False):
+    def __init__(
+        self,
+        w: LinearWeights,
+        cores: Sequence[PreparedLinear],
+        norm_op: Callable[[Any, torch.Tensor, float], Any],
+        swiglu_op: Callable[[Any], Any],
+        check: Callable[[torch.Tensor, int], object],
+    ):
         self.in_features, self.out_features = w.in_features, w.out_features
-        self._shape = MpoShape(w.in_features, w.out_features, w.out_dims, w.in_dims, w.bonds)
-        self._cores = [CpuLinear([as_dense(c)], arena, int8_activations=int8_activations) for c in w.cores]
-        self._bias = w.bias
+        # Not `w` itself: its tensors may have been copied for the kernels.
+        self.shape = MpoShape(w.in_features, w.out_features, w.out_dims, w.in_dims, w.bonds)
+        self.cores, self.bias = tuple(cores), w.bias
+        self._norm_op, self._swiglu_op, self._check = norm_op, swiglu_op, check
 
-    def __call__(self, x: Any, residual: Any = None, *, norm: RmsNorm | None = None, swiglu: bool = False) -> Any:
-        x = transformed(x, norm, swiglu, rms_norm_cpu, swiglu_cpu)
-        if isinstance(x, Slot):
+    def _run(self, x: Any, prologue: Prologue, residual: Any) -> Any:
+        if isinstance(x, Value):
             raise NotRecordable("a matrix product operator permutes its input between cores")
-        y = contract_mpo(check_rows(x, self.in_features, "slim_linear"), self._shape, self._cores)
-        if self._bias is not None:
-            y = y + self._bias
+        self._check(x, self.in_features * (2 if prologue.swiglu else 1))
+        y = contract_mpo(prologue.apply(x, self._norm_op, self._swiglu_op), self.shape, self.cores)
+        if residual is not None and (residual.shape, residual.dtype, residual.device) != (y.shape, y.dtype, y.device):
+            raise KernelError(
+                f"residual is {residual.dtype} {list(residual.shape)} on {residual.device}, expected {y.dtype} "
+                f"{list(y.shape)} on {y.device}"
+            )
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
         return y if residual is None else y + residual
 
 
@@ -288,7 +284,7 @@ def as_dense(core: Core) -> LinearWeights:
     return LinearWeights("dense", cols, rows, (core,))
 
 
-class SideBySide:
+class SideBySide(Linear):
     """Prepared linears over one input whose outputs are concatenated; for members that no single call can serve."""
 
     def __init__(self, parts: Sequence[PreparedLinear]):
@@ -296,16 +292,14 @@ class SideBySide:
         self.in_features = parts[0].in_features
         self.out_features = sum(p.out_features for p in parts)
 
-    def __call__(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None = None,
-        *,
-        norm: RmsNorm | None = None,
-        swiglu: bool = False,
-    ) -> torch.Tensor:
-        y = torch.cat([p(x, norm=norm, swiglu=swiglu) for p in self.parts], dim=1)
+    def _run(self, x: torch.Tensor, prologue: Prologue, residual: torch.Tensor | None) -> torch.Tensor:
+        y = torch.cat([p(x, norm=prologue.norm, swiglu=prologue.swiglu) for p in self.parts], dim=1)
         return y if residual is None else y + residual
+
+
+def cpu_mpo(w: LinearWeights, arena: Arena | None = None, *, int8_activations: bool = False) -> MpoLinear:
+    cores = [CpuLinear([as_dense(c)], arena, int8_activations=int8_activations) for c in w.cores]
+    return MpoLinear(w, cores, rms_norm_cpu, swiglu_cpu, lambda x, columns: check_rows(x, columns, "slim_linear"))
 
 
 # ------------------------------------------------------------------------------------------------------- dispatch
@@ -337,7 +331,7 @@ def prepare(
         parts: list[PreparedLinear] = []
         for w in members:
             if w.kind == "mpo":
-                parts.append(CpuMpo(w, arena, int8_activations=int8_activations))
+                parts.append(cpu_mpo(w, arena, int8_activations=int8_activations))
             else:
                 parts.append(CpuLinear([w], arena, int8_activations=int8_activations))
         return parts[0] if len(parts) == 1 else SideBySide(parts)

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 
 from cai_runtime.errors import InvalidConfigError, UnsupportedModelError
-from cai_runtime.kernels.attention import AttentionBatch, HeadLayout
+from cai_runtime.kernels.attention import HeadLayout
+from cai_runtime.kernels.batch import AttentionBatch
 from cai_runtime.kernels.norm import RmsNorm
+from cai_runtime.kernels.program import Axis, Input
 from cai_runtime.kernels.slim_linear import PreparedLinear
 from cai_runtime.layers.linear import WeightLoader
-from cai_runtime.layers.ops import Attention, Layers, Ops, make_ops
+from cai_runtime.layers.ops import Attention, Compiled, Ops, make_ops
 from cai_runtime.layers.rotary import RopeConfig, cos_sin_table
 from cai_runtime.models.config import flag, number, whole
 
@@ -119,8 +121,9 @@ class Llama:
             on_layer()
         self.norm = loader.vector("model.norm.weight", hidden)
         self.scale = 1.0 / math.sqrt(h.head_dim)
-        self.cos_sin = torch.empty(0)
-        self.compiled: Layers | None = None
+        self.cos_sin: torch.Tensor | None = None  # given by allocate_cache
+        self.compiled_forward: Compiled | None = None
+        self.compiled_step: Compiled | None = None
 
     def page_bytes(self, page_size: int, dtype: torch.dtype) -> int:
         """Bytes that one page takes in the caches of all layers."""
@@ -131,24 +134,44 @@ class Llama:
         self.cos_sin = cos_sin_table(self.config.rope, min(max_context, pages * page_size)).to(self.device)
         for block in self.blocks:
             block.attention = self.ops.attention(self.config.heads, pages, page_size, dtype)
-        compiled = self.ops.compile(self.layers, self.config.hidden_size)
-        # Not a bound method of this object: a cycle would keep the weights until the garbage collector comes by.
-        self.compiled = None if compiled == self.layers else compiled
+        ids, wanted = Input(Axis.TOKENS, 1, torch.int32), Input(Axis.WANTED, 1, torch.int32)
+        self.compiled_forward = self.ops.compile(lambda ids: self.hidden_states(ids, None), {"ids": ids})
+        self.compiled_step = self.ops.compile(
+            lambda ids, wanted: self.wanted_logits(ids, wanted, None), {"ids": ids, "wanted": wanted}
+        )
 
     def forward(self, ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         """ids int32 [T] -> hidden states [T, hidden], after the last norm."""
-        return (self.compiled or self.layers)(self.embed(ids), batch)
+        if self.compiled_forward is not None:
+            return self.compiled_forward(batch, ids=ids)
+        return self.hidden_states(ids, batch)
 
-    def layers(self, x: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
-        """Every block and the last norm, [T, hidden] -> [T, hidden]."""
+    def step(self, ids: torch.Tensor, wanted: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+        """ids int32 [T], wanted int32 [N] rows of them -> fp32 [N, vocabulary]."""
+        if self.compiled_step is not None:
+            return self.compiled_step(batch, ids=ids, wanted=wanted)
+        return self.logits(self.ops.take_rows(self.forward(ids, batch), wanted))
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, hidden] -> fp32 [N, vocabulary]."""
+        return self.head(hidden).float()
+
+    # The same on tensors, or on Values of a pass being recorded, which have no batch yet.
+
+    def hidden_states(self, ids: Any, batch: Any) -> Any:
+        return self.ops.rms_norm(self._blocks(self.embed(ids), batch), self.norm, self.config.norm_eps)
+
+    def wanted_logits(self, ids: Any, wanted: Any, batch: Any) -> Any:
+        # The last norm is of rows: those alone whose logits are wanted need it.
+        rows = self.ops.take_rows(self._blocks(self.embed(ids), batch), wanted)
+        return self.head(self.ops.rms_norm(rows, self.norm, self.config.norm_eps))
+
+    def _blocks(self, x: Any, batch: Any) -> Any:
+        assert self.cos_sin is not None
         for block in self.blocks:
             assert block.attention is not None
             qkv = block.qkv(x, norm=block.input_norm)
             x = block.output(block.attention(qkv, batch, self.cos_sin, self.scale), x)
             gate_up = block.gate_up(x, norm=block.post_norm)
             x = block.down(gate_up, x, swiglu=True)
-        return self.ops.rms_norm(x, self.norm, self.config.norm_eps)
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[N, hidden] -> fp32 [N, vocabulary]."""
-        return self.head(hidden).float()
+        return x

@@ -11,7 +11,7 @@ from cai_runtime.errors import UnsupportedModelError
 if TYPE_CHECKING:
     import torch
 
-    from cai_runtime.kernels.attention import AttentionBatch
+    from cai_runtime.kernels.batch import AttentionBatch
     from cai_runtime.layers.linear import WeightLoader
 
 # model_type -> (module of this package, class). One file per architecture.
@@ -30,8 +30,17 @@ class CausalLM(Protocol):
 
     def page_bytes(self, page_size: int, dtype: torch.dtype) -> int: ...
     def allocate_cache(self, pages: int, page_size: int, dtype: torch.dtype, max_context: int) -> None: ...
-    def forward(self, ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor: ...
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
+    def forward(self, ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+        """ids int32 [T] -> hidden states [T, hidden]; keys and values go into the cache."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, hidden] -> fp32 [N, vocabulary]."""
+        ...
+
+    def step(self, ids: torch.Tensor, wanted: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+        """Both: ids int32 [T], wanted int32 [N] rows of them -> fp32 [N, vocabulary]."""
+        ...
 
 
 def build_model(loader: WeightLoader, on_layer: Callable[[], object] = lambda: None) -> CausalLM:

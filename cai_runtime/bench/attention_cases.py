@@ -145,8 +145,8 @@ def paged_calls(case: Case, sets: int, device: str, dtype: str, activations: str
     """
     import torch
 
-    from cai_runtime.kernels.attention import AttentionBatch
     from cai_runtime.kernels.backend import resolve_backend
+    from cai_runtime.kernels.batch import AttentionBatch
     from cai_runtime.layers.ops import make_ops
 
     pages = -(-case.context // PAGE_SIZE)
@@ -171,7 +171,7 @@ def paged_calls(case: Case, sets: int, device: str, dtype: str, activations: str
                     rows = len(slots)
                     alone = torch.ones(rows, dtype=torch.int32, device=device)
                     page_of = (slots // PAGE_SIZE)[:, None].contiguous()
-                    step = AttentionBatch(positions.repeat(len(own)), slots, counting(rows + 1), alone, page_of)
+                    step = AttentionBatch.of(positions.repeat(len(own)), slots, counting(rows + 1), alone, page_of)
                     attend(qkv.to(getattr(torch, activations)).repeat(len(own), 1), step, table, case.scale)
     new = torch.cat([case.new_tokens(s, device) for s in range(case.batch)]).to(getattr(torch, activations))
     positions = (counting(case.new) + case.context - case.new).repeat(case.batch)
@@ -180,7 +180,7 @@ def paged_calls(case: Case, sets: int, device: str, dtype: str, activations: str
     calls: list[Call] = []
     for page_table in page_tables:
         slots = torch.cat([slots_of(own, positions[: case.new]) for own in page_table])
-        step = AttentionBatch(positions, slots, starts, lengths, page_table.contiguous())
+        step = AttentionBatch.of(positions, slots, starts, lengths, page_table.contiguous())
         # RoPE overwrites its input, so a later call rotates once more; the numbers stay as large as they were.
         calls.append(partial(attend, new.clone(), step, table, case.scale))
     return calls

@@ -19,7 +19,7 @@ import torch
 
 from cai_runtime.engine.runner import ScheduledSequence
 from cai_runtime.errors import KernelError
-from cai_runtime.kernels.attention import AttentionBatch
+from cai_runtime.kernels.batch import AttentionBatch
 from cai_runtime.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -52,6 +52,11 @@ def table_widths(pages: int) -> tuple[int, ...]:
     return (*widths, pages)
 
 
+def _ints(numbers: list[Any]) -> torch.Tensor:
+    """int32 on the host, whatever torch's default device is."""
+    return torch.tensor(numbers, dtype=torch.int32, device="cpu")
+
+
 class StaticBatch:
     """The inputs of a decode step at fixed addresses, for `size` sequences of one token each.
 
@@ -63,32 +68,34 @@ class StaticBatch:
         # One tensor, so that a step's numbers travel in one copy: ids, positions, slots, context_len.
         self._numbers = torch.zeros(4, size, dtype=torch.int32, device=device)
         pinned = device.type == "cuda"
-        self._host = torch.zeros(4, size, dtype=torch.int32, pin_memory=pinned)
-        self._host_table = torch.zeros(size * pages, dtype=torch.int32, pin_memory=pinned)
+        self._host = torch.zeros(4, size, dtype=torch.int32, device="cpu", pin_memory=pinned)
+        self._host_table = torch.zeros(size * pages, dtype=torch.int32, device="cpu", pin_memory=pinned)
         ids, positions, slots, context_len = self._numbers
         self.ids = ids
-        self.batch = AttentionBatch(
+        self._table = torch.full((size, pages), scratch_page, dtype=torch.int32, device=device)
+        self.batch = AttentionBatch.of(
             positions=positions,
             slots=slots,
             query_start=torch.arange(size + 1, dtype=torch.int32, device=device),
             context_len=context_len,
-            page_table=torch.full((size, pages), scratch_page, dtype=torch.int32, device=device),
+            page_table=self._table,
         )
         self.fill([])
 
     def narrowed(self, width: int) -> AttentionBatch:
         """The batch with the first `width` columns of the page table, the same memory."""
-        return replace(self.batch, page_table=self.batch.page_table[:, :width])
+        tables = {name: replace(t, pages=t.pages[:, :width]) for name, t in self.batch.tables.items()}
+        return replace(self.batch, tables=tables)
 
     def fill(self, step: list[ScheduledSequence]) -> None:
         """Write the inputs of `step`, at most `size` sequences of one token each; the rest is padding."""
         padding = self.size - len(step)
         at = self._page_size
-        self._host[0] = torch.tensor([s.token_ids[0] for s in step] + [0] * padding)
-        self._host[1] = torch.tensor([s.start for s in step] + [0] * padding)
+        self._host[0] = _ints([s.token_ids[0] for s in step] + [0] * padding)
+        self._host[1] = _ints([s.start for s in step] + [0] * padding)
         slots = [s.pages[s.start // at] * at + s.start % at for s in step]
-        self._host[2] = torch.tensor(slots + [self._scratch_page * at] * padding)
-        self._host[3] = torch.tensor([s.start + 1 for s in step] + [1] * padding)
+        self._host[2] = _ints(slots + [self._scratch_page * at] * padding)
+        self._host[3] = _ints([s.start + 1 for s in step] + [1] * padding)
         self._numbers.copy_(self._host, non_blocking=True)
         # Only columns that are read: the table is as wide as the longest context allows.
         used = [s.start // at + 1 for s in step]
@@ -96,8 +103,8 @@ class StaticBatch:
         rows = [[*s.pages[:n], *([self._scratch_page] * (width - n))] for s, n in zip(step, used, strict=True)]
         rows += [[self._scratch_page] * width] * padding
         table = self._host_table[: self.size * width].view(self.size, width)
-        table.copy_(torch.tensor(rows, dtype=torch.int32))
-        self.batch.page_table[:, :width].copy_(table, non_blocking=True)
+        table.copy_(_ints(rows))
+        self._table[:, :width].copy_(table, non_blocking=True)
 
 
 class CudaCapture:

@@ -11,7 +11,7 @@ import torch
 from cai_runtime.engine.cuda_graphs import DecodeGraphs, Forward
 from cai_runtime.engine.runner import PendingSampled, ScheduledSequence
 from cai_runtime.errors import KernelError
-from cai_runtime.kernels.attention import AttentionBatch
+from cai_runtime.kernels.batch import AttentionBatch
 from cai_runtime.kernels.sampling import SamplingBatch, sample_cpu
 
 if TYPE_CHECKING:
@@ -74,13 +74,14 @@ class ModelRunner:
         """The logits on the model's device; of a CUDA graph they are good until the next call."""
         if self._graphs is not None and self._graphs.takes(step):
             return self._graphs.prepare(step)()[: len(step)]
-        hidden = self.hidden_states(step)
+        model = self._opened
+        ids, batch = self._flatten(step)
         ends = accumulate(len(s.token_ids) for s in step)
         rows = [end - 1 for s, end in zip(step, ends, strict=True) if s.sample]
-        if len(rows) != len(hidden):
-            hidden = hidden[torch.tensor(rows, dtype=torch.long, device=self._device)]
+        wanted = torch.tensor(rows, dtype=torch.int32, device=self._device)
         if len(rows) <= LOGIT_ROWS:
-            return self.logits(hidden)
+            return model.step(ids, wanted, batch)
+        hidden = model.forward(ids, batch).index_select(0, wanted)
         logits = torch.empty(len(rows), self.vocab_size, dtype=torch.float32, device=self._device)
         for part, place in zip(hidden.split(LOGIT_ROWS), logits.split(LOGIT_ROWS), strict=True):
             place.copy_(self.logits(part))
@@ -141,5 +142,6 @@ class ModelRunner:
         width = max(used)
         table = [[*s.pages[:n], *([0] * (width - n))] for s, n in zip(step, used, strict=True)]
         parts = (ids, positions, slots, starts, lengths, table)
-        on_device = [torch.tensor(p, dtype=torch.int32).to(self._device) for p in parts]
-        return on_device[0], AttentionBatch(*on_device[1:])
+        on_device = [torch.tensor(p, dtype=torch.int32, device="cpu").to(self._device) for p in parts]
+        tokens, placed, own_slots, query_start, context_len, page_table = on_device
+        return tokens, AttentionBatch.of(placed, own_slots, query_start, context_len, page_table)

@@ -33,7 +33,7 @@ class SlimEmbedding(StoredModule):
         if stock is not None:
             del stock._parameters["weight"]
             # transformers makes the module's buffers by initializing all of it, and is not to miss what it would draw.
-            nothing = torch.empty(0, self.embedding_dim, device="cpu")
+            nothing = torch.empty(0, self.embedding_dim, dtype=dtype, device="cpu")
             nothing._is_hf_initialized = True  # type: ignore[attr-defined]
             stock.__dict__["weight"] = nothing
 
@@ -46,7 +46,8 @@ class SlimEmbedding(StoredModule):
             rows = table.map(lambda t: t.index_select(0, flat)).values(torch.float32).to(self.compute_dtype)
         if self.stock is None:
             return rows.reshape(*ids.shape, self.embedding_dim)
-        return self._stock_forward(rows, torch.arange(flat.numel(), device=rows.device).reshape(ids.shape))
+        order = torch.arange(flat.numel(), dtype=torch.int64, device=rows.device)
+        return self._stock_forward(rows, order.reshape(ids.shape))
 
     def check(self, name: str) -> None:
         """As `StoredModule.check`; and whether the stock module gives for an id what it makes of that row alone.
@@ -57,10 +58,12 @@ class SlimEmbedding(StoredModule):
         device = self._tensor("weight").device
         if self.stock is None or device.type == "meta":
             return
-        column = torch.arange(1.0, self.num_embeddings + 1, device=device).to(self.compute_dtype)[:, None]
-        ids = torch.tensor([[0, self.num_embeddings // 2, self.num_embeddings - 1]], device=device)
+        column = torch.arange(1, self.num_embeddings + 1, dtype=torch.float32, device=device)
+        column = column.to(self.compute_dtype)[:, None]
+        ids = torch.tensor([[0, self.num_embeddings // 2, self.num_embeddings - 1]], dtype=torch.int64, device=device)
         whole = self._stock_forward(column, ids)
-        if not torch.equal(whole, self._stock_forward(column[ids[0]], torch.arange(3, device=device)[None])):
+        order = torch.arange(3, dtype=torch.int64, device=device)[None]
+        if not torch.equal(whole, self._stock_forward(column[ids[0]], order)):
             raise UnsupportedModelError(
                 f"{name} is a {type(self.stock).__name__}, which is more than a table of rows; in transformers a packed "
                 "embedding can't stand for it. Use `cai export --dense`"

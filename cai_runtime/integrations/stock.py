@@ -23,12 +23,14 @@ def is_linear(module: nn.Module) -> bool:
     g = torch.Generator("cpu").manual_seed(0)
     small = copy.copy(module)
     small.in_features, small.out_features = IN, OUT
-    weight = nn.Parameter(torch.randn(OUT, IN, generator=g, device="cpu"), requires_grad=False)
-    bias = (
-        None if module.bias is None else nn.Parameter(torch.randn(OUT, generator=g, device="cpu"), requires_grad=False)
-    )
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float32, device="cpu")
+
+    weight = nn.Parameter(numbers(OUT, IN), requires_grad=False)
+    bias = None if module.bias is None else nn.Parameter(numbers(OUT), requires_grad=False)
     small._parameters = {"weight": weight, "bias": bias}
-    x = 10 * torch.randn(2, 3, IN, generator=g, device="cpu")
+    x = 10 * numbers(2, 3, IN)
     try:
         with torch.no_grad():
             y = type(module).forward(small, x)

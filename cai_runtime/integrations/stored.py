@@ -122,7 +122,9 @@ class StoredModule(nn.Module):
                 )
         if self.spec.has_pivot and self._tensor("pivot").device.type != "meta":
             pivot = self._tensor("pivot").cpu().long()
-            if not torch.equal(pivot.sort().values, torch.arange(self.spec.out_features)):
+            if not torch.equal(
+                pivot.sort().values, torch.arange(self.spec.out_features, dtype=torch.int64, device="cpu")
+            ):
                 raise InvalidPivotError(
                     f"is not a permutation of 0..{self.spec.out_features - 1}; the file is damaged",
                     tensor=f"{name}.pivot",
@@ -155,7 +157,7 @@ class StoredModule(nn.Module):
                 codes.__dict__.pop("_moving", None)
         if protected:
             self.protect()
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device="cpu")).dtype
         return result
 
     def extra_repr(self) -> str:

@@ -2,46 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
-from cai_runtime.kernels.attention import AttentionBatch, HeadLayout, ReferenceKVCache
-from cai_runtime.kernels.embedding import embedding_reference
+from cai_runtime.kernels.attention import HeadLayout, ReferenceKVCache
+from cai_runtime.kernels.batch import FULL, AttentionBatch
+from cai_runtime.kernels.cpu_library import Arena
+from cai_runtime.kernels.embedding import embedding_reference, take_rows
+from cai_runtime.kernels.program import Input
 from cai_runtime.kernels.slim_linear import PreparedLinear, prepare
 from cai_runtime.kernels.weights import LinearWeights
-from cai_runtime.layers.ops import Attention, Layers
 
 
 class GpuAttention:
     """RoPE with the cache write, then attention over pages [pages, kv_heads, page_size, head_dim].
 
-    sinks: fp32 [query_heads] on the model's device, or None.
+    sinks: fp32 [query_heads] on the model's device, or None. group: of the cache.
     """
 
-    def __init__(self, heads: HeadLayout, cache: ReferenceKVCache, sinks: torch.Tensor | None = None):
-        self.heads, self.cache, self.sinks = heads, cache, sinks
+    def __init__(
+        self, heads: HeadLayout, cache: ReferenceKVCache, sinks: torch.Tensor | None = None, group: str = FULL
+    ) -> None:
+        self.heads, self.cache, self.sinks, self.group = heads, cache, sinks, group
 
     def __call__(self, qkv: torch.Tensor, batch: AttentionBatch, cos_sin: torch.Tensor, scale: float) -> torch.Tensor:
         """qkv [T, (Hq + 2 Hkv) D], whose queries and keys are rotated in place -> [T, Hq D]."""
         from cai_runtime.kernels.triton import paged_attention, rope_kv_write
 
-        heads, cache = self.heads, self.cache
+        heads, cache, table = self.heads, self.cache, batch.tables[self.group]
         rope_kv_write(
-            qkv, batch.positions, cos_sin, cache.k, cache.v, batch.slots, heads.query_heads, heads.kv_heads,
+            qkv, batch.positions, cos_sin, cache.k, cache.v, table.slots, heads.query_heads, heads.kv_heads,
             heads.head_dim,
         )  # fmt: skip
         q = qkv[:, : heads.query_width].view(-1, heads.query_heads, heads.head_dim)
         return paged_attention(
-            q, cache.k, cache.v, batch.query_start, batch.context_len, batch.page_table, scale,
+            q, cache.k, cache.v, batch.query_start, batch.context_len, table.pages, scale,
             window=heads.window, sinks=self.sinks,
         )  # fmt: skip
 
 
 class GpuOps:
+    """Implements `Ops`. backend: "triton" or "cuda", for the linears."""
+
+    take_rows = staticmethod(take_rows)
     page_bytes = staticmethod(ReferenceKVCache.page_bytes)
 
-    def __init__(self, backend: str, device: torch.device):
+    def __init__(self, backend: str, device: torch.device, arena: Arena | None = None):
         self._backend, self._device = backend, device
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -55,9 +63,15 @@ class GpuOps:
         return swiglu(gate_up)
 
     def attention(
-        self, heads: HeadLayout, pages: int, page_size: int, dtype: torch.dtype, sinks: torch.Tensor | None = None
-    ) -> Attention:
-        return GpuAttention(heads, ReferenceKVCache(pages, page_size, heads, dtype, self._device), sinks)
+        self,
+        heads: HeadLayout,
+        pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        sinks: torch.Tensor | None = None,
+        group: str = FULL,
+    ) -> GpuAttention:
+        return GpuAttention(heads, ReferenceKVCache(pages, page_size, heads, dtype, self._device), sinks, group)
 
     def embedding_and_head(
         self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype
@@ -65,5 +79,5 @@ class GpuOps:
         core = table.cores[0]
         return lambda ids: embedding_reference(core, ids, dtype), prepare([head or table], backend=self._backend)
 
-    def compile(self, layers: Layers, width: int) -> Layers:
-        return layers
+    def compile(self, function: Callable[..., Any], inputs: Mapping[str, Input]) -> None:
+        return None

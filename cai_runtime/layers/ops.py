@@ -1,29 +1,29 @@
-"""The operations between linears, chosen once per model: one object per kernel backend, with the same methods."""
+"""The operations of a model: one object per kernel backend, with the same methods. A registry says where each lives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 
-from cai_runtime.kernels.activation import swiglu_cpu, swiglu_reference
-from cai_runtime.kernels.attention import (
-    AttentionBatch,
-    CpuAttention,
-    CpuKVCache,
-    HeadLayout,
-    ReferenceAttention,
-    ReferenceKVCache,
-)
+from cai_runtime.kernels.attention import HeadLayout
+from cai_runtime.kernels.batch import FULL, AttentionBatch
 from cai_runtime.kernels.cpu_library import Arena
-from cai_runtime.kernels.embedding import CpuEmbedding, embedding_reference
-from cai_runtime.kernels.norm import rms_norm_cpu, rms_norm_reference
-from cai_runtime.kernels.program import NotRecordable, record
-from cai_runtime.kernels.slim_linear import CpuLinear, PreparedLinear, prepare
+from cai_runtime.kernels.program import Input
+from cai_runtime.kernels.slim_linear import PreparedLinear
 from cai_runtime.kernels.weights import LinearWeights
 
-Layers = Callable[[Any, Any], Any]  # (x [T, hidden], batch) -> [T, hidden]
+Compiled = Callable[..., torch.Tensor]  # (batch, **tensors by name) -> [rows, width]
+
+# Resolved backend -> module of this package and class, made with (backend, device, arena).
+BACKENDS = {
+    "cpu": ("cpu_ops", "CpuOps"),
+    "reference": ("reference_ops", "ReferenceOps"),
+    "triton": ("gpu_ops", "GpuOps"),
+    "cuda": ("gpu_ops", "GpuOps"),
+}
 
 
 class Attention(Protocol):
@@ -35,14 +35,25 @@ class Attention(Protocol):
 
 
 class Ops(Protocol):
-    """What a model definition needs besides linears."""
+    """What a model definition needs besides linears. Tensors are on the model's device, activations in its dtype."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor: ...
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor: ...
+    def take_rows(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Rows of x [M, H] by number, int32 [N] -> [N, H]."""
+        ...
+
     def attention(
-        self, heads: HeadLayout, pages: int, page_size: int, dtype: torch.dtype, sinks: torch.Tensor | None = None
+        self,
+        heads: HeadLayout,
+        pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        sinks: torch.Tensor | None = None,
+        group: str = FULL,
     ) -> Attention:
-        """One layer's attention with its pages. sinks: fp32 [query_heads], see `paged_attention_reference`."""
+        """One layer's attention with its pages. sinks: fp32 [query_heads], see `paged_attention_reference`. group: the
+        cache group whose page table it reads."""
         ...
 
     def page_bytes(self, page_size: int, heads: HeadLayout, dtype: torch.dtype) -> int:
@@ -55,65 +66,15 @@ class Ops(Protocol):
         """(lookup of ids, head). `head` None: tied, both share one copy."""
         ...
 
-    def compile(self, layers: Layers, width: int) -> Layers:
-        """`layers` made faster where the backend can, its results the same bits. Call when the caches are there."""
+    def compile(self, function: Callable[..., Any], inputs: Mapping[str, Input]) -> Compiled | None:
+        """`function`, which takes the inputs by name and does without a batch, as one call with the same bits.
+
+        None where the backend has nothing faster than calling the operations. Call when the caches are there.
+        """
         ...
-
-
-class CpuOps:
-    rms_norm = staticmethod(rms_norm_cpu)
-    swiglu = staticmethod(swiglu_cpu)
-    page_bytes = staticmethod(CpuKVCache.page_bytes)
-
-    def __init__(self, arena: Arena | None = None):
-        self._arena = arena
-
-    def attention(
-        self, heads: HeadLayout, pages: int, page_size: int, dtype: torch.dtype, sinks: torch.Tensor | None = None
-    ) -> Attention:
-        return CpuAttention(heads, CpuKVCache(pages, page_size, heads, dtype), sinks)
-
-    def embedding_and_head(self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype):
-        packed = CpuLinear([table], self._arena)
-        return CpuEmbedding(packed), packed if head is None else prepare([head], backend="cpu", arena=self._arena)
-
-    def compile(self, layers: Layers, width: int) -> Layers:
-        """One call into C++ for all layers; call by call where a layer can't be recorded."""
-        try:
-            return record(lambda x: layers(x, None), width)
-        except NotRecordable:
-            return layers
-
-
-class ReferenceOps:
-    """Plain torch on any device."""
-
-    page_bytes = staticmethod(ReferenceKVCache.page_bytes)
-    rms_norm = staticmethod(rms_norm_reference)
-    swiglu = staticmethod(swiglu_reference)
-
-    def __init__(self, device: torch.device):
-        self._device = device
-
-    def attention(
-        self, heads: HeadLayout, pages: int, page_size: int, dtype: torch.dtype, sinks: torch.Tensor | None = None
-    ) -> Attention:
-        return ReferenceAttention(heads, ReferenceKVCache(pages, page_size, heads, dtype, self._device), sinks)
-
-    def embedding_and_head(self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype):
-        core = table.cores[0]
-        return lambda ids: embedding_reference(core, ids, dtype), prepare([head or table], backend="reference")
-
-    def compile(self, layers: Layers, width: int) -> Layers:
-        return layers
 
 
 def make_ops(backend: str, device: torch.device, arena: Arena | None = None) -> Ops:
     """The operations of a resolved backend."""
-    if backend == "cpu":
-        return CpuOps(arena)
-    if backend == "reference":
-        return ReferenceOps(device)
-    from cai_runtime.layers.gpu_ops import GpuOps
-
-    return GpuOps(backend, device)
+    module, name = BACKENDS[backend]
+    return getattr(importlib.import_module(f"cai_runtime.layers.{module}"), name)(backend, device, arena)

@@ -104,7 +104,7 @@ def inverse_frequencies(rope: RopeConfig) -> tuple[torch.Tensor, float]:
 
 
 def _plain(theta: float, dim: int) -> torch.Tensor:
-    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
 
 
 def _llama3(rope: RopeConfig, plain: torch.Tensor) -> torch.Tensor:
@@ -143,7 +143,7 @@ def _yarn(rope: RopeConfig, plain: torch.Tensor) -> tuple[torch.Tensor, float]:
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
         high += 0.001  # a step, without dividing by zero
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
     return plain / factor * ramp + plain * (1 - ramp), float(attention)
 
 
@@ -155,12 +155,12 @@ def cos_sin_table(rope: RopeConfig, positions: int) -> torch.Tensor:
     prompt is chunked. (transformers' prefill of a prompt beyond max_position_embeddings uses the prompt's length for all of
     its positions, which a cache shared between prompts can't follow.)
     """
-    index = torch.arange(positions, dtype=torch.float32)
+    index = torch.arange(positions, dtype=torch.float32, device="cpu")
     if rope.rope_type == "dynamic":
         dim, factor, limit = rope.rotary_dim, rope.get("factor"), rope.max_positions
         length = (index + 1).clamp_min(limit).double()
         theta = rope.theta * (factor * length / limit - (factor - 1)) ** (dim / (dim - 2))
-        exponent = torch.arange(0, dim, 2, dtype=torch.float64) / dim
+        exponent = torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim
         angles, scale = index[:, None] * (1.0 / theta[:, None] ** exponent).float(), 1.0
     else:
         frequencies, scale = inverse_frequencies(rope)

@@ -180,7 +180,7 @@ class MappedFile:
 
         dtype = getattr(torch, DTYPES[info.dtype][0])
         if info.nbytes == 0:
-            return torch.empty(info.shape, dtype=dtype)
+            return torch.empty(info.shape, dtype=dtype, device="cpu")
         mapping = self._mapping()
         if info.start + info.nbytes > len(mapping):
             raise TruncatedFileError("the file shrank since it was opened", file=info.file, tensor=info.name)
@@ -202,7 +202,7 @@ class MappedFile:
         whole = self.tensor(replace(info, shape=(rows, *info.shape[1:]), nbytes=rows * row_bytes))
         if shape[1:] == info.shape[1:]:
             return whole
-        found = torch.empty(shape, dtype=whole.dtype)
+        found = torch.empty(shape, dtype=whole.dtype, device="cpu")
         at_once = max(1, _COPIED_AT_ONCE // max(row_bytes, 1))
         for start in range(0, rows, at_once):
             stop = min(start + at_once, rows)

@@ -135,7 +135,7 @@ class CheckpointWriter:
         if pivot is not None:
             ordered = pivot.detach().cpu().long()
             if tuple(ordered.shape) != (spec.out_features,) or not torch.equal(
-                ordered.sort().values, torch.arange(spec.out_features)
+                ordered.sort().values, torch.arange(spec.out_features, dtype=torch.int64, device="cpu")
             ):
                 raise InvalidPivotError(f"must be a permutation of 0..{spec.out_features - 1}", tensor=f"{name}.pivot")
             tensors[f"{name}.pivot"] = ordered.to(torch.int32)

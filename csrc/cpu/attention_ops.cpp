@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "ops.h"
+#include "program.h"
 
 namespace cai {
 namespace {
@@ -18,30 +18,26 @@ constexpr Int kRowsPerTask = 16;
 
 Int qkv_width(const AttentionShape& s) { return (s.query_heads + 2 * s.kv_heads) * s.head_dim; }
 
-void check_shape(const AttentionShape& s, const Int* d) {
-  if (s.head_dim < 1 || s.head_dim > 512 || s.page_size < 16 || s.page_size > 64 || s.page_size % 16 ||
-      s.kv_heads < 1 || s.query_heads % s.kv_heads || d[4] < 0 || d[4] > 2 || s.window < 0)
-    TVM_FFI_THROW(ValueError) << "attention takes head_dim up to 512, a page_size of 16, 32, 48 or 64, whole groups of "
-                                 "query heads and a float cache";
-}
-
 // A slot or page outside the cache would be written to or read all the same.
-void check_batch(const AttentionCall& c, Int pages, Int positions) {
+void check_batch(const AttentionCall& c) {
   const Batch& b = c.batch;
-  const Int size = c.shape.page_size;
+  const Int size = c.layer.shape.page_size, pages = c.layer.pages, positions = c.layer.positions;
   for (Int i = 0; i < c.M; ++i) {
     if (b.slots[i] < 0 || b.slots[i] >= pages * size)
       TVM_FFI_THROW(IndexError) << "slot " << b.slots[i] << " is outside the cache's " << pages << " pages of " << size;
     if (b.positions[i] < 0 || b.positions[i] >= positions)
       TVM_FFI_THROW(IndexError) << "position " << b.positions[i] << " is outside the rotary table's " << positions;
   }
+  if (b.query_start[0] < 0) TVM_FFI_THROW(IndexError) << "query_start begins at " << b.query_start[0];
   for (Int i = 0; i < b.sequences; ++i) {
     const Int rows = b.query_start[i + 1] - b.query_start[i], used = (b.context_len[i] + size - 1) / size;
-    if (rows < 0 || rows > b.context_len[i] || b.query_start[i + 1] > c.M || used > c.shape.pages_per_sequence)
+    if (rows < 0 || rows > b.context_len[i] || b.query_start[i + 1] > c.M || used > b.pages_per_sequence)
       TVM_FFI_THROW(IndexError) << "sequence " << i << " has " << rows << " rows and a context of " << b.context_len[i]
-                                << " in " << c.shape.pages_per_sequence << " pages";
-    const int32_t* table = b.page_table + i * c.shape.pages_per_sequence;
-    for (Int p = 0; p < used; ++p)
+                                << " in " << b.pages_per_sequence << " pages";
+    const int32_t* table = b.page_table + i * b.pages_per_sequence;
+    // Pages wholly before the window of the first row are never read: their entries may be anything.
+    const Int unseen = c.layer.shape.window ? b.context_len[i] - rows + 1 - c.layer.shape.window : 0;
+    for (Int p = std::max<Int>(0, unseen) / size; p < used; ++p)
       if (table[p] < 0 || table[p] >= pages)
         TVM_FFI_THROW(IndexError) << "page " << table[p] << " is outside the cache's " << pages;
   }
@@ -54,25 +50,25 @@ Int splits_of(const AttentionShape& s, Int context) {
 
 // One sequence's new token, for one KV head and the splits [split0, split1).
 void decode_head(const AttentionCall& c, Int sequence, Int head, Int split0, Int split1, float* partial) {
-  const AttentionShape& s = c.shape;
+  const AttentionShape& s = c.layer.shape;
   const KernelTable& k = kernels();
   const Int D = s.head_dim, group = s.query_heads / s.kv_heads, context = c.batch.context_len[sequence];
   const float* row = c.qkv + sequence * qkv_width(s);
-  const float* cos_sin = c.cos_sin + c.batch.positions[sequence] * c.rotary_dim;
+  const float* cos_sin = c.layer.cos_sin + c.batch.positions[sequence] * c.layer.rotary_dim;
   float* q = static_cast<float*>(private_memory(Private::kQuery, (group + 1) * D * Int(sizeof(float))));
-  k.rotate(row + head * group * D, group, D, cos_sin, c.rotary_dim, q);
+  k.rotate(row + head * group * D, group, D, cos_sin, c.layer.rotary_dim, q);
   if (split1 == splits_of(s, context)) {  // the one that holds the new key; no other looks at it
     float* key = q + group * D;
-    k.rotate(row + (s.query_heads + head) * D, 1, D, cos_sin, c.rotary_dim, key);
-    k.write_kv(key, row + (s.query_heads + s.kv_heads + head) * D, c.batch.slots[sequence], head, s, c.k_cache, c.v_cache);
+    k.rotate(row + (s.query_heads + head) * D, 1, D, cos_sin, c.layer.rotary_dim, key);
+    k.write_kv(key, row + (s.query_heads + s.kv_heads + head) * D, c.batch.slots[sequence], head, s, c.layer.k_cache, c.layer.v_cache);
   }
   // The kernel finds a head's queries at head * D.
   k.attention(q - head * group * D, 0, context - 1, 1, head, c.batch.page_table + sequence * s.pages_per_sequence,
-              c.k_cache, c.v_cache, s, split0, split1, partial, c.out + sequence * s.query_heads * D, 0);
+              c.layer.k_cache, c.layer.v_cache, s, split0, split1, partial, c.out + sequence * s.query_heads * D, 0);
 }
 
 void attend_decode(Team& team, const AttentionCall& c) {
-  const AttentionShape& s = c.shape;
+  const AttentionShape& s = c.layer.shape;
   const Int S = c.batch.sequences, heads = S * s.kv_heads;
   if (c.splits == 1) {
     team.deal(heads, [&](Int t) {
@@ -96,7 +92,7 @@ void attend_decode(Team& team, const AttentionCall& c) {
 }
 
 void attend_rows(Team& team, const AttentionCall& c) {
-  const AttentionShape& s = c.shape;
+  const AttentionShape& s = c.layer.shape;
   const KernelTable& k = kernels();
   const Batch& b = c.batch;
   const Int D = s.head_dim, width = qkv_width(s), rotated = s.query_heads + s.kv_heads;
@@ -104,9 +100,9 @@ void attend_rows(Team& team, const AttentionCall& c) {
   team.deal((c.M + piece - 1) / piece, [&](Int p) {
     for (Int i = p * piece; i < std::min(c.M, (p + 1) * piece); ++i) {
       float* row = c.qkv + i * width;
-      k.rotate(row, rotated, D, c.cos_sin + b.positions[i] * c.rotary_dim, c.rotary_dim, row);
+      k.rotate(row, rotated, D, c.layer.cos_sin + b.positions[i] * c.layer.rotary_dim, c.layer.rotary_dim, row);
       for (Int h = 0; h < s.kv_heads; ++h)
-        k.write_kv(row + (s.query_heads + h) * D, row + (rotated + h) * D, b.slots[i], h, s, c.k_cache, c.v_cache);
+        k.write_kv(row + (s.query_heads + h) * D, row + (rotated + h) * D, b.slots[i], h, s, c.layer.k_cache, c.layer.v_cache);
     }
   });
   team.sync();
@@ -131,20 +127,19 @@ void attend_rows(Team& team, const AttentionCall& c) {
     const Int rows = b.query_start[sequence + 1] - b.query_start[sequence], token = b.query_start[sequence] + row;
     const Int context = b.context_len[sequence];
     k.attention(c.qkv + token * width, width, context - rows + row, std::min(kRowsPerTask, rows - row), head,
-                b.page_table + sequence * s.pages_per_sequence, c.k_cache, c.v_cache, s, 0, splits_of(s, context), nullptr,
+                b.page_table + sequence * s.pages_per_sequence, c.layer.k_cache, c.layer.v_cache, s, 0, splits_of(s, context), nullptr,
                 c.out + token * s.query_heads * D, s.query_heads * D);
   });
 }
 
 }  // namespace
 
-void plan_attention(AttentionCall& c, const Int* d, double scale, Int pages_per_sequence, int threads) {
-  AttentionShape& s = c.shape;
-  s = {d[0], d[1], d[2], d[3], pages_per_sequence, d[5], pointer<const float>(d[6]), static_cast<float>(scale),
-       static_cast<Store>(d[4])};
-  check_shape(s, d);
-  check_batch(c, d[7], d[8]);
+Int plan_attention(AttentionCall& c, const AttentionLayer& layer, int threads) {
   const Batch& b = c.batch;
+  c.layer = layer;
+  AttentionShape& s = c.layer.shape;
+  s.pages_per_sequence = b.pages_per_sequence;
+  check_batch(c);
   c.decode = c.M == b.sequences;
   Int longest = 1;
   for (Int i = 0; i < b.sequences; ++i) {
@@ -153,9 +148,7 @@ void plan_attention(AttentionCall& c, const Int* d, double scale, Int pages_per_
   }
   const bool few = b.sequences * s.kv_heads < 4 * threads;
   c.splits = c.decode && few && threads > 1 ? splits_of(s, longest) : 1;
-  if (c.splits > 1)
-    c.partial = static_cast<float*>(private_memory(
-        Private::kPartial, b.sequences * c.splits * s.query_heads * state_floats(s.head_dim) * Int(sizeof(float))));
+  return c.splits > 1 ? b.sequences * c.splits * s.query_heads * state_floats(s.head_dim) : 0;
 }
 
 void attention(Team& team, const AttentionCall& c) {
@@ -166,4 +159,36 @@ void attention(Team& team, const AttentionCall& c) {
   }
 }
 
+namespace {
+
+// input: qkv, which may be overwritten by its rotation. attributes: scale, pages, group. bindings: heads, k_cache, v_cache,
+// cos_sin, sinks (if any); see checked_layer.
+class RecordedAttention : public OperationOf<AttentionCall, kAttentionPhases> {
+ public:
+  explicit RecordedAttention(const Noted& n)
+      : layer_(checked_layer(n.tensor("heads"), n.number("scale"), n.tensor("cos_sin"), n.tensor("k_cache"),
+                             n.tensor("v_cache"), n.integer("pages"),
+                             n.has_binding("sinks") ? MaybeTensor(n.tensor("sinks")) : MaybeTensor())),
+        group_(n.group()),
+        qkv_(n.input(0, qkv_width(layer_.shape))),
+        out_(n.checked_output(layer_.shape.query_heads * layer_.shape.head_dim)) {
+    if (n.value(out_).axis != Axis::kTokens) n.fail("attends rows of tokens");
+  }
+  Int prepare(const Step& step, AttentionCall& c) const override {
+    c.batch = step.batch(group_);
+    c.qkv = step.at<float>(qkv_);
+    c.M = step.rows(qkv_);
+    c.out = step.at<float>(out_);
+    return plan_attention(c, layer_, step.threads);
+  }
+  void give(AttentionCall& c, float* memory) const override { c.partial = memory; }
+  void run(Team& team, const AttentionCall& c, const char*) const override { attention(team, c); }
+
+ private:
+  const AttentionLayer layer_;
+  const Int group_, qkv_, out_;
+};
+CAI_OPERATION("attention", RecordedAttention);
+
+}  // namespace
 }  // namespace cai

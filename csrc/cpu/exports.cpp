@@ -5,9 +5,9 @@
 #include <string>
 #include <vector>
 
-#include "ops.h"
 #include "program.h"
 #include "sampling.h"
+#include "tensors.h"
 
 namespace cai {
 namespace {
@@ -56,56 +56,79 @@ namespace {
 // Threads for `work` multiply-adds or so: waking them costs microseconds.
 int threads_for(Int work) { return work < (Int(1) << 16) ? 1 : num_threads(); }
 
-void linear_group_alone(Int group, Int x, Int M, Int ldx, Int prologue, Int norm_weight, double eps, Int out, Int ldo,
-                        Int residual, Int ldr, Int scratch) {
-  const LinearCall c{pointer<const LinearGroup>(group), pointer<const float>(x), ldx, M, static_cast<Prologue>(prologue),
-                     pointer<const float>(norm_weight), static_cast<float>(eps), pointer<const float>(residual), ldr,
-                     pointer<float>(out), ldo, pointer<float>(scratch)};
-  if (c.group->members < 1 || c.group->members > kMaxMembers)
-    TVM_FFI_THROW(ValueError) << "a group has 1 to " << kMaxMembers << " members";
-  if (M == 0) return;
-  parallel(threads_for(linear_work(*c.group) * M), kLinearPhases, [&](Team& team) { linear_group(team, c, nullptr); });
+// group: the int64 numbers of a CpuLinear. norm_weight: given where the prologue is a norm.
+void linear_group_alone(Tensor group, Tensor x, Int prologue, MaybeTensor norm_weight, double eps, MaybeTensor residual,
+                        Tensor out, Tensor scratch) {
+  const Int* numbers = checked_array<const Int>(group, "a linear's group", kInt64, 0, true);
+  const LinearGroup& g = checked_group(numbers, group.numel());
+  const Prologue before = checked_prologue(prologue, norm_weight.has_value());
+  const Int width = output_width(g);
+  const Rows in = checked_rows(x, "x", -1, g.in_features * (before == Prologue::kSwiglu ? 2 : 1));
+  LinearCall c{&g, in.data, in.stride, in.count, before, nullptr, static_cast<float>(eps), nullptr, 0,
+               checked_matrix<float>(out, "out", kFloat, in.count, width), width,
+               checked_array<float>(scratch, "scratch", kFloat, scratch_floats(g, in.count), true)};
+  if (norm_weight.has_value())
+    c.norm_weight = checked_array<float>(norm_weight.value(), "the norm's weight", kFloat, g.in_features);
+  if (before == Prologue::kNorm && in.count > 1 && in.stride != g.in_features)
+    TVM_FFI_THROW(ValueError) << "x must be contiguous where a norm is applied to it";
+  if (residual.has_value()) {
+    const Rows r = checked_rows(residual.value(), "the residual", in.count, width);
+    c.residual = r.data;
+    c.ldr = r.stride;
+  }
+  if (in.count == 0) return;
+  parallel(threads_for(linear_work(g) * in.count), kLinearPhases, [&](Team& team) { linear_group(team, c, nullptr); });
 }
 
-// residual and residual_out are both 0 or both given.
-void rms_norm_alone(Int x, Int residual, Int weight, double eps, Int width, Int M, Int residual_out, Int out) {
-  const NormCall c{pointer<const float>(x), pointer<const float>(residual), pointer<const float>(weight),
-                   static_cast<float>(eps), width, M, pointer<float>(residual_out), pointer<float>(out)};
+// residual and residual_out: both given or neither.
+void rms_norm_alone(Tensor x, MaybeTensor residual, Tensor weight, double eps, MaybeTensor residual_out, Tensor out) {
+  const Int M = rows_of(x, "x"), width = x.size(1);
+  NormCall c{checked_matrix<float>(x, "x", kFloat, M, width), nullptr, checked_array<float>(weight, "weight", kFloat, width),
+             static_cast<float>(eps), width, M, nullptr, checked_matrix<float>(out, "out", kFloat, M, width)};
+  if (residual.has_value() != residual_out.has_value())
+    TVM_FFI_THROW(ValueError) << "rms_norm takes residual and residual_out together";
+  if (residual.has_value()) {
+    c.residual = checked_matrix<float>(residual.value(), "the residual", kFloat, M, width);
+    c.residual_out = checked_matrix<float>(residual_out.value(), "residual_out", kFloat, M, width);
+  }
   parallel(threads_for(M * width), 1, [&](Team& team) { rms_norm(team, c); });
 }
 
-void swiglu_alone(Int gate_up, Int width, Int M, Int out) {
-  const SwigluCall c{pointer<const float>(gate_up), width, M, pointer<float>(out)};
+void swiglu_alone(Tensor gate_up, Tensor out) {
+  const Int M = rows_of(out, "out"), width = out.size(1);
+  const SwigluCall c{checked_matrix<float>(gate_up, "gate_up", kFloat, M, 2 * width), width, M,
+                     checked_matrix<float>(out, "out", kFloat, M, width)};
   parallel(threads_for(4 * M * width), 1, [&](Team& team) { swiglu(team, c); });
 }
 
 // matrix: the eight integers of a PackedMatrix.
-void gather_alone(Int matrix, Int ids, Int count, Int out) {
-  const GatherCall c{pointer<const PackedMatrix>(matrix), pointer<const int32_t>(ids), count, pointer<float>(out)};
+void gather_alone(Tensor matrix, Tensor ids, Tensor out) {
+  const auto* packed = reinterpret_cast<const PackedMatrix*>(checked_array<const Int>(matrix, "the matrix", kInt64, 8));
+  const Int count = rows_of(out, "out");
+  const GatherCall c{packed, checked_array<int32_t>(ids, "ids", kInt32, count), count,
+                     checked_matrix<float>(out, "out", kFloat, count, packed->cols)};
   check_gather(c);
   parallel(threads_for(count * c.matrix->cols), 1, [&](Team& team) { gather(team, c); });
 }
 
-// batch: [positions, slots, query_start, context_len, page_table, sequences, pages_per_sequence]
-void attention_alone(Int qkv, Int M, Int batch, Int cos_sin, Int rotary_dim, Int shape, double scale, Int k_cache,
-                     Int v_cache, Int out) {
-  const Int* b = pointer<const Int>(batch);
-  if (M == 0) return;
+// heads, pages: see checked_layer. The tensors from positions to page_table are of an AttentionBatch.
+void attention_alone(Tensor qkv, Tensor positions, Tensor slots, Tensor query_start, Tensor context_len, Tensor page_table,
+                     Tensor cos_sin, Tensor heads, double scale, Tensor k_cache, Tensor v_cache, Int pages,
+                     MaybeTensor sinks, Tensor out) {
+  const AttentionLayer layer = checked_layer(heads, scale, cos_sin, k_cache, v_cache, pages, sinks);
+  const AttentionShape& s = layer.shape;
   AttentionCall c{};
-  c.batch = {pointer<const int32_t>(b[0]), pointer<const int32_t>(b[1]), pointer<const int32_t>(b[2]),
-             pointer<const int32_t>(b[3]), pointer<const int32_t>(b[4]), b[5]};
-  c.qkv = pointer<float>(qkv);
-  c.M = M;
-  c.cos_sin = pointer<const float>(cos_sin);
-  c.rotary_dim = rotary_dim;
-  c.k_cache = pointer<void>(k_cache);
-  c.v_cache = pointer<void>(v_cache);
-  c.out = pointer<float>(out);
+  c.M = rows_of(qkv, "qkv");
+  c.batch = checked_batch(positions, slots, query_start, context_len, page_table, c.M);
+  c.qkv = checked_matrix<float>(qkv, "qkv", kFloat, c.M, (s.query_heads + 2 * s.kv_heads) * s.head_dim);
+  c.out = checked_matrix<float>(out, "out", kFloat, c.M, s.query_heads * s.head_dim);
+  if (c.M == 0) return;
   Int work = 0;
-  for (Int i = 0; i < b[5]; ++i) work += Int(c.batch.query_start[i + 1] - c.batch.query_start[i]) * c.batch.context_len[i];
-  const Int* d = pointer<const Int>(shape);
-  const int threads = threads_for(work * d[0] * d[2]);
-  plan_attention(c, d, scale, b[6], threads);
+  for (Int i = 0; i < c.batch.sequences; ++i)
+    work += Int(c.batch.query_start[i + 1] - c.batch.query_start[i]) * c.batch.context_len[i];
+  const int threads = threads_for(work * s.query_heads * s.head_dim);
+  const Int floats = plan_attention(c, layer, threads);
+  c.partial = static_cast<float*>(private_memory(Private::kPartial, floats * Int(sizeof(float))));
   parallel(threads, kAttentionPhases, [&](Team& team) { attention(team, c); });
 }
 
@@ -122,6 +145,25 @@ void top_logits_alone(Int logits, Int which, Int count, Int vocabulary, Int k, I
   const TopLogitsCall c{pointer<const float>(logits), pointer<const int32_t>(which), count, vocabulary, k,
                         pointer<float>(greatest),     pointer<int64_t>(total),       pointer<int32_t>(ids)};
   parallel(threads_for(4 * count * vocabulary), 1, [&](Team& team) { top_logits(team, c); });
+}
+
+// source: rows of any one-, two- or four-byte elements. target: bytes, as many as the padded blocks take.
+void pack_alone(Tensor source, Tensor target) {
+  const Int rows = rows_of(source, "the matrix"), cols = source.size(1), size = source.dtype().bits / 8;
+  if (source.device().device_type != kDLCPU || !source.IsContiguous() || (size != 1 && size != 2 && size != 4))
+    TVM_FFI_THROW(ValueError) << "a matrix to pack is contiguous on the CPU, of 8, 16 or 32 bits, not " << described(source);
+  const Int blocks = (rows + kBlockRows - 1) / kBlockRows, chunks = (cols + kBlockCols - 1) / kBlockCols;
+  const Int bytes = blocks * kBlockRows * chunks * kBlockCols * size;
+  pack(source.data_ptr(), rows, cols, size, checked_array<void>(target, "the packed matrix", kByte, bytes, true));
+}
+
+// source: uint8 [rows, ceil(cols / 2)].
+void pack_int4_alone(Tensor source, Int cols, Tensor target) {
+  const Int rows = rows_of(source, "the matrix");
+  const Int blocks = (rows + kInt4Rows - 1) / kInt4Rows, padded = (cols + kInt4Cols - 1) / kInt4Cols * kInt4Cols;
+  const uint8_t* from = checked_matrix<uint8_t>(source, "the matrix", kByte, rows, (cols + 1) / 2);
+  void* to = checked_array<void>(target, "the packed matrix", kByte, blocks * kInt4Rows * padded / 2, true);
+  pack_int4(from, rows, cols, static_cast<uint32_t*>(to));
 }
 
 tvm::ffi::String instruction_set() { return kernels().name; }
@@ -156,9 +198,9 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention, cai::attention_alone);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(sample_rows, cai::sample_rows);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(sampling_uniforms, cai::uniforms);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(top_logits, cai::top_logits_alone);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack, cai::pack);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_int4, cai::pack_int4);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(run_program, cai::run_program);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack, cai::pack_alone);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_int4, cai::pack_int4_alone);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(make_program, cai::make_program);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(instruction_set, cai::instruction_set);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(instruction_sets, cai::instruction_sets);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(use_instruction_set, cai::use_instruction_set);

@@ -22,7 +22,7 @@ class Int4Groups {
   // The scales of a block follow those of the one before, as its codes do.
   void fetch_ahead(int64_t unit) const { Simd::prefetch(reinterpret_cast<const char*>(scale_ + place(unit, 0)) + 1024); }
   V scale(int64_t unit, int part) const { return Simd::load(scale_ + place(unit, part)); }
-  // The share of zero points that are 8 everywhere, times this, is that of the zero points.
+  // The symmetric correction (zero point 8) times this, zero / 8, is the correction of this group.
   V eighths(int64_t unit, int part) const { return Simd::mul(Simd::load(zero_ + place(unit, part)), Simd::set1(0.125f)); }
   bool symmetric() const { return zero_ == nullptr; }
 
@@ -81,7 +81,7 @@ inline bool prepare_int4(const float* x, int64_t M, int64_t ldx, int64_t cols, c
   for (int64_t m = 0; m < M; ++m) {
     const float* from = x + m * ldx;
     float* row = to.x + m * to.ld;
-    V most = Simd::zero(), least = Simd::zero();  // changes
+    V most = Simd::zero(), least = Simd::zero();  // rounding errors of the scaling, to see whether it was exact
     auto scale = [&](int64_t k, V v) {
       const V scaled = Simd::mul(v, Simd::load(kHalfByteUnit + k % 8));
       const V change = Simd::fma(scaled, Simd::load(kMinusInverse + k % 8), v);

@@ -68,8 +68,7 @@ struct Epilogue {
   }
 };
 
-// What a kernel fetches ahead of its own reading: the bytes behind the ones in use, and past `limit` those at `next`, where
-// this thread will go on.
+// Prefetch plan: continue past the current block up to `limit`, then from `next`, which this thread reads afterwards.
 struct Ahead {
   const char* limit;
   const char* next;

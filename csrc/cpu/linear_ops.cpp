@@ -1,8 +1,10 @@
 // A group of slim linears over one input: prologue, core 0 of every member, core 1 of every member.
+#include <tvm/ffi/tvm_ffi.h>
+
 #include <algorithm>
 #include <cstdint>
 
-#include "ops.h"
+#include "program.h"
 
 namespace cai {
 namespace {
@@ -81,7 +83,7 @@ Ahead ahead_of(const Team& team, const LinearGroup& group, const Pieces& pieces,
 
 Int padded16(Int n) { return (n + 15) / 16 * 16; }
 
-// Elements that each thread had better compute for itself than wait for another to have done it.
+// Up to this many elements, every thread computes the whole input itself: that is faster than a phase of its own.
 constexpr Int kPrivateNorm = 8192, kPrivateSwiglu = 4096, kPrivateCodes = 8192;
 
 void apply_prologue(const LinearCall& c, Int row0, Int row1, float* to) {
@@ -187,6 +189,31 @@ Int linear_work(const LinearGroup& group) {
   return work;
 }
 
+// z of every member, the input after its prologue, and with int8 activations the codes of both.
+Int scratch_floats(const LinearGroup& group, Int M) {
+  Int bytes = M * (group.z_columns + group.in_features) * Int(sizeof(float));
+  if (group.int8_activations) {
+    bytes += codes_bytes(M, group.in_features);
+    for (Int i = 0; i < group.members; ++i) bytes += codes_bytes(M, group[i].rank);
+  }
+  return (bytes + Int(sizeof(float)) - 1) / Int(sizeof(float));
+}
+
+Int output_width(const LinearGroup& group) {
+  Int width = 0;
+  for (Int i = 0; i < group.members; ++i) width += group[i].out_features;
+  return width;
+}
+
+const LinearGroup& checked_group(const void* data, Int size) {
+  const auto* group = static_cast<const LinearGroup*>(data);  // null where there are no numbers
+  constexpr Int kHead = sizeof(LinearGroup) / sizeof(Int), kMember = sizeof(Member) / sizeof(Int);
+  if (size < kHead || group->members < 1 || group->members > kMaxMembers || size != kHead + group->members * kMember)
+    TVM_FFI_THROW(ValueError) << "a group of linears has 1 to " << kMaxMembers << " members, " << kMember
+                              << " numbers each after the first " << kHead << ", not " << size << " numbers in all";
+  return *group;
+}
+
 void linear_group(Team& team, const LinearCall& c, const char* after) {
   const LinearGroup& group = *c.group;
   const KernelTable& k = kernels();
@@ -281,4 +308,44 @@ void linear_group(Team& team, const LinearCall& c, const char* after) {
   });
 }
 
+namespace {
+
+// inputs: x, then the residual if there is one. attributes: prologue, eps. bindings: group (a CpuLinear's numbers), weight
+// (the norm's).
+class RecordedLinear : public OperationOf<LinearCall, kLinearPhases> {
+ public:
+  explicit RecordedLinear(const Noted& n) {
+    const Tensor numbers = n.tensor("group");
+    group_ = &checked_group(checked_array<const Int>(numbers, "a linear's group", kInt64, 0, true), numbers.numel());
+    prologue_ = checked_prologue(n.integer("prologue"), n.has_binding("weight"));
+    if (prologue_ == Prologue::kNorm) {
+      weight_ = checked_array<float>(n.tensor("weight"), "the norm's weight", kFloat, group_->in_features);
+      eps_ = static_cast<float>(n.number("eps"));
+    }
+    width_ = output_width(*group_);
+    ldx_ = group_->in_features * (prologue_ == Prologue::kSwiglu ? 2 : 1);
+    x_ = n.input(0, ldx_);
+    if (n.inputs.size() > 1) residual_ = n.input(1, width_);
+    out_ = n.checked_output(width_);
+  }
+  Int prepare(const Step& step, LinearCall& c) const override {
+    c = {group_, step.at<const float>(x_), ldx_, step.rows(x_), prologue_, weight_, eps_,
+         residual_ < 0 ? nullptr : step.at<const float>(residual_), width_, step.at<float>(out_), width_, step.scratch};
+    return 0;
+  }
+  void run(Team& team, const LinearCall& c, const char* after) const override { linear_group(team, c, after); }
+  bool has_weights() const override { return true; }
+  const char* first_weights(const Team& team) const override { return cai::first_weights(team, *group_); }
+  Int scratch_floats(const Step& step) const override { return cai::scratch_floats(*group_, step.rows(x_)); }
+
+ private:
+  const LinearGroup* group_;
+  Prologue prologue_;
+  const float* weight_ = nullptr;
+  float eps_ = 0;
+  Int width_, ldx_, x_, residual_ = -1, out_;
+};
+CAI_OPERATION("linear", RecordedLinear);
+
+}  // namespace
 }  // namespace cai

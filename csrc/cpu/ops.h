@@ -1,6 +1,6 @@
 // The operations on whole tensors. Each is a function that every thread of a region runs (Team), so that an operation alone
-// (exports.cpp) and a recorded forward pass of hundreds (program.cpp) are the same code. The callers in kernels/ have
-// checked shapes, dtypes and contiguity. Activations are fp32, row-major.
+// (exports.cpp) and a recorded forward pass of hundreds (program.cpp) are the same code. exports.cpp and the recorders of
+// program.h check the dtype, device and shape of every tensor (tensors.h). Activations are fp32, row-major.
 #pragma once
 
 #include <cstdint>
@@ -70,8 +70,12 @@ struct LinearCall {
   Int ldr;
   float* out;  // [M, ldo]: the members' outputs side by side (+ residual)
   Int ldo;
-  float* scratch;  // M * scratch_columns(...) floats
+  float* scratch;  // scratch_floats(group, M) floats
 };
+Int scratch_floats(const LinearGroup& group, Int M);
+Int output_width(const LinearGroup& group);  // of all members together
+// The group in an int64 tensor of `size` elements. Raises ValueError where it is not laid out as CpuLinear does it.
+const LinearGroup& checked_group(const void* data, Int size);
 // After it comes another phase: `after` is where this thread will read weights next, or null.
 void linear_group(Team& team, const LinearCall& call, const char* after);
 constexpr Int kLinearPhases = 4;
@@ -107,37 +111,44 @@ void gather(Team& team, const GatherCall& call);
 
 // ----------------------------------------------------------------------------------------------------------- attention
 
-// Which rows belong to which sequence; see AttentionBatch in kernels/attention.py.
+// Which rows belong to which sequence, and one cache group's pages; see AttentionBatch in kernels/batch.py.
 struct Batch {
   const int32_t *positions, *slots, *query_start, *context_len, *page_table;
-  Int sequences;
+  Int sequences, pages_per_sequence;
+};
+
+// One layer's heads, cache and rotary table.
+struct AttentionLayer {
+  AttentionShape shape;  // without pages_per_sequence, which a step says
+  Int pages;             // of the cache
+  void *k_cache, *v_cache;
+  const float* cos_sin;  // [positions, rotary_dim]: cosines, then sines
+  Int positions, rotary_dim;
 };
 
 struct AttentionCall {
-  AttentionShape shape;
+  AttentionLayer layer;
   Batch batch;
   float* qkv;  // [M, (query_heads + 2 kv_heads) head_dim]; may be overwritten by its rotation
   Int M;
-  const float* cos_sin;  // [positions, rotary_dim]: cosines, then sines
-  Int rotary_dim;
-  void *k_cache, *v_cache;
   float* out;  // [M, query_heads * head_dim]
-  // Filled in by plan_attention:
-  bool decode;     // one row of each sequence
-  Int splits;      // of the longest sequence, where they are dealt apart; else 1
-  float* partial;  // room for their states
+  // Set by plan_attention:
+  bool decode;  // one row of each sequence
+  Int splits;   // of the longest sequence, where they are dealt apart; else 1
+  // Set by the caller, for `partial_floats` of the plan: the states of the splits.
+  float* partial;
 };
-// Reads [query_heads, kv_heads, head_dim, page_size, store, window, sinks, pages, rope positions], checks it and the batch
-// against it, and decides how the work is cut. Raises ValueError or IndexError. To be called before the region.
-void plan_attention(AttentionCall& call, const Int* shape, double scale, Int pages_per_sequence, int threads);
+// Checks the batch against the layer and decides how the work is cut. Returns the floats that `partial` needs. Raises
+// IndexError for a slot, page or position out of range. To be called before the region.
+Int plan_attention(AttentionCall& call, const AttentionLayer& layer, int threads);
 void attention(Team& team, const AttentionCall& call);
 constexpr Int kAttentionPhases = 2;
 
 // ------------------------------------------------------------------------------------------------------------ weights
 
 // A row-major matrix of elements of `size` bytes into the layout of PackedMatrix.
-void pack(Int source, Int rows, Int cols, Int size, Int target);
+void pack(const void* source, Int rows, Int cols, Int size, void* target);
 // int4: rows of ceil(cols / 2) bytes, column 2 j in the low half of a byte, into the layout of PackedMatrix.
-void pack_int4(Int source, Int rows, Int cols, Int target);
+void pack_int4(const uint8_t* source, Int rows, Int cols, uint32_t* target);
 
 }  // namespace cai

@@ -1,120 +1,250 @@
-// A forward pass recorded once and run with one call: what a CUDA graph is on a GPU. kernels/program.py records it.
+// Making a program of noted operations, and running it.
 //
 // All operations run in one region of the thread pool: between two of them the threads only wait for each other's last
 // pieces, and fetch the next weights meanwhile.
-//
-// Values live in slots. Slot 0 is the input x, slot 1 the output, both the caller's; the others lie in the workspace, slot s
-// at M * offset[s] floats, [M, width[s]] row-major. Offsets are shared between slots that are not alive together.
 #include "program.h"
 
-#include <tvm/ffi/tvm_ffi.h>
-
-#include <cstring>
-#include <variant>
-#include <vector>
+#include <algorithm>
+#include <cstddef>
+#include <cstdlib>
+#include <map>
+#include <stdexcept>
 
 namespace cai {
+
+namespace ffi = tvm::ffi;
+
 namespace {
 
-enum class OpCode : Int { kRmsNorm = 0, kLinear = 1, kAttention = 2, kSwiglu = 3 };
-
-constexpr Int kOpFields = 10;
-
-double as_double(Int bits) {
-  double value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
+std::map<std::string, Recorder>& registry() {
+  static std::map<std::string, Recorder>* kinds = new std::map<std::string, Recorder>;  // before other static objects
+  return *kinds;
 }
 
-using Step = std::variant<NormCall, LinearCall, AttentionCall, SwigluCall>;
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+using Memory = std::unique_ptr<float, Free>;
 
-struct Runner {
-  Team& team;
-  const char* after;  // where the next linear's weights begin for this thread
-  void operator()(const NormCall& c) const { rms_norm(team, c); }
-  void operator()(const LinearCall& c) const { linear_group(team, c, after); }
-  void operator()(const AttentionCall& c) const { attention(team, c); }
-  void operator()(const SwigluCall& c) const { swiglu(team, c); }
+// Floats on a cache line's boundary.
+Memory allocate(Int floats) {
+  void* memory = std::aligned_alloc(64, static_cast<size_t>(std::max<Int>(16, (floats + 15) / 16 * 16)) * sizeof(float));
+  if (memory == nullptr)
+    throw std::runtime_error("out of memory: " + std::to_string(floats * Int(sizeof(float))) + " bytes for a step's values");
+  return Memory(static_cast<float*>(memory));
+}
+
+using Dict = ffi::Map<ffi::String, ffi::Any>;
+
+template <class T>
+T entry(const Dict& dict, const char* key) {
+  return dict.at(key).cast<T>();
+}
+
+std::vector<Int> integers(const Dict& dict, const char* key) {
+  std::vector<Int> numbers;
+  for (const ffi::Any& number : entry<ffi::Array<ffi::Any>>(dict, key)) numbers.push_back(number.cast<Int>());
+  return numbers;
+}
+
+class Program {
+ public:
+  // recorded: axes, widths and types of the values; places: a column of the axis' part of the workspace, or -1 - i for
+  // argument i; columns: of the workspace, by axis; arguments: their names; groups: names of cache groups; operations: name,
+  // inputs, output, attributes, bindings.
+  explicit Program(const Dict& recorded) : columns_(integers(recorded, "columns")), places_(integers(recorded, "places")) {
+    const std::vector<Int> axes = integers(recorded, "axes"), widths = integers(recorded, "widths"),
+                           types = integers(recorded, "types");
+    if (columns_.size() != kAxes || axes.size() != places_.size() || widths.size() != places_.size() ||
+        types.size() != places_.size())
+      TVM_FFI_THROW(ValueError) << "a program's values do not fit one another";
+    for (size_t i = 0; i < axes.size(); ++i) {
+      const bool known = axes[i] >= 0 && axes[i] < kAxes && (types[i] == 0 || types[i] == 1) && widths[i] > 0;
+      if (!known || (places_[i] >= 0 && places_[i] + widths[i] > columns_[axes[i]]))
+        TVM_FFI_THROW(ValueError) << "value " << i << " of a program has an axis, type, width or place that is unknown";
+      values_.push_back({static_cast<Axis>(axes[i]), widths[i], static_cast<ValueType>(types[i])});
+      if (places_[i] < 0) {
+        const size_t argument = static_cast<size_t>(-1 - places_[i]);
+        if (arguments_.size() <= argument) arguments_.resize(argument + 1, -1);
+        arguments_[argument] = static_cast<Int>(i);
+      }
+    }
+    for (const ffi::Any& name : entry<ffi::Array<ffi::Any>>(recorded, "arguments")) names_.push_back(name.cast<ffi::String>());
+    if (names_.size() != arguments_.size()) TVM_FFI_THROW(ValueError) << "a program's arguments do not fit their names";
+    for (Int value : arguments_)
+      if (value < 0) TVM_FFI_THROW(ValueError) << "an argument of a program stands for no value";
+    for (const ffi::Any& group : entry<ffi::Array<ffi::Any>>(recorded, "groups"))
+      groups_.push_back(group.cast<ffi::String>());
+    for (const ffi::Any& noted : entry<ffi::Array<ffi::Any>>(recorded, "operations")) note(noted.cast<Dict>());
+  }
+
+  // arguments: positions, query_start, context_len (each or none), slots and page_table of each group, then the arguments.
+  void run(ffi::PackedArgs arguments) const;
+
+ private:
+  void note(const Dict& noted) {
+    const std::string name = entry<ffi::String>(noted, "name");
+    const std::vector<Int> inputs = integers(noted, "inputs");
+    const Int output = entry<Int>(noted, "output"), count = static_cast<Int>(values_.size());
+    auto found = registry().find(name);
+    if (found == registry().end()) TVM_FFI_THROW(ValueError) << "no operation is registered as " << name;
+    for (Int value : inputs)
+      if (value < 0 || value >= count) TVM_FFI_THROW(ValueError) << name << ": input " << value << " is no value";
+    if (output < 0 || output >= count) TVM_FFI_THROW(ValueError) << name << ": output " << output << " is no value";
+    const Dict bindings = entry<Dict>(noted, "bindings");
+    operations_.push_back(
+        found->second(Noted(name, inputs, output, entry<Dict>(noted, "attributes"), bindings, values_, groups_)));
+    outputs_.push_back(output);
+    bindings_.push_back(bindings);
+  }
+
+  // Row counts, and the tables and arguments of a step.
+  void bind(Step& step, const ffi::PackedArgs& arguments) const;
+
+  const std::vector<Int> columns_, places_;
+  std::vector<Value> values_;
+  std::vector<Int> arguments_;  // argument -> value
+  std::vector<std::string> names_;  // of the arguments, for messages
+  std::vector<std::string> groups_;
+  std::vector<std::unique_ptr<const Operation>> operations_;
+  std::vector<Int> outputs_;  // of each operation
+  std::vector<Dict> bindings_;  // held on to
 };
 
-void run_steps(Team& team, const std::vector<Step>& steps) {
-  for (size_t i = 0; i < steps.size(); ++i) {
-    const char* after = nullptr;
-    for (size_t j = i + 1; j < steps.size() && after == nullptr; ++j)
-      if (const auto* next = std::get_if<LinearCall>(&steps[j])) {
-        after = first_weights(team, *next->group);
-        break;
-      }
-    std::visit(Runner{team, after}, steps[i]);
-    if (i + 1 == steps.size()) break;
-    team.sync(Fetcher(after));
+void Program::bind(Step& step, const ffi::PackedArgs& arguments) const {
+  const size_t tables = 3 + 2 * groups_.size();
+  if (static_cast<size_t>(arguments.size()) != tables + arguments_.size())
+    TVM_FFI_THROW(ValueError) << "a program takes " << tables + arguments_.size() << " tensors, not " << arguments.size();
+  auto tensor = [&](size_t i) { return arguments[static_cast<int>(i)].cast<Tensor>(); };
+  bool known[kAxes] = {};
+  auto count = [&](Axis axis, Int rows, const char* what) {
+    const Int a = static_cast<Int>(axis);
+    if (known[a] && step.counts[a] != rows)
+      TVM_FFI_THROW(ValueError) << what << " has " << rows << " rows where the step has " << step.counts[a];
+    known[a] = true;
+    step.counts[a] = rows;
+  };
+  const bool batch = arguments[0].type_index() != ffi::TypeIndex::kTVMFFINone;
+  if (!batch && !groups_.empty()) TVM_FFI_THROW(ValueError) << "a program with attention needs a batch";
+  if (batch) {
+    count(Axis::kTokens, tensor(0).numel(), "positions");
+    count(Axis::kSequences, tensor(2).numel(), "context_len");
   }
+  for (size_t g = 0; g < groups_.size(); ++g)
+    step.batches.push_back(checked_batch(tensor(0), tensor(3 + 2 * g), tensor(1), tensor(2), tensor(4 + 2 * g),
+                                         step.counts[static_cast<Int>(Axis::kTokens)]));
+  step.values = &values_;
+  step.addresses.resize(values_.size());
+  for (size_t i = 0; i < arguments_.size(); ++i) {
+    const Value& value = values_[static_cast<size_t>(arguments_[i])];
+    const char* name = names_[i].c_str();
+    const Tensor given = tensor(tables + i);
+    const Int rows = rows_of(given, name);
+    count(value.axis, rows, name);
+    step.addresses[static_cast<size_t>(arguments_[i])] = checked_matrix<void>(
+        given, name, value.type == ValueType::kInt32 ? kInt32 : kFloat, rows, value.width);
+  }
+}
+
+void Program::run(ffi::PackedArgs arguments) const {
+  Step step;
+  bind(step, arguments);
+  step.threads = num_threads();
+  Int floats = 0, begin[kAxes];
+  for (Int a = 0; a < kAxes; ++a) {
+    begin[a] = floats;
+    floats += (columns_[static_cast<size_t>(a)] * step.counts[a] + 15) / 16 * 16;
+  }
+  Int scratch = 0, call_bytes = 0, phases = 0;
+  constexpr Int kAlign = alignof(std::max_align_t);
+  for (const auto& operation : operations_) {
+    scratch = std::max(scratch, operation->scratch_floats(step));
+    call_bytes += (operation->call_bytes() + kAlign - 1) / kAlign * kAlign;
+    phases += operation->phases();
+  }
+  const Memory workspace = allocate(floats + scratch);
+  step.scratch = workspace.get() + floats;
+  for (size_t v = 0; v < values_.size(); ++v) {
+    const Int a = static_cast<Int>(values_[v].axis);
+    if (places_[v] >= 0) step.addresses[v] = workspace.get() + begin[a] + places_[v] * step.counts[a];
+  }
+
+  struct Call {
+    const Operation* operation;
+    void* call;
+  };
+  std::vector<std::max_align_t> memory(static_cast<size_t>(call_bytes / kAlign));
+  std::vector<Call> calls;
+  calls.reserve(operations_.size());
+  Int own = 0, at = 0;
+  for (size_t i = 0; i < operations_.size(); ++i) {
+    if (step.rows(outputs_[i]) == 0) continue;
+    calls.push_back({operations_[i].get(), memory.data() + at});
+    own = std::max(own, operations_[i]->prepare(step, calls.back().call));
+    at += (operations_[i]->call_bytes() + kAlign - 1) / kAlign;
+  }
+  float* partial = static_cast<float*>(private_memory(Private::kPartial, own * Int(sizeof(float))));
+  for (const Call& c : calls) c.operation->give(c.call, partial);
+
+  parallel(step.threads, phases, [&](Team& team) {
+    for (size_t i = 0; i < calls.size(); ++i) {
+      const char* after = nullptr;
+      for (size_t j = i + 1; j < calls.size(); ++j)
+        if (calls[j].operation->has_weights()) {
+          after = calls[j].operation->first_weights(team);
+          break;
+        }
+      calls[i].operation->run(team, calls[i].call, after);
+      if (i + 1 < calls.size()) team.sync(Fetcher(after));
+    }
+  });
 }
 
 }  // namespace
 
-// program: [slots, operations, scratch_offset], then (offset, width) of each slot, then kOpFields integers an operation:
-//   rms_norm   code, from, to, weight, eps (bits of a double)
-//   linear     code, from, to, group, prologue, norm weight, eps (bits of a double), residual slot or -1
-//   attention  code, from (qkv, may be overwritten), to, shape, k_cache, v_cache, cos_sin, rotary_dim, scale (bits)
-//   swiglu     code, from, to
-// batch: [positions, slots, query_start, context_len, page_table, sequences, pages_per_sequence]
-void run_program(Int program, Int x, Int M, Int out, Int workspace, Int batch) {
-  const Int* p = pointer<const Int>(program);
-  const Int slots = p[0], operations = p[1], scratch = workspace + p[2] * M * Int(sizeof(float));
-  const Int* slot = p + 3;
-  const Int* op = slot + 2 * slots;
-  const Int* b = pointer<const Int>(batch);
-  if (M == 0) return;
-  auto address = [&](Int s) {
-    return pointer<float>(s == 0 ? x : s == 1 ? out : workspace + slot[2 * s] * M * Int(sizeof(float)));
-  };
-  auto width = [&](Int s) { return slot[2 * s + 1]; };
-  const Batch rows{pointer<const int32_t>(b[0]), pointer<const int32_t>(b[1]), pointer<const int32_t>(b[2]),
-                   pointer<const int32_t>(b[3]), pointer<const int32_t>(b[4]), b[5]};
-  const int threads = num_threads();
-  Int phases = 0;
-  std::vector<Step> steps;
-  steps.reserve(operations);
-  for (Int i = 0; i < operations; ++i, op += kOpFields) {
-    float *from = address(op[1]), *to = address(op[2]);
-    switch (static_cast<OpCode>(op[0])) {
-      case OpCode::kRmsNorm:
-        steps.push_back(NormCall{from, nullptr, pointer<const float>(op[3]), static_cast<float>(as_double(op[4])),
-                                 width(op[1]), M, nullptr, to});
-        phases += 1;
-        break;
-      case OpCode::kLinear:
-        steps.push_back(LinearCall{pointer<const LinearGroup>(op[3]), from, width(op[1]), M, static_cast<Prologue>(op[4]),
-                                   pointer<const float>(op[5]), static_cast<float>(as_double(op[6])),
-                                   op[7] < 0 ? nullptr : address(op[7]), width(op[2]), to, width(op[2]),
-                                   pointer<float>(scratch)});
-        phases += kLinearPhases;
-        break;
-      case OpCode::kAttention: {
-        AttentionCall c{};
-        c.batch = rows;
-        c.qkv = from;
-        c.M = M;
-        c.cos_sin = pointer<const float>(op[6]);
-        c.rotary_dim = op[7];
-        c.k_cache = pointer<void>(op[4]);
-        c.v_cache = pointer<void>(op[5]);
-        c.out = to;
-        plan_attention(c, pointer<const Int>(op[3]), as_double(op[8]), b[6], threads);
-        steps.push_back(c);
-        phases += kAttentionPhases;
-        break;
-      }
-      case OpCode::kSwiglu:
-        steps.push_back(SwigluCall{from, width(op[2]), M, to});
-        phases += 1;
-        break;
-      default:
-        TVM_FFI_THROW(ValueError) << "operation " << op[0] << " of a program is unknown";
-    }
-  }
-  parallel(threads, phases, [&](Team& team) { run_steps(team, steps); });
+bool register_operation(const char* name, Recorder recorder) {
+  registry()[name] = recorder;
+  return true;
+}
+
+void Noted::fail(const std::string& why) const { TVM_FFI_THROW(ValueError) << name << " " << why; throw 0; }
+
+Tensor Noted::tensor(const char* binding) const {
+  auto found = bindings_.find(binding);
+  if (found == bindings_.end()) fail(std::string("lacks the binding ") + binding);
+  auto tensor = (*found).second.try_cast<Tensor>();
+  if (!tensor.has_value()) fail(std::string("needs a tensor as ") + binding);
+  return tensor.value();
+}
+
+Int Noted::group() const {
+  const std::string wanted = get<ffi::String>("group");
+  auto found = std::find(groups_.begin(), groups_.end(), wanted);
+  if (found == groups_.end()) fail("names the cache group " + wanted + ", which the program does not have");
+  return found - groups_.begin();
+}
+
+Int Noted::input(size_t i, Int width, ValueType type, bool same_rows) const {
+  if (i >= inputs.size()) fail("has " + std::to_string(inputs.size()) + " inputs, and needs one more");
+  const Value& v = value(inputs[i]);
+  if (v.type != type || v.width != width)
+    fail("takes " + std::to_string(width) + " columns of " + (type == ValueType::kFloat32 ? "float32" : "int32") +
+         " as input " + std::to_string(i) + ", not " + std::to_string(v.width) +
+         (v.type == ValueType::kFloat32 ? " of float32" : " of int32"));
+  if (same_rows && v.axis != value(output).axis) fail("has other rows as input than as output");
+  return inputs[i];
+}
+
+Int Noted::checked_output(Int width) const {
+  const Value& v = value(output);
+  if (v.type != ValueType::kFloat32 || v.width != width)
+    fail("gives " + std::to_string(width) + " columns of float32, not " + std::to_string(v.width));
+  return output;
+}
+
+ffi::Function make_program(Dict recorded) {
+  auto program = std::make_shared<const Program>(recorded);
+  return ffi::Function::FromPacked([program](ffi::PackedArgs arguments, ffi::Any*) { program->run(arguments); });
 }
 
 }  // namespace cai

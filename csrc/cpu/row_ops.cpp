@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "ops.h"
+#include "program.h"
 
 namespace cai {
 namespace {
@@ -58,9 +58,9 @@ void over_blocks(Int rows, Int block_rows, Int bytes, F f) {
 
 }  // namespace
 
-void pack(Int source, Int rows, Int cols, Int size, Int target) {
-  const char* from = pointer<const char>(source);
-  char* to = pointer<char>(target);
+void pack(const void* source, Int rows, Int cols, Int size, void* target) {
+  const char* from = static_cast<const char*>(source);
+  char* to = static_cast<char*>(target);
   const Int chunks = (cols + kBlockCols - 1) / kBlockCols, chunk_bytes = kBlockCols * size;
   over_blocks(rows, kBlockRows, rows * cols * size, [&](Int b) {
     for (Int c = 0; c < chunks; ++c) {
@@ -75,9 +75,7 @@ void pack(Int source, Int rows, Int cols, Int size, Int target) {
   });
 }
 
-void pack_int4(Int source, Int rows, Int cols, Int target) {
-  const uint8_t* from = pointer<const uint8_t>(source);
-  uint32_t* to = pointer<uint32_t>(target);
+void pack_int4(const uint8_t* from, Int rows, Int cols, uint32_t* to) {
   const Int words = (cols + kInt4Cols - 1) / kInt4Cols * (kInt4Cols / 8), width = (cols + 1) / 2;
   over_blocks(rows, kInt4Rows, rows * width, [&](Int b) {
     for (Int r = 0; r < kInt4Rows; ++r) {
@@ -92,4 +90,102 @@ void pack_int4(Int source, Int rows, Int cols, Int target) {
   });
 }
 
+// ---------------------------------------------------------------------------------------------- in a recorded pass
+
+namespace {
+
+// input: x. attribute: eps. binding: weight.
+class RecordedNorm : public OperationOf<NormCall, 1> {
+ public:
+  explicit RecordedNorm(const Noted& n) : width_(n.value(n.output).width), eps_(static_cast<float>(n.number("eps"))) {
+    weight_ = checked_array<float>(n.tensor("weight"), "the norm's weight", kFloat, width_);
+    x_ = n.input(0, width_);
+    out_ = n.checked_output(width_);
+  }
+  Int prepare(const Step& step, NormCall& c) const override {
+    c = {step.at<const float>(x_), nullptr, weight_, eps_, width_, step.rows(x_), nullptr, step.at<float>(out_)};
+    return 0;
+  }
+  void run(Team& team, const NormCall& c, const char*) const override { rms_norm(team, c); }
+
+ private:
+  const Int width_;
+  const float eps_;
+  const float* weight_;
+  Int x_, out_;
+};
+CAI_OPERATION("rms_norm", RecordedNorm);
+
+// input: gate and up side by side.
+class RecordedSwiglu : public OperationOf<SwigluCall, 1> {
+ public:
+  explicit RecordedSwiglu(const Noted& n)
+      : width_(n.value(n.output).width), x_(n.input(0, 2 * width_)), out_(n.checked_output(width_)) {}
+  Int prepare(const Step& step, SwigluCall& c) const override {
+    c = {step.at<const float>(x_), width_, step.rows(x_), step.at<float>(out_)};
+    return 0;
+  }
+  void run(Team& team, const SwigluCall& c, const char*) const override { swiglu(team, c); }
+
+ private:
+  const Int width_, x_, out_;
+};
+CAI_OPERATION("swiglu", RecordedSwiglu);
+
+// input: ids, int32 [rows, 1]. binding: matrix (the numbers of a PackedMatrix).
+class RecordedEmbedding : public OperationOf<GatherCall, 1> {
+ public:
+  explicit RecordedEmbedding(const Noted& n)
+      : matrix_(reinterpret_cast<const PackedMatrix*>(
+            checked_array<const Int>(n.tensor("matrix"), "the matrix", kInt64, sizeof(PackedMatrix) / sizeof(Int)))),
+        ids_(n.input(0, 1, ValueType::kInt32)),
+        out_(n.checked_output(matrix_->cols)) {}
+  Int prepare(const Step& step, GatherCall& c) const override {
+    c = {matrix_, step.at<const int32_t>(ids_), step.rows(ids_), step.at<float>(out_)};
+    check_gather(c);
+    return 0;
+  }
+  void run(Team& team, const GatherCall& c, const char*) const override { gather(team, c); }
+
+ private:
+  const PackedMatrix* matrix_;
+  const Int ids_, out_;
+};
+CAI_OPERATION("embedding", RecordedEmbedding);
+
+struct TakeCall {
+  const float* x;
+  const int32_t* index;
+  Int width, count;
+  float* out;
+};
+
+// inputs: x, and numbers of its rows, int32 [rows of the output, 1]. The output may have another axis than x.
+class RecordedTake : public OperationOf<TakeCall, 1> {
+ public:
+  explicit RecordedTake(const Noted& n)
+      : width_(n.value(n.output).width),
+        x_(n.input(0, width_, ValueType::kFloat32, false)),
+        index_(n.input(1, 1, ValueType::kInt32)),
+        out_(n.checked_output(width_)) {}
+  Int prepare(const Step& step, TakeCall& c) const override {
+    c = {step.at<const float>(x_), step.at<const int32_t>(index_), width_, step.rows(index_), step.at<float>(out_)};
+    for (Int i = 0; i < c.count; ++i)
+      if (c.index[i] < 0 || c.index[i] >= step.rows(x_))
+        TVM_FFI_THROW(IndexError) << "row " << c.index[i] << " is wanted of " << step.rows(x_);
+    return 0;
+  }
+  void run(Team& team, const TakeCall& c, const char*) const override {
+    over_rows(team, c.count, c.width, [&](Int r0, Int r1) {
+      for (Int r = r0; r < r1; ++r)
+        std::memcpy(c.out + r * c.width, c.x + c.index[r] * c.width, static_cast<size_t>(c.width) * sizeof(float));
+    });
+  }
+
+ private:
+  const Int width_, x_, index_, out_;
+};
+CAI_OPERATION("take_rows", RecordedTake);
+
+}  // namespace
 }  // namespace cai

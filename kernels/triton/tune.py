@@ -50,10 +50,12 @@ def random_core(store: str, columns: int, features: int, device: torch.device) -
     """A core of random bits [columns, features] of a store: fp32, bf16, fp16, int8 or int4/GROUP. Raises KernelError for
     another store."""
     if store in _FLOATS:
-        return Core((torch.randn(columns, features, device=device) / features**0.5).to(_FLOATS[store]))
+        return Core(
+            (torch.randn(columns, features, dtype=torch.float32, device=device) / features**0.5).to(_FLOATS[store])
+        )
     if store == "int8":
         data = torch.randint(-127, 128, (columns, features), dtype=torch.int8, device=device)
-        return Core(data, torch.full((columns,), 0.01 / features**0.5, device=device))
+        return Core(data, torch.full((columns,), 0.01 / features**0.5, dtype=torch.float32, device=device))
     group = int(store[5:]) if store.startswith("int4/") and store[5:].isdigit() else 0
     if group not in INT4_GROUPS:
         raise KernelError(f"unknown store {store!r}; known: {', '.join(_FLOATS)}, int8, int4/32, int4/64, int4/128")
@@ -115,7 +117,9 @@ def tune(
 
 def _fastest(weights: Sequence[LinearWeights], dtype: torch.dtype, decode: bool) -> tuple[str, Tile]:
     """The family of these weights' products, and its fastest tile."""
-    x = torch.randn(ROWS[decode], weights[0].in_features, device=weights[0].cores[0].data.device).to(dtype)
+    x = torch.randn(
+        ROWS[decode], weights[0].in_features, dtype=torch.float32, device=weights[0].cores[0].data.device
+    ).to(dtype)
     asked: list[Products] = []
 
     def note(products: Products) -> Tile:

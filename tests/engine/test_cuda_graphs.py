@@ -14,6 +14,7 @@ from cai_runtime.engine.cuda_graphs import DecodeGraphs, Forward, StaticBatch, b
 from cai_runtime.engine.model_runner import ModelRunner
 from cai_runtime.engine.runner import ScheduledSequence
 from cai_runtime.errors import KernelError
+from cai_runtime.kernels.batch import FULL
 
 PAGE_SIZE, PAGES, VOCAB = 4, 40, 320
 CPU = torch.device("cpu")
@@ -90,20 +91,26 @@ def test_recording_writes_into_nobodys_pages(checkpoint: Path):
     torch.testing.assert_close(*found, rtol=0, atol=2e-6)
 
 
+def addresses(static: StaticBatch) -> list[int]:
+    b, table = static.batch, static.batch.tables[FULL]
+    tensors = (static.ids, b.positions, b.query_start, b.context_len, table.slots, table.pages)
+    return [t.data_ptr() for t in tensors]
+
+
 def test_static_batch_keeps_its_addresses_and_pads():
     static = StaticBatch(4, pages=3, page_size=PAGE_SIZE, scratch_page=9, device=CPU)
-    fixed = {name: t.data_ptr() for name, t in vars(static.batch).items()} | {"ids": static.ids.data_ptr()}
+    fixed = addresses(static)
     static.fill([ScheduledSequence([7], 9, [5, 6, 8], True), ScheduledSequence([3], 0, [2], True)])
     assert static.ids.tolist() == [7, 3, 0, 0]
     b = static.batch
     assert b.positions.tolist() == [9, 0, 0, 0]
-    assert b.slots.tolist() == [8 * PAGE_SIZE + 1, 2 * PAGE_SIZE, 9 * PAGE_SIZE, 9 * PAGE_SIZE]
+    assert b.tables[FULL].slots.tolist() == [8 * PAGE_SIZE + 1, 2 * PAGE_SIZE, 9 * PAGE_SIZE, 9 * PAGE_SIZE]
     assert b.context_len.tolist() == [10, 1, 1, 1]
     assert b.query_start.tolist() == [0, 1, 2, 3, 4]
-    assert b.page_table.tolist() == [[5, 6, 8], [2, 9, 9], [9, 9, 9], [9, 9, 9]]
+    assert b.tables[FULL].pages.tolist() == [[5, 6, 8], [2, 9, 9], [9, 9, 9], [9, 9, 9]]
     static.fill([ScheduledSequence([1], 3, [4], True)])  # nothing of the step before is read any more
-    assert b.page_table[:, 0].tolist() == [4, 9, 9, 9] and b.context_len.tolist() == [4, 1, 1, 1]
-    assert fixed == {name: t.data_ptr() for name, t in vars(static.batch).items()} | {"ids": static.ids.data_ptr()}
+    assert b.tables[FULL].pages[:, 0].tolist() == [4, 9, 9, 9] and b.context_len.tolist() == [4, 1, 1, 1]
+    assert addresses(static) == fixed
 
 
 @pytest.fixture(scope="module")

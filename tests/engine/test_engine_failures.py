@@ -159,7 +159,7 @@ def test_what_limits_a_request_is_named(make_engine, make_runner):
 
 def test_no_warning_of_numpy_reaches_the_caller(make_engine, make_runner, greedy, recwarn):
     engine = make_engine(make_runner())
-    extreme = {"repetition_penalty": 1e-6, "temperature": 1e-30, "logit_bias": {3: 1e30}, "frequency_penalty": -1e6}
+    extreme = {"repetition_penalty": 1e-6, "logit_bias": {3: 1e30}, "frequency_penalty": -1e6}
     engine.submit(greedy([1, 2], **extreme)).result()
     with pytest.raises(NonFiniteLogitsError):
         engine.submit(greedy([1, 2], logit_bias=dict.fromkeys(range(engine.vocab_size), -math.inf))).result()

@@ -10,13 +10,13 @@ import torch
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels import cpu_library
 from cai_runtime.kernels.attention import (
-    AttentionBatch,
     CpuAttention,
     CpuKVCache,
     HeadLayout,
     ReferenceAttention,
     ReferenceKVCache,
 )
+from cai_runtime.kernels.batch import AttentionBatch
 
 PAGE = 16
 
@@ -38,7 +38,7 @@ def batch_of(chunks: list[tuple[int, int, list[int]]]) -> AttentionBatch:
         lengths.append(start + count)
     width = max(len(pages) for *_, pages in chunks)
     table = [pages + [0] * (width - len(pages)) for *_, pages in chunks]
-    return AttentionBatch(*(torch.tensor(t, dtype=torch.int32) for t in (positions, slots, starts, lengths, table)))
+    return AttentionBatch.of(*(torch.tensor(t, dtype=torch.int32) for t in (positions, slots, starts, lengths, table)))
 
 
 @pytest.mark.parametrize("isa", cpu_library.instruction_sets())
@@ -98,6 +98,20 @@ def test_chunks_batches_and_page_ids_do_not_change_the_bits(isa: str):
         assert torch.equal(torch.cat(outs), expected)
     finally:
         cpu_library.use_instruction_set(best)
+
+
+def test_pages_before_the_window_may_be_gone():
+    """A cache group that slides frees them; their entries in the page table mean nothing any more."""
+    heads, g = HeadLayout(4, 2, 16, 16, window=20), torch.Generator().manual_seed(2)
+    table, qkv = rope_table(128, 16), torch.randn(101, heads.qkv_width, generator=g)
+    attention = CpuAttention(heads, CpuKVCache(8, PAGE, heads, torch.float32))
+    pages = [3, 1, 5, 0, 2, 6, 4]
+    attention(qkv[:100].clone(), batch_of([(0, 100, pages)]), table, 0.2)
+    expected = attention(qkv[100:].clone(), batch_of([(100, 1, pages)]), table, 0.2)
+    gone = batch_of([(100, 1, [-1, 99, -1, -1, -1, *pages[5:]])])  # the window begins at position 81, on page 5
+    assert torch.equal(attention(qkv[100:].clone(), gone, table, 0.2), expected)
+    with pytest.raises(KernelError, match="page -1 is outside the cache's 8"):
+        attention(qkv[100:].clone(), batch_of([(100, 1, [-1, -1, -1, -1, -1, -1, 4])]), table, 0.2)
 
 
 def test_unsupported_shapes_are_refused():

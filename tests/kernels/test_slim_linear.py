@@ -107,6 +107,16 @@ def test_a_row_is_the_same_bits_whatever_the_batch(kind: str, dtype: torch.dtype
         cpu_library.use_instruction_set(best)
 
 
+def test_one_wide_row_with_int8_activations_has_room_for_its_codes():
+    """Above 8,192 columns the codes lie in the scratch memory, which was too small where the row had no prologue."""
+    g = torch.Generator().manual_seed(4)
+    weights = random_linear("dense", 9000, 8, 0, torch.int8, False, g)
+    linear = prepare([weights], backend="cpu", int8_activations=True)
+    x = torch.randn(2, 9000, generator=g)
+    assert torch.equal(linear(x[:1]), linear(x)[:1])
+    assert relative_error(linear(x[:1]), reference(x[:1].double(), weights, int8_activations=True)) < 2e-6
+
+
 def test_threads_do_not_change_the_bits():
     g = torch.Generator().manual_seed(3)
     linear = prepare([random_linear("interpolative", 576, 1536, 400, torch.int8, False, g)], backend="cpu")

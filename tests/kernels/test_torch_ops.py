@@ -19,12 +19,15 @@ from kernel_cases import BACKENDS, STORES, bits_equal, random_core, random_linea
 from torch.library import opcheck
 
 from cai_runtime.errors import KernelError
-from cai_runtime.kernels import frozen, torch_ops
-from cai_runtime.kernels.attention import AttentionBatch, HeadLayout
+from cai_runtime.kernels.attention import HeadLayout
+from cai_runtime.kernels.batch import FULL, AttentionBatch
 from cai_runtime.kernels.embedding import CpuEmbedding
 from cai_runtime.kernels.norm import RmsNorm
 from cai_runtime.kernels.slim_linear import CpuLinear, PreparedLinear, as_dense, prepare
-from cai_runtime.kernels.torch_modules import Attention, Linear, torch_module
+from cai_runtime.kernels.torch import frozen, ops
+from cai_runtime.kernels.torch.modules import Attention, Linear, torch_module
+
+pytestmark = pytest.mark.slow  # an optional corner that nothing in the package imports
 
 NAMES = ["reference", "cpu"]
 INP, OUT = 45, 21
@@ -67,7 +70,7 @@ def test_row_operations_are_proper_operators(backend: str):
     opcheck(torch.ops.cai.rms_norm.default, (x, weight, 1e-5, backend))
     opcheck(torch.ops.cai.add_rms_norm.default, (x, residual, weight, 1e-5, backend))
     opcheck(torch.ops.cai.swiglu.default, (x, backend))
-    assert bits_equal(torch_ops.rms_norm(x, weight, 1e-5), torch_ops.rms_norm(x, weight, 1e-5, "cpu"))
+    assert bits_equal(ops.rms_norm(x, weight, 1e-5), ops.rms_norm(x, weight, 1e-5, "cpu"))
 
 
 @pytest.mark.parametrize("backend", NAMES)
@@ -92,7 +95,8 @@ def attention_step(backend: str, window: int | None = None, sinks: bool = False)
 
 
 def fields(batch: AttentionBatch) -> tuple[torch.Tensor, ...]:
-    return batch.positions, batch.slots, batch.query_start, batch.context_len, batch.page_table
+    table = batch.tables[FULL]
+    return batch.positions, table.slots, batch.query_start, batch.context_len, table.pages
 
 
 @pytest.mark.parametrize("backend", NAMES)
@@ -188,7 +192,7 @@ class Block(torch.nn.Module):
         qkv = self.qkv(x, norm=RmsNorm(self.first, 1e-5))
         x = self.output(self.attention(qkv, batch, self.cos_sin, 8**-0.5), x)
         x = self.down(self.gate_up(x, norm=RmsNorm(self.second, 1e-5)), x, swiglu=True)
-        return self.head(torch_ops.rms_norm(x, self.last, 1e-5, self.backend))
+        return self.head(ops.rms_norm(x, self.last, 1e-5, self.backend))
 
 
 def block_step(tokens: int) -> tuple[torch.Tensor, AttentionBatch]:
@@ -213,7 +217,8 @@ def test_an_exported_block_has_the_eager_bits_after_a_save(backend: str):
     block, file = Block(backend), io.BytesIO()
     ids, batch = block_step(40)
     rows, pages = torch.export.Dim("rows", max=1000), torch.export.Dim("pages", max=32)
-    moving = [{0: rows}, {0: rows}, None, None, {1: pages}]  # of the batch: positions, slots, page_table
+    # Of the batch: positions, query_start, context_len, tables.
+    moving = [{0: rows}, None, None, {FULL: [{0: rows}, {1: pages}]}]
     program = torch.export.export(block, (ids, batch), dynamic_shapes=({0: rows}, moving))
     called = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
     assert {"cai.slim_linear.default", "cai.embedding.default", "cai.rms_norm.default"} <= called
@@ -304,7 +309,7 @@ import torch
 from attention_cases import AttentionCase, batch_of, make_attention, rope_table
 from kernel_cases import random_linear
 from cai_runtime.kernels.slim_linear import prepare
-from cai_runtime.kernels.torch_modules import Attention, prepare_module
+from cai_runtime.kernels.torch.modules import Attention, prepare_module
 
 g = torch.Generator().manual_seed(0)
 for kinds in (["lowrank", "interpolative"], ["mpo", "dense"]):
@@ -350,7 +355,7 @@ def test_the_operators_come_with_their_module_alone():
     code = (
         "import cai_runtime, torch, cai_runtime.kernels.slim_linear, cai_runtime.layers.ops\n"
         "assert not hasattr(torch.ops.cai, 'slim_linear')\n"
-        "import cai_runtime.kernels.torch_ops as ops, importlib\n"
+        "import cai_runtime.kernels.torch.ops as ops, importlib\n"
         "importlib.reload(ops)\n"
         "assert hasattr(torch.ops.cai, 'slim_linear')\n"
         "print(torch.ops.cai.swiglu(torch.ones(2, 6)).shape)\n"

@@ -19,13 +19,13 @@ from error_bounds import U32, Bounded, Growth, gamma
 from hypothesis import strategies as st
 
 from cai_runtime.kernels.attention import (
-    AttentionBatch,
     CpuAttention,
     CpuKVCache,
     HeadLayout,
     ReferenceAttention,
     ReferenceKVCache,
 )
+from cai_runtime.kernels.batch import AttentionBatch
 
 POSITIONS = 512
 HEAD_DIMS = [2, 3, 5, 8, 15, 16, 17, 24, 33, 40, 63, 64, 65, 80, 96, 100, 127, 128, 129, 160, 191, 192]
@@ -78,7 +78,7 @@ def batch_of(sequences: list[Sequence], counts: list[int], page_size: int) -> At
         lengths.append(s.length)
     width = max(len(s.pages) for s in sequences)
     table = [s.pages + [0] * (width - len(s.pages)) for s in sequences]
-    return AttentionBatch(*(torch.tensor(t, dtype=torch.int32) for t in (positions, slots, starts, lengths, table)))
+    return AttentionBatch.of(*(torch.tensor(t, dtype=torch.int32) for t in (positions, slots, starts, lengths, table)))
 
 
 def rotated(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, *, exact: bool) -> Bounded:

@@ -16,13 +16,25 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
-TESTS = ["slim_linear", "attention", "rows", "properties_linear", "properties_attention", "properties_rows", "sampling"]
-# A read that no test makes: RMSNorm of rows longer than their tensor. The library must stop at it.
+TESTS = [
+    "slim_linear",
+    "attention",
+    "rows",
+    "program",
+    "buffer_checks",
+    "properties_linear",
+    "properties_attention",
+    "properties_rows",
+    "sampling",
+]
+# A read that no test makes: rows of a packed matrix that is said to be larger than it is. The library must stop at it.
 OVERREAD = """
 import torch
 from cai_runtime.kernels import cpu_library
-x, weight = torch.ones(64), torch.ones(4096)
-cpu_library.function("rms_norm")(x.data_ptr(), 0, weight.data_ptr(), 1e-5, 4096, 1, 0, torch.empty(4096).data_ptr())
+from cai_runtime.kernels.weights import Core
+matrix = cpu_library.PackedMatrix(Core(torch.ones(4, 16)))
+fields = cpu_library.integers([*matrix.fields[:3], 8, *matrix.fields[4:]])
+cpu_library.function("gather")(fields, torch.full((1,), 4, dtype=torch.int32), torch.empty(1, 16))
 """
 
 

@@ -1,4 +1,4 @@
-"""Prepared linears as plain tensors and numbers, and back: how an operator of `torch_ops` refers to one.
+"""Prepared linears as plain tensors and numbers, and back: how an operator of `ops` refers to one.
 
 Nothing hides in a table of handles: whoever holds the tensors holds the linear. So a graph that captured them can be copied,
 saved and loaded, and the memory is given back with the tensors.
@@ -13,7 +13,9 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cai_runtime.errors import KernelError
+from cai_runtime.kernels import cpu_library
 from cai_runtime.kernels.slim_linear import CpuLinear, PreparedLinear, ReferenceLinear, prepare
+from cai_runtime.kernels.torch.relocation import strip_addresses, with_addresses
 from cai_runtime.kernels.weights import Core, Kind, LinearWeights
 
 KINDS: tuple[Kind, ...] = ("dense", "lowrank", "interpolative", "mpo")
@@ -38,11 +40,11 @@ def freeze(prepared: PreparedLinear) -> Frozen:
     if isinstance(prepared, ReferenceLinear):
         return freeze_members(prepared.members, "reference", prepared, int8_activations=prepared._int8_activations)
     if isinstance(prepared, CpuLinear):
-        tensors, numbers = prepared.state()
+        tensors, numbers = packed_state(prepared)
         return remembered("cpu", tensors, numbers, prepared)
     raise KernelError(
         f"a {type(prepared).__name__} is not a group that the reference or the CPU kernels run in one call; for a GPU see "
-        "torch_modules.prepare_module"
+        "kernels.torch.modules.prepare_module"
     )
 
 
@@ -55,6 +57,23 @@ def freeze_members(
     for w in members:
         freeze_member(w, tensors, numbers)
     return remembered(backend, tensors, [len(tensors), *numbers], prepared)
+
+
+def packed_state(linear: CpuLinear) -> tuple[list[torch.Tensor], list[int]]:
+    """The packed tensors, and numbers that tell `packed_linear` what they are, wherever they lie then."""
+    tensors = [t for m in linear.matrices for t in m.tensors] + [t for t in linear.vectors if t is not None]
+    numbers = strip_addresses(linear.descriptor.tolist(), tensors)
+    return tensors, [linear.in_features, linear.out_features, linear.scratch_columns, *numbers]
+
+
+def packed_linear(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> CpuLinear:
+    """A linear over the tensors of another's `packed_state`, or equal ones. Raises KernelError where they don't fit."""
+    linear = CpuLinear.__new__(CpuLinear)
+    linear.in_features, linear.out_features, linear.scratch_columns = numbers[:3]
+    linear.matrices, linear.vectors = [], list(tensors)
+    linear.descriptor = cpu_library.integers(with_addresses(numbers[3:], tensors))
+    linear.native = cpu_library.operation("linear_group")
+    return linear
 
 
 def as_text(numbers: Iterable[int]) -> str:
@@ -108,7 +127,7 @@ def thaw_member(tensors: Iterator[torch.Tensor], numbers: Iterator[int]) -> Line
 def build(backend: str, tensors: Sequence[torch.Tensor], layout: str) -> PreparedLinear:
     numbers = as_numbers(layout)
     if backend == "cpu":
-        return CpuLinear.from_state(tensors[1:], numbers)
+        return packed_linear(tensors[1:], numbers)
     rest, held = iter(numbers), iter(tensors[1:])
     expected, int8_activations, count = (next(rest) for _ in range(3))
     if len(tensors) - 1 != expected:

@@ -6,7 +6,7 @@
 
 A module shares the prepared object's memory and gives its bits. Its tensors are buffers that are not saved with a
 state_dict: the weights' file is the slim checkpoint. An exported program holds them, packed as this version packs them, so
-it is for the version that wrote it; the process that loads it imports this module first. Inference only, see `torch_ops`.
+it is for the version that wrote it; the process that loads it imports this module first. Inference only, see `ops`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ import torch
 from torch.utils import _pytree
 
 from cai_runtime.errors import KernelError
-from cai_runtime.kernels import torch_ops
 from cai_runtime.kernels.attention import (
-    AttentionBatch,
     CpuAttention,
     CpuKVCache,
     HeadLayout,
@@ -29,13 +27,12 @@ from cai_runtime.kernels.attention import (
     ReferenceKVCache,
 )
 from cai_runtime.kernels.backend import resolve_backend
+from cai_runtime.kernels.batch import FULL, AttentionBatch, PageTable
 from cai_runtime.kernels.cpu_library import Arena
 from cai_runtime.kernels.embedding import CpuEmbedding
-from cai_runtime.kernels.frozen import Frozen, as_text, freeze, freeze_core, freeze_members
 from cai_runtime.kernels.norm import RmsNorm
-from cai_runtime.kernels.relocation import strip_addresses
 from cai_runtime.kernels.slim_linear import (
-    CpuMpo,
+    MpoLinear,
     MpoShape,
     PreparedLinear,
     SideBySide,
@@ -43,12 +40,16 @@ from cai_runtime.kernels.slim_linear import (
     contract_mpo,
     prepare,
 )
+from cai_runtime.kernels.torch import ops
+from cai_runtime.kernels.torch.frozen import Frozen, as_text, freeze, freeze_core, freeze_members
+from cai_runtime.kernels.torch.relocation import strip_addresses
 from cai_runtime.kernels.weights import Core, LinearWeights
 
 # So that a step's batch can be an argument of an exported program, and an example of it can be in the program's file.
 if AttentionBatch not in _pytree.SUPPORTED_NODES:
-    torch.export.register_dataclass(AttentionBatch, serialized_type_name="cai_runtime.AttentionBatch")
-    torch.serialization.add_safe_globals([AttentionBatch])
+    for kind in (AttentionBatch, PageTable):
+        torch.export.register_dataclass(kind, serialized_type_name=f"cai_runtime.{kind.__name__}")
+        torch.serialization.add_safe_globals([kind])
 
 
 class TensorsModule(torch.nn.Module):
@@ -84,7 +85,7 @@ class Linear(TensorsModule):
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
         if norm is not None and swiglu:
             raise KernelError("a linear's input is normed or gated, not both")
-        return torch_ops.slim_linear(
+        return ops.slim_linear(
             x, residual, weight, eps, swiglu, self.tensors(), self._layout, self.in_features, self.out_features,
             self.backend,
         )  # fmt: skip
@@ -95,8 +96,8 @@ def transformed(x: torch.Tensor, norm: RmsNorm | None, swiglu: bool, backend: st
     if norm is not None and swiglu:
         raise KernelError("a linear's input is normed or gated, not both")
     if norm is not None:
-        return torch_ops.rms_norm(x, norm.weight, norm.eps, backend)
-    return torch_ops.swiglu(x, backend) if swiglu else x
+        return ops.rms_norm(x, norm.weight, norm.eps, backend)
+    return ops.swiglu(x, backend) if swiglu else x
 
 
 class Mpo(torch.nn.Module):
@@ -155,6 +156,7 @@ class Attention(torch.nn.Module):
     """One layer's attention over its pages; called like the attention of a backend, but leaves qkv as it is.
 
     cache: of the backend, shared; its k and v are buffers of the module, changed by every call. sinks: fp32 [query_heads].
+    group: the cache's, of the batch's page tables.
     """
 
     def __init__(
@@ -164,9 +166,10 @@ class Attention(torch.nn.Module):
         sinks: torch.Tensor | None = None,
         *,
         backend: str | None = None,
+        group: str = FULL,
     ):
         super().__init__()
-        self.heads, self._page_size = heads, cache.page_size
+        self.heads, self._page_size, self.group = heads, cache.page_size, group
         self.backend = resolve_backend(backend, cache.k.device)
         if (self.backend == "cpu") != isinstance(cache, CpuKVCache):
             raise KernelError(f"a {type(cache).__name__} is not a cache of the {self.backend} kernels")
@@ -176,8 +179,9 @@ class Attention(torch.nn.Module):
 
     def forward(self, qkv: torch.Tensor, batch: AttentionBatch, cos_sin: torch.Tensor, scale: float) -> torch.Tensor:
         """qkv [T, (Hq + 2 Hkv) D], cos_sin fp32 [positions, rotary_dim] -> [T, Hq D]."""
-        return torch_ops.rope_paged_attention(
-            qkv, batch.positions, batch.slots, batch.query_start, batch.context_len, batch.page_table, cos_sin, scale,
+        table = batch.tables[self.group]
+        return ops.rope_paged_attention(
+            qkv, batch.positions, table.slots, batch.query_start, batch.context_len, table.pages, cos_sin, scale,
             self.k, self.v, self.sinks, self.heads.query_heads, self.heads.kv_heads, self._page_size, self.heads.window,
             self.backend,
         )  # fmt: skip
@@ -204,7 +208,7 @@ class Embedding(TensorsModule):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids int32 or int64 [M] -> [M, hidden]."""
-        return torch_ops.embedding(ids, self.tensors(), self._layout, self.hidden, self._dtype, self._backend)
+        return ops.embedding(ids, self.tensors(), self._layout, self.hidden, self._dtype, self._backend)
 
 
 LinearModule = Linear | Mpo | Beside
@@ -225,8 +229,8 @@ def torch_module(prepared: Any) -> LinearModule | Attention | Embedding:
 def linear_module(prepared: PreparedLinear) -> LinearModule:
     if isinstance(prepared, SideBySide):
         return Beside([linear_module(p) for p in prepared.parts])
-    if isinstance(prepared, CpuMpo):
-        return Mpo(prepared._shape, [Linear(freeze(c)) for c in prepared._cores], prepared._bias)
+    if isinstance(prepared, MpoLinear):
+        return Mpo(prepared.shape, [Linear(freeze(c)) for c in prepared.cores], prepared.bias)
     return Linear(freeze(prepared))
 
 

@@ -1,7 +1,7 @@
 """The operations as `torch.library` custom operators, for torch.compile and torch.export.
 
 Importing this module registers them, and nothing else does; a process that loads an exported program imports it first.
-Models use them through `torch_modules.torch_module`.
+Models use them through `modules.torch_module`.
 
     cai::slim_linear            a prepared group of linears, with its prologue and residual
     cai::rms_norm, cai::add_rms_norm, cai::swiglu, cai::embedding
@@ -24,7 +24,6 @@ import torch
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels import activation, cpu_library, norm
 from cai_runtime.kernels.attention import (
-    AttentionBatch,
     CpuAttention,
     CpuKVCache,
     HeadLayout,
@@ -32,11 +31,11 @@ from cai_runtime.kernels.attention import (
     ReferenceKVCache,
 )
 from cai_runtime.kernels.backend import resolve_backend
-from cai_runtime.kernels.cpu_library import STORE_CODES
+from cai_runtime.kernels.batch import AttentionBatch
 from cai_runtime.kernels.embedding import embedding_reference
-from cai_runtime.kernels.frozen import as_numbers, thaw, thaw_core
 from cai_runtime.kernels.norm import RmsNorm
-from cai_runtime.kernels.relocation import with_addresses
+from cai_runtime.kernels.torch.frozen import as_numbers, thaw, thaw_core
+from cai_runtime.kernels.torch.relocation import with_addresses
 
 # ----------------------------------------------------------------------------------------------------------- linear
 
@@ -156,17 +155,14 @@ def embedding(
 ) -> torch.Tensor:
     """ids int32 or int64 [M] -> the rows [M, hidden] in `dtype`; fp32 on the CPU kernels.
 
-    table, layout: of `torch_modules.Embedding`. Raises KernelError for an id outside the table (CPU kernels).
+    table, layout: of `modules.Embedding`. Raises KernelError for an id outside the table (CPU kernels).
     """
     if backend != "cpu":
         return embedding_reference(thaw_core(iter(table), iter(as_numbers(layout))), ids, dtype)
-    fields = torch.tensor(with_addresses(as_numbers(layout), table), dtype=torch.int64)
+    matrix = cpu_library.integers(with_addresses(as_numbers(layout), table))
     ids = ids.to(torch.int32).contiguous()
-    out = torch.empty(ids.shape[0], hidden)
-    try:
-        cpu_library.function("gather")(fields.data_ptr(), ids.data_ptr(), ids.shape[0], out.data_ptr())
-    except IndexError as e:
-        raise KernelError(str(e)) from None
+    out = cpu_library.empty(ids.shape[0], hidden)
+    cpu_library.operation("gather")(matrix, ids, out)
     return out
 
 
@@ -190,8 +186,6 @@ class BorrowedCpuCache(CpuKVCache):
         page = heads.kv_heads * page_size
         self.k, self.v, self.page_size = k, v, page_size
         self.pages = min(k.numel() // (page * heads.head_dim), v.numel() // (page * padded))
-        self.addresses = (k.data_ptr(), v.data_ptr())
-        self.store = STORE_CODES[k.dtype]
 
 
 class BorrowedCache(ReferenceKVCache):
@@ -236,7 +230,7 @@ def rope_paged_attention(
     """
     head_dim = qkv.shape[1] // (query_heads + 2 * kv_heads)
     heads = HeadLayout(query_heads, kv_heads, head_dim, cos_sin.shape[1], window)
-    batch = AttentionBatch(positions, slots, query_start, context_len, page_table)
+    batch = AttentionBatch.of(positions, slots, query_start, context_len, page_table)
     qkv = qkv.clone(memory_format=torch.contiguous_format)
     match resolve_backend(backend, qkv.device):
         case "cpu":

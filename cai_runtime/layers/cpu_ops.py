@@ -1,0 +1,54 @@
+"""The operations between linears on a CPU, by the C++ kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from cai_runtime.kernels.activation import swiglu_cpu
+from cai_runtime.kernels.attention import CpuAttention, CpuKVCache, HeadLayout
+from cai_runtime.kernels.batch import FULL
+from cai_runtime.kernels.cpu_library import Arena
+from cai_runtime.kernels.embedding import CpuEmbedding, take_rows
+from cai_runtime.kernels.norm import rms_norm_cpu
+from cai_runtime.kernels.program import Input, NotRecordable, Program, record
+from cai_runtime.kernels.slim_linear import CpuLinear, PreparedLinear, prepare
+from cai_runtime.kernels.weights import LinearWeights
+
+
+class CpuOps:
+    """Implements `Ops`. Every operation takes a tensor, or a Value of a pass being recorded."""
+
+    rms_norm = staticmethod(rms_norm_cpu)
+    swiglu = staticmethod(swiglu_cpu)
+    take_rows = staticmethod(take_rows)
+    page_bytes = staticmethod(CpuKVCache.page_bytes)
+
+    def __init__(self, backend: str, device: torch.device, arena: Arena | None = None):
+        self._arena = arena
+
+    def attention(
+        self,
+        heads: HeadLayout,
+        pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        sinks: torch.Tensor | None = None,
+        group: str = FULL,
+    ) -> CpuAttention:
+        return CpuAttention(heads, CpuKVCache(pages, page_size, heads, dtype), sinks, group)
+
+    def embedding_and_head(
+        self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype
+    ) -> tuple[CpuEmbedding, PreparedLinear]:
+        packed = CpuLinear([table], self._arena)
+        return CpuEmbedding(packed), packed if head is None else prepare([head], backend="cpu", arena=self._arena)
+
+    def compile(self, function: Callable[..., Any], inputs: Mapping[str, Input]) -> Program | None:
+        """One call into C++ for the whole pass; None where an operation of it can't be recorded."""
+        try:
+            return record(function, inputs)
+        except NotRecordable:
+            return None

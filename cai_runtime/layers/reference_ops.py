@@ -1,0 +1,51 @@
+"""The operations between linears in plain torch, on any device: slow, and the judge of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from cai_runtime.kernels.activation import swiglu_reference
+from cai_runtime.kernels.attention import HeadLayout, ReferenceAttention, ReferenceKVCache
+from cai_runtime.kernels.batch import FULL
+from cai_runtime.kernels.cpu_library import Arena
+from cai_runtime.kernels.embedding import embedding_reference, take_rows
+from cai_runtime.kernels.norm import rms_norm_reference
+from cai_runtime.kernels.program import Input
+from cai_runtime.kernels.slim_linear import PreparedLinear, prepare
+from cai_runtime.kernels.weights import LinearWeights
+
+
+class ReferenceOps:
+    """Implements `Ops`."""
+
+    rms_norm = staticmethod(rms_norm_reference)
+    swiglu = staticmethod(swiglu_reference)
+    take_rows = staticmethod(take_rows)
+    page_bytes = staticmethod(ReferenceKVCache.page_bytes)
+
+    def __init__(self, backend: str, device: torch.device, arena: Arena | None = None):
+        self._device = device
+
+    def attention(
+        self,
+        heads: HeadLayout,
+        pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        sinks: torch.Tensor | None = None,
+        group: str = FULL,
+    ) -> ReferenceAttention:
+        cache = ReferenceKVCache(pages, page_size, heads, dtype, self._device)
+        return ReferenceAttention(heads, cache, sinks, group)
+
+    def embedding_and_head(
+        self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype
+    ) -> tuple[Callable[[torch.Tensor], torch.Tensor], PreparedLinear]:
+        core = table.cores[0]
+        return lambda ids: embedding_reference(core, ids, dtype), prepare([head or table], backend="reference")
+
+    def compile(self, function: Callable[..., Any], inputs: Mapping[str, Input]) -> None:
+        return None
