@@ -80,7 +80,7 @@ class RandomLoader:
         return w
 
     def linear(self, names: Sequence[str], shapes: Sequence[tuple[int, int]]) -> Any:
-        from cai_runtime.kernels.slim_linear import prepare
+        from cai_runtime.kernels.prepare import prepare
 
         return prepare([self.weights(n, s) for n, s in zip(names, shapes, strict=True)], backend=self.backend)
 
