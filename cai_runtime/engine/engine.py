@@ -159,6 +159,7 @@ class Engine:
             sampler=SequenceSampler(params, prompt_ids, possible, seed=secrets.randbits(64)),
             output=(request.output or TextOutput)(spec),
             log=log,
+            ends=frozenset(ends),
             prompt_digests=prompt_digests,
             submitted_at=self._loop.clock(),
         )

@@ -14,28 +14,29 @@ from bisect import insort
 from dataclasses import dataclass
 
 from cai_runtime.engine.kv_cache import KVCache, extend_digests
-from cai_runtime.engine.runner import ScheduledSequence
 from cai_runtime.engine.sequence import Sequence
 from cai_runtime.engine.stats import EngineStats
+from cai_runtime.engine.step import Feed
 
 logger = logging.getLogger("cai_runtime.engine")
 
 
 @dataclass(eq=False, slots=True)  # not frozen: thousands are made in a second, and that would take twice the time
-class Feed:
-    """One sequence's part of a step: `tokens` are fed, and the next one is sampled if they are the last known."""
+class Planned:
+    """One sequence's part of a step: what is fed, and how many drafted tokens come last in it."""
 
     sequence: Sequence
-    tokens: ScheduledSequence
+    feed: Feed
+    draft: list[int]
     is_decode: bool  # the newest generated token, and no part of a prompt or of a recomputation
 
     @classmethod
-    def of(cls, sequence: Sequence, count: int) -> Feed:
-        """The next `count` uncomputed tokens of a sequence."""
+    def of(cls, sequence: Sequence, count: int, draft: list[int] | None = None) -> Planned:
+        """The next `count` uncomputed tokens of a sequence; behind the last known one, a draft of what may follow it."""
         start, known = sequence.num_computed, len(sequence.token_ids)
-        end = start + count
-        tokens = ScheduledSequence(sequence.token_ids[start:end], start, sequence.pages, end == known)
-        return cls(sequence, tokens, count == 1 and end == known > sequence.num_prompt)
+        end, draft = start + count, draft or []
+        feed = Feed(sequence.seat, start, sequence.token_ids[start:end] + draft, 1 + len(draft) if end == known else 0)
+        return cls(sequence, feed, draft, count == 1 and end == known > sequence.num_prompt)
 
 
 class Scheduler:
@@ -48,6 +49,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.newly_admitted: list[Sequence] = []  # for the first time; the step loop empties it
+        self._free_seats = list(range(max_batch - 1, -1, -1))
 
     @property
     def has_work(self) -> bool:
@@ -67,7 +69,7 @@ class Scheduler:
         (self.running if sequence in self.running else self.waiting).remove(sequence)
         self._take_pages(sequence)
 
-    def schedule(self, budget: int) -> list[Feed]:
+    def schedule(self, budget: int) -> list[Planned]:
         """The next step, with at most `budget` prompt tokens, at least one: never empty while there is work."""
         step, preempted = [], False
         page_size = self.cache.page_size
@@ -83,12 +85,12 @@ class Scheduler:
                 count = min(count, budget)
                 budget -= count
             if count:
-                step.append(Feed.of(sequence, count))
+                step.append(Planned.of(sequence, count))
         if not preempted:
             self._admit(step, budget)
         return step
 
-    def _admit(self, step: list[Feed], budget: int) -> None:
+    def _admit(self, step: list[Planned], budget: int) -> None:
         """Move waiting sequences into the batch while there are seats, pages and budget."""
         being_computed = self._prefixes_being_computed() if self.waiting else set()
         for sequence in list(self.waiting):
@@ -103,6 +105,7 @@ class Scheduler:
                 return
             self.waiting.remove(sequence)
             insort(self.running, sequence, key=_arrival)
+            sequence.seat = self._free_seats.pop()
             self.cache.share(prefix)
             sequence.pages = prefix + self.cache.allocate(needed)
             sequence.num_registered = len(prefix)
@@ -115,7 +118,7 @@ class Scheduler:
                 self.stats.prefix_hit_tokens += sequence.num_computed
             count = min(sequence.num_uncomputed, budget)
             budget -= count
-            step.append(Feed.of(sequence, count))
+            step.append(Planned.of(sequence, count))
             being_computed.update(sequence.digests[len(prefix) :])
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
@@ -157,14 +160,20 @@ class Scheduler:
     def _take_pages(self, sequence: Sequence) -> None:
         self.cache.release(sequence.pages)
         sequence.pages = []
+        if sequence.seat >= 0:
+            self._free_seats.append(sequence.seat)
+            sequence.seat, sequence.num_told = -1, 0
         sequence.num_computed = sequence.num_registered = 0
 
-    def advance(self, feed: Feed) -> None:
-        """Note that a feed was computed."""
-        count = len(feed.tokens.token_ids)
-        if not feed.is_decode:
+    def advance(self, planned: Planned, taken: int = 0) -> None:
+        """Note that a feed was computed. taken: tokens that were sampled after it and became part of the text; a drafted
+        token counts as computed when the one behind it was taken."""
+        count = len(planned.feed.ids)
+        if planned.draft:
+            count += max(taken, 1) - 1 - len(planned.draft)
+        if not planned.is_decode:
             self.stats.tokens_prefilled += count
-        feed.sequence.num_computed += count
+        planned.sequence.num_computed += count
 
     def commit(self, sequence: Sequence) -> None:
         """Offer the pages that a sequence has filled to others. Call once logits that follow them are known to be finite:
@@ -183,6 +192,9 @@ class Scheduler:
         for sequence in self.waiting:
             if sequence.pages or sequence.num_computed:
                 raise AssertionError(f"waiting sequence {sequence.arrival} holds pages")
+        seats = [*self._free_seats, *(sequence.seat for sequence in self.running)]
+        if sorted(seats) != list(range(self.max_batch)):
+            raise AssertionError(f"seats are free or taken twice, or lost: {seats}")
         for queue in (self.running, self.waiting):
             if [s.arrival for s in queue] != sorted(s.arrival for s in queue):
                 raise AssertionError("a queue is out of order")

@@ -1,0 +1,130 @@
+"""A thread that runs passes and sampling in order, so that the engine's own work goes on beside them."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Generic, TypeVar, cast
+
+from cai_runtime.engine.runner import Pass, PendingSampled, Runner, SimpleRunner, sampler_of
+from cai_runtime.engine.step import ScheduledSequence, Step
+from cai_runtime.errors import RunnerError
+from cai_runtime.kernels.sampling import Sampled, SamplingBatch
+
+T = TypeVar("T")
+
+
+class Promise(Generic[T]):
+    """What a call returns or raises, once it is done."""
+
+    def __init__(self) -> None:
+        self._pending = threading.Lock()  # held until then: cheaper than an event
+        self._pending.acquire()
+        self._value: T
+        self._error: BaseException | None = None
+
+    def settle(self, call: Callable[[], T]) -> None:
+        try:
+            self._value = call()
+        except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+            self._error = error
+        finally:
+            self._pending.release()
+
+    def wait(self) -> T:
+        with self._pending:
+            pass
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+class Done(Generic[T]):
+    """What is there already, or on its way on a device."""
+
+    def __init__(self, value: T):
+        self._value = value
+
+    def wait(self) -> T:
+        return self._value
+
+
+class CallThread:
+    """Carries out calls in order, in one thread. The thread begins with the first call and ends with `close`."""
+
+    def __init__(self, name: str):
+        self._name = name
+        self._calls: queue.SimpleQueue[tuple[Promise[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def submit(self, call: Callable[[], T]) -> Promise[T]:
+        """Queue a call. From one thread only."""
+        if self._closed:
+            raise RuntimeError("the runner is closed")
+        if self._thread is None:
+            # Not a daemon: those are killed inside native code at exit. It ends with the engine, which closes its runner.
+            self._thread = threading.Thread(target=_carry_out, args=(self._calls,), name=self._name, daemon=False)
+            self._thread.start()
+        promise: Promise[T] = Promise()
+        self._calls.put((promise, call))
+        return promise
+
+    def close(self) -> None:
+        """Return when all calls are done. Idempotent."""
+        self._closed = True
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._calls.put(None)
+            thread.join()
+
+
+def _carry_out(calls: queue.SimpleQueue[tuple[Promise[Any], Callable[[], Any]] | None]) -> None:
+    while (item := calls.get()) is not None:
+        promise, call = item
+        promise.settle(call)
+        del item, promise, call  # a step's tensors, which would live until the next one
+
+
+class RunnerThread:
+    """A `Runner` over a `SimpleRunner`, whose passes and sampling run in a thread of their own."""
+
+    def __init__(self, simple: SimpleRunner):
+        self._simple = simple
+        self.page_size, self.num_pages = simple.page_size, simple.num_pages
+        self.vocab_size, self.max_context = simple.vocab_size, simple.max_context
+        self._thread = CallThread(f"cai-runner-{id(self):x}")
+        self._pages: defaultdict[int, list[int]] = defaultdict(list)  # by seat
+        sampler_of(simple)  # loads what it needs, so that no step pays for it
+
+    def launch(self, step: Step) -> Promise[Any]:
+        for change in step.pages:
+            self._pages[change.seat][change.at : change.at + len(change.pages)] = change.pages
+        feeds = [ScheduledSequence(f.ids, f.start, self._pages[f.seat], f.wanted) for f in step.feeds]
+        return self._thread.submit(partial(self._run, feeds, step.rows))
+
+    def _run(self, feeds: list[ScheduledSequence], rows: int) -> Any:
+        logits = self._simple.run(feeds)
+        expected = (rows, self._simple.vocab_size)
+        found = getattr(logits, "shape", None)
+        if found is None or tuple(found) != expected:
+            raise RunnerError(f"the runner returned logits of shape {found and tuple(found)} instead of {expected}")
+        return logits
+
+    def sample(self, made: Pass, batch: SamplingBatch) -> PendingSampled:
+        return self._thread.submit(partial(self._sample, made, batch))
+
+    def _sample(self, made: Pass, batch: SamplingBatch) -> Sampled:
+        return sampler_of(self._simple)(made.wait(), batch).wait()
+
+    def close(self) -> None:
+        self._thread.close()
+        self._simple.close()
+
+
+def launching(runner: Runner | SimpleRunner) -> Runner:
+    """The runner itself, or a simple one with a thread of its own."""
+    return cast(Runner, runner) if hasattr(runner, "launch") else RunnerThread(cast(SimpleRunner, runner))
