@@ -13,6 +13,7 @@ from cai_runtime.engine.flight import Flight, Launched, append_sampled, forget_f
 from cai_runtime.engine.kv_cache import KVCache
 from cai_runtime.engine.outbox import TokenLog, deliver
 from cai_runtime.engine.pacing import PrefillPace, StepLimits
+from cai_runtime.engine.proposers import Proposer, checked_draft
 from cai_runtime.engine.request import Delta
 from cai_runtime.engine.runner import Runner, SimpleRunner
 from cai_runtime.engine.runner_thread import launching
@@ -56,12 +57,14 @@ class EngineLoop:
         prefix_cache: bool,
         max_waiting: int | None,
         clock: Callable[[], float],
+        proposer: Proposer | None = None,
     ):
         # SimpleQueue.put is reentrant: finalizers put here, in whatever thread the garbage collector runs.
         self.inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.stats = EngineStats()
         cache = KVCache(runner.num_pages, runner.page_size, prefix_cache=prefix_cache)
-        self.scheduler = Scheduler(cache, self.stats, max_batch=max_batch)
+        draft = None if proposer is None else partial(checked_draft, proposer, vocab_size=runner.vocab_size)
+        self.scheduler = Scheduler(cache, self.stats, max_batch=max_batch, draft=draft)
         self.close_error: Exception | None = None
         self.clock = clock
         self._pace = PrefillPace(prefill_time, prefill_chunk)
@@ -189,8 +192,8 @@ class EngineLoop:
 
     def _settle(self, launched: Launched) -> bool:
         """Wait for a pass. If the model fails on it, run it again in halves, until the failure is that of one sequence
-        alone. A sequence that lacks memory is fed in halves of its tokens; any other failure of one sequence ends its
-        request.
+        alone. That one is fed without its draft, and if it lacks memory in halves of its tokens; any other failure ends
+        its request.
 
         Returns False if one sequence was to blame. Otherwise their number was, and the one that worked is remembered."""
         try:
@@ -204,8 +207,9 @@ class EngineLoop:
             part = [planned for planned in launched.part if self._is_alive(planned.sequence)]
             if not part:
                 return True
-            if len(part) == 1 and (len(part[0].feed.ids) == 1 or not _is_out_of_memory(error)):
-                self._fail(part[0].sequence, RunnerError, "the model failed on this request", error)
+            only = part[0] if len(part) == 1 and not part[0].draft else None
+            if only is not None and (len(only.feed.ids) == 1 or not _is_out_of_memory(error)):
+                self._fail(only.sequence, RunnerError, "the model failed on this request", error)
                 return False
             self.stats.retries += 1
             logger.warning("the model failed on a step of %s: trying halves (%r)", _size(part), error)
@@ -226,7 +230,8 @@ class EngineLoop:
             return all(through)
         sequence, count = part[0].sequence, len(part[0].feed.ids)
         if part[0].draft:
-            return self._try([Planned.of(sequence, 1)])
+            self._try([Planned.of(sequence, 1)])
+            return False
         size = (count + 1) // 2
         self._try([Planned.of(sequence, size)])
         if not self._is_alive(sequence):  # its request has failed

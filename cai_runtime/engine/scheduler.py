@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from bisect import insort
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from cai_runtime.engine.kv_cache import KVCache, extend_digests
@@ -42,8 +43,17 @@ class Planned:
 class Scheduler:
     """Sequences and their pages. Used by the owner thread only."""
 
-    def __init__(self, cache: KVCache, stats: EngineStats, *, max_batch: int):
+    def __init__(
+        self,
+        cache: KVCache,
+        stats: EngineStats,
+        *,
+        max_batch: int,
+        draft: Callable[[Sequence], list[int]] | None = None,
+    ):
+        """draft: see `proposers.checked_draft`."""
         self.cache = cache
+        self._draft = draft
         self.stats = stats
         self.max_batch = max_batch
         self.waiting: list[Sequence] = []
@@ -85,7 +95,8 @@ class Scheduler:
                 count = min(count, budget)
                 budget -= count
             if count:
-                step.append(Planned.of(sequence, count))
+                draft = self._affordable_draft(sequence) if count == 1 and known > sequence.num_prompt else None
+                step.append(Planned.of(sequence, count, draft))
         if not preempted:
             self._admit(step, budget)
         return step
@@ -138,9 +149,18 @@ class Scheduler:
     def _prefixes_being_computed(self) -> set[bytes]:
         return {digest for sequence in self.running for digest in sequence.digests[sequence.num_registered :]}
 
-    def _grow(self, sequence: Sequence) -> bool:
-        """Make sure that the sequence's pages cover all its tokens; False when no page is left."""
-        missing = self.cache.pages_for(len(sequence.token_ids)) - len(sequence.pages)
+    def _affordable_draft(self, sequence: Sequence) -> list[int]:
+        """A draft of what follows a decoding sequence, cut to its pages when none is left: nobody is preempted for it."""
+        draft = self._draft(sequence) if self._draft is not None else []
+        if draft and not self._grow(sequence, len(draft)):
+            del draft[len(sequence.pages) * self.cache.page_size - len(sequence.token_ids) :]
+        return draft
+
+    def _grow(self, sequence: Sequence, drafted: int = 0) -> bool:
+        """Make sure that the sequence's pages cover all its tokens and a draft; False when no page is left."""
+        missing = self.cache.pages_for(len(sequence.token_ids) + drafted) - len(sequence.pages)
+        if missing <= 0:
+            return True
         if missing > self.cache.num_available:
             return False
         sequence.pages += self.cache.allocate(missing)
@@ -174,6 +194,15 @@ class Scheduler:
         if not planned.is_decode:
             self.stats.tokens_prefilled += count
         planned.sequence.num_computed += count
+        if planned.draft:
+            self._take_back(planned.sequence)
+
+    def _take_back(self, sequence: Sequence) -> None:
+        """Free the pages that only tokens of a draft would have needed."""
+        needed = self.cache.pages_for(len(sequence.token_ids))
+        self.cache.release(sequence.pages[needed:])
+        del sequence.pages[needed:]
+        sequence.num_told = min(sequence.num_told, needed)
 
     def commit(self, sequence: Sequence) -> None:
         """Offer the pages that a sequence has filled to others. Call once logits that follow them are known to be finite:
