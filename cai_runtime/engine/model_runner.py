@@ -10,7 +10,7 @@ import torch
 
 from cai_runtime.engine.cuda_graphs import DecodeGraphs, Forward
 from cai_runtime.engine.runner import Pass, PendingSampled
-from cai_runtime.engine.runner_thread import CallThread, Done
+from cai_runtime.engine.runner_thread import SMALL, CallThread, Done
 from cai_runtime.engine.seats import Seats
 from cai_runtime.engine.step import ScheduledSequence, Step, seated
 from cai_runtime.errors import KernelError
@@ -87,7 +87,7 @@ class ModelRunner:
     def launch(self, step: Step) -> Pass:
         """On the CPU in the runner's thread. On a GPU here, without waiting for it."""
         if self._threaded:
-            return self._thread.submit(partial(self._logits, self._seats, step))
+            return self._thread.submit(partial(self._logits, self._seats, step), small=len(step.feeds) <= SMALL)
         return Done(self._logits(self._seats, step))
 
     def run(self, step: Sequence[ScheduledSequence]) -> torch.Tensor:
@@ -116,7 +116,8 @@ class ModelRunner:
     def sample(self, made: Pass, batch: SamplingBatch) -> PendingSampled:
         """On a GPU by Triton, without waiting; on the CPU, and where the kernels' backend has no Triton, by the CPU."""
         if self._threaded:
-            return self._thread.submit(lambda: self.sample_logits(made.wait(), batch).wait())
+            small = len(batch) <= SMALL
+            return self._thread.submit(lambda: self.sample_logits(made.wait(), batch).wait(), small=small)
         return self.sample_logits(made.wait(), batch)
 
     @torch.inference_mode()

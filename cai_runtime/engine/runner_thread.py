@@ -16,17 +16,23 @@ from cai_runtime.kernels.sampling import Sampled, SamplingBatch
 
 T = TypeVar("T")
 
+SMALL = 4  # sequences of a step beside which the engine has little to do
+
 
 class Promise(Generic[T]):
-    """What a call returns or raises, once it is done."""
+    """What a call returns or raises, once it is done. Waited for by the thread that submitted it."""
 
-    def __init__(self) -> None:
-        self._pending = threading.Lock()  # held until then: cheaper than an event
+    def __init__(self, call: Callable[[], T]):
+        self._call: Callable[[], T] | None = call
+        self._pending = threading.Lock()  # held until the call is done: cheaper than an event
         self._pending.acquire()
         self._value: T
         self._error: BaseException | None = None
+        self.first: Callable[[], None] | None = None  # carries the call out, if nobody has by the time it is waited for
 
-    def settle(self, call: Callable[[], T]) -> None:
+    def settle(self) -> None:
+        call, self._call = self._call, None  # what it holds would live as long as the result
+        assert call is not None
         try:
             self._value = call()
         except BaseException as error:  # noqa: BLE001 - raised where it is waited for
@@ -34,9 +40,15 @@ class Promise(Generic[T]):
         finally:
             self._pending.release()
 
-    def wait(self) -> T:
+    def done(self) -> None:
+        """Until the call is done."""
         with self._pending:
             pass
+
+    def wait(self) -> T:
+        if self.first is not None:
+            self.first()
+        self.done()
         if self._error is not None:
             raise self._error
         return self._value
@@ -53,40 +65,60 @@ class Done(Generic[T]):
 
 
 class CallThread:
-    """Carries out calls in order, in one thread. The thread begins with the first call and ends with `close`."""
+    """Carries out calls in order. The thread begins with the first call that is not small, and ends with `close`."""
 
     def __init__(self, name: str):
         self._name = name
-        self._calls: queue.SimpleQueue[tuple[Promise[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[Promise[Any] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._small: list[Promise[Any]] = []  # not begun
+        self._last: Promise[Any] | None = None  # of those in the thread
         self._closed = False
 
-    def submit(self, call: Callable[[], T]) -> Promise[T]:
-        """Queue a call. From one thread only."""
+    def submit(self, call: Callable[[], T], *, small: bool = False) -> Promise[T]:
+        """Queue a call. From one thread only. small: there is so little to do beside it that the change of threads would
+        cost more: it is carried out when it is waited for, or when a larger call follows."""
         if self._closed:
             raise RuntimeError("the runner is closed")
+        promise = Promise(call)
+        if small:
+            promise.first = self._settle_small
+            self._small.append(promise)
+            return promise
         if self._thread is None:
             # Not a daemon: those are killed inside native code at exit. It ends with the engine, which closes its runner.
             self._thread = threading.Thread(target=_carry_out, args=(self._calls,), name=self._name, daemon=False)
             self._thread.start()
-        promise: Promise[T] = Promise()
-        self._calls.put((promise, call))
+        for earlier in self._small:
+            earlier.first = None
+            self._calls.put(earlier)
+        self._small.clear()
+        self._calls.put(promise)
+        self._last = promise
         return promise
+
+    def _settle_small(self) -> None:
+        small, self._small = self._small, []
+        if self._last is not None:
+            self._last.done()
+        for promise in small:
+            promise.first = None
+            promise.settle()
 
     def close(self) -> None:
         """Return when all calls are done. Idempotent."""
         self._closed = True
+        self._settle_small()
         thread, self._thread = self._thread, None
         if thread is not None:
             self._calls.put(None)
             thread.join()
 
 
-def _carry_out(calls: queue.SimpleQueue[tuple[Promise[Any], Callable[[], Any]] | None]) -> None:
-    while (item := calls.get()) is not None:
-        promise, call = item
-        promise.settle(call)
-        del item, promise, call  # a step's tensors, which would live until the next one
+def _carry_out(calls: queue.SimpleQueue[Promise[Any] | None]) -> None:
+    while (promise := calls.get()) is not None:
+        promise.settle()
+        del promise  # and with it a step's tensors, which would live until the next one
 
 
 class RunnerThread:
@@ -104,7 +136,7 @@ class RunnerThread:
         for change in step.pages:
             self._pages[change.seat][change.at : change.at + len(change.pages)] = change.pages
         feeds = [ScheduledSequence(f.ids, f.start, self._pages[f.seat], f.wanted) for f in step.feeds]
-        return self._thread.submit(partial(self._run, feeds, step.rows))
+        return self._thread.submit(partial(self._run, feeds, step.rows), small=len(feeds) <= SMALL)
 
     def _run(self, feeds: list[ScheduledSequence], rows: int) -> Any:
         logits = self._simple.run(feeds)
@@ -115,7 +147,7 @@ class RunnerThread:
         return logits
 
     def sample(self, made: Pass, batch: SamplingBatch) -> PendingSampled:
-        return self._thread.submit(partial(self._sample, made, batch))
+        return self._thread.submit(partial(self._sample, made, batch), small=len(batch) <= SMALL)
 
     def _sample(self, made: Pass, batch: SamplingBatch) -> Sampled:
         return sampler_of(self._simple)(made.wait(), batch).wait()

@@ -6,24 +6,27 @@ import threading
 import numpy as np
 import pytest
 
-from cai_runtime.engine.runner_thread import CallThread
+from cai_runtime.engine.runner_thread import SMALL, CallThread
 from cai_runtime.engine.seats import Seats
 from cai_runtime.engine.step import Feed, NewPages
 from cai_runtime.errors import EngineClosedError, RequestAbortedError
 from cai_runtime.kernels.batch import FULL
 
 
-def test_text_comes_while_the_next_step_is_computed(make_engine, make_runner, greedy, expected):
+@pytest.mark.parametrize("batch", [1, SMALL, SMALL + 1])
+def test_text_comes_while_the_next_step_is_computed(make_engine, make_runner, greedy, expected, batch):
     """Each token is delivered when the next step is in the model already, and cannot get on."""
     runner = make_runner()
     runner.gate = threading.Semaphore(0)
-    deltas = iter(make_engine(runner).submit(greedy([1, 2], 5, ignore_eos=True)))
-    tokens = []
+    handles = make_engine(runner).submit_all([greedy([1, i], 5, ignore_eos=True) for i in range(batch)])
+    deltas = [iter(handle) for handle in handles]
+    tokens = [[] for _ in handles]
     for _ in range(5):
         runner.gate.release()  # for one step; the one behind it stands at the gate
-        tokens += next(deltas).token_ids
-    assert tuple(tokens) == expected([1, 2], 5)
-    assert list(deltas) == []
+        for own, new in zip(tokens, deltas, strict=True):
+            own += next(new).token_ids
+    assert [tuple(own) for own in tokens] == [expected([1, i], 5) for i in range(batch)]
+    assert [list(rest) for rest in deltas] == [[]] * batch
 
 
 def test_a_stop_string_drops_the_row_that_is_under_way(make_engine, make_runner, greedy, expected):
@@ -76,7 +79,8 @@ def test_a_text_that_ended_before_a_crash_is_delivered(make_engine, greedy, expe
 def test_the_thread_of_a_runner_ends_with_its_engine(make_engine, greedy):
     engine = make_engine()
     before = {thread for thread in threading.enumerate() if thread.name.startswith("cai-runner-")}
-    engine.submit(greedy([1], 2)).result()
+    for handle in engine.submit_all([greedy([1], 2)] * (SMALL + 1)):
+        handle.result()
     (thread,) = {thread for thread in threading.enumerate() if thread.name.startswith("cai-runner-")} - before
     engine.close()
     assert not thread.is_alive()
@@ -85,9 +89,14 @@ def test_the_thread_of_a_runner_ends_with_its_engine(make_engine, greedy):
 def test_calls_run_in_order_and_their_errors_are_kept():
     thread, order = CallThread("cai-runner-test"), []
     promises = [thread.submit(lambda i=i: order.append(i) or i) for i in range(100)]
-    broken = thread.submit(lambda: 1 // 0)
+    small = [thread.submit(lambda i=i: order.append(i) or i, small=True) for i in (100, 101)]
+    broken = thread.submit(lambda: 1 // 0, small=True)
+    behind = thread.submit(lambda: order.append(102) or threading.current_thread().name)
+    by_itself = thread.submit(lambda: order.append(103) or threading.current_thread(), small=True)
+    assert by_itself.wait() is threading.current_thread() and order == list(range(104))
+    assert behind.wait() == "cai-runner-test" and [promise.wait() for promise in small] == [100, 101]
     last = thread.submit(lambda: "after it")
-    assert [promise.wait() for promise in promises] == order == list(range(100))
+    assert [promise.wait() for promise in promises] == list(range(100))
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
             broken.wait()
