@@ -63,8 +63,11 @@ class StaticBatch:
         # One tensor, so that a step's numbers travel in one copy: ids, positions, slots, context_len.
         self._numbers = torch.zeros(4, size, dtype=torch.int32, device=device)
         pinned = device.type == "cuda"
-        self._host = torch.zeros(4, size, dtype=torch.int32, device="cpu", pin_memory=pinned)
-        self._host_table = torch.zeros(size * pages, dtype=torch.int32, device="cpu", pin_memory=pinned)
+        # Two, in turns: the copy of one step may be under way while the next one is written.
+        self._hosts = [torch.zeros(4, size, dtype=torch.int32, device="cpu", pin_memory=pinned) for _ in range(2)]
+        self._host_tables = [
+            torch.zeros(size * pages, dtype=torch.int32, device="cpu", pin_memory=pinned) for _ in range(2)
+        ]
         ids, positions, slots, context_len = self._numbers
         self.ids = ids
         self._table = torch.full((size, pages), scratch_page, dtype=torch.int32, device=device)
@@ -85,18 +88,20 @@ class StaticBatch:
     def fill(self, step: StepNumbers | None) -> None:
         """Write the inputs of `step`, at most `size` sequences of one token each; the rest, or all of it, is padding."""
         count = 0 if step is None else len(step.ids)
-        host, slot = self._host.numpy(), self._scratch_page * self._page_size
+        self._hosts.reverse()
+        self._host_tables.reverse()
+        host, slot = self._hosts[0].numpy(), self._scratch_page * self._page_size
         host[:, count:] = ((0,), (0,), (slot,), (1,))
         width = 1
         if step is not None:
             slots, pages = step.tables[FULL]
             host[:, :count] = step.ids, step.positions, slots, step.context_len
             width = pages.shape[1]  # only columns that are read: the table is as wide as the longest context allows
-        table = self._host_table[: self.size * width].view(self.size, width)
+        table = self._host_tables[0][: self.size * width].view(self.size, width)
         table[count:] = self._scratch_page
         if step is not None:
             table.numpy()[:count] = pages
-        self._numbers.copy_(self._host, non_blocking=True)
+        self._numbers.copy_(self._hosts[0], non_blocking=True)
         self._table[:, :width].copy_(table, non_blocking=True)
 
 
@@ -161,12 +166,14 @@ class DecodeGraphs:
         return 0 < count <= self.sizes[-1] and len(step.ids) == len(step.wanted) == count
 
     @torch.inference_mode()
-    def prepare(self, step: StepNumbers) -> Forward:
+    def prepare(self, step: StepNumbers, ids: torch.Tensor | None = None) -> Forward:
         """The recorded pass for `step`, its inputs written: calling it gives the logits of the padded batch, on the model's
-        device, at a fixed place."""
+        device, at a fixed place. ids: on the device, in place of the step's."""
         size = next(n for n in self.sizes if n >= len(step.ids))
         forward = self._get(size, next(w for w in self.widths if w >= step.width))
         self._batches[size].fill(step)
+        if ids is not None:
+            self._batches[size].ids[: len(ids)].copy_(ids)
         return forward
 
     @torch.inference_mode()

@@ -117,14 +117,19 @@ class EngineLoop:
         """The step loop."""
         try:
             while True:
-                self._complete()
-                if not self.scheduler.has_work:
+                ahead = self._launch_ahead()
+                self._complete(ahead)
+                if ahead is not None or not self.scheduler.has_work:
                     self._hand_out()
                 if not self._receive():
                     break
-                self._launch()
-                self._hand_out()
+                if self._flight is None:
+                    self._launch()
+                    self._hand_out()
             self._hand_out()
+            for launched in self._flight.parts if self._flight is not None else ():
+                with contextlib.suppress(Exception):
+                    launched.wait()  # nobody wants its tokens, but the runner is closed next
         except BaseException as error:  # noqa: BLE001 - raised in every caller, so that none of them waits for ever
             forget_frames(error)
             self._crash = error
@@ -135,7 +140,7 @@ class EngineLoop:
         """Carry out what was sent; wait for more while there is nothing to run. False when the engine is to close."""
         while True:
             try:
-                command = self.inbox.get(block=not self.scheduler.has_work)
+                command = self.inbox.get(block=self._flight is None and not self.scheduler.has_work)
             except queue.Empty:
                 return True
             if command is None:
@@ -156,6 +161,15 @@ class EngineLoop:
         prompt_tokens = sum(len(planned.feed.ids) for planned in step if not planned.is_decode)
         self._flight = Flight(parts, begin, prompt_tokens)
 
+    def _launch_ahead(self) -> Flight | None:
+        """Launch the step behind the one under way, whose tokens are still on the device. A text that ends with one of them
+        drops its row. None where the next step depends on more than those tokens."""
+        if self._flight is None or not getattr(self._runner, "ahead", False) or self._limits.sequences is not None:
+            return None
+        under_way = [planned for launched in self._flight.parts for planned in launched.part]
+        step = self.scheduler.schedule_ahead([p for p in under_way if self._is_alive(p.sequence)])
+        return Flight([self._launch_part(step)], self.clock(), 0) if step else None
+
     def _launch_part(self, part: list[Planned], *, again: bool = False) -> Launched:
         """Launch one pass and the sampling behind it. again: after a failure, so that what the runner knows is unclear."""
         assert self._runner is not None
@@ -168,7 +182,7 @@ class EngineLoop:
             return launched
         rows = [(planned, i) for planned in part for i in range(planned.feed.wanted)]
         if rows:
-            launched.positions = [len(planned.sequence.token_ids) + i for planned, i in rows]
+            launched.positions = [p.feed.start + len(p.feed.ids) - p.feed.wanted + i + 1 for p, i in rows]
             drafted = {row: planned.draft[:i] for row, (planned, i) in enumerate(rows) if i}
             try:
                 samplers = [planned.sequence.sampler for planned, _ in rows]
@@ -178,8 +192,9 @@ class EngineLoop:
                 launched.tokens = [error] * len(rows)
         return launched
 
-    def _complete(self) -> None:
-        """Wait for the step under way, take its tokens, and learn from its duration."""
+    def _complete(self, ahead: Flight | None = None) -> None:
+        """Wait for the step under way, take its tokens, and learn from its duration. ahead: the one behind it, which is
+        under way from then on; if this one fails, what follows from it is wrong."""
         flight, self._flight = self._flight, None
         if flight is None:
             return
@@ -189,6 +204,9 @@ class EngineLoop:
         if self.stats.retries == failed:
             self._pace.observe(flight.prompt_tokens, self.clock() - flight.begin)
             self._limits.relax(most_sequences=self.scheduler.max_batch, most_tokens=self._pace.most)
+            if ahead is not None:
+                ahead.begin = self.clock()  # before, the device was at this one
+                self._flight = ahead
 
     def _settle(self, launched: Launched) -> bool:
         """Wait for a pass. If the model fails on it, run it again in halves, until the failure is that of one sequence
@@ -204,7 +222,7 @@ class EngineLoop:
                 raise RunnerError(
                     f"the GPU can't be used in this process any more ({error}): open the model in a new process"
                 ) from error
-            part = [planned for planned in launched.part if self._is_alive(planned.sequence)]
+            part = [planned.known() for planned in launched.part if self._is_alive(planned.sequence)]
             if not part:
                 return True
             only = part[0] if len(part) == 1 and not part[0].draft else None

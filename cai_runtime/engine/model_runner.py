@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from cai_runtime.engine.cuda_graphs import DecodeGraphs, Forward
 from cai_runtime.engine.runner import Pass, PendingSampled
 from cai_runtime.engine.runner_thread import SMALL, CallThread, Done
 from cai_runtime.engine.seats import Seats
-from cai_runtime.engine.step import ScheduledSequence, Step, seated
+from cai_runtime.engine.step import NEXT, ScheduledSequence, Step, seated
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels.batch import FULL
-from cai_runtime.kernels.sampling import SamplingBatch, sample_cpu
+from cai_runtime.kernels.sampling import Sampled, SamplingBatch, sample_cpu
 
 if TYPE_CHECKING:
     from cai_runtime.kernels.triton.sampling import TritonSampler
@@ -59,6 +61,8 @@ class ModelRunner:
         self._threaded = model.device.type == "cpu" and not cuda_graphs
         self._thread = CallThread(f"cai-runner-{id(self):x}")
         self._seats, self._unseated = Seats(page_size), Seats(page_size)
+        self.ahead = not self._threaded
+        self._last = torch.zeros(max_batch, dtype=torch.int32, device=model.device)  # by seat, the token sampled last
         self._sampler: TritonSampler | None = None
         self._graphs: DecodeGraphs | None = None
         if cuda_graphs:
@@ -88,7 +92,9 @@ class ModelRunner:
         """On the CPU in the runner's thread. On a GPU here, without waiting for it."""
         if self._threaded:
             return self._thread.submit(partial(self._logits, self._seats, step), small=len(step.feeds) <= SMALL)
-        return Done(self._logits(self._seats, step))
+        made = Done(self._logits(self._seats, step))
+        made.seats = [feed.seat for feed in step.feeds for _ in range(feed.wanted)]
+        return made
 
     def run(self, step: Sequence[ScheduledSequence]) -> torch.Tensor:
         """The logits of a step of sequences that have no seat, on the model's device; of a CUDA graph they are good until
@@ -102,9 +108,11 @@ class ModelRunner:
             raise KernelError("this model takes token ids alone: no given rows, page copies or encoder inputs")
         seats.write(step.pages)
         model, numbers = self._opened, seats.numbers(step.feeds)
+        known = self._with_sampled(step, numbers.ids) if (numbers.ids == NEXT).any() else None
         if self._graphs is not None and self._graphs.takes(numbers):
-            return self._graphs.prepare(numbers)()[: len(step.feeds)]
+            return self._graphs.prepare(numbers, known)()[: len(step.feeds)]
         ids, wanted, batch = numbers.on(self._device)
+        ids = ids if known is None else known
         if len(wanted) <= LOGIT_ROWS:
             return model.step(ids, wanted, batch)
         hidden = model.forward(ids, batch).index_select(0, wanted)
@@ -113,12 +121,34 @@ class ModelRunner:
             place.copy_(self.logits(part))
         return logits
 
-    def sample(self, made: Pass, batch: SamplingBatch) -> PendingSampled:
+    def sample(self, made: Any, batch: SamplingBatch) -> PendingSampled:
         """On a GPU by Triton, without waiting; on the CPU, and where the kernels' backend has no Triton, by the CPU."""
         if self._threaded:
             small = len(batch) <= SMALL
             return self._thread.submit(lambda: self.sample_logits(made.wait(), batch).wait(), small=small)
-        return self.sample_logits(made.wait(), batch)
+        sampled: Any = self.sample_logits(made.wait(), batch)
+        self._keep_sampled(made.seats, sampled.ids)
+        return _on_its_way(sampled, self._device)
+
+    @torch.inference_mode()
+    def _keep_sampled(self, seats: list[int], ids: torch.Tensor | np.ndarray) -> None:
+        """Note on the device which token each seat sampled last."""
+        if max(seats, default=0) >= len(self._last):
+            grown = torch.zeros(2 * max(seats) + 1, dtype=torch.int32, device=self._device)
+            grown[: len(self._last)] = self._last
+            self._last = grown
+        tokens = ids if isinstance(ids, torch.Tensor) else torch.from_numpy(ids)
+        self._last.index_copy_(0, self._upload(np.array(seats, np.int64)), tokens.to(self._device, non_blocking=True))
+
+    def _with_sampled(self, step: Step, ids: np.ndarray) -> torch.Tensor:
+        """The ids of a step on the device, int32 [T], `NEXT` replaced by what the seat sampled last. Where that failed it is
+        -1: any token does, as its sequence has failed."""
+        seats = self._upload(np.repeat([feed.seat for feed in step.feeds], [len(feed.ids) for feed in step.feeds]))
+        given = self._upload(ids)
+        return torch.where(given == NEXT, self._last.index_select(0, seats).clamp_min(0), given)
+
+    def _upload(self, numbers: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(numbers).to(self._device, non_blocking=True)
 
     @torch.inference_mode()
     def sample_logits(self, logits: torch.Tensor, batch: SamplingBatch) -> PendingSampled:
@@ -160,3 +190,27 @@ class ModelRunner:
             self._graphs.close()
             self._graphs = None
         self._model = self._sampler = None
+
+
+def _on_its_way(sampled: PendingSampled, device: torch.device) -> PendingSampled:
+    """The same, its tokens on the way to the host: reading them does not wait for the step that is launched next."""
+    if device.type != "cuda" or not isinstance(getattr(sampled, "ids", None), torch.Tensor):
+        return sampled
+    with torch.cuda.device(device):
+        return _Copied(sampled)
+
+
+class _Copied:
+    def __init__(self, sampled: Any):
+        copies = {}
+        for name in ("ids", "status"):
+            source = getattr(sampled, name)
+            copies[name] = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+            copies[name].copy_(source, non_blocking=True)
+        self._sampled = replace(sampled, **copies)
+        self._there = torch.cuda.Event()
+        self._there.record()
+
+    def wait(self) -> Sampled:
+        self._there.synchronize()
+        return self._sampled.wait()

@@ -29,6 +29,9 @@ class Runner(Protocol):
 
     A row of logits does not depend on which other sequences are in the step, nor on how its prompt was chunked. After a
     failure the engine may feed the same tokens at the same positions again.
+
+    A runner with an attribute `ahead = True` takes `NEXT` in a feed: the token that the seat sampled last. The engine then
+    launches a step before it has read the tokens of the one before.
     """
 
     page_size: int  # positions per page

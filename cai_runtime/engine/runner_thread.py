@@ -16,7 +16,7 @@ from cai_runtime.kernels.sampling import Sampled, SamplingBatch
 
 T = TypeVar("T")
 
-SMALL = 4  # sequences of a step beside which the engine has little to do
+SMALL = 2  # sequences of a step beside which the engine has little to do
 
 
 class Promise(Generic[T]):
@@ -56,6 +56,8 @@ class Promise(Generic[T]):
 
 class Done(Generic[T]):
     """What is there already, or on its way on a device."""
+
+    seats: list[int]  # of its rows
 
     def __init__(self, value: T):
         self._value = value

@@ -148,6 +148,13 @@ class SequenceSampler:
         self.tables = NO_TABLES
         self._write_tables()
 
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the token behind the next one can be sampled by the same row: neither depends on what the other is, and
+        the host is not asked for either."""
+        early = self._num_generated + 1 < self.params.min_tokens or self._num_generated >= self.params.min_tokens
+        return self._counts is None and self.processor is None and self.params.logprobs is None and early
+
     def observe(self, token_id: int) -> None:
         """Take note of a token that became part of the text."""
         self._num_generated += 1

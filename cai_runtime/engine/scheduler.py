@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from cai_runtime.engine.kv_cache import KVCache, extend_digests
 from cai_runtime.engine.sequence import Sequence
 from cai_runtime.engine.stats import EngineStats
-from cai_runtime.engine.step import Feed
+from cai_runtime.engine.step import NEXT, Feed
 
 logger = logging.getLogger("cai_runtime.engine")
 
@@ -38,6 +38,12 @@ class Planned:
         end, draft = start + count, draft or []
         feed = Feed(sequence.seat, start, sequence.token_ids[start:end] + draft, 1 + len(draft) if end == known else 0)
         return cls(sequence, feed, draft, count == 1 and end == known > sequence.num_prompt)
+
+    def known(self) -> Planned:
+        """The same with its token in place of `NEXT`, once that has come."""
+        if self.feed.ids == [NEXT]:
+            self.feed.ids = [self.sequence.token_ids[self.feed.start]]
+        return self
 
 
 class Scheduler:
@@ -99,6 +105,26 @@ class Scheduler:
                 step.append(Planned.of(sequence, count, draft))
         if not preempted:
             self._admit(step, budget)
+        return step
+
+    def schedule_ahead(self, under_way: list[Planned]) -> list[Planned]:
+        """The step behind one that is under way, as far as it is known: each sequence goes on with the token that it is
+        about to get. Empty where it depends on that token (penalties, logits processors), where a prompt or a draft is
+        fed, where somebody could be admitted, or where pages run short."""
+        if self._draft is not None or (self.waiting and len(self.running) < self.max_batch):
+            return []
+        if len(under_way) != len(self.running):
+            return []
+        step = []
+        for planned in under_way:
+            sequence, known = planned.sequence, len(planned.sequence.token_ids)
+            if planned.feed.wanted != 1 or not sequence.sampler.is_ahead:
+                return []
+            if sequence.num_generated + 1 >= sequence.request.sampling.max_tokens:
+                continue
+            if not self._grow(sequence, 1):
+                return []
+            step.append(Planned(sequence, Feed(sequence.seat, known, [NEXT], 1), [], True))
         return step
 
     def _admit(self, step: list[Planned], budget: int) -> None:

@@ -252,3 +252,34 @@ def test_a_graph_takes_no_more_than_it_was_made_for():
     assert not graphs.takes(numbers([one] * 3))
     assert not graphs.takes(numbers([one, ScheduledSequence([1, 2], 0, [0], 1)]))
     assert not graphs.takes(numbers([one, ScheduledSequence([1], 0, [0], 0)]))
+
+
+def test_an_engine_over_recorded_steps_launches_them_ahead(checkpoint: Path):
+    """The texts are those of the plain path; tokens go from step to step without the host."""
+    from cai_runtime.engine.engine import Engine
+    from cai_runtime.engine.request import Request, SamplingParams
+    from cai_runtime.engine.step import NEXT
+
+    class Words:
+        def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+            return "".join(chr(0x100 + t) for t in token_ids)
+
+    requests = [
+        Request([7, 3, 30 + i], SamplingParams(max_tokens=12 + i, temperature=0.0, ignore_eos=i % 2 == 0))
+        for i in range(5)
+    ]
+    texts, ahead = [], 0
+    for capture in (None, Replays()):
+        runner = open_runner(checkpoint, capture=capture)
+        launch = runner.launch
+
+        def counted(step, launch=launch):
+            nonlocal ahead
+            ahead += sum(feed.ids == [NEXT] for feed in step.feeds)
+            return launch(step)
+
+        runner.launch = counted  # type: ignore[method-assign]
+        with Engine(runner, Words(), eos_token_ids=[2]) as engine:
+            texts.append([handle.result().token_ids for handle in engine.submit_all(requests)])
+    assert texts[0] == texts[1]
+    assert ahead > 30

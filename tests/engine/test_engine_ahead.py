@@ -1,0 +1,147 @@
+"""Steps that are launched before the tokens of the one before are known, as on a GPU."""
+
+import threading
+from functools import partial
+
+import pytest
+
+from cai_runtime.engine.request import Request, SamplingParams
+from cai_runtime.engine.runner_thread import CallThread
+from cai_runtime.engine.step import NEXT, ScheduledSequence
+from cai_runtime.errors import RunnerError
+from cai_runtime.kernels.sampling import sample_cpu
+
+
+class Device:
+    """A runner whose model and sampler run in order somewhere else, and which keeps what each seat sampled last."""
+
+    ahead = True
+
+    def __init__(self, simple):
+        self.simple = simple
+        self.page_size, self.num_pages = simple.page_size, simple.num_pages
+        self.vocab_size, self.max_context = simple.vocab_size, simple.max_context
+        self.queue = CallThread("cai-runner-device")
+        self.pages, self.last, self.launched, self.nexts = {}, {}, 0, 0
+        self.launches = threading.Semaphore(0)
+
+    def launch(self, step):
+        self.launched += 1
+        self.nexts += sum(feed.ids == [NEXT] for feed in step.feeds)
+        self.launches.release()
+        promise = self.queue.submit(partial(self._run, step))
+        promise.seats = [feed.seat for feed in step.feeds if feed.wanted]
+        return promise
+
+    def _run(self, step):
+        for change in step.pages:
+            table = self.pages.setdefault(change.seat, [])
+            table[change.at : change.at + len(change.pages)] = change.pages
+        feeds = []
+        for f in step.feeds:
+            ids = [self.last[f.seat] if token_id == NEXT else token_id for token_id in f.ids]
+            feeds.append(ScheduledSequence(ids, f.start, self.pages[f.seat], f.wanted))
+        return self.simple.run(feeds)
+
+    def sample(self, made, batch):
+        def call():
+            sampled = sample_cpu(made.wait(), batch)
+            self.last.update(zip(made.seats, sampled.ids.tolist(), strict=True))
+            return sampled
+
+        return self.queue.submit(call)
+
+    def close(self):
+        self.queue.close()
+        self.simple.close()
+
+
+def run_all(engine, requests):
+    return [handle.result(timeout=60) for handle in engine.submit_all(requests)]
+
+
+@pytest.mark.parametrize(
+    ("runner", "options"),
+    [
+        ({"num_pages": 512}, {}),
+        ({"num_pages": 512}, {"max_batch": 3, "prefill_chunk": 5}),
+        ({"num_pages": 20}, {"prefill_chunk": 9}),  # 80 positions for 24 sequences of up to 80
+        ({"num_pages": 200, "page_size": 1}, {"prefix_cache": False}),
+    ],
+    ids=["roomy", "few seats", "preempted", "tiny pages"],
+)
+def test_texts_are_the_same(make_engine, make_runner, prompts, runner, options):
+    ways = [
+        {"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.9}, {"temperature": 0.8, "presence_penalty": 0.5},
+        {"temperature": 0.9, "min_tokens": 6, "logit_bias": {96: 4.0}}, {"temperature": 0.0, "stop": ("\u0120", "\u0130")},
+    ]  # fmt: skip
+    requests = [
+        Request(prompt, SamplingParams(max_tokens=20, seed=i, **ways[i % len(ways)]))
+        for i, prompt in enumerate(prompts)
+    ]
+    plain = make_engine()
+    alone = [plain.submit(request).result() for request in requests]
+    for some in (requests, requests[:1], requests[1::5]):
+        device = Device(make_runner(**runner))
+        engine = make_engine(device, **options)
+        together = run_all(engine, some)
+        expected = [alone[requests.index(request)] for request in some]
+        assert [(t.token_ids, t.text, t.finish_reason) for t in together] == [
+            (e.token_ids, e.text, e.finish_reason) for e in expected
+        ]
+        assert device.nexts > 0 or some is requests
+        assert engine.stats().tokens_decoded == sum(len(e.token_ids) for e in expected)
+
+
+def test_the_next_step_is_launched_before_the_tokens_are_there(make_engine, make_runner, greedy, expected):
+    simple = make_runner()
+    simple.gate = threading.Semaphore(0)
+    device = Device(simple)
+    handle = make_engine(device).submit(greedy([1, 2], 6, ignore_eos=True))
+    for _ in range(2):
+        assert device.launches.acquire(timeout=30), "two steps are on the device, and none has run"
+    simple.gate.release(10_000)
+    assert handle.result().token_ids == expected([1, 2], 6)
+    assert (device.launched, device.nexts) == (6, 5), "no row is launched that max_tokens rules out"
+
+
+def test_the_row_behind_the_end_of_a_text_is_dropped(make_engine, make_runner, greedy, expected):
+    prompt = next([i, j] for i in range(90) for j in range(5) if 96 in expected([i, j], 20))
+    text = expected(prompt, 20)
+    device = Device(make_runner())
+    engine = make_engine(device)
+    assert engine.submit(greedy(prompt)).result().token_ids == text
+    assert engine.submit(greedy([3], 5, ignore_eos=True)).result().token_ids == expected([3], 5)
+    assert device.launched == len(text) + 1 + 5
+
+
+def test_a_step_that_fails_spoils_the_one_behind_it_alone(make_engine, make_runner, greedy, expected, prompts):
+    simple = make_runner(num_pages=512)
+    run, calls = simple.run, []
+
+    def transient(step):
+        calls.append(len(step))
+        if len(calls) in (4, 9):
+            raise MemoryError("out of memory")
+        return run(step)
+
+    simple.run = transient
+    engine = make_engine(Device(simple), prefill_time=None)
+    requests = [greedy(prompt, 30, ignore_eos=True) for prompt in prompts[:4]]
+    for done, prompt in zip(run_all(engine, requests), prompts, strict=False):
+        plain = expected(prompt, 30)
+        assert done.token_ids[: len(plain)] == plain
+    assert engine.stats().retries > 0 and engine.stats().failed == 0
+
+
+def test_a_guilty_request_fails_alone(make_engine, make_runner, greedy, expected):
+    simple = make_runner()
+    text = expected([1, 2], 20)
+    simple.fail_on = text[5]
+    assert text.index(text[5]) == 5
+    engine = make_engine(Device(simple))
+    bad, good = engine.submit_all([greedy([1, 2]), greedy([3], 20, ignore_eos=True)])
+    with pytest.raises(RunnerError, match="poison"):
+        bad.result()
+    if simple.fail_on not in expected([3], 20):
+        assert good.result().token_ids[:5] == expected([3], 20)[:5]
