@@ -104,7 +104,7 @@ struct AttentionShape {
 };
 
 // Sampling. Tokens of the vocabulary are looked at in blocks of this many.
-constexpr int64_t kSampleBlock = 64;
+constexpr int64_t kSampleBlock = 128;
 
 struct KernelTable {
   const char* name;
@@ -158,9 +158,10 @@ struct KernelTable {
                            int32_t* kept);
   // The sum of the weights of at least `lowest`.
   int64_t (*sum_from)(const int32_t* weights, int64_t count, int32_t lowest);
-  // Of values of consecutive tokens, those of at least `lowest`, with their ids. Both outputs need room for one more than is
-  // kept. Returns how many are.
-  int64_t (*collect)(const int32_t* values, int64_t count, int32_t lowest, int32_t first_id, int32_t* ids, int32_t* kept);
+  // Of values of tokens, those of at least `lowest`, with the tokens' numbers. Returns how many there are. Both outputs need
+  // room for `count`, and may be the inputs.
+  int64_t (*collect)(const int32_t* values, const int32_t* numbers, int64_t count, int32_t lowest, int32_t* ids,
+                     int32_t* kept);
 };
 
 // Keys of a sequence that are attended as one chain of sums; the boundaries lie at multiples of it from position 0, so that

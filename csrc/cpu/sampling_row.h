@@ -5,12 +5,13 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <numeric>
 
 #include "sampling.h"
 
 namespace cai {
 
-constexpr Int kPieceBlocks = 64;  // blocks that a thread looks at together where a row is shared: 4096 tokens
+constexpr Int kPieceBlocks = 32;  // blocks that a thread looks at together where a row is shared: 4096 tokens
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // A logit's bits as an integer of the same order, +0 and -0 the same one.
@@ -38,9 +39,9 @@ struct Candidates {
     values[count] = value;
     count += wanted;
   }
-  // Of values of consecutive tokens, the ones of at least `lowest`.
-  void add_from(int32_t lowest, Int first_id, const int32_t* found, Int n) {
-    count += kernels().collect(found, n, lowest, static_cast<int32_t>(first_id), ids + count, values + count);
+  // Of these tokens and their values, the ones of at least `lowest`.
+  void add_from(int32_t lowest, const int32_t* tokens, const int32_t* found, Int n) {
+    count += kernels().collect(found, tokens, n, lowest, ids + count, values + count);
   }
   // The k-th greatest value.
   int32_t greatest(Int k) {
@@ -51,7 +52,7 @@ struct Candidates {
   void keep_from(int32_t lowest) {
     const Int all = count;
     count = 0;
-    for (Int i = 0; i < all; ++i) add(ids[i], values[i], values[i] >= lowest);
+    add_from(lowest, ids, values, all);
   }
 };
 
@@ -91,17 +92,15 @@ class Row {
   }
 
   // Second pass over a piece: sums of weights, and the tokens of at least `lowest` for collect_weights(); 0: none of them.
-  void weigh(Int piece, float inverse_temperature, int32_t lowest) {
+  // Returns the sum of all.
+  int64_t weigh(Int piece, float inverse_temperature, int32_t lowest) {
     const Span s = span(piece);
     piece_found_[piece] = static_cast<int32_t>(kernels().weight_blocks(
         logits_ + s.token, s.tokens, peaks_ + s.block, greatest(), inverse_temperature, sums_ + s.block, lowest,
         static_cast<int32_t>(s.token), lowest > 0 ? ids_ + s.token : nullptr, weights_ + s.token));
+    return std::accumulate(sums_ + s.block, sums_ + s.block + s.blocks, int64_t(0));
   }
-  int64_t total() const {
-    int64_t sum = 0;
-    for (Int b = 0; b < blocks_; ++b) sum += sums_[b];
-    return sum;
-  }
+  int64_t total() const { return std::accumulate(sums_, sums_ + blocks_, int64_t(0)); }
 
   // The first token of the greatest logit.
   int32_t best() const {
@@ -121,10 +120,11 @@ class Row {
     }
     for (Int b = 0; b < blocks_; ++b) {
       if (key_of(peaks_[b]) < lowest) continue;
-      int32_t keys[kSampleBlock];
+      int32_t keys[kSampleBlock], tokens[kSampleBlock];
       const Int begin = b * kSampleBlock, end = end_of(b);
       std::transform(logits_ + begin, logits_ + end, keys, key_of);
-      found.add_from(lowest, begin, keys, end - begin);
+      std::iota(tokens, tokens + (end - begin), static_cast<int32_t>(begin));
+      found.add_from(lowest, tokens, keys, end - begin);
     }
     found.keep_from(found.greatest(k));
   }
@@ -157,8 +157,8 @@ class Row {
   // Tokens of at least this weight, which is no less than what weigh() was given.
   void collect_weights(int64_t lowest, Candidates& found) const {
     for (Int p = 0; p < pieces(); ++p) {
-      const int32_t *ids = ids_ + span(p).token, *weights = weights_ + span(p).token;
-      for (Int i = 0; i < piece_found_[p]; ++i) found.add(ids[i], weights[i], weights[i] >= lowest);
+      const Int token = span(p).token;
+      found.add_from(static_cast<int32_t>(lowest), ids_ + token, weights_ + token, piece_found_[p]);
     }
   }
   // The token where the running sum of weights first exceeds `target`, which is below the total.

@@ -7,6 +7,18 @@
 
 namespace cai::avx2 {
 
+// For each set of lanes, as bits: the numbers of its lanes in order, then zeros.
+struct LaneOrder {
+  uint8_t lanes[256][8];
+};
+constexpr LaneOrder lane_order() {
+  LaneOrder order{};
+  for (int set = 0; set < 256; ++set)
+    for (int lane = 0, place = 0; lane < 8; ++lane)
+      if (set >> lane & 1) order.lanes[set][place++] = static_cast<uint8_t>(lane);
+  return order;
+}
+
 struct Simd {
   static constexpr int kWidth = 8;
   static constexpr int kTileM = 3;  // 3 x 4 accumulators, 3 rows of x and one of w fill the 16 registers
@@ -37,21 +49,19 @@ struct Simd {
   static void store_whole(int32_t* p, Whole w) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), w); }
   static Whole add(Whole a, Whole b) { return _mm256_add_epi32(a, b); }
   static Whole max(Whole a, Whole b) { return _mm256_max_epi32(a, b); }
+  static constexpr LaneOrder kOrder = lane_order();
   static bool any_from(Whole w, Whole lowest) { return lanes_from(w, lowest) != 0; }
   static int lanes_from(Whole w, Whole lowest) {
     return ~_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(lowest, w))) & 0xff;
   }
-  // Writes the lanes of w that are at least `lowest`, and first_id + lane; returns how many. Both outputs have room for all.
-  static int keep_from(Whole w, Whole lowest, int32_t first_id, int32_t* ids, int32_t* kept) {
-    alignas(32) int32_t values[8];
-    store_whole(values, w);
-    int found = 0;
-    for (int lanes = lanes_from(w, lowest); lanes; lanes &= lanes - 1) {
-      const int lane = __builtin_ctz(static_cast<unsigned>(lanes));
-      ids[found] = first_id + lane;
-      kept[found++] = values[lane];
-    }
-    return found;
+  // Writes the lanes of w that are at least `lowest`, and their ids; returns how many. Both outputs have room for all.
+  static int keep_from(Whole w, Whole lowest, Whole id, int32_t* ids, int32_t* kept) {
+    const int lanes = lanes_from(w, lowest);
+    const auto* order = reinterpret_cast<const __m128i*>(kOrder.lanes[lanes]);
+    const __m256i to_front = _mm256_cvtepu8_epi32(_mm_loadl_epi64(order));
+    store_whole(ids, _mm256_permutevar8x32_epi32(id, to_front));
+    store_whole(kept, _mm256_permutevar8x32_epi32(w, to_front));
+    return __builtin_popcount(static_cast<unsigned>(lanes));
   }
   // Sums of lanes as unsigned numbers, in 64 bits.
   using Sums = __m256i;

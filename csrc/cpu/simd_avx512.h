@@ -37,12 +37,11 @@ struct Simd {
   static Whole add(Whole a, Whole b) { return _mm512_add_epi32(a, b); }
   static Whole max(Whole a, Whole b) { return _mm512_max_epi32(a, b); }
   static bool any_from(Whole w, Whole lowest) { return _mm512_cmpge_epi32_mask(w, lowest) != 0; }
-  // Writes the lanes of w that are at least `lowest`, and first_id + lane; returns how many. Both outputs have room for all.
-  static int keep_from(Whole w, Whole lowest, int32_t first_id, int32_t* ids, int32_t* kept) {
+  // Writes the lanes of w that are at least `lowest`, and their ids; returns how many. Both outputs have room for all.
+  static int keep_from(Whole w, Whole lowest, Whole id, int32_t* ids, int32_t* kept) {
     const __mmask16 keep = _mm512_cmpge_epi32_mask(w, lowest);
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     // Compressed in a register, not to memory: that is microcode on Zen 4.
-    _mm512_storeu_si512(ids, _mm512_maskz_compress_epi32(keep, _mm512_add_epi32(lane, _mm512_set1_epi32(first_id))));
+    _mm512_storeu_si512(ids, _mm512_maskz_compress_epi32(keep, id));
     _mm512_storeu_si512(kept, _mm512_maskz_compress_epi32(keep, w));
     return __builtin_popcount(keep);
   }

@@ -107,11 +107,11 @@ struct Simd {
     for (int i = 0; i < 8; ++i) any |= w[i] >= lowest[i];
     return any;
   }
-  // Writes the lanes of w that are at least `lowest`, and first_id + lane; returns how many. Both outputs have room for all.
-  static int keep_from(Whole w, Whole lowest, int32_t first_id, int32_t* ids, int32_t* kept) {
+  // Writes the lanes of w that are at least `lowest`, and their ids; returns how many. Both outputs have room for all.
+  static int keep_from(Whole w, Whole lowest, Whole id, int32_t* ids, int32_t* kept) {
     int found = 0;
     for (int i = 0; i < 8; ++i) {  // without a branch: which ones are kept is not foreseeable
-      ids[found] = first_id + i;
+      ids[found] = id[i];
       kept[found] = w[i];
       found += w[i] >= lowest[i];
     }

@@ -43,15 +43,16 @@ struct Simd {
   static Whole add(Whole a, Whole b) { return vaddq_s32(a, b); }
   static Whole max(Whole a, Whole b) { return vmaxq_s32(a, b); }
   static bool any_from(Whole w, Whole lowest) { return vmaxvq_u32(vcgeq_s32(w, lowest)) != 0; }
-  // Writes the lanes of w that are at least `lowest`, and first_id + lane; returns how many. Both outputs have room for all.
-  static int keep_from(Whole w, Whole lowest, int32_t first_id, int32_t* ids, int32_t* kept) {
-    int32_t values[4];
+  // Writes the lanes of w that are at least `lowest`, and their ids; returns how many. Both outputs have room for all.
+  static int keep_from(Whole w, Whole lowest, Whole id, int32_t* ids, int32_t* kept) {
+    int32_t values[4], numbers[4];
     uint32_t keep[4];
     vst1q_s32(values, w);
+    vst1q_s32(numbers, id);
     vst1q_u32(keep, vshrq_n_u32(vcgeq_s32(w, lowest), 31));
     uint32_t found = 0;
     for (int i = 0; i < 4; ++i) {  // without a branch: which ones are kept is not foreseeable
-      ids[found] = first_id + i;
+      ids[found] = numbers[i];
       kept[found] = values[i];
       found += keep[i];
     }
