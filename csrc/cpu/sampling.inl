@@ -1,7 +1,7 @@
 // Passes over rows of logits for sampling. Part of kernels.inl. The definition of every number is in kernels/sampling.py.
 //
-// Every float is made by separate IEEE operations, none of them fused, and sums are of integers: so the results are the same
-// bits with every instruction set. The loops over integers are plain, for the compiler to vectorize.
+// Every float is made by separate IEEE operations, or by a fused one whose product is exact, and sums are of integers: so the
+// results are the same bits with every instruction set.
 
 bool logit_peaks(const float* logits, int64_t count, float* peaks) {
   constexpr int kChains = kSampleBlock / kW;

@@ -10,7 +10,7 @@ namespace cai::check {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int64_t kCounts[] = {1, 3, 15, 16, 17, 63, 64, 65, 127, 200, 256, 321};
+constexpr int64_t kCounts[] = {1, 3, 16, 17, 65, 127, 128, 129, 200, 321, 512, 777};
 
 int64_t blocks_of_tokens(int64_t count) { return (count + kSampleBlock - 1) / kSampleBlock; }
 float greatest_of(const Buffer<float>& logits, int64_t begin, int64_t end) {
