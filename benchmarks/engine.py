@@ -58,7 +58,7 @@ class GivenLogits:
     def run(self, step: list[Any]) -> np.ndarray:
         if self.seconds:
             time.sleep(self.seconds)
-        count = sum(feed.sample for feed in step)
+        count = sum(feed.wanted for feed in step)
         return self._given[:count]
 
     def sample(self, logits: np.ndarray, batch: Any) -> Any:

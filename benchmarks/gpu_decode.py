@@ -192,7 +192,7 @@ def _measured(step: Step, batch: int, what: str, backend: str, bandwidth: float)
     from cai_runtime.kernels.sampling import NEUTRAL, NO_TABLES, SamplingBatch
 
     sequences = step.sequences(batch)
-    replay = step.runner._graphs.prepare(sequences)
+    replay = step.runner.recorded(sequences)
     seconds = median_seconds(replay, 20)
     logits = replay()[:batch]
     if not bool(torch.isfinite(logits).all()) or float(logits.std()) == 0:
@@ -201,7 +201,7 @@ def _measured(step: Step, batch: int, what: str, backend: str, bandwidth: float)
     whole = []
     for _ in range(10):
         began = time.perf_counter()
-        step.runner.sample(step.runner.run(sequences), greedy).wait()
+        step.runner.sample_logits(step.runner.run(sequences), greedy).wait()
         whole.append(time.perf_counter() - began)
     floor = step.floor_bytes(batch) / bandwidth
     entry = {

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cai_runtime.engine.runner import ScheduledSequence
+from cai_runtime.engine.seats import StepNumbers
 from cai_runtime.errors import KernelError
-from cai_runtime.kernels.batch import AttentionBatch
+from cai_runtime.kernels.batch import FULL, AttentionBatch
 from cai_runtime.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -52,11 +52,6 @@ def table_widths(pages: int) -> tuple[int, ...]:
     return (*widths, pages)
 
 
-def _ints(numbers: list[Any]) -> torch.Tensor:
-    """int32 on the host, whatever torch's default device is."""
-    return torch.tensor(numbers, dtype=torch.int32, device="cpu")
-
-
 class StaticBatch:
     """The inputs of a decode step at fixed addresses, for `size` sequences of one token each.
 
@@ -80,30 +75,28 @@ class StaticBatch:
             context_len=context_len,
             page_table=self._table,
         )
-        self.fill([])
+        self.fill(None)
 
     def narrowed(self, width: int) -> AttentionBatch:
         """The batch with the first `width` columns of the page table, the same memory."""
         tables = {name: replace(t, pages=t.pages[:, :width]) for name, t in self.batch.tables.items()}
         return replace(self.batch, tables=tables)
 
-    def fill(self, step: list[ScheduledSequence]) -> None:
-        """Write the inputs of `step`, at most `size` sequences of one token each; the rest is padding."""
-        padding = self.size - len(step)
-        at = self._page_size
-        self._host[0] = _ints([s.token_ids[0] for s in step] + [0] * padding)
-        self._host[1] = _ints([s.start for s in step] + [0] * padding)
-        slots = [s.pages[s.start // at] * at + s.start % at for s in step]
-        self._host[2] = _ints(slots + [self._scratch_page * at] * padding)
-        self._host[3] = _ints([s.start + 1 for s in step] + [1] * padding)
-        self._numbers.copy_(self._host, non_blocking=True)
-        # Only columns that are read: the table is as wide as the longest context allows.
-        used = [s.start // at + 1 for s in step]
-        width = max(used, default=1)
-        rows = [[*s.pages[:n], *([self._scratch_page] * (width - n))] for s, n in zip(step, used, strict=True)]
-        rows += [[self._scratch_page] * width] * padding
+    def fill(self, step: StepNumbers | None) -> None:
+        """Write the inputs of `step`, at most `size` sequences of one token each; the rest, or all of it, is padding."""
+        count = 0 if step is None else len(step.ids)
+        host, slot = self._host.numpy(), self._scratch_page * self._page_size
+        host[:, count:] = ((0,), (0,), (slot,), (1,))
+        width = 1
+        if step is not None:
+            slots, pages = step.tables[FULL]
+            host[:, :count] = step.ids, step.positions, slots, step.context_len
+            width = pages.shape[1]  # only columns that are read: the table is as wide as the longest context allows
         table = self._host_table[: self.size * width].view(self.size, width)
-        table.copy_(_ints(rows))
+        table[count:] = self._scratch_page
+        if step is not None:
+            table.numpy()[:count] = pages
+        self._numbers.copy_(self._host, non_blocking=True)
         self._table[:, :width].copy_(table, non_blocking=True)
 
 
@@ -162,17 +155,17 @@ class DecodeGraphs:
         self._batches: dict[int, StaticBatch] = {}  # by size
         self._recorded: dict[tuple[int, int], Forward] = {}  # by size and width
 
-    def takes(self, step: list[ScheduledSequence]) -> bool:
+    def takes(self, step: StepNumbers) -> bool:
         """Whether `step` is a pure decode step of a recorded size."""
-        return 0 < len(step) <= self.sizes[-1] and all(len(s.token_ids) == 1 and s.sample for s in step)
+        count = len(step.context_len)
+        return 0 < count <= self.sizes[-1] and len(step.ids) == len(step.wanted) == count
 
     @torch.inference_mode()
-    def prepare(self, step: list[ScheduledSequence]) -> Forward:
+    def prepare(self, step: StepNumbers) -> Forward:
         """The recorded pass for `step`, its inputs written: calling it gives the logits of the padded batch, on the model's
         device, at a fixed place."""
-        size = next(n for n in self.sizes if n >= len(step))
-        used = max(s.start for s in step) // self._page_size + 1
-        forward = self._get(size, next(w for w in self.widths if w >= used))
+        size = next(n for n in self.sizes if n >= len(step.ids))
+        forward = self._get(size, next(w for w in self.widths if w >= step.width))
         self._batches[size].fill(step)
         return forward
 
@@ -199,7 +192,7 @@ class DecodeGraphs:
             if size not in self._batches:
                 self._batches[size] = self._buffers(size)
             # Recording runs the pass. The last step's inputs would have it write into pages that may be another's by now.
-            self._batches[size].fill([])
+            self._batches[size].fill(None)
             ids, batch, model = self._batches[size].ids, self._batches[size].narrowed(width), self._model
             try:
                 self._recorded[size, width] = self._capture(lambda: model.logits(model.forward(ids, batch)))

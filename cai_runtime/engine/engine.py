@@ -22,6 +22,7 @@ from cai_runtime.engine.lifetime import check_same_process, enter_process, watch
 from cai_runtime.engine.loop import EngineLoop
 from cai_runtime.engine.outbox import Outbox, TokenLog
 from cai_runtime.engine.output import OutputSpec, TextOutput
+from cai_runtime.engine.proposers import Proposer
 from cai_runtime.engine.request import Request, SamplingParams
 from cai_runtime.engine.runner import Runner
 from cai_runtime.engine.sampling import SequenceSampler
@@ -40,7 +41,8 @@ class Engine:
     `prefill_chunk`: prompt tokens in a step at most, beside the decoding sequences' one each. `prefill_time`: seconds
     that a step of both should take, which bounds its prompt tokens further (see `pacing.PrefillPace`); None: no bound.
     `prefix_cache`: whether prompts reuse the KV of equal beginnings. `max_waiting`: requests that may be under way beyond
-    `max_batch` before `submit` refuses more; None: any. `clock`: monotonic seconds, for tests.
+    `max_batch` before `submit` refuses more; None: any. `proposer`: drafts the next tokens of decoding sequences (see
+    `proposers`); the text is the same with and without. `clock`: monotonic seconds, for tests.
 
     Attributes: `tokenizer`, `model_config` (config.json as a dict), `vocab_size`, `max_context` (the most tokens, prompt
     and generated, that one request may have), `model_context` (what the model could take), `context_limit` (a sentence:
@@ -62,6 +64,7 @@ class Engine:
         prefill_time: float | None = 0.1,
         prefix_cache: bool = True,
         max_waiting: int | None = None,
+        proposer: Proposer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         if max_batch < 1 or prefill_chunk < 1:
@@ -91,6 +94,7 @@ class Engine:
             prefill_time=prefill_time,
             prefix_cache=prefix_cache,
             max_waiting=max_waiting,
+            proposer=proposer,
             clock=clock,
         )
         # Not a daemon: those are killed inside native code at exit, which may crash. watch_exit() ends it instead.
@@ -159,6 +163,7 @@ class Engine:
             sampler=SequenceSampler(params, prompt_ids, possible, seed=secrets.randbits(64)),
             output=(request.output or TextOutput)(spec),
             log=log,
+            ends=frozenset(ends),
             prompt_digests=prompt_digests,
             submitted_at=self._loop.clock(),
         )

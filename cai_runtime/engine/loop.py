@@ -6,20 +6,22 @@ import contextlib
 import logging
 import queue
 import threading
-import traceback
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
+from cai_runtime.engine.flight import Flight, Launched, append_sampled, forget_frames
 from cai_runtime.engine.kv_cache import KVCache
 from cai_runtime.engine.outbox import TokenLog, deliver
 from cai_runtime.engine.pacing import PrefillPace, StepLimits
+from cai_runtime.engine.proposers import Proposer, checked_draft
 from cai_runtime.engine.request import Delta
-from cai_runtime.engine.runner import Runner, sampler_of
-from cai_runtime.engine.sampling import sampling_batch, tokens_or_errors
-from cai_runtime.engine.scheduler import Feed, Scheduler
+from cai_runtime.engine.runner import Runner, SimpleRunner
+from cai_runtime.engine.runner_thread import launching
+from cai_runtime.engine.sampling import sampling_batch
+from cai_runtime.engine.scheduler import Planned, Scheduler
 from cai_runtime.engine.sequence import Sequence
 from cai_runtime.engine.stats import EngineStats
+from cai_runtime.engine.step import Step
 from cai_runtime.errors import (
     CaiError,
     EngineClosedError,
@@ -47,7 +49,7 @@ class EngineLoop:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: Runner | SimpleRunner,
         *,
         max_batch: int,
         prefill_chunk: int,
@@ -55,20 +57,23 @@ class EngineLoop:
         prefix_cache: bool,
         max_waiting: int | None,
         clock: Callable[[], float],
+        proposer: Proposer | None = None,
     ):
         # SimpleQueue.put is reentrant: finalizers put here, in whatever thread the garbage collector runs.
         self.inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.stats = EngineStats()
         cache = KVCache(runner.num_pages, runner.page_size, prefix_cache=prefix_cache)
-        self.scheduler = Scheduler(cache, self.stats, max_batch=max_batch)
+        draft = None if proposer is None else partial(checked_draft, proposer, vocab_size=runner.vocab_size)
+        self.scheduler = Scheduler(cache, self.stats, max_batch=max_batch, draft=draft)
         self.close_error: Exception | None = None
         self.clock = clock
         self._pace = PrefillPace(prefill_time, prefill_chunk)
         self._limits = StepLimits()
-        self._runner: Runner | None = runner
-        sampler_of(runner)  # loads what it needs, so that no step pays for it
+        self._runner: Runner | None = launching(runner)
         self._sequences: dict[TokenLog, Sequence] = {}
-        self._outputs: list[tuple[TokenLog, Delta]] = []  # of the step that is being handed out
+        self._flight: Flight | None = None  # the step under way
+        self._texts: list[tuple[Sequence, float]] = []  # have tokens whose text is not made yet, and when they came
+        self._outputs: list[tuple[TokenLog, Delta]] = []  # not delivered yet
         self._gate = threading.Lock()  # guards `closed` and `_places`
         self._places = 0  # requests that were sent and have not ended
         self._most_places = None if max_waiting is None else max_batch + max_waiting
@@ -104,14 +109,24 @@ class EngineLoop:
             self.inbox.put(partial(self._add, sequences))
 
     # The engine's thread
+    #
+    # While the model computes a step, this thread works on the one before: text, stop strings, delivery. What the next
+    # step depends on comes first: its tokens, and the ends that tokens alone tell.
 
     def run(self) -> None:
         """The step loop."""
         try:
-            while self._receive():
-                self._run_step()
+            while True:
+                self._complete()
+                if not self.scheduler.has_work:
+                    self._hand_out()
+                if not self._receive():
+                    break
+                self._launch()
+                self._hand_out()
+            self._hand_out()
         except BaseException as error:  # noqa: BLE001 - raised in every caller, so that none of them waits for ever
-            _forget_frames(error)
+            forget_frames(error)
             self._crash = error
             logger.error("the engine stopped on an internal error: %r", error)
         self._shut_down()
@@ -127,119 +142,172 @@ class EngineLoop:
                 return False
             command()
 
-    def _run_step(self) -> None:
-        """Schedule a step, run it, and learn from its duration. At most as many sequences as the runner takes lately go to
-        it at once: a row's logits do not depend on that."""
+    def _launch(self) -> None:
+        """Schedule a step and launch it. At most as many sequences as the runner takes lately go to it at once: a row's
+        logits do not depend on that."""
         begin = self.clock()
         budget = self._pace.budget(decoding=self.scheduler.is_decoding)
         step = self.scheduler.schedule(min(budget, self._limits.prompt_tokens or budget))
         for sequence in self.scheduler.newly_admitted:
             sequence.log.times.queue = begin - sequence.submitted_at
         self.scheduler.newly_admitted.clear()
-        prompt_tokens = sum(len(feed.tokens.token_ids) for feed in step if not feed.is_decode)
         size = self._limits.sequences or len(step)
+        parts = [self._launch_part(step[at : at + size]) for at in range(0, len(step), size)]
+        prompt_tokens = sum(len(planned.feed.ids) for planned in step if not planned.is_decode)
+        self._flight = Flight(parts, begin, prompt_tokens)
+
+    def _launch_part(self, part: list[Planned], *, again: bool = False) -> Launched:
+        """Launch one pass and the sampling behind it. again: after a failure, so that what the runner knows is unclear."""
+        assert self._runner is not None
+        pages = [change for planned in part for change in planned.sequence.page_changes(everything=again)]
+        launched = Launched(part)
+        try:
+            launched.made = self._runner.launch(Step([planned.feed for planned in part], pages))
+        except Exception as error:  # noqa: BLE001 - as if the pass had failed later
+            launched.error = error
+            return launched
+        rows = [(planned, i) for planned in part for i in range(planned.feed.wanted)]
+        if rows:
+            launched.positions = [len(planned.sequence.token_ids) + i for planned, i in rows]
+            drafted = {row: planned.draft[:i] for row, (planned, i) in enumerate(rows) if i}
+            try:
+                samplers = [planned.sequence.sampler for planned, _ in rows]
+                batch = sampling_batch(samplers, launched.positions, drafted)
+                launched.sampled = self._runner.sample(launched.made, batch)
+            except Exception as error:  # noqa: BLE001 - such as a device out of memory: not the engine's failure
+                launched.tokens = [error] * len(rows)
+        return launched
+
+    def _complete(self) -> None:
+        """Wait for the step under way, take its tokens, and learn from its duration."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return
         failed = self.stats.retries
-        for at in range(0, len(step), size):
-            self._try(step[at : at + size])
+        for launched in flight.parts:
+            self._settle(launched)
         if self.stats.retries == failed:
-            self._pace.observe(prompt_tokens, self.clock() - begin)
+            self._pace.observe(flight.prompt_tokens, self.clock() - flight.begin)
             self._limits.relax(most_sequences=self.scheduler.max_batch, most_tokens=self._pace.most)
 
-    def _try(self, feeds: list[Feed]) -> bool:
-        """Run feeds, in halves if the model fails on them, until the failure is that of one sequence alone. A sequence that
-        lacks memory is fed in halves of its tokens; any other failure of one sequence ends its request.
+    def _settle(self, launched: Launched) -> bool:
+        """Wait for a pass. If the model fails on it, run it again in halves, until the failure is that of one sequence
+        alone. That one is fed without its draft, and if it lacks memory in halves of its tokens; any other failure ends
+        its request.
 
         Returns False if one sequence was to blame. Otherwise their number was, and the one that worked is remembered."""
         try:
-            logits = self._run_model(feeds)
+            tokens = launched.wait()
         except Exception as error:
-            _forget_frames(error)
+            forget_frames(error)
             if any(text in str(error) for text in LOST_DEVICE):
                 raise RunnerError(
                     f"the GPU can't be used in this process any more ({error}): open the model in a new process"
                 ) from error
-            if len(feeds) == 1 and (len(feeds[0].tokens.token_ids) == 1 or not _is_out_of_memory(error)):
-                self._fail(feeds[0].sequence, RunnerError, "the model failed on this request", error)
+            part = [planned for planned in launched.part if self._is_alive(planned.sequence)]
+            if not part:
+                return True
+            only = part[0] if len(part) == 1 and not part[0].draft else None
+            if only is not None and (len(only.feed.ids) == 1 or not _is_out_of_memory(error)):
+                self._fail(only.sequence, RunnerError, "the model failed on this request", error)
                 return False
             self.stats.retries += 1
-            logger.warning("the model failed on a step of %s: trying halves (%r)", _size(feeds), error)
+            logger.warning("the model failed on a step of %s: trying halves (%r)", _size(part), error)
         else:
-            self._hand_out(feeds, logits)
+            self._take(launched.part, tokens)
             return True
-        return self._try_halves(feeds)
+        return self._try_halves(part)
 
-    def _try_halves(self, feeds: list[Feed]) -> bool:
-        if len(feeds) > 1:
-            size = (len(feeds) + 1) // 2
-            through = [self._try(half) for half in (feeds[:size], feeds[size:])]
+    def _try(self, part: list[Planned]) -> bool:
+        return self._settle(self._launch_part(part, again=True))
+
+    def _try_halves(self, part: list[Planned]) -> bool:
+        if len(part) > 1:
+            size = (len(part) + 1) // 2
+            through = [self._try(half) for half in (part[:size], part[size:])]
             if all(through):
                 self._limits.lower(sequences=size)
             return all(through)
-        sequence, count = feeds[0].sequence, len(feeds[0].tokens.token_ids)
+        sequence, count = part[0].sequence, len(part[0].feed.ids)
+        if part[0].draft:
+            self._try([Planned.of(sequence, 1)])
+            return False
         size = (count + 1) // 2
-        self._try([Feed.of(sequence, size)])
-        if sequence.log not in self._sequences:  # its request has failed
+        self._try([Planned.of(sequence, size)])
+        if not self._is_alive(sequence):  # its request has failed
             return False
         self._limits.lower(prompt_tokens=size)
-        self._try([Feed.of(sequence, count - size)])
+        self._try([Planned.of(sequence, count - size)])
         return False
 
-    def _run_model(self, feeds: list[Feed]) -> Any:
-        """The logits, fp32 [sequences that sample, vocab], wherever the runner has them."""
-        assert self._runner is not None
-        logits = self._runner.run([feed.tokens for feed in feeds])
-        expected = (sum(feed.tokens.sample for feed in feeds), self._runner.vocab_size)
-        if tuple(logits.shape) != expected:
-            raise RunnerError(f"the runner returned logits of shape {tuple(logits.shape)} instead of {expected}")
-        return logits
+    def _is_alive(self, sequence: Sequence) -> bool:
+        """Whether its request has not ended, such as by a stop string or an abort while a step was under way."""
+        return sequence.log in self._sequences
 
-    def _next_tokens(self, logits: Any, sequences: list[Sequence]) -> list[int | Exception]:
-        """Of each sequence the sampled token, or the error that it alone fails with."""
-        if not sequences:
-            return []
-        positions = [len(sequence.token_ids) for sequence in sequences]
-        try:
-            batch = sampling_batch([sequence.sampler for sequence in sequences], positions)
-            return tokens_or_errors(sampler_of(self._runner)(logits, batch).wait(), positions)
-        except Exception as error:  # noqa: BLE001 - such as a device out of memory: the step's failure, not the engine's
-            _forget_frames(error)
-            return [error] * len(sequences)
-
-    def _hand_out(self, feeds: list[Feed], logits: Any) -> None:
-        """Sample from the logits of a step that went through, and give each sequence its token."""
+    def _take(self, part: list[Planned], tokens: list[int | Exception]) -> None:
+        """Give the sequences of a step that went through their tokens. Text that ends now makes room for the next step; the
+        rest of the text waits until that is launched."""
         self.stats.steps += 1
-        for feed in feeds:
-            self.scheduler.advance(feed)
-        sampled = [feed.sequence for feed in feeds if feed.tokens.sample]
-        tokens = self._next_tokens(logits, sampled)
         now = self.clock()
+        at = 0
+        for planned in part:
+            sequence, wanted = planned.sequence, planned.feed.wanted
+            rows = tokens[at : at + wanted]
+            at += wanted
+            if not self._is_alive(sequence):
+                continue
+            count, error = append_sampled(sequence, planned.draft, rows)
+            self.scheduler.advance(planned, count)
+            if not wanted:
+                continue
+            if planned.draft:
+                self.stats.tokens_drafted += len(planned.draft)
+                self.stats.drafts_taken += max(count - 1, 0)
+            if error is None:
+                self.scheduler.commit(sequence)
+                if sequence.may_end():
+                    self._put_out(sequence, now)
+                else:
+                    self._texts.append((sequence, now))
+            else:
+                if count:
+                    self._put_out(sequence, now)
+                if self._is_alive(sequence):
+                    self._end_with(sequence, error)
+
+    def _hand_out(self) -> None:
+        """Make the text of the step before the one under way, and deliver it."""
+        texts, self._texts = self._texts, []
         try:
-            for sequence, token in zip(sampled, tokens, strict=True):
-                self._accept(sequence, token, now)
+            for sequence, now in texts:
+                if self._is_alive(sequence):
+                    self._put_out(sequence, now)
         finally:
             outputs, self._outputs = self._outputs, []
             deliver(outputs)
 
-    def _accept(self, sequence: Sequence, token: int | Exception, now: float) -> None:
+    def _put_out(self, sequence: Sequence, now: float) -> None:
+        """Add the text of a sequence's new tokens, which came at `now`, to the outputs."""
         try:
-            if isinstance(token, Exception):
-                raise token
-            self.scheduler.commit(sequence)
-            delta = sequence.accept([token])
-        except CaiError as error:
-            self._end(sequence, error)
+            delta = sequence.put_out()
         except Exception as error:  # noqa: BLE001 - a tokenizer or a parameter that breaks fails its request alone
-            self._fail(sequence, EngineError, "the engine failed on this request", error)
+            self._end_with(sequence, error)
+            return
+        self.stats.tokens_decoded += len(delta.token_ids)
+        if sequence.last_token_at is None:
+            sequence.first_token_at = now
         else:
-            self.stats.tokens_decoded += len(delta.token_ids)
-            if sequence.last_token_at is None:
-                sequence.first_token_at = now
-            else:
-                self.stats.worst_token_gap = max(self.stats.worst_token_gap, now - sequence.last_token_at)
-            sequence.last_token_at = now
-            if delta.finish_reason is not None:
-                self._finish(sequence, now)
-            self._outputs.append((sequence.log, delta))
+            self.stats.worst_token_gap = max(self.stats.worst_token_gap, now - sequence.last_token_at)
+        sequence.last_token_at = now
+        if delta.finish_reason is not None:
+            self._finish(sequence, now)
+        self._outputs.append((sequence.log, delta))
+
+    def _end_with(self, sequence: Sequence, error: Exception) -> None:
+        if isinstance(error, CaiError):
+            self._end(sequence, error)
+        else:
+            self._fail(sequence, EngineError, "the engine failed on this request", error)
 
     def _finish(self, sequence: Sequence, now: float) -> None:
         """Free what a sequence holds, and note how long it took."""
@@ -275,7 +343,8 @@ class EngineLoop:
             self.stats.aborted += 1
         else:
             self.stats.failed += 1
-        deliver([(sequence.log, error)])
+        outputs, self._outputs = self._outputs, []  # what came before the error
+        deliver([*outputs, (sequence.log, error)])
 
     def _forget(self, sequence: Sequence) -> None:
         del self._sequences[sequence.log]
@@ -293,6 +362,8 @@ class EngineLoop:
     def _shut_down(self) -> None:
         with self._gate:
             self.closed = True  # nothing is sent from here on
+        with contextlib.suppress(Exception):
+            self._hand_out()  # the last texts of requests that ended before a crash
         while not self.inbox.empty():
             command = self.inbox.get()
             if command is not None:
@@ -321,13 +392,5 @@ def _is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def _size(feeds: list[Feed]) -> str:
-    return f"{len(feeds)} sequences and {sum(len(feed.tokens.token_ids) for feed in feeds)} tokens"
-
-
-def _forget_frames(error: BaseException) -> None:
-    """Let go of the local variables (activations, weights) of the frames that an exception went through."""
-    seen: BaseException | None = error
-    while seen is not None:
-        traceback.clear_frames(seen.__traceback__)
-        seen = seen.__cause__ or seen.__context__
+def _size(part: list[Planned]) -> str:
+    return f"{len(part)} sequences and {sum(len(planned.feed.ids) for planned in part)} tokens"

@@ -1,17 +1,20 @@
-"""The runner for real models: a step of scheduled sequences becomes one flattened forward pass."""
+"""The runner for real models: a step becomes one flattened forward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import accumulate
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from cai_runtime.engine.cuda_graphs import DecodeGraphs, Forward
-from cai_runtime.engine.runner import PendingSampled, ScheduledSequence
+from cai_runtime.engine.runner import Pass, PendingSampled
+from cai_runtime.engine.runner_thread import SMALL, CallThread, Done
+from cai_runtime.engine.seats import Seats
+from cai_runtime.engine.step import ScheduledSequence, Step, seated
 from cai_runtime.errors import KernelError
-from cai_runtime.kernels.batch import AttentionBatch
+from cai_runtime.kernels.batch import FULL
 from cai_runtime.kernels.sampling import SamplingBatch, sample_cpu
 
 if TYPE_CHECKING:
@@ -53,6 +56,9 @@ class ModelRunner:
         model.allocate_cache(num_pages + (1 if cuda_graphs else 0), page_size, cache_dtype, self.max_context)
         self._model: CausalLM | None = model
         self._device = model.device
+        self._threaded = model.device.type == "cpu" and not cuda_graphs
+        self._thread = CallThread(f"cai-runner-{id(self):x}")
+        self._seats, self._unseated = Seats(page_size), Seats(page_size)
         self._sampler: TritonSampler | None = None
         self._graphs: DecodeGraphs | None = None
         if cuda_graphs:
@@ -69,27 +75,54 @@ class ModelRunner:
         if self._graphs is not None:
             self._graphs.record_all(progress)
 
+    def recorded(self, step: Sequence[ScheduledSequence]) -> Forward:
+        """The CUDA graph of a decode step of sequences that have no seat, its inputs written, for benchmarks."""
+        placed = seated(step, FULL)
+        self._unseated.write(placed.pages)
+        numbers = self._unseated.numbers(placed.feeds)
+        if self._graphs is None or not self._graphs.takes(numbers):
+            raise KernelError("no CUDA graph is recorded for such a step")
+        return self._graphs.prepare(numbers)
+
+    def launch(self, step: Step) -> Pass:
+        """On the CPU in the runner's thread. On a GPU here, without waiting for it."""
+        if self._threaded:
+            return self._thread.submit(partial(self._logits, self._seats, step), small=len(step.feeds) <= SMALL)
+        return Done(self._logits(self._seats, step))
+
+    def run(self, step: Sequence[ScheduledSequence]) -> torch.Tensor:
+        """The logits of a step of sequences that have no seat, on the model's device; of a CUDA graph they are good until
+        the next call. Runs in this thread: use it while no engine does."""
+        return self._logits(self._unseated, seated(step, FULL))
+
     @torch.inference_mode()
-    def run(self, step: list[ScheduledSequence]) -> torch.Tensor:
-        """The logits on the model's device; of a CUDA graph they are good until the next call."""
-        if self._graphs is not None and self._graphs.takes(step):
-            return self._graphs.prepare(step)()[: len(step)]
-        model = self._opened
-        ids, batch = self._flatten(step)
-        ends = accumulate(len(s.token_ids) for s in step)
-        rows = [end - 1 for s, end in zip(step, ends, strict=True) if s.sample]
-        wanted = torch.tensor(rows, dtype=torch.int32, device=self._device)
-        if len(rows) <= LOGIT_ROWS:
+    def _logits(self, seats: Seats, step: Step) -> torch.Tensor:
+        """fp32 [rows wanted, vocabulary] on the model's device."""
+        if step.copies or step.encode or any(feed.inputs for feed in step.feeds):
+            raise KernelError("this model takes token ids alone: no given rows, page copies or encoder inputs")
+        seats.write(step.pages)
+        model, numbers = self._opened, seats.numbers(step.feeds)
+        if self._graphs is not None and self._graphs.takes(numbers):
+            return self._graphs.prepare(numbers)()[: len(step.feeds)]
+        ids, wanted, batch = numbers.on(self._device)
+        if len(wanted) <= LOGIT_ROWS:
             return model.step(ids, wanted, batch)
         hidden = model.forward(ids, batch).index_select(0, wanted)
-        logits = torch.empty(len(rows), self.vocab_size, dtype=torch.float32, device=self._device)
+        logits = torch.empty(len(wanted), self.vocab_size, dtype=torch.float32, device=self._device)
         for part, place in zip(hidden.split(LOGIT_ROWS), logits.split(LOGIT_ROWS), strict=True):
             place.copy_(self.logits(part))
         return logits
 
-    @torch.inference_mode()
-    def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> PendingSampled:
+    def sample(self, made: Pass, batch: SamplingBatch) -> PendingSampled:
         """On a GPU by Triton, without waiting; on the CPU, and where the kernels' backend has no Triton, by the CPU."""
+        if self._threaded:
+            small = len(batch) <= SMALL
+            return self._thread.submit(lambda: self.sample_logits(made.wait(), batch).wait(), small=small)
+        return self.sample_logits(made.wait(), batch)
+
+    @torch.inference_mode()
+    def sample_logits(self, logits: torch.Tensor, batch: SamplingBatch) -> PendingSampled:
+        """Choose a token from each row of what `run` returned, which is overwritten."""
         if logits.device.type == "cpu":
             return sample_cpu(logits, batch)
         if self._sampler is None:
@@ -103,9 +136,12 @@ class ModelRunner:
         return self._sampler(logits, batch)
 
     @torch.inference_mode()
-    def hidden_states(self, step: list[ScheduledSequence]) -> torch.Tensor:
+    def hidden_states(self, step: Sequence[ScheduledSequence]) -> torch.Tensor:
         """Of every token of a step, [tokens, hidden], on the device; keys and values go into the cache as in `run`."""
-        return self._opened.forward(*self._flatten(step))
+        placed = seated(step, FULL)
+        self._unseated.write(placed.pages)
+        ids, _, batch = self._unseated.numbers(placed.feeds).on(self._device)
+        return self._opened.forward(ids, batch)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -119,29 +155,8 @@ class ModelRunner:
         return self._model
 
     def close(self) -> None:
+        self._thread.close()
         if self._graphs is not None:
             self._graphs.close()
             self._graphs = None
         self._model = self._sampler = None
-
-    def _flatten(self, step: list[ScheduledSequence]) -> tuple[torch.Tensor, AttentionBatch]:
-        size = self.page_size
-        ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        starts, lengths = [0], []
-        for s in step:
-            count = len(s.token_ids)
-            ids += s.token_ids
-            span = range(s.start, s.start + count)
-            positions += span
-            slots += [s.pages[p // size] * size + p % size for p in span]
-            starts.append(starts[-1] + count)
-            lengths.append(s.start + count)
-        used = [-(-n // size) for n in lengths]
-        width = max(used)
-        table = [[*s.pages[:n], *([0] * (width - n))] for s, n in zip(step, used, strict=True)]
-        parts = (ids, positions, slots, starts, lengths, table)
-        on_device = [torch.tensor(p, dtype=torch.int32, device="cpu").to(self._device) for p in parts]
-        tokens, placed, own_slots, query_start, context_len, page_table = on_device
-        return tokens, AttentionBatch.of(placed, own_slots, query_start, context_len, page_table)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import collections.abc
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 from cai_runtime.engine.outbox import TokenLog
 from cai_runtime.engine.output import Output
 from cai_runtime.engine.request import Delta, Request
 from cai_runtime.engine.sampling import SequenceSampler
+from cai_runtime.engine.step import NewPages
+from cai_runtime.kernels.batch import FULL
 
 
 @dataclass(eq=False)
@@ -20,12 +22,16 @@ class Sequence:
     sampler: SequenceSampler
     output: Output
     log: TokenLog
+    ends: Container[int] = ()  # tokens that end the text once min_tokens were generated
 
     token_ids: list[int] = field(init=False)  # prompt, then generated
     num_computed: int = 0  # positions whose KV is in `pages`
     pages: list[int] = field(default_factory=list)
+    seat: int = -1  # in the runner's batch, while it is running; -1: none
+    num_told: int = 0  # pages that the runner has in the seat's table
     digests: list[bytes] = field(default_factory=list)  # of the full pages of token_ids; see kv_cache
     num_registered: int = 0  # pages offered to the prefix cache
+    num_put_out: int = 0  # generated tokens that the consumer has
     was_admitted: bool = False
     prompt_digests: list[bytes] = field(default_factory=list)  # of the prompt's full pages; shared by equal prompts
     submitted_at: float = 0.0  # on the engine's clock, as the following
@@ -48,18 +54,36 @@ class Sequence:
         """Tokens still to be fed before the next one can be sampled: 1 when decoding, more when prefilling."""
         return len(self.token_ids) - self.num_computed
 
-    def accept(self, token_ids: collections.abc.Sequence[int]) -> Delta:
-        """Append generated tokens, which are final; return what the consumer sees of them.
+    def page_changes(self, *, everything: bool = False) -> list[NewPages]:
+        """What the runner does not know yet of the seat's page table. everything: the whole table."""
+        told = 0 if everything else self.num_told
+        if told == len(self.pages):
+            return []
+        self.num_told = len(self.pages)
+        return [NewPages(self.seat, FULL, told, self.pages[told:])]
+
+    def may_end(self) -> bool:
+        """Whether the newest token ends the text, as far as tokens alone tell."""
+        generated, params = self.num_generated, self.request.sampling
+        return generated >= params.max_tokens or (self.token_ids[-1] in self.ends and generated >= params.min_tokens)
+
+    def append(self, token_id: int) -> None:
+        """Add a generated token."""
+        self.token_ids.append(token_id)
+        self.sampler.observe(token_id)
+
+    def put_out(self) -> Delta:
+        """What the consumer sees of the tokens that were appended since the last call.
 
         The delta says which of them belong to the text, and whether it is over. The token that ends the text counts as
-        generated (as in the OpenAI API and vLLM).
+        generated (as in the OpenAI API and vLLM). Tokens behind it are taken back.
         """
-        most = self.request.sampling.max_tokens
-        delta = self.output.feed(token_ids[: most - self.num_generated])
-        self.token_ids += delta.token_ids
-        for token_id in delta.token_ids:
-            self.sampler.observe(token_id)
-        if delta.finish_reason is None and self.num_generated >= most:
+        first, most = self.num_prompt + self.num_put_out, self.request.sampling.max_tokens
+        delta = self.output.feed(self.token_ids[first : self.num_prompt + most])
+        self.num_put_out += len(delta.token_ids)
+        if delta.finish_reason is None and self.num_put_out >= most:
             rest = self.output.finish()
             delta = Delta(delta.events + rest.events, delta.token_ids, rest.finish_reason, rest.stop_string)
+        if delta.finish_reason is not None:
+            del self.token_ids[self.num_prompt + self.num_put_out :]
         return delta

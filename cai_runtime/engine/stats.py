@@ -29,6 +29,8 @@ class EngineStats:
     preemptions: int = 0  # sequences that lost their pages to older ones and were computed again
     tokens_prefilled: int = 0  # tokens fed as part of a prompt or of a recomputation
     tokens_decoded: int = 0  # tokens generated
+    tokens_drafted: int = 0  # proposed by a drafter and fed
+    drafts_taken: int = 0  # of those, the ones that were what the model chose
     steps: int = 0  # calls of the model that succeeded
     finished: int = 0
     failed: int = 0

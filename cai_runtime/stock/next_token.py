@@ -123,7 +123,7 @@ class EngineLanes:
         for feed in feeds:
             first = feed.lane * self._pages
             step.append(
-                ScheduledSequence(feed.token_ids, feed.start, list(range(first, first + self._pages)), sample=True)
+                ScheduledSequence(feed.token_ids, feed.start, list(range(first, first + self._pages)), wanted=1)
             )
         return self._runner.run(step).cpu().numpy()
 

@@ -61,10 +61,10 @@ class HashRunner:
                 self.slots[self._slot(s, position)] = value
                 if token == self.fail_on:
                     raise RuntimeError(f"token {token} is poison")
-            if s.sample:
-                rows.append(logits_of(value, self.vocab_size))
-                if self.nan_on in s.token_ids:
-                    rows[-1][5] = np.nan
+                if position >= s.start + len(s.token_ids) - s.wanted:
+                    rows.append(logits_of(value, self.vocab_size))
+                    if self.nan_on in s.token_ids[: position - s.start + 1]:
+                        rows[-1][5] = np.nan
         return np.stack(rows) if rows else np.zeros((0, self.vocab_size), np.float32)
 
     def _slot(self, s, position):

@@ -12,7 +12,8 @@ import torch
 
 from cai_runtime.engine.cuda_graphs import DecodeGraphs, Forward, StaticBatch, batch_sizes, table_widths
 from cai_runtime.engine.model_runner import ModelRunner
-from cai_runtime.engine.runner import ScheduledSequence
+from cai_runtime.engine.seats import Seats, StepNumbers
+from cai_runtime.engine.step import ScheduledSequence, seated
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels.batch import FULL
 
@@ -84,11 +85,17 @@ def test_recording_writes_into_nobodys_pages(checkpoint: Path):
         runner = open_runner(checkpoint, capture=capture)
         if runner._graphs is not None:
             runner._graphs.widths = (2, 16)
-        runner.run([ScheduledSequence([5, 6, 7], 0, [3, 4], True)])
-        runner.run([ScheduledSequence([8], 3, [3, 4], True)])  # into page 3, with the narrow table
-        runner.run([ScheduledSequence(list(range(10, 22)), 0, [3, 5, 6, 7], True)])
-        found.append(runner.run([ScheduledSequence([9], 12, [3, 5, 6, 7], True)]).clone())
+        runner.run([ScheduledSequence([5, 6, 7], 0, [3, 4], 1)])
+        runner.run([ScheduledSequence([8], 3, [3, 4], 1)])  # into page 3, with the narrow table
+        runner.run([ScheduledSequence(list(range(10, 22)), 0, [3, 5, 6, 7], 1)])
+        found.append(runner.run([ScheduledSequence([9], 12, [3, 5, 6, 7], 1)]).clone())
     torch.testing.assert_close(*found, rtol=0, atol=2e-6)
+
+
+def numbers(sequences: list[ScheduledSequence]) -> StepNumbers:
+    step, seats = seated(sequences, FULL), Seats(PAGE_SIZE)
+    seats.write(step.pages)
+    return seats.numbers(step.feeds)
 
 
 def addresses(static: StaticBatch) -> list[int]:
@@ -100,15 +107,15 @@ def addresses(static: StaticBatch) -> list[int]:
 def test_static_batch_keeps_its_addresses_and_pads():
     static = StaticBatch(4, pages=3, page_size=PAGE_SIZE, scratch_page=9, device=CPU)
     fixed = addresses(static)
-    static.fill([ScheduledSequence([7], 9, [5, 6, 8], True), ScheduledSequence([3], 0, [2], True)])
+    static.fill(numbers([ScheduledSequence([7], 9, [5, 6, 8], 1), ScheduledSequence([3], 0, [2], 1)]))
     assert static.ids.tolist() == [7, 3, 0, 0]
     b = static.batch
     assert b.positions.tolist() == [9, 0, 0, 0]
     assert b.tables[FULL].slots.tolist() == [8 * PAGE_SIZE + 1, 2 * PAGE_SIZE, 9 * PAGE_SIZE, 9 * PAGE_SIZE]
     assert b.context_len.tolist() == [10, 1, 1, 1]
     assert b.query_start.tolist() == [0, 1, 2, 3, 4]
-    assert b.tables[FULL].pages.tolist() == [[5, 6, 8], [2, 9, 9], [9, 9, 9], [9, 9, 9]]
-    static.fill([ScheduledSequence([1], 3, [4], True)])  # nothing of the step before is read any more
+    assert b.tables[FULL].pages.tolist() == [[5, 6, 8], [2, 0, 0], [9, 9, 9], [9, 9, 9]]
+    static.fill(numbers([ScheduledSequence([1], 3, [4], 1)]))  # nothing of the step before is read any more
     assert b.tables[FULL].pages[:, 0].tolist() == [4, 9, 9, 9] and b.context_len.tolist() == [4, 1, 1, 1]
     assert addresses(static) == fixed
 
@@ -150,11 +157,11 @@ def sequences(seed: int, lengths: list[int]) -> tuple[list[list[int]], list[list
 
 def decode(runner: ModelRunner, prompts: list[list[int]], tables: list[list[int]], steps: int) -> list[torch.Tensor]:
     """Prefill, then greedy steps; the logits of each step, copied."""
-    logits = runner.run([ScheduledSequence(p, 0, t, True) for p, t in zip(prompts, tables, strict=True)]).clone()
+    logits = runner.run([ScheduledSequence(p, 0, t, 1) for p, t in zip(prompts, tables, strict=True)]).clone()
     seen, lengths = [logits], [len(p) for p in prompts]
     for _ in range(steps):
         tokens = seen[-1].argmax(-1).tolist()
-        step = [ScheduledSequence([t], n, p, True) for t, n, p in zip(tokens, lengths, tables, strict=True)]
+        step = [ScheduledSequence([t], n, p, 1) for t, n, p in zip(tokens, lengths, tables, strict=True)]
         seen.append(runner.run(step).clone())
         lengths = [n + 1 for n in lengths]
     return seen
@@ -197,12 +204,12 @@ def test_steps_that_are_no_plain_decode_take_the_plain_path(checkpoint: Path):
     prompts, tables = sequences(3, [4, 5])
     capture = Replays()
     runner = open_runner(checkpoint, capture=capture, max_batch=1)
-    step = [ScheduledSequence(p, 0, t, True) for p, t in zip(prompts, tables, strict=True)]
+    step = [ScheduledSequence(p, 0, t, 1) for p, t in zip(prompts, tables, strict=True)]
     assert runner.run(step).shape == (2, VOCAB)
-    runner.run([ScheduledSequence([1], len(p), t, True) for p, t in zip(prompts, tables, strict=True)])  # two of one
-    runner.run([ScheduledSequence([1], 4, tables[0], False)])  # no logits wanted
+    runner.run([ScheduledSequence([1], len(p), t, 1) for p, t in zip(prompts, tables, strict=True)])  # two of one
+    runner.run([ScheduledSequence([1], 4, tables[0], 0)])  # no logits wanted
     assert capture.captured == 0
-    runner.run([ScheduledSequence([1], 4, tables[0], True)])
+    runner.run([ScheduledSequence([1], 4, tables[0], 1)])
     assert capture.captured == capture.replayed == 1
 
 
@@ -240,7 +247,8 @@ def test_graphs_without_a_gpu_are_refused(checkpoint: Path):
 def test_a_graph_takes_no_more_than_it_was_made_for():
     graphs = DecodeGraphs.__new__(DecodeGraphs)
     graphs.sizes = batch_sizes(2)
-    one = ScheduledSequence([1], 0, [0], True)
-    assert graphs.takes([one]) and graphs.takes([one] * 2)
-    assert not graphs.takes([]) and not graphs.takes([one] * 3)
-    assert not graphs.takes([one, ScheduledSequence([1, 2], 0, [0], True)])
+    one = ScheduledSequence([1], 0, [0], 1)
+    assert graphs.takes(numbers([one])) and graphs.takes(numbers([one] * 2))
+    assert not graphs.takes(numbers([one] * 3))
+    assert not graphs.takes(numbers([one, ScheduledSequence([1, 2], 0, [0], 1)]))
+    assert not graphs.takes(numbers([one, ScheduledSequence([1], 0, [0], 0)]))

@@ -18,7 +18,7 @@ SCRIPT = """
     class Runner:
         page_size, num_pages, vocab_size, max_context = 4, 4096, 8, 16_000
         def run(self, step):
-            return np.eye(8, dtype=np.float32)[[s.token_ids[-1] for s in step if s.sample]]
+            return np.eye(8, dtype=np.float32)[[s.token_ids[-1] for s in step if s.wanted]]
         def close(self):
             pass
 

@@ -214,7 +214,7 @@ def test_a_process_ends_without_closing_the_engine(ending):
             def run(self, step):
                 self.busy.set()
                 np.ones((300, 300)) @ np.ones((300, 300))  # without the GIL
-                return np.eye(8, dtype=np.float32)[[s.token_ids[-1] for s in step if s.sample]]
+                return np.eye(8, dtype=np.float32)[[s.token_ids[-1] for s in step if s.wanted]]
             def close(self):
                 os.write(1, b"closed\\n")  # at once: several engines close at the same time
 

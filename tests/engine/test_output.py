@@ -163,5 +163,7 @@ def test_several_tokens_at_once_keep_to_max_tokens(make_engine, greedy):
         output=TextOutput(spec()),
         log=TokenLog(),
     )
-    delta = sequence.accept(ids("abcdef"))
+    for token_id in ids("abcdef"):
+        sequence.append(token_id)
+    delta = sequence.put_out()
     assert delta.text == "abc" and delta.finish_reason == "length" and sequence.token_ids == [1, *ids("abc")]

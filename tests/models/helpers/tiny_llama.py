@@ -36,6 +36,6 @@ def feed(runner: ModelRunner, ids: list[int], pages: list[int], chunks: list[int
     """Logits after each chunk, [chunks, vocabulary]."""
     rows, start = [], 0
     for n in chunks:
-        rows.append(runner.run([ScheduledSequence(ids[start : start + n], start, pages, True)]))
+        rows.append(runner.run([ScheduledSequence(ids[start : start + n], start, pages, 1)]))
         start += n
     return torch.cat(rows)

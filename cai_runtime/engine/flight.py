@@ -1,0 +1,68 @@
+"""A step under way: what was launched, and what its sequences take of it."""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass, field
+
+from cai_runtime.engine.runner import Pass, PendingSampled
+from cai_runtime.engine.sampling import tokens_or_errors
+from cai_runtime.engine.scheduler import Planned
+from cai_runtime.engine.sequence import Sequence
+
+
+@dataclass(slots=True)
+class Launched:
+    """A pass under way, with the sampling behind it."""
+
+    part: list[Planned]
+    made: Pass | None = None
+    sampled: PendingSampled | None = None
+    error: Exception | None = None  # the launch failed
+    positions: list[int] = field(default_factory=list)  # of the rows' tokens
+    tokens: list[int | Exception] = field(default_factory=list)  # instead of `sampled`
+
+    def wait(self) -> list[int | Exception]:
+        """For each row the sampled token, or the error that its sequence alone fails with. Raises what the pass failed
+        with."""
+        if self.error is not None:
+            raise self.error
+        assert self.made is not None
+        if self.sampled is None:
+            self.made.wait()
+            return self.tokens
+        try:
+            return tokens_or_errors(self.sampled.wait(), self.positions)
+        except Exception as error:  # noqa: BLE001 - such as a device out of memory
+            self.made.wait()  # raises if it was the pass that failed
+            forget_frames(error)
+            return [error] * len(self.positions)
+
+
+@dataclass(slots=True)
+class Flight:
+    """A step under way. begin: when it was launched."""
+
+    parts: list[Launched]
+    begin: float
+    prompt_tokens: int
+
+
+def append_sampled(sequence: Sequence, draft: list[int], rows: list[int | Exception]) -> tuple[int, Exception | None]:
+    """Add to a sequence what was sampled behind its newest token and behind each drafted one: as long as the draft is what
+    was sampled, the next row follows the text. Returns how many tokens it got, and the error of the row where they stop."""
+    for i, token in enumerate(rows):
+        if isinstance(token, Exception):
+            return i, token
+        sequence.append(token)
+        if i == len(draft) or token != draft[i] or sequence.may_end():
+            return i + 1, None
+    return 0, None
+
+
+def forget_frames(error: BaseException) -> None:
+    """Let go of the local variables (activations, weights) of the frames that an exception went through."""
+    seen: BaseException | None = error
+    while seen is not None:
+        traceback.clear_frames(seen.__traceback__)
+        seen = seen.__cause__ or seen.__context__

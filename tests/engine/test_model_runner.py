@@ -1,0 +1,90 @@
+"""The runner over a real, tiny model on the CPU kernels: seats, drafts, rows of a prompt."""
+
+import numpy as np
+import pytest
+import torch
+
+from cai_runtime.engine import model_runner
+from cai_runtime.engine.engine import Engine
+from cai_runtime.engine.request import Request, SamplingParams
+from cai_runtime.engine.step import Feed, NewPages, ScheduledSequence, Step
+from cai_runtime.errors import KernelError
+from cai_runtime.kernels.batch import FULL
+from cai_runtime.kernels.sampling import NEUTRAL, NO_TABLES, SamplingBatch
+from tests.engine.test_cuda_graphs import checkpoint, open_runner  # noqa: F401 - a fixture
+
+IDS = [7, 3, 300, 41, 5, 5, 19, 2, 260, 77, 8, 120, 33, 64, 1, 9, 310, 44, 6, 28]
+PAGES = [4, 9]
+
+
+@pytest.fixture
+def runner(checkpoint):  # noqa: F811
+    opened = open_runner(checkpoint, capture=None, backend="cpu")
+    yield opened
+    opened.close()
+
+
+def one_by_one(runner):
+    """The logits behind each token, in steps of one, without a seat."""
+    return torch.cat([runner.run([ScheduledSequence([token_id], i, PAGES, 1)]) for i, token_id in enumerate(IDS)])
+
+
+@pytest.mark.parametrize("rows_at_once", [256, 3])
+def test_wanted_rows_are_those_of_single_steps(runner, monkeypatch, rows_at_once):
+    monkeypatch.setattr(model_runner, "LOGIT_ROWS", rows_at_once)
+    expected = one_by_one(runner)
+    assert torch.equal(runner.run([ScheduledSequence(IDS, 0, PAGES, len(IDS))]), expected), "a prompt's logprobs"
+    first = ScheduledSequence(IDS[:12], 0, PAGES, 0)
+    draft = ScheduledSequence(IDS[12:16], 12, PAGES, 4)
+    runner.run([first])
+    beside = ScheduledSequence(IDS[:5], 0, [11], 1)
+    assert torch.equal(runner.run([beside, draft]), torch.cat([expected[4:5], expected[12:16]]))
+
+
+def test_launched_steps_over_seats_are_the_same(runner):
+    expected = one_by_one(runner)
+    greedy = SamplingBatch(np.repeat(NEUTRAL, 2), [NO_TABLES] * 2)
+    first = runner.launch(Step([Feed(3, 0, IDS[:16], 0)], [NewPages(3, FULL, 0, [6])]))
+    feeds = [Feed(0, 0, IDS[:4], 1), Feed(3, 16, IDS[16:18], 1)]
+    second = runner.launch(Step(feeds, [NewPages(3, FULL, 1, [2]), NewPages(0, FULL, 0, [1])]))
+    sampled = runner.sample(second, greedy)
+    third = runner.launch(Step([Feed(3, 18, IDS[18:], 2)]))
+    assert first.wait().shape == (0, runner.vocab_size)
+    assert torch.equal(second.wait(), expected[[3, 17]])
+    assert sampled.wait().ids.tolist() == expected[[3, 17]].argmax(-1).tolist()
+    assert torch.equal(third.wait(), expected[18:])
+
+
+class Guesses:
+    """Drafts that are sometimes right: a tiny model repeats itself."""
+
+    def propose(self, sequence):
+        return sequence.token_ids[-3:]
+
+
+def test_drafts_change_no_token_of_a_real_model(checkpoint):  # noqa: F811
+    requests = [
+        Request(
+            IDS[: 3 + i], SamplingParams(max_tokens=24, temperature=t, seed=i, repetition_penalty=p, ignore_eos=True)
+        )
+        for i, (t, p) in enumerate([(0.0, 1.0), (0.7, 1.0), (0.0, 1.2), (1.0, 1.1)])
+    ]
+
+    class Words:
+        def decode(self, token_ids, skip_special_tokens=True):
+            return "".join(chr(0x100 + t) for t in token_ids)
+
+    texts = []
+    for proposer in (None, Guesses()):
+        with Engine(
+            open_runner(checkpoint, capture=None, backend="cpu"), Words(), eos_token_ids=[2], proposer=proposer
+        ) as engine:
+            texts.append([handle.result().token_ids for handle in engine.submit_all(requests)])
+            assert (engine.stats().drafts_taken > 0) == (proposer is not None)
+    assert texts[0] == texts[1]
+
+
+def test_what_the_model_does_not_take_is_named(runner):
+    step = Step([Feed(0, 0, [1], 1, inputs=(object(),))], [NewPages(0, FULL, 0, [1])])
+    with pytest.raises(KernelError, match="token ids alone"):
+        runner.launch(step).wait()
