@@ -33,6 +33,9 @@ Backends: `sample_cpu` here (csrc/cpu/sampling_ops.cpp), kernels/triton/sampling
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,7 +118,8 @@ class SamplingBatch:
 
     rows: ROW [n], `uniform` filled in. tables: of each row, what its addresses point to. mask: uint32
     [n, ceil(vocabulary / 32)] or None; bit t % 32 of word t // 32 says whether token t is allowed. logprobs: int8 [n] or
-    None; -1 none, 0 the sampled token's, k also the k greatest. custom: row number -> logits processor.
+    None; -1 none, 0 the sampled token's, k also the k greatest. custom: row number -> logits processor. address: of the
+    first row; numpy takes a microsecond to say it, so a maker that knows it hands it over.
     """
 
     rows: np.ndarray
@@ -123,6 +127,7 @@ class SamplingBatch:
     mask: np.ndarray | None = None
     logprobs: np.ndarray | None = None
     custom: Mapping[int, LogitsProcessor] = field(default_factory=dict)
+    address: int | None = None
 
     def __post_init__(self) -> None:
         if self.rows.dtype != ROW or self.rows.ndim != 1 or not self.rows.flags.c_contiguous:
@@ -133,6 +138,8 @@ class SamplingBatch:
             raise KernelError(f"SamplingBatch.logprobs has shape {self.logprobs.shape}, expected {self.rows.shape}")
         if self.logprobs is not None and not (self.logprobs >= 0).any():
             self.logprobs = None
+        if self.address is None:
+            self.address = self.rows.ctypes.data
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -208,24 +215,73 @@ def fill_uniforms(rows: np.ndarray) -> None:
     _function("sampling_uniforms")(rows.ctypes.data, len(rows))
 
 
+def new_batch(
+    rows: Sequence[Any],
+    positions: Sequence[int],
+    tables: list[RowTables],
+    replaced: Mapping[int, RowTables],
+    mask: np.ndarray | None = None,
+    logprobs: np.ndarray | None = None,
+    custom: Mapping[int, LogitsProcessor] | None = None,
+) -> SamplingBatch:
+    """A `SamplingBatch` of copies of single rows (bytes of ROW), with `positions`, and `uniform` filled in.
+
+    tables: of each row, as its bytes say. replaced: row number -> other tables, which are put into the copy of the row.
+    """
+    memory = bytearray().join(rows)
+    address = address_of(memory)
+    array = np.frombuffer(memory, ROW)
+    array["position"] = positions
+    for i, other in replaced.items():
+        tables[i] = other
+        other.write(array[i : i + 1])
+    _function("sampling_uniforms")(address, len(rows))
+    return SamplingBatch(array, tables, mask, logprobs, custom or {}, address)
+
+
+def address_of(memory: bytearray) -> int:
+    """Where it lies; it must not be empty. Quicker than an array's `ctypes.data`."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+_CALL = struct.Struct("9q")  # csrc/cpu/exports.cpp: sample_rows
+
+
+def _is_plain_tensor(logits: Any) -> bool:
+    """Whether it is a torch tensor that `host_logits` would leave as it is; without importing torch."""
+    return (
+        not isinstance(logits, np.ndarray)
+        and hasattr(logits, "data_ptr")
+        and logits.is_cpu
+        and logits.is_floating_point()
+        and logits.element_size() == 4
+        and logits.is_contiguous()
+    )
+
+
 def sample_cpu(logits: Any, batch: SamplingBatch) -> Sampled:
     """logits: fp32 [n, vocabulary], numpy or torch on the CPU; may be overwritten. Raises KernelError for a batch that
     doesn't fit."""
-    logits = host_logits(logits)
-    batch.check(logits.shape)
-    raw = _RawLogprobs(logits, batch) if batch.logprobs is not None else None
-    errors = apply_processors(logits, batch.custom)
+    raw, errors = None, {}
+    if _is_plain_tensor(logits) and not batch.custom and batch.logprobs is None:
+        address = logits.data_ptr()
+        batch.check(logits.shape)
+    else:
+        logits = host_logits(logits)
+        address = logits.ctypes.data
+        batch.check(logits.shape)
+        raw = _RawLogprobs(logits, batch) if batch.logprobs is not None else None
+        errors = apply_processors(logits, batch.custom)
     count, vocabulary = logits.shape
-    # One block for the call's nine arguments, its scratch [count], ids and status: an array's address is slow to get at.
-    block = np.empty(9 + count + (5 * count + 7) // 8, np.int64)
-    address = block.ctypes.data
-    outputs = 8 * (9 + count)
-    ids = block.view(np.uint8)[outputs : outputs + 4 * count].view(np.int32)
-    status = block.view(np.uint8)[outputs + 4 * count : outputs + 5 * count]
+    # One piece of memory for the call's arguments, its scratch (8 bytes a row), ids and status.
+    memory = bytearray(_CALL.size + 13 * count)
+    scratch = address_of(memory) + _CALL.size
     mask, words = (0, 0) if batch.mask is None else (batch.mask.ctypes.data, batch.mask.shape[1])
-    inputs = (batch.rows.ctypes.data, count, logits.ctypes.data, vocabulary, mask, words)
-    block[:9] = *inputs, address + outputs, address + outputs + 4 * count, address + 72
-    _function("sample_rows")(address)
+    outputs = scratch + 8 * count, scratch + 12 * count
+    _CALL.pack_into(memory, 0, batch.address, count, address, vocabulary, mask, words, *outputs, scratch)
+    _function("sample_rows")(scratch - _CALL.size)
+    ids = np.frombuffer(memory, np.int32, count, _CALL.size + 8 * count)
+    status = np.frombuffer(memory, np.uint8, count, _CALL.size + 12 * count)
     for row in errors:
         ids[row], status[row] = -1, PROCESSOR_FAILED
     if raw is None:
@@ -278,6 +334,7 @@ def _logprobs(raw: np.ndarray, ids: np.ndarray, log_total: np.floating) -> np.nd
     return np.where(usable, np.maximum(values, LOGPROB_FLOOR), LOGPROB_FLOOR).astype(np.float32)
 
 
+@functools.cache
 def _function(name: str) -> Any:
     from cai_runtime.kernels import cpu_library  # imports torch
 

@@ -20,15 +20,15 @@ from cai_runtime.kernels.sampling import (
     NO_TABLES,
     NOT_FINITE,
     NOTHING_ALLOWED,
+    OK,
     PROCESSOR_FAILED,
-    ROW,
     LogitsProcessor,
     RowTables,
     Sampled,
     SamplingBatch,
-    fill_uniforms,
     inverse_temperature,
     min_weight,
+    new_batch,
     sample_cpu,
 )
 
@@ -138,6 +138,8 @@ class SequenceSampler:
         self._biases = _bias_table(params.logit_bias, ())
         self._early_biases = _bias_table(params.logit_bias, stop_ids) if params.min_tokens > 0 else self._biases
         self.row = NEUTRAL.copy()
+        self.row_bytes = memoryview(self.row.view(np.uint8))  # follows the row, and is quicker to join than an array
+        self.wants_more = params.logprobs is not None or processor is not None  # than most rows of a batch
         row = self.row
         row["seed"] = self.seed % 2**64, self.seed // 2**64 % 2**64
         row["inverse_temperature"] = inverse_temperature(params.temperature)
@@ -212,26 +214,29 @@ def sampling_batch(
     positions: the absolute position that each new token takes. drafted: row number -> tokens between the sequence's text and
     this row, where a sequence has several rows. mask: see `SamplingBatch`.
     """
-    rows = np.frombuffer(bytearray().join([sampler.row.data for sampler in samplers]), ROW)
-    rows["position"] = positions
     tables = [sampler.tables for sampler in samplers]
-    for i, tokens in (drafted or {}).items():
-        tables[i] = samplers[i].tables_after(tokens)
-        tables[i].write(rows[i : i + 1])
-    fill_uniforms(rows)
-    wanted = [sampler.params.logprobs for sampler in samplers]
-    logprobs = None
-    if any(k is not None for k in wanted):
-        logprobs = np.array([-1 if k is None else k for k in wanted], np.int8)
-    custom = {i: sampler.processor for i, sampler in enumerate(samplers) if sampler.processor is not None}
-    return SamplingBatch(rows, tables, mask, logprobs, custom)
+    replaced = {i: samplers[i].tables_after(tokens) for i, tokens in drafted.items()} if drafted else {}
+    logprobs, custom = None, {}
+    for i in [i for i, sampler in enumerate(samplers) if sampler.wants_more]:
+        wanted, processor = samplers[i].params.logprobs, samplers[i].processor
+        if wanted is not None:
+            logprobs = np.full(len(samplers), -1, np.int8) if logprobs is None else logprobs
+            logprobs[i] = wanted
+        if processor is not None:
+            custom[i] = processor
+    rows = [sampler.row_bytes for sampler in samplers]
+    return new_batch(rows, positions, tables, replaced, mask, logprobs, custom)
 
 
 def tokens_or_errors(sampled: Sampled, positions: Sequence[int]) -> list[int | Exception]:
     """The tokens of a step; for a row that failed, the error that its sequence alone fails with."""
     tokens: list[int | Exception] = sampled.ids.tolist()
-    for i in np.flatnonzero(sampled.status).tolist():
-        status = int(sampled.status[i])
+    statuses = sampled.status.tobytes()
+    if statuses.count(OK) == len(tokens):  # a tenth of the time that numpy takes to say so
+        return tokens
+    for i, status in enumerate(statuses):
+        if status == OK:
+            continue
         tokens[i] = sampled.errors[i] if status == PROCESSOR_FAILED else _ERRORS[status](positions[i])
     return tokens
 

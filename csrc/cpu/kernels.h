@@ -104,7 +104,7 @@ struct AttentionShape {
 };
 
 // Sampling. Tokens of the vocabulary are looked at in blocks of this many.
-constexpr int64_t kSampleBlock = 64;
+constexpr int64_t kSampleBlock = 128;
 
 struct KernelTable {
   const char* name;
@@ -150,15 +150,18 @@ struct KernelTable {
   // Weights of a block of tokens: e^((logit - greatest) * inverse_temperature) in units of 2^-30, 0 to 2^30. Writes
   // kSampleBlock of them, zeros beyond `count`.
   void (*token_weights)(const float* logits, int64_t count, float greatest, float inverse_temperature, int32_t* weights);
-  // Each block's sum of weights and heaviest token; the weights themselves, too, in whole blocks, where `weights` is not
-  // null. peaks: of the blocks, from logit_peaks.
-  void (*weight_blocks)(const float* logits, int64_t count, const float* peaks, float greatest, float inverse_temperature,
-                        int64_t* sums, int32_t* heaviest, int32_t* weights);
+  // Each block's sum of weights. peaks: of the blocks, from logit_peaks. Where `ids` is not null: also the tokens of at least
+  // the weight `lowest`, which is above 0, numbered from first_id, with their weights; returns how many. These two outputs
+  // need room for whole blocks.
+  int64_t (*weight_blocks)(const float* logits, int64_t count, const float* peaks, float greatest,
+                           float inverse_temperature, int64_t* sums, int32_t lowest, int32_t first_id, int32_t* ids,
+                           int32_t* kept);
   // The sum of the weights of at least `lowest`.
   int64_t (*sum_from)(const int32_t* weights, int64_t count, int32_t lowest);
-  // Of values of consecutive tokens, those of at least `lowest`, with their ids. Both outputs need room for one more than is
-  // kept. Returns how many are.
-  int64_t (*collect)(const int32_t* values, int64_t count, int32_t lowest, int32_t first_id, int32_t* ids, int32_t* kept);
+  // Of values of tokens, those of at least `lowest`, with the tokens' numbers. Returns how many there are. Both outputs need
+  // room for `count`, and may be the inputs.
+  int64_t (*collect)(const int32_t* values, const int32_t* numbers, int64_t count, int32_t lowest, int32_t* ids,
+                     int32_t* kept);
 };
 
 // Keys of a sequence that are attended as one chain of sums; the boundaries lie at multiples of it from position 0, so that

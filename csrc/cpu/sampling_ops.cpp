@@ -94,7 +94,20 @@ int32_t choose_of(Candidates& c, const SampleRow& row, int64_t target) {
 }
 
 bool limits_top_k(const SampleRow& row, Int vocabulary) { return 0 < row.top_k && row.top_k < vocabulary; }
-bool keeps_weights(const SampleRow& row) { return row.top_p < 1.0 || row.min_weight > 0; }
+constexpr int64_t kOne = Int(1) << 30;  // the weight of the greatest logit
+// What a token must weigh at least to be chosen, when the weights of all are known to sum to `total` or more; 0 where any may
+// be.
+int32_t least_weight(const SampleRow& row, Int vocabulary, int64_t total) {
+  int64_t lowest = row.min_weight;
+  if (row.top_p < 1.0) {
+    // top_p leaves out at least this much (4 for the rounding of the products). Tokens below their even share of it do not
+    // weigh more together.
+    total = std::max(total, kOne);
+    const int64_t spare = std::max<int64_t>(total - nucleus_target(row.top_p, total) - 4, 0);
+    lowest = std::max(lowest, spare / vocabulary + 1);
+  }
+  return static_cast<int32_t>(lowest);
+}
 bool weighs_all(const SampleRow& row, Int vocabulary) {
   return row.inverse_temperature > 0 && !limits_top_k(row, vocabulary);
 }
@@ -112,12 +125,13 @@ int32_t choose(const Row& looked, const SampleRow& row, Int vocabulary) {
     return choose_of(c, row, nucleus ? nucleus_target(row.top_p, total) : 0);
   }
   const int64_t total = looked.total();
-  if (!keeps_weights(row)) return looked.token_at(share(row.uniform, total), row.inverse_temperature);
+  int64_t lowest = least_weight(row, vocabulary, total);
+  if (lowest == 0) return looked.token_at(share(row.uniform, total), row.inverse_temperature);
   Candidates c(vocabulary);
-  int64_t target = 0, lowest = row.min_weight;
+  int64_t target = 0;
   if (nucleus) {
     target = nucleus_target(row.top_p, total);
-    lowest = std::max(lowest, looked.light(total, total - target));
+    lowest = looked.light(lowest, total, total - target);
   }
   looked.collect_weights(lowest, c);
   return choose_of(c, row, target);
@@ -172,8 +186,9 @@ void sample_whole_rows(Team& team, const SampleCall& c) {
     const SampleStatus status = passes.status();
     c.status[r] = static_cast<uint8_t>(status);
     if (status == SampleStatus::kOk) {
-      if (weighs_all(row, c.vocabulary))
-        for (Int p = 0; p < passes.pieces(); ++p) passes.weigh(p, row.inverse_temperature, keeps_weights(row));
+      int64_t total = 0;
+      for (Int p = 0; weighs_all(row, c.vocabulary) && p < passes.pieces(); ++p)
+        total += passes.weigh(p, row.inverse_temperature, least_weight(row, c.vocabulary, total));
       c.ids[r] = choose(passes, row, c.vocabulary);
     }
     take_back(row, logits, saved);
@@ -199,7 +214,8 @@ void sample_shared_rows(Team& team, const SampleCall& c) {
     const Int r = i / pieces;
     const Row looked = passes(r);
     if (weighs_all(c.rows[r], c.vocabulary) && looked.status() == SampleStatus::kOk)
-      passes(r).weigh(i % pieces, c.rows[r].inverse_temperature, keeps_weights(c.rows[r]));
+      passes(r).weigh(i % pieces, c.rows[r].inverse_temperature,
+                      least_weight(c.rows[r], c.vocabulary, kOne));
   });
   team.sync();
   team.deal(c.count, [&](Int r) {
@@ -238,7 +254,7 @@ void top_logits(Team& team, const TopLogitsCall& c) {
     std::fill(c.ids + r * c.k, c.ids + (r + 1) * c.k, -1);
     c.total[r] = 0;
     if (passes.status() != SampleStatus::kOk) return;
-    for (Int p = 0; p < passes.pieces(); ++p) passes.weigh(p, 1.0f, false);
+    for (Int p = 0; p < passes.pieces(); ++p) passes.weigh(p, 1.0f, 0);
     c.greatest[r] = passes.greatest();
     c.total[r] = passes.total();
     const Int k = std::min(c.k, c.vocabulary);

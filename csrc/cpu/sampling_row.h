@@ -5,12 +5,13 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <numeric>
 
 #include "sampling.h"
 
 namespace cai {
 
-constexpr Int kPieceBlocks = 64;  // blocks that a thread looks at together where a row is shared: 4096 tokens
+constexpr Int kPieceBlocks = 32;  // blocks that a thread looks at together where a row is shared: 4096 tokens
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // A logit's bits as an integer of the same order, +0 and -0 the same one.
@@ -38,9 +39,9 @@ struct Candidates {
     values[count] = value;
     count += wanted;
   }
-  // Of values of consecutive tokens, the ones of at least `lowest`.
-  void add_from(int32_t lowest, Int first_id, const int32_t* found, Int n) {
-    count += kernels().collect(found, n, lowest, static_cast<int32_t>(first_id), ids + count, values + count);
+  // Of these tokens and their values, the ones of at least `lowest`.
+  void add_from(int32_t lowest, const int32_t* tokens, const int32_t* found, Int n) {
+    count += kernels().collect(found, tokens, n, lowest, ids + count, values + count);
   }
   // The k-th greatest value.
   int32_t greatest(Int k) {
@@ -51,7 +52,7 @@ struct Candidates {
   void keep_from(int32_t lowest) {
     const Int all = count;
     count = 0;
-    for (Int i = 0; i < all; ++i) add(ids[i], values[i], values[i] >= lowest);
+    add_from(lowest, ids, values, all);
   }
 };
 
@@ -60,16 +61,17 @@ class Row {
  public:
   static Int bytes(Int vocabulary) {
     const Int blocks = blocks_in(vocabulary), pieces = (blocks + kPieceBlocks - 1) / kPieceBlocks;
-    return (blocks * (kSampleBlock * 4 + 16) + pieces * 5 + 63) / 64 * 64;
+    return (blocks * (kSampleBlock * 8 + 12) + pieces * 9 + 63) / 64 * 64;
   }
   Row(float* logits, Int vocabulary, void* memory)
       : logits_(logits), vocabulary_(vocabulary), blocks_(blocks_in(vocabulary)) {
-    weights_ = static_cast<int32_t*>(memory);
+    ids_ = static_cast<int32_t*>(memory);
+    weights_ = ids_ + blocks_ * kSampleBlock;
     sums_ = reinterpret_cast<int64_t*>(weights_ + blocks_ * kSampleBlock);
     peaks_ = reinterpret_cast<float*>(sums_ + blocks_);
-    heaviest_ = reinterpret_cast<int32_t*>(peaks_ + blocks_);
-    piece_peaks_ = reinterpret_cast<float*>(heaviest_ + blocks_);
-    piece_nan_ = reinterpret_cast<bool*>(piece_peaks_ + pieces());
+    piece_peaks_ = reinterpret_cast<float*>(peaks_ + blocks_);
+    piece_found_ = reinterpret_cast<int32_t*>(piece_peaks_ + pieces());
+    piece_nan_ = reinterpret_cast<bool*>(piece_found_ + pieces());
   }
 
   Int pieces() const { return (blocks_ + kPieceBlocks - 1) / kPieceBlocks; }
@@ -89,17 +91,16 @@ class Row {
     return greatest() == -kInfinity ? SampleStatus::kNothingAllowed : SampleStatus::kOk;
   }
 
-  // Second pass over a piece: sums of weights, and the weights themselves for collect_weights().
-  void weigh(Int piece, float inverse_temperature, bool keep) {
+  // Second pass over a piece: sums of weights, and the tokens of at least `lowest` for collect_weights(); 0: none of them.
+  // Returns the sum of all.
+  int64_t weigh(Int piece, float inverse_temperature, int32_t lowest) {
     const Span s = span(piece);
-    kernels().weight_blocks(logits_ + s.token, s.tokens, peaks_ + s.block, greatest(), inverse_temperature,
-                            sums_ + s.block, heaviest_ + s.block, keep ? weights_ + s.token : nullptr);
+    piece_found_[piece] = static_cast<int32_t>(kernels().weight_blocks(
+        logits_ + s.token, s.tokens, peaks_ + s.block, greatest(), inverse_temperature, sums_ + s.block, lowest,
+        static_cast<int32_t>(s.token), lowest > 0 ? ids_ + s.token : nullptr, weights_ + s.token));
+    return std::accumulate(sums_ + s.block, sums_ + s.block + s.blocks, int64_t(0));
   }
-  int64_t total() const {
-    int64_t sum = 0;
-    for (Int b = 0; b < blocks_; ++b) sum += sums_[b];
-    return sum;
-  }
+  int64_t total() const { return std::accumulate(sums_, sums_ + blocks_, int64_t(0)); }
 
   // The first token of the greatest logit.
   int32_t best() const {
@@ -119,10 +120,11 @@ class Row {
     }
     for (Int b = 0; b < blocks_; ++b) {
       if (key_of(peaks_[b]) < lowest) continue;
-      int32_t keys[kSampleBlock];
+      int32_t keys[kSampleBlock], tokens[kSampleBlock];
       const Int begin = b * kSampleBlock, end = end_of(b);
       std::transform(logits_ + begin, logits_ + end, keys, key_of);
-      found.add_from(lowest, begin, keys, end - begin);
+      std::iota(tokens, tokens + (end - begin), static_cast<int32_t>(begin));
+      found.add_from(lowest, tokens, keys, end - begin);
     }
     found.keep_from(found.greatest(k));
   }
@@ -138,26 +140,25 @@ class Row {
       std::copy(weights, weights + n, c.values + begin);
     }
   }
-  // A weight such that all lighter tokens together weigh no more than `spare`, and not far below the greatest such weight:
-  // the fewer candidates are collected.
-  int64_t light(int64_t total, int64_t spare) const {
-    int64_t low = spare / vocabulary_ + 1, high = Int(1) << 30;
+  // A weight of at least `low` such that all lighter tokens together weigh no more than `spare`, and not far below the
+  // greatest such weight: the fewer candidates are left. Where even `low` is not light enough: `low`. weigh() had the same.
+  int64_t light(int64_t low, int64_t total, int64_t spare) const {
+    int64_t high = Int(1) << 30;
     for (int shift = 1; (low << 1) < high; shift = 1) {
       while ((low << (2 * shift + 2)) <= high) ++shift;  // halves the number of octaves between them
       const int64_t middle = low << shift;
       int64_t kept = 0;
-      for (Int b = 0; b < blocks_; ++b)
-        if (heaviest_[b] >= middle)
-          kept += kernels().sum_from(weights_ + b * kSampleBlock, kSampleBlock, static_cast<int32_t>(middle));
+      for (Int p = 0; p < pieces(); ++p)
+        kept += kernels().sum_from(weights_ + span(p).token, piece_found_[p], static_cast<int32_t>(middle));
       (total - kept <= spare ? low : high) = middle;
     }
     return low;
   }
-  // Tokens of at least this weight, which is above 0.
+  // Tokens of at least this weight, which is no less than what weigh() was given.
   void collect_weights(int64_t lowest, Candidates& found) const {
-    for (Int b = 0; b < blocks_; ++b) {
-      const Int begin = b * kSampleBlock;
-      if (heaviest_[b] >= lowest) found.add_from(static_cast<int32_t>(lowest), begin, weights_ + begin, end_of(b) - begin);
+    for (Int p = 0; p < pieces(); ++p) {
+      const Int token = span(p).token;
+      found.add_from(static_cast<int32_t>(lowest), ids_ + token, weights_ + token, piece_found_[p]);
     }
   }
   // The token where the running sum of weights first exceeds `target`, which is below the total.
@@ -185,10 +186,10 @@ class Row {
 
   float* logits_;
   Int vocabulary_, blocks_;
-  int32_t* weights_;
+  int32_t *ids_, *weights_;  // of tokens that weigh() kept: those of a piece from the place of its first token on
   int64_t* sums_;
   float *peaks_, *piece_peaks_;
-  int32_t* heaviest_;
+  int32_t* piece_found_;
   bool* piece_nan_;
 };
 

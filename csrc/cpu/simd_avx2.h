@@ -7,6 +7,18 @@
 
 namespace cai::avx2 {
 
+// For each set of lanes, as bits: the numbers of its lanes in order, then zeros.
+struct LaneOrder {
+  uint8_t lanes[256][8];
+};
+constexpr LaneOrder lane_order() {
+  LaneOrder order{};
+  for (int set = 0; set < 256; ++set)
+    for (int lane = 0, place = 0; lane < 8; ++lane)
+      if (set >> lane & 1) order.lanes[set][place++] = static_cast<uint8_t>(lane);
+  return order;
+}
+
 struct Simd {
   static constexpr int kWidth = 8;
   static constexpr int kTileM = 3;  // 3 x 4 accumulators, 3 rows of x and one of w fill the 16 registers
@@ -29,8 +41,43 @@ struct Simd {
     return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane));
   }
   static void store(float* p, V v) { _mm256_storeu_ps(p, v); }
-  static void store_whole(int32_t* p, V v) {  // the fractions cut off
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_cvttps_epi32(v));
+  // Whole numbers of 32 bits (see sampling.inl).
+  using Whole = __m256i;
+  static Whole whole(V v) { return _mm256_cvttps_epi32(v); }  // the fractions cut off
+  static Whole whole1(int32_t s) { return _mm256_set1_epi32(s); }
+  static Whole load_whole(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static void store_whole(int32_t* p, Whole w) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), w); }
+  static Whole add(Whole a, Whole b) { return _mm256_add_epi32(a, b); }
+  static Whole max(Whole a, Whole b) { return _mm256_max_epi32(a, b); }
+  static constexpr LaneOrder kOrder = lane_order();
+  static bool any_from(Whole w, Whole lowest) { return lanes_from(w, lowest) != 0; }
+  static int lanes_from(Whole w, Whole lowest) {
+    return ~_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(lowest, w))) & 0xff;
+  }
+  // Writes the lanes of w that are at least `lowest`, and their ids; returns how many. Both outputs have room for all.
+  static int keep_from(Whole w, Whole lowest, Whole id, int32_t* ids, int32_t* kept) {
+    const int lanes = lanes_from(w, lowest);
+    const auto* order = reinterpret_cast<const __m128i*>(kOrder.lanes[lanes]);
+    const __m256i to_front = _mm256_cvtepu8_epi32(_mm_loadl_epi64(order));
+    store_whole(ids, _mm256_permutevar8x32_epi32(id, to_front));
+    store_whole(kept, _mm256_permutevar8x32_epi32(w, to_front));
+    return __builtin_popcount(static_cast<unsigned>(lanes));
+  }
+  // Sums of lanes as unsigned numbers, in 64 bits.
+  using Sums = __m256i;
+  static Sums sums_zero() { return _mm256_setzero_si256(); }
+  static Sums sums_add(Sums sums, Whole w) {
+    const __m256i low = _mm256_blend_epi32(w, _mm256_setzero_si256(), 0xaa);
+    return _mm256_add_epi64(_mm256_add_epi64(sums, low), _mm256_srli_epi64(w, 32));
+  }
+  static int64_t sums_total(Sums sums) {
+    const __m128i s = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+    return _mm_cvtsi128_si64(s) + _mm_extract_epi64(s, 1);
+  }
+  // v times 2^n, where n is in the low bits of the float `shifted` = 1.5 x 2^23 + n. v and the product are normal numbers.
+  static V times_pow2(V v, V shifted) {
+    const __m256i exponents = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(v), exponents));
   }
   static V load(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
@@ -107,6 +154,11 @@ struct Simd {
     __m128 m = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     m = _mm_max_ps(m, _mm_movehl_ps(m, m));
     return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+  }
+  static void maximum4(V a, V b, V c, V d, float out[4]) {
+    const auto pair = [](V v, V w) { return _mm256_max_ps(_mm256_unpacklo_ps(v, w), _mm256_unpackhi_ps(v, w)); };
+    const V abcd = pair(pair(a, c), pair(b, d));
+    _mm_storeu_ps(out, _mm_max_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
   }
   static void sum4(V a, V b, V c, V d, float out[4]) {
     __m256 ab = _mm256_hadd_ps(a, b), cd = _mm256_hadd_ps(c, d);

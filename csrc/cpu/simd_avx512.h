@@ -28,7 +28,36 @@ struct Simd {
     return _mm512_maskz_loadu_ps(n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1u), p);
   }
   static void store(float* p, V v) { _mm512_storeu_ps(p, v); }
-  static void store_whole(int32_t* p, V v) { _mm512_storeu_si512(p, _mm512_cvttps_epi32(v)); }  // fractions cut off
+  // Whole numbers of 32 bits (see sampling.inl).
+  using Whole = __m512i;
+  static Whole whole(V v) { return _mm512_cvttps_epi32(v); }  // the fractions cut off
+  static Whole whole1(int32_t s) { return _mm512_set1_epi32(s); }
+  static Whole load_whole(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static void store_whole(int32_t* p, Whole w) { _mm512_storeu_si512(p, w); }
+  static Whole add(Whole a, Whole b) { return _mm512_add_epi32(a, b); }
+  static Whole max(Whole a, Whole b) { return _mm512_max_epi32(a, b); }
+  static bool any_from(Whole w, Whole lowest) { return _mm512_cmpge_epi32_mask(w, lowest) != 0; }
+  // Writes the lanes of w that are at least `lowest`, and their ids; returns how many. Both outputs have room for all.
+  static int keep_from(Whole w, Whole lowest, Whole id, int32_t* ids, int32_t* kept) {
+    const __mmask16 keep = _mm512_cmpge_epi32_mask(w, lowest);
+    // Compressed in a register, not to memory: that is microcode on Zen 4.
+    _mm512_storeu_si512(ids, _mm512_maskz_compress_epi32(keep, id));
+    _mm512_storeu_si512(kept, _mm512_maskz_compress_epi32(keep, w));
+    return __builtin_popcount(keep);
+  }
+  // Sums of lanes as unsigned numbers, in 64 bits.
+  using Sums = __m512i;
+  static Sums sums_zero() { return _mm512_setzero_si512(); }
+  static Sums sums_add(Sums sums, Whole w) {
+    const __m512i low = _mm512_and_si512(w, _mm512_set1_epi64(0xffffffff));
+    return _mm512_add_epi64(_mm512_add_epi64(sums, low), _mm512_srli_epi64(w, 32));
+  }
+  static int64_t sums_total(Sums sums) { return _mm512_reduce_add_epi64(sums); }
+  // v times 2^n, where n is in the low bits of the float `shifted` = 1.5 x 2^23 + n. v and the product are normal numbers.
+  static V times_pow2(V v, V shifted) {
+    const __m512i exponents = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(v), exponents));
+  }
   static V load(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
@@ -95,6 +124,12 @@ struct Simd {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
   }
   static float maximum(V a) { return _mm512_reduce_max_ps(a); }
+  static void maximum4(V a, V b, V c, V d, float out[4]) {
+    const auto fold = [](V v) { return _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); };
+    const auto pair = [](__m256 v, __m256 w) { return _mm256_max_ps(_mm256_unpacklo_ps(v, w), _mm256_unpackhi_ps(v, w)); };
+    const __m256 ac = pair(fold(a), fold(c)), bd = pair(fold(b), fold(d)), abcd = pair(ac, bd);
+    _mm_storeu_ps(out, _mm_max_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+  }
   static void sum4(V a, V b, V c, V d, float out[4]) {
     __m256 ab = _mm256_hadd_ps(fold(a), fold(b)), cd = _mm256_hadd_ps(fold(c), fold(d));
     __m256 abcd = _mm256_hadd_ps(ab, cd);

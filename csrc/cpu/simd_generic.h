@@ -66,6 +66,7 @@ struct Simd {
   // The compilers' vector extension: whatever vector unit the target has, without its intrinsics.
   typedef float V __attribute__((vector_size(32), aligned(4), may_alias));
   typedef int32_t I __attribute__((vector_size(32), aligned(4), may_alias));
+  typedef uint32_t U __attribute__((vector_size(32), aligned(4), may_alias));
   struct Bf16 {
     uint16_t bits;
   };
@@ -87,9 +88,47 @@ struct Simd {
     return v;
   }
   static void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
-  static void store_whole(int32_t* p, V v) {  // the fractions cut off
-    const I whole = __builtin_convertvector(v, I);
-    std::memcpy(p, &whole, sizeof whole);
+  // Whole numbers of 32 bits (see sampling.inl).
+  using Whole = I;
+  static Whole whole(V v) { return __builtin_convertvector(v, I); }  // the fractions cut off
+  static Whole whole1(int32_t s) { return I{s, s, s, s, s, s, s, s}; }
+  static Whole load_whole(const int32_t* p) {
+    Whole w;
+    std::memcpy(&w, p, sizeof w);
+    return w;
+  }
+  static void store_whole(int32_t* p, Whole w) { std::memcpy(p, &w, sizeof w); }
+  static Whole add(Whole a, Whole b) {  // modulo 2^32
+    return reinterpret_cast<Whole>(reinterpret_cast<U>(a) + reinterpret_cast<U>(b));
+  }
+  static Whole max(Whole a, Whole b) { return a > b ? a : b; }
+  static bool any_from(Whole w, Whole lowest) {
+    bool any = false;
+    for (int i = 0; i < 8; ++i) any |= w[i] >= lowest[i];
+    return any;
+  }
+  // Writes the lanes of w that are at least `lowest`, and their ids; returns how many. Both outputs have room for all.
+  static int keep_from(Whole w, Whole lowest, Whole id, int32_t* ids, int32_t* kept) {
+    int found = 0;
+    for (int i = 0; i < 8; ++i) {  // without a branch: which ones are kept is not foreseeable
+      ids[found] = id[i];
+      kept[found] = w[i];
+      found += w[i] >= lowest[i];
+    }
+    return found;
+  }
+  // Sums of lanes as unsigned numbers, in 64 bits.
+  typedef uint64_t Sums __attribute__((vector_size(64), aligned(8)));
+  static Sums sums_zero() { return Sums{}; }
+  static Sums sums_add(Sums sums, Whole w) { return sums + __builtin_convertvector(reinterpret_cast<U>(w), Sums); }
+  static int64_t sums_total(Sums sums) {
+    uint64_t total = 0;
+    for (int i = 0; i < 8; ++i) total += sums[i];
+    return static_cast<int64_t>(total);
+  }
+  // v times 2^n, where n is in the low bits of the float `shifted` = 1.5 x 2^23 + n. v and the product are normal numbers.
+  static V times_pow2(V v, V shifted) {
+    return reinterpret_cast<V>(reinterpret_cast<U>(v) + (reinterpret_cast<U>(shifted) << 23));
   }
   static V load(const int8_t* p) {
     I wide;
@@ -169,6 +208,12 @@ struct Simd {
     float m = a[0];
     for (int i = 1; i < 8; ++i) m = a[i] > m ? a[i] : m;
     return m;
+  }
+  static void maximum4(V a, V b, V c, V d, float out[4]) {
+    out[0] = maximum(a);
+    out[1] = maximum(b);
+    out[2] = maximum(c);
+    out[3] = maximum(d);
   }
   static void sum4(V a, V b, V c, V d, float out[4]) {
     out[0] = sum(a);

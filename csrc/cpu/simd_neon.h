@@ -34,7 +34,39 @@ struct Simd {
     return n == 1 ? vld1q_lane_f32(p, v, 0) : v;
   }
   static void store(float* p, V v) { vst1q_f32(p, v); }
-  static void store_whole(int32_t* p, V v) { vst1q_s32(p, vcvtq_s32_f32(v)); }  // the fractions cut off
+  // Whole numbers of 32 bits (see sampling.inl).
+  using Whole = int32x4_t;
+  static Whole whole(V v) { return vcvtq_s32_f32(v); }  // the fractions cut off
+  static Whole whole1(int32_t s) { return vdupq_n_s32(s); }
+  static Whole load_whole(const int32_t* p) { return vld1q_s32(p); }
+  static void store_whole(int32_t* p, Whole w) { vst1q_s32(p, w); }
+  static Whole add(Whole a, Whole b) { return vaddq_s32(a, b); }
+  static Whole max(Whole a, Whole b) { return vmaxq_s32(a, b); }
+  static bool any_from(Whole w, Whole lowest) { return vmaxvq_u32(vcgeq_s32(w, lowest)) != 0; }
+  // Writes the lanes of w that are at least `lowest`, and their ids; returns how many. Both outputs have room for all.
+  static int keep_from(Whole w, Whole lowest, Whole id, int32_t* ids, int32_t* kept) {
+    int32_t values[4], numbers[4];
+    uint32_t keep[4];
+    vst1q_s32(values, w);
+    vst1q_s32(numbers, id);
+    vst1q_u32(keep, vshrq_n_u32(vcgeq_s32(w, lowest), 31));
+    uint32_t found = 0;
+    for (int i = 0; i < 4; ++i) {  // without a branch: which ones are kept is not foreseeable
+      ids[found] = numbers[i];
+      kept[found] = values[i];
+      found += keep[i];
+    }
+    return static_cast<int>(found);
+  }
+  // Sums of lanes as unsigned numbers, in 64 bits.
+  using Sums = uint64x2_t;
+  static Sums sums_zero() { return vdupq_n_u64(0); }
+  static Sums sums_add(Sums sums, Whole w) { return vpadalq_u32(sums, vreinterpretq_u32_s32(w)); }
+  static int64_t sums_total(Sums sums) { return static_cast<int64_t>(vaddvq_u64(sums)); }
+  // v times 2^n, where n is in the low bits of the float `shifted` = 1.5 x 2^23 + n. v and the product are normal numbers.
+  static V times_pow2(V v, V shifted) {
+    return vreinterpretq_f32_u32(vaddq_u32(vreinterpretq_u32_f32(v), vshlq_n_u32(vreinterpretq_u32_f32(shifted), 23)));
+  }
 
   // Four bytes to the tops of four 32-bit lanes, zeros below (an index past the table gives zero).
   static uint32x4_t bytes_at_top(const void* p) {
@@ -88,6 +120,9 @@ struct Simd {
     return vgetq_lane_f32(vpaddq_f32(pairs, pairs), 0);
   }
   static float maximum(V a) { return vmaxvq_f32(a); }
+  static void maximum4(V a, V b, V c, V d, float out[4]) {
+    vst1q_f32(out, vpmaxq_f32(vpmaxq_f32(a, b), vpmaxq_f32(c, d)));
+  }
   static void sum4(V a, V b, V c, V d, float out[4]) {
     vst1q_f32(out, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));
   }

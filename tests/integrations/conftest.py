@@ -1,5 +1,6 @@
 """Tiny slim llamas of every kind and store, made on the spot."""
 
+import os
 import subprocess
 import sys
 
@@ -94,6 +95,15 @@ def tiny_slim(path, kind="interpolative", store="int8", *, embedding="int8", hea
             add("lm_head", *head, config.vocab_size, hidden, False)
         writer.finish()
     return path
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """PEFT's BOFT sets CC and CXX, and leaves them set where it can't build its extension."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture

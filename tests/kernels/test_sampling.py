@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sampling_cases import batches, make_batch
@@ -41,7 +44,7 @@ def same(found: s.Sampled, wanted: s.Sampled) -> None:
         np.testing.assert_allclose(found.top[1], wanted.top[1], rtol=1e-6, atol=1e-6)
 
 
-VOCABULARIES = st.one_of(st.integers(1, 300), st.sampled_from([1, 63, 64, 65, 4095, 4097, 5000]))
+VOCABULARIES = st.one_of(st.integers(1, 300), st.sampled_from([1, 127, 128, 129, 4095, 4097, 5000]))
 
 
 @given(batches(VOCABULARIES))
@@ -176,3 +179,25 @@ def test_batches_that_do_not_fit_are_refused():
 
 def test_no_rows():
     assert len(s.sample_cpu(np.zeros((0, 5), np.float32), s.SamplingBatch(np.zeros(0, s.ROW), [])).ids) == 0
+
+
+@pytest.mark.parametrize(
+    "of", [lambda t: t, lambda t: t.t().contiguous().t(), lambda t: t.double(), lambda t: t.double().numpy()]
+)
+def test_logits_of_every_kind_give_the_same_tokens(of: Callable):
+    """A contiguous fp32 tensor is read where it lies; others are converted."""
+    logits = np.random.default_rng(0).normal(size=(3, 700)).astype(np.float32)
+    batch = s.SamplingBatch(np.repeat(s.NEUTRAL, 3), [s.NO_TABLES] * 3)
+    batch.rows["inverse_temperature"], batch.rows["top_p"], batch.rows["uniform"] = 1, 0.9, [0.1, 0.5, 0.9]
+    same(s.sample_cpu(of(torch.from_numpy(logits.copy())), batch), sample_reference(logits, batch))
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-6, 4.0])
+def test_top_p_just_below_one_drops_only_what_it_may(spread: float):
+    """The least weight that is known before the total is must not drop a token of the nucleus, even of a flat row."""
+    logits = (np.random.default_rng(1).normal(size=(4, 40_003)) * spread).astype(np.float32)
+    batch = s.SamplingBatch(np.repeat(s.NEUTRAL, 4), [s.NO_TABLES] * 4)
+    batch.rows["inverse_temperature"], batch.rows["uniform"] = 1, [0, 0.3, 0.9, 1 - 2**-53]
+    for top_p in (0.5, 0.95, 1 - 1e-6, 1 - 2**-53):
+        batch.rows["top_p"] = top_p
+        same(s.sample_cpu(logits.copy(), batch), sample_reference(logits, batch))

@@ -10,7 +10,7 @@ namespace cai::check {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int64_t kCounts[] = {1, 3, 15, 16, 17, 63, 64, 65, 127, 200, 256, 321};
+constexpr int64_t kCounts[] = {1, 3, 16, 17, 65, 127, 128, 129, 200, 321, 512, 777};
 
 int64_t blocks_of_tokens(int64_t count) { return (count + kSampleBlock - 1) / kSampleBlock; }
 float greatest_of(const Buffer<float>& logits, int64_t begin, int64_t end) {
@@ -67,9 +67,11 @@ void check_weights(const KernelTable& table, Report& report) {
     Buffer<float> peaks(blocks);
     table.logit_peaks(logits.data(), count, peaks.data());
     Buffer<int64_t> sums(blocks), sums_alone(blocks);
-    Buffer<int32_t> heaviest(blocks), kept(blocks * kSampleBlock, -1);
-    table.weight_blocks(logits.data(), count, peaks.data(), greatest, scale, sums.data(), heaviest.data(), kept.data());
-    table.weight_blocks(logits.data(), count, peaks.data(), greatest, scale, sums_alone.data(), heaviest.data(), nullptr);
+    Buffer<int32_t> ids(blocks * kSampleBlock), kept(blocks * kSampleBlock), want_ids, want_kept;
+    const auto lowest = static_cast<int32_t>(random.between(1, 1000));
+    const int64_t found = table.weight_blocks(logits.data(), count, peaks.data(), greatest, scale, sums.data(), lowest, 7,
+                                              ids.data(), kept.data());
+    table.weight_blocks(logits.data(), count, peaks.data(), greatest, scale, sums_alone.data(), 0, 0, nullptr, nullptr);
     int64_t above = 0;
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t begin = b * kSampleBlock, n = std::min(kSampleBlock, count - begin);
@@ -78,39 +80,53 @@ void check_weights(const KernelTable& table, Report& report) {
       table.token_weights(part.data(), n, greatest, scale, weights.data());
       kernels_generic()->token_weights(part.data(), n, greatest, scale, generic.data());
       int64_t sum = 0;
-      int32_t heavy = 0;
       for (int64_t i = 0; i < kSampleBlock; ++i) {
         report.expect(weights[i] == generic[i], "token_weights", "another weight than the generic table's");
-        report.expect(weights[i] == kept[begin + i], "weight_blocks", "another weight than token_weights'");
         sum += weights[i];
-        heavy = std::max(heavy, weights[i]);
+        if (i >= n) {
+          report.expect(weights[i] == 0, "token_weights", "a weight beyond the last token");
+          continue;
+        }
+        if (weights[i] >= lowest) {
+          want_ids.push_back(static_cast<int32_t>(7 + begin + i));
+          want_kept.push_back(weights[i]);
+        }
         above += weights[i] >= 1000 ? weights[i] : 0;
-        if (i >= n) continue;
         const double want = std::ldexp(std::exp((double(part[i]) - greatest) * scale), 30);
         report.value("token_weights", weights[i], want, want + 2e6, 5e-7);  // half a unit, beside 5e-7 of itself
       }
-      report.expect(sums[b] == sum && sums_alone[b] == sum && heaviest[b] == heavy, "weight_blocks", "a wrong sum or peak");
+      report.expect(sums[b] == sum && sums_alone[b] == sum, "weight_blocks", "a wrong sum");
     }
-    report.expect(table.sum_from(kept.data(), blocks * kSampleBlock, 1000) == above, "sum_from", "a wrong sum");
+    report.expect(found == static_cast<int64_t>(want_ids.size()) &&
+                      std::equal(want_ids.begin(), want_ids.end(), ids.begin()) &&
+                      std::equal(want_kept.begin(), want_kept.end(), kept.begin()),
+                  "weight_blocks", "not the tokens from the lowest weight on, or other weights than token_weights'");
+    report.expect(table.sum_from(kept.data(), found, 1000) == above, "sum_from", "a wrong sum");
   }
 }
 
 void check_collect(const KernelTable& table, Report& report) {
   Random random(14);
   for (const int64_t count : kCounts) {
-    Buffer<int32_t> values(count), want_ids, want;
+    Buffer<int32_t> values(count), numbers(count), want_ids, want;
     for (int32_t& v : values) v = static_cast<int32_t>(random.between(-50, 50));
+    for (int32_t& n : numbers) n = static_cast<int32_t>(random.next());
     const auto lowest = static_cast<int32_t>(random.between(-60, 60));
     for (int64_t i = 0; i < count; ++i) {
       if (values[i] < lowest) continue;
-      want_ids.push_back(static_cast<int32_t>(7 + i));
+      want_ids.push_back(numbers[i]);
       want.push_back(values[i]);
     }
-    Buffer<int32_t> ids(want.size() + 1), kept(want.size() + 1);
-    const auto found = static_cast<size_t>(table.collect(values.data(), count, lowest, 7, ids.data(), kept.data()));
-    report.expect(found == want.size() && std::equal(want.begin(), want.end(), kept.begin()) &&
-                      std::equal(want_ids.begin(), want_ids.end(), ids.begin()),
-                  "collect", "not the values from the lowest on");
+    Buffer<int32_t> ids(count), kept(count);
+    const auto expect = [&](int64_t found) {
+      report.expect(found == static_cast<int64_t>(want.size()) && std::equal(want.begin(), want.end(), kept.begin()) &&
+                        std::equal(want_ids.begin(), want_ids.end(), ids.begin()),
+                    "collect", "not the values from the lowest on");
+    };
+    expect(table.collect(values.data(), numbers.data(), count, lowest, ids.data(), kept.data()));
+    kept = values;
+    ids = numbers;
+    expect(table.collect(kept.data(), ids.data(), count, lowest, ids.data(), kept.data()));
   }
 }
 
