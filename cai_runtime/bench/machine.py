@@ -1,4 +1,4 @@
-"""What a measurement was made on and with: machine and versions. Light to import."""
+"""Describes the machine and the software versions of a measurement. Imports neither torch nor a compiled library."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import platform
 import re
 from pathlib import Path
 from typing import Any
+
+from cai_runtime.kernels.processors import usable_processors
 
 DISTRIBUTIONS = {
     "cai_runtime": "cai-runtime",
@@ -32,8 +34,8 @@ def describe_machine() -> dict[str, Any]:
 
 
 def usable_threads() -> int:
-    """Hardware threads that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Hardware threads that this process may use: its processor affinity within its control group's CPU quota."""
+    return usable_processors()
 
 
 def cpu_name() -> str:

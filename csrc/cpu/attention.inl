@@ -5,8 +5,7 @@
 //
 // Order of sums. The keys of a sequence are cut at fixed positions into splits (kernels.h: split_pages). Within a split a
 // running softmax (Milakov and Gimelshein 2018) takes one page after the other; the states of the splits are merged in order
-// (flash decoding, Dao et al. 2023). Whether one thread does that or many, and whatever else is attended beside it, a query
-// has the same bits.
+// (flash decoding, Dao et al. 2023). So a query's result has the same bits with any number of threads and in any batch.
 
 inline void put(float* p, float x) { *p = x; }
 inline void put(Simd::Bf16* p, float x) { p->bits = generic::float_to_bf16(x); }
@@ -80,7 +79,7 @@ inline void scale_state(State& s, float by, int64_t DV) {
   for (int64_t d = 0; d < DV; d += kW) Simd::store(s.acc + d, Simd::mul(factor, Simd::load(s.acc + d)));
 }
 
-// The state of the keys up to here, and that of the split behind them.
+// Merges the state of the next split into the state of the keys before it.
 inline void merge(State& total, float maximum, float sum, const float* acc, int64_t DV) {
   if (maximum == kNothing) return;
   if (total.maximum == kNothing) {
@@ -117,7 +116,8 @@ struct QueryTile {
   State state[kTileQ];
 };
 
-// A page of keys and one of values, and the pages that come next: they lie anywhere, so no hardware foresees them.
+// A page of keys and one of values, and the next pages to prefetch. Pages lie anywhere in memory, so the hardware can't
+// predict them.
 template <class T>
 struct Page {
   const T *k, *v, *next_k, *next_v;

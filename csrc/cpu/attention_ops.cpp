@@ -1,8 +1,9 @@
 // Rotary embedding, the write to the KV cache and attention, as one operation.
 //
-// A decode step takes one phase: who attends a sequence's KV head also rotates its query heads and its new key, and writes
-// that key and value. Where there are few of those for the threads, the splits of their keys are dealt apart, and a second
-// phase merges them. Prompts take two phases, since a row may see keys of rows that another thread writes.
+// A decode step takes one phase. The thread that attends a sequence's KV head also rotates its query heads and its new
+// key, and writes that key and value. With fewer (sequence, KV head) pairs than the threads need, the splits of their
+// keys are separate pieces, and a second phase merges them. Prompts take two phases, since a row may see keys of rows
+// that another thread writes.
 #include <tvm/ffi/tvm_ffi.h>
 
 #include <algorithm>
@@ -18,7 +19,7 @@ constexpr Int kRowsPerTask = 16;
 
 Int qkv_width(const AttentionShape& s) { return (s.query_heads + 2 * s.kv_heads) * s.head_dim; }
 
-// A slot or page outside the cache would be written to or read all the same.
+// The kernels do not check slots and pages: one outside the cache would corrupt memory.
 void check_batch(const AttentionCall& c) {
   const Batch& b = c.batch;
   const Int size = c.layer.shape.page_size, pages = c.layer.pages, positions = c.layer.positions;
@@ -57,7 +58,7 @@ void decode_head(const AttentionCall& c, Int sequence, Int head, Int split0, Int
   const float* cos_sin = c.layer.cos_sin + c.batch.positions[sequence] * c.layer.rotary_dim;
   float* q = static_cast<float*>(private_memory(Private::kQuery, (group + 1) * D * Int(sizeof(float))));
   k.rotate(row + head * group * D, group, D, cos_sin, c.layer.rotary_dim, q);
-  if (split1 == splits_of(s, context)) {  // the one that holds the new key; no other looks at it
+  if (split1 == splits_of(s, context)) {  // the split that holds the new key; no other split reads it
     float* key = q + group * D;
     k.rotate(row + (s.query_heads + head) * D, 1, D, cos_sin, c.layer.rotary_dim, key);
     k.write_kv(key, row + (s.query_heads + s.kv_heads + head) * D, c.batch.slots[sequence], head, s, c.layer.k_cache, c.layer.v_cache);
@@ -109,7 +110,7 @@ void attend_rows(Team& team, const AttentionCall& c) {
   Int tasks = 0;
   for (Int i = 0; i < b.sequences; ++i)
     tasks += (b.query_start[i + 1] - b.query_start[i] + kRowsPerTask - 1) / kRowsPerTask * s.kv_heads;
-  // Sequences lie one after the other: a task's is found by walking on from the last one's.
+  // Tasks are in the order of the sequences: search from the last task's sequence on.
   Int sequence = 0, first = 0, count = 0;
   auto find = [&](Int t) {
     if (t < first) sequence = first = count = 0;

@@ -19,7 +19,7 @@ class Int4Groups {
     scale_ = static_cast<const Simd::Bf16*>(w.scale) + at;
     if (w.zero) zero_ = reinterpret_cast<const int8_t*>(w.zero) + at;
   }
-  // The scales of a block follow those of the one before, as its codes do.
+  // The next block's scales follow this block's in memory, so one distance serves both.
   void fetch_ahead(int64_t unit) const { Simd::prefetch(reinterpret_cast<const char*>(scale_ + place(unit, 0)) + 1024); }
   V scale(int64_t unit, int part) const { return Simd::load(scale_ + place(unit, part)); }
   // The symmetric correction (zero point 8) times this, zero / 8, is the correction of this group.
@@ -33,7 +33,8 @@ class Int4Groups {
   int shift_;
 };
 
-// The share of zero points that are 8: -8 times the sum of each unit of x, for round_up(units, 4) units; past the end 0.
+// The symmetric correction (zero point 8): -8 times the sum of x over each unit. Writes round_up(units, 4) values;
+// those past the last unit are 0.
 inline void int4_shares(const float* x, int64_t cols, float* shares) {
   for (int64_t k0 = 0; k0 < cols; k0 += 4 * kInt4Cols, shares += 4) {
     V part[4];
@@ -49,8 +50,8 @@ inline void int4_shares(const float* x, int64_t cols, float* shares) {
   }
 }
 
-// A half byte is not moved to the bottom of its word: x takes the power of two instead, once for all rows of weights.
-// Half byte 7 is moved, since there it would be the word's sign.
+// Half bytes 0 to 6 are masked but not shifted, so a code comes out multiplied by a power of two. x is divided by it
+// once, for all rows of weights. Half byte 7 holds the word's sign bit and is shifted.
 constexpr float kHalfByteUnit[16] = {1, 0x1p-4f, 0x1p-8f, 0x1p-12f, 0x1p-16f, 0x1p-20f, 0x1p-24f, 1,
                                      1, 0x1p-4f, 0x1p-8f, 0x1p-12f, 0x1p-16f, 0x1p-20f, 0x1p-24f, 1};
 constexpr float kMinusInverse[16] = {-1, -0x1p4f, -0x1p8f, -0x1p12f, -0x1p16f, -0x1p20f, -0x1p24f, -1,
@@ -62,7 +63,7 @@ struct Int4Rows {
   float* shares;  // [M, ld_shares]
   int64_t ld, ld_shares;
 
-  // Rows at a power of two would fall into one set of a cache.
+  // The 16 extra floats avoid a stride of a power of two: such rows would share one set of the cache.
   Int4Rows(float* memory, int64_t M, int64_t cols)
       : x(memory), ld(round_up(cols, kInt4Cols) + 16), ld_shares(round_up(units_of(cols), 4)) {
     shares = x + M * ld;
@@ -75,7 +76,8 @@ struct Int4Rows {
   }
 };
 
-// Returns whether the rows have been multiplied by the powers of two: not where a number is so small that it would change.
+// Multiplies the rows by the powers of two and returns true. Copies them unscaled and returns false where the scaling
+// would round an element (underflow).
 inline bool prepare_int4(const float* x, int64_t M, int64_t ldx, int64_t cols, const Int4Rows& to) {
   bool exact = true;
   for (int64_t m = 0; m < M; ++m) {
@@ -93,7 +95,7 @@ inline bool prepare_int4(const float* x, int64_t M, int64_t ldx, int64_t cols, c
     for (; k + kW <= cols; k += kW) scale(k, Simd::load(from + k));
     for (; k < round_up(cols, kInt4Cols); k += kW)
       scale(k, k < cols ? Simd::load_part(from + k, static_cast<int>(cols - k)) : Simd::zero());
-    exact &= !(Simd::maximum(Simd::sub(most, least)) > 0.0f);  // what is no number stays none either way
+    exact &= !(Simd::maximum(Simd::sub(most, least)) > 0.0f);  // NaN compares false and stays NaN either way
     int4_shares(from, cols, to.shares + m * to.ld_shares);
   }
   if (!exact)
@@ -101,7 +103,7 @@ inline bool prepare_int4(const float* x, int64_t M, int64_t ldx, int64_t cols, c
   return exact;
 }
 
-// kScaled: whether x has the powers of two.
+// kScaled: x is already multiplied by kHalfByteUnit.
 template <int J, bool kScaled>
 inline V int4_code(Simd::Words words) {
   const V code = Simd::template half_byte<J>(words);
@@ -109,8 +111,8 @@ inline V int4_code(Simd::Words words) {
   return Simd::mul(code, Simd::set1(kHalfByteUnit[J]));
 }
 
-// Half bytes J to 7 of U words for each vector of rows, against the same columns of M rows of x. The fewer of codes and
-// columns wait in registers for the other.
+// Half bytes J to 7 of U words for each vector of rows, against the same columns of M rows of x. The smaller of the two
+// operand sets (codes, columns of x) stays in registers.
 template <int J, int M, int U, bool kScaled>
 inline void int4_columns(const float* x, int64_t ldx, const Simd::Words (&words)[U][kParts], V (&acc)[M][U][kParts]) {
   for (int u = 0; u < U; ++u) {
@@ -173,12 +175,12 @@ __attribute__((noinline)) void int4_units(const Int4Rows& x, int64_t unit, int64
     if (unit < end) int4_units<M, U / 2, kScaled>(x, unit, end, codes, groups, ahead, y);
 }
 
-// As many units at once as make the chains that hide the latency of a multiply-add.
+// Units processed together: enough independent chains to hide the latency of a multiply-add.
 constexpr int int4_units_at_once(int M) {
   return lesser(Simd::kInt4Units, M * kParts < Simd::kInt4Chains ? Simd::kInt4Chains / (M * kParts) : 1);
 }
 
-// The sums of a block's sixteen rows, to where they belong.
+// Stores the dot products of a block's sixteen rows where the epilogue says.
 inline void write_int4(const PackedMatrix& w, const Epilogue& e, int64_t block, int64_t m, const float* dot) {
   for (int64_t i = 0; i < kInt4Rows && block * kInt4Rows + i < w.rows; i += kBlockRows)
     write_block(w, e, (block * kInt4Rows + i) / kBlockRows, m, 1, dot + i);

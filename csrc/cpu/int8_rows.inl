@@ -6,7 +6,7 @@ void quantize_rows(const float* x, int64_t ldx, int64_t K, int64_t row0, int64_t
   for (int64_t i = row0; i < row1; ++i) {
     const float* from = x + i * ldx;
     int8_t* to = codes + i * ld;
-    V top = Simd::zero(), odd = Simd::zero();  // odd: zero, unless something is infinite or no number
+    V top = Simd::zero(), odd = Simd::zero();  // odd: not zero if an element is infinite or NaN
     for (int64_t k = 0; k < K; k += kW) {
       const V v = Simd::load_part(from + k, static_cast<int>(lesser<int64_t>(kW, K - k)));
       top = Simd::max(top, Simd::max(v, Simd::sub(Simd::zero(), v)));
@@ -90,7 +90,8 @@ inline void int8_tile_of(int64_t rows, const Int8Rows& x, const PackedMatrix& w,
   }
 }
 
-// Rows [m0, m1) of x against NB blocks. The first tile fetches ahead, for all that follow find the blocks in a cache.
+// Rows [m0, m1) of x against NB blocks. Only the first tile prefetches: the tiles after it find the blocks in the
+// cache.
 template <int NB>
 inline void int8_rows_of_blocks(const Int8Rows& x, const PackedMatrix& w, int64_t block, int64_t m0, int64_t m1,
                                 const Epilogue& e, const Ahead& ahead) {

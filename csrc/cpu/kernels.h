@@ -1,5 +1,5 @@
-// The table of single-thread kernels that each instruction set provides. Row-wise arithmetic only: who calls them with
-// which rows, on which thread, is decided in the operations (linear_ops.cpp, row_ops.cpp, attention_ops.cpp).
+// The table of single-thread kernels that each instruction set provides. They only compute rows. The operations
+// (linear_ops.cpp, row_ops.cpp, attention_ops.cpp) divide the rows among the threads.
 //
 // Order of reduction. A dot product over K columns is one vector accumulator of the instruction set's width, filled from
 // column 0 upwards, then summed by one fixed tree (Simd::sum4); of int4 weights, sums over 32 columns each, from column 0
@@ -23,9 +23,9 @@ constexpr int64_t kInt4Cols = 32;   // columns that are padded to, and that a su
 // A matrix packed for streaming, so that a block of four rows (sixteen of int4) is one sequential stream of whole cache lines:
 //   [ceil(rows/4)][ceil(cols/16)][4][16] elements, padded with zeros;
 //   int4: [ceil(rows/16)][ceil(cols/32)][4][16] words of 32 bits: half byte j of word [b][c][q][r], counted from the lowest,
-//   is column 32 c + 8 q + j of row 16 b + r. So a vector of words is one of rows, and a mask away from eight columns of
-//   them. Scales and zero points per group of columns, [ceil(rows/16)][ceil(cols/group)][16].
-// kernels/cpu_library.py lays these eight integers out.
+//   is column 32 c + 8 q + j of row 16 b + r. So the lanes of a vector of words are rows, and masks select its eight
+// columns. Scales and zero points per group of columns, [ceil(rows/16)][ceil(cols/group)][16]. kernels/cpu_library.py
+// lays these eight integers out.
 struct PackedMatrix {
   const void* data;
   const void* scale;  // fp32 [rows] for int8; bf16 blocks for int4; else null
@@ -49,8 +49,8 @@ inline int64_t block_bytes(const PackedMatrix& w) {
   return (w.cols + kBlockCols - 1) / kBlockCols * kBlockCols * kBlockRows * kSize[static_cast<int64_t>(w.store)];
 }
 
-// Where the result of a row goes: out[m * ld + (index ? index[row] : row)], plus residual at the same place, and
-// optionally a copy in row order (the input of the next core).
+// Where a row's result is stored: out[m * ld + (index ? index[row] : row)], with the residual of the same place added.
+// `copy` gets it again in row order, as the next core's input.
 struct Epilogue {
   float* out;              // may be null when only `copy` is wanted
   int64_t ld_out;
@@ -81,8 +81,8 @@ struct Int8Rows {
   const float* scale;
 };
 
-// Rows of x for int4 weights, with memory of the calling thread for what linear_int4 makes of them: once, for all its calls
-// with the same rows and as many columns.
+// Rows of x for int4 weights, with memory of the calling thread for the prepared rows. linear_int4 prepares them once
+// for all calls with the same rows and column count.
 struct Int4Input {
   const float* x;         // [M, ldx]
   int64_t ldx;
@@ -164,8 +164,8 @@ struct KernelTable {
                      int32_t* kept);
 };
 
-// Keys of a sequence that are attended as one chain of sums; the boundaries lie at multiples of it from position 0, so that
-// neither the batch nor the number of threads moves them. In pages:
+// Keys that one split covers, summed as one chain. Splits begin at multiples of this from position 0, so neither the
+// batch nor the thread count moves them. In pages:
 inline int64_t split_pages(int64_t page_size) { return 256 / page_size > 0 ? 256 / page_size : 1; }
 
 // Floats of the state of one query head: maximum, sum, and the weighted values, padded.

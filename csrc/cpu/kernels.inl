@@ -18,7 +18,7 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 
 // e^x in single precision, error below 2 ulp on [-87, 87], clamped outside (Cephes expf).
 inline V exp_ps(V x) {
-  // The limits first: what is no number comes out of max and min only from the second place.
+  // The limits come first: max and min return a NaN only if it is their second operand.
   x = Simd::min(Simd::set1(87.0f), Simd::max(Simd::set1(-87.0f), x));
   V n = Simd::round(Simd::mul(x, Simd::set1(1.44269504f)));
   V r = Simd::fma(n, Simd::set1(-0.693359375f), x);

@@ -1,9 +1,10 @@
-// y = W x of float and int8 stores, and where a result goes. Part of kernels.inl.
+// y = W x for float and int8 weights, and the epilogue that stores a result. Part of kernels.inl.
 
 constexpr int64_t kPrefetchDistance = 8192;  // bytes; the best of 4 to 32 KiB, into the second-level cache
 
-// One row of x is bound by memory, and the hardware does not follow streams this short across blocks: fetch what is read some
-// microseconds later, here or at the next place of this thread. Past the end of memory this does nothing.
+// With one row of x the memory is the limit, and hardware prefetchers do not follow such short streams across blocks.
+// So the kernel prefetches the bytes that it reads some microseconds later. A prefetch past the end of memory does
+// nothing.
 inline const char* place_ahead(const char* at, const Ahead& ahead) {
   const char* from = at + kPrefetchDistance;
   return from < ahead.limit ? from : ahead.next + (from - ahead.limit);
@@ -49,7 +50,8 @@ inline void tile(const float* x, int64_t ldx, const T* w, int64_t cols, const Ah
   for (int m = 0; m < MT; ++m) Simd::sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3], dot + m * 4);
 }
 
-// The sums of mt rows of x over a block of four weight rows, to where they belong. scale: per row of the block, or null.
+// Stores the dot products of mt rows of x with a block of four weight rows where the epilogue says. scale: per row of
+// the block, or null.
 inline void write_whole_block(const float* scale, const Epilogue& e, int64_t row0, int64_t m0, int mt, const float* dot) {
   float factor[4] = {1, 1, 1, 1}, bias[4];
   if (scale) std::memcpy(factor, scale, sizeof factor);
@@ -85,7 +87,7 @@ inline void write_whole_block(const float* scale, const Epilogue& e, int64_t row
 
 inline void write_block(const PackedMatrix& w, const Epilogue& e, int64_t block, int64_t m0, int mt, const float* dot) {
   const int64_t row0 = block * kBlockRows, n = w.rows - row0;
-  // int4 has its scales in the sums already.
+  // The dot products of int4 weights include the scales.
   const float* scale = w.store == Store::kInt8 ? static_cast<const float*>(w.scale) + row0 : nullptr;
   if (n >= 4) {
     write_whole_block(scale, e, row0, m0, mt, dot);
@@ -127,8 +129,8 @@ inline void tile_of(int64_t rows, const float* x, int64_t ldx, const PackedMatri
   }
 }
 
-// Rows [m0, m1) of x against one block, in tiles as even as can be: 8 rows are 4 and 4, not 6 and 2. The first tile fetches
-// ahead, for all that follow find the block in a cache.
+// Rows [m0, m1) of x against one block, in tiles of equal size where possible: 8 rows are 4 and 4, not 6 and 2. Only
+// the first tile prefetches: the tiles after it find the block in the cache.
 template <class T>
 inline void rows_of_block(const float* x, int64_t ldx, const PackedMatrix& w, const T* data, int64_t block, int64_t m0,
                           int64_t m1, const Epilogue& e, const Ahead& ahead) {

@@ -9,8 +9,8 @@
 namespace cai {
 namespace {
 
-// The row blocks of one core of every member, cut into pieces small enough to balance and large enough to stream. Of int4
-// many rows of x are cut into chunks too, one after the other, for a thread prepares a chunk for all its pieces of it.
+// The row blocks of one core of every member, cut into pieces small enough to balance and large enough to stream. For
+// int4, many rows of x are also cut into chunks: a thread prepares a chunk of x once for all its pieces.
 struct Pieces {
   Int first[kMaxMembers + 1];  // prefix sums of pieces
 
@@ -63,11 +63,11 @@ const char* own_begin(const Team& team, const LinearGroup& group, const Pieces& 
   return address(w, pieces.place(w, i, p).block0);
 }
 
-// What follows the bytes that this thread is reading: the end of its run within the member, and where it goes on.
+// The prefetch plan of a piece: where this thread's run of pieces in the member ends, and where its next run begins.
 Ahead ahead_of(const Team& team, const LinearGroup& group, const Pieces& pieces, int core, Int piece, const char* after) {
   const Int begin = team.own_begin(pieces.total()), end = team.own_end(pieces.total());
   const char* unlimited = reinterpret_cast<const char*>(UINTPTR_MAX);
-  if (piece < begin || piece >= end) return {unlimited, nullptr};  // someone else's run: it ends soon
+  if (piece < begin || piece >= end) return {unlimited, nullptr};  // another thread's run: it ends soon
   const Int i = pieces.member_of(piece), last = std::min(end, pieces.first[i + 1]);
   const PackedMatrix& w = group[i].core[core];
   if (pieces.chunks(w) > 1) return {unlimited, nullptr};  // read from a cache for most chunks
@@ -95,7 +95,7 @@ void apply_prologue(const LinearCall& c, Int row0, Int row1, float* to) {
   }
 }
 
-// Room for rounded rows.
+// Memory for rows rounded to int8.
 struct Codes {
   int8_t* codes;
   float* scale;
@@ -117,8 +117,8 @@ bool takes_codes(const LinearGroup& g, int core) {
   return false;
 }
 
-// The input of core 0: x, or what the prologue and the rounding make of it. Made once, by each thread for itself or by all
-// of them together in a phase.
+// The input of core 0: x after the prologue and the rounding to int8, if any. Each thread computes all of it, or all
+// threads share the work in a phase of their own.
 class Input {
  public:
   Input(Team& team, const LinearCall& c) : c_(c), x_(c.x), ldx_(c.ldx), coded_(takes_codes(*c.group, 0)) {
@@ -142,7 +142,7 @@ class Input {
     if (coded_) rows_ = codes.rows();
   }
 
-  // To be called on a claimed piece, before reading: until it is finished nobody overwrites x.
+  // Call it on a claimed piece, before reading x: no thread overwrites x before that piece is finished.
   void make() {
     if (!lazy_) return;
     lazy_ = false;

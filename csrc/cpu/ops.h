@@ -1,6 +1,6 @@
-// The operations on whole tensors. Each is a function that every thread of a region runs (Team), so that an operation alone
-// (exports.cpp) and a recorded forward pass of hundreds (program.cpp) are the same code. exports.cpp and the recorders of
-// program.h check the dtype, device and shape of every tensor (tensors.h). Activations are fp32, row-major.
+// The operations on whole tensors. Every thread of a region runs the operation's function (Team). So a single operation
+// (exports.cpp) and a recorded forward pass of hundreds (program.cpp) share their code. exports.cpp and the recorders
+// of program.h check the dtype, device and shape of every tensor (tensors.h). Activations are fp32, row-major.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ const KernelTable& kernels();
 enum class Private { kInput, kCodes, kInt4, kQuery, kPartial, kSampling, kCandidates, kSaved, kCount };
 void* private_memory(Private purpose, Int bytes);
 
-// Weights of the next phase come into the second-level cache while a thread waits for the last one: for Team::sync.
+// Prefetches the next phase's weights into the second-level cache while a thread waits in Team::sync.
 class Fetcher {
  public:
   explicit Fetcher(const char* next) : at_(next), end_(next ? next + 32768 : next) {}
@@ -76,7 +76,7 @@ Int scratch_floats(const LinearGroup& group, Int M);
 Int output_width(const LinearGroup& group);  // of all members together
 // The group in an int64 tensor of `size` elements. Raises ValueError where it is not laid out as CpuLinear does it.
 const LinearGroup& checked_group(const void* data, Int size);
-// After it comes another phase: `after` is where this thread will read weights next, or null.
+// after: the weights that this thread reads in the phase after this operation, to be prefetched; or null.
 void linear_group(Team& team, const LinearCall& call, const char* after);
 constexpr Int kLinearPhases = 4;
 // Where a thread of a team begins to read a group's weights.
@@ -111,7 +111,7 @@ void gather(Team& team, const GatherCall& call);
 
 // ----------------------------------------------------------------------------------------------------------- attention
 
-// Which rows belong to which sequence, and one cache group's pages; see AttentionBatch in kernels/batch.py.
+// The rows of each sequence and the pages of one cache group; see AttentionBatch in kernels/batch.py.
 struct Batch {
   const int32_t *positions, *slots, *query_start, *context_len, *page_table;
   Int sequences, pages_per_sequence;

@@ -1,5 +1,5 @@
-// Scratch memory of a thread: kept between calls, freed with the thread. Where there is none, the call that the thread works
-// for fails (see thread_pool.h), not the process.
+// Scratch memory of a thread: kept between calls, freed with the thread. When an allocation fails, the region's call
+// throws (see thread_pool.h); the process lives on.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>

@@ -83,7 +83,7 @@ struct Simd {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
   // int4: words of eight half bytes (see int4.inl).
-  static constexpr int kInt4Chains = 8, kInt4Units = 3, kInt4TileM = 4;  // of 4 units the words would not fit registers
+  static constexpr int kInt4Chains = 8, kInt4Units = 3, kInt4TileM = 4;  // the words of 4 units overflow the registers
   using Words = __m256i;
   static Words load_words(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   // Half byte J of each word times 16^J; of J = 7 as it is.
@@ -92,8 +92,8 @@ struct Simd {
     if constexpr (J == 7) return _mm256_cvtepi32_ps(_mm256_srli_epi32(w, 28));
     return _mm256_cvtepi32_ps(_mm256_and_si256(w, _mm256_set1_epi32(15 << (J % 7 * 4))));
   }
-  // Sums of 16 columns of x times four rows of weights, 64 bytes. The instruction takes its first operand without a sign:
-  // |x| and w with x's sign give the same products, and two of them (at most 127 * 127 each) fit 16 bits.
+  // Sums of 16 columns of x times four rows of weights, 64 bytes. The instruction's first operand is unsigned: |x| and
+  // w with x's sign give the same products. Two of them (at most 127 * 127 each) fit 16 bits.
   static constexpr bool kInt8Shifted = false;
   static constexpr int kInt8TileM = 2, kInt8Blocks = 2;
   struct Int8Sums {

@@ -72,7 +72,7 @@ struct Simd {
     return _mm512_cvtepi32_ps(_mm512_and_si512(w, _mm512_set1_epi32(15 << (J % 7 * 4))));
   }
   // Sums of 16 columns of x times four rows of weights, 64 bytes: lane 4 r + i sums columns 4 i to 4 i + 3 of row r.
-  // VNNI takes its first operand without a sign, so x goes in 128 higher.
+  // VNNI's first operand is unsigned, so 128 is added to the codes of x.
   static constexpr bool kInt8Shifted = true;
   static constexpr int kInt8TileM = 4, kInt8Blocks = 4;
   using Int8Sums = __m512i;

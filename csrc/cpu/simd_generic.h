@@ -137,7 +137,7 @@ struct Simd {
   }
   // int4: words of eight half bytes (see int4.inl).
   static constexpr int kInt4Chains = 4;  // of multiply-adds at once, for one row of x
-  static constexpr int kInt4Units = 2;   // that they are of, at most
+  static constexpr int kInt4Units = 2;   // units at once, at most
   static constexpr int kInt4TileM = 2;   // rows of x at once
   using Words = I;
   static Words load_words(const uint32_t* p) {
@@ -152,7 +152,7 @@ struct Simd {
     return __builtin_convertvector(w & (15 << (J % 7 * 4)), V);
   }
   // Sums of 16 columns of x times four rows of weights, 64 bytes.
-  static constexpr bool kInt8Shifted = false;  // whether x goes in 128 higher, to be corrected by row sums
+  static constexpr bool kInt8Shifted = false;  // whether 128 is added to the codes of x, and corrected by row sums
   static constexpr int kInt8TileM = 2, kInt8Blocks = 1;
   struct Int8Sums {
     int32_t row[4];

@@ -66,7 +66,7 @@ struct Rows {
 
 // `rows` < 0: any number of them.
 inline Rows checked_rows(const Tensor& t, const char* name, Int rows, Int columns) {
-  // Without a row, or with one alone, strides say nothing.
+  // With fewer than two rows the row stride has no meaning.
   const bool shaped = on_cpu(t, kFloat) && t.ndim() == 2 && (rows < 0 || t.size(0) == rows) && t.size(1) == columns;
   if (!shaped || (t.size(0) > 0 && columns > 1 && t.stride(1) != 1) || (t.size(0) > 1 && t.stride(0) < 0))
     TVM_FFI_THROW(ValueError) << name << " must be float32 [" << (rows < 0 ? "rows" : std::to_string(rows)) << ", " << columns

@@ -30,7 +30,7 @@ inline void relax() {
 #endif
 }
 
-// Spins, then yields the processor: with fewer processors than threads the one waited for must get to run.
+// Spins, then yields the processor: with fewer processors than threads, the awaited thread must get to run.
 inline void spin(int spins) {
   if (spins < 4096) {
     relax();
@@ -42,8 +42,9 @@ inline void spin(int spins) {
 #if defined(__linux__)
 int current_cpu() { return sched_getcpu(); }
 
-// A worker is often woken on its waker's processor, and the scheduler may leave both there for many milliseconds, while
-// another is idle: the region then takes twice as long. Forbidding this thread that processor for a moment moves it away.
+// The scheduler often wakes a worker on the waker's processor and may leave both there for many milliseconds, though
+// another processor is idle. The region then takes twice as long. Excluding that processor from this thread's affinity
+// for a moment moves the thread.
 void leave_cpu(int cpu) {
   cpu_set_t allowed;
   if (sched_getaffinity(0, sizeof allowed, &allowed) != 0 || !CPU_ISSET(cpu, &allowed) || CPU_COUNT(&allowed) < 2) return;

@@ -1,12 +1,12 @@
 // A small pool for parallel regions of microseconds to milliseconds: one operation, or a whole recorded forward pass.
 //
-// Every thread of a region runs the same function and meets the same sequence of phases. A phase is dealt in pieces: each
-// thread has a run of them of its own, so that what it streams is contiguous, and helps with the others' runs when it is
-// done. The caller takes part; workers spin for a short while after a region, since the next one often follows at once, and
-// then sleep.
+// Every thread of a region runs the same function and meets the same sequence of phases. A phase is divided into
+// pieces. Each thread has its own run of pieces, so it streams contiguous memory; after that it helps with the other
+// threads' runs. The caller takes part; workers spin for a short while after a region, since the next one often follows
+// at once, and then sleep.
 //
-// Nobody waits for a worker that has not begun: only claimed pieces are waited for, and a late worker skips the phases that
-// are over. So a worker whose processor is busy with something else costs its help, not the region's time.
+// The threads wait only for claimed pieces, and a late worker skips the phases that are over. So a worker whose
+// processor is busy does not delay the region.
 //
 // An exception in any thread ends the region: the other threads leave at their next wait, and run_region throws the first
 // exception in its caller. A forked child starts a pool of its own; fork() waits for the region that runs.
@@ -17,7 +17,7 @@
 
 namespace cai {
 
-// A count that belongs to one region: the high half says to which, so that nothing must be reset between regions.
+// A count for one region. The high half holds the region's number, so no counter must be reset between regions.
 class TaggedCounter {
  public:
   // Adds one and returns the count before, unless it has reached `limit`: then returns `limit`.
@@ -61,8 +61,8 @@ class Team {
   int64_t own_begin(int64_t total) const { return run_begin(total, rank_); }
   int64_t own_end(int64_t total) const { return run_begin(total, rank_ + 1); }
 
-  // The next phase: runs f(piece) on the pieces that this thread claims. What all threads must have written before is to be
-  // waited for with sync().
+  // The next phase: runs f(piece) on the pieces that this thread claims. If f reads what other threads wrote in the
+  // last phase, call sync() first.
   template <class F>
   void deal(int64_t total, F&& f) {
     total_ = total;
