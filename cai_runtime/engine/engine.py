@@ -12,10 +12,10 @@ from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from operator import index
 from typing import Any
 
 from cai_runtime.byte_sizes import format_bytes
+from cai_runtime.engine.cache_groups import bytes_for, bytes_held, groups_of, positions_held, split_pages
 from cai_runtime.engine.detokenizer import TokenDecoder
 from cai_runtime.engine.handle import Handle
 from cai_runtime.engine.lifetime import check_same_process, enter_process, watch_exit
@@ -26,6 +26,7 @@ from cai_runtime.engine.proposers import Proposer
 from cai_runtime.engine.request import Request, SamplingParams
 from cai_runtime.engine.runner import Runner
 from cai_runtime.engine.sampling import SequenceSampler
+from cai_runtime.engine.segments import Prompt, lay_out
 from cai_runtime.engine.sequence import Sequence
 from cai_runtime.engine.stats import EngineStats
 from cai_runtime.errors import EngineClosedError, InvalidRequestError, RequestTooLargeError
@@ -76,8 +77,9 @@ class Engine:
         enter_process()
         self.tokenizer = tokenizer
         self.model_config = dict(model_config or {})
-        positions = runner.num_pages * runner.page_size
+        positions, _ = positions_held(*groups_of(runner))
         self.max_context = min(runner.max_context, positions)
+        self._able: frozenset[str] = frozenset(getattr(runner, "able", ()))
         self.model_context: int = getattr(runner, "model_context", runner.max_context)
         self.context_limit = _context_limit(runner, self.model_context)
         if positions < runner.max_context:
@@ -119,10 +121,10 @@ class Engine:
         """Queue several requests, such as the choices of one, all or none: `submit` for each. What equal lists of prompt
         tokens have in common is computed once."""
         check_same_process(self._process)
-        prompts: dict[int, tuple[list[int], list[bytes]]] = {}  # by the list's id: its tokens, the digests of its pages
+        prompts: dict[tuple[int, int, bytes], tuple[Prompt, list[bytes]]] = {}  # with the digests of their pages
         outbox, sequences = Outbox(), []
         for i, request in enumerate(requests):
-            key = id(request.prompt_ids)
+            key = id(request.prompt_ids), id(request.segments), request.cache_salt
             if key not in prompts:
                 prompts[key] = self._checked_prompt(request), []
             sequences.append(self._sequence(request, *prompts[key], TokenLog(outbox, i)))
@@ -145,13 +147,11 @@ class Engine:
             raise
         return handles
 
-    def _sequence(
-        self, request: Request, prompt_ids: list[int], prompt_digests: list[bytes], log: TokenLog
-    ) -> Sequence:
-        params = request.sampling
-        self._check(prompt_ids, params)
+    def _sequence(self, request: Request, prompt: Prompt, prompt_digests: list[bytes], log: TokenLog) -> Sequence:
+        params, prompt_ids = request.sampling, prompt.known_ids
+        self._check(prompt, params)
         arrival = next(self._arrivals)
-        request = replace(request, prompt_ids=prompt_ids, request_id=request.request_id or f"request-{arrival}")
+        request = replace(request, request_id=request.request_id or f"request-{arrival}")
         ends: dict[int, str | None] = dict.fromkeys(() if params.ignore_eos else self._eos_token_ids)
         ends |= dict.fromkeys(params.stop_token_ids)
         ends |= {token_id: stop for stop in params.stop if (token_id := self._decoder.special_id(stop)) is not None}
@@ -160,6 +160,7 @@ class Engine:
         return Sequence(
             arrival=arrival,
             request=request,
+            prompt=prompt,
             sampler=SequenceSampler(params, prompt_ids, possible, seed=secrets.randbits(64)),
             output=(request.output or TextOutput)(spec),
             log=log,
@@ -168,24 +169,27 @@ class Engine:
             submitted_at=self._loop.clock(),
         )
 
-    def _checked_prompt(self, request: Request) -> list[int]:
-        try:
-            prompt_ids = list(map(index, request.prompt_ids))
-        except TypeError as error:
-            raise InvalidRequestError(f"prompt_ids must be integers: {error}") from error
-        if not prompt_ids:
-            raise InvalidRequestError("the prompt has no tokens; give at least one")
-        self._check_ids("prompt_ids", prompt_ids)
-        return prompt_ids
+    def _checked_prompt(self, request: Request) -> Prompt:
+        segments = request.segments or (request.prompt_ids,)
+        if request.segments and request.prompt_ids:
+            raise InvalidRequestError("a request has prompt_ids and segments; give one of them")
+        prompt = lay_out(segments, able=self._able, cache_salt=request.cache_salt)
+        self._check_ids("prompt_ids", prompt.known_ids)
+        return prompt
 
-    def _check(self, prompt_ids: list[int], params: SamplingParams) -> None:
+    def _check(self, prompt: Prompt, params: SamplingParams) -> None:
         if params.max_tokens < 1:
             raise InvalidRequestError(f"max_tokens is {params.max_tokens}; it must be at least 1")
         self._check_ids("logit_bias", params.logit_bias)
-        if len(prompt_ids) + params.max_tokens > self.max_context:
+        length = len(prompt.token_ids)
+        if length + params.max_tokens > self.max_context:
             raise RequestTooLargeError(
-                f"{len(prompt_ids)} prompt tokens and max_tokens {params.max_tokens} need "
-                f"{len(prompt_ids) + params.max_tokens} positions, but {self.context_limit}"
+                f"{length} prompt tokens and max_tokens {params.max_tokens} need "
+                f"{length + params.max_tokens} positions, but {self.context_limit}"
+            )
+        if prompt.encoder is not None and not self._loop.scheduler.cache.room_for_encoder(prompt.encoder.rows):
+            raise RequestTooLargeError(
+                f"the encoder's output of {prompt.encoder.rows} rows is too long for this model: split the input"
             )
 
     def _check_ids(self, name: str, ids: Collection[int]) -> None:
@@ -249,15 +253,18 @@ def _answer(future: Future[None], ask: Callable[[], None]) -> None:
 
 def _context_limit(runner: Runner, model_context: int) -> str:
     """What makes a request's most tokens what they are."""
-    positions = runner.num_pages * runner.page_size
-    page_bytes = getattr(runner, "page_bytes", None)  # a runner that has no memory to speak of does not say
+    groups, counts = groups_of(runner)
+    positions, group = positions_held(groups, counts)
     if positions < runner.max_context:
-        needed = -(-runner.max_context // runner.page_size)
-        held = format_bytes(runner.num_pages * page_bytes) if page_bytes else f"{runner.num_pages} pages"
-        enough = format_bytes(needed * page_bytes) if page_bytes else f"{needed} pages"
+        enough = split_pages(groups, runner.max_context)
+        # A runner that has no memory to speak of does not say how much a page takes.
+        said = all(g.page_bytes for g in groups)
+        held = format_bytes(bytes_held(groups, counts)) if said else f"{counts[group]} pages"
+        whole = format_bytes(bytes_for(groups, runner.max_context)) if said else f"{enough[group]} pages"
+        of_group = f" in its group {group!r}" if len(groups) > 1 else ""
         return (
-            f"the KV cache of {held} holds {positions} positions (the model could take {runner.max_context}): "
-            f"raise kv_cache, to {enough} for all of them"
+            f"the KV cache of {held} holds {positions} positions{of_group} (the model could take {runner.max_context}): "
+            f"raise kv_cache, to {whole} for all of them"
         )
     if runner.max_context < model_context:
         return f"max_context is {runner.max_context} (the model could take {model_context}): raise max_context"

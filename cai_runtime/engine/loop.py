@@ -9,8 +9,9 @@ import threading
 from collections.abc import Callable
 from functools import partial
 
+from cai_runtime.engine.cache import CacheManager
+from cai_runtime.engine.cache_groups import groups_of
 from cai_runtime.engine.flight import Flight, Launched, append_sampled, forget_frames
-from cai_runtime.engine.kv_cache import KVCache
 from cai_runtime.engine.outbox import TokenLog, deliver
 from cai_runtime.engine.pacing import PrefillPace, StepLimits
 from cai_runtime.engine.proposers import Proposer, checked_draft
@@ -62,7 +63,7 @@ class EngineLoop:
         # SimpleQueue.put is reentrant: finalizers put here, in whatever thread the garbage collector runs.
         self.inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.stats = EngineStats()
-        cache = KVCache(runner.num_pages, runner.page_size, prefix_cache=prefix_cache)
+        cache = CacheManager(*groups_of(runner), prefix_cache=prefix_cache)
         draft = None if proposer is None else partial(checked_draft, proposer, vocab_size=runner.vocab_size)
         self.scheduler = Scheduler(cache, self.stats, max_batch=max_batch, draft=draft)
         self.close_error: Exception | None = None
@@ -173,10 +174,12 @@ class EngineLoop:
     def _launch_part(self, part: list[Planned], *, again: bool = False) -> Launched:
         """Launch one pass and the sampling behind it. again: after a failure, so that what the runner knows is unclear."""
         assert self._runner is not None
-        pages = [change for planned in part for change in planned.sequence.page_changes(everything=again)]
+        cache, sequences = self.scheduler.cache, [planned.sequence for planned in part]
+        pages = [change for s in sequences for change in cache.page_changes(s, everything=again)]
+        encode = [encoder_pass for s in sequences for encoder_pass in cache.encoder_passes(s)]
         launched = Launched(part)
         try:
-            launched.made = self._runner.launch(Step([planned.feed for planned in part], pages))
+            launched.made = self._runner.launch(Step([planned.feed for planned in part], pages, encode=encode))
         except Exception as error:  # noqa: BLE001 - as if the pass had failed later
             launched.error = error
             return launched

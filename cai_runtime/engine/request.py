@@ -9,6 +9,7 @@ from cai_runtime.engine.stats import RequestTimes
 
 if TYPE_CHECKING:
     from cai_runtime.engine.output import OutputFactory
+    from cai_runtime.engine.segments import Segment
 
 FinishReason = Literal["stop", "length"]
 
@@ -45,13 +46,19 @@ class SamplingParams:
 
 @dataclass
 class Request:
-    """One sequence to continue. `prompt_ids` must not be empty."""
+    """One sequence to continue.
 
-    prompt_ids: list[int]
+    The prompt is `prompt_ids`, or, where it is more than tokens, `segments` in their place: see `segments.Segment`. It must
+    not be empty. cache_salt: what else determines what the model computes for it; requests of unlike salts share no cache.
+    """
+
+    prompt_ids: list[int] = field(default_factory=list)
     sampling: SamplingParams = field(default_factory=SamplingParams)
     request_id: str | None = None  # the engine makes one up when None
     skip_special_tokens: bool = True  # leave special tokens out of the emitted text
     output: OutputFactory | None = None  # makes what turns its tokens into events; None: `TextOutput`
+    segments: tuple[Segment, ...] = ()
+    cache_salt: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

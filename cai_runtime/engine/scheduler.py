@@ -14,7 +14,7 @@ from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cai_runtime.engine.kv_cache import KVCache, extend_digests
+from cai_runtime.engine.cache import CacheManager
 from cai_runtime.engine.sequence import Sequence
 from cai_runtime.engine.stats import EngineStats
 from cai_runtime.engine.step import NEXT, Feed
@@ -36,7 +36,9 @@ class Planned:
         """The next `count` uncomputed tokens of a sequence; behind the last known one, a draft of what may follow it."""
         start, known = sequence.num_computed, len(sequence.token_ids)
         end, draft = start + count, draft or []
-        feed = Feed(sequence.seat, start, sequence.token_ids[start:end] + draft, 1 + len(draft) if end == known else 0)
+        inputs = tuple(found for rows in sequence.prompt.given if (found := rows.within(start, end)) is not None)
+        ids, wanted = sequence.token_ids[start:end] + draft, 1 + len(draft) if end == known else 0
+        feed = Feed(sequence.seat, start, ids, wanted, inputs)
         return cls(sequence, feed, draft, count == 1 and end == known > sequence.num_prompt)
 
     def known(self) -> Planned:
@@ -51,7 +53,7 @@ class Scheduler:
 
     def __init__(
         self,
-        cache: KVCache,
+        cache: CacheManager,
         stats: EngineStats,
         *,
         max_batch: int,
@@ -88,21 +90,25 @@ class Scheduler:
     def schedule(self, budget: int) -> list[Planned]:
         """The next step, with at most `budget` prompt tokens, at least one: never empty while there is work."""
         step, preempted = [], False
-        page_size = self.cache.page_size
         for sequence in list(self.running):  # oldest first, so that nobody in `step` is preempted any more
-            known = len(sequence.token_ids)
-            while sequence.pages and known > len(sequence.pages) * page_size and not self._grow(sequence):
+            if not sequence.held:
+                continue
+            known, start = len(sequence.token_ids), sequence.num_computed
+            end = known
+            if known - start > 1:
+                end = self.cache.chunk_end(start, known, budget) if budget > 0 else start
+                budget -= end - start
+            if end == start:
+                continue
+            while sequence.held and not self.cache.grow(sequence, end):
+                if self.cache.reclaim(self.running):
+                    continue
                 self._preempt(self.running[-1])
                 preempted = True
-            if not sequence.pages:
-                continue
-            count = known - sequence.num_computed
-            if count > 1:
-                count = min(count, budget)
-                budget -= count
-            if count:
-                draft = self._affordable_draft(sequence) if count == 1 and known > sequence.num_prompt else None
-                step.append(Planned.of(sequence, count, draft))
+            if sequence.held:
+                is_decode = end - start == 1 and known > sequence.num_prompt
+                draft = self._affordable_draft(sequence) if is_decode else None
+                step.append(Planned.of(sequence, end - start, draft))
         if not preempted:
             self._admit(step, budget)
         return step
@@ -129,68 +135,44 @@ class Scheduler:
 
     def _admit(self, step: list[Planned], budget: int) -> None:
         """Move waiting sequences into the batch while there are seats, pages and budget."""
-        being_computed = self._prefixes_being_computed() if self.waiting else set()
+        being_computed = self._being_computed() if self.waiting else set()
         for sequence in list(self.waiting):
             if budget <= 0 or len(self.running) >= self.max_batch:
                 return
-            prefix = self._find_prefix(sequence)
-            if len(prefix) < self._max_prefix(sequence) and sequence.digests[len(prefix)] in being_computed:
-                continue  # it can share that page in a few steps; computing it twice would be waste
-            needed = self.cache.pages_for(len(sequence.token_ids)) - len(prefix)
+            found = self.cache.find(sequence)
+            if self.cache.waits_for(sequence, found, being_computed):
+                continue  # it can share that in a few steps; computing it twice would be waste
             # One spare page for each running sequence, so that the newcomer is not preempted right away.
-            if needed + len(self.running) > self.cache.num_available - self.cache.num_unused(prefix):
+            admission = self.cache.admit(sequence, found, budget, spare=len(self.running))
+            if admission is None and self.cache.reclaim(self.running):
+                admission = self.cache.admit(sequence, found, budget, spare=len(self.running))
+            if admission is None:
                 return
             self.waiting.remove(sequence)
             insort(self.running, sequence, key=_arrival)
             sequence.seat = self._free_seats.pop()
-            self.cache.share(prefix)
-            sequence.pages = prefix + self.cache.allocate(needed)
-            sequence.num_registered = len(prefix)
-            sequence.num_computed = len(prefix) * self.cache.page_size
+            sequence.num_computed = admission.start
             if not sequence.was_admitted:
                 sequence.was_admitted = True
                 self.newly_admitted.append(sequence)
                 sequence.log.cached_tokens = sequence.num_computed
                 self.stats.prompt_tokens += sequence.num_prompt
                 self.stats.prefix_hit_tokens += sequence.num_computed
-            count = min(sequence.num_uncomputed, budget)
+            count = admission.end - admission.start
             budget -= count
             step.append(Planned.of(sequence, count))
-            being_computed.update(sequence.digests[len(prefix) :])
+            being_computed.update(self.cache.being_computed(sequence))
 
-    def _find_prefix(self, sequence: Sequence) -> list[int]:
-        """Cached pages that the sequence can start from. The last token is always fed, for its logits."""
-        if not self.cache.prefix_cache:
-            return []
-        if not sequence.digests:
-            extend_digests(sequence.prompt_digests, sequence.request.prompt_ids, self.cache.page_size)
-            sequence.digests = list(sequence.prompt_digests)
-        extend_digests(sequence.digests, sequence.token_ids, self.cache.page_size)
-        return self.cache.find_prefix(sequence.digests[: self._max_prefix(sequence)])
-
-    def _max_prefix(self, sequence: Sequence) -> int:
-        """Pages that a sequence could share at best."""
-        return (len(sequence.token_ids) - 1) // self.cache.page_size if self.cache.prefix_cache else 0
-
-    def _prefixes_being_computed(self) -> set[bytes]:
-        return {digest for sequence in self.running for digest in sequence.digests[sequence.num_registered :]}
+    def _being_computed(self) -> set[bytes]:
+        return {name for sequence in self.running for name in self.cache.being_computed(sequence)}
 
     def _affordable_draft(self, sequence: Sequence) -> list[int]:
         """A draft of what follows a decoding sequence, cut to its pages when none is left: nobody is preempted for it."""
         draft = self._draft(sequence) if self._draft is not None else []
-        if draft and not self._grow(sequence, len(draft)):
-            del draft[len(sequence.pages) * self.cache.page_size - len(sequence.token_ids) :]
+        known = len(sequence.token_ids)
+        if draft and not self.cache.grow(sequence, known + len(draft)):
+            del draft[self.cache.room(sequence) - known :]
         return draft
-
-    def _grow(self, sequence: Sequence, drafted: int = 0) -> bool:
-        """Make sure that the sequence's pages cover all its tokens and a draft; False when no page is left."""
-        missing = self.cache.pages_for(len(sequence.token_ids) + drafted) - len(sequence.pages)
-        if missing <= 0:
-            return True
-        if missing > self.cache.num_available:
-            return False
-        sequence.pages += self.cache.allocate(missing)
-        return True
 
     def _preempt(self, sequence: Sequence) -> None:
         self.stats.preemptions += 1
@@ -204,48 +186,33 @@ class Scheduler:
         self.add(sequence)
 
     def _take_pages(self, sequence: Sequence) -> None:
-        self.cache.release(sequence.pages)
-        sequence.pages = []
+        self.cache.release(sequence)
         if sequence.seat >= 0:
             self._free_seats.append(sequence.seat)
-            sequence.seat, sequence.num_told = -1, 0
-        sequence.num_computed = sequence.num_registered = 0
+            sequence.seat = -1
+        sequence.num_computed = 0
 
     def advance(self, planned: Planned, taken: int = 0) -> None:
         """Note that a feed was computed. taken: tokens that were sampled after it and became part of the text; a drafted
         token counts as computed when the one behind it was taken."""
-        count = len(planned.feed.ids)
+        fed = kept = len(planned.feed.ids)
         if planned.draft:
-            count += max(taken, 1) - 1 - len(planned.draft)
+            kept += max(taken, 1) - 1 - len(planned.draft)
         if not planned.is_decode:
-            self.stats.tokens_prefilled += count
-        planned.sequence.num_computed += count
+            self.stats.tokens_prefilled += kept
+        planned.sequence.num_computed += self.cache.advance(planned.sequence, fed, kept)
         if planned.draft:
-            self._take_back(planned.sequence)
-
-    def _take_back(self, sequence: Sequence) -> None:
-        """Free the pages that only tokens of a draft would have needed."""
-        needed = self.cache.pages_for(len(sequence.token_ids))
-        self.cache.release(sequence.pages[needed:])
-        del sequence.pages[needed:]
-        sequence.num_told = min(sequence.num_told, needed)
+            self.cache.take_back(planned.sequence)
 
     def commit(self, sequence: Sequence) -> None:
-        """Offer the pages that a sequence has filled to others. Call once logits that follow them are known to be finite:
-        whatever is wrong in a page of a sequence reaches all its later logits."""
-        page_size = self.cache.page_size
-        if sequence.num_computed < (sequence.num_registered + 1) * page_size or not self.cache.prefix_cache:
-            return
-        extend_digests(sequence.digests, sequence.token_ids, page_size)
-        for page in range(sequence.num_registered, sequence.num_computed // page_size):
-            self.cache.register(sequence.pages[page], sequence.digests[page])
-            sequence.num_registered += 1
+        """Offer what a sequence has computed to others. Call once logits that follow it are known to be finite."""
+        self.cache.commit(sequence)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless pages and queues agree."""
-        self.cache.check_integrity([sequence.pages for sequence in self.running])
+        self.cache.check_integrity(self.running)
         for sequence in self.waiting:
-            if sequence.pages or sequence.num_computed:
+            if sequence.held or sequence.num_computed:
                 raise AssertionError(f"waiting sequence {sequence.arrival} holds pages")
         seats = [*self._free_seats, *(sequence.seat for sequence in self.running)]
         if sorted(seats) != list(range(self.max_batch)):

@@ -5,32 +5,30 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass, field
 
+from cai_runtime.engine.cache import Held
 from cai_runtime.engine.outbox import TokenLog
 from cai_runtime.engine.output import Output
 from cai_runtime.engine.request import Delta, Request
 from cai_runtime.engine.sampling import SequenceSampler
-from cai_runtime.engine.step import NewPages
-from cai_runtime.kernels.batch import FULL
+from cai_runtime.engine.segments import Prompt
 
 
 @dataclass(eq=False)
 class Sequence:
-    """A prompt and what was generated after it, with its pages. Touched by the owner thread only."""
+    """A prompt and what was generated after it, with what it holds of the caches. Touched by the owner thread only."""
 
     arrival: int  # smaller is older
     request: Request
+    prompt: Prompt
     sampler: SequenceSampler
     output: Output
     log: TokenLog
     ends: Container[int] = ()  # tokens that end the text once min_tokens were generated
 
     token_ids: list[int] = field(init=False)  # prompt, then generated
-    num_computed: int = 0  # positions whose KV is in `pages`
-    pages: list[int] = field(default_factory=list)
+    num_computed: int = 0  # positions that the caches have
     seat: int = -1  # in the runner's batch, while it is running; -1: none
-    num_told: int = 0  # pages that the runner has in the seat's table
-    digests: list[bytes] = field(default_factory=list)  # of the full pages of token_ids; see kv_cache
-    num_registered: int = 0  # pages offered to the prefix cache
+    held: Held = field(default_factory=Held)
     num_put_out: int = 0  # generated tokens that the consumer has
     was_admitted: bool = False
     prompt_digests: list[bytes] = field(default_factory=list)  # of the prompt's full pages; shared by equal prompts
@@ -39,11 +37,11 @@ class Sequence:
     last_token_at: float | None = None
 
     def __post_init__(self) -> None:
-        self.token_ids = list(self.request.prompt_ids)
+        self.token_ids = list(self.prompt.token_ids)
 
     @property
     def num_prompt(self) -> int:
-        return len(self.request.prompt_ids)
+        return len(self.prompt.token_ids)
 
     @property
     def num_generated(self) -> int:
@@ -53,14 +51,6 @@ class Sequence:
     def num_uncomputed(self) -> int:
         """Tokens still to be fed before the next one can be sampled: 1 when decoding, more when prefilling."""
         return len(self.token_ids) - self.num_computed
-
-    def page_changes(self, *, everything: bool = False) -> list[NewPages]:
-        """What the runner does not know yet of the seat's page table. everything: the whole table."""
-        told = 0 if everything else self.num_told
-        if told == len(self.pages):
-            return []
-        self.num_told = len(self.pages)
-        return [NewPages(self.seat, FULL, told, self.pages[told:])]
 
     def may_end(self) -> bool:
         """Whether the newest token ends the text, as far as tokens alone tell."""

@@ -7,8 +7,11 @@ import threading
 import numpy as np
 import pytest
 
+from cai_runtime.engine.cache_groups import CacheGroup, pools
 from cai_runtime.engine.engine import Engine
 from cai_runtime.engine.request import Request, SamplingParams
+from cai_runtime.engine.runner_thread import Done
+from cai_runtime.kernels.sampling import sample_cpu
 
 VOCAB = 97
 EOS = 96
@@ -92,6 +95,122 @@ def continuation(prompt, count):
         tokens.append(int(logits_of(value).argmax()))
         value = next_hash(value, tokens[-1])
     return tuple(tokens)
+
+
+def fold(values, start=START):
+    for value in values:
+        start = next_hash(start, value)
+    return start
+
+
+class GroupRunner:
+    """A "model" of several caches; kinds: any of "full", "window", "state", "encoder".
+
+    Its next-token logits are a hash of what every group holds: the running hash of all tokens in the pages of "full", the
+    hash of the last tokens' in "window", the running hash in the slots of "state", and all of "encoder". Groups of one pool
+    lie in the same memory. So whatever is found in a wrong place changes the text. A token counts as itself, a given row
+    as its number plus 1000.
+    """
+
+    able = frozenset({"given_rows", "encoder"})
+    max_context, vocab_size = 128, VOCAB
+
+    def __init__(self, kinds, num_pages=64, page_size=4, window=6, slots=12, encoder_pages=6, shared=True, align=8):
+        size, self.window, self.page_size = page_size, window, page_size
+        made = {
+            "full": CacheGroup("full", "pages", 100, size),
+            "window": CacheGroup("window", "window", 100 if shared else 50, size, window=window),
+            "state": CacheGroup("state", "state", 300, size, reuse="snapshot", align=align),
+            "encoder": CacheGroup("encoder", "encoder", 70, size, reuse="content", most_pages=3),
+        }
+        counts = {"full": num_pages, "window": num_pages, "state": slots, "encoder": encoder_pages}
+        self.kinds, self.groups = kinds, tuple(made[kind] for kind in kinds)
+        self.counts = {kind: counts[kind] for kind in kinds}
+        self.memory = {}
+        for pool in pools(self.groups):
+            cells = np.zeros((counts[pool[0].name], size), np.uint64)
+            self.memory |= {group.name: cells for group in pool}
+        self.tables = {}
+        self.steps, self.encoded, self.fail_on, self.nan_on, self.fail_after, self.closed = [], [], None, None, None, 0
+
+    def launch(self, step):
+        for change in step.pages:
+            table = self.tables.setdefault((change.seat, change.group), [])
+            table[change.at :] = change.pages + table[change.at + len(change.pages) :]
+        self.steps.append([len(feed.ids) for feed in step.feeds])
+        for encode in step.encode:
+            self.encoded.append(encode.input.digest)
+            for i in range(encode.input.rows):
+                self._write(encode.seat, encode.group, i, encode.input.features + i)
+        rows = [row for feed in step.feeds for row in self._run(feed)]
+        if self.fail_after is not None and len(step.feeds) > self.fail_after:
+            raise RuntimeError("too many sequences for this device")
+        return Done(np.stack(rows) if rows else np.zeros((0, VOCAB), np.float32))
+
+    def _run(self, feed):
+        values = list(feed.ids)
+        for rows in feed.inputs:
+            values[rows.start : rows.start + len(rows.rows)] = [1000 + int(row) for row in rows.rows]
+        state, slots = START, self.tables.get((feed.seat, "state"))
+        if slots and feed.start:
+            state = int(self.memory["state"][slots[0], 0])
+        for at, value in enumerate(values):
+            position, parts = feed.start + at, []
+            if "full" in self.kinds:
+                before = self._read(feed.seat, "full", position - 1) if position else START
+                self._write(feed.seat, "full", position, next_hash(before, value))
+                parts.append(self._read(feed.seat, "full", position))
+            if "window" in self.kinds:
+                self._write(feed.seat, "window", position, next_hash(position, value))
+                seen = range(max(0, position - self.window + 1), position + 1)
+                parts.append(fold(self._read(feed.seat, "window", p) for p in seen))
+            if slots:
+                state = next_hash(state, value)
+                parts.append(state)
+            if self.tables.get((feed.seat, "encoder")) and "encoder" in self.kinds:
+                parts.append(self._read(feed.seat, "encoder", 0))
+            if value == self.fail_on:
+                raise RuntimeError(f"token {value} is poison")
+            if at >= len(values) - feed.wanted:
+                row = logits_of(fold(parts))
+                if value == self.nan_on:
+                    row[5] = np.nan
+                yield row
+        if slots:
+            self.memory["state"][slots[1], 0] = state
+
+    def sample(self, made, batch):
+        return Done(sample_cpu(made.wait(), batch))
+
+    def _cell(self, seat, group, position):
+        return self.tables[seat, group][position // self.page_size], position % self.page_size
+
+    def _read(self, seat, group, position):
+        return int(self.memory[group][self._cell(seat, group, position)])
+
+    def _write(self, seat, group, position, value):
+        self.memory[group][self._cell(seat, group, position)] = value
+
+    def close(self):
+        self.closed += 1
+
+    def defined(self, values, count, features=None):
+        """The greedy continuation by the definition alone; values: as `_run` has them."""
+        values, tokens = list(values), []
+        while len(tokens) < count and EOS not in tokens:
+            cells = [next_hash(p, value) for p, value in enumerate(values)]
+            parts = {"full": fold(values), "window": fold(cells[-self.window :]), "state": fold(values)}
+            parts = [parts[kind] for kind in ("full", "window", "state") if kind in self.kinds]
+            parts += [features] if features is not None else []
+            tokens.append(int(logits_of(fold(parts)).argmax()))
+            values.append(tokens[-1])
+        return tuple(tokens)
+
+
+@pytest.fixture(scope="session")
+def make_groups():
+    """make_groups(kinds, **sizes) -> GroupRunner."""
+    return GroupRunner
 
 
 @pytest.fixture

@@ -462,17 +462,17 @@ def test_impossible_options_are_refused(make_engine, options):
 
 
 def test_choices_of_one_prompt_hash_its_pages_once(make_engine, make_runner, greedy, monkeypatch):
-    from cai_runtime.engine import scheduler
+    from cai_runtime.engine import cache
 
     hashed = []
-    extend = scheduler.extend_digests
+    extend = cache.extend_digests
 
-    def counting(digests, token_ids, page_size):
+    def counting(digests, token_ids, **more):
         before = len(digests)
-        extend(digests, token_ids, page_size)
+        extend(digests, token_ids, **more)
         hashed.extend(digests[before:])
 
-    monkeypatch.setattr(scheduler, "extend_digests", counting)
+    monkeypatch.setattr(cache, "extend_digests", counting)
     engine = make_engine(make_runner(num_pages=512), max_batch=16)
     prompt = list(range(41))
     for handle in engine.submit_all([Request(prompt, SamplingParams(max_tokens=1, temperature=0.0)) for _ in range(8)]):

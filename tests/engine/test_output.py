@@ -153,12 +153,14 @@ def test_an_output_of_ones_own(make_engine, greedy, expected):
 def test_several_tokens_at_once_keep_to_max_tokens(make_engine, greedy):
     from cai_runtime.engine.outbox import TokenLog
     from cai_runtime.engine.sampling import SequenceSampler
+    from cai_runtime.engine.segments import Prompt
     from cai_runtime.engine.sequence import Sequence
 
     request = greedy([1], 3)
     sequence = Sequence(
         arrival=0,
         request=request,
+        prompt=Prompt([1]),
         sampler=SequenceSampler(request.sampling, [1], [], seed=0),
         output=TextOutput(spec()),
         log=TokenLog(),

@@ -2,7 +2,8 @@ import random
 
 import pytest
 
-from cai_runtime.engine.kv_cache import KVCache, extend_digests
+from cai_runtime.engine.pages import PageBook, extend_digests
+from cai_runtime.engine.segments import PlacedRows
 
 
 def digests(tokens, page_size=4):
@@ -26,41 +27,47 @@ def test_digests_grow_as_tokens_do():
 
 def fill(cache, tokens):
     """Compute and register the pages of a sequence."""
-    pages = cache.allocate(cache.pages_for(len(tokens)))
-    for page, name in zip(pages, digests(tokens, cache.page_size), strict=False):
-        cache.register(page, name)
+    pages = cache.allocate(-(-len(tokens) // 4))
+    for page, digest in zip(pages, digests(tokens), strict=False):
+        cache.register(page, ("full", digest))
     return pages
 
 
+def found(cache, names):
+    """The pages of the longest registered prefix."""
+    pages = [cache.find(("full", digest)) for digest in names]
+    return pages[: pages.index(None)] if None in pages else pages
+
+
 def test_released_pages_are_found_again():
-    cache = KVCache(8, 4)
+    cache = PageBook(8)
     pages = fill(cache, list(range(10)))
     cache.release(pages)
     assert (cache.num_free, cache.num_cached, cache.num_used) == (6, 2, 0)
-    found = cache.find_prefix(digests(list(range(12))))
-    assert found == pages[:2]
-    cache.share(found)
-    cache.share(found)
-    cache.check_integrity([found, found])
-    cache.release(found)
-    cache.check_integrity([found])
+    shared = found(cache, digests(list(range(12))))
+    assert shared == pages[:2]
+    cache.share(shared)
+    cache.share(shared)
+    cache.check_integrity([shared, shared])
+    cache.release(shared)
+    cache.check_integrity([shared])
     assert cache.num_used == 2
 
 
 def test_least_recently_used_is_evicted_and_ends_go_before_beginnings():
-    cache = KVCache(4, 4)
+    cache = PageBook(4)
     old, new = fill(cache, [1] * 8), fill(cache, [2] * 8)
     cache.release(old)
     cache.release(new)
     cache.allocate(1)
-    assert cache.find_prefix(digests([1] * 8)) == old[:1]
-    assert cache.find_prefix(digests([2] * 8)) == new
+    assert found(cache, digests([1] * 8)) == old[:1]
+    assert found(cache, digests([2] * 8)) == new
     cache.allocate(1)
-    assert cache.find_prefix(digests([1] * 8)) == []
+    assert found(cache, digests([1] * 8)) == []
 
 
 def test_same_prefix_twice_is_registered_once():
-    cache = KVCache(8, 4)
+    cache = PageBook(8)
     first, second = fill(cache, [1] * 4), fill(cache, [1] * 4)
     cache.release(second)
     assert cache.num_cached == 0 and cache.num_free == 7
@@ -69,15 +76,22 @@ def test_same_prefix_twice_is_registered_once():
     assert cache.num_cached == 1
 
 
-def test_without_prefix_cache_nothing_is_kept():
-    cache = KVCache(8, 4, prefix_cache=False)
-    cache.release(fill(cache, [1] * 16))
-    assert cache.num_free == 8
+def test_salt_and_given_rows_are_part_of_the_name():
+    def named(**more):
+        names = []
+        extend_digests(names, [1, 2, 3, -2, -2, 6, 7, 8], 4, **more)
+        return names
+
+    rows = [named(given=[PlacedRows(3, [0, 0], digest)]) for digest in (b"cat", b"dog")]
+    assert len({tuple(names) for names in [named(), named(salt=b"a"), named(salt=b"b"), *rows]}) == 5
+    shifted = named(given=[PlacedRows(2, [0, 0], b"cat")])
+    assert shifted[0] != rows[0][0], "the same rows one position earlier"
+    assert named(given=[PlacedRows(4, [0], b"cat")])[0] == named()[0], "rows behind a page are not in its name"
 
 
 @pytest.mark.parametrize("damage", ["leak", "double", "stolen", "unregistered"])
 def test_check_integrity_notices(damage):
-    cache = KVCache(8, 4)
+    cache = PageBook(8)
     pages = fill(cache, [1] * 8)
     owners = [pages]
     cache.check_integrity(owners)
@@ -90,14 +104,14 @@ def test_check_integrity_notices(damage):
     else:
         cache.release(pages)
         owners = []
-        cache._digest_of[pages[0]] = None
+        cache._name_of[pages[0]] = None
     with pytest.raises(AssertionError, match="KV cache page"):
         cache.check_integrity(owners)
 
 
 def test_random_use_keeps_integrity():
     rng = random.Random(0)
-    cache = KVCache(24, 4)
+    cache = PageBook(24)
     owners = []
     for _ in range(3000):
         if owners and rng.random() < 0.5:
@@ -105,14 +119,14 @@ def test_random_use_keeps_integrity():
         else:
             tokens = [rng.randrange(2) for _ in range(rng.randrange(1, 30))]
             names = digests(tokens)
-            prefix = cache.find_prefix(names[: (len(tokens) - 1) // 4])
-            needed = cache.pages_for(len(tokens)) - len(prefix)
+            prefix = found(cache, names[: (len(tokens) - 1) // 4])
+            needed = -(-len(tokens) // 4) - len(prefix)
             if needed > cache.num_available - cache.num_unused(prefix):
                 continue
             cache.share(prefix)
             pages = prefix + cache.allocate(needed)
             for page, name in zip(pages, names, strict=False):
-                cache.register(page, name)
+                cache.register(page, ("full", name))
             owners.append(pages)
         cache.check_integrity(owners)
     for pages in owners:

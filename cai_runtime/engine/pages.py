@@ -1,8 +1,8 @@
-"""Who owns which page of the paged KV cache: reference counts, prefix reuse, least-recently-used eviction.
+"""Who owns which page of one pool: reference counts, reuse by name, least-recently-used eviction.
 
 Page-granular prefix reuse as in vLLM (Kwon et al. 2023, "PagedAttention"): a full page is named by a 128-bit digest of
-its tokens and of its predecessor's digest, so equal digests mean equal prefixes. Only full pages are shared and a full
-page is never written again, so nothing is ever copied.
+its tokens and of its predecessor's digest, so equal digests mean equal prefixes. A page that has a name is never written
+again, so sharing copies nothing.
 """
 
 from __future__ import annotations
@@ -12,34 +12,48 @@ from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
+from cai_runtime.engine.segments import PlacedRows
 
-def extend_digests(digests: list[bytes], token_ids: Sequence[int], page_size: int) -> None:
+Name = tuple[str, bytes]  # cache group and digest
+
+
+def extend_digests(
+    digests: list[bytes],
+    token_ids: Sequence[int],
+    page_size: int,
+    *,
+    salt: bytes = b"",
+    given: Sequence[PlacedRows] = (),
+) -> None:
     """Append the digests of the full pages of `token_ids` that `digests` does not name yet.
 
-    A digest is BLAKE2b-128 over the predecessor's digest and the page's tokens: a collision needs about 2^64 pages, so
-    the tokens themselves need not be kept and compared.
+    A digest is BLAKE2b-128 over the predecessor's digest, the page's tokens and the digests of given rows among them: a
+    collision needs about 2^64 pages, so the tokens themselves need not be kept and compared. salt: takes the place of the
+    first page's predecessor; what else determines the content of every page.
     """
     for page in range(len(digests), len(token_ids) // page_size):
-        tokens = array("q", token_ids[page * page_size : (page + 1) * page_size]).tobytes()
-        parent = digests[-1] if digests else b""
-        digests.append(hashlib.blake2b(parent + tokens, digest_size=16).digest())
+        start, end = page * page_size, (page + 1) * page_size
+        content = hashlib.blake2b(digests[-1] if digests else salt, digest_size=16)
+        content.update(array("q", token_ids[start:end]).tobytes())
+        for rows in given:
+            if rows.start < end and rows.end > start:
+                content.update(array("q", [rows.start - start, len(rows.digest)]).tobytes() + rows.digest)
+        digests.append(content.digest())
 
 
-class KVCache:
-    """The page table of the whole cache. Bookkeeping only: the tensors are the runner's.
+class PageBook:
+    """The pages of one pool. Bookkeeping only: the tensors are the runner's.
 
-    Every page is in exactly one state: *free* (holds nothing), *cached* (holds a registered prefix that no sequence
-    uses; may be evicted) or *used* (referenced by one sequence or more).
+    Every page is in exactly one state: *free* (holds nothing), *cached* (has a name and no user; may be evicted) or
+    *used* (referenced once or more).
     """
 
-    def __init__(self, num_pages: int, page_size: int, *, prefix_cache: bool = True):
+    def __init__(self, num_pages: int):
         self.num_pages = num_pages
-        self.page_size = page_size
-        self.prefix_cache = prefix_cache
         self._free = list(range(num_pages - 1, -1, -1))
         self._references = [0] * num_pages
-        self._digest_of: list[bytes | None] = [None] * num_pages  # of registered pages
-        self._page_of: dict[bytes, int] = {}
+        self._name_of: list[Name | None] = [None] * num_pages  # of registered pages
+        self._page_of: dict[Name, int] = {}
         self._unused: OrderedDict[int, None] = OrderedDict()  # cached pages, least recently used first
 
     @property
@@ -59,26 +73,16 @@ class KVCache:
         """Pages that `allocate` could hand out."""
         return len(self._free) + len(self._unused)
 
-    def pages_for(self, num_tokens: int) -> int:
-        """Pages that hold `num_tokens` positions."""
-        return -(-num_tokens // self.page_size)
-
-    def find_prefix(self, digests: Sequence[bytes]) -> list[int]:
-        """The pages of the longest registered prefix of `digests`. Takes no reference."""
-        pages = []
-        for digest in digests:
-            page = self._page_of.get(digest)
-            if page is None:
-                break
-            pages.append(page)
-        return pages
+    def find(self, name: Name) -> int | None:
+        """The page of that name. Takes no reference."""
+        return self._page_of.get(name)
 
     def num_unused(self, pages: Iterable[int]) -> int:
         """How many of `pages` count as available now and would not once `share` has taken them."""
         return sum(page in self._unused for page in pages)
 
     def share(self, pages: Iterable[int]) -> None:
-        """Take one more reference to each of these registered pages."""
+        """Take one more reference to each of these pages, which are registered or used."""
         for page in pages:
             self._unused.pop(page, None)
             self._references[page] += 1
@@ -97,24 +101,29 @@ class KVCache:
 
     def _evict(self) -> int:
         page, _ = self._unused.popitem(last=False)
-        digest = self._digest_of[page]
-        assert digest is not None
-        del self._page_of[digest]
-        self._digest_of[page] = None
+        name = self._name_of[page]
+        assert name is not None
+        del self._page_of[name]
+        self._name_of[page] = None
         return page
 
-    def register(self, page: int, digest: bytes) -> None:
-        """Offer a full, computed page to later sequences. Does nothing when another page holds the same prefix."""
-        if self.prefix_cache and digest not in self._page_of:
-            self._page_of[digest] = page
-            self._digest_of[page] = digest
+    def register(self, page: int, name: Name) -> None:
+        """Offer a computed page, which is never written again, to later sequences. Does nothing when another page has the
+        name already."""
+        if name not in self._page_of and self._name_of[page] is None:
+            self._page_of[name] = page
+            self._name_of[page] = name
+
+    def is_private(self, page: int) -> bool:
+        """Whether its one user may write it."""
+        return self._references[page] == 1 and self._name_of[page] is None
 
     def release(self, pages: Sequence[int]) -> None:
         """Drop one reference to each page of a sequence. The end of a prefix is evicted before its beginning."""
         for page in reversed(pages):
             self._references[page] -= 1
             if self._references[page] == 0:
-                if self._digest_of[page] is None:
+                if self._name_of[page] is None:
                     self._free.append(page)
                 else:
                     self._unused[page] = None
@@ -125,7 +134,7 @@ class KVCache:
         expected = Counter(page for pages in owners for page in pages)
         free, unused = Counter(self._free), set(self._unused)
         for page in range(self.num_pages):
-            references, digest = self._references[page], self._digest_of[page]
+            references, name = self._references[page], self._name_of[page]
             states = free[page] + (page in unused) + (references > 0)
             problem = (
                 f"is in {states} states"
@@ -133,15 +142,15 @@ class KVCache:
                 else f"has {references} references but {expected[page]} owners"
                 if references != expected[page]
                 else "is cached but not registered"
-                if page in unused and digest is None
+                if page in unused and name is None
                 else "is free but registered"
-                if free[page] and digest is not None
-                else "is registered under a digest that names another page"
-                if digest is not None and self._page_of.get(digest) != page
+                if free[page] and name is not None
+                else "is registered under a name that is another page's"
+                if name is not None and self._page_of.get(name) != page
                 else None
             )
             if problem:
                 raise AssertionError(f"KV cache page {page} {problem}")
-        registered = sum(digest is not None for digest in self._digest_of)
+        registered = sum(name is not None for name in self._name_of)
         if len(self._page_of) != registered or set(expected) - set(range(self.num_pages)):
-            raise AssertionError(f"{len(self._page_of)} digests for {registered} registered pages")
+            raise AssertionError(f"{len(self._page_of)} names for {registered} registered pages")
