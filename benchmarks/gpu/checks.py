@@ -7,25 +7,25 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from gpu.context import PAGE_SIZE, TINY, VARIANTS, Context
+from gpu.context import PAGE_SIZE, Context
 from gpu.models import open_step, word_tokenizer
 from gpu.report import Findings
 
 NEW, PROMPTS = 24, (1, 5, 17, 40, 130)  # tokens of a reply, of the prompts
-REHEARSED_NEW, REHEARSED_PROMPTS = 3, (1, 5, 17)
+REHEARSED_NEW, REHEARSED_PROMPTS = 2, (1, 5)
 MARGIN = 0.1  # of the logits' deviation: a token may be chosen whose logit is less than so much below the greatest
 FAR = 0.05  # relative distance of logits from the reference's
 
 
 def run(findings: Findings, context: Context) -> None:
     """Bits of graphs; engines in bf16 with every variant; engines in float32 beside transformers."""
-    for kind, store in VARIANTS:
+    for kind, store in context.scale.variants:
         for backend in context.backends:
             what = f"{kind} {store} {backend}"
             findings.attempt(f"bits {what}", lambda k=kind, s=store, b=backend: check_bits(findings, context, k, s, b))
             findings.attempt(f"bf16 {what}", lambda k=kind, s=store, b=backend: check_bf16(findings, context, k, s, b))
     for backend in context.backends:
-        for graphs in (True, False):
+        for graphs in (False,) if context.rehearsal else (True, False):
             findings.attempt(
                 f"float32 {backend}, graphs {graphs}",
                 lambda b=backend, g=graphs: check_float32(findings, context, b, graphs=g),
@@ -37,9 +37,10 @@ def check_bits(findings: Findings, context: Context, kind: str, store: str, back
     near the reference's. Raises RuntimeError that names what is not so."""
     import torch
 
-    judge = open_step(TINY, kind, store, "reference", context.device, max_batch=5, context=20, graphs=False)
+    config = context.scale.checked
+    judge = open_step(config, kind, store, "reference", context.device, max_batch=5, context=20, graphs=False)
     wanted = judge.runner.run(judge.sequences(5))
-    step = open_step(TINY, kind, store, backend, context.device, max_batch=5, context=20)
+    step = open_step(config, kind, store, backend, context.device, max_batch=5, context=20)
     sequences = step.sequences(5)
     recorded = step.runner.run(sequences).clone()
     alone = torch.cat([step.runner.run([s]).clone() for s in sequences])
@@ -88,13 +89,14 @@ def check_bf16(findings: Findings, context: Context, kind: str, store: str, back
 
     from cai_runtime.engine.runner import ScheduledSequence
 
-    prompts, new = prompts_of(TINY["vocab_size"], context)
+    config = context.scale.checked
+    prompts, new = prompts_of(config["vocab_size"], context)
     pages = sum(-(-(len(p) + new) // PAGE_SIZE) for p in prompts)
     size: dict[str, Any] = {"max_batch": len(prompts), "context": 20, "least_pages": pages}
-    step = open_step(TINY, kind, store, backend, context.device, **size)
+    step = open_step(config, kind, store, backend, context.device, **size)
     alone, together = greedy_tokens(step.runner, prompts, new)
     judge = open_step(
-        TINY, kind, store, "reference", context.device, graphs=False, dtype=torch.float32, **size
+        config, kind, store, "reference", context.device, graphs=False, dtype=torch.float32, **size
     )  # fmt: skip
     worst, equal, count = 0.0, 0, 0
     for prompt, replies in zip(prompts, zip(alone, together, strict=True), strict=True):
@@ -127,11 +129,10 @@ def check_float32(findings: Findings, context: Context, backend: str, *, graphs:
     from cai_runtime.models.registry import build_model
     from cai_runtime.slim.reader import Checkpoint
 
-    if context.rehearsal:
-        graphs = False
     draw = torch.Generator().manual_seed(0)
+    hidden, wide = (48, 64) if context.rehearsal else (192, 416)
     config = LlamaConfig(
-        vocab_size=320, hidden_size=192, intermediate_size=416, num_hidden_layers=3, num_attention_heads=6,
+        vocab_size=320, hidden_size=hidden, intermediate_size=wide, num_hidden_layers=3, num_attention_heads=6,
         num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     theirs = LlamaForCausalLM(config).eval().float()

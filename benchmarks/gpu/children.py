@@ -27,6 +27,7 @@ def child_environment() -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
+        "COLUMNS": "300",  # else pytest cuts the reasons off its summary
     }
 
 

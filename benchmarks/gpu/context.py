@@ -18,6 +18,9 @@ TINY: dict[str, Any] = LLAMA_8B | {
     "hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 256,
 }  # fmt: skip
+SMALLEST: dict[str, Any] = TINY | {  # an interpreter takes milliseconds for a program
+    "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 64,
+}  # fmt: skip
 KEEP = 0.5
 INT4_GROUP = 128
 PAGE_SIZE = 16
@@ -32,6 +35,8 @@ class Scale:
     """Sizes of the cases. groups: the linears of one layer that run as one call: in, and the out of each member."""
 
     config: dict[str, Any]
+    checked: dict[str, Any]  # of the models that are checked rather than timed
+    variants: tuple[tuple[str, str], ...]
     context: int  # positions in the cache before a decode step
     decode_rows: tuple[int, ...]
     prefill_rows: tuple[int, ...]
@@ -56,11 +61,12 @@ class Scale:
 
 
 REAL = Scale(
-    LLAMA_8B, 1024, (1, 16, 64), (512, 2048), (64, 512, 4096), (1, 4, 16), 128, 4 << 30,
+    LLAMA_8B, TINY, VARIANTS, 1024, (1, 16, 64), (512, 2048), (64, 512, 4096), (1, 4, 16), 128, 4 << 30,
     ((1024, 1), (1024, 16), (1024, 64), (8192, 1), (8192, 16)), ((0, 2048), (6144, 2048), (7680, 512)),
 )  # fmt: skip
 REHEARSAL = Scale(
-    TINY, 40, (1, 3), (20,), (20,), (1, 3), 3, 1 << 20, ((40, 1), (40, 3)), ((0, 20), (30, 10)),
+    SMALLEST, SMALLEST, (("interpolative", "bf16"), ("dense", "bf16"), ("interpolative", "int4")), 20, (1, 2), (5,), (20,),
+    (1,), 3, 1 << 20, ((20, 2),), ((0, 5), (12, 5)),
 )  # fmt: skip
 
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from gpu.context import PAGE_SIZE, VARIANTS, Context, predicted_step
+from gpu.context import PAGE_SIZE, Context, predicted_step
 from gpu.models import Step, open_step
 from gpu.report import Findings
 from gpu.timing import median_seconds, release
 
 TARGETS = {"interpolative bf16": 1.6, "interpolative int4": 3.5}  # times dense bf16 of the same kernels, batch 1
-# Dense int4 last: it is a comparison, the others are the question.
-ORDER = (("interpolative", "bf16"), ("dense", "bf16"), *[v for v in VARIANTS if v[1] in ("int8", "int4")])
 
 
 def run(findings: Findings, context: Context) -> None:
     """Every variant on every backend: decode at every number of rows, CUDA's options at one row, prefill."""
-    for kind, store in ORDER:
+    for kind, store in context.scale.variants:
         for backend in context.backends:
             what = f"{kind} {store} {backend}"
             findings.attempt(what, lambda k=kind, s=store, b=backend: _variant(findings, context, k, s, b))
@@ -106,18 +104,18 @@ def _measure(
         f"{weights} {backend} {option}, {rows} rows: {seconds * 1e3:.3f} ms, {floor / seconds:.2f} of the floor, "
         f"predicted {expected} ms",
         what="decode", weights=weights, backend=backend, option=option, rows=rows, context=step.context,
-        seconds=seconds, step_seconds=_host_seconds(whole), tokens_per_second=rows / seconds,
+        seconds=seconds, step_seconds=_host_seconds(whole, 1 if context.rehearsal else 7), tokens_per_second=rows / seconds,
         floor_bytes=step.floor_bytes(rows), fraction_of_floor=floor / seconds, predicted_milliseconds=expected,
         measured_to_predicted=None if expected is None else seconds * 1e3 / expected,
     )  # fmt: skip
 
 
-def _host_seconds(run: Callable[[], Any]) -> float:
+def _host_seconds(run: Callable[[], Any], repeats: int) -> float:
     """The median by the host's clock: of a step with its inputs and its sampling."""
     import time
 
     times = []
-    for _ in range(7):
+    for _ in range(repeats):
         began = time.perf_counter()
         run()
         times.append(time.perf_counter() - began)
