@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.list:
             for name, section in SECTIONS.items():
                 print(
-                    f"{name:<18} call {' and '.join(map(str, section.calls)):<8} {section.limit:>4.0f} s  {section.asks}"
+                    f"{name:<18} call {' and '.join(map(str, section.calls)) or '-':<8} {section.limit:>4.0f} s  {section.asks}"
                 )
             return 0
         if args.section:

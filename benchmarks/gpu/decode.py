@@ -15,7 +15,7 @@ TARGETS = {"interpolative bf16": 1.6, "interpolative int4": 3.5}  # times dense 
 
 def run(findings: Findings, context: Context) -> None:
     """Every variant on every backend: decode at every number of rows, CUDA's options at one row, prefill."""
-    for kind, store in context.scale.variants:
+    for kind, store in context.scale.timed:
         for backend in context.backends:
             what = f"{kind} {store} {backend}"
             findings.attempt(what, lambda k=kind, s=store, b=backend: _variant(findings, context, k, s, b))

@@ -58,8 +58,8 @@ def use_kit() -> list[str]:
     there = ROOT / "cai_runtime/_lib"
     for name in LIBRARIES:
         prepared = KIT / "lib" / name
-        if (there / name).exists() or not prepared.exists():
-            continue
+        if (there / name).exists() or not prepared.exists() or shutil.which("nvidia-smi") is None:
+            continue  # where they were prepared, the package's own folder stays as it is
         if manifest().get("sources") != sources_digest():
             said.append(f"the prepared {name} is of other sources: it is built here")
         else:

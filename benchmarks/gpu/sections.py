@@ -37,19 +37,19 @@ def _correct(warm: bool) -> Callable[[Findings, Context, float], None]:
 
 SECTIONS: dict[str, Section] = {
     "build": Section(_build, 150, (1, 2), "the CUDA library loads, or is built", rehearsed=False),
-    "correct": Section(_correct(True), 60, (1,), "tests of the Triton and CUDA kernels", rehearsed=False),
-    "bits": Section(lambda f, c, u: bits.run(f, c), 30, (1,), "do wgmma, mma.sync and CUDA give the same bits?"),
-    "engine": Section(
-        lambda f, c, u: checks.run(f, c), 60, (1,), "engines give the reference's tokens, graphs its bits"
+    "correct": Section(
+        _correct(True), 85, (1,), "tests of the Triton and CUDA kernels, `engine` beside them", rehearsed=False
     ),
+    "bits": Section(lambda f, c, u: bits.run(f, c), 30, (1,), "do wgmma, mma.sync and CUDA give the same bits?"),
+    "engine": Section(lambda f, c, u: checks.run(f, c), 60, (), "engines give the reference's tokens, graphs its bits"),
     "roofs": Section(lambda f, c, u: roofs.run(f, c), 25, (1, 2), "bandwidth, launches, barriers"),
     "decode": Section(lambda f, c, u: decode.run(f, c), 130, (1,), "whole steps of Llama-3.1-8B's shape, and prefill"),
     "timeline": Section(lambda f, c, u: timeline.run(f, c), 45, (1, 2), "kernel by kernel, with gaps"),
+    "many": Section(lambda f, c, u: linears.run_many(f, c), 40, (1,), "linears of 64 to 4096 rows beside cuBLAS"),
+    "prefill attention": Section(lambda f, c, u: attention.run_prefill(f, c), 20, (1,), "beside torch's own"),
     "ncu": Section(
         lambda f, c, u: counters.run_ncu(f, c), 75, (1,), "hardware counters of single kernels", rehearsed=False
     ),
-    "many": Section(lambda f, c, u: linears.run_many(f, c), 40, (1,), "linears of 64 to 4096 rows beside cuBLAS"),
-    "prefill attention": Section(lambda f, c, u: attention.run_prefill(f, c), 20, (1,), "beside torch's own"),
     "serve": Section(lambda f, c, u: serve.run(f, c), 80, (2,), "tokens a second of an engine, by sampling"),
     "linears": Section(lambda f, c, u: linears.run(f, c), 75, (2,), "linears of 1 to 16 rows, bare and fused"),
     "attention": Section(lambda f, c, u: attention.run(f, c), 25, (2,), "decode and prefill beside torch's own"),

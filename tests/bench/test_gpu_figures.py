@@ -90,3 +90,27 @@ def test_every_timed_case_of_the_model_has_a_prediction():
                 launches = context.predicted_launches(backend, f"{kind} {store}", rows)
                 assert len(launches) == (4 if kind == "dense" else 8) and min(launches.values()) > 0
     assert context.predicted_step("triton", "dense bf16", 3) is None
+
+
+def test_kernels_that_measure_the_machine_compile_for_hopper():
+    triton = pytest.importorskip("triton")
+    if triton.knobs.runtime.interpret:
+        pytest.skip("kernels are interpreted here, not compiled")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    kernels = importlib.import_module("gpu.roof_kernels")
+
+    def ptx(kernel, constants=None, **types) -> str:
+        signature = types | dict.fromkeys(constants or {}, "constexpr")
+        source = ASTSource(
+            kernel, signature, constexprs={(list(signature).index(k),): v for k, v in (constants or {}).items()}
+        )
+        return compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+
+    assert "griddepcontrol" not in ptx(kernels.nothing, x="*fp32")
+    dependent = ptx(kernels.nothing_dependent, x="*fp32")
+    assert dependent.index("griddepcontrol.wait") < dependent.index("griddepcontrol.launch_dependents")
+    assert "ld.global" in ptx(kernels.read, {"BLOCK": 1024}, x="*i32", out="*i32", steps="i32")
+    barriers = ptx(kernels.barriers, counter="*i32", programs="i32", rounds="i32")
+    assert "atom" in barriers and "acq_rel" in barriers

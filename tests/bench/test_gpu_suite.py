@@ -143,6 +143,7 @@ def test_prepared_libraries_of_other_sources_are_left_alone(tmp_path: Path, monk
     environment = importlib.import_module("gpu.environment")
     monkeypatch.setattr(environment, "ROOT", tmp_path)
     monkeypatch.setattr(environment, "KIT", tmp_path / "kit")
+    monkeypatch.setattr(environment.shutil, "which", lambda name: name)
     for folder in ("csrc", "cai_runtime/_lib", "kit/lib"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "setup.py").touch()
@@ -157,7 +158,37 @@ def test_prepared_libraries_of_other_sources_are_left_alone(tmp_path: Path, monk
 
 def test_both_calls_fit_their_time():
     sections = importlib.import_module("gpu.sections")
-    assert set(sections.names_of_call(1)) | set(sections.names_of_call(2)) == set(sections.SECTIONS)
+    # Engines are checked beside the kernels' tests.
+    assert {*sections.names_of_call(1), *sections.names_of_call(2), "engine"} == set(sections.SECTIONS)
     first = sections.names_of_call(1)
     assert first.index("correct") < first.index("decode")  # right comes before fast
     assert all(section.limit <= 150 for section in sections.SECTIONS.values())
+
+
+def test_tests_side_by_side_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    correct = importlib.import_module("gpu.correct")
+    context = importlib.import_module("gpu.context")
+    findings = importlib.import_module("gpu.report").Findings(tmp_path / "found.json", time.time() + 60)
+    (tmp_path / "test_right.py").write_text("def test_right(): pass\n")
+    (tmp_path / "test_wrong.py").write_text("def test_wrong(): assert not 'wrong'\n")
+    rootdir = f"--rootdir={tmp_path}"
+    monkeypatch.setattr(correct, "triton_tests", lambda: [str(tmp_path / "test_right.py"), rootdir])
+    monkeypatch.setattr(correct, "CUDA_TESTS", [str(tmp_path / "test_wrong.py"), rootdir])
+    monkeypatch.setattr(context.Context, "backends", ["triton", "cuda"])
+    here = context.Context(context.REHEARSAL, "cpu", tmp_path / "none.json", tmp_path)
+    correct.run(findings, here, until=time.monotonic() + 60, warm=False)
+    triton, cuda = sorted(findings.items, key=lambda item: item["failed"])
+    assert triton["what"] == "tests triton" and (triton["passed"], triton["failed"], triton["finished"]) == (1, 0, True)
+    assert cuda["what"] == "tests cuda" and "assert not 'wrong'" in cuda["failures"][0]
+    assert len(findings.problems) == 1 and findings.problems[0].startswith("tests cuda: ")
+
+
+def test_engines_checked_beside_the_tests_are_reported_with_them(tmp_path: Path):
+    correct = importlib.import_module("gpu.correct")
+    findings = importlib.import_module("gpu.report").Findings(tmp_path / "found.json", time.time() + 60)
+    other = tmp_path / "engine.json"
+    other.write_text(json.dumps({"items": [{"check": "bits"}], "problems": ["float32: ValueError"]}))
+    correct._take_over(findings, other, 1)
+    assert findings.items == [{"check": "bits"}] and findings.problems == ["float32: ValueError"]
+    correct._take_over(findings, other, -9)  # it died before it wrote anything
+    assert findings.problems[1:] == ["engine: exit status -9"]
