@@ -103,7 +103,7 @@ class TextWriter:
                 missing = count - len(chats) - len(documents) // self.length
                 if missing <= 0:
                     break
-                some = max(1, min(self.lanes, missing * 2))
+                some = max(1, min(4 * self.lanes, missing * 2))  # a queue, so that no lane is idle
                 chat = min(some // 4, wanted_chats - len(chats)) if wanted_chats else 0
                 chats += self._chats(chat)[: max(wanted_chats - len(chats), 0)]
                 documents += self._documents(some - chat)

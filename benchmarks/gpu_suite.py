@@ -150,9 +150,8 @@ def main(argv: list[str] | None = None) -> int:
 
         if args.list:
             for name, section in SECTIONS.items():
-                print(
-                    f"{name:<18} call {' and '.join(map(str, section.calls)) or '-':<8} {section.limit:>4.0f} s  {section.asks}"
-                )
+                calls = " and ".join(map(str, section.calls)) or "-"
+                print(f"{name:<18} call {calls:<8} {section.limit:>4.0f} s  {section.asks}")
             return 0
         if args.section:
             return run_section(args)

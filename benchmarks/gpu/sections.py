@@ -44,9 +44,9 @@ SECTIONS: dict[str, Section] = {
     "engine": Section(lambda f, c, u: checks.run(f, c), 60, (), "engines give the reference's tokens, graphs its bits"),
     "roofs": Section(lambda f, c, u: roofs.run(f, c), 25, (1, 2), "bandwidth, launches, barriers"),
     "decode": Section(lambda f, c, u: decode.run(f, c), 130, (1,), "whole steps of Llama-3.1-8B's shape, and prefill"),
-    "timeline": Section(lambda f, c, u: timeline.run(f, c), 45, (1, 2), "kernel by kernel, with gaps"),
+    "timeline": Section(lambda f, c, u: timeline.run(f, c), 45, (1,), "kernel by kernel, with gaps"),
     "many": Section(lambda f, c, u: linears.run_many(f, c), 40, (1,), "linears of 64 to 4096 rows beside cuBLAS"),
-    "prefill attention": Section(lambda f, c, u: attention.run_prefill(f, c), 20, (1,), "beside torch's own"),
+    "prefill-attention": Section(lambda f, c, u: attention.run_prefill(f, c), 20, (1,), "beside torch's own"),
     "ncu": Section(
         lambda f, c, u: counters.run_ncu(f, c), 75, (1,), "hardware counters of single kernels", rehearsed=False
     ),
@@ -57,7 +57,7 @@ SECTIONS: dict[str, Section] = {
     "sanitizer": Section(
         lambda f, c, u: counters.run_sanitizer(f, c), 60, (2,), "memory errors and races", rehearsed=False
     ),
-    "all tests": Section(_correct(False), 150, (2,), "the kernels' tests, with more time", rehearsed=False),
+    "all-tests": Section(_correct(False), 150, (2,), "the kernels' tests, with more time", rehearsed=False),
 }
 
 

@@ -103,9 +103,8 @@ def test_kernels_that_measure_the_machine_compile_for_hopper():
 
     def ptx(kernel, constants=None, **types) -> str:
         signature = types | dict.fromkeys(constants or {}, "constexpr")
-        source = ASTSource(
-            kernel, signature, constexprs={(list(signature).index(k),): v for k, v in (constants or {}).items()}
-        )
+        places = {(list(signature).index(name),): value for name, value in (constants or {}).items()}
+        source = ASTSource(kernel, signature, constexprs=places)
         return compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
 
     assert "griddepcontrol" not in ptx(kernels.nothing, x="*fp32")
