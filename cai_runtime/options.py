@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
-from cai_runtime.engine.memory import parse_bytes
+from cai_runtime.byte_sizes import parse_bytes
 from cai_runtime.errors import MemoryBudgetError, OptionTypeError, OptionValueError
 from cai_runtime.scalars import as_bool, as_integer, as_number, shown
 from cai_runtime.slim.elastic import checked_keep

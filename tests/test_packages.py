@@ -1,10 +1,12 @@
 """The packages' imports run one way: no circle of modules, and none of packages."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
+LEAVES = {"errors", "options", "scalars", "tables", "progress", "home", "byte_sizes", "_lib"}
 ROOT = Path(__file__).parents[1]
 PLACES = {
     "cai_runtime": ROOT / "cai_runtime",
@@ -61,25 +63,53 @@ def circles(graph):
     return found
 
 
+def reached(graph, starts):
+    """Every node on a way from `starts`, these left out unless one leads to another."""
+    found, left = set(), [other for start in starts for other in graph.get(start, ())]
+    while left:
+        node = left.pop()
+        if node not in found:
+            found.add(node)
+            left += graph.get(node, ())
+    return found
+
+
 @pytest.fixture(scope="module")
 def graph():
     modules = find_modules()
     return {name: set(imported(ast.parse(file.read_text()), modules)) - {name} for name, file in modules.items()}
 
 
+@pytest.fixture(scope="module")
+def packages(graph):
+    """What each package imports. `kernels` and `models` are packages as those below cai_runtime/ are."""
+    found = {}
+    for name, others in graph.items():
+        own = name.split(".")[1:2]
+        found.setdefault(*own or ["cai_runtime"], set()).update(
+            package for other in others for package in other.split(".")[1:2] if [package] != own
+        )
+    return found
+
+
 def test_no_circle_of_modules(graph):
     assert circles(graph) == []
 
 
-def test_no_circle_of_packages(graph):
-    """`kernels` and `models` are packages as those below cai_runtime/ are."""
-    packages = {}
-    for name, others in graph.items():
-        own = name.split(".")[1:2]
-        packages.setdefault(*own or ["cai_runtime"], set()).update(
-            package for other in others for package in other.split(".")[1:2] if [package] != own
-        )
+def test_no_circle_of_packages(packages):
     assert circles(packages) == []
+
+
+def test_the_picture_of_the_packages_is_true(packages):
+    """docs/architecture.md shows every arrow that does not follow from others, and no other."""
+    drawn = re.findall(r"^  (\w+) --> (\w+)$", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
+    real = {
+        (package, other)
+        for package, others in packages.items()
+        for other in others
+        if package != "cai_runtime" and other not in LEAVES | reached(packages, others - {other})
+    }
+    assert set(drawn) == {arrow for arrow in real if arrow[0] not in LEAVES}
 
 
 def test_the_search_finds_circles():

@@ -19,7 +19,7 @@ def prepare(*, emulate_cuda: bool) -> None:
     """Before triton is imported. Puts the emulated CUDA library in the place of the real one, or none at all."""
     os.environ["TRITON_INTERPRET"] = "1"
     from cai_runtime.errors import KernelError
-    from cai_runtime.kernels import cuda, slim_linear
+    from cai_runtime.kernels import backend, cuda
 
     library = emulated_library() if emulate_cuda else None
 
@@ -30,9 +30,9 @@ def prepare(*, emulate_cuda: bool) -> None:
 
     cuda.library = load
     cuda.CudaLinear.device_type = "cpu"
-    # The emulated device has no programmatic dependence to do without.
-    resolve = slim_linear.resolve_backend
-    slim_linear.resolve_backend = lambda name, device: name if name == "cuda" else resolve(name, device)
+    # Whoever imports `resolve_backend` after this has the one that takes "cuda" on a CPU.
+    resolve = backend.resolve_backend
+    backend.resolve_backend = lambda name, device: name if name == "cuda" else resolve(name, device)
 
 
 def emulated_library() -> Any:

@@ -87,7 +87,7 @@ def linear_contenders(
 
 
 def our_linear(backend: str, members: Sequence[LinearWeights], arena: Arena | None) -> Linear:
-    from cai_runtime.kernels.slim_linear import prepare
+    from cai_runtime.kernels.prepare import prepare
 
     return prepare(members, backend=backend, arena=arena)
 

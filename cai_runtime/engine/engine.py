@@ -15,11 +15,11 @@ from functools import partial
 from operator import index
 from typing import Any
 
+from cai_runtime.byte_sizes import format_bytes
 from cai_runtime.engine.detokenizer import TokenDecoder
 from cai_runtime.engine.handle import Handle
 from cai_runtime.engine.lifetime import check_same_process, enter_process, watch_exit
 from cai_runtime.engine.loop import EngineLoop
-from cai_runtime.engine.memory import format_bytes
 from cai_runtime.engine.outbox import Outbox, TokenLog
 from cai_runtime.engine.output import OutputSpec, TextOutput
 from cai_runtime.engine.request import Request, SamplingParams

@@ -81,8 +81,9 @@ def load_runner(path: Path, options: EngineOptions | None = None, /, **more: Any
     modules are the ones in use). Arguments and errors as of `open_engine`."""
     import torch
 
+    from cai_runtime.byte_sizes import format_bytes
     from cai_runtime.engine.lifetime import enter_process
-    from cai_runtime.engine.memory import cache_budget, format_bytes
+    from cai_runtime.engine.memory import cache_budget
     from cai_runtime.engine.model_runner import ModelRunner
     from cai_runtime.layers.linear import WeightLoader
     from cai_runtime.models.registry import build_model

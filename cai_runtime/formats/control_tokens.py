@@ -16,7 +16,7 @@ from collections import Counter
 from typing import Any
 
 from cai_runtime.errors import ConversationError
-from cai_runtime.formats.provenance import TracedText, mask_of, plain
+from cai_runtime.formats.traced_text import TracedText, mask_of, plain
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cai_runtime.errors import ConversationError
-from cai_runtime.formats.provenance import content, own
+from cai_runtime.formats.traced_text import content, own
 
 ContentForm = Literal["text", "parts", "both"]
 ROLES = ("system", "user", "assistant")

@@ -21,7 +21,7 @@ from jinja2.filters import FILTERS
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.utils import Namespace, pass_eval_context
 
-from cai_runtime.formats.provenance import TracedText, is_own, joined, own, plain
+from cai_runtime.formats.traced_text import TracedText, is_own, joined, own, plain
 
 # What compiling or rendering a template can raise: Jinja's errors, and Python's own of compiling and of expressions. No
 # OSError, and no other library's: those are not the template's, but a signal handler's, such as a time limit.

@@ -1,7 +1,7 @@
 """Renders a conversation to token ids with the checkpoint's own chat template.
 
 The template runs in a sandbox (`sandbox`): it comes with the checkpoint, and that from anywhere. The prompt keeps apart
-what the template wrote and what callers wrote (`provenance`), so that content never becomes a control token
+what the template wrote and what callers wrote (`traced_text`), so that content never becomes a control token
 (`control_tokens`).
 """
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cai_runtime.errors import ConversationError
 from cai_runtime.formats.messages import ROLES, ContentForm, Message
-from cai_runtime.formats.provenance import TracedText, joined, own, plain
+from cai_runtime.formats.traced_text import TracedText, joined, own, plain
 
 if TYPE_CHECKING:
     from cai_runtime.formats.control_tokens import PromptEncoder

@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 from cai_runtime.errors import KernelError
 from cai_runtime.integrations.stored import StoredModule
 from cai_runtime.kernels.backend import resolve_backend
-from cai_runtime.kernels.slim_linear import MpoShape, PreparedLinear, contract_mpo, prepare, reference
+from cai_runtime.kernels.prepare import prepare
+from cai_runtime.kernels.slim_linear import MpoShape, PreparedLinear, contract_mpo, reference
 from cai_runtime.kernels.weights import LinearWeights
 from cai_runtime.layers.linear import kernel_weights
 from cai_runtime.slim.spec import ModuleSpec

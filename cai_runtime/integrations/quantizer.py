@@ -251,7 +251,7 @@ def _put(model: Any, name: str, spec: ModuleSpec, dtype: torch.dtype) -> None:
 
     from cai_runtime.integrations.embedding import SlimEmbedding
     from cai_runtime.integrations.linear import FactorizedLinear, SlimLinear, TiedLinear
-    from cai_runtime.integrations.stock import is_linear
+    from cai_runtime.integrations.stand_in import is_linear
 
     stock: Any = model.get_submodule(name)
     if is_linear(stock):

@@ -13,8 +13,9 @@ from cai_runtime.kernels.batch import FULL
 from cai_runtime.kernels.cpu_library import Arena
 from cai_runtime.kernels.embedding import CpuEmbedding, take_rows
 from cai_runtime.kernels.norm import rms_norm_cpu
+from cai_runtime.kernels.prepare import prepare
 from cai_runtime.kernels.program import Input, NotRecordable, Program, record
-from cai_runtime.kernels.slim_linear import CpuLinear, PreparedLinear, prepare
+from cai_runtime.kernels.slim_linear import CpuLinear, PreparedLinear
 from cai_runtime.kernels.weights import LinearWeights
 
 

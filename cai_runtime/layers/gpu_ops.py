@@ -11,8 +11,9 @@ from cai_runtime.kernels.attention import HeadLayout, ReferenceKVCache
 from cai_runtime.kernels.batch import FULL, AttentionBatch
 from cai_runtime.kernels.cpu_library import Arena
 from cai_runtime.kernels.embedding import embedding_reference, take_rows
+from cai_runtime.kernels.prepare import prepare
 from cai_runtime.kernels.program import Input
-from cai_runtime.kernels.slim_linear import PreparedLinear, prepare
+from cai_runtime.kernels.slim_linear import PreparedLinear
 from cai_runtime.kernels.weights import LinearWeights
 
 

@@ -11,7 +11,8 @@ import torch
 
 from cai_runtime.errors import TensorShapeError
 from cai_runtime.kernels.cpu_library import Arena
-from cai_runtime.kernels.slim_linear import PreparedLinear, prepare
+from cai_runtime.kernels.prepare import prepare
+from cai_runtime.kernels.slim_linear import PreparedLinear
 from cai_runtime.kernels.weights import Core, LinearWeights
 from cai_runtime.slim.spec import STORES, matrix_shape
 

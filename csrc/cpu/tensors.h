@@ -66,8 +66,9 @@ struct Rows {
 
 // `rows` < 0: any number of them.
 inline Rows checked_rows(const Tensor& t, const char* name, Int rows, Int columns) {
+  // Without a row, or with one alone, strides say nothing.
   const bool shaped = on_cpu(t, kFloat) && t.ndim() == 2 && (rows < 0 || t.size(0) == rows) && t.size(1) == columns;
-  if (!shaped || (columns > 1 && t.stride(1) != 1) || (t.size(0) > 1 && t.stride(0) < 0))
+  if (!shaped || (t.size(0) > 0 && columns > 1 && t.stride(1) != 1) || (t.size(0) > 1 && t.stride(0) < 0))
     TVM_FFI_THROW(ValueError) << name << " must be float32 [" << (rows < 0 ? "rows" : std::to_string(rows)) << ", " << columns
                               << "] on the CPU with contiguous rows, not " << described(t);
   return {static_cast<float*>(t.data_ptr()), t.size(0), t.size(0) > 1 ? t.stride(0) : columns};

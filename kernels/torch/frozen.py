@@ -14,7 +14,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels import cpu_library
-from cai_runtime.kernels.slim_linear import CpuLinear, PreparedLinear, ReferenceLinear, prepare
+from cai_runtime.kernels.prepare import prepare
+from cai_runtime.kernels.slim_linear import CpuLinear, PreparedLinear, ReferenceLinear
 from cai_runtime.kernels.torch.relocation import strip_addresses, with_addresses
 from cai_runtime.kernels.weights import Core, Kind, LinearWeights
 

@@ -31,15 +31,8 @@ from cai_runtime.kernels.batch import FULL, AttentionBatch, PageTable
 from cai_runtime.kernels.cpu_library import Arena
 from cai_runtime.kernels.embedding import CpuEmbedding
 from cai_runtime.kernels.norm import RmsNorm
-from cai_runtime.kernels.slim_linear import (
-    MpoLinear,
-    MpoShape,
-    PreparedLinear,
-    SideBySide,
-    as_dense,
-    contract_mpo,
-    prepare,
-)
+from cai_runtime.kernels.prepare import prepare
+from cai_runtime.kernels.slim_linear import MpoLinear, MpoShape, PreparedLinear, SideBySide, as_dense, contract_mpo
 from cai_runtime.kernels.torch import ops
 from cai_runtime.kernels.torch.frozen import Frozen, as_text, freeze, freeze_core, freeze_members
 from cai_runtime.kernels.torch.relocation import strip_addresses

@@ -11,7 +11,7 @@ from cai_runtime.compressor import compress, dry_run
 from cai_runtime.compressor.stats.block_stack import find_stacks
 from cai_runtime.compressor.train.logit_slices import states_of
 from cai_runtime.errors import TensorMissingError, UnsupportedModelError
-from cai_runtime.integrations.stock import is_linear
+from cai_runtime.integrations.stand_in import is_linear
 from cai_runtime.slim.export import export_dense
 from cai_runtime.slim.reader import Checkpoint
 from cai_runtime.stock.load import auto_class, dense_reference, slim_as_transformers

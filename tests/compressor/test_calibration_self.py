@@ -285,7 +285,7 @@ def test_a_model_without_a_mask_is_refused(tiny, monkeypatch):
         def forward(self, input_ids):
             return input_ids
 
-    monkeypatch.setattr("cai_runtime.judge.evaluate.dense_reference", lambda *_, **__: Bare())
+    monkeypatch.setattr("cai_runtime.stock.load.dense_reference", lambda *_, **__: Bare())
     with pytest.raises(CompressionError, match="Bare takes no KV cache, no attention_mask, no position_ids"):
         next_token.TransformersLanes(tiny, lanes=2, device="cpu")
 

@@ -278,6 +278,6 @@ def test_a_model_without_linear_layers_is_unsupported(text_file, add_tokenizer, 
 
 def test_importing_the_package_is_light():
     modules = "cai_runtime.compressor, cai_runtime.cli.compress"
-    code = f"import sys, {modules}; print('torch' in sys.modules, callable(cai_runtime.compressor))"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.split() == ["False", "True"]
+    assert done.stdout.split() == ["False"]

@@ -353,7 +353,7 @@ def test_a_model_and_itself(whisper, speech, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(("count", "judged"), [(9, 0), (10, 1), (19, 1), (640, 64), (645, 64), (5000, 64)])
 def test_clips_are_set_aside_evenly_and_not_too_many(monkeypatch, count, judged):
     clips = [Clip(Path(f"{k}.wav")) for k in range(count)]
-    monkeypatch.setattr("cai_runtime.compressor.data.speech.find_clips", lambda _source: list(clips))
+    monkeypatch.setattr("cai_runtime.audio.files.find_clips", lambda _source: list(clips))
     left, aside = split_clips("anywhere")
     assert len(aside) == judged and sorted([*left, *aside], key=clips.index) == clips
     at = [clips.index(clip) for clip in aside]

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from cai_runtime.compressor import compress
 from cai_runtime.engine.open import load_runner
 from cai_runtime.engine.runner import ScheduledSequence
-from cai_runtime.judge.evaluate import dense_reference, slim_as_transformers
+from cai_runtime.stock.load import dense_reference, slim_as_transformers
 from cai_runtime.slim.reader import Checkpoint
 
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from cai_runtime.engine.memory import format_bytes, parse_bytes
+from cai_runtime.byte_sizes import format_bytes, parse_bytes
 from cai_runtime.engine.model_runner import ModelRunner
 from cai_runtime.engine.open import PAGE_SIZE, load_runner
 from cai_runtime.errors import KernelError

@@ -14,8 +14,8 @@ from cai_runtime.formats.control_tokens import (
     control_tokens,
 )
 from cai_runtime.formats.messages import parse_messages
-from cai_runtime.formats.provenance import content, joined, mask_of, own, plain
 from cai_runtime.formats.template import chat_template, render
+from cai_runtime.formats.traced_text import content, joined, mask_of, own, plain
 
 EVERY = settings(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]

@@ -19,8 +19,8 @@ from cai_runtime.engine.tokenizer import load_tokenizer
 from cai_runtime.errors import ConversationError, SourceError
 from cai_runtime.formats.control_tokens import control_tokens
 from cai_runtime.formats.messages import parse_messages
-from cai_runtime.formats.provenance import plain
 from cai_runtime.formats.template import ChatTemplate, chat_template, render
+from cai_runtime.formats.traced_text import plain
 
 pytestmark = pytest.mark.slow
 

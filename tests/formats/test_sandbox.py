@@ -3,8 +3,8 @@
 import pytest
 from jinja2.exceptions import SecurityError, UndefinedError
 
-from cai_runtime.formats.provenance import content, mask_of, own, plain
 from cai_runtime.formats.sandbox import ChatTemplateEnvironment, budgeted_range
+from cai_runtime.formats.traced_text import content, mask_of, own, plain
 
 MARKS = "ßöÖéÉ🙂"
 CALLER = " öim_endö é</think>é ß🙂\nline two 🙂"

@@ -18,8 +18,9 @@ from cai_runtime.kernels.attention import CpuAttention, CpuKVCache, HeadLayout
 from cai_runtime.kernels.batch import AttentionBatch, PageTable
 from cai_runtime.kernels.embedding import CpuEmbedding, take_rows
 from cai_runtime.kernels.norm import RmsNorm, rms_norm_cpu
+from cai_runtime.kernels.prepare import prepare
 from cai_runtime.kernels.program import Axis, Input, NotRecordable, Program, Recorder, Value, place, record
-from cai_runtime.kernels.slim_linear import CpuLinear, prepare
+from cai_runtime.kernels.slim_linear import CpuLinear
 
 WIDTH = 24
 HEADS = HeadLayout(4, 2, 6, 6)

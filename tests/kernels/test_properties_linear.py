@@ -30,7 +30,8 @@ from kernel_cases import (
 )
 
 from cai_runtime.kernels.norm import RmsNorm
-from cai_runtime.kernels.slim_linear import PreparedLinear, as_dense, prepare, reference, slim_linear
+from cai_runtime.kernels.prepare import prepare, slim_linear
+from cai_runtime.kernels.slim_linear import PreparedLinear, as_dense, reference
 from cai_runtime.kernels.weights import LinearWeights
 
 ACTIVATIONS = {"reference": [torch.float32, torch.bfloat16, torch.float16]}  # others: fp32

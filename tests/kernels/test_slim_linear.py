@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels import cpu_library
-from cai_runtime.kernels.slim_linear import prepare, reference
+from cai_runtime.kernels.prepare import prepare
+from cai_runtime.kernels.slim_linear import reference
 from cai_runtime.kernels.weights import Core, LinearWeights
 
 STORES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]

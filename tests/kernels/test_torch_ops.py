@@ -23,7 +23,8 @@ from cai_runtime.kernels.attention import HeadLayout
 from cai_runtime.kernels.batch import FULL, AttentionBatch
 from cai_runtime.kernels.embedding import CpuEmbedding
 from cai_runtime.kernels.norm import RmsNorm
-from cai_runtime.kernels.slim_linear import CpuLinear, PreparedLinear, as_dense, prepare
+from cai_runtime.kernels.prepare import prepare
+from cai_runtime.kernels.slim_linear import CpuLinear, PreparedLinear, as_dense
 from cai_runtime.kernels.torch import frozen, ops
 from cai_runtime.kernels.torch.modules import Attention, Linear, torch_module
 
@@ -308,7 +309,7 @@ sys.path.append(sys.argv[1])
 import torch
 from attention_cases import AttentionCase, batch_of, make_attention, rope_table
 from kernel_cases import random_linear
-from cai_runtime.kernels.slim_linear import prepare
+from cai_runtime.kernels.prepare import prepare
 from cai_runtime.kernels.torch.modules import Attention, prepare_module
 
 g = torch.Generator().manual_seed(0)

@@ -21,7 +21,7 @@ from torch import nn
 from cai_runtime.compressor.stats.targets import matrices_by_class
 from cai_runtime.compressor.stats.weights import DenseWeights
 from cai_runtime.errors import UnsupportedModelError
-from cai_runtime.integrations.stock import is_linear
+from cai_runtime.integrations.stand_in import is_linear
 
 Batch = dict[str, torch.Tensor]
 Watch = Callable[[int, int, nn.Module], AbstractContextManager[Callable[[torch.Tensor | None], object]]]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from cai_runtime.errors import UnsupportedModelError
-from cai_runtime.integrations.stock import is_linear
+from cai_runtime.integrations.stand_in import is_linear
 
 
 @dataclass(frozen=True)

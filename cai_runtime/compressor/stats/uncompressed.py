@@ -17,7 +17,7 @@ from torch import nn
 from cai_runtime.compressor.factor.embedding_head import Ends
 from cai_runtime.compressor.stats.targets import Target, shared_weights
 from cai_runtime.compressor.stats.weights import DenseWeights
-from cai_runtime.integrations.stock import is_linear
+from cai_runtime.integrations.stand_in import is_linear
 
 
 @dataclass(frozen=True)

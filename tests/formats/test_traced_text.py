@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cai_runtime.formats.provenance import TracedText, content, is_own, joined, mask_of, own, plain
+from cai_runtime.formats.traced_text import TracedText, content, is_own, joined, mask_of, own, plain
 
 OWN, CALLER = "AB<| \n", "ab>,\t\r"  # the two alphabets share no character: a character says what its mask must be
 own_text = st.text(OWN, max_size=6)
