@@ -116,8 +116,8 @@ class Scheduler:
     def schedule_ahead(self, under_way: list[Planned]) -> list[Planned]:
         """The step behind one that is under way, as far as it is known: each sequence goes on with the token that it is
         about to get. Empty where it depends on that token (penalties, logits processors), where a prompt or a draft is
-        fed, where somebody could be admitted, or where pages run short."""
-        if self._draft is not None or (self.waiting and len(self.running) < self.max_batch):
+        fed, where somebody could be admitted, where pages run short, or where a state's slots change with the step."""
+        if self.cache.has_state or self._draft is not None or (self.waiting and len(self.running) < self.max_batch):
             return []
         if len(under_way) != len(self.running):
             return []
@@ -128,7 +128,7 @@ class Scheduler:
                 return []
             if sequence.num_generated + 1 >= sequence.request.sampling.max_tokens:
                 continue
-            if not self._grow(sequence, 1):
+            if not self.cache.grow(sequence, known + 1):
                 return []
             step.append(Planned(sequence, Feed(sequence.seat, known, [NEXT], 1), [], True))
         return step

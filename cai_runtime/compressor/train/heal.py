@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,12 +50,17 @@ WINDOWS = 8
 @dataclass(frozen=True)
 class HealSettings:
     """rate: of `WhitenedMuon` at a divergence of 1 nat; it rises over the first tenth of the steps and falls along a cosine.
-    batches: of a step, whose gradients are added up. mixed: whether fp32 models are run in mixed precision."""
+    batches: of a step, whose gradients are added up. mixed: whether fp32 models are run in mixed precision.
+
+    seconds: healing stops by the clock, after `steps` steps at most, and the rate follows the time; None: by steps alone.
+    keep_every: steps between states on disk."""
 
     steps: int
     rate: float
     batches: int = 1
     mixed: bool = False
+    seconds: float | None = None
+    keep_every: int = KEEP_EVERY
 
     @classmethod
     def of(cls, options: Options, *, speech: bool) -> HealSettings:
@@ -93,6 +99,7 @@ class Healer:
         self._student, self._teacher = student, teacher
         self._batches, self._work, self._tick = batches, work, tick
         self._steps, self._per_step, self._mixed = settings.steps, settings.batches, settings.mixed
+        self._seconds, self._keep_every = settings.seconds, settings.keep_every
         self._named = {name: p for name, p in student.named_parameters() if p.requires_grad}
         metrics = input_metrics(student, batches[: METRIC_BATCHES * self._per_step])
         self._divergence = Divergence()
@@ -106,18 +113,26 @@ class Healer:
         done = self._restore()
         for _ in range(done):
             self._tick()
-        for step in range(done, self._steps):
+        began, step = monotonic(), done
+        while step < self._steps:
+            gone = step / self._steps if self._seconds is None else (monotonic() - began) / self._seconds
+            if gone >= 1:
+                break
             at = self._per_step * step
             taken = [self._batches[(at + k) % len(self._batches)] for k in range(self._per_step)]
             warm = max(1.0, WARMUP * self._steps)
-            share = min(1.0, (step + 1) / warm) * (0.5 + 0.5 * math.cos(math.pi * step / self._steps))
+            risen = (step + 1) / warm if self._seconds is None else gone / WARMUP
+            share = min(1.0, risen) * (0.5 + 0.5 * math.cos(math.pi * gone))
             self.losses.append(sum(self._gradients(batch) for batch in taken) / len(taken))
             self._optimizer.set_rate(share * min(self.losses[-1], MOST) ** 0.5)
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
-            if (step + 1) % KEEP_EVERY == 0 or step + 1 == self._steps:
-                self._keep(step + 1)
+            step += 1
+            if step % self._keep_every == 0:
+                self._keep(step)
             self._tick()
+        if step > done and step % self._keep_every:
+            self._keep(step)
 
     def _gradients(self, batch: Batch) -> float:
         """Add this batch's share of the gradients. Returns its divergence."""

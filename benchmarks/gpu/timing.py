@@ -1,4 +1,5 @@
-"""Timing on a GPU for gpu_suite.py: device events, CUDA graphs over inputs larger than the caches, the copy bandwidth."""
+"""Timing on a GPU: device events, and CUDA graphs over inputs larger than the caches. On the CPU, in a rehearsal, each
+call is made once and timed by the clock; such figures say nothing."""
 
 from __future__ import annotations
 
@@ -12,10 +13,18 @@ WARM_SECONDS = 0.03  # of work before any that counts: an idle GPU takes millise
 WAIT_CYCLES = 500_000  # about a quarter of a millisecond, longer than the host takes to launch a graph
 
 
+def _on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def sets_needed(nbytes: int) -> int:
     """How many inputs of `nbytes` to walk through, so that none is still in the L2 cache when its turn comes."""
     import torch
 
+    if not _on_gpu():
+        return 2
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
     return max(2, math.ceil(L2_FACTOR * l2 / max(nbytes, 1)))
 
@@ -27,6 +36,10 @@ def median_seconds(run: Callable[[], Any], repeats: int) -> float:
     the host's time for a launch, microseconds, would count as the GPU's."""
     import torch
 
+    if not _on_gpu():
+        began = time.perf_counter()
+        run()
+        return time.perf_counter() - began
     began, ran = time.perf_counter(), 0
     while ran < 3 or time.perf_counter() - began < WARM_SECONDS:
         run()
@@ -48,6 +61,8 @@ def graph_seconds(calls: Sequence[Callable[[], Any]], repeats: int = 20) -> floa
     """Seconds per call, of a CUDA graph that makes all of them in turn; every call reads memory of its own."""
     import torch
 
+    if not _on_gpu():
+        return median_seconds(calls[0], 1)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -61,16 +76,12 @@ def graph_seconds(calls: Sequence[Callable[[], Any]], repeats: int = 20) -> floa
     return median_seconds(graph.replay, repeats) / len(calls)
 
 
-def copy_bandwidth() -> dict[str, float]:
-    """Bytes a second of a device-to-device copy of 4 GiB, read plus written: the ceiling that everything is held to. And of
-    reading alone, by a sum, which a GEMV is closer to."""
+def release() -> None:
+    """Give the allocator's unused memory back, between models."""
+    import gc
+
     import torch
 
-    size = 4 << 30
-    a = torch.randint(0, 255, (size,), dtype=torch.uint8, device="cuda")
-    b = torch.empty_like(a)
-    copied = 2 * size / median_seconds(lambda: b.copy_(a), 20)
-    words = a.view(torch.float32).nan_to_num_(0.0, 0.0, 0.0)
-    read = size / median_seconds(lambda: words.sum(), 20)
-    print(f"copy: {copied / 1e9:.0f} GB/s read and written; a sum reads {read / 1e9:.0f} GB/s", flush=True)
-    return {"bytes_per_second": copied, "read_bytes_per_second": read}
+    gc.collect()
+    if _on_gpu():
+        torch.cuda.empty_cache()

@@ -1,0 +1,80 @@
+"""Whether a tile's matrix instruction decides on the bits of a product.
+
+Tiles of at least 64 rows and 4 warps become wgmma on Hopper, the others mma.sync; the library keeps to the latter, as a
+row's bits must not depend on its batch. If all agree, prefill may use the large ones. The same inputs go through each
+tile; a difference is counted in units in the last place of the result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpu.context import Context
+from gpu.report import Findings
+
+BASE = (16, 16, 2, 4)  # of decode
+TILES = ((16, 16, 2, 4), (32, 128, 4, 2), (64, 128, 4, 3), (128, 128, 8, 3), (128, 256, 8, 3))
+STORES = ("bf16", "fp16", "int8", "int4")
+
+
+def run(findings: Findings, context: Context) -> None:
+    for store in STORES:
+        findings.attempt(store, lambda s=store: _store(findings, context, s))
+
+
+def _store(findings: Findings, context: Context, store: str) -> None:
+    import torch
+
+    from cai_runtime.bench.factors import RandomWeights
+    from cai_runtime.kernels.slim_linear import reference
+    from cai_runtime.kernels.triton.linear import TritonLinear
+    from cai_runtime.kernels.triton.tiles import Tile
+    from cai_runtime.kernels.weights import LinearWeights
+
+    out, inp, rows = (64, 256, 20) if context.rehearsal else (1024, 4096, 256)
+    core = RandomWeights(context.device, group=128).core(out, inp, store)
+    w = LinearWeights("dense", inp, out, (core,))
+    dtype = torch.float16 if store == "fp16" else torch.bfloat16
+    x = torch.randn(rows, inp, device=context.device).to(dtype)
+    judge = reference(x.double(), w)
+
+    def through(tile: tuple[int, ...]) -> Any:
+        return TritonLinear([w], tiles=lambda p: Tile(*tile, max_registers=None))(x)
+
+    base = through(BASE)
+    for tile in TILES:
+        name = "x".join(map(str, tile[:2]))
+        try:
+            y = through(tile)
+        except Exception as error:
+            if type(error).__name__ != "OutOfResources":
+                raise
+            findings.add(store=store, kernel=f"triton {name}", equal=None, error=f"does not fit: {str(error)[:200]}")
+            continue
+        _compare(findings, store, f"triton {name}", y, base, judge)
+    if "cuda" in context.backends:
+        from cai_runtime.kernels.cuda import MAX_ROWS, CudaLinear
+
+        y = CudaLinear([w])(x[:MAX_ROWS])
+        _compare(findings, store, "cuda", y, base[:MAX_ROWS], judge[:MAX_ROWS])
+
+
+def _compare(findings: Findings, store: str, kernel: str, y: Any, base: Any, judge: Any) -> None:
+    steps = ulp_distance(y, base)
+    error = float((y.double() - judge).norm() / judge.norm())
+    findings.add(
+        store=store, kernel=kernel, equal=not bool(steps.any()), share_different=float((steps != 0).float().mean()),
+        most_ulp=int(steps.max()), error=error,
+    )  # fmt: skip
+    if not error < 1e-2:
+        findings.problem(f"{store} {kernel}: relative error {error:.2e} against float64")
+
+
+def ulp_distance(a: Any, b: Any) -> Any:
+    """How many floats lie between the elements of two tensors of one 16-bit dtype, int32."""
+    import torch
+
+    def place(t: Any) -> Any:
+        bits = t.contiguous().view(torch.int16).to(torch.int32)
+        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+    return (place(a) - place(b)).abs()

@@ -1,0 +1,131 @@
+"""How large a section's cases are, and where they run: on the GPU at Llama-3.1-8B's shapes; in a rehearsal tiny, on the
+CPU."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+LLAMA_8B: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
+    "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+}  # fmt: skip
+TINY: dict[str, Any] = LLAMA_8B | {
+    "hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 256,
+}  # fmt: skip
+SMALLEST: dict[str, Any] = TINY | {  # an interpreter takes milliseconds for a program
+    "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 64,
+}  # fmt: skip
+KEEP = 0.5
+INT4_GROUP = 128
+PAGE_SIZE = 16
+# Kind and store of the layers' linears. The head and the embedding are dense bf16 throughout.
+VARIANTS = (
+    ("interpolative", "bf16"), ("dense", "bf16"), ("interpolative", "int4"), ("interpolative", "int8"), ("dense", "int4"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of the cases. groups: the linears of one layer that run as one call: in, and the out of each member."""
+
+    config: dict[str, Any]
+    checked: dict[str, Any]  # of the models that are checked rather than timed
+    variants: tuple[tuple[str, str], ...]  # checked; dense int4 is not timed as a whole
+    context: int  # positions in the cache before a decode step
+    decode_rows: tuple[int, ...]
+    prefill_rows: tuple[int, ...]
+    many_rows: tuple[int, ...]
+    linear_rows: tuple[int, ...]
+    serve_tokens: int
+    copy_bytes: int
+    attention: tuple[tuple[int, int], ...]  # decode: context, sequences
+    prompts: tuple[tuple[int, int], ...]  # prefill attention: tokens before, tokens new
+
+    @property
+    def timed(self) -> tuple[tuple[str, str], ...]:
+        return tuple(v for v in self.variants if v != ("dense", "int4"))
+
+    @property
+    def groups(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        c = self.config
+        hidden, wide = c["hidden_size"], c["intermediate_size"]
+        kv = hidden // c["num_attention_heads"] * c["num_key_value_heads"]
+        return {
+            "q/k/v": (hidden, (hidden, kv, kv)),
+            "o": (hidden, (hidden,)),
+            "gate/up": (hidden, (wide, wide)),
+            "down": (wide, (hidden,)),
+        }
+
+
+REAL = Scale(
+    LLAMA_8B, TINY, VARIANTS, 1024, (1, 16, 64), (512, 2048), (64, 512, 4096), (1, 4, 16), 64, 4 << 30,
+    ((1024, 1), (1024, 16), (1024, 64), (8192, 1), (8192, 16)), ((0, 2048), (6144, 2048), (7680, 512)),
+)  # fmt: skip
+REHEARSAL = Scale(
+    SMALLEST, SMALLEST, (("interpolative", "bf16"), ("dense", "bf16"), ("interpolative", "int4")), 20, (1, 2), (5,), (20,),
+    (1,), 3, 1 << 20, ((20, 2),), ((0, 5), (12, 5)),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Context:
+    """device: of every tensor. report: the results so far, which later sections are held to. out: where files go that are
+    results of their own."""
+
+    scale: Scale
+    device: str
+    report: Path
+    out: Path
+
+    @property
+    def rehearsal(self) -> bool:
+        return self.device == "cpu"
+
+    @cached_property
+    def backends(self) -> list[str]:
+        """The default one first; "cuda" where its library can be loaded. Says why not otherwise."""
+        from cai_runtime.errors import KernelError
+        from cai_runtime.kernels import cuda
+
+        try:
+            cuda.library()
+        except (KernelError, ImportError) as error:
+            print(f"no CUDA kernels: {error}", flush=True)
+            return ["triton"]
+        return ["triton", "cuda"]
+
+    @cached_property
+    def bandwidth(self) -> float:
+        """Bytes a second of a copy, as the section `roofs` found it, else measured now."""
+        from gpu.roofs import copy_bandwidth
+
+        found = json.loads(self.report.read_text()) if self.report.exists() else {}
+        for item in found.get("sections", {}).get("roofs", {}).get("items", []):
+            if item["what"] == "copy":
+                return item["bytes_per_second"]
+        return copy_bandwidth(self)["bytes_per_second"]
+
+
+def predicted_step(backend: str, weights: str, rows: int) -> float | None:
+    """Modelled milliseconds of a decode step; see predicted.json."""
+    return next((e["milliseconds"] for e in _predicted()["steps"] if _is(e, backend, weights, rows)), None)
+
+
+def predicted_launches(backend: str, weights: str, rows: int) -> dict[str, float]:
+    """Modelled microseconds of each core's launch, by group and stage ("q/k/v 0"); empty where there are none."""
+    return next((e["microseconds"] for e in _predicted()["launches"] if _is(e, backend, weights, rows)), {})
+
+
+def _is(entry: dict[str, Any], backend: str, weights: str, rows: int) -> bool:
+    return (entry["backend"], entry["weights"], entry["rows"]) == (backend, weights, rows)
+
+
+def _predicted() -> dict[str, Any]:
+    return json.loads(Path(__file__).with_name("predicted.json").read_text())
