@@ -138,7 +138,7 @@ class SequenceSampler:
         self._biases = _bias_table(params.logit_bias, ())
         self._early_biases = _bias_table(params.logit_bias, stop_ids) if params.min_tokens > 0 else self._biases
         self.row = NEUTRAL.copy()
-        self.row_bytes = memoryview(self.row.view(np.uint8))  # follows the row, and is quicker to join than an array
+        self.row_bytes = self.row.view(np.uint8).data  # follows the row, and is quicker to join than an array
         self.wants_more = params.logprobs is not None or processor is not None  # than most rows of a batch
         row = self.row
         row["seed"] = self.seed % 2**64, self.seed // 2**64 % 2**64
