@@ -205,7 +205,7 @@ class _Copied:
         copies = {}
         for name in ("ids", "status"):
             source = getattr(sampled, name)
-            copies[name] = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+            copies[name] = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=True)
             copies[name].copy_(source, non_blocking=True)
         self._sampled = replace(sampled, **copies)
         self._there = torch.cuda.Event()

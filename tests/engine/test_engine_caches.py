@@ -39,8 +39,12 @@ def test_text_is_the_definitions(
         for prompt, handle in zip(mixed_prompts, handles, strict=True):
             assert handle.result(timeout=60).token_ids == runner.defined(prompt, 14)
         engine.check_integrity()
-    if prefix_cache and pages == 64:
-        assert engine.stats().prefix_hit_tokens > 0
+    if prefix_cache:  # what a crowd leaves in a small pool depends on who came when; what was served last is there
+        longest = max(mixed_prompts, key=len)
+        for _ in range(2):
+            before = engine.stats().prefix_hit_tokens
+            engine.submit(greedy(longest, 14)).result(timeout=60)
+        assert engine.stats().prefix_hit_tokens > before
 
 
 def test_separate_pools_give_the_same(make_engine, make_groups, greedy, mixed_prompts):
