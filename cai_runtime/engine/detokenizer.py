@@ -28,10 +28,20 @@ class TokenDecoder:
         self._special = frozenset(special)
         self._special_id = {text: token_id for token_id, text in special.items()}
         self._byte: dict[int, int | None] = {}
+        self._lengths: dict[tuple[int, bool], int] = {}
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """The text of a whole sequence of tokens."""
         return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens, **self._options)
+
+    def length_alone(self, token_ids: Sequence[int], skip_special_tokens: bool) -> int:
+        """Characters of these tokens' own text. Known of a token that was asked for before: half of a detokenizer's work."""
+        if len(token_ids) > 1:
+            return len(self.decode(token_ids, skip_special_tokens))
+        key = token_ids[0], skip_special_tokens
+        if key not in self._lengths:
+            self._lengths[key] = len(self.decode(token_ids, skip_special_tokens))
+        return self._lengths[key]
 
     def is_special(self, token_id: int) -> bool:
         """Whether the token is left out of text when special tokens are skipped."""
@@ -175,7 +185,7 @@ class Detokenizer:
         if piece:
             # A token without text of its own is no context for the next one; a second one before it makes it one.
             for context in (token_ids, [*self._previous, *token_ids]):
-                length = len(self._decoder.decode(context, self._skip))
+                length = self._decoder.length_alone(context, self._skip)
                 if length:
                     self._window, self._emitted = list(context), length
                     break

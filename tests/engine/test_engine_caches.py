@@ -39,7 +39,9 @@ def test_text_is_the_definitions(
         for prompt, handle in zip(mixed_prompts, handles, strict=True):
             assert handle.result(timeout=60).token_ids == runner.defined(prompt, 14)
         engine.check_integrity()
-    if prefix_cache:  # what a crowd leaves in a small pool depends on who came when; what was served last is there
+    if (
+        prefix_cache and pages == 64
+    ):  # what a crowd leaves in a pool depends on who came when; what was served last is there
         longest = max(mixed_prompts, key=len)
         for _ in range(2):
             before = engine.stats().prefix_hit_tokens
