@@ -37,10 +37,10 @@ class Report:
 
     `ends`: the stores of embedding and head, by name. `seconds`: wall time by stage, of all calls that it took. `blocks`:
     error of each block's output before and after its refinement, see `refine_block`. `healing`: mean divergence of each
-    step, in nats per position. `quality`: see `cai_runtime.compressor.compare`. `keep_parameters`, `keep_bytes`: of the
+    step, in nats per position. `quality`: see `cai_runtime.compare`. `keep_parameters`, `keep_bytes`: of the
     factorized modules alone; the totals are of the checkpoint with embedding, head and norms. `left`: parameters of the
-    matrices that are in neither, by reason (see `left.Left`). `read`: linear layers among them whose weights the model reads
-    without calling the layer.
+    matrices that are in neither, by reason (see `uncompressed.Left`). `read`: linear layers among them whose weights
+    the model reads without calling the layer.
 
     `elastic`, of an elastic checkpoint: "keep", the smallest and the largest; "second_forms", the lowrank forms of modules
     that are dense at the largest keep: how many, their parameters and bytes; "quality" at several keeps, falling. All else

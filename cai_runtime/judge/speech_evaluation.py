@@ -43,7 +43,7 @@ def compare_speech(
 
     Args:
         reference, candidate: a known name, a URI or a directory (see `cai_runtime.convert.sources.pull`).
-        audio: files, directories or lists of clips, see `audio_files.find_clips`; or the clips themselves. Those of more
+        audio: files, directories or lists of clips, see `audio.files.find_clips`; or the clips themselves. Those of more
             than 30 s are heard in windows.
         device, dtype: where and in what the models run; "auto": a GPU if there is one, fp32.
         keep: open the candidate, or the only model, at this keep; it must be elastic.
@@ -120,7 +120,7 @@ def speech_quality(
     dense: str | Path, slim: str | Path, calibration: Source, *, progress: bool | None = None
 ) -> dict[str, Any] | None:
     """What a compression report says under "quality" of a speech model: `compare_speech` on the clips that calibration left
-    out (`speech.split_clips`), as `for_report`; None where it left out none."""
+    out (`audio.files.split_clips`), as `for_report`; None where it left out none."""
     _, judged = split_clips(calibration)
     return for_report(compare_speech(dense, slim, audio=judged, progress=progress)) if judged else None
 

@@ -106,7 +106,7 @@ def speech_samples(
     """`samples` windows with a text each, or as many as the audio gives.
 
     Args:
-        source: audio files, directories, or lists of clips, see `audio_files.find_clips`; some are left out, see
+        source: audio files, directories, or lists of clips, see `audio.files.find_clips`; some are left out, see
             `split_clips`. A clip's transcript is the text of its window; a clip of more than 30 s is cut, and its windows,
             like those without a transcript, get the model's own text, with times in every other one. Where there are more
             samples than windows, the windows are told again: by the model, and then at higher temperatures.

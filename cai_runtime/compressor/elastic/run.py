@@ -128,7 +128,7 @@ def heal_elastic(
     *,
     tick: Callable[[], object],
 ) -> list[float]:
-    """Train the lowrank cores at all keeps, see `elastic_heal`; "heal" in the work directory keeps them. Returns the
+    """Train the lowrank cores at all keeps, see `elastic.heal`; "heal" in the work directory keeps them. Returns the
     divergence of each step, at its keep."""
     weights = calibration.model.weights
     student, teacher = dense_pair(weights, options, ends)
