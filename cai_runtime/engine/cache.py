@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from cai_runtime.engine.cache_groups import CacheGroup, largest_align, pools
+from cai_runtime.engine.cache_groups import NO_LIMIT, CacheGroup, largest_align, pools
 from cai_runtime.engine.cache_layouts import Layout, PageCopy, layout_of
 from cai_runtime.engine.pages import PageBook, extend_digests
 from cai_runtime.engine.segments import EncoderInput
@@ -39,6 +39,9 @@ class Held:
     by_group: dict[str, Any] = field(default_factory=dict)  # empty while it waits
     digests: list[bytes] = field(default_factory=list)  # of the full pages of its tokens
     num_registered: int = 0  # pages offered to others
+    room: int = 0  # positions that the pages of every group cover
+    is_changed: bool = False  # the runner does not know all of the page tables
+    commit_at: int = 0  # computed positions from which on `commit` has something to offer
 
     def __bool__(self) -> bool:
         return bool(self.by_group)
@@ -76,7 +79,10 @@ class CacheManager:
             self._books.append(PageBook(counts[pool[0].name]))
             for group in pool:
                 self._layouts[group.name] = layout_of(group, self._books[-1])
+        self._windows, self._encoders = self._of_kind("window"), self._of_kind("encoder")
         self.has_state = any(group.kind == "state" for group in groups)
+        self.has_encoder = bool(self._encoders)
+        self.is_plain = all(group.kind == "pages" for group in groups)
         self.prefix_cache = prefix_cache
         self._reuses = prefix_cache and all(group.reuse != "none" for group in groups)
 
@@ -98,7 +104,7 @@ class CacheManager:
 
     def room_for_encoder(self, rows: int) -> bool:
         """Whether an encoder's output of so many rows could ever be held."""
-        return all(layout.group.pages_for(rows) <= layout.group.most_pages for layout in self._of_kind("encoder"))
+        return all(layout.group.pages_for(rows) <= layout.group.most_pages for layout in self._encoders)
 
     def _of_kind(self, kind: str) -> list[Layout]:
         return [layout for layout in self._layouts.values() if layout.group.kind == kind]
@@ -154,7 +160,7 @@ class CacheManager:
         names = sequence.held.digests[sequence.held.num_registered :]
         encoder = sequence.prompt.encoder
         if encoder is not None and any(
-            not layout.is_encoded(sequence.held.by_group[layout.group.name]) for layout in self._of_kind("encoder")
+            not layout.is_encoded(sequence.held.by_group[layout.group.name]) for layout in self._encoders
         ):
             names.append(encoder.digest)
         return names
@@ -190,12 +196,25 @@ class CacheManager:
             layout.grow(made[name], known, end)
         sequence.held.by_group = made
         sequence.held.num_registered = found
+        sequence.held.commit_at = self._next_commit(found)
+        self._note_change(sequence.held)
         return Admission(start, end)
+
+    def _next_commit(self, num_registered: int) -> int:
+        if self.has_encoder:
+            return 0
+        return (num_registered + 1) * self.page_size if self._reuses else NO_LIMIT
+
+    def _note_change(self, held: Held) -> None:
+        held.room = min(layout.room(held.by_group[name]) for name, layout in self._layouts.items())
+        held.is_changed = True
 
     # A sequence runs
 
     def grow(self, sequence: EngineSequence, end: int) -> bool:
         """Make sure that positions before `end` have pages; False, and nothing is changed, when a pool lacks them."""
+        if end <= sequence.held.room:  # nearly always
+            return True
         held = sequence.held.by_group
         needed: Counter[PageBook] = Counter()
         for name, layout in self._layouts.items():
@@ -207,20 +226,20 @@ class CacheManager:
         if needed:
             for name, layout in self._layouts.items():
                 layout.grow(held[name], end, end)
+        self._note_change(sequence.held)
         return True
-
-    def room(self, sequence: EngineSequence) -> int:
-        """Positions that the sequence's pages cover."""
-        return min(layout.room(sequence.held.by_group[name]) for name, layout in self._layouts.items())
 
     def take_back(self, sequence: EngineSequence) -> None:
         """Free the pages that only tokens of a draft would have needed."""
         for name, layout in self._layouts.items():
             layout.shrink(sequence.held.by_group[name], len(sequence.token_ids))
+        self._note_change(sequence.held)
 
     def advance(self, sequence: EngineSequence, fed: int, kept: int) -> int:
         """Note that a pass over `fed` tokens went through, of which the first `kept` are part of the text. Returns how many
         count as computed: a state can't be taken back in part, so that what was kept is fed again."""
+        if self.is_plain:
+            return kept
         if self.has_state and kept < fed:
             kept = 0
         position = sequence.num_computed + kept
@@ -228,12 +247,13 @@ class CacheManager:
             layout.advance(sequence.held.by_group[name], position, kept)
             if not self._reuses:
                 layout.slide(sequence.held.by_group[name], position)
+        sequence.held.is_changed |= self.has_state  # its slots have changed places
         return kept
 
     def reclaim(self, sequences: Sequence[EngineSequence]) -> bool:
         """Free pages before the windows of sequences that were kept to be offered to others. Returns whether any were."""
         before = self.num_used
-        for layout in self._of_kind("window"):
+        for layout in self._windows:
             for sequence in sequences:
                 layout.slide(sequence.held.by_group[layout.group.name], sequence.num_computed)
         return self.num_used < before
@@ -244,7 +264,7 @@ class CacheManager:
         if not self.prefix_cache:
             return
         held, pages = sequence.held, sequence.num_computed // self.page_size
-        for layout in self._of_kind("encoder"):
+        for layout in self._encoders:
             layout.commit(held.by_group[layout.group.name], [], 0, 0, sequence.prompt)
         if not self._reuses or pages <= held.num_registered:
             return
@@ -253,9 +273,13 @@ class CacheManager:
             layout.commit(held.by_group[name], held.digests, held.num_registered, pages, sequence.prompt)
             layout.slide(held.by_group[name], sequence.num_computed)
         held.num_registered = pages
+        held.commit_at = self._next_commit(pages)
 
     def page_changes(self, sequence: EngineSequence, *, everything: bool = False) -> list[NewPages]:
         """What the runner does not know yet of the page tables of the sequence's seat. everything: whole tables."""
+        if not sequence.held.is_changed and not everything:
+            return []
+        sequence.held.is_changed = False
         changes = []
         for name, layout in self._layouts.items():
             found = layout.changes(sequence.held.by_group[name], everything)
@@ -270,7 +294,7 @@ class CacheManager:
             return []
         return [
             EncoderPass(sequence.seat, layout.group.name, encoder)
-            for layout in self._of_kind("encoder")
+            for layout in self._encoders
             if not layout.is_encoded(sequence.held.by_group[layout.group.name])
         ]
 
@@ -288,7 +312,10 @@ class CacheManager:
             child.held.by_group[name] = layout.fork(held.by_group[name], position, copies)
         child.held.digests = list(held.digests[: position // self.page_size])
         child.held.num_registered = min(held.num_registered, len(child.held.digests))
+        child.held.commit_at = self._next_commit(child.held.num_registered)
         child.num_computed = position
+        self._note_change(child.held)
+        held.is_changed = True  # of a state
         return copies
 
     # A sequence goes
@@ -299,7 +326,7 @@ class CacheManager:
             layout = self._layouts[name]
             layout.book.release(layout.pages(held))
         sequence.held.by_group = {}
-        sequence.held.num_registered = 0
+        sequence.held.num_registered = sequence.held.room = 0
 
     def check_integrity(self, sequences: Sequence[EngineSequence]) -> None:
         """Raise AssertionError unless every page of every pool is accounted for. sequences: all that hold something."""

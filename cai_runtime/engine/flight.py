@@ -48,9 +48,14 @@ class Flight:
     prompt_tokens: int
 
 
-def append_sampled(sequence: Sequence, draft: list[int], rows: list[int | Exception]) -> tuple[int, Exception | None]:
+def append_sampled(
+    sequence: Sequence, draft: list[int] | tuple[int, ...], rows: list[int | Exception]
+) -> tuple[int, Exception | None]:
     """Add to a sequence what was sampled behind its newest token and behind each drafted one: as long as the draft is what
     was sampled, the next row follows the text. Returns how many tokens it got, and the error of the row where they stop."""
+    if len(rows) == 1 and type(rows[0]) is int:  # nearly always
+        sequence.append(rows[0])
+        return 1, None
     for i, token in enumerate(rows):
         if isinstance(token, Exception):
             return i, token

@@ -199,7 +199,7 @@ class HandleGroup:
         return self._outbox.unfinished == 0 or self._outbox.error is not None
 
     def _has_more(self) -> bool:
-        return self._position < len(self._outbox.entries) or self._outbox.unfinished == 0
+        return self._position < len(self._outbox.items) or self._outbox.unfinished == 0
 
     def _fold(self) -> list[Finished]:
         if self._outbox.error is not None:
@@ -208,7 +208,8 @@ class HandleGroup:
 
     def _take(self) -> list[tuple[int, Delta]]:
         taken: list[tuple[int, Delta]] = []
-        for index, item in self._outbox.entries[self._position :]:
+        items, owners = self._outbox.items[self._position :], self._outbox.owners[self._position :]
+        for index, item in zip(owners, items, strict=False):  # an owner is there before its item
             if isinstance(item, Delta):
                 taken.append((index, item))
             elif taken:

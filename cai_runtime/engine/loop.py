@@ -140,10 +140,9 @@ class EngineLoop:
     def _receive(self) -> bool:
         """Carry out what was sent; wait for more while there is nothing to run. False when the engine is to close."""
         while True:
-            try:
-                command = self.inbox.get(block=self._flight is None and not self.scheduler.has_work)
-            except queue.Empty:
+            if self.inbox.empty() and (self._flight is not None or self.scheduler.has_work):
                 return True
+            command = self.inbox.get()
             if command is None:
                 return False
             command()
@@ -174,25 +173,31 @@ class EngineLoop:
     def _launch_part(self, part: list[Planned], *, again: bool = False) -> Launched:
         """Launch one pass and the sampling behind it. again: after a failure, so that what the runner knows is unclear."""
         assert self._runner is not None
-        cache, sequences = self.scheduler.cache, [planned.sequence for planned in part]
-        pages = [change for s in sequences for change in cache.page_changes(s, everything=again)]
-        encode = [encoder_pass for s in sequences for encoder_pass in cache.encoder_passes(s)]
-        launched = Launched(part)
+        cache, launched, step = self.scheduler.cache, Launched(part), Step([])
+        samplers, positions, drafted = [], launched.positions, {}
+        for planned in part:
+            sequence, feed = planned.sequence, planned.feed
+            step.feeds.append(feed)
+            if again or sequence.held.is_changed:
+                step.pages += cache.page_changes(sequence, everything=again)
+            if cache.has_encoder:
+                step.encode += cache.encoder_passes(sequence)
+            end = feed.start + len(feed.ids)
+            for i in range(feed.wanted):
+                if i:
+                    drafted[len(samplers)] = planned.draft[:i]
+                samplers.append(sequence.sampler)
+                positions.append(end - feed.wanted + i + 1)
         try:
-            launched.made = self._runner.launch(Step([planned.feed for planned in part], pages, encode=encode))
+            launched.made = self._runner.launch(step)
         except Exception as error:  # noqa: BLE001 - as if the pass had failed later
             launched.error = error
             return launched
-        rows = [(planned, i) for planned in part for i in range(planned.feed.wanted)]
-        if rows:
-            launched.positions = [p.feed.start + len(p.feed.ids) - p.feed.wanted + i + 1 for p, i in rows]
-            drafted = {row: planned.draft[:i] for row, (planned, i) in enumerate(rows) if i}
+        if samplers:
             try:
-                samplers = [planned.sequence.sampler for planned, _ in rows]
-                batch = sampling_batch(samplers, launched.positions, drafted)
-                launched.sampled = self._runner.sample(launched.made, batch)
+                launched.sampled = self._runner.sample(launched.made, sampling_batch(samplers, positions, drafted))
             except Exception as error:  # noqa: BLE001 - such as a device out of memory: not the engine's failure
-                launched.tokens = [error] * len(rows)
+                launched.tokens = [error] * len(samplers)
         return launched
 
     def _complete(self, ahead: Flight | None = None) -> None:
@@ -275,7 +280,7 @@ class EngineLoop:
             sequence, wanted = planned.sequence, planned.feed.wanted
             rows = tokens[at : at + wanted]
             at += wanted
-            if not self._is_alive(sequence):
+            if sequence.log not in self._sequences:  # it has ended, such as by a stop string or an abort
                 continue
             count, error = append_sampled(sequence, planned.draft, rows)
             self.scheduler.advance(planned, count)
@@ -301,11 +306,12 @@ class EngineLoop:
         texts, self._texts = self._texts, []
         try:
             for sequence, now in texts:
-                if self._is_alive(sequence):
+                if sequence.log in self._sequences:
                     self._put_out(sequence, now)
         finally:
-            outputs, self._outputs = self._outputs, []
-            deliver(outputs)
+            if self._outputs:
+                outputs, self._outputs = self._outputs, []
+                deliver(outputs)
 
     def _put_out(self, sequence: Sequence, now: float) -> None:
         """Add the text of a sequence's new tokens, which came at `now`, to the outputs."""
@@ -314,11 +320,12 @@ class EngineLoop:
         except Exception as error:  # noqa: BLE001 - a tokenizer or a parameter that breaks fails its request alone
             self._end_with(sequence, error)
             return
-        self.stats.tokens_decoded += len(delta.token_ids)
+        stats = self.stats
+        stats.tokens_decoded += len(delta.token_ids)
         if sequence.last_token_at is None:
             sequence.first_token_at = now
-        else:
-            self.stats.worst_token_gap = max(self.stats.worst_token_gap, now - sequence.last_token_at)
+        elif now - sequence.last_token_at > stats.worst_token_gap:
+            stats.worst_token_gap = now - sequence.last_token_at
         sequence.last_token_at = now
         if delta.finish_reason is not None:
             self._finish(sequence, now)

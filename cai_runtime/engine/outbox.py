@@ -52,7 +52,8 @@ class Outbox:
     """What the requests of one reply have put out, in the order in which it came, and who waits for it."""
 
     def __init__(self) -> None:
-        self.entries: list[tuple[int, Delta | CaiError]] = []  # (index of the request, what it put out)
+        self.items: list[Delta | CaiError] = []
+        self.owners: list[int] = []  # of each item, the index of the request; at least as many as there are items
         self.unfinished = 0  # requests that are not done
         self.error: CaiError | None = None  # the first that a request failed with
         self._waiters: list[_Waiter] = []
@@ -60,18 +61,27 @@ class Outbox:
         # Reentrant: a signal handler may use the reply that it interrupts the wait for.
         self._lock = threading.RLock()
 
-    def add(self, outputs: Iterable[tuple[TokenLog, Delta | CaiError]]) -> list[_Waiter]:
-        """Append to the logs; return the waiters that are ready now, which are waiters no longer."""
+    def add(self, log: TokenLog, item: Delta | CaiError) -> None:
+        """Append to a log. By the engine's thread alone, without the lock: a reader sees each list grow, and `done` last."""
+        self.owners.append(log.index)
+        if type(item) is Delta:
+            log.deltas.append(item)
+            self.items.append(item)
+            if item.finish_reason is None:
+                return
+        else:
+            assert isinstance(item, CaiError)
+            log.error = item
+            self.error = self.error or item
+            self.items.append(item)
+        log.done = True
+        self.unfinished -= 1
+
+    def ready_waiters(self) -> list[_Waiter]:
+        """The waiters that are ready now, which are waiters no longer."""
+        if not self._waiters:  # whoever comes now looks at the logs after it became a waiter
+            return []
         with self._lock:
-            for log, item in outputs:
-                if isinstance(item, Delta):
-                    log.deltas.append(item)
-                    log.done = item.finish_reason is not None
-                else:
-                    log.error, log.done = item, True
-                    self.error = self.error or item
-                self.entries.append((log.index, item))
-                self.unfinished -= log.done
             ready = [waiter for waiter in self._waiters if waiter.ready()]
             if ready:
                 self._waiters = [waiter for waiter in self._waiters if waiter not in ready]
@@ -82,11 +92,11 @@ class Outbox:
 
         Raises EngineClosedError in a forked child, where nobody would wake the caller."""
         check_same_process(self._process)
+        if ready():
+            return True
+        waiter = _Waiter(ready)
+        waiter.gate.acquire()
         with self._lock:
-            if ready():
-                return True
-            waiter = _Waiter(ready)
-            waiter.gate.acquire()
             self._waiters.append(waiter)
         end = None if timeout is None else time.monotonic() + timeout
         try:
@@ -100,15 +110,16 @@ class Outbox:
     async def wait_async(self, ready: Callable[[], bool]) -> None:
         """The same without blocking the running event loop."""
         check_same_process(self._process)
+        if ready():
+            return
         loop = asyncio.get_running_loop()
+        waiter = _Waiter(ready, loop, loop.create_future())
         with self._lock:
-            if ready():
-                return
-            waiter = _Waiter(ready, loop, loop.create_future())
             self._waiters.append(waiter)
         try:
             assert waiter.future is not None
-            await waiter.future
+            if not ready():
+                await waiter.future
         finally:
             self._remove(waiter)
 
@@ -121,12 +132,14 @@ def deliver(outputs: Iterable[tuple[TokenLog, Delta | CaiError]]) -> None:
     """Hand over what a step has put out: a delta, of which one with a finish reason is a log's last, or the error that
     ends it. Wakes each waiting thread once, each event loop once for all its tasks, and nobody for whom it changes
     nothing. Never waits for a reader."""
-    by_outbox: dict[Outbox, list[tuple[TokenLog, Delta | CaiError]]] = {}
+    outboxes: dict[Outbox, None] = {}
     for log, item in outputs:
-        by_outbox.setdefault(log.outbox, []).append((log, item))
+        outbox = log.outbox
+        outbox.add(log, item)
+        outboxes[outbox] = None
     by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
-    for outbox, items in by_outbox.items():
-        for waiter in outbox.add(items):
+    for outbox in outboxes:
+        for waiter in outbox.ready_waiters():
             if waiter.loop is None or waiter.future is None:
                 waiter.gate.release()
             else:

@@ -58,11 +58,20 @@ class TextOutput:
         self._min_tokens = spec.min_tokens
         self._detokenizer = Detokenizer(spec.decoder, spec.prompt_ids, skip_special_tokens=spec.skip_special_tokens)
         self._stops = StopStrings(spec.stop)
+        self._has_stops = any(spec.stop)
         self._count = 0  # tokens fed
         self._tokens: list[int] = []  # those since the last event
 
     def feed(self, token_ids: Sequence[int]) -> Delta:
         """See `Output`. The token that ends the text has no text of its own."""
+        if len(token_ids) == 1 and not self._has_stops and not self._tokens and token_ids[0] not in self._ends:
+            # What is fed in nearly every step: a token that can't end the text, where none is pending.
+            self._count += 1
+            text, tokens = self._detokenizer.feed(token_ids[0]), (token_ids[0],)
+            if text:
+                return Delta((TextEvent(text, tokens),), tokens)
+            self._tokens.append(token_ids[0])
+            return Delta((), tokens)
         events: list[Any] = []
         for count, token_id in enumerate(token_ids, 1):
             self._count += 1

@@ -61,9 +61,9 @@ class Request:
     cache_salt: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)  # frozen, it would take twice the time: one is made for each token
 class TextEvent:
-    """A piece of visible text; never empty.
+    """A piece of visible text; never empty. Not to be changed: whoever consumes the text gets the same object.
 
     token_ids: the tokens that came since the last event, whose text the piece is, but for characters that were held back.
     """
@@ -79,9 +79,9 @@ class EndEvent:
     finish_reason: FinishReason
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)  # as `TextEvent`
 class Delta:
-    """One piece of output: the events that became certain with `token_ids`.
+    """One piece of output: the events that became certain with `token_ids`. Not to be changed.
 
     `events` may be empty while bytes or a possible stop string are held back. A token that ends the text (end of sequence
     or stop token) is in `token_ids` but has no text; of several stop strings, the one that is complete first counts.

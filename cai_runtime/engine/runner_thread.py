@@ -24,11 +24,17 @@ class Promise(Generic[T]):
 
     def __init__(self, call: Callable[[], T]):
         self._call: Callable[[], T] | None = call
-        self._pending = threading.Lock()  # held until the call is done: cheaper than an event
-        self._pending.acquire()
+        self._pending: threading.Lock | None = None  # held until the call is done: cheaper than an event
         self._value: T
         self._error: BaseException | None = None
         self.first: Callable[[], None] | None = None  # carries the call out, if nobody has by the time it is waited for
+
+    def for_thread(self) -> Promise[T]:
+        """Itself, to be settled by another thread than the one that waits."""
+        self._pending = threading.Lock()
+        self._pending.acquire()
+        self.first = None
+        return self
 
     def settle(self) -> None:
         call, self._call = self._call, None  # what it holds would live as long as the result
@@ -37,13 +43,14 @@ class Promise(Generic[T]):
             self._value = call()
         except BaseException as error:  # noqa: BLE001 - raised where it is waited for
             self._error = error
-        finally:
+        if self._pending is not None:
             self._pending.release()
 
     def done(self) -> None:
         """Until the call is done."""
-        with self._pending:
-            pass
+        if self._pending is not None:
+            with self._pending:
+                pass
 
     def wait(self) -> T:
         if self.first is not None:
@@ -92,10 +99,9 @@ class CallThread:
             self._thread = threading.Thread(target=_carry_out, args=(self._calls,), name=self._name, daemon=False)
             self._thread.start()
         for earlier in self._small:
-            earlier.first = None
-            self._calls.put(earlier)
+            self._calls.put(earlier.for_thread())
         self._small.clear()
-        self._calls.put(promise)
+        self._calls.put(promise.for_thread())
         self._last = promise
         return promise
 
@@ -103,6 +109,7 @@ class CallThread:
         small, self._small = self._small, []
         if self._last is not None:
             self._last.done()
+            self._last = None
         for promise in small:
             promise.first = None
             promise.settle()

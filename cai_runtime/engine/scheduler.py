@@ -28,7 +28,7 @@ class Planned:
 
     sequence: Sequence
     feed: Feed
-    draft: list[int]
+    draft: list[int] | tuple[int, ...]
     is_decode: bool  # the newest generated token, and no part of a prompt or of a recomputation
 
     @classmethod
@@ -76,7 +76,7 @@ class Scheduler:
     @property
     def is_decoding(self) -> bool:
         """Whether a sequence of the batch waits for its next token alone."""
-        return any(sequence.num_uncomputed == 1 for sequence in self.running)
+        return next((True for s in self.running if len(s.token_ids) - s.num_computed == 1), False)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. That it fits the whole cache has been checked."""
@@ -91,7 +91,8 @@ class Scheduler:
         """The next step, with at most `budget` prompt tokens, at least one: never empty while there is work."""
         step, preempted = [], False
         for sequence in list(self.running):  # oldest first, so that nobody in `step` is preempted any more
-            if not sequence.held:
+            held = sequence.held
+            if not held.by_group:
                 continue
             known, start = len(sequence.token_ids), sequence.num_computed
             end = known
@@ -100,16 +101,21 @@ class Scheduler:
                 budget -= end - start
             if end == start:
                 continue
-            while sequence.held and not self.cache.grow(sequence, end):
+            while held.by_group and end > held.room and not self.cache.grow(sequence, end):
                 if self.cache.reclaim(self.running):
                     continue
                 self._preempt(self.running[-1])
                 preempted = True
-            if sequence.held:
-                is_decode = end - start == 1 and known > sequence.num_prompt
+            if not held.by_group:
+                continue
+            is_decode = known - start == 1 and known > sequence.num_prompt
+            if is_decode and self._draft is None:  # nearly always
+                feed = Feed(sequence.seat, start, sequence.token_ids[start:], 1)
+                step.append(Planned(sequence, feed, (), True))
+            else:
                 draft = self._affordable_draft(sequence) if is_decode else None
                 step.append(Planned.of(sequence, end - start, draft))
-        if not preempted:
+        if self.waiting and not preempted:
             self._admit(step, budget)
         return step
 
@@ -130,12 +136,12 @@ class Scheduler:
                 continue
             if not self.cache.grow(sequence, known + 1):
                 return []
-            step.append(Planned(sequence, Feed(sequence.seat, known, [NEXT], 1), [], True))
+            step.append(Planned(sequence, Feed(sequence.seat, known, [NEXT], 1), (), True))
         return step
 
     def _admit(self, step: list[Planned], budget: int) -> None:
         """Move waiting sequences into the batch while there are seats, pages and budget."""
-        being_computed = self._being_computed() if self.waiting else set()
+        being_computed = self._being_computed()
         for sequence in list(self.waiting):
             if budget <= 0 or len(self.running) >= self.max_batch:
                 return
@@ -171,7 +177,7 @@ class Scheduler:
         draft = self._draft(sequence) if self._draft is not None else []
         known = len(sequence.token_ids)
         if draft and not self.cache.grow(sequence, known + len(draft)):
-            del draft[self.cache.room(sequence) - known :]
+            del draft[sequence.held.room - known :]
         return draft
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -195,6 +201,9 @@ class Scheduler:
     def advance(self, planned: Planned, taken: int = 0) -> None:
         """Note that a feed was computed. taken: tokens that were sampled after it and became part of the text; a drafted
         token counts as computed when the one behind it was taken."""
+        if planned.is_decode and not planned.draft and self.cache.is_plain:  # nearly always
+            planned.sequence.num_computed += 1
+            return
         fed = kept = len(planned.feed.ids)
         if planned.draft:
             kept += max(taken, 1) - 1 - len(planned.draft)
@@ -206,7 +215,8 @@ class Scheduler:
 
     def commit(self, sequence: Sequence) -> None:
         """Offer what a sequence has computed to others. Call once logits that follow it are known to be finite."""
-        self.cache.commit(sequence)
+        if sequence.num_computed >= sequence.held.commit_at:
+            self.cache.commit(sequence)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless pages and queues agree."""

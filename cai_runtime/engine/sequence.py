@@ -26,6 +26,7 @@ class Sequence:
     ends: Container[int] = ()  # tokens that end the text once min_tokens were generated
 
     token_ids: list[int] = field(init=False)  # prompt, then generated
+    num_prompt: int = field(init=False)
     num_computed: int = 0  # positions that the caches have
     seat: int = -1  # in the runner's batch, while it is running; -1: none
     held: Held = field(default_factory=Held)
@@ -38,10 +39,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt.token_ids)
-
-    @property
-    def num_prompt(self) -> int:
-        return len(self.prompt.token_ids)
+        self.num_prompt = len(self.token_ids)
 
     @property
     def num_generated(self) -> int:
@@ -54,13 +52,14 @@ class Sequence:
 
     def may_end(self) -> bool:
         """Whether the newest token ends the text, as far as tokens alone tell."""
-        generated, params = self.num_generated, self.request.sampling
+        generated, params = len(self.token_ids) - self.num_prompt, self.request.sampling
         return generated >= params.max_tokens or (self.token_ids[-1] in self.ends and generated >= params.min_tokens)
 
     def append(self, token_id: int) -> None:
         """Add a generated token."""
         self.token_ids.append(token_id)
-        self.sampler.observe(token_id)
+        if not self.sampler.is_constant:
+            self.sampler.observe(token_id)
 
     def put_out(self) -> Delta:
         """What the consumer sees of the tokens that were appended since the last call.
@@ -71,7 +70,9 @@ class Sequence:
         first, most = self.num_prompt + self.num_put_out, self.request.sampling.max_tokens
         delta = self.output.feed(self.token_ids[first : self.num_prompt + most])
         self.num_put_out += len(delta.token_ids)
-        if delta.finish_reason is None and self.num_put_out >= most:
+        if delta.finish_reason is None:
+            if self.num_put_out < most:
+                return delta
             rest = self.output.finish()
             delta = Delta(delta.events + rest.events, delta.token_ids, rest.finish_reason, rest.stop_string)
         if delta.finish_reason is not None:
