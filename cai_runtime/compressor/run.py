@@ -35,13 +35,13 @@ from cai_runtime.compressor.stats.uncompressed import Left
 from cai_runtime.compressor.stats.weights import DenseWeights
 from cai_runtime.compressor.train.blockwise import BlockSettings, BlockwiseCompressor, load_block
 from cai_runtime.compressor.train.heal import Healer, HealSettings, dense_pair
-from cai_runtime.compressor.train.student import put_in
+from cai_runtime.compressor.train.student import replace_module
 from cai_runtime.compressor.work import Work, work_directory
 from cai_runtime.convert.cache import tqdm_disable
 from cai_runtime.errors import CheckpointError, CompressionError, TensorMissingError, UnsupportedModelError
 from cai_runtime.slim.reader import REPORT_FILE, read_json
 from cai_runtime.slim.writer import CheckpointWriter
-from cai_runtime.stock.guard import foreign
+from cai_runtime.stock.guard import as_compression_error
 from cai_runtime.stock.load import DTYPES
 
 WRITTEN = "written"  # a step: the report, as it went to the destination
@@ -290,7 +290,7 @@ class Run:
             student, teacher = dense_pair(self._weights, options, ends)
             for at in calibration.blocks():
                 for name, layer in load_block(work, at)[0].items():
-                    put_in(student, name, layer.to(options.device))
+                    replace_module(student, name, layer.to(options.device))
             for name, parameter in student.named_parameters():
                 parameter.requires_grad_("cores." in name or parameter.ndim == 1)
             settings = HealSettings.of(options, speech=self._weights.is_speech)
@@ -324,5 +324,5 @@ def _unjudged(report: dict[str, Any]) -> dict[str, Any]:
 def _tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
-    with foreign(f"the tokenizer of {path} can't be loaded"):
+    with as_compression_error(f"the tokenizer of {path} can't be loaded"):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 # What is said in the rendered probe: words that no template changes or cuts, and that none holds.
-_SAID = ("Question-8317", "Answer-2946", "Question-5073")
+_PROBES = ("Question-8317", "Answer-2946", "Question-5073")
 # Templates that state today's date get this one, so that the same text has the same tokens tomorrow.
 DATE = "01 Jan 2025"
 
@@ -39,7 +39,7 @@ def chat_frame(tokenizer: Any) -> ChatFrame | None:
     if not getattr(tokenizer, "chat_template", None):
         return None
     roles = ("user", "assistant", "user")
-    turns = [{"role": role, "content": content} for role, content in zip(roles, _SAID, strict=True)]
+    turns = [{"role": role, "content": content} for role, content in zip(roles, _PROBES, strict=True)]
     try:
         rendered = tokenizer.apply_chat_template(
             turns, chat_template=dated_template(tokenizer), tokenize=False, add_generation_prompt=True
@@ -47,8 +47,8 @@ def chat_frame(tokenizer: Any) -> ChatFrame | None:
     except (TemplateError, ValueError, TypeError, KeyError):
         return None
     parts = []
-    for said in _SAID:
-        part, found, rendered = rendered.partition(said)
+    for probe in _PROBES:
+        part, found, rendered = rendered.partition(probe)
         if not found:
             return None
         parts.append(part)

@@ -181,7 +181,7 @@ class _Writer:
         self.length, self.sampling, self.marks, self.frame = length, sampling, marks, frame
         self.max_context, self.vocab_size, self.key = model.max_context, model.vocab_size, key
         self.tokens: list[int] = []
-        self.loops = self.fed = self.said = 0
+        self.loops = self.fed = self.written = 0
         self._draws = 0
         self._ends = np.array(sorted(marks.ends), dtype=np.int64)
         self._begin_text()
@@ -210,18 +210,22 @@ class _Writer:
             self._end_turn()
             return
         self.tokens.append(token)
-        self.said += 1
+        self.written += 1
         if self._closed_by_words():
             self._end_turn()
             return
         # A model that knows nothing but loops must come to an end, too.
-        if self.said % LOOP_CHECK == 0 and self.loops < self.length // WINDOW and loops(self.tokens[self.turn_begin :]):
+        if (
+            self.written % LOOP_CHECK == 0
+            and self.loops < self.length // WINDOW
+            and loops(self.tokens[self.turn_begin :])
+        ):
             del self.tokens[-WINDOW // 2 :]
             self.loops += 1
             self._end_text()
         elif len(self.tokens) - self.begin >= self.max_context:
             self._end_text()
-        elif self.frame is not None and self.asking and self.said >= max(self.length // 4, LEAST_WORDS):
+        elif self.frame is not None and self.asking and self.written >= max(self.length // 4, LEAST_WORDS):
             self._end_turn()  # a question that takes no end
 
     def _closed_by_words(self) -> bool:
@@ -230,7 +234,7 @@ class _Writer:
         if self.frame is None:
             return False
         closing = self.frame.answer if self.asking else self.frame.next
-        if self.said < len(closing) + LEAST_WORDS or tuple(self.tokens[-len(closing) :]) != closing:
+        if self.written < len(closing) + LEAST_WORDS or tuple(self.tokens[-len(closing) :]) != closing:
             return False
         del self.tokens[-len(closing) :]
         return True
@@ -238,9 +242,9 @@ class _Writer:
     def _choose(self, logits: np.ndarray) -> int:
         logits = logits.copy()
         logits[self.marks.banned] = -np.inf
-        if self.said < LEAST_WORDS:
+        if self.written < LEAST_WORDS:
             logits[self._ends] = -np.inf
-        params = self.sampling.params(self.said, self.asking or self.frame is None)
+        params = self.sampling.params(self.written, self.asking or self.frame is None)
         return sample_one(logits, params, self._uniform(), position=self.fed)
 
     def _uniform(self) -> float:
@@ -251,22 +255,22 @@ class _Writer:
         self.begin, self.fed, self.asked = len(self.tokens), 0, 1
         self.asking = self.frame is not None
         if self.frame is not None:
-            self._say(self.frame.opening)
+            self._append_fixed(self.frame.opening)
         elif self.marks.start is not None:
-            self._say((self.marks.start,))
+            self._append_fixed((self.marks.start,))
         else:  # nothing marks a beginning: any token does (Liu et al. 2023, "LLM-QAT")
-            self.said = 0
-            self._say((self._choose(np.zeros(self.vocab_size, dtype=np.float32)),))
+            self.written = 0
+            self._append_fixed((self._choose(np.zeros(self.vocab_size, dtype=np.float32)),))
 
     def _end_turn(self) -> None:
         if self.frame is None or (not self.asking and self.asked == self.sampling.turns):
             self._end_text()
         elif self.asking:
             self.asking = False
-            self._say(self.frame.answer)
+            self._append_fixed(self.frame.answer)
         else:
             self.asking, self.asked = True, self.asked + 1
-            self._say(self.frame.next)
+            self._append_fixed(self.frame.next)
 
     def _end_text(self) -> None:
         if self.frame is not None:
@@ -275,7 +279,7 @@ class _Writer:
             self.tokens.append(self.marks.end)
         self._begin_text()
 
-    def _say(self, ids: Iterable[int]) -> None:
+    def _append_fixed(self, ids: Iterable[int]) -> None:
         """Fixed tokens, behind which something else begins."""
         self.tokens += ids
-        self.turn_begin, self.said = len(self.tokens), 0
+        self.turn_begin, self.written = len(self.tokens), 0

@@ -139,7 +139,7 @@ def speech_samples(
                 texts.append(clip.text if len(windows) == 1 else None)
                 seconds += len(window) / RATE
                 bar.update()
-    found = _tell(model, tokenizer, features, texts, samples, most_tokens, seed, progress)
+    found = _samples_of(model, tokenizer, features, texts, samples, most_tokens, seed, progress)
     own = sum(text is None for text in texts)
     words = f"{seconds / 60:.1f} minutes of audio in {len(used)} clips and {len(features)} windows"
     provenance = {
@@ -187,7 +187,7 @@ def calibration_batches(
     return known, others + known, record["report"]
 
 
-def _tell(
+def _samples_of(
     model: Any,
     tokenizer: Any,
     features: list[torch.Tensor],
@@ -230,14 +230,14 @@ def _round(
     for start in range(0, len(features), TOGETHER):
         group = range(start, min(start + TOGETHER, len(features)))
         encoded = encode(model, torch.stack(features[start : group.stop]))
-        told = [k for k in group if temperature is None and texts[k] is not None]
-        if told:
-            begins = prompt_of(model, prompts, encoded[[k - start for k in told]], times=False)
-            for k, begin in zip(told, begins, strict=True):
+        transcribed = [k for k in group if temperature is None and texts[k] is not None]
+        if transcribed:
+            begins = prompt_of(model, prompts, encoded[[k - start for k in transcribed]], times=False)
+            for k, begin in zip(transcribed, begins, strict=True):
                 ids = tokenizer(f" {texts[k]}", add_special_tokens=False)["input_ids"]
                 yield Sample(k, (*begin, *[*ids, prompts.end][:most]), len(begin))
         for times in (False, True):
-            own = [k for k in group if k not in told and bool((k + number) % 2) == times]
+            own = [k for k in group if k not in transcribed and bool((k + number) % 2) == times]
             if not own:
                 continue
             heard = encoded[[k - start for k in own]]

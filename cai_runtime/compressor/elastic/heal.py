@@ -21,7 +21,7 @@ from torch import nn
 from cai_runtime.compressor.factor.cores import StoredModule
 from cai_runtime.compressor.stats.block_stack import Batch
 from cai_runtime.compressor.train.heal import Healer, HealSettings
-from cai_runtime.compressor.train.student import TrainableLinear, no_weight, put_in
+from cai_runtime.compressor.train.student import TrainableLinear, no_weight, replace_module
 from cai_runtime.compressor.work import Work
 from cai_runtime.slim.elastic import ElasticTable
 from cai_runtime.slim.spec import ModuleSpec
@@ -143,7 +143,7 @@ def put_forms(student: nn.Module, layers: dict[str, list[StoredModule]], dtype: 
         dense: Any = student.get_submodule(name)
         bias = dense.bias
         layer = ElasticLinear(forms, None if bias is None else bias.detach(), dtype)
-        put_in(student, name, layer.to(device))
+        replace_module(student, name, layer.to(device))
 
 
 def healed_forms(name: str, forms: list[StoredModule], healed: dict[str, torch.Tensor]) -> list[StoredModule]:

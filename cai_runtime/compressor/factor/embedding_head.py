@@ -63,7 +63,7 @@ class Ends:
             return round_with_feedback(weight, self.gram.to(weight.device), store)
         return quantize(weight.float(), store)
 
-    def put_in(self, model: Any) -> None:
+    def round_weights(self, model: Any) -> None:
         """Give transformers' model the values that its ends have once they are stored."""
         done: set[int] = set()
         for name, store in self.stores.items():

@@ -125,7 +125,7 @@ def _feed(total: GramSum | None, gradient: GramSum | None):
     return hook
 
 
-class _Noted(Exception):
+class _StopForward(Exception):
     """The rest of the run is not needed."""
 
 
@@ -139,14 +139,14 @@ def noting_inputs(targets: Sequence[Target], *, stop: bool = False) -> Iterator[
         def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             read[name] = args[0].detach()
             if stop:
-                raise _Noted
+                raise _StopForward
 
         return hook
 
     handles = [target.module.register_forward_pre_hook(note(target.name)) for target in targets]
     try:
         yield read
-    except _Noted:
+    except _StopForward:
         pass
     finally:
         for handle in handles:

@@ -78,7 +78,7 @@ def check_blocks(model: BlockModel, targets: Mapping[str, Target], batch: Batch,
     except torch.OutOfMemoryError:
         raise
     except RAISED as e:
-        raise UnsupportedModelError(_told(kind, f"the model stops with {type(e).__name__}: {e}")) from e
+        raise UnsupportedModelError(_unsupported_message(kind, f"the model stops with {type(e).__name__}: {e}")) from e
     return read
 
 
@@ -86,10 +86,10 @@ def _compare(kind: str, name: str, wanted: torch.Tensor | None, found: torch.Ten
     # The same operations on the same numbers; what is left is the order of sums on some devices.
     most = torch.finfo(found.dtype).eps ** 0.5
     if wanted is None or float((wanted - found).float().norm()) > most * float(wanted.float().norm()):
-        raise UnsupportedModelError(_told(kind, f"{name} gives something else"))
+        raise UnsupportedModelError(_unsupported_message(kind, f"{name} gives something else"))
 
 
-def _told(kind: str, what: str) -> str:
+def _unsupported_message(kind: str, what: str) -> str:
     return (
         f"{kind} can't be compressed block by block: its blocks give each other more than hidden states (keys and values, "
         f"or a choice of positions), and without it {what}. Take a model of another architecture"

@@ -16,7 +16,7 @@ from cai_runtime.integrations.names import Names
 from cai_runtime.progress import progress_bar
 from cai_runtime.slim.reader import Checkpoint
 from cai_runtime.slim.shard import TensorInfo
-from cai_runtime.stock.guard import foreign
+from cai_runtime.stock.guard import as_compression_error
 from cai_runtime.stock.load import SPEECH, auto_class, dense_config, dense_reference, slim_as_transformers
 from cai_runtime.stock.torch_state import parameters_on_meta
 
@@ -174,7 +174,7 @@ class DenseWeights:
 
     def transformers_reads(self) -> AbstractContextManager[None]:
         """In which transformers' errors are a CompressionError."""
-        return foreign(f"transformers can't build the model of {self.path}")
+        return as_compression_error(f"transformers can't build the model of {self.path}")
 
     def _module_of(self, name: str) -> str | None:
         name = self._place(name)

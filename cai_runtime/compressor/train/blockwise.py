@@ -20,7 +20,7 @@ from cai_runtime.compressor.stats.moments import BlockMoments, GramSum, noting_i
 from cai_runtime.compressor.stats.targets import InputGroup, Target
 from cai_runtime.compressor.train.optimizer import core_metrics
 from cai_runtime.compressor.train.refine import ShiftedMoments, refine_block, refine_steps
-from cai_runtime.compressor.train.student import TrainableLinear, put_in
+from cai_runtime.compressor.train.student import TrainableLinear, replace_module
 from cai_runtime.compressor.work import Work
 from cai_runtime.errors import UnsupportedModelError
 from cai_runtime.slim.spec import ModuleSpec
@@ -89,7 +89,7 @@ class BlockwiseCompressor:
             for group, corrections in self._shifted(at, block, groups, moments, calls, inputs):
                 for target in group.targets:
                     kept[target.name] = self._layer(target, moments, corrections)
-                    put_in(self._model.model, target.name, kept[target.name])
+                    replace_module(self._model.model, target.name, kept[target.name])
                     self.tick(1)
             record: dict[str, Any] = {name: layer.spec.to_json() for name, layer in kept.items()}
             errors = None
@@ -212,7 +212,7 @@ class BlockwiseCompressor:
             yield
         finally:
             for target in self._calibration.targets(at):
-                put_in(self._model.model, target.name, target.module)
+                replace_module(self._model.model, target.name, target.module)
 
     def _inputs(self, at: BlockId) -> list[torch.Tensor]:
         """The compressed model's states before the block; the dense model's where they are not followed."""

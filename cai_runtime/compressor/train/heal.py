@@ -75,7 +75,7 @@ def dense_pair(weights: DenseWeights, options: Options, ends: Ends) -> tuple[Any
     pair: list[Any] = [weights.resident(DTYPES[options.dtype]).to(options.device) for _ in range(2)]
     student, teacher = pair
     student.requires_grad_(False)
-    ends.put_in(student)
+    ends.round_weights(student)
     return student, teacher
 
 
@@ -143,8 +143,8 @@ class Healer:
         leaf = found.hidden.detach().requires_grad_()
         flat, flat_wanted = leaf.flatten(0, 1), wanted.hidden.flatten(0, 1)
         if "labels" in batch:  # what stands before them is given to the model, not predicted by it
-            told = (batch["labels"].flatten() != -100).to(flat.device)
-            flat, flat_wanted = flat[told], flat_wanted[told]
+            labelled = (batch["labels"].flatten() != -100).to(flat.device)
+            flat, flat_wanted = flat[labelled], flat_wanted[labelled]
         count, total = flat.shape[0], 0.0
         for start in range(0, count, POSITIONS):
             part = slice(start, start + POSITIONS)

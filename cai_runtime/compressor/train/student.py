@@ -227,7 +227,7 @@ class TrainableLinear(nn.Module):
         return super()._apply(fn, recurse)
 
 
-def put_in(model: nn.Module, name: str, layer: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Replace the module `name` of a model."""
     parent, _, leaf = name.rpartition(".")
     before = model.get_submodule(name)
