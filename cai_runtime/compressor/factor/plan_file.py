@@ -100,7 +100,7 @@ def _checked(entry: Any, where: str) -> Entry:
     unknown = sorted(set(entry) - _KEYS[kind])
     need(
         not unknown,
-        f"{', '.join(map(repr, unknown))} is nothing that kind {kind} has; it has {', '.join(sorted(_KEYS[kind]))}",
+        f"kind {kind} has no {', '.join(map(repr, unknown))}; it has {', '.join(sorted(_KEYS[kind]))}",
     )
     store = entry.get("store", DEFAULT_STORE)
     need(

@@ -87,12 +87,12 @@ def _compare(kind: str, name: str, wanted: torch.Tensor | None, found: torch.Ten
     # Both run the same operations. The tolerance allows for the order of sums on some devices.
     most = torch.finfo(found.dtype).eps ** 0.5
     if wanted is None or float((wanted - found).float().norm()) > most * float(wanted.float().norm()):
-        raise UnsupportedModelError(_unsupported_message(kind, f"{name} gives something else"))
+        raise UnsupportedModelError(_unsupported_message(kind, f"the output of {name} differs"))
 
 
 def _unsupported_message(kind: str, what: str) -> str:
     return (
-        f"{kind} can't be compressed block by block: its blocks give each other more than hidden states (keys and values, "
+        f"{kind} can't be compressed block by block: its blocks pass each other more than hidden states (keys and values, "
         f"or a choice of positions), and without it {what}. Take a model of another architecture"
     )
 

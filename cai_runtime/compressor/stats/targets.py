@@ -53,7 +53,7 @@ def find_targets(model: nn.Module, stacks: Sequence[str], stored: Container[str]
     if not targets:
         raise UnsupportedModelError(
             f"none of the linear layers of {type(model).__name__} ({', '.join(stacks)}) is in the checkpoint under its own "
-            "name: transformers renames or fuses them while it loads, and there is no telling which is which. Take a "
+            "name: transformers renames or fuses them while it loads, so they match no layer. Take a "
             "checkpoint of the language model alone, or of another architecture"
         )
     return targets

@@ -67,7 +67,7 @@ def states_of(model: Any, batch: Batch) -> States:
         if isinstance(seen.get(module), dict) and STATES in seen[module]:
             return States(model, module, inputs, seen[module])
     raise UnsupportedModelError(
-        f"{type(model).__name__} does not tell its last hidden states, by which a model is healed: leave that out "
+        f"{type(model).__name__} does not return last_hidden_state, which healing needs: turn healing off "
         "(--heal-tokens 0)"
     )
 
