@@ -1,15 +1,15 @@
-"""Dense to slim: calibrate, decompose, allocate, refine, heal, write, report. `compress` runs them all.
+"""Dense to slim: calibrate, decompose, allocate, refine, heal, write, report. `compress` runs all stages.
 
-Light to import: torch and transformers are loaded when `compress` is first used. `pipeline.py` checks the options, `run.py`
-runs the stages, `work.py` keeps what is done. Each stage has a folder:
+Importing this package loads neither torch nor transformers; the first use of `compress` does. `pipeline.py` checks the
+options, `run.py` runs the stages, `work.py` stores finished steps. Each stage has a folder:
 
-data      the text and the speech that calibration and healing read
-stats     what a layer's inputs and gradients look like: one pass over the blocks of the dense model
-factor    a layer as cores of some rank, what that loses, and which rank every layer gets
-train     cores trained block by block, then the whole model healed
+data      text and speech for calibration and healing
+stats     second moments of inputs and gradients: one pass over the blocks of the dense model
+factor    error by rank of every layer, choice of ranks, and cores
+train     training of cores: block by block, then the whole model
 elastic   one checkpoint that opens at any keep
 
-What a result is worth is measured in `cai_runtime.judge`.
+`cai_runtime.judge` measures the quality of a result.
 """
 
 from __future__ import annotations

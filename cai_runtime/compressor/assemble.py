@@ -1,4 +1,4 @@
-"""The compressed blocks and everything else into a checkpoint, and into its report."""
+"""Writes the compressed blocks and all other tensors into a checkpoint, and counts them in its report."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def write_checkpoint(
     report: Report,
     progress: bool | None,
 ) -> None:
-    """Hand all tensors to the writer: compressed layers as cores, embedding and head in their store, the rest as it is,
-    or as healing left it. Fills in the report's modules and counts. One block is in memory at a time."""
+    """Write all tensors: compressed layers as cores, embedding and head in their stores, the rest unchanged or healed. Fills
+    in the report's modules and counts. One block is in memory at a time."""
     weights = calibration.model.weights
     healed = healed_parameters(work)
     done: set[str] = set()
@@ -65,8 +65,8 @@ def write_rest(
     ends: Ends,
     report: Report,
 ) -> None:
-    """Hand every tensor that is not `done` to the writer: embedding and head in their stores, the rest as it is or as
-    `healed`. Adds to the report's counts."""
+    """Write every tensor that is not in `done`: embedding and head in their stores, the rest unchanged or from `healed`.
+    Adds to the report's counts."""
     weights = calibration.model.weights
     for name in weights.names():
         if name in done:
@@ -89,7 +89,7 @@ def write_rest(
 
 
 def healed_parameters(work: Work) -> dict[str, torch.Tensor]:
-    """What healing has made of the parameters it trained, by name; nothing without healing."""
+    """The parameters trained by healing, by name; empty without healing."""
     if not work.has(HEAL):
         return {}
     tensors, _ = work.load(HEAL)
@@ -97,7 +97,7 @@ def healed_parameters(work: Work) -> dict[str, torch.Tensor]:
 
 
 def module_report(name: str, spec: ModuleSpec, curve: Curve, calibrated: bool) -> ModuleReport:
-    """A module's line. curve: its errors by rank."""
+    """The report of one module. curve: its errors by rank. calibrated: whether it had inputs in the calibration."""
     whole = curve.errors[0]
     at = max(spec.rank, default=1) if isinstance(spec.rank, tuple) else spec.rank
     mpo = spec.kind == "mpo"

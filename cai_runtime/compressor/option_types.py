@@ -1,4 +1,4 @@
-"""Types of the options of `compress`, before anything is computed with them."""
+"""Checks the types of the options of `compress`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from cai_runtime.errors import CompressionError
 
-MOST_SEED = (1 << 63) - 1  # what torch and numpy both take
+MOST_SEED = (1 << 63) - 1  # accepted by torch and numpy
 _NUMBER, _INTEGER, _TEXT, _FLAG = "a number", "an integer", "a text", "True or False"
 _KINDS: dict[str, tuple[str, ...]] = {
     "keep": (_NUMBER, "None"),
@@ -37,10 +37,10 @@ _KINDS: dict[str, tuple[str, ...]] = {
 
 
 def plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with numbers as Python's own, which JSON knows (numpy's are numbers, too). Those that `_KINDS` does not
-    list are checked where they are read.
+    """The options with numbers converted to Python's types, which JSON can represent (numpy numbers are accepted, too).
+    Options that `_KINDS` does not list are checked where they are used.
 
-    Raises CompressionError, which names the option: another type.
+    Raises CompressionError, which names the option, for a wrong type.
     """
     return {name: _plain(name, value, _KINDS[name]) if name in _KINDS else value for name, value in options.items()}
 

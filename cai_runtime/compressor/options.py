@@ -1,4 +1,4 @@
-"""What a compression is asked for, checked before any work."""
+"""`Options`: the options of a compression, checked before any work."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from cai_runtime.stock.load import DTYPES
 
 KINDS = ("interpolative", "lowrank", "mpo", "dense")
 DEFAULT_KEEP = 0.8
-REFINE_EPOCHS, HEAL_TOKENS = 2, 65_536  # by default
-# From this keep on, healing makes up for what refinement would mend: it takes a hundredth off SmolLM2's perplexity at 0.8,
-# and a tenth at 0.5. A speech model's decoder has so little text to be healed on that it is refined at any keep.
+REFINE_EPOCHS, HEAL_TOKENS = 2, 65_536  # defaults
+# From this keep on, healing makes refinement unnecessary: refinement cuts SmolLM2's perplexity by 1 % at keep 0.8 and by
+# 10 % at 0.5. A speech model's decoder has too little text for healing, so it is refined at any keep.
 REFINE_BELOW = 0.7
-SMALLEST_KEEP = 0.3  # that an elastic checkpoint opens at
-COMPETING_STORES = ("int8", "int4-g64")  # with a budget in bytes
-BATCH = 2  # sequences that the model is run on at once
+SMALLEST_KEEP = 0.3  # default smallest keep of an elastic checkpoint
+COMPETING_STORES = ("int8", "int4-g64")  # candidates under a budget in bytes
+BATCH = 2  # sequences per batch
 REFINE_RATE = 2e-3  # see `refine_block`
-# Of `Healer`. At keep 0.5, where about 1.3 nats are lost, 24 steps go furthest at 8e-4, less far at 4e-4; 2e-3 is too much.
+# See `HealSettings.rate`. At keep 0.5, with a divergence of about 1.3 nats, 24 steps work best at 8e-4, worse at 4e-4; 2e-3
+# is too large.
 HEAL_RATE = 6e-4
 MOST_BYTES = 1 << 62
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -35,12 +36,13 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, 
 
 @dataclass(frozen=True)
 class Options:
-    """What `compress` was asked for; see there, with defaults filled in and the stores' names as files have them.
+    """The options of `compress` (see there), with defaults filled in and canonical store names.
 
-    stores: those that a layer may have. embedding_store: None where embedding and head may have any of them, too.
-    target_bytes: an int, or a share of the bf16 bytes as a float in (0, 1].
-    plan: the entries of a plan file; with them there is neither keep nor target_bytes. smallest_keep: of an elastic
-    checkpoint, whose largest is `keep`; None of any other. mixed: train fp32 models with products in bf16.
+    target_bytes: bytes as an int, or a share of the bf16 bytes as a float in (0, 1]. stores: candidates for every layer.
+    embedding_store: None: the ends choose among `stores`, too. plan: entries of a plan file; then neither keep nor
+    target_bytes is set. smallest_keep: None unless elastic. mixed: train fp32 models with bf16 matrix products.
+
+    Raises CompressionError, which names the option, for a value out of range.
     """
 
     keep: float | None
@@ -70,8 +72,7 @@ class Options:
 
     @classmethod
     def of(cls, *, speech: bool = False, **options: Any) -> Options:
-        """The options of `compress`, with the defaults filled in that depend on other options, and on whether the model is
-        one of speech.
+        """The options of `compress`, with the defaults that depend on other options filled in. speech: for a speech model.
 
         Raises CompressionError, which names the option.
         """
@@ -121,7 +122,7 @@ class Options:
         else:
             stores = (canonical_store(store),)
         fine = [s for s in stores if s in STORES and STORES[s].bits != 4]
-        # Where stores compete for bytes, those of embedding and head do; by loss gradients, which are their only measure.
+        # Under a budget in bytes the stores of embedding and head compete, too. Their errors need loss gradients.
         competing = store is None and target_bytes is not None and others["curvature"]
         if embedding_store is None and not competing:
             embedding_store = fine[0] if fine else "int8"
@@ -150,11 +151,12 @@ class Options:
 
     @property
     def heal_steps(self) -> int:
+        """Optimizer steps of healing."""
         return self.heal_tokens // (BATCH * self.sequence_length)
 
     @property
     def text_samples(self) -> int:
-        """Sequences of text: those of calibration, and others for healing."""
+        """Number of sequences of text, for calibration and for healing."""
         return self.samples + -(-self.heal_tokens // self.sequence_length)
 
     def __post_init__(self) -> None:
@@ -205,7 +207,7 @@ class Options:
             need(self.smallest_keep is None, "smallest_keep is an elastic checkpoint's: it needs elastic")
 
     def _check_elastic(self, need: Callable[[bool, str], None]) -> None:
-        """What one checkpoint for many keeps can be."""
+        """Check the options that an elastic checkpoint restricts."""
         need(self.keep is not None, "target_bytes is one size, an elastic checkpoint has many: give keep, its largest")
         assert self.keep is not None and self.smallest_keep is not None
         need(
@@ -229,8 +231,8 @@ class Options:
 
 
 def multiplies_bf16() -> bool:
-    """Whether the processor has instructions for products of bf16; others take longer with it than with fp32."""
-    # torch 2.11 does not tell, and is not asked in other ways.
+    """Whether the processor has bf16 matrix instructions. Without them, bf16 products are slower than fp32."""
+    # torch 2.11 lacks `get_capabilities`; then the answer is False.
     found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 

@@ -1,4 +1,4 @@
-"""Dense checkpoint to slim checkpoint: what is asked for, the run (`run.py`), and the judgement of its result."""
+"""`compress`: checks the options, runs the compression (`run.py`), and judges the result."""
 
 from __future__ import annotations
 
@@ -63,67 +63,67 @@ def compress(
 ) -> Report:
     """Compress a causal language model, or a Whisper, to a slim checkpoint.
 
-    Killed at any moment, the same call goes on where it was, from the work directory `.DST.work` beside `dst`, and
-    comes to the same checkpoint bit for bit (on the same machine, with the same number of threads).
+    After a kill at any moment, the same call resumes from the work directory `.DST.work` beside `dst`. The resulting
+    checkpoint is bitwise the same (on the same machine, with the same number of threads).
 
     Args:
-        src: a known name, a URI or a directory (see `cai_runtime.convert.sources.pull`), dense or slim already.
-        dst: the directory to make.
-        keep: parameters of the linear layers to keep, as a share of their dense count, in (0, 1]. Default 0.8, unless
-            `target_bytes` is given; of an elastic checkpoint the largest, default 1.
-        target_bytes: instead of `keep`: size of the weights of the whole checkpoint, in bytes, as text with a unit
-            ("80MB", "1.5GiB"), or as a share of their size in bf16 ("45%"). Rank, kind and store are chosen for each layer.
-        store: how cores lie on disk: fp32, bf16, fp16, int8, or 4 bits with a scale for every 32, 64 or 128 columns:
-            int4-g32, int4-g64 (also called int4), int4-g128, each with "-zp" behind it for zero points, too. Default
-            int8; with `target_bytes`, int8 and int4-g64 compete unless one is named.
-        kind: "interpolative" (the default); "lowrank": a much lower rank at the same keep, but one that holds all smaller
-            ones (the default with `elastic`); "mpo", a matrix product operator of two cores; or "dense": with
-            `target_bytes`, quantization alone.
-        allocation: "pooled" lets the layers compete for parameters, "uniform" gives each the same share.
-        curvature: weigh errors by what they do to the loss, from a backward pass over the calibration text. False: by
-            the layers' outputs alone.
-        shift: fit every layer to the inputs that the compressed layers before it give. With little text it fits the text
-            instead: SmolLM2-135M on 8,192 tokens gets worse by it.
-        refine_epochs: passes over the calibration text in which each block is trained to give the dense block's output;
-            0: none. Default 2; none with `elastic`, nor where a language model of a keep of 0.7 or more is healed.
-        heal_tokens: tokens on which the whole model is trained to predict what the original does; 0: none. Default
-            65,536; with `elastic` none. Needs both models in memory, and three times the compressed one for the optimizer.
-        calibration: see `compressor.data.calibration.calibration_sequences`. None: "self", the model's own text. A speech
-            model takes audio, see `compressor.data.speech.speech_samples`, and has no default.
-        samples, sequence_length: sequences to calibrate and refine on, and tokens in each. Healing takes further ones.
-            For a speech model windows of 30 s, and the most tokens of a text; a window counts as so many of `heal_tokens`.
-        embedding_store: store of the token embedding and the head, which stay dense. None: as `store`, but int8 with the
-            int4 stores (4 bits cost more there than in the layers); with `target_bytes` and no `store` what the budget is
-            best spent on.
-        rank_multiple: ranks are multiples of this. None: 16, which keeps the rows of 8-bit cores aligned for vector
-            loads; with an int4 store its group, of which otherwise a part would be wasted.
+        src: a known name, a URI or a directory (see `cai_runtime.convert.sources.pull`), dense or slim.
+        dst: the directory to create.
+        keep: parameters of the linear layers over their dense count, in (0, 1]. Default 0.8, unless `target_bytes` is
+            given. Of an elastic checkpoint the largest keep, default 1.
+        target_bytes: instead of `keep`: size of all weights of the checkpoint, in bytes, as text with a unit ("80MB",
+            "1.5GiB"), or as a share of their size in bf16 ("45%"). Each layer's rank (or dense) and store are chosen.
+        store: number format of the cores: fp32, bf16, fp16, int8, or 4 bits with one scale per 32, 64 or 128 columns:
+            int4-g32, int4-g64 (alias int4), int4-g128. A suffix "-zp" adds zero points. Default int8; with `target_bytes`,
+            int8 and int4-g64 compete.
+        kind: "interpolative" (the default); "lowrank" (the default with `elastic`): a lower rank at the same keep, but
+            truncatable to all smaller ranks; "mpo": a matrix product operator of two cores; "dense": with `target_bytes`,
+            quantization alone.
+        allocation: "pooled": layers compete for parameters. "uniform": every layer gets the same share.
+        curvature: weight errors by their effect on the loss, from a backward pass over the calibration text. False: by the
+            layers' outputs alone.
+        shift: fit every layer to the inputs that the compressed layers before it give. Overfits a small text: it makes
+            SmolLM2-135M worse on 8,192 tokens.
+        refine_epochs: passes over the calibration text in which each block is trained to reproduce the dense block's
+            output. Default 2. Default 0 with `elastic`, or for a language model with healing at keep 0.7 or more.
+        heal_tokens: tokens on which the whole model is distilled from the original; 0: none. Default 65,536; with `elastic`
+            0. Needs both models in memory, and three times the compressed one for the optimizer.
+        calibration: see `compressor.data.calibration.calibration_sequences`. None: "self", text that the model writes. A
+            speech model needs audio, see `compressor.data.speech.speech_samples`.
+        samples, sequence_length: number of sequences for calibration and refinement, and their length in tokens. Healing
+            uses further sequences. For a speech model the number of 30 s windows, and the most tokens of a transcript; a
+            window counts as `sequence_length` of `heal_tokens`.
+        embedding_store: store of embedding and head, which stay dense. None: as `store`, but int8 with int4 stores (4 bits
+            cost more there than in the layers). With `target_bytes` and without `store`, chosen under the budget.
+        rank_multiple: ranks are multiples of this. None: 16, which aligns the rows of 8-bit cores for vector loads; with an
+            int4 store its group size, so that no group is partly used.
         floor: pooled: every layer keeps at least this share of `keep` (elastic: of `smallest_keep`).
-        plan: instead of a budget: a plan file, or its "modules", that says what every layer becomes, see
+        plan: instead of a budget: a plan file, or its "modules", with the choice for every layer, see
             `cai_runtime.compressor.factor.plan_file`.
         elastic: make one checkpoint that opens at any keep from `smallest_keep` to `keep`, see
-            `compressor.elastic.growth`. Lowrank and pooled, one store, neither shifted nor refined. The file holds many
-            layers in two forms.
-        smallest_keep: None: 0.3 with `elastic`.
+            `compressor.elastic.growth`. Requires kind "lowrank", pooled allocation, no shift and no refinement. The file
+            has many layers in two forms.
+        smallest_keep: with `elastic`. None: 0.3.
         device: "cpu" or "cuda[:n]", where the model runs and is decomposed.
-        dtype: in which the model runs. None: bf16 on CUDA; on the CPU fp32, but for the products of training, which are
-            of bf16 where the processor has instructions for them.
-        seed: draws the calibration sequences, and the order of training.
-        evaluate: judge the result against the source on text that calibration has not seen, for the report's "quality": see
-            `cai_runtime.judge.comparison.quality`; of a speech model on every tenth clip, at most 64 in all
-            (`audio.files.split_clips`), see `speech_evaluation.speech_quality`. Both are held in memory. An elastic one is
-            judged at several keeps, one after the other (`elastic.run.judge_keeps`).
-        overwrite: replace `dst`, once the new checkpoint is complete. A directory that is no checkpoint is left alone.
-        restart: throw away what an earlier call with other options left unfinished.
-        progress: bars on stderr; None shows them on a terminal only.
+        dtype: of the model's computation. None: bf16 on CUDA. On the CPU fp32, with bf16 matrix products in training if the
+            processor has instructions for them.
+        seed: for sampling the calibration text and the order of training batches.
+        evaluate: judge the result against the source on text outside the calibration, for the report's "quality" (see
+            `cai_runtime.judge.comparison.quality`). A speech model is judged on every tenth clip, at most 64
+            (`audio.files.split_clips`, `speech_evaluation.speech_quality`). Both models are in memory. An elastic
+            checkpoint is judged at several keeps in turn (`elastic.run.judge_keeps`).
+        overwrite: replace `dst` once the new checkpoint is complete. A directory that is not a checkpoint is never replaced.
+        restart: discard the unfinished work of an earlier call with other options.
+        progress: bars on stderr; None: on a terminal only.
 
-    Memory: embedding and head, one block with the moments of its layers, and the text's hidden states at one block.
-    Healing: see there. Disk, beside the result: hidden states and gradients of the text before every block, 8 bytes *
-    tokens * hidden size * blocks in fp32, the trainable cores (4 bytes a parameter), and up to 4 GiB of moments.
+    Memory: embedding and head, one block with the moments of its layers, and the text's hidden states at one block; while
+    healing, see `heal_tokens`. Disk, beside the result: hidden states and gradients before every block (8 bytes * tokens *
+    hidden size * blocks in fp32), trainable cores (4 bytes per parameter), and up to 4 GiB of moments.
 
     Returns the report that is also written as slim_report.json.
 
     Raises:
-        CompressionError: an option is out of range, the calibration text is bad, the disk is too full, or the work
+        CompressionError: an option is out of range, the calibration text is unusable, the disk is too full, or the work
             directory belongs to a call with other options.
         SourceError, CheckpointError, UnsupportedModelError: the source can't be fetched, read, or factorized.
         CheckpointWriteError: `dst` exists or can't be written.
@@ -153,7 +153,7 @@ def compress(
         dtype=dtype,
         seed=seed,
     )
-    options_for()  # what is wrong with them is known before anything is fetched
+    options_for()  # raises for invalid options before anything is fetched
     place = destination(dst)
     path = pull(src, progress=progress)
 
@@ -165,7 +165,7 @@ def compress(
         with Checkpoint.open(path) as checkpoint:
             weights = DenseWeights(checkpoint)
             options = options_for(speech=weights.is_speech)
-            # A destination that is taken is known before hours of work; it may be by what an earlier call wrote.
+            # Check the destination before hours of work. It may hold the result of an earlier, interrupted call.
             taken_by_us = was_begun(work_directory(place), WRITTEN)
             if not taken_by_us:
                 check_place(checkpoint.config)
@@ -189,10 +189,10 @@ def compress(
 
 
 def _judge(src: Path, dst: Path, speech: bool, options: Options, report: Report, progress: bool | None) -> None:
-    """Judge the finished checkpoint, into the report. Raises CompressionError, which says that it is finished."""
+    """Judge the finished checkpoint and fill in the report's quality. Raises CompressionError when judging fails."""
     try:
         if speech:
-            assert options.calibration is not None  # the plan has asked for it
+            assert options.calibration is not None  # checked by `make_plan`
             if options.elastic:
                 judge_speech_keeps(src, dst, options.calibration, report, progress=progress)
             else:
@@ -211,24 +211,24 @@ def _judge(src: Path, dst: Path, speech: bool, options: Options, report: Report,
 def dry_run(
     src: str | Path, dst: str | Path, *, overwrite: bool = False, progress: bool | None = None, **options: Any
 ) -> tuple[Plan, float]:
-    """What `compress` would do with these options: the plan, and the floating point operations a second that this
-    machine was seen to do, for `Plan.summary` and `Plan.seconds`. The source is fetched; nothing is written.
+    """The plan of `compress` with these options, and this machine's measured FLOP/s for `Plan.summary` and `Plan.seconds`.
+    Fetches the source; writes nothing.
 
-    Raises what `compress` raises before its work, but for a full disk or memory: the plan tells.
+    Raises what `compress` raises before its work, except for insufficient disk or memory, which the plan states.
     """
     options_of(**options)
     place = destination(dst)
     path = pull(src, progress=progress)
     with Checkpoint.open(path) as checkpoint:
-        if not was_begun(work_directory(place)):  # else the place may be taken by what is to go on
+        if not was_begun(work_directory(place)):  # an interrupted call may have written the destination
             check_destination(place, source=path, overwrite=overwrite)
         weights = DenseWeights(checkpoint)
         return make_plan(weights, options_of(**options, speech=weights.is_speech), place), measured_rate()
 
 
 def options_of(*, speech: bool = False, **options: Any) -> Options:
-    """What `compress` makes of these options of its own for a model (of speech, or not), as the report has them, with the
-    defaults of all others. Raises CompressionError, which names the option."""
+    """The full `Options` that `compress` derives from these options. speech: for a speech model. Raises CompressionError,
+    which names the option."""
     others = {"src", "dst", "evaluate", "overwrite", "restart", "progress"}
     parameters = inspect.signature(compress).parameters
     defaults = {name: parameter.default for name, parameter in parameters.items() if name not in others}

@@ -1,4 +1,4 @@
-"""What a compression did: kept beside the weights as slim_report.json."""
+"""The report of a compression, written beside the weights as slim_report.json."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from cai_runtime.slim.spec import DENSE_REFERENCE_BYTES
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One compressed module. `rank` is None where it stayed dense, the bond dimensions of an mpo. `relative_error`: squared
-    error of the outputs over their square, in the whitened metric of the calibration, of the decomposition alone (before
-    rounding, refinement and healing)."""
+    """One compressed module.
+
+    rank: None: dense; a list: the bond dimensions of an mpo. relative_error: squared error of the decomposition in the
+    whitened metric over that of W = 0, before rounding, refinement and healing.
+    """
 
     name: str
     kind: str
@@ -26,25 +28,24 @@ class ModuleReport:
     nbytes: int
     dense_bytes: int
     relative_error: float
-    calibrated: bool  # whether the calibration text reached it; one that it did not (an expert) tends to stay dense
-    out_dims: list[int] | None = None  # of an mpo, as in_dims
+    calibrated: bool  # whether the module had inputs in the calibration; one without (an expert) tends to stay dense
+    out_dims: list[int] | None = None  # sites of an mpo; in_dims, too
     in_dims: list[int] | None = None
 
 
 @dataclass
 class Report:
-    """The whole run. Bytes are on disk; a "dense" byte count takes two bytes (bf16) for each parameter.
+    """The report of one compression. Byte counts are of the files; "dense" byte counts are two bytes (bf16) per parameter.
 
-    `ends`: the stores of embedding and head, by name. `seconds`: wall time by stage, of all calls that it took. `blocks`:
-    error of each block's output before and after its refinement, see `refine_block`. `healing`: mean divergence of each
-    step, in nats per position. `quality`: see `cai_runtime.compare`. `keep_parameters`, `keep_bytes`: of the
-    factorized modules alone; the totals are of the checkpoint with embedding, head and norms. `left`: parameters of the
-    matrices that are in neither, by reason (see `uncompressed.Left`). `read`: linear layers among them whose weights
-    the model reads without calling the layer.
+    dense_parameters, parameters, dense_bytes, bytes: of the compressed modules; with total_: of the whole checkpoint. ends:
+    stores of embedding and head, by name. seconds: wall time by stage over all calls. blocks: error of each block before and
+    after refinement, see `refine_block`. healing: mean divergence of each step, in nats per position. quality: see
+    `cai_runtime.compare`. left: parameters of matrices that stay uncompressed, by reason (see `uncompressed.Left`). read:
+    names of layers that stay dense because the model reads their weights without calling them.
 
-    `elastic`, of an elastic checkpoint: "keep", the smallest and the largest; "second_forms", the lowrank forms of modules
-    that are dense at the largest keep: how many, their parameters and bytes; "quality" at several keeps, falling. All else
-    is of the largest keep, without second forms.
+    elastic: of an elastic checkpoint: "keep": smallest and largest; "second_forms": count, parameters and bytes of the
+    lowrank forms of modules that are dense at the largest keep; "quality": at several keeps, falling. All other fields are
+    for the largest keep, without second forms.
     """
 
     source: str
@@ -72,7 +73,7 @@ class Report:
 
     @classmethod
     def of_json(cls, found: dict[str, Any]) -> Report:
-        """What `to_json` was made of."""
+        """The inverse of `to_json`."""
         known = {field.name: found[field.name] for field in fields(cls)}
         return cls(**{**known, "modules": [ModuleReport(**module) for module in found["modules"]]})
 
@@ -88,7 +89,7 @@ class Report:
         self.total_bytes += nbytes
 
     def add_rest(self, parameters: int, nbytes: int) -> None:
-        """Count a tensor that is none of them."""
+        """Count a tensor outside the compressed modules."""
         self.total_dense_parameters += parameters
         self.total_parameters += parameters
         self.total_dense_bytes += parameters * DENSE_REFERENCE_BYTES
@@ -105,11 +106,11 @@ class Report:
         return self.bytes / self.dense_bytes
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, keep included."""
+        """All fields as JSON values, and the keep in parameters and bytes."""
         return {"keep": {"parameters": self.keep_parameters, "bytes": self.keep_bytes}, **asdict(self)}
 
     def summary(self) -> str:
-        """A few lines for people."""
+        """The summary as a few lines of text."""
         dense = sum(m.rank is None for m in self.modules)
         unreached = sum(not m.calibrated for m in self.modules)
         lines = [

@@ -35,20 +35,20 @@ from cai_runtime.compressor.stats.uncompressed import Left
 from cai_runtime.compressor.stats.weights import DenseWeights
 from cai_runtime.compressor.train.blockwise import BlockSettings, BlockwiseCompressor, load_block
 from cai_runtime.compressor.train.heal import Healer, HealSettings, dense_pair
-from cai_runtime.compressor.train.student import put_in
+from cai_runtime.compressor.train.student import replace_module
 from cai_runtime.compressor.work import Work, work_directory
 from cai_runtime.convert.cache import tqdm_disable
 from cai_runtime.errors import CheckpointError, CompressionError, TensorMissingError, UnsupportedModelError
 from cai_runtime.slim.reader import REPORT_FILE, read_json
 from cai_runtime.slim.writer import CheckpointWriter
-from cai_runtime.stock.guard import foreign
+from cai_runtime.stock.guard import as_compression_error
 from cai_runtime.stock.load import DTYPES
 
-WRITTEN = "written"  # a step: the report, as it went to the destination
+WRITTEN = "written"  # a step: the report as written to the destination
 
 
 class Run:
-    """One compression, from its work directory."""
+    """One compression. `open_work` opens its work directory, `run` runs all stages in it."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class Run:
         self._hashes: dict[str, str] = {}
 
     def open_work(self, *, restart: bool) -> Work:
-        """The work directory, locked. Raises what `Work` does."""
+        """The locked work directory. Raises what `Work` raises."""
         start = perf_counter()
         self._hashes = self._weights.hashes(self._progress)
         hashed = perf_counter() - start
@@ -77,8 +77,8 @@ class Run:
         return work
 
     def written(self, work: Work) -> Report | None:
-        """The report of the checkpoint that lies at the destination, if that is what an earlier call wrote that did not come
-        to its end; otherwise None."""
+        """The report at the destination, if an earlier, interrupted call with the same key wrote that checkpoint; else
+        None."""
         if not work.has(WRITTEN):
             return None
         try:
@@ -88,7 +88,7 @@ class Run:
         return Report.of_json(found) if _unjudged(found) == _unjudged(work.load(WRITTEN)[1]) else None
 
     def run(self, work: Work, *, overwrite: bool) -> Report:
-        """All stages, from where the work directory has them. Leaves it with what `written` needs."""
+        """Run all stages, except finished steps, and write the checkpoint. The work directory keeps what `written` needs."""
         options, hashes = self._options, self._hashes
         with work.watch.stage("text"):
             batches, extra, text = self._text(work)
@@ -133,7 +133,9 @@ class Run:
             else:
                 write_checkpoint(writer, calibration, ends, work, curves, report, self._progress)
             report.seconds = work.watch.seconds()
-            work.save(WRITTEN, {}, report.to_json(), again=True)  # before it is there: a kill in between does no harm
+            work.save(
+                WRITTEN, {}, report.to_json(), again=True
+            )  # before `finish`, so that a kill in between is harmless
             writer.finish(report.to_json())
         work.keep_only(WRITTEN)
         return report
@@ -141,9 +143,11 @@ class Run:
     def _called(
         self, model: BlockModel, targets: dict[str, Target], batches: list[Batch], work: Work
     ) -> tuple[dict[str, Target], set[str]]:
-        """The targets whose weights the model reads by calling them alone, and the names of the others, which stay as they
-        are. Raises what `check_blocks` raises; UnsupportedModelError, CompressionError when nothing is left or the plan
-        wants another kind for a layer that must stay dense."""
+        """The targets to compress, and the names of those whose weights the model reads without calling the layer.
+
+        Raises what `check_blocks` raises; UnsupportedModelError when no target can be compressed, CompressionError when the
+        plan factorizes a layer that must stay dense.
+        """
         if not work.has("survey"):
             work.save("survey", {}, sorted(check_blocks(model, targets, batches[0], heal=self._options.heal_steps > 0)))
         read = set(work.load("survey")[1])
@@ -161,8 +165,8 @@ class Run:
         return called, read
 
     def _text(self, work: Work) -> tuple[list[Batch], list[Batch], dict[str, Any]]:
-        """Batches to calibrate on, batches to heal on, and what they are. Those to heal on are others as long as there are
-        any: refined blocks are better on the text that they have learned, and little is left to be learned from it."""
+        """Batches for calibration, batches for healing, and the record for the report. Healing uses unused sequences first:
+        refined blocks have already fitted the calibration text."""
         options = self._options
         if self._weights.is_speech:
             return calibration_batches(self._weights, options, work, self._progress, judged=self._evaluate)
@@ -188,7 +192,7 @@ class Run:
         return batches, further, record
 
     def _calibrate(self, calibration: CalibrationPass, work: Work) -> None:
-        """Forward and backward; per block the curves of its layers and, where there is room, their moments."""
+        """The forward and backward pass. Saves each block's curves and, if they fit on disk, its moments."""
         blocks = calibration.blocks()
         curvature = self._options.curvature
         keep_moments = self._plan.moment_bytes <= MOMENT_BYTES
@@ -224,7 +228,7 @@ class Run:
     def _kept_moments(
         self, calibration: CalibrationPass, work: Work, at: BlockId
     ) -> tuple[list[InputGroup], BlockMoments] | None:
-        """A block's moments from disk, where they are."""
+        """A block's groups and moments from the work directory; None if they were not saved."""
         if not work.has(at.step("moments")):
             return None
         tensors, record = work.load(at.step("moments"))
@@ -233,7 +237,7 @@ class Run:
         return groups, BlockMoments.of(tensors, groups, record["rows"])
 
     def _curves(self, calibration: CalibrationPass, work: Work) -> tuple[dict[str, Curve], Noise]:
-        """Of every layer, the errors by rank, and what rounding to the competing stores adds to them."""
+        """The curves of all layers, and the error that rounding to the competing stores adds."""
         curves: dict[str, Curve] = {}
         noise: Noise = {}
         for at in calibration.blocks():
@@ -247,7 +251,7 @@ class Run:
     ) -> dict[str, Choice]:
         shapes: dict[str, tuple[int, int]] = {name: model.model.get_submodule(name).weight.shape for name in ends.noise}
         budget = self._plan.layer_budget_bytes
-        if budget is not None:  # the plan counts on all layers
+        if budget is not None:  # the plan's budget includes layers that turned out to stay dense
             budget -= sum(self._weights.nbytes(f"{name}.weight") for name in read)
         return choose(curves, self._options, noise=noise | ends.noise, budget_bytes=budget, ends=shapes)
 
@@ -290,7 +294,7 @@ class Run:
             student, teacher = dense_pair(self._weights, options, ends)
             for at in calibration.blocks():
                 for name, layer in load_block(work, at)[0].items():
-                    put_in(student, name, layer.to(options.device))
+                    replace_module(student, name, layer.to(options.device))
             for name, parameter in student.named_parameters():
                 parameter.requires_grad_("cores." in name or parameter.ndim == 1)
             settings = HealSettings.of(options, speech=self._weights.is_speech)
@@ -305,7 +309,7 @@ class Run:
 
 @contextmanager
 def nothing_left(work: Work) -> Iterator[None]:
-    """A model that can't be compressed can't be the next time: nothing is kept for it."""
+    """Removes the work directory when the model can't be compressed at all: a later call can't use it."""
     try:
         yield
     except (UnsupportedModelError, TensorMissingError):
@@ -314,7 +318,7 @@ def nothing_left(work: Work) -> Iterator[None]:
 
 
 def _unjudged(report: dict[str, Any]) -> dict[str, Any]:
-    """A report as it was before the judgement of the result, of which every run has another: its times are its own."""
+    """A report without quality and evaluation time, which differ between the report in the work directory and on disk."""
     found = {**report, "quality": None, "seconds": {**report.get("seconds", {}), "evaluate": None}}
     if isinstance(found.get("elastic"), dict):
         found["elastic"] = {**found["elastic"], "quality": None}
@@ -324,5 +328,5 @@ def _unjudged(report: dict[str, Any]) -> dict[str, Any]:
 def _tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
-    with foreign(f"the tokenizer of {path} can't be loaded"):
+    with as_compression_error(f"the tokenizer of {path} can't be loaded"):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)

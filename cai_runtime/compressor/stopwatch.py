@@ -8,7 +8,8 @@ from time import perf_counter
 
 
 class Stopwatch:
-    """spent: seconds by stage of earlier calls, which are gone on from. A stage inside another is counted by itself."""
+    """Accumulates wall time by stage. spent: seconds by stage of earlier calls. Time in a nested stage counts for that stage
+    alone."""
 
     def __init__(self, spent: Mapping[str, float] | None = None):
         self._spent = dict(spent or {})
@@ -26,11 +27,11 @@ class Stopwatch:
             self._open.pop()
 
     def add(self, stage: str, seconds: float) -> None:
-        """Count what was measured elsewhere."""
+        """Add seconds that were measured elsewhere to a stage."""
         self._spent[stage] = self._spent.get(stage, 0.0) + seconds
 
     def seconds(self) -> dict[str, float]:
-        """Until now, in milliseconds' steps; of stages that are open, too."""
+        """Seconds by stage until now, rounded to milliseconds, open stages included."""
         self._count()
         return {stage: round(took, 3) for stage, took in self._spent.items()}
 

@@ -1,4 +1,4 @@
-"""Results of finished steps on disk, so that a compression that was killed goes on where it was."""
+"""The work directory: results of finished steps on disk, from which a killed compression resumes."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ import torch
 from cai_runtime.compressor.stopwatch import Stopwatch
 from cai_runtime.errors import CompressionError
 
-FORMAT = 4  # raise it when what a step keeps, or how it comes about, changes
+FORMAT = 4  # raise it when the contents of a step, or their computation, change
 MANIFEST = "manifest.json"
 LOCK = "lock"
 RECORD = "record"  # metadata entry of a step's file
-SECONDS = "seconds.json"  # nothing that results depend on
-SUFFIX, PARTIAL = ".safetensors", ".partial"  # of a step's file, of any file that is being written
+SECONDS = "seconds.json"  # wall times; results do not depend on it
+SUFFIX, PARTIAL = ".safetensors", ".partial"  # of a step's file; of any file while it is written
 
 
 def work_directory(dst: Path) -> Path:
-    """Where the compression to `dst`, an absolute path, keeps its steps."""
+    """The work directory of a compression to `dst`, an absolute path."""
     return dst.parent / f".{dst.name}.work"
 
 
 def was_begun(directory: Path, step: str | None = None) -> bool:
-    """Whether there is a work directory, or in it a step. False, too, where none can be: a name that is too long."""
+    """Whether the work directory, or a step in it, exists. False also for a path that can't exist (name too long)."""
     with suppress(OSError):
         return (directory if step is None else directory / f"{step}{SUFFIX}").exists()
     return False
@@ -44,13 +44,12 @@ def bytes_held(directory: Path) -> int:
 
 
 class Work:
-    """A directory of steps. A step is a file of named tensors with a JSON record, and is there whole or not at all.
+    """A locked directory of steps. A step is one file of named tensors and a JSON record, written atomically.
 
-    key: everything that the results depend on (options, source hash, versions), JSON. A directory that was begun with
-    another key is refused, unless `restart`, which empties it. watch: goes on from the time that earlier calls took, and is
-    kept with every step.
+    directory: created if missing. key: JSON of everything that results depend on (options, source hashes, versions).
+    restart: empty the directory first. Attribute `watch`: a stopwatch that includes earlier calls; saved with every step.
 
-    Raises CompressionError when the directory belongs to something else or can't be written.
+    Raises CompressionError when the directory has another key, holds something else, is locked or can't be written.
     """
 
     def __init__(self, directory: Path, key: dict[str, Any], *, restart: bool = False):
@@ -76,17 +75,20 @@ class Work:
                     f"{directory} holds an unfinished compression with other options ({_difference(begun, text)}): "
                     "restart it (--restart), or remove the directory"
                 )
-            with suppress(OSError, ValueError):  # without it, times begin anew
+            with suppress(OSError, ValueError):  # without the file, times start at 0
                 self.watch = Stopwatch(json.loads((directory / SECONDS).read_text()))
         except OSError as e:
             raise CompressionError(f"the work directory {directory} can't be used: {e.strerror or e}") from e
 
     def has(self, step: str) -> bool:
+        """Whether the step is finished."""
         return self._file(step).exists()
 
     def save(self, step: str, tensors: dict[str, torch.Tensor], record: Any = None, *, again: bool = False) -> None:
-        """Keep a step's result. tensors: on any device. One that is there already is the same and stays, unless `again`:
-        then it is replaced."""
+        """Write a step. tensors: on any device. record: JSON. again: replace an existing step; otherwise it stays.
+
+        Raises CompressionError when the step can't be written.
+        """
         from safetensors.torch import save
 
         if self.has(step) and not again:
@@ -107,7 +109,7 @@ class Work:
             ) from e
 
     def load(self, step: str) -> tuple[dict[str, torch.Tensor], Any]:
-        """A step's tensors, on the CPU, and its record."""
+        """A step's tensors, on the CPU, and its record. Raises CompressionError when the step can't be read."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -120,25 +122,25 @@ class Work:
             ) from e
 
     def drop(self, step: str) -> None:
-        """Forget a step that nothing needs any more."""
+        """Delete a step, if it exists."""
         self._file(step).unlink(missing_ok=True)
 
     def keep_only(self, step: str) -> None:
-        """Forget all steps but this one."""
+        """Delete all steps but this one."""
         for file in self.directory.glob(f"*{SUFFIX}"):
             if file != self._file(step):
                 file.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Let another process use the directory; one without results is removed. Idempotent."""
-        with suppress(OSError):  # it was removed by hand
+        """Release the lock, and remove the directory if it has no steps. Idempotent."""
+        with suppress(OSError):  # the user may have removed the directory
             names = {entry.name for entry in self.directory.iterdir() if not entry.name.endswith(PARTIAL)}
             if not self._lock.closed and names <= {LOCK, MANIFEST, SECONDS}:
                 shutil.rmtree(self.directory, ignore_errors=True)
         self._lock.close()
 
     def remove(self) -> None:
-        """Remove the directory: the steps first, so that what a kill leaves is a directory without steps."""
+        """Remove the directory. The steps go first, so that a kill leaves a directory without steps."""
         for file in self.directory.glob(f"*{SUFFIX}"):
             file.unlink(missing_ok=True)
         shutil.rmtree(self.directory, ignore_errors=True)
@@ -149,8 +151,10 @@ class Work:
 
 
 def _locked(file: Path) -> IO[bytes]:
-    """The open lock file. Raises CompressionError while another process holds it; Windows has no such lock, nothing is
-    held there. The system releases it with the process, however that ends."""
+    """The open, locked lock file. The system releases the lock when the process ends. Windows has no flock: no lock there.
+
+    Raises CompressionError while another process holds the lock.
+    """
     lock = file.open("ab")
     if sys.platform != "win32":
         import fcntl
@@ -166,7 +170,7 @@ def _locked(file: Path) -> IO[bytes]:
 
 
 def _write(file: Path, data: bytes) -> None:
-    """All of a file or nothing, also when the power fails. Raises OSError, and gives the space back."""
+    """Write a file atomically, also across power failures. On OSError it removes the partial file and raises."""
     partial = _partial(file)
     try:
         with partial.open("wb") as f:
@@ -180,12 +184,12 @@ def _write(file: Path, data: bytes) -> None:
 
 
 def _partial(file: Path) -> Path:
-    """Always the same: what a killed process left is written over."""
+    """The temporary name, always the same, so that a later write replaces what a killed process left."""
     return file.with_name(f"{file.name}{PARTIAL}")
 
 
 def _difference(begun: str, wanted: str) -> str:
-    """Names of the entries that differ, such as options.keep, for the message."""
+    """For the message: names of the entries that differ, such as options.keep."""
 
     def names(old: Any, new: Any, name: str) -> list[str]:
         if isinstance(old, dict) and isinstance(new, dict):

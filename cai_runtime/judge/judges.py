@@ -205,7 +205,7 @@ class EngineJudge(_Closing):
                 continue
             self._check(ids[:-1])
             self._check(ids[-1:])
-            asked.append(_Asked(k, ids[:-1], first - 1, ids[first:]))
+            asked.append(_ScoredText(k, ids[:-1], first - 1, ids[first:]))
         room = min(self._runner.num_pages, max(PROMPT_CHUNK // self._runner.page_size, 1))
         for group in _packed(asked, lambda text: self._pages(text.fed), room):
             if len(group) == 1:
@@ -248,7 +248,7 @@ class EngineJudge(_Closing):
         self.engine.close()
 
 
-class _Asked(NamedTuple):
+class _ScoredText(NamedTuple):
     """A text to score: its place in the caller's list, the tokens that are fed, the first of them whose logits are
     wanted, and the tokens that follow from there on."""
 
@@ -258,9 +258,9 @@ class _Asked(NamedTuple):
     wanted: list[int]
 
 
-def _packed(texts: list[_Asked], pages: Callable[[_Asked], int], room: int) -> Iterator[list[_Asked]]:
+def _packed(texts: list[_ScoredText], pages: Callable[[_ScoredText], int], room: int) -> Iterator[list[_ScoredText]]:
     """Runs of texts, in their order, that fit into `room` pages together; a longer one is by itself."""
-    group: list[_Asked] = []
+    group: list[_ScoredText] = []
     used = 0
     for text in texts:
         if group and used + pages(text) > room:

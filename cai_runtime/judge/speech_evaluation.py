@@ -168,7 +168,7 @@ class _Run:
         self.heard: list[list[str]] = [[] for _ in paths]  # by model and clip
         self.spent = [0.0 for _ in paths]
         # Of the first model, by clip and window: the tokens that it heard, prompt and end included, and those of the prompt.
-        self.told: list[list[tuple[torch.Tensor, int]]] = []
+        self.transcripts: list[list[tuple[torch.Tensor, int]]] = []
         self.kl: list[list[list[float]]] = [[] for _ in paths]  # from the first model, by clip and position
         self.same = [0 for _ in paths]
         self._errors: dict[int, list[tuple[int, int] | None]] = {}
@@ -185,14 +185,14 @@ class _Run:
                 features = self._features(k)
                 ids = self._hear(0, first, features)
                 if len(self.paths) > 1:
-                    self.told.append(_told(first, features, ids))
+                    self.transcripts.append(_transcript_tokens(first, features, ids))
                 bar.update()
             for number in range(1, len(self.paths)):
                 model = _open(self.paths[number], self.dtype, self.device, self.keeps[number])
                 for k in range(len(self.clips)):
                     features = self._features(k)
                     self._hear(number, model, features)
-                    self._diverge(number, first, model, features, self.told[k])
+                    self._diverge(number, first, model, features, self.transcripts[k])
                     bar.update()
                 del model
 
@@ -213,11 +213,16 @@ class _Run:
 
     @torch.inference_mode()
     def _diverge(
-        self, number: int, first: Any, model: Any, features: torch.Tensor, told: Sequence[tuple[torch.Tensor, int]]
+        self,
+        number: int,
+        first: Any,
+        model: Any,
+        features: torch.Tensor,
+        transcripts: Sequence[tuple[torch.Tensor, int]],
     ) -> None:
         """Both models' distributions over each token of what the first one heard."""
         found: list[float] = []
-        for window, (tokens, prompt) in zip(features, told, strict=True):
+        for window, (tokens, prompt) in zip(features, transcripts, strict=True):
             batch = speech_batch(window, tokens, prompt)
             predicted = batch.pop("labels")[0].to(self.device) != -100
             inputs = {key: value.to(self.device) for key, value in batch.items()}
@@ -239,8 +244,8 @@ class _Run:
         from cai_runtime.slim.inspect import inspect_checkpoint
 
         held = inspect_checkpoint(self.paths[number], keep=self.keeps[number])
-        told = [pair for pair in self.errors(number) if pair is not None]
-        wrong, words = sum(e for e, _ in told), sum(n for _, n in told)
+        pairs = [pair for pair in self.errors(number) if pair is not None]
+        wrong, words = sum(e for e, _ in pairs), sum(n for _, n in pairs)
         rate = self.word_error(number)
         return SpeechScore(
             path=str(self.paths[number]),
@@ -251,15 +256,15 @@ class _Run:
             words=words,
             errors=wrong if words else None,
             word_error=rate,
-            word_error_error=None if rate is None else _ratio_error(told),
-            word_error_capped=None if rate is None else sum(min(pair) for pair in told) / words,
+            word_error_error=None if rate is None else _ratio_error(pairs),
+            word_error_capped=None if rate is None else sum(min(pair) for pair in pairs) / words,
             seconds=round(self.spent[number], 3),
         )
 
     def word_error(self, number: int) -> float | None:
-        told = [pair for pair in self.errors(number) if pair is not None]
-        words = sum(n for _, n in told)
-        return sum(e for e, _ in told) / words if words else None
+        pairs = [pair for pair in self.errors(number) if pair is not None]
+        words = sum(n for _, n in pairs)
+        return sum(e for e, _ in pairs) / words if words else None
 
     def divergence(self, number: int) -> SpeechDivergence:
         heard = zip(self.heard[0], self.heard[number], strict=True)
@@ -309,7 +314,9 @@ def _generate(model: Any, features: torch.Tensor) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def _told(model: Any, features: torch.Tensor, ids: Sequence[Sequence[int]]) -> list[tuple[torch.Tensor, int]]:
+def _transcript_tokens(
+    model: Any, features: torch.Tensor, ids: Sequence[Sequence[int]]
+) -> list[tuple[torch.Tensor, int]]:
     """Prompt, text and end of each window, int64 [tokens], and how many of them are the prompt. ids: what was heard."""
     prompts = Prompts.of(model)
     if len(prompts.languages) > 1:  # which has to be heard

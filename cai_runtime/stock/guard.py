@@ -10,7 +10,7 @@ from cai_runtime.stock.torch_state import BUILDING
 
 
 @contextmanager
-def foreign(what: str) -> Iterator[None]:
+def as_compression_error(what: str) -> Iterator[None]:
     """Any error within is a CompressionError: `what` can't be done, and why.
 
     For transformers on a user's files: it raises whatever its code stumbles over (a ZeroDivisionError for no heads, an

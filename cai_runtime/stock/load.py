@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cai_runtime.errors import TensorMissingError, UnsupportedModelError
-from cai_runtime.stock.guard import foreign, quiet_transformers
+from cai_runtime.stock.guard import as_compression_error, quiet_transformers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SPEECH = {"whisper"}  # model types that are loaded as speech recognizers, everything else as causal language models
@@ -107,7 +107,7 @@ def _frozen(model: Any, device: str) -> Any:
 
 @contextmanager
 def _loading(path: str | Path) -> Iterator[None]:
-    with foreign(f"transformers can't load {path} as a language or speech model"), quiet_transformers():
+    with as_compression_error(f"transformers can't load {path} as a language or speech model"), quiet_transformers():
         yield
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cai_runtime.audio.files import RATE
-from cai_runtime.stock.guard import foreign
+from cai_runtime.stock.guard import as_compression_error
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +30,7 @@ def load_processor(path: str | Path) -> tuple[Any, Any]:
     """A Whisper's feature extractor and tokenizer. Raises CompressionError when the directory lacks their files."""
     from transformers import AutoFeatureExtractor, AutoTokenizer
 
-    with foreign(f"the feature extractor or tokenizer of {path} can't be loaded"):
+    with as_compression_error(f"the feature extractor or tokenizer of {path} can't be loaded"):
         return (
             AutoFeatureExtractor.from_pretrained(path, trust_remote_code=False),
             AutoTokenizer.from_pretrained(path, trust_remote_code=False),

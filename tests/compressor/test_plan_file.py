@@ -79,7 +79,7 @@ def test_the_sizes_are_known_before(made, tiny, tmp_path):
         ({}, 'no "modules"'),
         ({"*": 3}, "must be an object"),
         ({"*": {"kind": "sparse"}}, "kind must be one of"),
-        ({"*": {"kind": "dense", "rank": 3}}, "'rank' is nothing that kind dense has"),
+        ({"*": {"kind": "dense", "rank": 3}}, "kind dense has no 'rank'"),
         ({"*": {"kind": "lowrank"}}, "rank must be a positive integer"),
         ({"*": {"kind": "lowrank", "rank": True}}, "rank must be a positive integer"),
         ({"*": {"kind": "lowrank", "rank": 2, "store": "int3"}}, "store must be one of"),

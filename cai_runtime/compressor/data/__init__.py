@@ -1,5 +1,5 @@
-"""Calibration data: the sequences of tokens, or windows of audio, that statistics, refinement and healing read.
+"""Calibration data: token sequences or audio windows for statistics, refinement and healing.
 
-Takes a source (the model itself, files, a dataset, recordings); gives token sequences of one length, or speech samples.
-Text that a model writes itself follows LLM-QAT (Liu et al. 2023, arXiv:2305.17888).
+Input: a source (the model itself, files, a dataset, recordings). Output: token sequences of one length, or speech samples.
+Text written by the model itself follows LLM-QAT (Liu et al. 2023, arXiv:2305.17888).
 """

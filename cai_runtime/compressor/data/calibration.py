@@ -1,4 +1,4 @@
-"""Calibration text as token sequences of one length: the model's own, Wikipedia's, a file's, a dataset's."""
+"""Calibration text as token sequences of one length, from the model itself, Wikipedia, files or a dataset."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Source = str | Path | Sequence[str | Path]
 
 @dataclass(frozen=True)
 class Calibration:
-    """Token sequences, and where they came from.
+    """Token sequences and their origin.
 
-    sequences: int64 [samples, length], on the CPU. source: in words. provenance: plain values that let the same text be had
-    again: files and their SHA-256, a dataset's commit, or how the model was sampled.
+    sequences: int64 [samples, length], on the CPU. source: description for people. provenance: JSON values to reproduce the
+    text: files and their SHA-256, a dataset's commit, or the sampling settings.
     """
 
     sequences: torch.Tensor
@@ -35,7 +35,7 @@ class Calibration:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """For the report: plain values, with the SHA-256 of the token ids (int64, little-endian, row by row)."""
+        """JSON values for the report, with the SHA-256 of the token ids (int64, little-endian, row-major)."""
         return {
             "source": self.source,
             "sequences": self.sequences.shape[0],
@@ -58,25 +58,25 @@ def calibration_sequences(
     sampling: SelfSampling | None = None,
     progress: bool | None = None,
 ) -> Calibration:
-    """Calibration text of a source, as `samples` sequences of `sequence_length` tokens, or as many as the text fills.
+    """Calibration text of a source as `samples` sequences of `sequence_length` tokens, or fewer if the text is short.
 
     Args:
         source:
           - "self": written by the model itself, see `self_text`;
           - "wikipedia": the first half of the articles in `wikipedia-sample`;
           - "hf:owner/name[:config[:split]][@revision]": a dataset of the Hugging Face hub, see `hub_dataset`;
-          - a .txt, .jsonl or .parquet file, a directory of such files, or a list of them, see `text_files`. A file named
-            like one of the words above: write "./self".
-        tokenizer: transformers' tokenizer of the model. Conversations go through its chat template; other texts stay
-            documents, with its end-of-sequence token between them.
-        model_path: the dense (or slim) checkpoint, which "self" runs.
-        seed: draws the sequences out of a longer text, and the tokens of the model's own text.
+          - a .txt, .jsonl or .parquet file, a directory of such files, or a list of them, see `text_files`. For a file
+            named like a word above, write "./self".
+        tokenizer: transformers' tokenizer of the model. It renders conversations with its chat template. Other texts are
+            documents, separated by its end-of-sequence token.
+        model_path: the dense or slim checkpoint that "self" runs.
+        seed: for drawing sequences from a longer text, and for sampling with "self".
         device: "cpu" or "cuda[:n]", where "self" runs the model.
-        sampling: how "self" samples (None: the defaults of `SelfSampling`).
-        progress: bars on stderr; None shows them on a terminal only.
+        sampling: settings of "self"; None: the defaults of `SelfSampling`.
+        progress: bars on stderr; None: on a terminal only.
 
-    The same arguments give the same sequences; no global random state is used or changed. A large file or dataset is
-    sampled in one pass; memory holds only what is kept.
+    The same arguments give the same sequences. No global random state is used or changed. A large file or dataset is sampled
+    in one pass; only the sample is in memory.
 
     Raises:
         CompressionError: the source is unknown or empty, too short for one sequence, malformed (the message names file and
@@ -186,7 +186,7 @@ def _dataset(source: str, tokens: int, seed: int, progress: bool | None) -> tupl
 
 
 class _Counted:
-    """Documents on their way, counted."""
+    """Iterates over documents and counts them."""
 
     def __init__(self, documents: Iterable[Document]):
         self.count = 0
@@ -209,11 +209,9 @@ def _count(documents: Sequence[Document], among: int) -> str:
 
 
 def tokenize_documents(tokenizer: Any, documents: Iterable[Document]) -> torch.Tensor:
-    """All documents as one row of token ids, int64 [tokens]: conversations as the chat template renders them, texts as
-    `tokenize` does.
+    """All documents as token ids, int64 [tokens]. Conversations are rendered by the chat template, texts as in `tokenize`.
 
-    Raises CompressionError, naming the document's place: a conversation for a model without a chat template, or one that
-    the template refuses.
+    Raises CompressionError, which names file and line: the model has no chat template, or it rejects a conversation.
     """
     import torch
 
@@ -252,16 +250,16 @@ def _text_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
-    """All texts as one row of token ids, int64 [tokens], each as the tokenizer begins and ends a document, with its
-    end-of-sequence token (where it has one) between them."""
+    """All texts as token ids, int64 [tokens], with the tokenizer's special tokens. Each text ends with an end-of-sequence
+    token if the tokenizer has one."""
     import torch
 
     return torch.tensor([token for text in texts for token in _text_ids(tokenizer, text)], dtype=torch.int64)
 
 
 def sample_sequences(tokens: torch.Tensor, samples: int, length: int, *, seed: int = 0) -> torch.Tensor:
-    """`samples` different windows of `length` tokens, int64 [samples, length], drawn by `seed`; all of them in order,
-    when there are no more than that.
+    """`samples` disjoint windows of `length` tokens, drawn by `seed`, in text order: int64 [samples, length]. All windows if
+    there are no more.
 
     Raises CompressionError when the tokens do not fill one window.
     """

@@ -1,7 +1,7 @@
-"""The fixed parts of a chat template, between which user and assistant speak.
+"""The fixed parts of a chat template, between the turns of user and assistant.
 
-With them a model writes whole conversations, the user's turns too: it has learned what comes after the user's header (Xu et
-al. 2024, "Magpie: Alignment Data Synthesis from Scratch by Prompting Aligned LLMs with Nothing").
+After the header of a user turn, a chat model also writes the user's turn (Xu et al. 2024, "Magpie: Alignment Data Synthesis
+from Scratch by Prompting Aligned LLMs with Nothing"). So it can write whole conversations.
 """
 
 from __future__ import annotations
@@ -9,16 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-# What is said in the rendered probe: words that no template changes or cuts, and that none holds.
-_SAID = ("Question-8317", "Answer-2946", "Question-5073")
-# Templates that state today's date get this one, so that the same text has the same tokens tomorrow.
+# Contents of the probe conversation: no template alters them, and none contains them.
+_PROBES = ("Question-8317", "Answer-2946", "Question-5073")
+# Templates that state the current date get this one, so that tokens do not depend on the day.
 DATE = "01 Jan 2025"
 
 
 @dataclass(frozen=True)
 class ChatFrame:
-    """Token ids of a conversation's fixed parts. opening: up to where the user begins. answer: from the end of the user's
-    turn to where the assistant begins. next: from the end of the assistant's turn to where the user begins again."""
+    """Token ids of the fixed parts of a conversation.
+
+    opening: before the first user turn. answer: between a user turn and an assistant turn. next: between an assistant turn
+    and the next user turn.
+    """
 
     opening: tuple[int, ...]
     answer: tuple[int, ...]
@@ -26,20 +29,20 @@ class ChatFrame:
 
 
 def dated_template(tokenizer: Any) -> str:
-    """The tokenizer's chat template, for which it is always `DATE`. Raises ValueError when it has several and no default."""
-    # A macro of this name comes before the function that transformers gives to every template.
+    """The tokenizer's chat template with the date fixed to `DATE`. Raises ValueError when it has several and no default."""
+    # A macro takes precedence over the function of the same name that transformers passes to templates.
     return "{%- macro strftime_now(format) -%}" + DATE + "{%- endmacro -%}" + tokenizer.get_chat_template()
 
 
 def chat_frame(tokenizer: Any) -> ChatFrame | None:
-    """The frame of a tokenizer's chat template. None when it has no template, or one that refuses a plain conversation of
-    user and assistant or does not show it word by word."""
+    """The frame of a tokenizer's chat template. None when it has no template, or the template rejects a plain conversation
+    or does not render its contents verbatim."""
     from jinja2.exceptions import TemplateError
 
     if not getattr(tokenizer, "chat_template", None):
         return None
     roles = ("user", "assistant", "user")
-    turns = [{"role": role, "content": content} for role, content in zip(roles, _SAID, strict=True)]
+    turns = [{"role": role, "content": content} for role, content in zip(roles, _PROBES, strict=True)]
     try:
         rendered = tokenizer.apply_chat_template(
             turns, chat_template=dated_template(tokenizer), tokenize=False, add_generation_prompt=True
@@ -47,8 +50,8 @@ def chat_frame(tokenizer: Any) -> ChatFrame | None:
     except (TemplateError, ValueError, TypeError, KeyError):
         return None
     parts = []
-    for said in _SAID:
-        part, found, rendered = rendered.partition(said)
+    for probe in _PROBES:
+        part, found, rendered = rendered.partition(probe)
         if not found:
             return None
         parts.append(part)

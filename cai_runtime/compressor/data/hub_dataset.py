@@ -1,4 +1,4 @@
-"""Text from a dataset of the Hugging Face hub: its parquet files, as few of them as are needed."""
+"""Text from the parquet files of a dataset on the Hugging Face hub. Downloads only as many files as needed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from cai_runtime.convert.uris import HubUri
 from cai_runtime.errors import CompressionError, SourceError
 
 PREFIX = "hf:"
-# The branch to which the hub converts datasets of other formats: <config>/<split>/0000.parquet, ...
+# The branch on which the hub converts datasets to parquet: <config>/<split>/0000.parquet, ...
 CONVERTED = "refs/convert/parquet"
 
 
 @dataclass(frozen=True)
 class DatasetName:
-    """`hf:owner/name[:config[:split]][@revision]`. config None: the default one, or the only one."""
+    """`hf:owner/name[:config[:split]][@revision]`.
+
+    config: None: the default or only one. split: default "train". revision: default "main".
+    """
 
     repo: str
     config: str | None
@@ -45,7 +48,7 @@ class DatasetName:
 
 @dataclass(frozen=True)
 class Shards:
-    """The parquet files of one split at one commit, in order."""
+    """The parquet files of one split at one commit, in order. config: its resolved name. files: paths in the repository."""
 
     name: DatasetName
     commit: str
@@ -54,12 +57,12 @@ class Shards:
 
 
 def find_shards(name: DatasetName) -> Shards:
-    """Look up which files hold a split. The answer is cached: a branch such as `main` is looked up once and then kept.
+    """The files of a split. The result is cached, also for a branch such as `main`.
 
-    The repository's own parquet files count first: those that its card gives to the configuration, else those whose path
-    names configuration and split. Without any, the hub's conversion of the dataset to parquet is used.
+    The repository's own parquet files come first: those that its card lists for the configuration, else those whose paths
+    contain configuration and split. Without any, the hub's parquet conversion is used.
 
-    Raises CompressionError: no network, no such dataset, revision, configuration or split, no parquet files.
+    Raises CompressionError: no network, no such dataset, revision, configuration or split, or no parquet files.
     """
 
     def build(directory: Path) -> None:
@@ -73,9 +76,9 @@ def find_shards(name: DatasetName) -> Shards:
 
 
 def fetch_shards(shards: Shards, *, progress: bool | None = None) -> Iterator[Path]:
-    """Download the files one by one, as they are asked for; a cached file is not downloaded again.
+    """Yields the local path of each file, downloading it on demand unless it is cached.
 
-    Raises CompressionError: no network, or a file whose hash is not the one that the hub states.
+    Raises CompressionError: no network, or a file whose hash differs from the hub's.
     """
     uri = HubUri(shards.name.repo, shards.commit, None)
     for file in shards.files:
@@ -96,7 +99,7 @@ def fetch_shards(shards: Shards, *, progress: bool | None = None) -> Iterator[Pa
                     tqdm_class=hub.bar_class(progress),
                 )
             hub.check_files(info, directory)
-            # What huggingface_hub notes beside a download to be able to take it up again.
+            # huggingface_hub's metadata for resuming a download.
             shutil.rmtree(directory / ".cache", ignore_errors=True)
 
         identity = f"dataset {uri.repo}@{uri.revision}/{file}"
@@ -144,7 +147,7 @@ def _parquet_files(info: Any) -> list[str]:
 
 
 def _card_configs(info: Any) -> list[Mapping[str, Any]]:
-    """The `configs` of the dataset card's metadata, see the hub's "Manual Configuration" of datasets."""
+    """The `configs` of the dataset card that have data files, see "Manual Configuration" in the hub's documentation."""
     card = info.card_data
     card = card.to_dict() if hasattr(card, "to_dict") else card
     configs = (card or {}).get("configs") or []
@@ -152,7 +155,7 @@ def _card_configs(info: Any) -> list[Mapping[str, Any]]:
 
 
 def _own_files(name: DatasetName, files: list[str], configs: list[Mapping[str, Any]]) -> tuple[str, list[str]]:
-    """The configuration that is meant, and its split's files."""
+    """The resolved configuration, and the files of its split."""
     by_config = {str(c.get("config_name", "default")): _patterns(c["data_files"]) for c in configs}
     if not by_config:
         return _by_path(name, files)
@@ -172,7 +175,7 @@ def _own_files(name: DatasetName, files: list[str], configs: list[Mapping[str, A
 
 
 def _patterns(data_files: Any) -> dict[str, list[str]]:
-    """Split to patterns of paths. A card may give one pattern, a list of them, or a list of splits with theirs."""
+    """Path patterns by split. A card may give one pattern, a list of patterns, or a list of {split, path}."""
     if isinstance(data_files, str):
         return {"train": [data_files]}
     patterns: dict[str, list[str]] = {}
@@ -185,7 +188,7 @@ def _patterns(data_files: Any) -> dict[str, list[str]]:
 
 
 def _matches(file: str, pattern: str) -> bool:
-    """Whether a path fits a pattern, in which `*` stays within a folder and `**` does not."""
+    """Whether a path matches a pattern; `*` does not cross folders, `**` does."""
     parts, wanted = file.split("/"), pattern.removeprefix("./").split("/")
     if "**" in wanted:
         return fnmatchcase(file, pattern.replace("**/", "*"))
@@ -193,7 +196,8 @@ def _matches(file: str, pattern: str) -> bool:
 
 
 def _by_path(name: DatasetName, files: list[str]) -> tuple[str, list[str]]:
-    """By the usual names: data/train-00000-of-00002.parquet, <config>/train-*.parquet, <config>/<split>/0000.parquet."""
+    """Configuration and files by path: data/train-00000-of-00002.parquet, <config>/train-*.parquet,
+    <config>/<split>/0000.parquet."""
     found: dict[str, list[str]] = {}
     splits: dict[str, None] = {}
     for file in files:

@@ -1,8 +1,8 @@
-"""Calibration text that the model writes itself, so that nothing has to be downloaded (Williams et al. 2024,
-"Self-calibration for Language Model Quantization and Pruning").
+"""Calibration text sampled from the model itself, so that nothing is downloaded (Williams et al. 2024, "Self-calibration for
+Language Model Quantization and Pruning").
 
-Each text starts from the token that begins a document, is sampled hot over its first tokens, which makes texts differ, and
-then at `temperature`. A chat model also writes conversations, both sides of them, in its own template.
+A document starts from the beginning-of-document token. Its first tokens are sampled at a higher temperature, for diversity.
+A chat model also writes conversations in its own template, both the user's and the assistant's turns.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from cai_runtime.kernels.sampling import uniform
 from cai_runtime.progress import progress_bar
 from cai_runtime.stock.next_token import Feed, NextToken, open_next_token
 
-# Tokens that begin a document, by their usual names, for a tokenizer whose "beginning of sequence" begins a chat's turn.
+# Usual names of beginning-of-document tokens, for tokenizers without bos_token or whose bos_token begins a chat turn.
 SEPARATOR = "<|endoftext|>"
 DOCUMENT_STARTS = (SEPARATOR, "<|begin_of_text|>", "<|startoftext|>", "<s>", "<bos>")
-LOOP_CHECK = 16  # tokens from one look for a loop to the next
-LEAST_WORDS = 4  # tokens of a turn or document before it may end
+LOOP_CHECK = 16  # tokens between two checks for a loop
+LEAST_WORDS = 4  # minimum tokens of a turn or document
 
 
 @dataclass(frozen=True)
 class SelfSampling:
-    """How a model's own text is sampled. Checked when made: CompressionError names the setting.
+    """Sampling settings of self-written text. Raises CompressionError, which names the setting, for a value out of range.
 
-    temperature, top_p: of most tokens. start_temperature: of the first token of a document or user's turn; it falls evenly
-    to `temperature` over `start_tokens` tokens. chat_share: of the sequences of a chat model, those that are conversations.
-    turns: a conversation's questions, before another begins. lanes: sequences written at once.
+    temperature, top_p: of all but the first tokens. start_temperature: of the first token of a document or user turn; it
+    falls linearly to `temperature` over `start_tokens` tokens. chat_share: share of conversations among the sequences of a
+    chat model. turns: user turns per conversation. lanes: sequences written at once (batch size).
 
-    The defaults are the model's own distribution. SmolLM2-135M-Instruct, compressed to keep 0.8 on 12 such sequences and not
-    trained, has a perplexity of 29.6 on Wikipedia; on text that reads better, at 0.9 with a top_p of 0.95, it has 33.6:
-    what is seldom written is what the compressed model forgets. With a quarter of conversations instead of a half it has 3.8
-    times the dense perplexity there at keep 0.5, healed, instead of 4.0; conversations lose about as much.
+    Apart from the start, the defaults sample the model's own distribution. Sharper text makes the compressed model forget
+    what it lacks: SmolLM2-135M-Instruct at keep 0.8, calibrated on 12 sequences without training, has a Wikipedia perplexity
+    of 29.6 with the defaults, and 33.6 with temperature 0.9 and top_p 0.95. At keep 0.5, healed, chat_share 0.25 gives 3.8
+    times the dense perplexity, 0.5 gives 4.0. On conversations both give about the same.
     """
 
     temperature: float = 1.0
@@ -65,7 +65,7 @@ class SelfSampling:
             need(getattr(self, name) >= 1, f"{name} must be at least 1, is {getattr(self, name)}")
 
     def params(self, step: int, heated: bool) -> SamplingParams:
-        """Of a text's token number `step`, from 0."""
+        """Sampling parameters of token number `step` (from 0) of a text. heated: apply `start_temperature`."""
         heat = max(0.0, 1 - step / self.start_tokens) if heated else 0.0
         return SamplingParams(
             temperature=self.temperature + heat * (self.start_temperature - self.temperature), top_p=self.top_p
@@ -74,8 +74,11 @@ class SelfSampling:
 
 @dataclass(frozen=True)
 class SelfText:
-    """sequences: `samples` lists of `length` token ids. chats: how many of them are conversations. writer: what ran the
-    model. loops: documents that were ended because they repeated themselves."""
+    """Self-written text.
+
+    sequences: `samples` lists of `length` token ids. chats: number of conversations among them. writer: name of the backend
+    that ran the model. loops: number of texts ended because they fell into a loop.
+    """
 
     sequences: list[list[int]]
     chats: int
@@ -94,15 +97,20 @@ def write_self_text(
     device: str = "cpu",
     progress: bool | None = None,
 ) -> SelfText:
-    """Have the model at `model_path` write `samples` sequences of `length` tokens: documents one after another, the last cut
-    off, or a conversation. The same `seed` gives the same text; no global random state is used or changed.
+    """Sample `samples` sequences of `length` tokens from the model at `model_path`.
 
-    Raises CompressionError: the model does not fit the memory or can't be sampled. CheckpointError: it is damaged.
+    A sequence holds consecutive documents or consecutive conversations, the last one truncated. The same `seed` gives the
+    same text. No global random state is used or changed.
+
+    sampling: None: the defaults of `SelfSampling`. device: "cpu" or "cuda[:n]". progress: bar on stderr; None: on a terminal
+    only.
+
+    Raises CompressionError: the model does not fit into memory or can't be sampled. CheckpointError: it is damaged.
     """
     sampling = sampling or SelfSampling()
     frame = chat_frame(tokenizer) if sampling.chat_share > 0 else None
     share = sampling.chat_share if frame is not None else 0.0
-    # Evenly spread, so that every prefix of the sequences has about the same share.
+    # Evenly spread, so that every prefix of the sequences has about the same share of conversations.
     is_chat = [int((k + 1) * share) > int(k * share) for k in range(samples)]
     model = open_next_token(
         Path(model_path), lanes=min(sampling.lanes, samples), length=length, device=device, progress=progress
@@ -135,8 +143,11 @@ def _write_wave(model: NextToken, writers: Sequence[_Writer], bar: Any) -> None:
 
 @dataclass(frozen=True)
 class DocumentMarks:
-    """start: the token that a document begins with; None: none is known. end: the token written behind a document; None:
-    none. ends: tokens by which the model says that a text is over. banned: tokens that no text may hold."""
+    """Special tokens of documents.
+
+    start: the token that begins a document; None: unknown. end: the token written behind a document; None: none. ends: stop
+    tokens, by which the model ends a text or turn. banned: int64 ids that are never sampled, sorted.
+    """
 
     start: int | None
     end: int | None
@@ -145,7 +156,7 @@ class DocumentMarks:
 
 
 def document_marks(tokenizer: Any, frame: ChatFrame | None, vocab_size: int) -> DocumentMarks:
-    """What begins, ends and may not be in a text of this tokenizer, of a model with `vocab_size` logits."""
+    """The document marks of a tokenizer and a model with `vocab_size` logits. frame: of its chat template, if any."""
     special = set(tokenizer.all_special_ids)
     special |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     vocabulary = tokenizer.get_vocab()
@@ -156,17 +167,18 @@ def document_marks(tokenizer: Any, frame: ChatFrame | None, vocab_size: int) -> 
         start = next((token for token in known if token < vocab_size), None)
     ends = {token for token in (start, end, tokenizer.pad_token_id) if token is not None}
     if start == end or (start is not None and start == vocabulary.get(SEPARATOR)):
-        end = None  # the mark of the next beginning is all that stands between two documents
+        end = None  # the start token of the next document alone separates two documents
     if frame is not None:
         ends |= {frame.answer[0], frame.next[0]} & special
-    # A tokenizer may know more tokens than the model, and the model more than the tokenizer.
+    # The tokenizer may have more tokens than the model has logits, or fewer.
     special, ends = ({token for token in tokens if token < vocab_size} for tokens in (special, ends))
     unwanted = (special - ends) | set(range(len(tokenizer), vocab_size))
     return DocumentMarks(start, end, frozenset(ends), np.array(sorted(unwanted), dtype=np.int64))
 
 
 class _Writer:
-    """One sequence in the making. The model has seen `tokens[begin : begin + fed]` as the text at hand."""
+    """One sequence while it is written. The model's KV cache holds tokens[begin : begin + fed], the start of the current
+    text."""
 
     def __init__(
         self,
@@ -181,7 +193,7 @@ class _Writer:
         self.length, self.sampling, self.marks, self.frame = length, sampling, marks, frame
         self.max_context, self.vocab_size, self.key = model.max_context, model.vocab_size, key
         self.tokens: list[int] = []
-        self.loops = self.fed = self.said = 0
+        self.loops = self.fed = self.written = 0
         self._draws = 0
         self._ends = np.array(sorted(marks.ends), dtype=np.int64)
         self._begin_text()
@@ -195,42 +207,46 @@ class _Writer:
         return min(len(self.tokens), self.length)
 
     def feed(self, most: int) -> tuple[list[int], int]:
-        """The next tokens that the model has not seen, and the position of the first."""
+        """Up to `most` tokens that are not in the KV cache yet, and the position of the first."""
         at = self.begin + self.fed
         ids = self.tokens[at : at + most]
         start, self.fed = self.fed, self.fed + len(ids)
         return ids, start
 
     def take(self, logits: np.ndarray) -> None:
-        """Go on with the model's answer to the last feed, fp32 [vocab]."""
+        """Sample the next token. logits: fp32 [vocab], the model's output for the last feed."""
         if self.begin + self.fed < len(self.tokens):
-            return  # more is to be fed first
+            return  # the prefill is not complete
         token = self._choose(logits)
         if token in self.marks.ends:
             self._end_turn()
             return
         self.tokens.append(token)
-        self.said += 1
+        self.written += 1
         if self._closed_by_words():
             self._end_turn()
             return
-        # A model that knows nothing but loops must come to an end, too.
-        if self.said % LOOP_CHECK == 0 and self.loops < self.length // WINDOW and loops(self.tokens[self.turn_begin :]):
+        # The limit on loops ends a sequence even if the model writes nothing but loops.
+        if (
+            self.written % LOOP_CHECK == 0
+            and self.loops < self.length // WINDOW
+            and loops(self.tokens[self.turn_begin :])
+        ):
             del self.tokens[-WINDOW // 2 :]
             self.loops += 1
             self._end_text()
         elif len(self.tokens) - self.begin >= self.max_context:
             self._end_text()
-        elif self.frame is not None and self.asking and self.said >= max(self.length // 4, LEAST_WORDS):
-            self._end_turn()  # a question that takes no end
+        elif self.frame is not None and self.asking and self.written >= max(self.length // 4, LEAST_WORDS):
+            self._end_turn()  # the user turn is too long
 
     def _closed_by_words(self) -> bool:
-        """Whether the turn's last tokens are those by which the template ends it, which go: not every template ends turns
-        with special tokens."""
+        """Whether the turn ends with the template's closing tokens; removes them. Some templates end turns with plain
+        text instead of special tokens."""
         if self.frame is None:
             return False
         closing = self.frame.answer if self.asking else self.frame.next
-        if self.said < len(closing) + LEAST_WORDS or tuple(self.tokens[-len(closing) :]) != closing:
+        if self.written < len(closing) + LEAST_WORDS or tuple(self.tokens[-len(closing) :]) != closing:
             return False
         del self.tokens[-len(closing) :]
         return True
@@ -238,9 +254,9 @@ class _Writer:
     def _choose(self, logits: np.ndarray) -> int:
         logits = logits.copy()
         logits[self.marks.banned] = -np.inf
-        if self.said < LEAST_WORDS:
+        if self.written < LEAST_WORDS:
             logits[self._ends] = -np.inf
-        params = self.sampling.params(self.said, self.asking or self.frame is None)
+        params = self.sampling.params(self.written, self.asking or self.frame is None)
         return sample_one(logits, params, self._uniform(), position=self.fed)
 
     def _uniform(self) -> float:
@@ -251,31 +267,31 @@ class _Writer:
         self.begin, self.fed, self.asked = len(self.tokens), 0, 1
         self.asking = self.frame is not None
         if self.frame is not None:
-            self._say(self.frame.opening)
+            self._append_fixed(self.frame.opening)
         elif self.marks.start is not None:
-            self._say((self.marks.start,))
-        else:  # nothing marks a beginning: any token does (Liu et al. 2023, "LLM-QAT")
-            self.said = 0
-            self._say((self._choose(np.zeros(self.vocab_size, dtype=np.float32)),))
+            self._append_fixed((self.marks.start,))
+        else:  # without a start token, begin with a random token (Liu et al. 2023, "LLM-QAT")
+            self.written = 0
+            self._append_fixed((self._choose(np.zeros(self.vocab_size, dtype=np.float32)),))
 
     def _end_turn(self) -> None:
         if self.frame is None or (not self.asking and self.asked == self.sampling.turns):
             self._end_text()
         elif self.asking:
             self.asking = False
-            self._say(self.frame.answer)
+            self._append_fixed(self.frame.answer)
         else:
             self.asking, self.asked = True, self.asked + 1
-            self._say(self.frame.next)
+            self._append_fixed(self.frame.next)
 
     def _end_text(self) -> None:
         if self.frame is not None:
-            self.tokens.append(self.frame.next[0])  # as a turn ends
+            self.tokens.append(self.frame.next[0])  # the token that ends an assistant turn
         elif self.marks.end is not None:
             self.tokens.append(self.marks.end)
         self._begin_text()
 
-    def _say(self, ids: Iterable[int]) -> None:
-        """Fixed tokens, behind which something else begins."""
+    def _append_fixed(self, ids: Iterable[int]) -> None:
+        """Append fixed tokens, behind which a new turn or document begins."""
         self.tokens += ids
-        self.turn_begin, self.said = len(self.tokens), 0
+        self.turn_begin, self.written = len(self.tokens), 0

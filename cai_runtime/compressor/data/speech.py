@@ -1,11 +1,11 @@
-"""What a speech model is calibrated on: windows of audio as log-mel features, and what is said in them as tokens.
+"""Calibration data of a speech model: windows of audio as log-mel features, and their transcripts as tokens.
 
-A batch is one window. Windows of different texts side by side would need padding, and padded positions would go into the
-Gram matrices; an encoder's 1500 positions fill a machine anyway.
+A batch is one window. Batching transcripts of different lengths would need padding, and padded positions would enter the
+Gram matrices. The encoder's 1500 positions fill the machine anyway.
 
-Audio shorter than a window is padded with silence, as everywhere in Whisper, and the silence counts in the encoder's
-moments as any other position does: the decoder reads all positions, and a compressed encoder that has only learned speech
-gives it noise where it knows silence. Where silence says nothing about the loss, its gradients are small and weigh little.
+Audio shorter than a window is padded with silence, as always in Whisper. The silence counts in the encoder's moments,
+because the decoder attends to all positions. An encoder calibrated on speech alone would give it noise there. Silence that
+does not affect the loss has small gradients, and thus little weight.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from cai_runtime.compressor.stats.weights import DenseWeights
     from cai_runtime.compressor.work import Work
 
-# Of the model's own texts of one and the same window, one after the other until there are enough samples.
+# Temperatures of further rounds, in which the model transcribes the windows again until there are enough samples.
 TEMPERATURES = (0.0, 0.4, 0.8)
 STEP = "text"
 NO_AUDIO = (
@@ -44,8 +44,10 @@ NO_AUDIO = (
 
 @dataclass(frozen=True)
 class Sample:
-    """One window and one text of it. window: index of the window. tokens: the prompt, the text and its end. prompt: how many
-    of them are the prompt."""
+    """One window with one transcript.
+
+    window: its index. tokens: ids of prompt, transcript and end. prompt: number of prompt tokens.
+    """
 
     window: int
     tokens: tuple[int, ...]
@@ -54,10 +56,10 @@ class Sample:
 
 @dataclass
 class SpeechCalibration:
-    """Windows and their texts.
+    """Windows and their transcripts.
 
-    features: fp32 [mels, frames] of each window. samples: texts of different windows first. source: in words. provenance:
-    plain values: files and their SHA-256, seconds, how many texts were given and how many are the model's own.
+    features: fp32 [mels, frames] per window. samples: one of each window first, then further ones. source: description for
+    people. provenance: JSON values: files and their SHA-256, seconds, counts of given and generated transcripts.
     """
 
     features: list[torch.Tensor]
@@ -66,7 +68,7 @@ class SpeechCalibration:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """For the report: plain values, with the SHA-256 of all token ids (int64, little-endian)."""
+        """JSON values for the report, with the SHA-256 of all token ids (int64, little-endian)."""
         ids = torch.tensor([t for sample in self.samples for t in sample.tokens], dtype=torch.int64)
         return {
             "source": self.source,
@@ -79,14 +81,14 @@ class SpeechCalibration:
 
 
 def require_audio(source: Source | None) -> None:
-    """Raises CompressionError, which says what to give, unless `source` is audio; as `find_clips` does."""
+    """Raises CompressionError, which says what to give, unless `source` is audio (see `find_clips`)."""
     if source is None or source == "self":
         raise CompressionError(NO_AUDIO)
     find_clips(source)
 
 
 def open_clips(clips: Sequence[Clip], progress: bool | None = None) -> None:
-    """Read them all, so that one that can't be read is known before it is needed. Raises what `read_audio` raises."""
+    """Read all clips, to find unreadable ones early. Raises what `read_audio` raises."""
     with progress_bar("clips", total=len(clips), unit="clip", show=progress) as bar:
         for clip in clips:
             read_audio(clip.path)
@@ -103,21 +105,21 @@ def speech_samples(
     seed: int = 0,
     progress: bool | None = None,
 ) -> SpeechCalibration:
-    """`samples` windows with a text each, or as many as the audio gives.
+    """`samples` windows with a transcript each, or as many as the audio gives.
 
     Args:
-        source: audio files, directories, or lists of clips, see `audio.files.find_clips`; some are left out, see
-            `split_clips`. A clip's transcript is the text of its window; a clip of more than 30 s is cut, and its windows,
-            like those without a transcript, get the model's own text, with times in every other one. Where there are more
-            samples than windows, the windows are told again: by the model, and then at higher temperatures.
-        model: transformers' Whisper. model_path: where its tokenizer and feature extractor are.
-        most_tokens: of a text; longer ones end there.
-        seed: draws the clips, and the tokens of texts at a temperature.
-        progress: bars on stderr; None shows them on a terminal only.
+        source: audio files, directories, or lists of clips, see `audio.files.find_clips`. Some clips are held out, see
+            `split_clips`. A clip of up to 30 s with a transcript is one sample. Longer clips are cut. The model transcribes
+            their windows, and those without a transcript, with timestamps in every other one. With more samples than
+            windows, the model transcribes all windows again, greedily and then at higher temperatures.
+        model: transformers' Whisper. model_path: directory of its tokenizer and feature extractor.
+        most_tokens: of a transcript; longer ones are truncated.
+        seed: for the order of the clips, and for sampling.
+        progress: bars on stderr; None: on a terminal only.
 
-    The same arguments give the same samples; no global random state is used or changed.
+    The same arguments give the same samples. No global random state is used or changed.
 
-    Raises CompressionError: no audio, or it can't be read, or the model's directory lacks a file.
+    Raises CompressionError: no audio, unreadable audio, or a file missing in the model's directory.
     """
     require_audio(source)
     assert source is not None
@@ -139,7 +141,7 @@ def speech_samples(
                 texts.append(clip.text if len(windows) == 1 else None)
                 seconds += len(window) / RATE
                 bar.update()
-    found = _tell(model, tokenizer, features, texts, samples, most_tokens, seed, progress)
+    found = _samples_of(model, tokenizer, features, texts, samples, most_tokens, seed, progress)
     own = sum(text is None for text in texts)
     words = f"{seconds / 60:.1f} minutes of audio in {len(used)} clips and {len(features)} windows"
     provenance = {
@@ -157,10 +159,10 @@ def speech_samples(
 def calibration_batches(
     weights: DenseWeights, options: Options, work: Work, progress: bool | None, *, judged: bool = False
 ) -> tuple[list[Batch], list[Batch], dict[str, Any]]:
-    """Batches to calibrate on, batches to heal on (others first), and what they are; kept in the work directory. judged: the
-    clips that are set aside will be heard; all of them are opened now."""
+    """Batches for calibration, batches for healing (unused ones first), and the record for the report. The work directory
+    holds them. judged: the held-out clips will be needed; read them all now to find unreadable ones."""
     if judged:
-        assert options.calibration is not None  # the plan has asked for it
+        assert options.calibration is not None  # checked by `make_plan`
         open_clips(split_clips(options.calibration)[1], progress)
     if not work.has(STEP):
         model: Any = weights.resident(DTYPES[options.dtype]).to(options.device)
@@ -187,7 +189,7 @@ def calibration_batches(
     return known, others + known, record["report"]
 
 
-def _tell(
+def _samples_of(
     model: Any,
     tokenizer: Any,
     features: list[torch.Tensor],
@@ -197,7 +199,7 @@ def _tell(
     seed: int,
     progress: bool | None,
 ) -> list[Sample]:
-    """A text for every window, then further ones of them until there are `samples`."""
+    """One transcript of every window, then further distinct ones until there are `samples`."""
     most = min(most, model.config.max_target_positions - 4)  # the prompt is up to four tokens
     found: dict[tuple[int, tuple[int, ...]], Sample] = {}
     with progress_bar("texts", total=max(samples, len(features)), unit="text", show=progress) as bar:
@@ -224,20 +226,23 @@ def _round(
     most: int,
     seed: int,
 ) -> Iterator[Sample]:
-    """One text of each window, of at most `most` tokens: without a temperature the given one, where there is one; or the
-    model's own, with times in every other window, and the next round in the others."""
+    """Round `number`: yields one transcript of each window, of at most `most` tokens.
+
+    temperature None: the given transcripts (`texts`), else greedy ones of the model. Generated transcripts have timestamps
+    in every other window, alternating between rounds.
+    """
     prompts = Prompts.of(model)
     for start in range(0, len(features), TOGETHER):
         group = range(start, min(start + TOGETHER, len(features)))
         encoded = encode(model, torch.stack(features[start : group.stop]))
-        told = [k for k in group if temperature is None and texts[k] is not None]
-        if told:
-            begins = prompt_of(model, prompts, encoded[[k - start for k in told]], times=False)
-            for k, begin in zip(told, begins, strict=True):
+        transcribed = [k for k in group if temperature is None and texts[k] is not None]
+        if transcribed:
+            begins = prompt_of(model, prompts, encoded[[k - start for k in transcribed]], times=False)
+            for k, begin in zip(transcribed, begins, strict=True):
                 ids = tokenizer(f" {texts[k]}", add_special_tokens=False)["input_ids"]
                 yield Sample(k, (*begin, *[*ids, prompts.end][:most]), len(begin))
         for times in (False, True):
-            own = [k for k in group if k not in told and bool((k + number) % 2) == times]
+            own = [k for k in group if k not in transcribed and bool((k + number) % 2) == times]
             if not own:
                 continue
             heard = encoded[[k - start for k in own]]

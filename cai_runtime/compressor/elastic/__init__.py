@@ -1,5 +1,5 @@
 """Elastic checkpoints: one file that opens at any keep.
 
-Takes curves of error by rank for every layer; gives forms of each layer and the order in which they grow. See
+Input: error by rank of every layer. Output: the forms of each layer, and the order in which their ranks grow with keep. See
 `docs/format.md#elastic-checkpoints`.
 """

@@ -1,12 +1,12 @@
-"""Elastic checkpoints: which forms each module gets, and in which order they grow with `keep`.
+"""Plans an elastic checkpoint: the forms of each module, and the order in which they grow with keep.
 
-All modules start at small ranks. The steepest fall of error per parameter is bought first, rank by rank, until the largest
-keep is reached (Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers", 1988). The order in which
-that happens serves every smaller budget as well: it is what the checkpoint's table holds (`slim/elastic.py`).
+All modules start at small ranks. A greedy allocation then takes the step with the steepest fall of error per parameter,
+until the largest keep is reached (Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers", 1988).
+A prefix of this order is the allocation for a smaller budget. The checkpoint's table holds the order (`slim/elastic.py`).
 
-On the way most modules come to the point where the whole dense weight costs less per error removed than more rank: a
-lowrank module pays r (in + out), dense in x out. Such a module is stored in both forms, dense and at the rank it had
-before. The file is larger for it; what is opened holds one form.
+A lowrank module has r (in + out) parameters, a dense one in * out. At some rank of most modules the step to dense becomes
+steeper than a higher rank. Such a module is stored in both forms: dense, and lowrank at its last rank. This makes the file
+larger, but an opened model holds one form.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from cai_runtime.slim.reader import Checkpoint
 from cai_runtime.slim.spec import ModuleSpec
 from cai_runtime.slim.writer import CheckpointWriter
 
-_Step = tuple[int, int, int]  # which module, from which form of its menu, to which
+_Step = tuple[int, int, int]  # module, index in its menu before the step, and after it
 
-_SLACK = 1e-6  # parameters: a budget that was computed as keep * dense may lie a hair too low
+_SLACK = 1e-6  # parameters: tolerance for rounding in keep * dense
 
 
 @dataclass(frozen=True)
 class PlannedModule:
-    """The forms of one module: a dense one, a lowrank one of `rank`, or both.
+    """The stored forms of one module: dense, lowrank of `rank`, or both.
 
-    least, rank: of the lowrank form: the rank at the smallest keep, and the one that is stored; both None for a module that
-    is dense at every keep. dense: whether the dense form is stored.
+    least: rank of the lowrank form at the smallest keep. rank: its stored rank. Both None for a module that is dense at
+    every keep. dense: whether the dense form is stored.
     """
 
     name: str
@@ -50,20 +50,19 @@ class PlannedModule:
     dense: bool
 
     def ranks(self, step: int) -> list[int]:
-        """Every rank at which the lowrank form is opened, rising."""
+        """The ranks at which the lowrank form opens, rising. step: of the plan."""
         return [] if self.least is None or self.rank is None else [*range(self.least, self.rank, step), self.rank]
 
     @property
     def parameters(self) -> int:
-        """Of all forms that are stored."""
+        """Parameters of all stored forms."""
         lowrank = 0 if self.rank is None else cost("lowrank", self.out_features, self.in_features, self.rank)
         return lowrank + self.dense * self.out_features * self.in_features
 
 
 @dataclass(frozen=True)
 class ElasticPlan:
-    """What `plan_elastic` found. keep, step, order: see `ElasticTable`. parameters: those of all stored forms, what the file
-    costs."""
+    """The result of `plan_elastic`. keep, step, order: see `ElasticTable`. parameters: of all stored forms in the file."""
 
     keep: tuple[float, float]
     modules: tuple[PlannedModule, ...]
@@ -75,8 +74,8 @@ class ElasticPlan:
         return sum(module.parameters for module in self.modules)
 
     def table(self, stores: Mapping[str, Sequence[str]], quality: Sequence[Mapping[str, float]] = ()) -> ElasticTable:
-        """The table to write. stores: of core_0 and core_1 of every module that is stored in both forms, by name (those of
-        others are not looked at)."""
+        """The table to write. stores: (core_0, core_1) of every module with both forms, by name; other entries are ignored.
+        quality: see `ElasticTable`."""
         modules = []
         for m in self.modules:
             both = m.dense and m.rank is not None
@@ -97,12 +96,15 @@ def plan_elastic(
 ) -> ElasticPlan:
     """Ranks and forms of an elastic checkpoint.
 
-    curves: one per module, errors of its lowrank form by rank (at the dense form the error is 0). keep: the largest share of
-    the dense parameters that the checkpoint opens at; at 1 every module is dense there. smallest: the smallest. multiple:
-    ranks are multiples of it, and steps are that long. floor: even at the smallest keep every module has this share of what
-    that is of it, if a rank that small exists.
+    Args:
+        curves: one per module: error of the lowrank form by rank; the dense form has error 0.
+        keep: the largest keep at which the checkpoint opens; at 1 every module is dense there.
+        smallest: the smallest keep at which it opens.
+        multiple: ranks are multiples of it, and grow by it.
+        floor: growth starts in every module at the largest rank within floor * smallest of its dense parameters, or at the
+            smallest rank if none is that small.
 
-    Raises CompressionError when the keeps are out of order, or the smallest ranks already exceed `smallest`.
+    Raises CompressionError when the keeps are out of order, the smallest ranks exceed `smallest`, or nothing can grow.
     """
     if not 0 < smallest < keep <= 1:
         raise CompressionError(f"an elastic checkpoint needs 0 < smallest keep < keep <= 1, not {smallest} and {keep}")
@@ -110,7 +112,7 @@ def plan_elastic(
     menus, start = _beginning(curves, smallest, multiple, floor)
     steps = _steepest_first(menus, start)
     least, taken = _spend(menus, start, steps, smallest * dense + _SLACK)
-    # A module that stopped there, because its next step was too dear for what was left, goes on.
+    # Modules that stopped at the smallest keep, because their next step exceeded the budget, continue from there.
     done = set(taken)
     steps = [step for step in steps if step not in done]
     most, taken = _spend(menus, least, steps, keep * dense + _SLACK)
@@ -128,7 +130,7 @@ def plan_elastic(
 
 
 def check_smallest(curves: Sequence[Curve], smallest: float, *, multiple: int = 16, floor: float = 0.25) -> None:
-    """Raises CompressionError when the smallest ranks exceed `smallest`, for which errors need not be known. Arguments as in
+    """Raises CompressionError when the smallest ranks exceed `smallest`. Needs no errors in the curves. Arguments as in
     `plan_elastic`."""
     _beginning(curves, smallest, multiple, floor)
 
@@ -141,8 +143,8 @@ def elastic_forms(
     input_gram: torch.Tensor,
     store: str,
 ) -> list[StoredModule]:
-    """A module rounded to the forms that are planned: what `quantization_config` lists, and the second form behind it, if
-    there is one. Arguments as in `add_elastic_module`."""
+    """The planned forms of a module, rounded: first the one that `quantization_config` lists, then the second form, if any.
+    Arguments as in `add_elastic_module`. Raises CompressionError when a lowrank form is planned without factors."""
     forms = [dense_module(weight, store, input_gram)] if planned.dense else []
     if planned.rank is not None:
         if factors is None:
@@ -154,7 +156,7 @@ def elastic_forms(
 def add_forms(
     writer: CheckpointWriter, name: str, forms: Sequence[StoredModule], bias: torch.Tensor | None = None
 ) -> None:
-    """Hand a module's forms to the writer, the one that `quantization_config` lists first."""
+    """Write a module's forms. The first is the one that `quantization_config` lists. bias: [out]; None: none."""
     writer.add_module(name, forms[0].spec, forms[0].cores, bias=bias)
     for second in forms[1:]:
         writer.add_second_form(name, second.spec, second.cores)
@@ -170,11 +172,11 @@ def add_elastic_module(
     store: str,
     bias: torch.Tensor | None = None,
 ) -> list[StoredModule]:
-    """Round a module to the forms that are planned and hand them to the writer. Returns them: what `quantization_config`
-    lists, and the second form behind it, if there is one.
+    """Round a module to its planned forms and write them. Returns the forms, see `elastic_forms`.
 
-    step: the plan's. weight: [out, in], any float dtype. factors: of `weight` under `input_gram`, [in, in], the damped mean
-    of x x^T; None will do for a module that is dense at every keep. store: of the dense form and of both cores.
+    step: of the plan. weight: [out, in], any float dtype. factors: of `weight` under `input_gram`; None: only for a module
+    that is dense at every keep. input_gram: [in, in], the damped mean of x x^T. store: of the dense form and of both cores.
+    bias: [out]; None: none.
     """
     forms = elastic_forms(planned, step, weight, factors, input_gram, store)
     add_forms(writer, planned.name, forms, bias)
@@ -182,7 +184,7 @@ def add_elastic_module(
 
 
 def cut(src: str | Path, dst: str | Path, keep: float, *, overwrite: bool = False) -> Path:
-    """Write the ordinary checkpoint that an elastic one is at `keep`: the same bits, in a smaller file. Returns `dst`.
+    """Write what an elastic checkpoint opens at `keep` as an ordinary checkpoint, bitwise the same. Returns `dst`.
 
     Raises KeepError, CheckpointError, CheckpointWriteError.
     """
@@ -205,7 +207,7 @@ def cut(src: str | Path, dst: str | Path, keep: float, *, overwrite: bool = Fals
 
 @dataclass(frozen=True)
 class _Form:
-    """A rank (None: dense), its parameters, its weighted error."""
+    """An entry of a module's menu: rank (None: dense), parameters and weighted error."""
 
     rank: int | None
     parameters: int
@@ -213,7 +215,7 @@ class _Form:
 
 
 def _menu(curve: Curve, multiple: int) -> list[_Form]:
-    """What a module may be, by rising cost: ranks that cost less than dense, then dense."""
+    """The forms of a module by rising cost: ranks that cost less than dense, then dense."""
     found = [
         _Form(rank, parameters, curve.weight * curve.errors[rank])
         for rank in range(multiple, min(curve.out_features, curve.in_features), multiple)
@@ -225,7 +227,7 @@ def _menu(curve: Curve, multiple: int) -> list[_Form]:
 def _beginning(
     curves: Sequence[Curve], smallest: float, multiple: int, floor: float
 ) -> tuple[list[list[_Form]], list[int]]:
-    """Every module's menu, and where it begins."""
+    """Every module's menu, and the index in it from which the allocation starts."""
     menus = [_menu(curve, multiple) for curve in curves]
     share = floor * smallest
     start = [
@@ -247,7 +249,7 @@ def _slope(menu: Sequence[_Form], a: int, b: int) -> float:
 
 
 def _steepest_first(menus: Sequence[Sequence[_Form]], start: Sequence[int]) -> list[_Step]:
-    """Every step on the lower convex hulls of error over parameters, steepest first."""
+    """All steps on the lower convex hulls of error over parameters, steepest first."""
     found = []
     for m, menu in enumerate(menus):
         hull: list[int] = []
@@ -257,7 +259,7 @@ def _steepest_first(menus: Sequence[Sequence[_Form]], start: Sequence[int]) -> l
             hull.append(k)
         for a, b in pairwise(hull):
             slope = _slope(menu, a, b)
-            # Ranks between two corners of a hull are taken one by one; what a jump to dense leaves out is not.
+            # Between two hull vertices, ranks grow one by one. A step to dense skips the ranks in between.
             way = [a, b] if menu[b].rank is None else range(a, b + 1)
             found += [(-slope, m, c, d) for c, d in pairwise(way)]
     return [(m, a, b) for _, m, a, b in sorted(found)]
@@ -266,8 +268,8 @@ def _steepest_first(menus: Sequence[Sequence[_Form]], start: Sequence[int]) -> l
 def _spend(
     menus: Sequence[Sequence[_Form]], start: Sequence[int], steps: Sequence[_Step], budget: float
 ) -> tuple[list[int], list[_Step]]:
-    """Take the steps that fit, in order, until the forms cost `budget`; a module whose step does not fit takes no more, as
-    in `ElasticTable.at`. Returns the forms reached and the steps taken."""
+    """Take steps in order within `budget`. A module whose step does not fit takes no further steps, as in `ElasticTable.at`.
+    Returns the menu indices reached and the steps taken."""
     at, full, taken = list(start), set[int](), []
     left = budget - sum(menu[k].parameters for menu, k in zip(menus, at, strict=True))
     for m, a, b in steps:

@@ -1,12 +1,12 @@
-"""Healing of an elastic checkpoint: its lowrank cores are trained at all keeps at once.
+"""Healing of an elastic checkpoint: trains its lowrank cores for all keeps.
 
-Every step opens the model at another keep and trains what is in use there (Yu, Yang, Xu, Yang and Huang, "Slimmable neural
-networks", 2019; Kusupati et al., "Matryoshka representation learning", 2022): of each layer the leading rows and columns,
-which are part of all larger ranks. The keeps go evenly through the range, by the golden ratio, so that few steps cover it.
+Each step opens the model at another keep and trains the leading rows and columns in use there (Yu, Yang, Xu, Yang and Huang,
+"Slimmable neural networks", 2019; Kusupati et al., "Matryoshka representation learning", 2022). They are part of all larger
+ranks. The keeps form a golden-ratio sequence, so that few steps cover the range evenly.
 
-What is lost at a small keep is many times what is lost at a large one, and its gradients would drown the others. So a step
-descends the logarithm of its divergence: each keep counts by the share that it gains. Dense forms, norms and biases are not
-trained, so that the largest keeps stay as near to the original as they are.
+The divergence at a small keep is many times that at a large keep, and its gradients would dominate. So the loss of a step is
+log(divergence): relative improvements count equally at all keeps. Dense forms, norms and biases are not trained, so that
+large keeps stay as close to the original as they are.
 """
 
 from __future__ import annotations
@@ -21,18 +21,17 @@ from torch import nn
 from cai_runtime.compressor.factor.cores import StoredModule
 from cai_runtime.compressor.stats.block_stack import Batch
 from cai_runtime.compressor.train.heal import Healer, HealSettings
-from cai_runtime.compressor.train.student import TrainableLinear, no_weight, put_in
+from cai_runtime.compressor.train.student import TrainableLinear, no_weight, replace_module
 from cai_runtime.compressor.work import Work
 from cai_runtime.slim.elastic import ElasticTable
 from cai_runtime.slim.spec import ModuleSpec
 
 GOLDEN = 0.6180339887498949
-LEAST_DIVERGENCE = 0.1  # nats: below, a keep is good enough not to count for more
+LEAST_DIVERGENCE = 0.1  # nats: lower bound of the divergence that gradients are divided by
 
 
 class NestedLinear(TrainableLinear):
-    """A lowrank `TrainableLinear` that is run at `rank`, without its bias: the leading rows of core_0 and columns of
-    core_1."""
+    """A lowrank `TrainableLinear` truncated to `rank`, without bias: y = core_1[:, :rank] core_0[:rank] x."""
 
     def __init__(self, module: StoredModule):
         super().__init__(module)
@@ -44,10 +43,10 @@ class NestedLinear(TrainableLinear):
 
 
 class ElasticLinear(nn.Module):
-    """A layer with all its forms in the place of a torch.nn.Linear, one of them in use: y = W x + bias, x [..., in].
+    """A layer with all its forms in place of a torch.nn.Linear, one of them in use: y = W x + bias, x [..., in].
 
-    forms: the one that `quantization_config` lists, and the second form if there is one. Only lowrank cores are trained, and
-    they are in use at first, whole.
+    forms: the one that `quantization_config` lists, and the second form, if any. bias: [out]; None: none. dtype: of the
+    replaced weight. Only lowrank cores have gradients. At first the lowrank form, if any, is in use at its full rank.
     """
 
     whole: torch.Tensor | None
@@ -64,12 +63,12 @@ class ElasticLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """As `TrainableLinear.weight`."""
+        """See `TrainableLinear.weight`."""
         held = next(iter((*self.parameters(), *self.buffers())))
         return no_weight(self.spec, self.stands_for, held.device)
 
     def use(self, spec: ModuleSpec) -> None:
-        """From now on it is this one of its forms, at any rank that it has."""
+        """Use the form of this spec's kind, at the rank of the spec."""
         self.dense = spec.kind == "dense"
         if self.lowrank is not None and isinstance(spec.rank, int):
             self.lowrank.rank = spec.rank
@@ -83,9 +82,9 @@ class ElasticLinear(nn.Module):
 
 
 class ElasticHealer(Healer):
-    """A `Healer` of a model whose layers are `ElasticLinear`s; arguments as there.
+    """A `Healer` for a student with `ElasticLinear` layers. Further arguments as in `Healer`.
 
-    table, specs: of the checkpoint that is made, see `ElasticTable.at`.
+    table, specs: of the elastic checkpoint, see `ElasticTable.at`.
     """
 
     def __init__(
@@ -107,7 +106,7 @@ class ElasticHealer(Healer):
         self._optimizer.register_step_pre_hook(self._weigh)
 
     def open_at(self, keep: float) -> None:
-        """Use the forms and ranks of this keep."""
+        """Set all layers to their forms and ranks at this keep."""
         for name, spec in self._table.at(self._specs, keep).modules.items():
             self._layers[name].use(spec)
 
@@ -116,15 +115,15 @@ class ElasticHealer(Healer):
         return super()._gradients(batch)
 
     def _weigh(self, *_: object) -> None:
-        """Make the gradients of the step's mean divergence those of its logarithm, once all batches of it are added up."""
+        """Turn the accumulated gradients of the divergence into those of its logarithm: divide by the divergence."""
         divergence = max(self.losses[-1], LEAST_DIVERGENCE)
         for p in self._named.values():
-            # What is not in use gets a gradient, too, so that its momentum fades.
+            # Parameters not in use get a zero gradient, so that their momentum decays.
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad.div_(divergence)
 
 
 def healing_keeps(table: ElasticTable, specs: dict[str, ModuleSpec], steps: int) -> list[float]:
-    """A keep for each step, spread evenly over those at which any layer is lowrank, whatever the number of steps."""
+    """One keep per step, spread evenly over the keeps at which any layer is lowrank. Every prefix is spread evenly, too."""
     low, high = table.keep
     elastic = {module.name for module in table.modules if module.least is not None}
     keeps: list[float] = []
@@ -138,16 +137,19 @@ def healing_keeps(table: ElasticTable, specs: dict[str, ModuleSpec], steps: int)
 
 
 def put_forms(student: nn.Module, layers: dict[str, list[StoredModule]], dtype: torch.dtype, device: str) -> None:
-    """Put a block's layers with all their forms into transformers' model, whose biases they take."""
+    """Replace a block's layers in transformers' model by `ElasticLinear` layers, which take over the biases.
+
+    layers: forms by name. dtype: of the replaced weights. device: of the new layers.
+    """
     for name, forms in layers.items():
         dense: Any = student.get_submodule(name)
         bias = dense.bias
         layer = ElasticLinear(forms, None if bias is None else bias.detach(), dtype)
-        put_in(student, name, layer.to(device))
+        replace_module(student, name, layer.to(device))
 
 
 def healed_forms(name: str, forms: list[StoredModule], healed: dict[str, torch.Tensor]) -> list[StoredModule]:
-    """The forms with their trained cores. healed: trained parameters by their names in the student."""
+    """The forms of layer `name` with trained lowrank cores. healed: trained parameters by their names in the student."""
     lowrank = TrainableLinear(forms[-1]) if forms[-1].spec.kind == "lowrank" else None
     if lowrank is None:
         return forms

@@ -1,5 +1,5 @@
-"""The elastic way through a compression: every layer to the forms that are planned, block by block; all of them into one
-checkpoint; and its quality at a few keeps."""
+"""The stages of a compression to an elastic checkpoint: round every layer to its forms, heal, write, judge at several
+keeps."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ from cai_runtime.slim.writer import CheckpointWriter, record_quality
 from cai_runtime.stock.load import DTYPES
 
 STEP = "elastic"
-FLOAT = "|float"  # what follows a core's name in the step's file
-JUDGED_KEEPS = 10  # to 1: those between the smallest and the largest are judged, and these two
+FLOAT = "|float"  # suffix of an unrounded core's name in a step's file
+JUDGED_KEEPS = 10  # the keeps k / 10 inside the range are judged, and both ends
 
 
 def elastic_plan(curves: Mapping[str, Curve], options: Options) -> ElasticPlan:
@@ -58,10 +58,10 @@ def elastic_plan(curves: Mapping[str, Curve], options: Options) -> ElasticPlan:
 
 
 class ElasticCompressor:
-    """Rounds one block's layers after another to their forms; "elastic-s-i" in the work directory keeps them.
+    """Rounds the layers of each block to their forms. The step "elastic-s-i" in the work directory holds them.
 
-    store: of all cores. moments: as in `BlockwiseCompressor`. floats: keep lowrank cores as they were before rounding, too,
-    from where training goes on. tick: called for every layer.
+    store: of all cores. moments: as in `BlockwiseCompressor`. floats: also save the unrounded lowrank cores, from which
+    healing starts. tick: called with the number of finished layers.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class ElasticCompressor:
         self.tick = tick
 
     def run(self) -> None:
+        """Round the layers of all blocks that are not in the work directory yet."""
         for at in self._calibration.blocks():
             targets = self._calibration.targets(at)
             if self._work.has(at.step(STEP)):
@@ -109,7 +110,7 @@ class ElasticCompressor:
 
 
 def load_forms(work: Work, at: BlockId) -> tuple[dict[str, list[StoredModule]], Any]:
-    """A block's layers by name, each with its forms, the one that is listed first; and the step's record."""
+    """A block's forms by layer name (see `elastic_forms`), and the record of its step."""
     tensors, record = work.load(at.step(STEP))
     layers: dict[str, list[StoredModule]] = {}
     for name, entries in record["modules"].items():
@@ -128,8 +129,10 @@ def heal_elastic(
     *,
     tick: Callable[[], object],
 ) -> list[float]:
-    """Train the lowrank cores at all keeps, see `elastic.heal`; "heal" in the work directory keeps them. Returns the
-    divergence of each step, at its keep."""
+    """Train the lowrank cores for all keeps, see `elastic.heal`. The step "heal" in the work directory holds them.
+
+    batches: as in `Healer`. Returns the divergence of each step at its keep, in nats per position.
+    """
     weights = calibration.model.weights
     student, teacher = dense_pair(weights, options, ends)
     specs: dict[str, ModuleSpec] = {}
@@ -155,8 +158,8 @@ def write_elastic(
     report: Report,
     progress: bool | None,
 ) -> None:
-    """Hand all tensors and the table to the writer. Fills in the report's modules and counts, which are those of the
-    largest keep; "elastic" counts the second forms besides. One block is in memory at a time."""
+    """Write all tensors and the elastic table. Fills in the report's modules and counts for the largest keep, and the counts
+    of the second forms under "elastic". One block is in memory at a time."""
     weights = calibration.model.weights
     healed = healed_parameters(work)
     done: set[str] = set()
@@ -191,16 +194,17 @@ def write_elastic(
 
 
 def judged_keeps(smallest: float, largest: float) -> list[float]:
-    """The keeps whose quality is told, falling: both ends and the tenths between."""
+    """The keeps to judge, falling: both ends, and the multiples of 0.1 between them."""
     tenths = [k / JUDGED_KEEPS for k in range(1, JUDGED_KEEPS + 1)]
     return sorted({smallest, largest, *(keep for keep in tenths if smallest < keep < largest)}, reverse=True)
 
 
 def judge_keeps(dense: str | Path, slim: str | Path, report: Report, **options: Any) -> None:
-    """Judge an elastic checkpoint against its source as it opens at `judged_keeps`, into its table and into the report:
-    "quality" is that of the largest keep, as of any checkpoint, "elastic" has a line for each. The report is not written.
+    """Judge an elastic checkpoint against its source at `judged_keeps`. Writes the quality into the checkpoint's table.
 
-    options: `compare`'s, but `keep` and `together`. Raises what `compare` and `record_quality` raise.
+    In the report, "quality" is that of the largest keep, and "elastic" has an entry per keep. The report is not written.
+
+    options: of `compare`, without `keep` and `together`. Raises what `compare` and `record_quality` raise.
     """
     assert report.elastic is not None
     keeps = judged_keeps(*report.elastic["keep"])
@@ -216,8 +220,8 @@ def judge_keeps(dense: str | Path, slim: str | Path, report: Report, **options: 
 def judge_speech_keeps(
     dense: str | Path, slim: str | Path, calibration: Source, report: Report, *, progress: bool | None = None
 ) -> None:
-    """`judge_keeps` of a Whisper, by its word errors on the clips that calibration left out (`audio.files.split_clips`).
-    Where none was left out, nothing is judged. Raises what `compare_speech` and `record_quality` raise."""
+    """`judge_keeps` for a Whisper, by word errors on the held-out clips (see `audio.files.split_clips`). Without held-out
+    clips it does nothing. Raises what `compare_speech` and `record_quality` raise."""
     assert report.elastic is not None
     keeps, (_, clips) = judged_keeps(*report.elastic["keep"]), split_clips(calibration)
     if not clips:
@@ -229,7 +233,7 @@ def judge_speech_keeps(
 
 
 def _speech_figures(keep: float, found: SpeechComparison) -> dict[str, float]:
-    """As `_figures`; "word_error" where there are transcripts."""
+    """Size and quality at one keep, without values that are not finite; "word_error" only with transcripts."""
     score, distance = found.candidate, found.divergence
     assert score is not None and distance is not None
     figures = {"keep": keep, "parameters": score.parameters, "bytes": score.nbytes}
@@ -239,7 +243,7 @@ def _speech_figures(keep: float, found: SpeechComparison) -> dict[str, float]:
 
 
 def _figures(keep: float, found: Comparison) -> dict[str, float]:
-    """Size and quality at one keep; what is not finite is left out."""
+    """Size and quality at one keep, without values that are not finite."""
     score, distance = found.candidate, found.divergence
     assert score is not None
     figures = {"keep": keep, "parameters": score.parameters, "bytes": score.nbytes, "perplexity": score.perplexity}
@@ -249,7 +253,7 @@ def _figures(keep: float, found: Comparison) -> dict[str, float]:
 
 
 def _tensors(name: str, forms: list[StoredModule]) -> dict[str, torch.Tensor]:
-    """Every tensor of every form by its name in the checkpoint; a dense form's differ from a lowrank one's."""
+    """The tensors of all forms by their names in the checkpoint, which differ between dense and lowrank forms."""
     return {
         f"{name}.{label}{suffix}": tensor
         for form in forms
@@ -259,7 +263,7 @@ def _tensors(name: str, forms: list[StoredModule]) -> dict[str, torch.Tensor]:
 
 
 def _floats(name: str, form: StoredModule) -> dict[str, torch.Tensor]:
-    """The cores of a lowrank form before they were rounded."""
+    """The unrounded cores of a lowrank form by name; empty for a dense form."""
     if form.spec.kind != "lowrank" or form.floats is None:
         return {}
     return {f"{name}.{k}{FLOAT}": core for k, core in zip(form.spec.core_names, form.floats, strict=True)}

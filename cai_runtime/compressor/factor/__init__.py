@@ -1,5 +1,5 @@
-"""Factorization: a weight matrix as cores, the error of every rank, and which rank each layer gets.
+"""Factorization: the error of every rank of every layer, the choice of ranks, and the cores.
 
-Takes weights and statistics; gives plans (kind, rank and store of every layer) and cores. Whitened SVD as in SVD-LLM
-(Wang et al. 2024, arXiv:2403.07378); rounding with error feedback as in GPTQ (Frantar et al. 2022, arXiv:2210.17323).
+Input: weights and moments. Output: plans (kind, rank and store of every layer) and cores. Whitened SVD as in SVD-LLM (Wang
+et al. 2024, arXiv:2403.07378); rounding with error feedback as in GPTQ (Frantar et al. 2022, arXiv:2210.17323).
 """

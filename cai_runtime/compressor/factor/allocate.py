@@ -1,9 +1,8 @@
-"""How many parameters each module gets: ranks for all modules under one budget.
+"""Allocates ranks to all modules under one budget.
 
-`uniform` gives every module the same share. `pooled` lets the modules compete: it minimises the sum of their weighted
-errors under the one budget. Each module offers a curve of error against parameters; on the lower convex hulls of the
-curves, taking the steepest step first is optimal at every budget it reaches (Shoham and Gersho, "Efficient bit
-allocation for an arbitrary set of quantizers", 1988).
+`uniform` gives every module the same share. `pooled` minimizes the sum of the weighted errors under the budget. Each module
+has a curve of error against parameters. Taking the steepest step on the lower convex hulls first is optimal at every budget
+that it reaches exactly (Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers", 1988).
 """
 
 from __future__ import annotations
@@ -28,8 +27,11 @@ def cost(kind: str, out_features: int, in_features: int, rank: int) -> int:
 
 @dataclass(frozen=True)
 class Curve:
-    """What one module offers. `errors[r]`: its error at rank r, r = 0 .. min(out, in), never rising. reshape: of an mpo,
-    whose rank is its widest bond dimension, up to `reshape.widest`."""
+    """Error by rank of one module.
+
+    errors[r]: the error at rank r = 0 .. min(out, in), never rising. weight: factor of the errors in the pooled sum.
+    reshape: of an mpo, whose rank is its largest bond dimension, 0 .. `reshape.widest`; else None.
+    """
 
     name: str
     out_features: int
@@ -44,7 +46,7 @@ class Curve:
 
     @property
     def ranks(self) -> int:
-        """Those below this may cost less than the dense module."""
+        """Upper bound, exclusive, of the ranks that can cost less than dense."""
         return min(self.out_features, self.in_features) if self.reshape is None else self.reshape.widest
 
     def cost(self, kind: str, rank: int) -> int:
@@ -56,7 +58,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Option:
-    """A rank (None: the module stays dense), what it costs (in parameters or bytes) and its weighted error."""
+    """One option of a module: rank (None: dense), cost in parameters or bytes, and weighted error."""
 
     rank: int | None
     cost: int
@@ -64,10 +66,7 @@ class Option:
 
 
 def options(curve: Curve, kind: str, multiple: int = 1) -> list[Option]:
-    """The ranks worth having, by rising cost: multiples of `multiple` that cost less than dense, then dense itself.
-
-    A module too small for one such rank offers dense alone.
-    """
+    """The options of a module by rising cost: ranks in multiples of `multiple` that cost less than dense, then dense."""
     found = [
         Option(rank, parameters, curve.weight * curve.errors[rank])
         for rank in range(multiple, curve.ranks, multiple)
@@ -85,11 +84,12 @@ def allocate(
     multiple: int = 1,
     floor: float = 0.0,
 ) -> list[int | None]:
-    """Ranks, one per curve in order; None: dense. Their parameters sum to at most `keep` of the dense ones.
+    """Ranks, one per curve in order; None: dense. Their parameters sum to at most `keep` of the dense count.
 
-    multiple: ranks are multiples of it. floor (pooled): every module gets at least this share of what `keep` is of it.
+    multiple: ranks are multiples of it. floor: pooled only; every module gets at least floor * keep of its parameters, as
+    far as the budget allows.
 
-    Raises CompressionError when even the smallest ranks exceed the budget.
+    Raises CompressionError when the smallest ranks exceed the budget.
     """
     if keep >= 1:
         return [None] * len(curves)
@@ -105,7 +105,7 @@ def allocate(
         return _slope(menus[m], at[m], at[m] + 1)
 
     left = budget - sum(menu[k].cost for menu, k in zip(menus, at, strict=True))
-    # A module too small to have a rank within its share takes from the others'.
+    # A module whose smallest rank exceeds its share takes from the others.
     left = _retreat(menus, at, left, shortfall)
     if left < 0:
         raise CompressionError(
@@ -121,8 +121,10 @@ def allocate(
 
 
 def allocate_menus(menus: Sequence[Sequence[Option]], budget: int) -> list[int] | None:
-    """An index into every menu, so that the costs sum to at most `budget` and the errors to as little as can be. Menus
-    are by rising cost and falling error. None when the first entries exceed the budget."""
+    """An index into every menu. The costs sum to at most `budget`; the sum of the errors is minimized.
+
+    menus: options by rising cost and falling error. None when the first options exceed the budget.
+    """
     at = [0] * len(menus)
     left = budget - sum(menu[0].cost for menu in menus)
     if left < 0:
@@ -133,7 +135,7 @@ def allocate_menus(menus: Sequence[Sequence[Option]], budget: int) -> list[int] 
 
 
 def _last_within(menu: Sequence[Option], parameters: float) -> int:
-    """Index of the dearest option that costs no more; 0 when none does, since a module needs some rank."""
+    """Index of the largest option within `parameters`; 0 if there is none, since a module needs some rank."""
     return max((k for k, option in enumerate(menu) if option.cost <= parameters), default=0)
 
 
@@ -153,22 +155,22 @@ def _slope(menu: Sequence[Option], a: int, b: int) -> float:
 
 
 def _descend_hulls(menus: Sequence[Sequence[Option]], at: list[int], left: int) -> int:
-    """Take hull steps, steepest first, while they fit. Moves `at`; returns the parameters left over."""
+    """Take hull steps, steepest first, while they fit. Updates `at` in place; returns the rest of the budget."""
     steps = []
     for m, menu in enumerate(menus):
         hull = _hull(menu, at[m])
-        # Ties go to the module named first, so that the result does not depend on the order of a sort.
+        # The index breaks ties, so that the result does not depend on the sort.
         steps += [(-_slope(menu, a, b), m, b) for a, b in pairwise(hull)]
     for _, m, b in sorted(steps):
         price = menus[m][b].cost - menus[m][at[m]].cost
-        if price > left:  # what follows removes less per parameter than parts of this step do: `_fill` takes parts
+        if price > left:  # parts of this step, taken by `_fill`, are steeper than all later steps
             break
         at[m], left = b, left - price
     return left
 
 
 def _retreat(menus: Sequence[Sequence[Option]], at: list[int], left: int, gain: Callable[[int], float]) -> int:
-    """Give back single steps while the budget is overdrawn, from the module that is furthest ahead (least `gain`)."""
+    """Undo single steps while the budget is exceeded, each time in the module of least `gain`."""
     while left < 0 and (able := [m for m, k in enumerate(at) if k > 0]):
         worst = min(able, key=gain)
         left += menus[worst][at[worst]].cost - menus[worst][at[worst] - 1].cost
@@ -177,7 +179,7 @@ def _retreat(menus: Sequence[Sequence[Option]], at: list[int], left: int, gain: 
 
 
 def _fill(menus: Sequence[Sequence[Option]], at: list[int], left: int, gain: Callable[[int], float]) -> None:
-    """Spend what is left on single steps, the best `gain` first, until no module's next option fits."""
+    """Spend the rest of the budget on single steps, best `gain` first, until no module's next option fits."""
     while True:
         fits = [
             m

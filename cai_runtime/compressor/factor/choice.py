@@ -1,4 +1,4 @@
-"""What a module becomes: kind, rank and store."""
+"""The choice for one module: kind, rank and store."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from cai_runtime.slim.spec import Kind, ModuleSpec
 
 @dataclass(frozen=True)
 class Choice:
-    """Kind, rank (None: dense; of an mpo the widest bond dimension) and store of a module's cores. reshape: of an mpo."""
+    """Kind, rank and store of a module.
+
+    rank: of an mpo the largest bond dimension; None: dense. store: of all cores. reshape: the sites of an mpo, else None.
+    """
 
     kind: Kind
     rank: int | None
@@ -18,6 +21,7 @@ class Choice:
     reshape: Reshape | None = None
 
     def spec(self, out_features: int, in_features: int) -> ModuleSpec:
+        """The spec of a module of this shape. Raises CheckpointError when the rank does not fit the shape."""
         if self.rank is None:
             return ModuleSpec("dense", out_features, in_features, None, (self.store,))
         if self.reshape is not None:

@@ -1,4 +1,4 @@
-"""Chooses what each module becomes, under one budget in parameters or bytes."""
+"""Chooses kind, rank and store of every module under one budget in parameters or bytes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from cai_runtime.compressor.factor.choice import Choice
 from cai_runtime.compressor.options import Options
 from cai_runtime.errors import CompressionError
 
-# What rounding adds to the error of two cores, over what it adds to the dense weight's. On eight layers of SmolLM2-135M, in
-# int8 and int4-g64 at keep 0.8 and 0.5, it was 1.8 to 5.9, at the median 3.
+# Rounding error of two cores over that of the dense weight in the same store. Measured on eight layers of SmolLM2-135M, int8
+# and int4-g64, keep 0.8 and 0.5: 1.8 to 5.9, median 3.
 FACTOR_NOISE = 3.0
 
 
@@ -24,11 +24,14 @@ def choose(
 ) -> dict[str, Choice]:
     """A choice for every module, by name.
 
-    curves: errors by rank. With `budget_bytes` the choices' bytes (cores, scales and pivots) sum to no more than it,
-    and `noise` gives what rounding the dense weight to each store adds to the error, by module and store. ends: shapes of
-    embedding and head where their stores compete, too: they stay dense, and the budget is for them and the modules.
+    Args:
+        curves: error by rank of every module.
+        options: with `budget_bytes` None, `options.keep` is the budget in parameters.
+        noise: error added by rounding the dense weight, by module and store. Needed with `budget_bytes`.
+        budget_bytes: upper bound on the bytes of cores, scales and pivots.
+        ends: (rows, columns) of embedding and head where their stores compete. They stay dense and share the budget.
 
-    Raises CompressionError when even the smallest choices exceed the budget.
+    Raises CompressionError when the smallest choices exceed the budget.
     """
     if budget_bytes is None:
         assert options.keep is not None
@@ -64,7 +67,7 @@ def choose(
 
 
 def _offers(curve: Curve, options: Options, noise: Mapping[str, float]) -> list[tuple[Option, Choice]]:
-    """What a module can become, by rising bytes and falling error: its ranks and itself, in every store."""
+    """All choices for a module: every rank and dense, in every store, as filtered by `_rising`."""
     out, inp = curve.out_features, curve.in_features
     found = _dense_offers(out, inp, options, noise)
     for dense, choice in list(found) if options.kind != "dense" else []:
@@ -79,13 +82,13 @@ def _offers(curve: Curve, options: Options, noise: Mapping[str, float]) -> list[
 
 
 def _dense_offers(out: int, inp: int, options: Options, noise: Mapping[str, float]) -> list[tuple[Option, Choice]]:
-    """A matrix as it is, in every store."""
+    """The dense matrix in every store."""
     found = [Choice("dense", None, store) for store in options.stores]
     return [(Option(None, c.spec(out, inp).nbytes, noise.get(c.store, 0.0)), c) for c in found]
 
 
 def _rising(found: list[tuple[Option, Choice]]) -> list[tuple[Option, Choice]]:
-    """By rising bytes and falling error, without those that cost more and are no better."""
+    """The Pareto front, by rising bytes and falling error."""
     found.sort(key=lambda item: (item[0].cost, item[0].error))
     kept: list[tuple[Option, Choice]] = []
     for option, choice in found:

@@ -1,4 +1,4 @@
-"""Factors at a chosen rank into the cores that are stored."""
+"""Makes stored cores from the factors at a chosen rank."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from cai_runtime.slim.stores import CoreData, quantize
 
 @dataclass(frozen=True)
 class StoredModule:
-    """What `CheckpointWriter.add_module` takes. floats: the cores before they were rounded, where they are known."""
+    """The arguments of `CheckpointWriter.add_module`.
+
+    pivot: int64 [out], of an interpolative module. floats: the fp32 cores before rounding; None: unknown.
+    """
 
     spec: ModuleSpec
     cores: list[CoreData]
@@ -24,12 +27,12 @@ class StoredModule:
     floats: list[torch.Tensor] | None = None
 
     def dense(self) -> torch.Tensor:
-        """The matrix that it stands for, fp32 [out, in]."""
+        """The weight that the cores represent, fp32 [out, in]."""
         return ModuleWeights("", self.spec, self.cores, self.pivot).dense()
 
 
 def dense_module(weight: torch.Tensor, store: str, input_gram: torch.Tensor) -> StoredModule:
-    """The weight itself: to 4 bits rounded with feedback, otherwise to the nearest value of its store. Arguments as in
+    """The dense weight in `store`: 4 bits rounded with error feedback, other stores to nearest. Arguments as in
     `factorized_module`."""
     spec = ModuleSpec("dense", weight.shape[0], weight.shape[1], None, (store,))
     return StoredModule(spec, [_rounded_first(weight, store, input_gram)], floats=[weight.float()])
@@ -38,13 +41,15 @@ def dense_module(weight: torch.Tensor, store: str, input_gram: torch.Tensor) -> 
 def factorized_module(
     kind: str, weight: torch.Tensor, factors: Factors, rank: int, store: str, input_gram: torch.Tensor
 ) -> StoredModule:
-    """Cores of an interpolative or lowrank module. core_0 is rounded to its store (to 4 bits with feedback); core_1 is
-    then fitted anew to what core_0 has become and, to 8 or 4 bits, rounded with feedback. On SmolLM2 that takes nine
-    tenths off the error which plain rounding to 8 bits adds. For 4 bits core_1 is fitted with its own rounding in mind:
-    smaller numbers are rounded with smaller errors (`rounding_ridge`). Then core_0 is fitted to the rounded core_1, and
-    both are rounded once more. Together that takes a third to a half off the error which 4 bits add.
+    """The cores of an interpolative or lowrank module.
 
-    weight: [out, in], any float dtype. input_gram: [in, in], the damped mean of x x^T that the factors were made with.
+    Steps, at 8 bits: round core_0, refit core_1 to the rounded core_0, round core_1 with error feedback. On SmolLM2 this
+    removes nine tenths of the error that plain 8-bit rounding adds. At 4 bits core_0 is rounded with feedback, too, and the
+    fit of core_1 penalizes large numbers (`rounding_ridge`). Then core_0 is refitted to the rounded core_1, and both are
+    rounded once more. This removes a third to a half of the error that 4 bits add.
+
+    kind: "interpolative" or "lowrank". weight: [out, in], any float dtype. factors: of `weight` under `input_gram`.
+    store: of both cores. input_gram: [in, in], the damped mean of x x^T.
     """
     left, right = factors.left[:, :rank], factors.right[:rank]
     out, inp = weight.shape
@@ -52,8 +57,8 @@ def factorized_module(
         found = interpolate(left, right)
         core_0, core_1, pivot = found.core_0, found.core_1, found.pivot
         if STORES[store].bits == 4:
-            # Any order of the pivot rows gives the same module. The strongest inputs of core_1 first: their errors can
-            # still be made up for by many others.
+            # The order of the pivot rows is free. Error feedback goes left to right, so the strongest columns of core_1 come
+            # first: many later columns can then compensate their errors.
             strength = ((core_0.to(torch.float64) @ input_gram.to(torch.float64)) * core_0).sum(dim=1)
             order = strength.argsort(descending=True, stable=True)
             core_0, core_1, pivot = core_0[order], core_1[:, order], torch.cat([pivot[:rank][order], pivot[rank:]])
@@ -74,20 +79,20 @@ def factorized_module(
 
 
 def mpo_module(train: MpoTrain, widest: int, store: str) -> StoredModule:
-    """Cores of a matrix product operator, each number rounded to the nearest of its store. widest: bond dimension."""
+    """The cores of an MPO, rounded to nearest. widest: largest bond dimension."""
     cores = train.cores(widest)
     return StoredModule(train.reshape.spec(widest, store), [quantize(core, store) for core in cores], None, cores)
 
 
 def _rounded_first(matrix: torch.Tensor, store: str, input_gram: torch.Tensor) -> CoreData:
-    """The core that the module's own input goes into. 8 bits are so fine that feedback gains nothing there."""
+    """core_0, or a dense weight, in its store. Error feedback gains nothing here at 8 bits."""
     return round_with_feedback(matrix, input_gram, store) if STORES[store].bits == 4 else quantize(matrix, store)
 
 
 def _rounded_second(
     rows: torch.Tensor, core_0: CoreData, store: str, input_gram: torch.Tensor
 ) -> tuple[CoreData, torch.Tensor]:
-    """core_1 fitted to what core_0 has become, rounded, and as it was before. rows: see `refit`."""
+    """core_1 refitted to the rounded core_0: rounded, and before rounding. rows: see `refit`."""
     core_1, inner = refit(rows, core_0.values(), input_gram)
     if STORES[store].bits == 4:
         core_1, _ = refit(rows, core_0.values(), input_gram, rounding_ridge(core_1, inner, store))
@@ -96,11 +101,12 @@ def _rounded_second(
 
 
 def refit_first(core_0: torch.Tensor, core_1: torch.Tensor, rounded: torch.Tensor, *, pivoted: bool) -> torch.Tensor:
-    """The core_0 [r, in], fp64, that with core_1 rounded comes closest to the product of the two as they were: least
-    squares in A, the rounded core_1 with the identity above it when the module is `pivoted`.
+    """The core_0 [r, in], fp64, that with the rounded core_1 best reproduces the product core_1 core_0 (least squares).
 
-    The product and not the weight is aimed at: it is best in a metric of the outputs that is not known here, and what
-    the product leaves out of the weight must not come back in another metric.
+    core_0: [r, in]. core_1, rounded: [rows, r]. pivoted: interpolative; the identity is stacked on both core_1.
+
+    The target is the product and not the weight. The product was truncated in an output metric that is unknown here. A fit
+    to the weight would bring back, in another metric, what was truncated.
     """
     before, after = core_1.to(torch.float64), rounded.to(torch.float64)
     normal, mixed = after.mT @ after, after.mT @ before
@@ -115,16 +121,18 @@ def refit_first(core_0: torch.Tensor, core_1: torch.Tensor, rounded: torch.Tenso
 def refit(
     rows: torch.Tensor, core_0: torch.Tensor, input_gram: torch.Tensor, penalty: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The core_1 [rows, r] that, after the given core_0 C [r, in], comes closest to `rows` [rows, in] on the inputs:
-    least squares, rows G C^T (C G C^T + penalty)^-1; and C G C^T [r, r], the mean of z z^T for z = C x. Both fp64.
-    penalty: what a unit of core_1's sum of squares counts, beside the squared error.
+    """The least-squares core_1 [rows, r] behind a given core_0 C [r, in], and H = C G C^T [r, r]. Both fp64.
 
-    Best for any weighting of the outputs, too: given the row space, each row is fitted by itself.
+        core_1 = W G C^T (H + penalty I)^-1,   W = `rows` [rows, in],   G = `input_gram` [in, in]
+
+    H is the mean of z z^T for z = C x. penalty: ridge, weight of core_1's sum of squares beside the squared error.
+
+    The result is optimal for any weighting of the outputs, because each row is fitted independently.
     """
     c, gram = core_0.to(torch.float64), input_gram.to(torch.float64)
     projected = gram @ c.mT
     inner = c @ projected
-    # The pivot rows are independent, but a caller may ask for more rank than the weight has.
+    # The ridge keeps H positive definite where the requested rank exceeds the rank of the weight.
     ridge = penalty + 1e-10 * float(inner.diagonal().mean()) + torch.finfo(torch.float64).tiny
     root = torch.linalg.cholesky(inner + ridge * torch.eye(inner.shape[0], dtype=torch.float64, device=inner.device))
     return torch.cholesky_solve((rows.to(torch.float64) @ projected).mT, root).mT, inner

@@ -1,4 +1,4 @@
-"""What every layer would lose at each rank, and by rounding: what `choices` chooses by."""
+"""The error of every layer at each rank and from rounding, the input of `choices`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from cai_runtime.compressor.stats.moments import BlockMoments
 from cai_runtime.compressor.stats.targets import Target
 from cai_runtime.compressor.stats.weights import DenseWeights
 
-TYPICAL_SHARE = 0.5  # of its parameters that a layer has under a budget in bytes; by this its reshape is chosen
+TYPICAL_SHARE = 0.5  # share of its parameters at which a layer's reshape is chosen under a budget in bytes
 
-Noise = dict[str, dict[str, float]]  # by layer and store
+Noise = dict[str, dict[str, float]]  # error that rounding adds, by layer and store
 
 
 def measure(
@@ -29,9 +29,13 @@ def measure(
     options: Options,
     planned: Mapping[str, Choice] | None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Of one block's layers: what each rank removes from the error, [ranks] fp64 by name; and as JSON, by name, the
-    "reshapes" of matrix product operators and, under a budget in bytes, the "noise" that rounding the dense weight to each
-    of the competing stores adds. planned: what a plan file says."""
+    """Measures one block's layers. Returns tensors and a JSON record for `curves_of`.
+
+    Tensors: the error that each rank removes, [ranks] fp64, by layer. Record: "reshapes", the sites of MPO layers; "noise",
+    under a budget in bytes, the error that rounding the dense weight to each competing store adds. Both by layer.
+
+    planned: choices of a plan file, by layer; None: no plan file.
+    """
     energies: dict[str, torch.Tensor] = {}
     reshapes: dict[str, Any] = {}
     noise: Noise = {}
@@ -65,14 +69,14 @@ def measure(
 def curves_of(
     targets: Sequence[Target], energies: Mapping[str, torch.Tensor], record: Mapping[str, Any], options: Options
 ) -> tuple[dict[str, Curve], Noise]:
-    """The layers' curves and the noise in the same unit, from what `measure` gave."""
+    """Curves and noise by layer, in the same unit, from the results of `measure`."""
     curves: dict[str, Curve] = {}
     noise: Noise = {}
     for target in targets:
         name, module = target.name, target.module
         errors = [*energies[name].flip(0).cumsum(0).flip(0).tolist(), 0.0]
-        # With curvature the errors are estimates of the loss and add up as they are; without, each layer's own outputs
-        # are the only measure there is.
+        # With curvature, errors estimate the loss and add up over layers. Without it, errors are relative to each layer's
+        # own outputs.
         unit = 1.0 if options.curvature else max(errors[0], torch.finfo(torch.float32).tiny)
         dims = record["reshapes"].get(name)
         reshape = Reshape(tuple(dims[0]), tuple(dims[1])) if dims else None

@@ -1,14 +1,13 @@
-"""One weight into factors: the best ones of every rank at once, then the gauge in which they are stored.
+"""Whitened SVD of one weight: the best factors of every rank at once, and their interpolative form.
 
-The error that counts is that of the outputs on real inputs, weighted by what each output does to the loss:
+The error of an approximation V is the error of the outputs on real inputs, weighted by the effect on the loss:
 
     ||L^T (W - V) S||_F^2,   S S^T = G = mean x x^T (inputs),   L L^T = F = mean g g^T (loss gradients at the output).
 
-With F = I this is activation-whitened SVD (Wang et al., "SVD-LLM: Truncation-aware singular value decomposition for
-large language model compression", 2024); with F it is the Kronecker-factored second-order estimate of the loss (Martens
-and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", 2015) as the norm of a truncated
-SVD. By Eckart and Young the truncated SVD of L^T W S is the best approximation of each rank, and its tail of squared
-singular values is the error.
+With F = I this is SVD-LLM (Wang et al., "SVD-LLM: Truncation-aware singular value decomposition for large language model
+compression", 2024). With F it is a Kronecker-factored second-order estimate of the loss (Martens and Grosse, "Optimizing
+neural networks with Kronecker-factored approximate curvature", 2015). By the Eckart-Young theorem, the truncated SVD of
+L^T W S is optimal at each rank, and its error is the sum of the truncated squared singular values.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
-# Shares of the mean diagonal that are added to it: directions that the calibration text never showed still count.
+# Shares of the mean diagonal added to the diagonal: directions absent from the calibration text still count.
 INPUT_DAMPING = 1e-2
 OUTPUT_DAMPING = 1e-1
-SWAP_BOUND = 1.2  # entries of core_1 that are larger are swapped away; see `interpolate`
+SWAP_BOUND = 1.2  # bound on the entries of an interpolative core_1, see `interpolate`
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Factors:
     energy: torch.Tensor
 
     def to(self, device: torch.device | str) -> Factors:
-        """The same on another device."""
+        """The factors on another device."""
         return Factors(self.left.to(device), self.right.to(device), self.energy.to(device))
 
     def errors(self) -> list[float]:
@@ -51,8 +50,7 @@ class Factors:
 
 
 def damped(gram: torch.Tensor, damping: float = INPUT_DAMPING) -> torch.Tensor:
-    """A Gram matrix plus `damping` times its mean diagonal, a new tensor in fp64. Zeros (nothing was seen) become the
-    identity."""
+    """gram + damping * mean(diagonal) * I as a new fp64 tensor. A Gram matrix of zeros (no inputs) becomes the identity."""
     gram = gram.to(torch.float64, copy=True)
     mean = float(gram.diagonal().mean())
     gram.diagonal().add_(damping * mean if mean > 0 else 1.0)
@@ -70,8 +68,8 @@ def factorize(weight: torch.Tensor, input_gram: torch.Tensor, output_gram: torch
     root_out = torch.linalg.cholesky(output_gram) if output_gram is not None else None
     scaled = root_out.mT @ w if root_out is not None else w
     m = scaled @ root_in
-    # Eigenvectors of the smaller Gram matrix of m instead of an SVD of m: several times faster, and singular values
-    # below 1e-8 of the largest, where it loses digits, are nobody's error.
+    # The eigendecomposition of the smaller of m m^T and m^T m is several times faster than an SVD of m. It loses singular
+    # values below 1e-8 of the largest, which do not affect the error.
     if m.shape[0] <= m.shape[1]:
         energy, u = torch.linalg.eigh(m @ m.mT)
         u = u.flip(1)
@@ -82,7 +80,7 @@ def factorize(weight: torch.Tensor, input_gram: torch.Tensor, output_gram: torch
         v = v.flip(1)
         left = w @ (root_in @ v)  # = L^-T (m V)
         right = torch.linalg.solve_triangular(root_in.mT, v, upper=True).mT
-    # Columns of equal length: per-row scales of an 8-bit core_1 then waste no code on the strong ones.
+    # Columns of unit norm: per-row scales of an 8-bit core_1 then use the full range.
     length = left.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
     return Factors((left / length).float(), (right * length[:, None]).float(), energy.flip(0).clamp_min(0))
 
@@ -98,7 +96,7 @@ def spectrum(weight: torch.Tensor, input_gram: torch.Tensor, output_gram: torch.
 
 
 def whitened_error(error: torch.Tensor, input_gram: torch.Tensor, output_gram: torch.Tensor | None = None) -> float:
-    """||L^T E S||_F^2 of an error E [out, in] of the weight."""
+    """||L^T E S||_F^2 of an error E [out, in] of the weight. Gram matrices as in `factorize`."""
     e = error.to(input_gram.device, torch.float64)
     outer = e if output_gram is None else output_gram @ e
     return float(((e @ input_gram) * outer).sum())
@@ -115,21 +113,20 @@ class Interpolative:
 
 
 def interpolate(left: torch.Tensor, right: torch.Tensor, *, bound: float = SWAP_BOUND) -> Interpolative:
-    """The product left @ right, [out, r] @ [r, in], r < out, with r of its rows as the first core: the same matrix in
-    r (in + out - r) numbers instead of r (in + out).
+    """The product left @ right in interpolative form: r (in + out - r) parameters instead of r (in + out), without loss.
 
-    A rank-r matrix is fixed by any r independent rows, and every other row is a combination of those, so nothing is
-    lost (Cheng, Gimbutas, Martinsson and Rokhlin, "On the compression of low rank matrices", 2005). Which rows is a
-    question of rounding: the pivots of LU, then swaps until no coefficient in core_1 exceeds `bound` in magnitude
-    (Goreinov, Oseledets, Savostyanov, Tyrtyshnikov and Zamarashkin, "How to find a good submatrix", 2010), which keeps
-    the noise of an 8-bit core_0 from being amplified. Swaps end because each multiplies the volume of the pivot rows by
-    more than `bound`.
+    All rows of a rank-r matrix are combinations of any r independent rows (Cheng, Gimbutas, Martinsson and Rokhlin, "On the
+    compression of low rank matrices", 2005). The choice of rows matters for rounding: large coefficients in core_1 amplify
+    the rounding errors of core_0. LU pivots are the start; rows are swapped until no coefficient exceeds `bound` (Goreinov,
+    Oseledets, Savostyanov, Tyrtyshnikov and Zamarashkin, "How to find a good submatrix", 2010). The swaps terminate, because
+    each multiplies the volume of the pivot rows by more than `bound`.
 
+    left: [out, r]. right: [r, in]. r < out. Any float dtype. bound: largest magnitude of an entry of core_1.
     """
     out, rank = left.shape
     left = left.to(torch.float64)
     lu, swaps, info = torch.linalg.lu_factor_ex(left)
-    if int(info) != 0:  # dependent columns: an orthonormal basis with the same product
+    if int(info) != 0:  # LU failed on dependent columns: take an orthonormal basis
         left, triangle = torch.linalg.qr(left)
         right = triangle @ right.to(torch.float64)
         lu, swaps, _ = torch.linalg.lu_factor_ex(left)
@@ -137,7 +134,7 @@ def interpolate(left: torch.Tensor, right: torch.Tensor, *, bound: float = SWAP_
     lower, rest = lu[:rank], lu[rank:]
     coefficients = torch.linalg.solve_triangular(lower, rest, upper=False, left=False, unitriangular=True)
     if _swap_large(coefficients, pivot, bound):
-        chosen = left[pivot[:rank]]  # solved anew: the updates have gathered rounding
+        chosen = left[pivot[:rank]]  # solve again, since the updates accumulate rounding errors
         coefficients = torch.linalg.solve(chosen, left[pivot[rank:]], left=False)
     core_0 = left[pivot[:rank]] @ right.to(torch.float64)
     return Interpolative(core_0.float(), coefficients.float(), pivot)
@@ -152,8 +149,8 @@ def _permutation(swaps: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _swap_large(b: torch.Tensor, pivot: torch.Tensor, bound: float) -> int:
-    """Exchange pivot rows for others, updating the coefficients `b` [out - r, r] and `pivot` in place, until no entry
-    of `b` exceeds `bound`. Returns the number of swaps."""
+    """Swap pivot rows with others until no entry of `b` exceeds `bound`. Updates the coefficients `b` [out - r, r] and
+    `pivot` in place. Returns the number of swaps."""
     rank = b.shape[1]
     count = 0
     while b.numel():

@@ -1,16 +1,14 @@
-"""Lowrank cores that are good at every rank at which they are opened, rounding included.
+"""Rounds the lowrank cores of an elastic checkpoint so that they are accurate at every rank they open at.
 
-Cut off at rank s, a module is the first s rows of core_0 and columns of core_1. The truncated SVD is best at every s, but
-cores that are rounded as if all columns were always there are not: fitting and error feedback let one column make up for
-the error of another, and a column that is cut off takes with it what it made up for. So the error that is minimised here is
-the mean over the ranks s, each relative to the error that the truncated SVD has there:
+A module opened at rank s uses the first s rows of core_0 (A) and the first s columns of core_1 (B). The truncated SVD is
+optimal at every s. Cores rounded for the full rank are not: error feedback lets later columns compensate earlier ones, and
+truncation removes the compensation. So the error minimized here sums over the ranks s:
 
-    sum over s of w_s || (W - B[:, :s] A[:s]) G^(1/2) ||^2,   w_s = 1 / (truncation error at s).
+    sum_s w_s || (W - B[:, :s] A[:s]) G^(1/2) ||^2,   w_s = 1 / (truncation error at s).
 
-It is quadratic in B, as the error at one rank is; its matrix is A G A^T, each entry (i, j) times the weight of the ranks
-that hold both columns, c_max(i, j) with c_k the sum of w_s over s > k. Least squares and error feedback (Frantar, Ashkboos,
-Hoefler and Alistarh, "GPTQ: Accurate post-training quantization for generative pre-trained transformers", 2023) work on it
-as they are.
+It is quadratic in B with the matrix H_ij = (A G A^T)_ij c_max(i, j), where c_k = sum of w_s over s > k. Column k is in use
+at the ranks s > k. Least squares and error feedback (Frantar, Ashkboos, Hoefler and Alistarh, "GPTQ: Accurate post-training
+quantization for generative pre-trained transformers", 2023) apply with H in place of A G A^T.
 """
 
 from __future__ import annotations
@@ -25,12 +23,11 @@ from cai_runtime.compressor.factor.rounding import round_with_feedback, rounding
 from cai_runtime.slim.spec import STORES, ModuleSpec
 from cai_runtime.slim.stores import CoreData, quantize
 
-# The columns of core_1 are as long as their singular values to this power. A packed row has one scale for many columns:
-# equal lengths (0) spend as many bits on the weak ones as on the strong, 1/2 lets the strong ones set too coarse a scale for
-# the others.
+# Column k of core_1 has the norm (singular value k)^GAUGE. A packed row shares one scale among many columns. GAUGE 0 spends
+# as many bits on weak columns as on strong ones; 1/2 makes the scale too coarse for the weak ones.
 GAUGE = 0.25
 _RIDGE = 1e-10  # of the mean diagonal
-_EXHAUSTED = 1e-6  # of the whole error: at full rank nothing is left, and no rank may count without bounds
+_EXHAUSTED = 1e-6  # smallest relative truncation error in w_s, which is unbounded at full rank
 
 
 def nested_module(
@@ -40,10 +37,10 @@ def nested_module(
     input_gram: torch.Tensor,
     ranks: Sequence[int],
 ) -> StoredModule:
-    """A lowrank module of rank max(ranks), made to be cut off at any of `ranks` (`PlannedModule.ranks`).
+    """A lowrank module of rank max(ranks) that can be truncated to any of `ranks` (see `PlannedModule.ranks`).
 
-    weight: [out, in], any float dtype. factors: those of `weight` under `input_gram`, the damped mean of x x^T, [in, in].
-    store: of both cores.
+    weight: [out, in], any float dtype. factors: of `weight` under `input_gram`. store: of both cores. input_gram: [in, in],
+    the damped mean of x x^T.
     """
     rank = max(ranks)
     left, right = _gauged(factors, rank)
@@ -64,18 +61,18 @@ def nested_module(
 
 
 def _gauged(factors: Factors, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both factors, fp64, with the columns of the left one as long as `GAUGE` says."""
+    """Both factors at `rank`, fp64, with the column norms of the left one set by `GAUGE`."""
     left, right = factors.left[:, :rank].to(torch.float64), factors.right[:rank].to(torch.float64)
     energy = factors.energy[:rank].to(left)
     tiny = torch.finfo(torch.float64).tiny
-    # A singular value of rounding noise must not make its row of core_0 huge.
+    # A lower bound: a singular value that is rounding noise would make its row of core_0 huge.
     values = (energy / energy[0].clamp_min(tiny)).clamp_min(1e-12).sqrt()
     length = values**GAUGE / left.norm(dim=0).clamp_min(tiny)
     return left * length, right / length[:, None]
 
 
 def _shares(energy: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
-    """[max(ranks)] fp64: for each column, the weight of the ranks that hold it; falls from 1."""
+    """c_k / c_0 for each column k, [max(ranks)] fp64: the total weight w_s of the ranks that use it. Falls from 1."""
     energy = energy.to(torch.float64)
     tail = energy.flip(0).cumsum(0).flip(0)
     whole = float(tail[0]) or 1.0
@@ -95,8 +92,8 @@ def _fitted(
     joint: torch.Tensor,
     store: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best core_1, fp64, after the rounded core_0, and the matrix of the error that it minimises. To 4 bits it is fitted
-    with its rounding in mind: smaller numbers are rounded with smaller errors."""
+    """The least-squares core_1 behind the rounded core_0, and the matrix H of the error. Both fp64. At 4 bits with a ridge
+    for core_1's own rounding (`rounding_ridge`)."""
     a = core_0.values(torch.float64)
     projected = gram @ a.mT
     inner = (a @ projected) * joint
@@ -108,9 +105,9 @@ def _fitted(
 
 
 def _first_fitted(left: torch.Tensor, right: torch.Tensor, core_1: CoreData, joint: torch.Tensor) -> torch.Tensor:
-    """The core_0, fp64, that with the rounded core_1 comes closest to the product of the factors, at every rank.
+    """The core_0, fp64, that with the rounded core_1 best reproduces the product of the factors over all ranks.
 
-    The product and not the weight is aimed at, see `cores.refit_first`.
+    The target is the product and not the weight, see `cores.refit_first`.
     """
     b = core_1.values(torch.float64)
     return _solve((b.mT @ b) * joint, right.mT @ ((b.mT @ left) * joint).mT).mT

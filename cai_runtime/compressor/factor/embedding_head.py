@@ -1,13 +1,13 @@
-"""Embedding and head: which matrices they are, how they are rounded, and what that costs.
+"""Embedding and head ("ends"): their names, their rounding, and the error of their rounding.
 
-They stay dense, and of a small model they are a large part: which store each has competes with what its bytes would do for
-the layers. To 4 bits, the head's matrix is rounded with feedback for what it is given (see `rounding`), also where it is
-the embedding's, too: of SmolLM2-135M, where it is, that takes the loss which int4-g64 adds from 0.14 to 0.06 nats, nearly
-all of which is the logits' part.
+The ends stay dense. In a small model they are a large part of the bytes, so under a budget in bytes their stores compete
+with the layers. At 4 bits the head is rounded with error feedback on its inputs (see `rounding`), also where it is tied to
+the embedding. For SmolLM2-135M, which ties them, this cuts the loss added by int4-g64 from 0.14 to 0.06 nats; nearly all of
+it comes through the logits.
 
-Layers' errors are estimates of the loss by the gradients of the calibration text (see `decompose`), and so are theirs: the
-mean over the positions of (g . d)^2, g the loss gradient and d what rounding changes, once for what the first block is given
-and once for the logits.
+The error of an end estimates the loss, as the errors of layers do (see `decompose`). It is the mean over positions of
+(g . d)^2, with g the loss gradient and d the change by rounding. It is summed over two places: the input of the first block
+of the last stack, and the logits.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ STEP = "ends"
 
 @dataclass(frozen=True)
 class Ends:
-    """Embedding and head by their names in the checkpoint: one where they share a matrix, and none that it does not have.
+    """Embedding and head of one model.
 
-    heads: those that the head multiplies with. gram: the mean of x x^T of what it is given, [hidden, hidden]; None where no
-    store needs it. noise: what rounding adds to the error, where stores compete. stores: once they are chosen.
+    names: their module names in the checkpoint; one name where they are tied. heads: the names whose matrix the head
+    multiplies with. gram: mean of x x^T of the head's inputs, [hidden, hidden]; None where no store needs it. noise: error
+    that rounding adds, by name and store; empty unless stores compete. stores: the chosen store by name.
     """
 
     names: tuple[str, ...]
@@ -49,22 +50,23 @@ class Ends:
 
     @classmethod
     def of(cls, model: Any, weights: DenseWeights) -> Ends:
+        """The ends of transformers' `model` that `weights` has, without gram, noise and stores."""
         head = model.get_output_embeddings()
         modules = {id(m) for m in (model.get_input_embeddings(), head) if m is not None}
-        # A module that the model has under several names is what the checkpoint calls it.
+        # A module may have several names in the model. The checkpoint's name counts.
         named = dict(model.named_modules(remove_duplicate=False))
         names = [name for name, m in named.items() if id(m) in modules and f"{name}.weight" in weights]
         heads = [name for name in names if head is not None and named[name].weight is head.weight]
         return cls(tuple(names), tuple(heads))
 
     def core(self, name: str, weight: torch.Tensor, store: str) -> CoreData:
-        """A matrix [vocabulary, hidden] as it is stored."""
+        """The matrix `weight` [vocabulary, hidden] of an end, rounded to `store`."""
         if self.gram is not None and name in self.heads and STORES[store].bits == 4:
             return round_with_feedback(weight, self.gram.to(weight.device), store)
         return quantize(weight.float(), store)
 
-    def put_in(self, model: Any) -> None:
-        """Give transformers' model the values that its ends have once they are stored."""
+    def round_weights(self, model: Any) -> None:
+        """Round the ends of transformers' model in place to the values of their stores."""
         done: set[int] = set()
         for name, store in self.stores.items():
             parameter = model.get_submodule(name).weight
@@ -74,8 +76,11 @@ class Ends:
 
 
 def find_ends(calibration: CalibrationPass, stores: Sequence[str], work: Work, *, compete: bool) -> Ends:
-    """The ends of a model, after the calibration, with what it takes to round them to any of the stores. compete: and what
-    that adds to the error. "ends" in the work directory keeps both."""
+    """The ends of the calibrated model, with the Gram matrix that rounding needs.
+
+    stores: the stores they may get. compete: also measure the error of rounding to each, see `rounding_noise`. The step
+    "ends" in the work directory holds both.
+    """
     model = calibration.model
     ends = Ends.of(model.model, model.weights)
     if not work.has(STEP):
@@ -88,7 +93,7 @@ def find_ends(calibration: CalibrationPass, stores: Sequence[str], work: Work, *
 
 
 def head_gram(calibration: CalibrationPass) -> torch.Tensor:
-    """The mean of x x^T of what the head is given, [hidden, hidden] fp64."""
+    """The mean of x x^T of the head's inputs on the calibration text, [hidden, hidden] fp64."""
     head = calibration.model.model.get_output_embeddings()
     total = GramSum(head.in_features, calibration.model.device)
     handle = head.register_forward_pre_hook(lambda _module, args: total.add(args[0]))
@@ -102,7 +107,7 @@ def head_gram(calibration: CalibrationPass) -> torch.Tensor:
 
 
 def rounding_noise(calibration: CalibrationPass, ends: Ends, stores: Sequence[str]) -> Noise:
-    """What rounding each of the ends to each store adds to the error, after `CalibrationPass.backward`."""
+    """The error that rounding adds, by end and store. Needs the gradients of `CalibrationPass.backward`."""
     model = calibration.model
     last = BlockId(len(model.stacks) - 1, 0)
     gradients, entries = calibration.gradients(last), calibration.entries(last.stack)

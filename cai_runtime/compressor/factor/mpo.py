@@ -1,13 +1,13 @@
-"""One weight into a matrix product operator: the reshape, the errors of every bond dimension, and the cores.
+"""Factorizes a weight as a matrix product operator (MPO): the reshape, the error of every bond dimension, the cores.
 
-Outputs and inputs are split into sites, out = o_1 o_2 .. and in = i_1 i_2 .., and W becomes a train of cores
-[chi_{k-1}, o_k, i_k, chi_k] by one truncated SVD after another (Oseledets, "Tensor-train decomposition", 2011; for layers of
-neural networks Novikov, Podoprikhin, Osokin and Vetrov, "Tensorizing neural networks", 2015; for language models Tomut et
-al., "CompactifAI", 2024).
+Outputs and inputs are split into sites, out = o_1 o_2 .. and in = i_1 i_2 .. . W becomes a train of cores
+[chi_{k-1}, o_k, i_k, chi_k] by successive truncated SVDs (Oseledets, "Tensor-train decomposition", 2011; for neural networks
+Novikov, Podoprikhin, Osokin and Vetrov, "Tensorizing neural networks", 2015; for language models Tomut et al.,
+"CompactifAI", 2024).
 
-Which errors count is a Gram matrix of the inputs and one of the outputs' loss gradients (see `decompose`), and a general one
-would destroy the sites. The nearest Kronecker product of matrices, one for each site, does not (Van Loan and Pitsianis,
-"Approximation with Kronecker products", 1993): each SVD is taken between roots of those.
+The error metric is made of two Gram matrices (see `decompose`). The root of a general Gram matrix mixes the sites. So each
+is replaced by the nearest Kronecker product of one matrix per site (Van Loan and Pitsianis, "Approximation with Kronecker
+products", 1993), and the SVDs are taken between the roots of those.
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ import torch
 from cai_runtime.compressor.factor.decompose import whitened_error
 from cai_runtime.slim.spec import ModuleSpec
 
-SITES = 2  # of a reshape: with more the errors grow faster than the cores shrink
-SWEEPS = 8  # of the fit of a Kronecker product, which is as good as converged after three
+SITES = 2  # sites of a reshape: with more, errors grow faster than cores shrink
+SWEEPS = 8  # sweeps of the Kronecker fit, which converges in about three
 
 
 @dataclass(frozen=True)
 class Reshape:
-    """The sites of a weight: out_dims multiply to its outputs, in_dims to its inputs, row-major."""
+    """The sites of a weight, row-major: out_dims multiply to out_features, in_dims to in_features."""
 
     out_dims: tuple[int, ...]
     in_dims: tuple[int, ...]
 
     @property
     def widest(self) -> int:
-        """The bond dimension from which on nothing is cut off anywhere."""
+        """The smallest bond dimension at which the MPO is exact."""
         return max(self._widths(), default=1)
 
     def bonds(self, widest: int) -> tuple[int, ...]:
-        """The inner bond dimensions where none may exceed `widest`."""
+        """The inner bond dimensions, each limited to `widest`."""
         return tuple(min(widest, width) for width in self._widths())
 
     def parameters(self, widest: int) -> int:
+        """Parameters of all cores with bond dimensions limited to `widest`."""
         bonds = (1, *self.bonds(widest), 1)
         return sum(a * o * i * b for (a, b), o, i in zip(pairwise(bonds), self.out_dims, self.in_dims, strict=True))
 
@@ -63,14 +64,14 @@ class Reshape:
 
 
 def reshapes(out_features: int, in_features: int, sites: int = SITES) -> list[Reshape]:
-    """The reshapes worth trying: outputs and inputs each in factors as near to each other as can be, in every order."""
+    """Candidate reshapes: outputs and inputs each split as evenly as possible, in every order of the factors."""
     outs = sorted(set(permutations(_even_factors(out_features, sites))))
     ins = sorted(set(permutations(_even_factors(in_features, sites))))
     return [Reshape(o, i) for o, i in product(outs, ins)]
 
 
 def _even_factors(n: int, count: int) -> tuple[int, ...]:
-    """`count` factors of n, the largest of which is as small as can be."""
+    """`count` factors of n, falling, with the smallest possible largest factor."""
     if count == 1:
         return (n,)
     best: tuple[int, ...] = (n,) + (1,) * (count - 1)
@@ -82,8 +83,10 @@ def _even_factors(n: int, count: int) -> tuple[int, ...]:
 
 
 def kronecker_factors(gram: torch.Tensor, dims: Sequence[int]) -> list[torch.Tensor]:
-    """Positive definite matrices, [d, d] fp64 for each of `dims`, whose Kronecker product comes closest to `gram` [n, n],
-    n = prod(dims), which is so itself. Alternating least squares, one factor after another."""
+    """Positive definite matrices, [d, d] fp64 for each of `dims`, whose Kronecker product is nearest to `gram`.
+
+    gram: [n, n], positive definite, n = prod(dims). Alternating least squares over the factors.
+    """
     tensor = gram.to(torch.float64).reshape(*dims, *dims)
     count = len(dims)
     eyes = [torch.eye(d, dtype=torch.float64, device=gram.device) for d in dims]
@@ -91,7 +94,7 @@ def kronecker_factors(gram: torch.Tensor, dims: Sequence[int]) -> list[torch.Ten
     for _ in range(SWEEPS if count > 1 else 1):
         for k in range(count):
             found = tensor
-            # From the last site to the first, so that the axes before it keep their numbers.
+            # From the last site to the first: contracting a site leaves the axis numbers before it unchanged.
             for j in reversed(range(count)):
                 if j == k:
                     continue
@@ -103,12 +106,13 @@ def kronecker_factors(gram: torch.Tensor, dims: Sequence[int]) -> list[torch.Ten
 
 
 class MpoTrain:
-    """A weight between the roots of its metric, in one reshape.
+    """A whitened weight in one reshape, ready to be truncated at any bond dimension.
 
-    Errors are those of the Kronecker products' metric, scaled to that of the Gram matrices where the whole weight is lost.
+    Errors are measured in the Kronecker metric. They are scaled so that the error of W = 0 equals that in the metric of the
+    Gram matrices. Computes in fp64 on the device of `input_gram`.
 
-    weight: [out, in]. input_gram: [in, in], the damped mean of x x^T; output_gram: [out, out], that of the loss gradients
-    at the outputs, None: the identity. Computes in fp64 on the device of `input_gram`.
+    weight: [out, in], any float dtype. input_gram: [in, in], the damped mean of x x^T. output_gram: [out, out], the damped
+    mean of g g^T; None: the identity.
     """
 
     def __init__(
@@ -129,27 +133,31 @@ class MpoTrain:
         count = len(reshape.out_dims)
         order = [axis for k in range(count) for axis in (k, count + k)]
         self._tensor = scaled.reshape(*reshape.out_dims, *reshape.in_dims).permute(order)
-        # The Kronecker product is not the metric itself: scaled so that the whole weight counts alike in both.
+        # Scale: the error of W = 0 is the same in the Kronecker metric and in the metric of the Gram matrices.
         within = float(scaled.square().sum())
         self._unit = whitened_error(w, input_gram, output_gram) / within if within > 0 else 1.0
 
     def errors(self) -> list[float]:
-        """[widest + 1] floats: squared error in the metric where no bond exceeds 0, 1 .. `widest`. Between two sites it is
-        the least there is; with more the sum over the bonds, which the SVDs one after another do not exceed (Oseledets
-        2011, theorem 2.2). Never rises; ends at 0."""
+        """[widest + 1] floats: squared error with bond dimensions limited to 0, 1 .. `widest`. Never rises; ends at 0.
+
+        With two sites the error is exact. With more it is the sum over the bonds, an upper bound (Oseledets 2011, theorem
+        2.2).
+        """
         tails = torch.zeros(self.reshape.widest + 1, dtype=torch.float64)
         sites = len(self.reshape.out_dims)
         for k in range(1, sites):
             m = self._tensor.reshape(math.prod(self._tensor.shape[: 2 * k]), -1)
             energy = torch.linalg.eigvalsh(m @ m.mT if m.shape[0] <= m.shape[1] else m.mT @ m)
-            tail = energy.clamp_min(0).cumsum(0).flip(0).cpu()  # of the smallest 1 .. all, the largest first
+            tail = energy.clamp_min(0).cumsum(0).flip(0).cpu()  # tail[r]: energy beyond the r largest
             tails[: len(tail)] += tail
         tails[-1] = 0
         return (tails.clamp_max(float(self._tensor.square().sum())) * self._unit).tolist()
 
     def cores(self, widest: int) -> list[torch.Tensor]:
-        """fp32 [chi_{k-1}, o_k, i_k, chi_k] where no bond exceeds `widest`. The slices of every core but the first at its
-        left bond have length one: a row's 8-bit scale then wastes no code on strong ones."""
+        """The cores, fp32 [chi_{k-1}, o_k, i_k, chi_k], with bond dimensions limited to `widest`.
+
+        Every core but the first has slices of unit norm along its left bond. Per-row 8-bit scales then use the full range.
+        """
         out_dims, in_dims = self.reshape.out_dims, self.reshape.in_dims
         bonds = (1, *self.reshape.bonds(widest), 1)
         rest, cores = self._tensor.reshape(1, -1), []
@@ -169,7 +177,7 @@ class MpoTrain:
         return [core.float().contiguous() for core in cores]
 
     def _unscaled(self, core: torch.Tensor, site: int) -> torch.Tensor:
-        """A core without the roots that the SVDs were taken between."""
+        """A core with the whitening of its site undone."""
         inverse = torch.linalg.inv(self._in_roots[site])
         core = torch.einsum("aoib,ij->aojb", core, inverse)
         if self._out_roots is None:
@@ -180,7 +188,8 @@ class MpoTrain:
 def best_train(
     weight: torch.Tensor, input_gram: torch.Tensor, output_gram: torch.Tensor | None, share: float
 ) -> tuple[Reshape, list[float]]:
-    """The reshape with the least error among those of `share` of the weight's parameters, and its `errors`."""
+    """The reshape with the least error at `share` of the weight's parameters, and its `errors`. Arguments as in
+    `MpoTrain`."""
 
     def judged(reshape: Reshape) -> tuple[float, Reshape, list[float]]:
         errors = MpoTrain(weight, input_gram, output_gram, reshape).errors()

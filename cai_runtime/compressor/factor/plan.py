@@ -1,4 +1,4 @@
-"""What a compression will take, before it is begun: layers, sizes, disk, memory and time."""
+"""Estimates a compression before it starts: layers, sizes, disk, memory and time."""
 
 from __future__ import annotations
 
@@ -32,24 +32,29 @@ from cai_runtime.errors import CompressionError
 from cai_runtime.slim.spec import DENSE_REFERENCE_BYTES, STORES, ModuleSpec
 from cai_runtime.stock.load import DTYPES
 
-MOMENT_BYTES = 4 << 30  # of all blocks' moments together that are kept on disk; more are computed twice
-STUDENT_BYTES = 16  # for each trained number while healing: latent, rounded, gradient, momentum, fp32
-HEAL = {False: 6.0, True: 4.0}  # operations for each number and token, as fp32's: those in bf16 take less time
-OPTIMIZE = 5.0  # operations of one of the optimizer's steps for out * in * min(out, in) of a layer, at keep 1
-SHIFT_PASSES = 4  # forward passes of a block in which its layers' inputs are looked at: q/k/v, o, gate/up, down
+MOMENT_BYTES = 4 << 30  # limit of all moments on disk; above it, moments are computed twice instead
+STUDENT_BYTES = 16  # bytes per trained parameter while healing: latent, rounded, gradient and momentum in fp32
+HEAL = {False: 6.0, True: 4.0}  # fp32-equivalent FLOPs per parameter and token, by `Options.mixed`
+OPTIMIZE = 5.0  # FLOPs of an optimizer step per out * in * min(out, in) of a layer, at keep 1
+SHIFT_PASSES = 4  # forward passes of a block with `shift`, one per input group: q/k/v, o, gate/up, down
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Counts of numbers, of bytes, and floating point operations.
+    """Sizes and cost of one compression.
 
-    parameters: of the whole model; layer_parameters: of the linear layers that are compressed; embedding_parameters: of
-    embedding and head. output_bytes: of the slim checkpoint, from above for a budget in parameters (an elastic one's with
-    both forms of every layer that is dense at the largest keep). layer_budget_bytes: for the layers under a budget in bytes,
-    and for embedding and head where their stores compete. moment_bytes: of
-    all blocks' moments in fp32. state_bytes: of hidden states and gradients on disk. block_parameters: of the largest
-    block. whole: whether all of the model must be in memory, because transformers fuses tensors while it loads. flops: by
-    stage. left: matrices that are not compressed. choices: what a plan file says of every layer, None without one.
+    Attributes:
+        parameters: of the whole model. layer_parameters: of the compressed linear layers. embedding_parameters: of
+            embedding and head. block_parameters: of the largest block.
+        output_bytes: of the slim checkpoint. An upper bound under a budget in parameters; for an elastic checkpoint with
+            both forms of every layer that is dense at the largest keep.
+        layer_budget_bytes: under a budget in bytes, the bytes for the layers, and for the ends where their stores compete.
+        moment_bytes: of all moments in fp32. state_bytes: of hidden states and gradients on disk. work_bytes: of the work
+            directory. memory_bytes, heal_memory_bytes: peak memory before and while healing.
+        whole: whether the whole model must be in memory, because transformers fuses tensors while loading.
+        flops: floating point operations by stage.
+        left: matrices that are not compressed. dst: the destination.
+        choices: from a plan file, by layer; None without one.
     """
 
     model_type: str
@@ -73,10 +78,7 @@ class Plan:
     choices: dict[str, Choice] | None = None
 
     def require_room(self, held: int = 0) -> None:
-        """Raises CompressionError when the disk can't hold the work and the result, or memory the healing.
-
-        held: bytes of the work that are there already.
-        """
+        """Raises CompressionError when disk or memory do not suffice. held: bytes already in the work directory."""
         parent = next(p for p in self.dst.absolute().parents if p.exists())
         work = max(self.work_bytes - held, 0)
         free, need = shutil.disk_usage(parent).free, work + self.output_bytes
@@ -100,7 +102,7 @@ class Plan:
             )
 
     def seconds(self, rate: float) -> dict[str, float]:
-        """Estimated time by stage at `rate` operations a second."""
+        """Estimated seconds by stage at `rate` FLOP/s."""
         return {stage: flops / rate for stage, flops in self.flops.items()}
 
     def to_json(self) -> dict[str, Any]:
@@ -109,7 +111,7 @@ class Plan:
         return {**found, "left": self.left.parameters}
 
     def summary(self, rate: float | None = None) -> str:
-        """A few lines for people. rate: floating point operations a second that this machine was seen to do."""
+        """A few lines of text. rate: measured FLOP/s of this machine; None: no time estimate."""
         lines = [
             f"{self.model_type}: {self.parameters:,} parameters, {self.layers} linear layers with {self.layer_parameters:,} "
             f"of them in {self.blocks} blocks",
@@ -136,8 +138,11 @@ class Plan:
 
 
 def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
-    """Raises UnsupportedModelError when nothing can be compressed, CheckpointError when the tensors are not those of the
-    model, CompressionError when transformers can't build it or the budget leaves nothing for the linear layers."""
+    """The plan of a compression of `weights` to `dst`. Reads no weights.
+
+    Raises UnsupportedModelError when nothing can be compressed. CheckpointError when the tensors do not match the model.
+    CompressionError when transformers can't build the model, or the budget leaves nothing for the linear layers.
+    """
     model: Any = weights.skeleton(DTYPES[options.dtype])
     model.tie_weights()
     if weights.is_speech:
@@ -156,7 +161,7 @@ def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
     matrices = [weights.shape(name) for name in sorted(ends)]
     embedding = sum(math.prod(shape) for shape in matrices)
     total = weights.parameters()
-    # At their smallest, where their stores compete: then they are part of the budget.
+    # Where their stores compete, the ends are part of the budget and count here at their smallest.
     end_stores = options.stores if options.embedding_store is None else (options.embedding_store,)
     ends_bytes = sum(
         min(ModuleSpec("dense", rows, columns, None, (store,)).nbytes for store in end_stores)
@@ -180,7 +185,7 @@ def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
                 f"target_bytes {output:,} is too small: embedding, head and norms alone take {rest_bytes:,}"
             )
         budget += ends_bytes if options.embedding_store is None else 0
-        # What is chosen depends on errors that are not known yet; whether anything fits does not.
+        # The choices depend on errors that are not known yet. Whether the smallest choices fit does not.
         curves = {name: _unknown(name, o, i, options.kind) for name, (o, i) in zip(targets, shapes, strict=True)}
         competing: dict[str, tuple[int, int]] = {}
         if options.embedding_store is None:
@@ -189,12 +194,12 @@ def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
         choose(curves, options, noise=silent, budget_bytes=budget, ends=competing)
     else:
         assert options.keep is not None
-        # Ranks can't be chosen yet, but a budget below the smallest ones is known to fail.
+        # The ranks depend on errors that are not known yet. Whether the smallest ranks fit does not.
         unknown = [_unknown(name, o, i, options.kind) for name, (o, i) in zip(targets, shapes, strict=True)]
         most = int(options.keep * layer_parameters)
         if options.smallest_keep is not None:
             check_smallest(unknown, options.smallest_keep, multiple=options.rank_multiple, floor=options.floor)
-            most *= 2  # a module may be stored as dense and as lowrank, which costs less than dense
+            most *= 2  # a module may have a dense and a lowrank form, and the lowrank form costs less than dense
         else:
             allocate(
                 unknown,
@@ -207,7 +212,7 @@ def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
         output = rest_bytes + _stored_bytes(most, options.stores[0])
     width = model.get_input_embeddings().embedding_dim
     blocks = sum(len(stack) for stack in stacks)
-    # An encoder hears whole windows; a decoder's positions are fewer, and counted as if they were as many.
+    # Speech: an encoder reads whole windows. A decoder has fewer positions; it counts with as many.
     length = model.config.max_source_positions if weights.is_speech else options.sequence_length
     tokens = options.samples * length
     size = DTYPES[options.dtype].itemsize
@@ -217,13 +222,13 @@ def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
     )
     moments = 4 * (inputs + (sum(out * out for out, _ in shapes) if options.curvature else 0))
     block_parameters = max(sum(p.numel() for p in block.parameters()) for stack in stacks for block in stack.blocks)
-    # While a layer is decomposed: both its metrics and their roots, and some four matrices of its own shape, in fp64.
+    # Decomposing a layer takes, in fp64, both Gram matrices and their roots, and about four matrices of its own shape.
     decomposing = max(16 * (i * i + o * o * options.curvature) + 32 * o * i for o, i in shapes)
     healing = options.heal_tokens > 0
     whole = not all_there(model, weights)
     resident = total if whole else embedding + 3 * block_parameters
     heal_memory = (2 * total * size + int(STUDENT_BYTES * layer_parameters)) if healing else 0
-    # A block's cores: to be trained, or all forms as they are stored.
+    # Cores in the work directory: fp32 latents, or for an elastic checkpoint all forms in their stores.
     kept = 4 * layer_parameters if healing or not options.elastic else 0
     kept += output - rest_bytes if options.elastic else 0
     return Plan(
@@ -238,7 +243,7 @@ def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
         layer_budget_bytes=budget,
         moment_bytes=moments,
         state_bytes=states,
-        # Healing keeps its cores and their momentum; a file is whole beside the one before it until it takes its place.
+        # Healing saves cores and momentum, and a new file exists beside the old one until it replaces it.
         work_bytes=states + min(moments, MOMENT_BYTES) + kept + (4 * kept if healing else 0),
         memory_bytes=resident * size + 2 * moments // max(blocks, 1) + decomposing + 4 * tokens * width * size,
         heal_memory_bytes=heal_memory,
@@ -251,7 +256,7 @@ def make_plan(weights: DenseWeights, options: Options, dst: Path) -> Plan:
 
 
 def _unknown(name: str, out: int, inp: int, kind: str) -> Curve:
-    """The curve of a layer of which only the shape is known."""
+    """The curve of a layer whose errors are unknown: all 0."""
     reshape = reshapes(out, inp)[0] if kind == "mpo" else None
     return Curve(name, out, inp, [0.0] * ((min(out, inp) if reshape is None else reshape.widest) + 1), reshape=reshape)
 
@@ -259,11 +264,11 @@ def _unknown(name: str, out: int, inp: int, kind: str) -> Curve:
 def _flops(
     options: Options, shapes: list[tuple[int, int]], layers: int, head: int, length: int, step: int
 ) -> dict[str, float]:
-    """By stage. length: positions of a sequence or window. step: how many of them a step of healing takes."""
+    """FLOPs by stage. layers, head: parameters. length: positions per sequence. step: sequences per healing step."""
     tokens = options.samples * length
     forward = 2.0 * layers * tokens
     squares = sum(2.0 * tokens * (i * i + (o * o if options.curvature else 0)) / 2 for o, i in shapes)
-    # Two Cholesky factors, three products, an eigendecomposition of the smaller side (about 9 n^3), in fp64.
+    # Two Cholesky factorizations, three products, an eigendecomposition of the smaller side (about 9 n^3); fp64 costs twice.
     decompose = sum(2 * ((o**3 + i**3) / 3 + 6 * o * i * min(o, i) + 9 * min(o, i) ** 3) for o, i in shapes)
     optimizer_step = OPTIMIZE * (options.keep or TYPICAL_SHARE) * sum(o * i * min(o, i) for o, i in shapes)
     found = {
@@ -280,9 +285,8 @@ def _flops(
 
 
 def measured_rate(seconds: float = 0.5) -> float:
-    """Floating point operations a second of an fp32 matrix product on the CPU, halved: what the stages were seen to
-    reach."""
-    a = torch.ones(BATCH * 512, 1024, dtype=torch.float32)  # not random: the generator is the caller's
+    """Half the FLOP/s of an fp32 matrix product on the CPU, which is what the stages reach. seconds: time to measure."""
+    a = torch.ones(BATCH * 512, 1024, dtype=torch.float32)  # not random: the global generator belongs to the caller
     b = torch.ones(1024, 1024, dtype=torch.float32)
     a @ b
     count, start = 0, perf_counter()
@@ -293,7 +297,7 @@ def measured_rate(seconds: float = 0.5) -> float:
 
 
 def available_memory() -> int | None:
-    """Bytes that new allocations may take without swapping; None where the system does not tell."""
+    """Bytes that can be allocated without swapping (MemAvailable); None where the system does not report them."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -304,11 +308,12 @@ def available_memory() -> int | None:
 
 
 def versions() -> dict[str, str]:
+    """Versions of the packages that results depend on."""
     return {name: importlib.metadata.version(name) for name in ("cai-runtime", "torch", "transformers")}
 
 
 def _stored_bytes(parameters: int, store: str) -> int:
-    """From above, scales included."""
+    """Upper bound of the bytes of `parameters` numbers in `store`, scales included."""
     kind = STORES[store]
     return int(parameters * (kind.bytes_per_number + (2.5 / kind.group if kind.group else 0))) + parameters // 256
 

@@ -1,4 +1,4 @@
-"""A plan file: kind, rank and store of every layer, said by the user instead of chosen under a budget.
+"""A plan file: the user gives kind, rank and store of every layer, instead of a budget.
 
     {
       "modules": {
@@ -8,9 +8,9 @@
       }
     }
 
-Names are patterns as the shell has them; a layer takes the first that fits. `store` is a name for all cores, int8 unless it
-is given. `rank` of an mpo is its widest bond dimension, or with out_dims and in_dims the list of all. A slim_report.json is
-such a file, too: it makes the next checkpoint like the one that it came with.
+Names are shell patterns; the first match applies. `store` (default int8) is the store of all cores. `rank` of an mpo is its
+largest bond dimension, or, with out_dims and in_dims, the list of all. A slim_report.json is a plan file, too: it repeats
+the choices of its checkpoint.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cai_runtime.errors import CheckpointError, CompressionError
 from cai_runtime.slim.spec import KINDS, STORES, canonical_store
 
 Entry = dict[str, Any]
-PlanSource = str | Path | Mapping[str, Any]  # a file, or what its "modules" hold
+PlanSource = str | Path | Mapping[str, Any]  # a file, or the object under its "modules"
 _KEYS = {
     "dense": {"kind", "store"},
     "lowrank": {"kind", "store", "rank"},
@@ -38,7 +38,7 @@ DEFAULT_STORE = "int8"
 
 
 def plan_entries(plan: PlanSource) -> dict[str, Entry]:
-    """The entries of a plan by pattern, in their order, checked as far as that goes without the layers' shapes.
+    """The entries of a plan by pattern, in order. Checks all that does not need the shapes of the layers.
 
     Raises CompressionError, which names the file and the entry.
     """
@@ -65,14 +65,14 @@ def _modules_in(path: str | Path, where: str) -> Any:
     modules = document.get("modules") if isinstance(document, dict) else None
     if not isinstance(modules, list):
         return modules
-    # What the other compression had to leave as it is stays so.
+    # Layers that the reported compression had to leave dense stay dense.
     read = document.get("read", [])
     kept = {name: {"kind": "dense"} for name in read if isinstance(name, str)} if isinstance(read, list) else {}
     return {**kept, **_of_report(modules, where)}
 
 
 def _of_report(modules: list[Any], where: str) -> dict[str, Entry]:
-    """The modules of a slim_report.json. Brackets are no patterns there, and no layer's name has any."""
+    """The modules of a slim_report.json as entries by exact name. Layer names contain no pattern characters."""
     found = {}
     for module in modules:
         if not isinstance(module, dict) or not isinstance(module.get("name"), str):
@@ -100,7 +100,7 @@ def _checked(entry: Any, where: str) -> Entry:
     unknown = sorted(set(entry) - _KEYS[kind])
     need(
         not unknown,
-        f"{', '.join(map(repr, unknown))} is nothing that kind {kind} has; it has {', '.join(sorted(_KEYS[kind]))}",
+        f"kind {kind} has no {', '.join(map(repr, unknown))}; it has {', '.join(sorted(_KEYS[kind]))}",
     )
     store = entry.get("store", DEFAULT_STORE)
     need(
@@ -122,7 +122,7 @@ def _checked(entry: Any, where: str) -> Entry:
     )
     rank = entry.get("rank")
     if kind == "mpo" and _are_sizes(rank) and (rank or sites):
-        # A report's: the inner bond dimensions. All but the widest follow from the reshape, and one site has none.
+        # A report lists all inner bond dimensions. The largest determines the others; a single site has none.
         need(
             not sites or len(rank) == sites - 1,
             f"rank {list(rank)} must list the {sites - 1} bond dimensions between {sites} sites, or be the widest of them",
@@ -142,11 +142,11 @@ def _is_size(value: object) -> bool:
 
 
 def planned(entries: Mapping[str, Entry], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Choice]:
-    """What each layer becomes, by name.
+    """The choice for every layer, by name.
 
-    entries: of `plan_entries`. shapes: (out_features, in_features) of every layer that can be compressed.
+    entries: from `plan_entries`. shapes: (out_features, in_features) of every layer that can be compressed.
 
-    Raises CompressionError when a layer fits no pattern, a pattern no layer, or a rank not the layer.
+    Raises CompressionError when a layer matches no pattern, a pattern matches no layer, or a rank does not fit its layer.
     """
     found: dict[str, Choice] = {}
     used = set()

@@ -1,9 +1,9 @@
-"""Rounding cores to 8 or 4 bits so that the outputs, not the numbers, change least.
+"""Rounds cores to 8 or 4 bits with error feedback, to minimize the error of the outputs.
 
-Rounded one column at a time, each column's error is made up for by the columns still to come, as far as their inputs are
-correlated (Frantar, Ashkboos, Hoefler and Alistarh, "GPTQ: Accurate post-training quantization for generative pre-trained
-transformers", 2023). It matters for core_1: its inputs are a few hundred outputs of core_0, strongly correlated. At 4 bits
-it matters for every core.
+Columns are rounded in order. The error of each is compensated by the later columns, as far as their inputs are correlated
+(Frantar, Ashkboos, Hoefler and Alistarh, "GPTQ: Accurate post-training quantization for generative pre-trained
+transformers", 2023). At 8 bits this matters for core_1, whose inputs are strongly correlated outputs of core_0. At 4 bits it
+matters for every core.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from cai_runtime.slim.spec import STORES
 from cai_runtime.slim.stores import INT8_MAX, CoreData, quantize
 
 DAMPING = 1e-2  # of the mean diagonal
-BLOCK = (
-    128  # columns whose feedback is applied one by one; beyond them, by one matrix product. A multiple of every group
-)
+# Within a block of this many columns, feedback is applied column by column, beyond it by one matrix product. A multiple of
+# every group size.
+BLOCK = 128
 
 
 def round_with_feedback(core: torch.Tensor, input_gram: torch.Tensor, store: str) -> CoreData:
-    """core: [rows, columns], any float; input_gram: [columns, columns], mean of z z^T of the core's inputs z; store: int8 or
-    one of int4.
+    """The core in `store`, rounded with error feedback.
 
-    int8: the scales are those of plain rounding (max |row| / 127). int4: a group's scale and zero point are chosen when its
-    first column is reached, for the values as the columns before have left them, each weighed by what its error will cost.
+    int8: scales as in plain rounding, max |row| / 127. int4: a group's scale and zero point are fitted when its first column
+    is reached, to the values after feedback, weighted by `_costs`.
+
+    core: [rows, columns], any float dtype. input_gram: [columns, columns], the mean of z z^T of the core's inputs z. store:
+    int8 or an int4 store.
     """
     kind = STORES[store]
     w = core.to(torch.float32).clone()
@@ -60,9 +62,10 @@ def round_with_feedback(core: torch.Tensor, input_gram: torch.Tensor, store: str
 
 
 def rounding_ridge(core: torch.Tensor, input_gram: torch.Tensor, store: str) -> float:
-    """What the size of a core's numbers costs: the expected squared error of the outputs from rounding, over the numbers'
-    sum of squares. Rounding errors grow with the numbers, so that a least-squares fit of a core that will be rounded does
-    best with this as its ridge. Arguments as in `round_with_feedback`.
+    """The ridge for fitting a core that will be rounded: expected squared output error of rounding / sum of core^2.
+
+    Rounding errors grow with the numbers of the core, so that the best fit before rounding is a ridge regression. Arguments
+    as in `round_with_feedback`.
     """
     rounded = quantize(core.float(), store).values()
     share = float((rounded - core).square().sum() / core.square().sum().clamp_min(torch.finfo(torch.float32).tiny))
@@ -70,13 +73,13 @@ def rounding_ridge(core: torch.Tensor, input_gram: torch.Tensor, store: str) -> 
 
 
 def _costs(feedback: torch.Tensor) -> torch.Tensor:
-    """What a squared error in each column costs once the columns after it have made up for it as well as they can: the
-    variance of its input that is left when theirs are known."""
+    """[columns]: the cost of a squared error in each column after optimal compensation by the later columns. It is the
+    variance of the column's input conditioned on theirs."""
     return feedback.diagonal().square().reciprocal()
 
 
 def _feedback(gram: torch.Tensor) -> torch.Tensor:
-    """Upper Cholesky factor, fp32, of the inverse of the damped Gram matrix: row k tells how column k's error, divided by
-    [k, k], is shared out over the columns after it."""
+    """Upper Cholesky factor U of the inverse of the damped Gram matrix, fp32. Column k's error, divided by U[k, k], is
+    distributed over the later columns with weights U[k, k + 1 :]."""
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram, DAMPING)))
     return torch.linalg.cholesky(inverse, upper=True).float()

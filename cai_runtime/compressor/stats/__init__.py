@@ -1,6 +1,5 @@
-"""Statistics of the dense model: which layers there are, and what their inputs and gradients look like.
+"""Statistics of the dense model: its linear layers, and the second moments of their inputs and gradients.
 
-Takes the checkpoint and token sequences; gives, for every linear layer, the mean of x x^T and of g g^T. Blocks are loaded
-one at a time, so memory is that of one block. The metric made of both is a Kronecker-factored curvature (Martens and
-Grosse 2015, arXiv:1503.05671).
+Input: the checkpoint and token sequences. Output: the means of x x^T and g g^T of every linear layer. Only one block is in
+memory at a time. The two moments make a Kronecker-factored curvature (Martens and Grosse 2015, arXiv:1503.05671).
 """

@@ -1,10 +1,10 @@
-"""A model as stacks of blocks, of which one block at a time is in memory.
+"""A transformers model as stacks of blocks, with one block at a time in memory.
 
-The skeleton is transformers' own model: embeddings, norms and head have their weights, the blocks lie on the meta
-device until one is wanted. What the model does around its blocks (masks, position embeddings, the last norm, the way
-from an encoder to a decoder) is run as it is, with the blocks' forward functions replaced: `calls` learns so what each
-block is given, and a replaced last block hands in hidden states that were computed block by block. What a replaced block
-returns has the form that the stack's first block was seen to return: a tensor, or a tuple that begins with it.
+The skeleton is transformers' own model. Embeddings, norms and head have their weights; blocks stay on the meta device until
+they are loaded. The code around the blocks (masks, position embeddings, the last norm, cross attention) runs unchanged, with
+the blocks' forward functions patched. `BlockModel.enter` records the arguments of every block. `BlockModel.finish` patches
+the last block to return hidden states that were computed block by block. A patched block returns the same structure as the
+real first block of its stack: a tensor, or a tuple that begins with one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Watch = Callable[[int, int, nn.Module], AbstractContextManager[Callable[[torch.T
 
 @dataclass(frozen=True)
 class Stack:
-    """A run of blocks, each of which takes the hidden states of the one before. name: of their list in the model."""
+    """A list of blocks that run one after another. name: of the list in the model, such as "model.layers"."""
 
     name: str
     blocks: nn.ModuleList
@@ -43,7 +43,7 @@ class Stack:
 
 @dataclass
 class Call:
-    """What a block is called with beside the hidden states."""
+    """A block's arguments beside the hidden states. Calling it runs the block: [batch, tokens, hidden] to the same shape."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -55,8 +55,8 @@ class Call:
 
 @dataclass
 class Entry:
-    """The way into a stack for one batch: the hidden states its first block is given, [batch, tokens, hidden], and each
-    block's call."""
+    """The inputs of one stack for one batch: the hidden states before its first block, [batch, tokens, hidden], and the
+    `Call` of each block."""
 
     hidden: torch.Tensor
     calls: list[Call]
@@ -65,8 +65,8 @@ class Entry:
 class BlockModel:
     """A causal language model or an encoder-decoder whose blocks are loaded one at a time.
 
-    model: transformers' model with its blocks' parameters on the meta device, or all of it resident. weights: where
-    they come from. dtype, device: of the blocks when they are loaded.
+    model: transformers' model, with the parameters of its blocks on the meta device or all resident. weights: source of the
+    blocks' parameters. dtype, device: of loaded blocks.
     """
 
     def __init__(self, model: Any, weights: DenseWeights, dtype: torch.dtype, device: torch.device):
@@ -75,13 +75,13 @@ class BlockModel:
         self.dtype = dtype
         self.device = device
         self.stacks = find_stacks(model)
-        # Of each stack that was looked at, how many other things its blocks return after the hidden states, in a tuple;
-        # None where the states are returned alone.
+        # For each stack run so far: number of values that its blocks return behind the hidden states, in a tuple; None: the
+        # blocks return a tensor.
         self._beside: list[int | None] = []
 
     @contextmanager
     def loaded(self, stack: Stack, index: int) -> Iterator[nn.Module]:
-        """The block with its weights, for as long as the context lasts."""
+        """The block, with its weights on `device` while the context is open."""
         block, name = stack.blocks[index], stack.block_name(index)
         away = [key for key, parameter in block.named_parameters() if parameter.is_meta]
         for key in away:
@@ -95,9 +95,10 @@ class BlockModel:
                 _set_parameter(block, key, dict(block.named_parameters())[key].to("meta"))
 
     def enter(self, at: int, batch: Batch, finals: Sequence[torch.Tensor] = ()) -> Entry:
-        """The way into stack `at`. finals: the outputs of the stacks before it, from their last blocks.
+        """The entry of stack `at` for a batch. finals: the outputs of the stacks before it, [batch, tokens, hidden] each.
 
-        Nothing is differentiated, unless a final requires it.
+        Gradients flow back to those finals that require them. Raises UnsupportedModelError when the model skips or repeats
+        blocks.
         """
         stack = self.stacks[at]
         calls: list[Call] = []
@@ -126,22 +127,24 @@ class BlockModel:
         return Entry(first[0], calls)
 
     def finish(self, batch: Batch, finals: Sequence[torch.Tensor]) -> Any:
-        """The model's output, given the outputs of every stack's last block."""
+        """The model's output on a batch. finals: the output of every stack's last block."""
         with self.known(batch, finals):
             return self.run(batch)
 
     @contextmanager
     def known(self, batch: Batch, finals: Sequence[torch.Tensor]) -> Iterator[None]:
-        """While open, the model runs as if its stacks had come to these outputs on `batch`."""
+        """While open, the model's stacks return `finals`. batch: the batch they belong to."""
         self._look(batch, len(self.stacks) - 1)
         with ExitStack() as patches:
             self._replay(patches, finals)
             yield
 
     def streamed(self, batch: Batch, watch: Watch) -> Any:
-        """The model's output as transformers computes it, with every block's weights loaded for its call alone. watch: a
-        context around each call, given the stack's index, the block's index and the block; it yields a function that is
-        shown the hidden states which the call returned."""
+        """The model's output as transformers computes it, loading each block for its call only.
+
+        watch: called as watch(stack index, block index, block), a context around each block call. It yields a function that
+        receives the hidden states of the call's result, or None if they were not found.
+        """
 
         def through(s: int, index: int) -> Any:
             def run(*args: Any, **kwargs: Any) -> Any:
@@ -160,12 +163,12 @@ class BlockModel:
             return self.run(batch)
 
     def run(self, batch: Batch) -> Any:
-        """The whole model on a batch, without a KV cache. Labels are for the loss and not handed in."""
+        """Run the whole model on a batch, without a KV cache and without the batch's "labels"."""
         inputs = {key: value.to(self.device) for key, value in batch.items() if key != "labels"}
         return self.model(**inputs, use_cache=False)
 
     def _replay(self, patches: ExitStack, finals: Sequence[torch.Tensor]) -> None:
-        """Make stacks return what is known already: every block hands on its input, the last one the known states."""
+        """Patch one stack per final to return it: the last block returns the final, the others their input."""
 
         def identity(s: int) -> Any:
             return lambda hidden, *_args, **_kwargs: self._returned(s, hidden)
@@ -179,13 +182,13 @@ class BlockModel:
             patches.enter_context(patched(stack.blocks[-1], known(s, final)))
 
     def _returned(self, s: int, hidden: torch.Tensor) -> Any:
-        """The states as a block of stack s returns them."""
+        """Hidden states in the structure that blocks of stack s return."""
         beside = self._beside[s]
         return hidden if beside is None else (hidden, *[None] * beside)
 
     @torch.no_grad()
     def _look(self, batch: Batch, last: int) -> None:
-        """Learn in what form the blocks of all stacks up to `last` return their states, from the first block of each.
+        """Run the first block of all stacks up to `last`, to see the structure that their blocks return.
 
         Raises UnsupportedModelError when that is neither a tensor nor a tuple that begins with one.
         """
@@ -214,17 +217,17 @@ class BlockModel:
                     f"{stack.block_name(0)} of {type(self.model).__name__} returns a {type(output).__name__}, not its "
                     "hidden states: the model can't be compressed block by block"
                 )
-            # A stack that is not run at all is named when it is entered.
+            # `enter` raises for a stack that does not run.
             self._beside.append(len(output) - 1 if isinstance(output, tuple) else None)
 
 
 class _Stopped(Exception):
-    """The rest of the model is not needed."""
+    """Ends a forward pass early."""
 
 
 @contextmanager
 def patched(module: nn.Module, forward: Any) -> Iterator[None]:
-    """A module with another forward function, in this object alone."""
+    """While open, this module object has another forward function."""
     module.forward = forward
     try:
         yield
@@ -233,13 +236,13 @@ def patched(module: nn.Module, forward: Any) -> Iterator[None]:
 
 
 def _own(value: Any) -> Any:
-    """What a block is called with, a container copied: what one block leaves there for the next is not there when they are
-    run one by one, in another process perhaps, and `check_blocks` is to see that."""
+    """A copy of a container argument, other values as they are. A block may write to a container that the next block reads.
+    Block-by-block runs lose such writes; with copies, `check_blocks` detects this."""
     return copy.copy(value) if isinstance(value, (MutableMapping, MutableSequence)) else value
 
 
 def _states(output: Any) -> torch.Tensor | None:
-    """The hidden states in what a block returns; None where they are not where they are looked for."""
+    """The hidden states in a block's output: the output or its first element; None if that is no tensor."""
     states = output[0] if isinstance(output, tuple) and output else output
     return states if isinstance(states, torch.Tensor) else None
 
@@ -250,15 +253,15 @@ def _set_parameter(module: nn.Module, key: str, value: torch.Tensor) -> None:
 
 
 def find_stacks(model: Any) -> list[Stack]:
-    """The lists of blocks with linear layers, in the model's order: those that lie in no other such list. Of a model that
-    takes more than text, those that text goes through.
+    """The outermost module lists whose blocks have linear layers, in the model's order. Of a multimodal model, those of the
+    language model.
 
     Raises UnsupportedModelError when there is none.
     """
     found: list[Stack] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{stack.name}.") for stack in found)
-        # A list of linear layers is none of blocks.
+        # A list whose elements are linear layers themselves is not a list of blocks.
         linears = (m for block in module.children() for m in block.modules() if m is not block and is_linear(m))
         if isinstance(module, nn.ModuleList) and not inside and next(linears, None) is not None:
             found.append(Stack(name, module))
@@ -273,14 +276,14 @@ def find_stacks(model: Any) -> list[Stack]:
 
 
 def all_there(skeleton: nn.Module, weights: DenseWeights) -> bool:
-    """Whether the checkpoint has every parameter of the model as it is, so that blocks can be loaded one at a time."""
+    """Whether the checkpoint has every parameter under the model's own name, so that blocks can be loaded one at a time."""
     tied = getattr(skeleton, "all_tied_weights_keys", None) or {}
     return all(key in weights or key in tied for key, _ in skeleton.named_parameters())
 
 
 def _of_text(model: Any, stacks: list[Stack]) -> list[Stack]:
-    """The stacks in the least part of the model with a stack that the input embedding lies in, too: a vision tower lies
-    beside the language model. Of an encoder-decoder, all."""
+    """The stacks in the smallest submodule that contains the input embedding and a stack: a vision tower lies outside it.
+    All stacks of an encoder-decoder."""
     table = model.get_input_embeddings()
     if getattr(model.config, "is_encoder_decoder", False) or table is None:
         return stacks
@@ -296,8 +299,7 @@ def _of_text(model: Any, stacks: list[Stack]) -> list[Stack]:
 def open_model(weights: DenseWeights, *, dtype: torch.dtype, device: str | torch.device) -> BlockModel:
     """Build the model of a checkpoint with its blocks left on disk.
 
-    Where the checkpoint's names are not the model's own (transformers converts some families while loading) the whole
-    model is loaded.
+    Loads the whole model where transformers renames or fuses tensors while loading, as it does for some families.
 
     Raises CompressionError when transformers can't build or load it, UnsupportedModelError when it has no blocks.
     """
@@ -312,7 +314,7 @@ def open_model(weights: DenseWeights, *, dtype: torch.dtype, device: str | torch
     for key in wanted:
         if not key.startswith(inside):
             _set_parameter(skeleton, key, weights.tensor(key).to(device, dtype, copy=True))
-    skeleton.tie_weights()  # to what has just been put in
+    skeleton.tie_weights()  # again, to the parameters set above
     for key, buffer in list(skeleton.named_buffers()):
         if not buffer.is_meta:
             parent, _, leaf = key.rpartition(".")

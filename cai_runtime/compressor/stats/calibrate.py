@@ -1,10 +1,9 @@
-"""What a model's blocks see on the calibration text, with one block in memory: hidden states forward, loss gradients
-backward.
+"""The forward and backward pass over the calibration text, with one block in memory.
 
-Forward, block by block, the hidden states before each block go to disk. Backward from the loss, block by block from the
-last, each is run again with its graph alone, which gives the gradients of its linear layers' outputs and those of its
-input, on disk again: back-propagation with every block as a checkpoint (Chen, Xu, Zhang and Guestrin, "Training deep
-nets with sublinear memory cost", 2016).
+Forward: the hidden states before each block are written to disk. Backward: from the last block to the first, each block runs
+again with gradients. This gives the loss gradients at the outputs of its linear layers and at its input, which are written
+to disk, too. It is gradient checkpointing at every block (Chen, Xu, Zhang and Guestrin, "Training deep nets with sublinear
+memory cost", 2016).
 """
 
 from __future__ import annotations
@@ -27,9 +26,12 @@ Loss = Callable[[Any, Batch], torch.Tensor]
 
 
 def next_token_loss(output: Any, batch: Batch) -> torch.Tensor:
-    """Cross entropy of each token given those before it, summed, so that a token's gradient does not depend on how the
-    text is cut into batches. "labels" in the batch, [batch, tokens], are what the logits at the same place are to say,
-    -100 for nothing; without them the logits are for the next of "input_ids"."""
+    """Cross entropy of the next token in nats, summed over tokens, a scalar. With a sum, a token's gradient does not depend
+    on the batch it is in.
+
+    batch: "labels" [batch, tokens] are the targets of the logits at the same position, -100: none. Without "labels" the
+    targets are the next "input_ids".
+    """
     if "labels" in batch:
         logits, labels = output.logits, batch["labels"]
     else:
@@ -41,20 +43,21 @@ def next_token_loss(output: Any, batch: Batch) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class BlockId:
-    """Block `index` of stack `stack`, and its name in the work directory."""
+    """Block `index` of stack `stack`. An index equal to the number of blocks stands for the end of the stack."""
 
     stack: int
     index: int
 
     def step(self, what: str) -> str:
+        """Name of the block's step `what` in the work directory."""
         return f"{what}-{self.stack}-{self.index:04d}"
 
 
 class CalibrationPass:
-    """The calibration text's way through the dense model, kept in a work directory.
+    """Hidden states and gradients of the dense model on the calibration text, held in a work directory.
 
-    targets: the linear layers to compress, by name. batches: what the model is run on, one after the other. tick:
-    called for every block that `forward` and `backward` have passed.
+    targets: the linear layers to compress, by name. batches: inputs of the model. loss: default next-token cross entropy.
+    tick: called for every block that `forward` and `backward` finish.
     """
 
     def __init__(
@@ -76,19 +79,23 @@ class CalibrationPass:
         self._entered: tuple[int, list[Entry]] | None = None
 
     def blocks(self) -> list[BlockId]:
-        """All blocks in the order in which the model runs them."""
+        """All blocks, in the order in which the model runs them."""
         return [BlockId(s, i) for s, stack in enumerate(self.model.stacks) for i in range(len(stack))]
 
     def stack(self, at: BlockId) -> Stack:
         return self.model.stacks[at.stack]
 
     def targets(self, at: BlockId) -> list[Target]:
+        """The linear layers to compress in a block."""
         inside = f"{self.stack(at).block_name(at.index)}."
         return [target for name, target in self._targets.items() if name.startswith(inside)]
 
     def forward(self) -> None:
-        """Run all blocks; "hidden-s-i" keeps the states before block i, and after the last one for i = the number of
-        blocks."""
+        """Run all blocks of all stacks, from the last finished one. The step "hidden-s-i" holds the states before block i of
+        stack s; i = number of blocks: after the last one.
+
+        Raises CompressionError when hidden states are not finite.
+        """
         for s, stack in enumerate(self.model.stacks):
             start = max((i for i in range(len(stack) + 1) if self._work.has(BlockId(s, i).step("hidden"))), default=-1)
             if start < 0:
@@ -115,8 +122,11 @@ class CalibrationPass:
             ]
 
     def backward(self, visit: Callable[[BlockId], None]) -> None:
-        """From the loss to the first block; "grad-s-i" keeps the gradients before block i. visit: called for each block
-        when the gradients after it are there, last block first."""
+        """Backpropagate from the loss to the first block. The step "grad-s-i" holds the gradients before block i of stack s.
+
+        visit: called for each block, last block first, once the gradients after it are saved. On return those before the
+        block must be saved, too; `moments` with `gradients` does that.
+        """
         for s in range(len(self.model.stacks) - 1, -1, -1):
             last = BlockId(s, len(self.model.stacks[s]))
             if not self._work.has(last.step("grad")):
@@ -126,7 +136,7 @@ class CalibrationPass:
                 self.tick()
 
     def _top_gradients(self, s: int) -> list[torch.Tensor]:
-        """Of the loss, for the output of stack s: through the end of the model, or through the next stack's calls."""
+        """The loss gradients at the output of stack s, per batch, through the head or through the next stack's calls."""
         found = []
         for number, batch in enumerate(self.batches):
             finals = [state.requires_grad_() for state in self._finals(number, s + 1)]
@@ -147,7 +157,8 @@ class CalibrationPass:
         return found
 
     def logits(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of one batch, after `forward`: [batch, tokens, vocabulary], and the loss gradients at them, both fp32."""
+        """The logits of batch `number` and the loss gradients at them, [batch, tokens, vocabulary] fp32 each. Needs
+        `forward`."""
         with torch.no_grad():
             output = self.finish(number)
         leaf = output.logits = output.logits.float().requires_grad_()
@@ -157,15 +168,15 @@ class CalibrationPass:
         return leaf.detach(), leaf.grad
 
     def enter(self, s: int, number: int) -> Entry:
-        """The way into stack s for one batch, as the model is now."""
+        """The entry of stack s for batch `number`, computed with the model's current parameters."""
         return self.model.enter(s, self.batches[number], self._finals(number, s))
 
     def finish(self, number: int) -> Any:
-        """The model's output for one batch, from the states after its last block."""
+        """The model's output for batch `number`, from the hidden states after the last blocks."""
         return self.model.finish(self.batches[number], self._finals(number, len(self.model.stacks)))
 
     def moments(self, at: BlockId, *, gradients: bool) -> tuple[list[InputGroup], BlockMoments]:
-        """The block's groups and moments. With gradients those before the block are kept, too."""
+        """The block's input groups and moments. With `gradients` it also saves the gradients before the block."""
         entries, states = self.entries(at.stack, graph=gradients), self.hidden(at)
         with self.model.loaded(self.stack(at), at.index) as block:
             groups = self.groups(at, block)
@@ -189,7 +200,7 @@ class CalibrationPass:
                 call(block, leaf).backward(after[f"{number}"].to(state))
             assert leaf.grad is not None
             before[f"{number}"] = leaf.grad
-            # What reaches the block by another way than the hidden states: an encoder's output. Every block adds to it.
+            # Gradients of side inputs, such as the encoder's output in cross attention. They add up over the blocks.
             for k, side in enumerate(sides):
                 name = f"side-{number}-{k}"
                 assert side.grad is not None
@@ -198,19 +209,18 @@ class CalibrationPass:
 
     @torch.no_grad()
     def groups(self, at: BlockId, block: nn.Module) -> list[InputGroup]:
-        """The block's targets by the tensor that they read; block: with its weights."""
+        """The block's targets, grouped by input tensor. block: loaded."""
         targets = self.targets(at)
         with noting_inputs(targets) as read:
             self.entries(at.stack)[0].calls[at.index](block, self.hidden(at, only=0)[0])
         return group_by_input(targets, read)
 
     def hidden(self, at: BlockId, *, only: int | None = None) -> list[torch.Tensor]:
-        """The dense model's states before the block, a tensor [batch, tokens, hidden] for each batch (or for `only`
-        one)."""
+        """The dense model's hidden states before the block, [batch, tokens, hidden] per batch. only: of this batch alone."""
         return self._states(at.step("hidden"), only)
 
     def gradients(self, at: BlockId) -> list[torch.Tensor]:
-        """The loss gradients before the block, as `hidden`; after `backward` has passed it."""
+        """The loss gradients at `hidden(at)`, in the same shapes. Needs `backward` past the block."""
         return self._states(at.step("grad"), None)
 
     def _states(self, step: str, only: int | None) -> list[torch.Tensor]:
@@ -219,8 +229,8 @@ class CalibrationPass:
         return [tensors[f"{number}"].to(self.model.device) for number in numbers]
 
     def entries(self, s: int, *, graph: bool = False) -> list[Entry]:
-        """The way into stack s for every batch; the last stack's is kept. graph: with the graph to the stacks
-        before."""
+        """The entries of stack s, one per batch. Those of the last call are cached. graph: with the autograd graph from the
+        outputs of earlier stacks."""
         graph = graph and s > 0
         key = s + len(self.model.stacks) * graph
         if self._entered is None or self._entered[0] != key:
@@ -235,7 +245,7 @@ class CalibrationPass:
         return self._entered[1]
 
     def _finals(self, number: int, before: int) -> list[torch.Tensor]:
-        """Outputs of the stacks before `before`, of one batch."""
+        """The outputs of all stacks before stack `before`, for batch `number`."""
         stacks = self.model.stacks[:before]
         return [self.hidden(BlockId(s, len(stack)), only=number)[0] for s, stack in enumerate(stacks)]
 
@@ -244,7 +254,7 @@ class CalibrationPass:
 
 
 def _sides(entry: Entry) -> list[torch.Tensor]:
-    """The different tensors with a graph that the blocks are called with."""
+    """The distinct tensors that require gradients among the arguments of the blocks."""
     found: dict[int, torch.Tensor] = {}
     for call in entry.calls:
         for value in [*call.args, *call.kwargs.values()]:
@@ -254,7 +264,7 @@ def _sides(entry: Entry) -> list[torch.Tensor]:
 
 
 def _with_leaves(call: Call) -> tuple[Call, list[torch.Tensor]]:
-    """The call with every tensor that has a graph replaced by a leaf of its value; those leaves."""
+    """The call with every tensor that requires gradients replaced by a leaf of the same value, and those leaves."""
     leaves: dict[int, torch.Tensor] = {}
 
     def leaf(value: Any) -> Any:

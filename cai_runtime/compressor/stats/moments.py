@@ -1,8 +1,7 @@
-"""Second moments of what the linear layers of one block see: of their inputs and of the loss gradients at their
-outputs.
+"""Second moments of the linear layers of one block: of their inputs, and of the loss gradients at their outputs.
 
-Only [in, in] and [out, out] matrices stay. Sums are taken in fp32 over one batch and in fp64 over the batches; what they
-come to is fp32. Of a wide layer each is gigabytes, so of a sum, which is symmetric, only one half is there.
+Products are summed in fp32 within a batch and in fp64 over batches; the means are fp32. The Gram matrix of a wide layer
+takes gigabytes, so a sum holds only its lower half.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from torch import nn
 from cai_runtime.compressor.stats.targets import InputGroup, Target
 from cai_runtime.errors import CompressionError
 
-STRIP = 384  # rows of the Gram matrix that are computed at a time, up to the diagonal
+STRIP = 384  # rows of the Gram matrix computed at a time, up to the diagonal
 
 
 class GramSum:
-    """The running sum of x^T x over rows x, [features, features], fp64. Feed it any number of batches."""
+    """The running sum of x x^T over vectors x, [features, features], fp64, as strips of its lower half."""
 
     def __init__(self, features: int, device: torch.device | str = "cpu"):
         self.rows = 0
@@ -31,14 +30,14 @@ class GramSum:
         ]
 
     def add(self, x: torch.Tensor) -> None:
-        """x: [..., features], any float dtype."""
+        """Add a batch x [..., features], any float dtype."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
         for strip, (start, stop) in zip(self._strips, _strips(self._features), strict=True):
             strip += x[:, start:stop].mT @ x[:, :stop]
         self.rows += x.shape[0]
 
     def mean(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-        """[features, features], symmetric; zeros when nothing was fed."""
+        """The mean of x x^T, [features, features], symmetric; zeros without batches."""
         whole = self._strips[0].new_empty(self._features, self._features, dtype=dtype)
         for strip, (start, stop) in zip(self._strips, _strips(self._features), strict=True):
             mean = strip / max(self.rows, 1)
@@ -55,15 +54,18 @@ def _strips(features: int) -> list[tuple[int, int]]:
 
 @dataclass
 class BlockMoments:
-    """Of one block, by target name: the mean of x x^T, [in, in], one matrix for the targets that share an input, and
-    the mean of g g^T, [out, out], both fp32; the rows they were taken over. Without gradients `outputs` is empty."""
+    """Moments of one block, by target name.
+
+    inputs: mean of x x^T, [in, in] fp32; targets with the same input share one tensor. outputs: mean of g g^T, [out, out]
+    fp32; empty without gradients. rows: number of vectors x.
+    """
 
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
 
     def tensors(self, groups: Sequence[InputGroup]) -> dict[str, torch.Tensor]:
-        """What to keep on disk: a group's input matrix under its first target's name."""
+        """The tensors for the work directory. A group's input moment is stored once, under its first target's name."""
         kept = {f"in:{g.targets[0].name}": self.inputs[g.targets[0].name] for g in groups}
         return {**kept, **{f"out:{name}": gram for name, gram in self.outputs.items()}}
 
@@ -79,7 +81,7 @@ class BlockMoments:
 
 
 class MomentHooks:
-    """While `open`, every forward of the block feeds the sums of the inputs, every backward those of the gradients."""
+    """Hooks that accumulate moments: while `open`, forward passes add inputs, backward passes add gradients."""
 
     def __init__(self, groups: Sequence[InputGroup], *, gradients: bool, device: torch.device):
         self._groups = groups
@@ -100,7 +102,8 @@ class MomentHooks:
                 handle.remove()
 
     def moments(self) -> BlockMoments:
-        """Raises CompressionError when an activation or a gradient was not finite."""
+        """The moments of all passes. Empties the sums, so call it once. Raises CompressionError when an activation or a
+        gradient was not finite."""
         found = BlockMoments()
         for group in self._groups:
             total = self._inputs.pop(group.targets[0].name)
@@ -125,28 +128,28 @@ def _feed(total: GramSum | None, gradient: GramSum | None):
     return hook
 
 
-class _Noted(Exception):
-    """The rest of the run is not needed."""
+class _StopForward(Exception):
+    """Ends a forward pass early."""
 
 
 @contextmanager
 def noting_inputs(targets: Sequence[Target], *, stop: bool = False) -> Iterator[dict[str, torch.Tensor]]:
-    """While open, the tensors that the targets read, by name, in the order in which they are called. stop: end the run
-    (and the context) at the first of them."""
+    """While open, records the input tensors of the targets by name, in call order. stop: end the forward pass, and with it
+    the context, at the first target."""
     read: dict[str, torch.Tensor] = {}
 
     def note(name: str):
         def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             read[name] = args[0].detach()
             if stop:
-                raise _Noted
+                raise _StopForward
 
         return hook
 
     handles = [target.module.register_forward_pre_hook(note(target.name)) for target in targets]
     try:
         yield read
-    except _Noted:
+    except _StopForward:
         pass
     finally:
         for handle in handles:
@@ -154,8 +157,11 @@ def noting_inputs(targets: Sequence[Target], *, stop: bool = False) -> Iterator[
 
 
 def group_by_input(targets: Sequence[Target], read: dict[str, torch.Tensor]) -> list[InputGroup]:
-    """The targets by the tensor that they read, in the order of their calls. read: as `noting_inputs` gives it, of one
-    call. A target that was not called (an expert that was not chosen) is a group of its own, at the end."""
+    """The targets grouped by input tensor, in call order.
+
+    read: from `noting_inputs`, of one forward pass. A target that was not called (an expert that was not routed to) is a
+    group of its own, at the end.
+    """
     by_name = {target.name: target for target in targets}
     groups: dict[object, list[Target]] = {}
     for name, tensor in read.items():

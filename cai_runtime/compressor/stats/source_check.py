@@ -1,4 +1,4 @@
-"""Whether a source has what its config.json says, known before any work: transformers draws at random what is missing."""
+"""Checks a source against its config.json before any work: transformers initializes missing parameters at random."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from cai_runtime.stock.load import dense_config
 
 
 def require_whole(weights: DenseWeights, skeleton: nn.Module) -> None:
-    """Check the name, shape and dtype of every parameter of the model against the checkpoint, and that the files which go
-    along into the result can be read. No weight is read.
+    """Check name, shape and dtype of every parameter against the checkpoint, and parse the JSON files that are copied into
+    the result. Reads no weights.
 
     skeleton: transformers' model of the checkpoint's config.json, on the meta device.
 
-    Raises TensorMissingError, TensorShapeError or TensorDtypeError, which names the tensor and its file; InvalidConfigError
-    or MissingFileError for another file.
+    Raises TensorMissingError, TensorShapeError or TensorDtypeError, which name the tensor and its file; InvalidConfigError
+    or MissingFileError for a JSON file.
     """
     for name in COPIED_FILES:
         if name.endswith(".json") and (weights.path / name).is_file():
@@ -35,7 +35,7 @@ def require_whole(weights: DenseWeights, skeleton: nn.Module) -> None:
     missing = [name for name in expected if name not in weights]
     if not missing:
         return
-    # Either they are missing, or transformers has them under other names: it says so when it loads nothing but names.
+    # They may be missing, or transformers may rename tensors while loading. A load of placeholders tells which.
     found, mismatched = _loaded_by_name(weights, type(skeleton))
     for name, stored, wanted in mismatched:
         raise _shape_error(weights, name, tuple(stored), tuple(wanted))
@@ -72,10 +72,10 @@ def _shape_error(weights: DenseWeights, name: str, stored: tuple[int, ...], want
 
 
 def _loaded_by_name(weights: DenseWeights, architecture: Any) -> tuple[set[str], list[Any]]:
-    """What transformers misses, and (name, stored shape, wanted shape) of what does not fit, once it has converted names."""
-    names = {
-        weights.on_disk(name): torch.zeros(()).expand(weights.shape(name)) for name in weights.names()
-    }  # a number each
+    """Loads placeholders through transformers, which converts names. Returns the names of missing parameters, and (name,
+    stored shape, wanted shape) of those whose shapes differ."""
+    # An expanded tensor has a shape but takes the memory of one number.
+    names = {weights.on_disk(name): torch.zeros(()).expand(weights.shape(name)) for name in weights.names()}
     with weights.transformers_reads(), quiet_transformers():
         _, found = architecture.from_pretrained(
             None,

@@ -1,9 +1,9 @@
-"""What a compression block by block takes for granted of a model, looked at before the work begins.
+"""Checks that a model can be compressed block by block, before the work begins.
 
-Nothing tells whether an architecture passes hidden states alone from block to block: some hand on keys and values, or which
-positions to attend to. So one sequence goes through the model twice, as transformers runs it and block by block, and both
-must come to the same. On the way it is seen which layers' weights the model reads without calling the layer (Mamba's
-`dt_proj`): in a slim checkpoint there would be cores in their place.
+Block-by-block compression requires that blocks pass nothing but hidden states to each other. Some architectures also pass
+keys and values, or positions to attend to. So one sequence runs through the model twice, as transformers runs it and block
+by block, and the results must agree. The check also finds layers whose weights the model reads without calling the layer
+(Mamba's `dt_proj`). They must stay dense, because a slim checkpoint has cores in place of the weight.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from cai_runtime.compressor.stats.targets import Target
 from cai_runtime.compressor.train.logit_slices import states_of
 from cai_runtime.errors import CompressionError, UnsupportedModelError
 
-# Of a weight, what says nothing of its values; anything else that takes it counts as reading it.
+# Functions of a weight that do not depend on its values. Any other function counts as reading the weight.
 HARMLESS = frozenset(
     getattr(torch.Tensor, name).__get__
     for name in ("dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "is_meta", "layout", "is_leaf")
 ) | {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.is_floating_point}
-# What transformers' code raises when it does not find what another block should have left.
+# Errors that transformers' code raises when a value that another block should have left is missing.
 RAISED = (TypeError, AttributeError, LookupError, ValueError, AssertionError, NotImplementedError, RuntimeError)
 
 
 @torch.no_grad()
 def check_blocks(model: BlockModel, targets: Mapping[str, Target], batch: Batch, *, heal: bool) -> set[str]:
-    """Names of the targets whose weights the model reads itself. batch: of which the first sequence is taken. heal: see that
-    the head can be run alone, too. Every block is loaded twice.
+    """The names of the targets whose weights the model reads without calling the layer. Loads every block twice.
 
-    Raises UnsupportedModelError when the model run block by block is another than transformers', CompressionError when
-    transformers can't run it.
+    batch: its first sequence is used. heal: also check that the head can run alone.
+
+    Raises UnsupportedModelError when block-by-block results differ from transformers', CompressionError when transformers
+    can't run the model.
     """
     kind = type(model.model).__name__
     one = {key: value[:1] for key, value in batch.items()}
@@ -47,12 +48,12 @@ def check_blocks(model: BlockModel, targets: Mapping[str, Target], batch: Batch,
     def watch(s: int, index: int, block: nn.Module) -> Iterator[Callable[[torch.Tensor | None], object]]:
         inside = f"{model.stacks[s].block_name(index)}."
         with _Reads({name: t.module for name, t in targets.items() if name.startswith(inside)}) as reads:
-            # The last position is enough: in a causal model it sees all others.
+            # The last position suffices: in a causal model it depends on all others.
             yield lambda states: ends.update({(s, index): states[:, -1].clone()} if states is not None else {})
         read.update(reads.read)
 
     try:
-        # Between the blocks, too: RWKV changes weights before it runs them.
+        # This watch also covers reads outside the blocks: RWKV rescales weights before it runs them.
         with _Reads({name: target.module for name, target in targets.items()}) as reads:
             logits = model.streamed(one, watch).logits[:, -1]
         read.update(reads.read)
@@ -78,32 +79,32 @@ def check_blocks(model: BlockModel, targets: Mapping[str, Target], batch: Batch,
     except torch.OutOfMemoryError:
         raise
     except RAISED as e:
-        raise UnsupportedModelError(_told(kind, f"the model stops with {type(e).__name__}: {e}")) from e
+        raise UnsupportedModelError(_unsupported_message(kind, f"the model stops with {type(e).__name__}: {e}")) from e
     return read
 
 
 def _compare(kind: str, name: str, wanted: torch.Tensor | None, found: torch.Tensor) -> None:
-    # The same operations on the same numbers; what is left is the order of sums on some devices.
+    # Both run the same operations. The tolerance allows for the order of sums on some devices.
     most = torch.finfo(found.dtype).eps ** 0.5
     if wanted is None or float((wanted - found).float().norm()) > most * float(wanted.float().norm()):
-        raise UnsupportedModelError(_told(kind, f"{name} gives something else"))
+        raise UnsupportedModelError(_unsupported_message(kind, f"the output of {name} differs"))
 
 
-def _told(kind: str, what: str) -> str:
+def _unsupported_message(kind: str, what: str) -> str:
     return (
-        f"{kind} can't be compressed block by block: its blocks give each other more than hidden states (keys and values, "
+        f"{kind} can't be compressed block by block: its blocks pass each other more than hidden states (keys and values, "
         f"or a choice of positions), and without it {what}. Take a model of another architecture"
     )
 
 
 class _Reads(TorchFunctionMode):
-    """While open, notes which layers' weights are used outside of the layer's own forward function. read: their names."""
+    """While open, collects in `read` the names of layers whose weights are used outside the layer's own forward function."""
 
     def __init__(self, layers: Mapping[str, nn.Module]):
         super().__init__()
         self.read: set[str] = set()
         self._running: set[str] = set()
-        self._weights = [layer.weight for layer in layers.values()]  # held, so that no other tensor gets its address
+        self._weights = [layer.weight for layer in layers.values()]  # references keep the ids unique
         self._names = {id(weight): name for weight, name in zip(self._weights, layers, strict=True)}
         self._layers = layers
         self._hooks = ExitStack()

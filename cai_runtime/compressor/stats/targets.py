@@ -1,4 +1,4 @@
-"""Which linear layers of a transformers model are factorized, and which of them read the same input."""
+"""The linear layers of a transformers model to factorize, and those among them with the same input."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from cai_runtime.integrations.stand_in import is_linear
 
 @dataclass(frozen=True)
 class Target:
-    """One linear layer y = W x + b of a decoder block. `name`: its name in the model and in the checkpoint. `module`: a
-    torch.nn.Linear (see `is_linear`), or a `TrainableLinear` in its place."""
+    """One linear layer y = W x + b of a block.
+
+    name: in the model, as in `DenseWeights`. module: a torch.nn.Linear (see `is_linear`), or a `TrainableLinear` in its
+    place.
+    """
 
     name: str
     module: Any
@@ -23,7 +26,7 @@ class Target:
 
 @dataclass(frozen=True)
 class InputGroup:
-    """Targets that read the very same tensor (q, k and v; gate and up): one Gram matrix [in, in] serves them all."""
+    """Targets with the same input tensor (q, k and v; gate and up), which share one Gram matrix [in, in]."""
 
     targets: tuple[Target, ...]
 
@@ -33,10 +36,11 @@ class InputGroup:
 
 
 def find_targets(model: nn.Module, stacks: Sequence[str], stored: Container[str]) -> dict[str, Target]:
-    """Every linear layer inside the blocks whose weight lies in the checkpoint under the model's own name, by name. None
-    that several blocks share: compressed for one it would change the others.
+    """The linear layers in the blocks whose weights are in the checkpoint under the model's own names, by name. Without
+    weights that several blocks share: compressing one for its block would change the others.
 
     stacks: names of the lists of blocks. stored: names of the checkpoint's tensors.
+
     Raises UnsupportedModelError when there is none.
     """
     shared = shared_weights(model)
@@ -49,14 +53,14 @@ def find_targets(model: nn.Module, stacks: Sequence[str], stored: Container[str]
     if not targets:
         raise UnsupportedModelError(
             f"none of the linear layers of {type(model).__name__} ({', '.join(stacks)}) is in the checkpoint under its own "
-            "name: transformers renames or fuses them while it loads, and there is no telling which is which. Take a "
+            "name: transformers renames or fuses them while it loads, so they match no layer. Take a "
             "checkpoint of the language model alone, or of another architecture"
         )
     return targets
 
 
 def shared_weights(model: nn.Module) -> set[str]:
-    """Names of the weights that the model has in several places, under all their names."""
+    """All names of the linear weights that occur in several places of the model."""
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -66,7 +70,7 @@ def shared_weights(model: nn.Module) -> set[str]:
 
 
 def matrices_by_class(modules: Iterable[nn.Module]) -> str:
-    """For messages: the classes that hold matrices of their own, the largest share first."""
+    """For messages: the module classes that own matrices, by falling parameter count."""
     found: dict[str, int] = {}
     for module in modules:
         count = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim > 1)

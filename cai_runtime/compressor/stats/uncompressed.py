@@ -1,7 +1,7 @@
-"""What a compression leaves as it is, and why: matrices that are in no compressed layer, nor in embedding or head.
+"""The matrices that a compression leaves dense, and why: those in no compressed layer and not in embedding or head.
 
-A fused mixture of experts holds most of a model's parameters in one tensor for all experts, which is no linear layer: "keep"
-says nothing of it, so plan and report have to.
+A fused mixture of experts has most parameters of a model in one tensor for all experts, which is not a linear layer. "keep"
+does not count it, so plan and report list it here.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from cai_runtime.integrations.stand_in import is_linear
 
 @dataclass(frozen=True)
 class Left:
-    """parameters: by reason, the largest share first. total: of the model."""
+    """Parameters left uncompressed. parameters: count by reason, falling. total: parameters of the model."""
 
     parameters: dict[str, int]
     total: int
 
     @classmethod
     def of(cls, model: Any, weights: DenseWeights, targets: dict[str, Target], read: Container[str] = ()) -> Left:
-        """read: layers that are no targets because the model reads their weights itself."""
+        """Count the matrices of a model. read: layers that `check_blocks` excluded from the targets."""
         names = [*targets, *Ends.of(model, weights).names]
         taken = {f"{name}.{part}" for name in names for part in ("weight", "bias")}
         modules = dict(model.named_modules(remove_duplicate=False))
@@ -46,7 +46,7 @@ class Left:
         return cls({reason: found[reason] for reason in ordered}, weights.parameters())
 
     def lines(self) -> list[str]:
-        """For people: nothing, or what is left dense."""
+        """The summary as text: one line, or none if nothing is left."""
         count = sum(self.parameters.values())
         if not count:
             return []

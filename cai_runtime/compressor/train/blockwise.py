@@ -1,4 +1,4 @@
-"""Compresses a model block by block, front to back, each block for what the compressed ones before it give."""
+"""Compresses a model block by block, front to back, each block on the hidden states of the compressed blocks before it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cai_runtime.compressor.stats.moments import BlockMoments, GramSum, noting_i
 from cai_runtime.compressor.stats.targets import InputGroup, Target
 from cai_runtime.compressor.train.optimizer import core_metrics
 from cai_runtime.compressor.train.refine import ShiftedMoments, refine_block, refine_steps
-from cai_runtime.compressor.train.student import TrainableLinear, put_in
+from cai_runtime.compressor.train.student import TrainableLinear, replace_module
 from cai_runtime.compressor.work import Work
 from cai_runtime.errors import UnsupportedModelError
 from cai_runtime.slim.spec import ModuleSpec
@@ -28,8 +28,12 @@ from cai_runtime.slim.spec import ModuleSpec
 
 @dataclass(frozen=True)
 class BlockSettings:
-    """shift: fit each layer to the inputs that the compressed layers give. epochs: of refinement, 0 for none. rate: of
-    its optimizer, see `refine_block`. mixed: in mixed precision. curvature: whether errors are weighed by loss gradients."""
+    """Settings of `BlockwiseCompressor`.
+
+    shift: fit each layer to the inputs that the compressed layers before it give. epochs: passes of refinement, 0: none.
+    rate: see `refine_block`. mixed: refine in mixed precision. curvature: weight errors by loss gradients. seed: of the
+    order of the batches.
+    """
 
     shift: bool
     epochs: int
@@ -40,9 +44,10 @@ class BlockSettings:
 
 
 class BlockwiseCompressor:
-    """Compresses blocks one after another; "cores-s-i" in the work directory keeps a block's trainable cores.
+    """Compresses blocks one after another. The step "cores-s-i" in the work directory holds a block's trainable cores.
 
-    moments: gives a block's groups and moments (kept from the calibration, or computed again).
+    choices: kind, rank and store of every layer, by name. moments: returns a block's input groups and moments, loaded or
+    computed. tick: called with the units of progress, see `ticks`.
     """
 
     def __init__(
@@ -61,15 +66,18 @@ class BlockwiseCompressor:
         self._work = work
         self._settings = settings
         self.tick = tick
-        self._follows = settings.shift or settings.epochs > 0  # whether the compressed model's states are needed
+        self._follows = (
+            settings.shift or settings.epochs > 0
+        )  # whether the compressed model's hidden states are computed
         self._entered: tuple[int, list[Entry]] | None = None
 
     def ticks(self, at: BlockId) -> int:
-        """Units of progress of a block: one for each layer, one for each step of refinement."""
+        """Units of progress of a block: one per layer and one per refinement step; 0 without layers."""
         layers = len(self._calibration.targets(at))
         return layers and layers + refine_steps(self._settings.epochs, len(self._calibration.batches))
 
     def run(self) -> None:
+        """Compress all blocks that are not in the work directory yet."""
         for at in self._calibration.blocks():
             after = BlockId(at.stack, at.index + 1)
             followed = self._work.has(after.step("shifted")) or self._work.has(after.step("cores"))
@@ -77,7 +85,7 @@ class BlockwiseCompressor:
                 self.tick(self.ticks(at))
                 continue
             self._compress(at, after)
-            if at.index:  # the last states of a stack are what the next stack is called with
+            if at.index:  # the states after a stack's last block stay: the next stack is entered with them
                 self._work.drop(at.step("shifted"))
 
     def _compress(self, at: BlockId, after: BlockId) -> None:
@@ -89,7 +97,7 @@ class BlockwiseCompressor:
             for group, corrections in self._shifted(at, block, groups, moments, calls, inputs):
                 for target in group.targets:
                     kept[target.name] = self._layer(target, moments, corrections)
-                    put_in(self._model.model, target.name, kept[target.name])
+                    replace_module(self._model.model, target.name, kept[target.name])
                     self.tick(1)
             record: dict[str, Any] = {name: layer.spec.to_json() for name, layer in kept.items()}
             errors = None
@@ -111,8 +119,11 @@ class BlockwiseCompressor:
         calls: list[Call],
         inputs: list[torch.Tensor],
     ):
-        """The groups in the order of their calls, each with the moments of its inputs in the block as it is by then,
-        and with what its weights are to be multiplied by (None: nothing)."""
+        """Yields, in call order, each input group with (gram, correction).
+
+        gram: the mean of x' x'^T of its inputs in the block as compressed so far, [in, in]. correction: see
+        `ShiftedMoments.correction`; None: the weights need none.
+        """
         dense = self._calibration.hidden(at)
         same = all(torch.equal(a, b) for a, b in zip(dense, inputs, strict=True))
         if not self._settings.shift:
@@ -120,7 +131,7 @@ class BlockwiseCompressor:
                 yield group, (moments.inputs[group.targets[0].name], None)
             return
         firsts = [group.targets[0] for group in groups]
-        # The dense block reads these; all of them, for one block, are kept.
+        # The dense block's inputs of every group must be recorded now: compression replaces the layers one by one.
         reads = [
             self._reads(block, firsts, call, state) for call, state in zip(self._dense_calls(at), dense, strict=True)
         ]
@@ -132,7 +143,7 @@ class BlockwiseCompressor:
             sums = ShiftedMoments(group.in_features, self._model.device)
             for call, state, read in zip(calls, inputs, reads, strict=True):
                 now = self._reads(block, [group.targets[0]], call, state, stop=True)
-                # A router may send other tokens to an expert than it did: then there are no pairs.
+                # A router may now send other tokens to an expert. Its rows are then not paired.
                 if name in now and name in read and now[name].shape == read[name].shape:
                     sums.add(read[name], now[name])
             if sums.rows == 0:
@@ -200,22 +211,22 @@ class BlockwiseCompressor:
     def _reads(
         self, block: nn.Module, targets: list[Target], call: Call, state: torch.Tensor, *, stop: bool = False
     ) -> dict[str, torch.Tensor]:
-        """What the targets read in one run. stop: not past the first of them."""
+        """The targets' inputs in one forward pass, by name. stop: end it at the first target."""
         with torch.no_grad(), noting_inputs(targets, stop=stop) as read:
             call(block, state)
         return read
 
     @contextmanager
     def _restored(self, at: BlockId):
-        """The block's own layers come back at the end."""
+        """Puts the block's dense layers back on exit."""
         try:
             yield
         finally:
             for target in self._calibration.targets(at):
-                put_in(self._model.model, target.name, target.module)
+                replace_module(self._model.model, target.name, target.module)
 
     def _inputs(self, at: BlockId) -> list[torch.Tensor]:
-        """The compressed model's states before the block; the dense model's where they are not followed."""
+        """The hidden states before the block, per batch: the compressed model's if followed, else the dense model's."""
         if not self._follows:
             return self._calibration.hidden(at)
         if at.index == 0:
@@ -230,7 +241,7 @@ class BlockwiseCompressor:
         return [entry.calls[at.index] for entry in self._calibration.entries(at.stack)]
 
     def _entries(self, s: int) -> list[Entry]:
-        """The way into stack s behind the compressed stacks before it."""
+        """The entries of stack s, behind compressed stacks if the compressed model is followed."""
         if not self._follows or s == 0:
             return self._calibration.entries(s)
         if self._entered is None or self._entered[0] != s:
@@ -248,8 +259,8 @@ class BlockwiseCompressor:
 
 
 def dense_weight(model: BlockModel, target: Target) -> torch.Tensor:
-    """A layer's weight, [out, in], on the model's device. Raises UnsupportedModelError when it is not what transformers'
-    model has there."""
+    """A layer's weight, [out, in], on the model's device. Raises UnsupportedModelError when its shape differs from that of
+    the layer in transformers' model."""
     weight = model.weights.tensor(f"{target.name}.weight").to(model.device)
     if tuple(weight.shape) != (target.module.out_features, target.module.in_features):
         raise UnsupportedModelError(
@@ -260,7 +271,7 @@ def dense_weight(model: BlockModel, target: Target) -> torch.Tensor:
 
 
 def load_block(work: Work, at: BlockId) -> tuple[dict[str, TrainableLinear], Any]:
-    """A compressed block's layers by name, and the step's record."""
+    """A compressed block's layers by name, and the record of its step."""
     tensors, record = work.load(at.step("cores"))
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():

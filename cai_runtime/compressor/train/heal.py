@@ -1,15 +1,14 @@
-"""The whole compressed model, trained to predict what the original predicts.
+"""Healing: distillation of the dense model (teacher) into the whole compressed model (student).
 
-The loss is the Kullback-Leibler divergence of the original model's distribution over the next token from the compressed
-one's (Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network", 2015). All cores, in their rounding,
-norms and biases are trained; the embedding and the head are not. Logits exist for a few positions at a time.
+The loss is KL(teacher || student) over the next token (Hinton, Vinyals and Dean, "Distilling the knowledge in a neural
+network", 2015). Healing trains cores (rounded in every forward pass), norms and biases. Embedding and head stay fixed.
+Logits are computed for `POSITIONS` positions at a time.
 
-A step's rate goes with the root of its divergence. The steps are of a given length, and what a step's noise adds to the
-divergence grows with the square of it: as a share of what there is to mend, it is the same for a model that has lost much
-and for one that has lost little.
+The learning rate of a step is proportional to sqrt(divergence). A Muon step has a fixed length, and its noise adds to the
+divergence in proportion to rate^2. The noise is thus the same share of the divergence for every model.
 
-In mixed precision (Micikevicius et al., "Mixed precision training", 2018) the products are of bf16, while what is trained,
-the states between the layers and the divergence are fp32.
+In mixed precision (Micikevicius et al., "Mixed precision training", 2018) matrix products run in bf16. Trained parameters,
+hidden states between layers and the divergence stay fp32.
 """
 
 from __future__ import annotations
@@ -38,22 +37,24 @@ if TYPE_CHECKING:
     from cai_runtime.compressor.stats.weights import DenseWeights
 
 WARMUP = 0.1  # share of the steps
-POSITIONS = 256  # whose logits are in memory at once
+POSITIONS = 256  # positions whose logits are in memory at once
 STEP = "heal"
 KEEP_EVERY = 8  # steps between states on disk
-MOST = 2.0  # nats: a model that has lost more does not take longer steps
-METRIC_BATCHES = 8  # times those of a step: from which the layers' inputs are known
-# Of a speech model, whose batches are of one window, a step. A window has some 50 tokens, most of which say little.
+MOST = 2.0  # nats: the rate does not grow with the divergence above this
+METRIC_BATCHES = 8  # the input metrics are estimated on the batches of this many steps
+# Batches (audio windows) per step of a speech model. One window has about 50 tokens, too few for a gradient.
 WINDOWS = 8
 
 
 @dataclass(frozen=True)
 class HealSettings:
-    """rate: of `WhitenedMuon` at a divergence of 1 nat; it rises over the first tenth of the steps and falls along a cosine.
-    batches: of a step, whose gradients are added up. mixed: whether fp32 models are run in mixed precision.
+    """Settings of `Healer`.
 
-    seconds: healing stops by the clock, after `steps` steps at most, and the rate follows the time; None: by steps alone.
-    keep_every: steps between states on disk."""
+    steps: number of optimizer steps. rate: learning rate of `WhitenedMuon` at a divergence of 1 nat; linear warmup over the
+    first tenth of the steps, then cosine decay to 0. batches: batches per step (gradient accumulation). mixed: run fp32
+    models in mixed precision. seconds: time limit; the schedule then follows the clock, and `steps` is an upper bound.
+    None: no time limit. keep_every: steps between states on disk.
+    """
 
     steps: int
     rate: float
@@ -68,22 +69,25 @@ class HealSettings:
 
 
 def dense_pair(weights: DenseWeights, options: Options, ends: Ends) -> tuple[Any, Any]:
-    """Twice transformers' model with all its weights: the student, whose layers are still to be replaced, with embedding and
-    head as they will be stored (see `Ends`); and the teacher. Nothing of them is to be trained."""
+    """The student and the teacher: two copies of transformers' model in `options.dtype` on `options.device`.
+
+    The student's embedding and head are rounded to their stores (see `Ends`); the caller replaces its linear layers. No
+    parameter of the student requires a gradient yet.
+    """
     from cai_runtime.stock.load import DTYPES
 
     pair: list[Any] = [weights.resident(DTYPES[options.dtype]).to(options.device) for _ in range(2)]
     student, teacher = pair
     student.requires_grad_(False)
-    ends.put_in(student)
+    ends.round_weights(student)
     return student, teacher
 
 
 class Healer:
-    """Trains `student` in place; "heal" in the work directory keeps the state of the training.
+    """Trains `student` in place. The step "heal" in the work directory holds the training state.
 
-    student, teacher: transformers' models, the student's parameters that require gradients are trained. batches: taken
-    in order, again and again.
+    student, teacher: transformers' models. Trains the student's parameters that require gradients. batches: used in order,
+    cyclically. tick: called after every step.
     """
 
     def __init__(
@@ -110,6 +114,7 @@ class Healer:
         self.losses: list[float] = []  # mean divergence of each step, in nats per position
 
     def run(self) -> None:
+        """Train to the end of the schedule, from the state in the work directory if there is one."""
         done = self._restore()
         for _ in range(done):
             self._tick()
@@ -135,16 +140,16 @@ class Healer:
             self._keep(step)
 
     def _gradients(self, batch: Batch) -> float:
-        """Add this batch's share of the gradients. Returns its divergence."""
+        """Accumulate the gradients of one batch. Returns its mean divergence in nats per position."""
         with torch.no_grad(), self._precision():
             wanted = states_of(self._teacher, batch)
         with torch.enable_grad(), self._precision():
             found = states_of(self._student, batch)
         leaf = found.hidden.detach().requires_grad_()
         flat, flat_wanted = leaf.flatten(0, 1), wanted.hidden.flatten(0, 1)
-        if "labels" in batch:  # what stands before them is given to the model, not predicted by it
-            told = (batch["labels"].flatten() != -100).to(flat.device)
-            flat, flat_wanted = flat[told], flat_wanted[told]
+        if "labels" in batch:  # -100 marks the prompt, which is not predicted
+            labelled = (batch["labels"].flatten() != -100).to(flat.device)
+            flat, flat_wanted = flat[labelled], flat_wanted[labelled]
         count, total = flat.shape[0], 0.0
         for start in range(0, count, POSITIONS):
             part = slice(start, start + POSITIONS)
@@ -163,7 +168,7 @@ class Healer:
         return torch.autocast(device, torch.bfloat16, enabled=self._mixed)
 
     def _restore(self) -> int:
-        """Go on from the state on disk; the number of steps that are done."""
+        """Load the state on disk. Returns the number of finished steps, 0 without a state."""
         if not self._work.has(STEP):
             return 0
         tensors, record = self._work.load(STEP)
@@ -179,28 +184,28 @@ class Healer:
         tensors: dict[str, torch.Tensor] = {}
         kept: dict[str, list[str]] = {}
         for name, p in self._named.items():
-            state = self._optimizer.state.get(p, {})  # nothing where no gradient has come yet
+            state = self._optimizer.state.get(p, {})  # empty until the parameter's first gradient
             tensors |= {f"p|{name}": p, **{f"{key}|{name}": value for key, value in state.items()}}
             kept[name] = list(state)
         self._work.save(STEP, tensors, {"steps": steps, "losses": self.losses, "state": kept}, again=True)
 
 
 def _cast_once(model: Any) -> None:
-    """Make what autocast would cast at every use, a weight that is not trained, bf16 for good; the head's is a tenth of a
-    step. An embedding that was tied to it stays fp32."""
+    """Cast frozen fp32 weights to bf16 once, as autocast would at every use. Casting the head alone takes a tenth of a step.
+    An embedding tied to such a weight stays fp32."""
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.dtype == torch.float32 and not module.weight.requires_grad:
             module.weight = nn.Parameter(module.weight.detach().bfloat16(), requires_grad=False)
 
 
 def input_metrics(student: Any, batches: Sequence[Batch]) -> dict[nn.Parameter, Metric]:
-    """The metrics of a model's `TrainableLinear`s, see `core_metrics`, by what they are given in these batches."""
+    """The metrics (see `core_metrics`) of the student's `TrainableLinear` layers, estimated on `batches`."""
     layers = {name: module for name, module in student.named_modules() if isinstance(module, TrainableLinear)}
     targets = [Target(name, layer) for name, layer in layers.items()]
     with torch.no_grad():
         with noting_inputs(targets) as read:
             states_of(student, batches[0])
-        # One that is not called (an expert that was not chosen) is trained as it is.
+        # A layer without inputs (an expert that was never routed to) gets no metric.
         targets = [target for target in targets if target.name in read]
         groups = group_by_input(targets, read)
         read.clear()

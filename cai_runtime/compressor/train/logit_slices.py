@@ -1,7 +1,7 @@
-"""From a model's last hidden states to its logits, for a few positions at a time.
+"""Logits from a model's last hidden states, for a few positions at a time.
 
-Logits of all positions would be gigabytes. What lies between is not the head alone: some models scale the logits, or bend
-them into a range (Gemma 2). So transformers' own code behind the blocks is run, on states that are handed to it.
+Logits of all positions would take gigabytes. Applying the head alone is not enough: some models scale or soft-cap the
+logits (Gemma 2). So transformers' own forward function runs, with its body patched to return the given states.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ STATES = "last_hidden_state"
 
 @dataclass(frozen=True)
 class States:
-    """hidden: [batch, tokens, hidden], of transformers' `model` on `inputs`, with their graph. output: of its `body`."""
+    """The forward pass of transformers' `model` on `inputs`, up to the head.
+
+    body: the inner model that returns the last hidden states. output: what it returned.
+    """
 
     model: Any
     body: nn.Module
@@ -30,21 +33,22 @@ class States:
 
     @property
     def hidden(self) -> torch.Tensor:
+        """The last hidden states, [batch, tokens, hidden], with their autograd graph."""
         states: torch.Tensor = self.output[STATES]
         return states
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """The model's logits [n, vocabulary] for any of its last hidden states, [n, hidden]."""
+        """The logits [n, vocabulary] of any last hidden states [n, hidden]."""
         output = type(self.output)(**{**self.output, STATES: states[None]})
         with patched(self.body, lambda *_args, **_kwargs: output):
             logits: torch.Tensor = self.model(**self.inputs, use_cache=False).logits
-        return logits.squeeze(0)  # whose gradient is a view, too
+        return logits.squeeze(0)  # a view, so that its gradient is one, too
 
 
 def states_of(model: Any, batch: Batch) -> States:
-    """Run a transformers model up to its head. Labels are for the loss and not handed in.
+    """Run a transformers model up to its head, without the batch's "labels".
 
-    Raises UnsupportedModelError when it is not made of a model that gives its last hidden states and a head.
+    Raises UnsupportedModelError when no inner model returns `last_hidden_state`.
     """
     device = next(model.parameters()).device
     inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
@@ -58,12 +62,12 @@ def states_of(model: Any, batch: Batch) -> States:
             hooks.callback(head.register_forward_pre_hook(_stop).remove)
         with suppress(_Reached):
             model(**inputs, use_cache=False)
-    # The outermost part that is called: not every class has its `base_model` under the name that it gives.
+    # The outermost inner model that was called: `base_model_prefix` is wrong in some classes.
     for module in outer:
         if isinstance(seen.get(module), dict) and STATES in seen[module]:
             return States(model, module, inputs, seen[module])
     raise UnsupportedModelError(
-        f"{type(model).__name__} does not tell its last hidden states, by which a model is healed: leave that out "
+        f"{type(model).__name__} does not return last_hidden_state, which healing needs: turn healing off "
         "(--heal-tokens 0)"
     )
 
@@ -77,4 +81,4 @@ def _stop(_module: nn.Module, _args: Any) -> None:
 
 
 class _Reached(Exception):
-    """The hidden states are there; the rest of the model is not needed."""
+    """Ends the forward pass before the head."""

@@ -1,21 +1,22 @@
-"""Steepest descent in coordinates in which every direction of a core's inputs counts alike.
+"""`WhitenedMuon`: Muon in coordinates whitened by the second moment of a core's inputs.
 
-The inputs of a layer are strongly correlated: a few directions carry most of them. A step that changes every number of a
-core by about as much, as Adam's do, is too much along those directions and next to nothing along the others, so that its
-rate is bounded by the first and its progress by the second. Here a core C [rows, columns] with the mean G of its inputs'
-z z^T is trained as Z = C G^(1/2), of which every number moves the outputs alike (as in "K-FAC", Martens and Grosse, 2015).
-G is that of the calibration text and stays.
+Whitening. The inputs z of a core are strongly correlated: a few directions carry most of their energy. Adam changes all
+entries by about the same amount. The strong directions then bound its rate, and the weak ones hardly move. So a core
+C [rows, columns] is trained as Z = C G^(1/2), G = mean z z^T: every entry of Z moves the outputs equally (as in "K-FAC",
+Martens and Grosse, 2015). G comes from the calibration text and stays fixed.
 
-A step goes along the nearest orthogonal matrix to the momentum of Z's gradient, so that all of its directions are gone
-along as far ("Muon", Jordan, Jin, Boza, You, Cesista, Newhouse and Bernstein, 2024): a few hundred steps are all that there
-is time for, and directions in which the gradient is small would wait for long. Vectors (norms, biases) have Adam's steps
-(Kingma and Ba, 2015).
+Step. A step moves Z along the orthogonal matrix nearest to the momentum of its gradient ("Muon", Jordan, Jin, Boza, You,
+Cesista, Newhouse and Bernstein, 2024). All directions advance equally, which matters with only a few hundred steps.
+Vectors (norms, biases) take Adam steps (Kingma and Ba, 2015).
 
-With M the momentum of C's gradient, that of Z's is M G^(-1/2), and the step of C is (M G^-1 M^T)^(-1/2) M G^-1: no root of
-G is taken, and what is iterated is a square of the smaller of a core's two sides.
+With M the momentum of C's gradient, the momentum of Z's gradient is M G^(-1/2), and the step of C is
 
-On SmolLM2-135M at keep 0.5, 24 steps of 1,024 tokens bring the divergence on unseen text to 1.27 nats and the perplexity to
-3.2 times the dense one's; with Adam on Z 1.37 and 3.6.
+    (M G^-1 M^T)^(-1/2) M G^-1.
+
+No root of G is needed. The iteration runs on a square matrix of C's smaller side.
+
+SmolLM2-135M at keep 0.5, after 24 steps of 1,024 tokens, on unseen text: divergence 1.27 nats and 3.2 times the dense
+perplexity; with Adam on Z 1.37 nats and 3.6 times.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ from torch import nn
 from cai_runtime.compressor.factor.decompose import damped
 from cai_runtime.compressor.train.student import TrainableLinear
 
-BETAS = (0.9, 0.99)  # the first is the momentum, the second Adam's
-EPSILON = 1e-12  # added to the root of the second moment, whose unit is that of the gradient
-# Odd polynomials a x + b x^3 + c x^5, one after the other, that bring every singular value between 0.02 and 1 within 0.1 of
-# 1: each is the nearest to 1 on what the one before leaves (Amsel, Persson, Musco and Gower, "The Polar Express", 2025).
+BETAS = (0.9, 0.99)  # decay of the momentum (Muon and Adam), and of Adam's second moment
+EPSILON = 1e-12  # added to the root of Adam's second moment, in units of the gradient
+# Coefficients (a, b, c) of odd polynomials a x + b x^3 + c x^5. Composed, they map singular values in [0.02, 1] to within
+# 0.1 of 1. Each is optimal on the range of the one before (Amsel, Persson, Musco and Gower, "The Polar Express", 2025).
 POLAR = ((7.7110, -22.1138, 16.2487), (3.2153, -2.4112, 0.5013), (2.2183, -1.5940, 0.4107))
 
 
 class Metric(NamedTuple):
-    """What makes every direction of a core's inputs z count alike.
+    """The whitening of one core's inputs z.
 
-    inverse: that of the damped mean of z z^T over its mean diagonal, [columns, columns] fp32. root: the triangular L with
-    L L^T = inverse, so that Z = C L^-T.
+    inverse: G^-1, [columns, columns] fp32, G the damped mean of z z^T divided by its mean diagonal. root: the lower
+    triangular L with L L^T = G^-1, [columns, columns] fp32; then Z = C L^-T.
     """
 
     inverse: torch.Tensor
@@ -48,10 +49,10 @@ class Metric(NamedTuple):
 
 
 class WhitenedMuon(torch.optim.Optimizer):
-    """Its steps are measured in each parameter's own size: `rate` is the share of the root mean square of Z that an entry
-    of it moves by.
+    """Muon on whitened matrices, Adam on vectors.
 
-    metrics: by parameter; one without a metric is trained as it is.
+    rate: relative step size; one step moves the entries of Z by about `rate` times the RMS of the initial Z. metrics: by
+    parameter; a parameter without a metric is not whitened.
     """
 
     def __init__(
@@ -71,13 +72,13 @@ class WhitenedMuon(torch.optim.Optimizer):
         super().__init__(groups, {})
 
     def set_rate(self, share: float) -> None:
-        """The rates as a share of those that it was made with."""
+        """Set every learning rate to `share` of its initial value."""
         for group in self.param_groups:
             group["lr"] = group["whole"] * share
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One step by the gradients that are there. closure: not taken."""
+        """Update every parameter that has a gradient. closure: ignored."""
         for group in self.param_groups:
             (p,) = group["params"]
             if p.grad is not None:
@@ -111,11 +112,11 @@ def _wide(matrix: torch.Tensor) -> bool:
 
 
 def orthogonalized(matrix: torch.Tensor, basis: torch.Tensor | None = None) -> torch.Tensor:
-    """O L^T, with O about the nearest orthogonal matrix to `matrix` @ L, [rows, columns] fp32: the singular values of O lie
-    between 0.9 and 1.1, but for those that are next to nothing beside the largest.
+    """O L^T, [rows, columns] fp32, with O approximately the orthogonal matrix nearest to `matrix` @ L.
 
-    basis: L L^T for a matrix that is wider than high, L for one that is not (see `Metric`), [columns, columns] fp32; None:
-    the identity.
+    The singular values of O lie in [0.9, 1.1], but for those where `matrix` @ L has one far below its largest.
+
+    matrix: [rows, columns]. basis: [columns, columns] fp32: L L^T if rows <= columns, else L (see `Metric`); None: identity.
     """
     m = matrix / (matrix.norm() + torch.finfo(torch.float32).tiny)
     if _wide(m):
@@ -128,8 +129,8 @@ def orthogonalized(matrix: torch.Tensor, basis: torch.Tensor | None = None) -> t
 
 
 def _inverse_root(square: torch.Tensor) -> torch.Tensor:
-    """About X^(-1/2) of a symmetric matrix X [n, n] without negative eigenvalues; never more than 60 / ||X||^(1/2)."""
-    scale = square.norm() + torch.finfo(torch.float32).tiny  # no eigenvalue is larger
+    """Approximately X^(-1/2) of a positive semidefinite matrix X [n, n]. Its norm is at most 60 / ||X||^(1/2)."""
+    scale = square.norm() + torch.finfo(torch.float32).tiny  # the Frobenius norm bounds every eigenvalue
     x, found = square / scale, None
     for k, (a, b, c) in enumerate(POLAR):
         factor = torch.addmm(x, x, x, beta=b, alpha=c)
@@ -142,7 +143,7 @@ def _inverse_root(square: torch.Tensor) -> torch.Tensor:
 
 
 def whitening(gram: torch.Tensor) -> Metric:
-    """gram: the mean of z z^T, [n, n]. It is damped first: directions that were not seen are not boundless."""
+    """The metric of inputs z. gram: the mean of z z^T, [n, n]. Damping bounds the inverse in directions without inputs."""
     gram = damped(gram)
     gram /= gram.diagonal().mean()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
@@ -150,10 +151,10 @@ def whitening(gram: torch.Tensor) -> Metric:
 
 
 def core_metrics(layers: Sequence[tuple[TrainableLinear, torch.Tensor]]) -> dict[nn.Parameter, Metric]:
-    """The metric of every core, for `WhitenedMuon`. layers: each with the mean of x x^T of its inputs, [in, in]; layers that
-    share their inputs share the tensor, too.
+    """The metric of every core's `latent`, for `WhitenedMuon`.
 
-    The cores of a matrix product operator have none: their inputs are no vectors of one kind.
+    layers: pairs of a layer and the mean of x x^T of its inputs, [in, in]. Layers with the same inputs should pass the same
+    tensor object: its metric is then computed once. MPO cores get no metric: their inputs mix several sites.
     """
     found: dict[nn.Parameter, Metric] = {}
     shared: dict[int, Metric] = {}

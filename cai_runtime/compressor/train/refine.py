@@ -1,17 +1,18 @@
-"""One block after another: compressed for the inputs that the compressed blocks before it give, then trained as a whole
-to give the dense block's output.
+"""Correction for shifted inputs, and block refinement.
 
-Shifted inputs. The layers before have been compressed, so a layer gets x' where the dense one got x. What it is to say
-is still W x: the matrix that comes closest to that, given x', is W (mean x x'^T) (mean x' x'^T)^-1 ("Dobi-SVD", Wang, Ke,
-Tomizuka, Zhu and Xu, 2025; "AA-SVD" and others name the same least squares). Both means are damped, which draws it to W
-where the calibration text says little.
+Shifted inputs. Behind compressed layers, a layer reads x' where the dense model reads x. Its output should still be W x. The
+least-squares weight on x' is
 
-Block refinement. All cores of a block, in their rounding, are trained together by gradient descent so that the block's
-output comes closest to the dense model's (Li, Gong, Tan, Yang, Hu, Zhang, Yu, Wang and Gu, "BRECQ: Pushing the limit of
-post-training quantization by block reconstruction", 2021). An error counts by what it does to the loss: the metric is
-the damped mean of g g^T, g the loss gradient at the block's output. Some sequences are set aside, and the error on them is
-what counts: a block learns a small text by heart (a Whisper decoder's few thousand tokens within two epochs), and is worse
-on any other for it.
+    W (mean x x'^T) (mean x' x'^T)^-1
+
+("Dobi-SVD", Wang, Ke, Tomizuka, Zhu and Xu, 2025; "AA-SVD" and others use the same solution). Damping both means pulls the
+result towards W in directions with little calibration data.
+
+Block refinement. All cores of a block, rounded in every forward pass, are trained together to reproduce the dense block's
+output (Li, Gong, Tan, Yang, Hu, Zhang, Yu, Wang and Gu, "BRECQ: Pushing the limit of post-training quantization by block
+reconstruction", 2021). The error metric is the damped mean of g g^T, g the loss gradient at the block's output. The best
+state is selected on held-out batches. A block overfits small texts: a Whisper decoder memorizes a few thousand tokens within
+two epochs.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from cai_runtime.compressor.stats.block_stack import Call
 from cai_runtime.compressor.stats.moments import GramSum
 from cai_runtime.compressor.train.optimizer import Metric, WhitenedMuon
 
-SET_ASIDE = 8  # one batch of so many is not trained on
+SET_ASIDE = 8  # one batch in this many is held out
 
 
 class ShiftedMoments:
-    """Sums over pairs of rows x (of the dense model) and x' (of the compressed one), [rows, in] each."""
+    """Second moments over pairs of rows x (dense model) and x' (compressed model), [rows, in] each."""
 
     def __init__(self, features: int, device: torch.device):
         self._own = GramSum(features, device)
@@ -51,7 +52,7 @@ class ShiftedMoments:
         return self._own.mean()
 
     def correction(self) -> torch.Tensor:
-        """[in, in], fp64: W times this is what stands for W on the shifted inputs."""
+        """C [in, in], fp64: W C is the least-squares weight on the shifted inputs. The identity if all inputs were 0."""
         gram, cross = self.gram(), self._cross / max(self._own.rows, 1)
         ridge = INPUT_DAMPING * float(gram.diagonal().mean())
         if ridge == 0:
@@ -76,17 +77,24 @@ def refine_block(
     mixed: bool = False,
     tick: Callable[[], object] = lambda: None,
 ) -> tuple[float, float]:
-    """Train `parameters` so that the block gives `targets` on `inputs`; of the states before and after each epoch that one
-    is kept which is best on the last eighth of the batches, which are not trained on (of fewer than eight, none is set
-    aside, and all are what counts).
+    """Train `parameters` in place so that the block maps `inputs` to `targets`.
 
-    calls, inputs, targets: one for each batch, [batch, tokens, hidden]. metric: [hidden, hidden], fp64, symmetric and
-    positive definite. inputs_metrics: of the optimizer, see `WhitenedMuon`. rate: of its first step, if nothing were right:
-    it goes with the root of the error before, and falls to 0 along a cosine. seed: of the batches' order. mixed: whether an
-    fp32 block is run in mixed precision. tick: called after each of `refine_steps`.
+    The last eighth of the batches is held out. Of the states before training and after each epoch, the one with the least
+    held-out error is kept. With fewer than eight batches none is held out, and the error is taken over all of them.
 
-    Returns the error before and after, on the batches that count: the mean squared error in the metric over the mean square
-    of the targets' distance from the inputs in it.
+    Args:
+        calls: one per batch, the block's arguments beside the hidden states.
+        inputs, targets: one per batch, [batch, tokens, hidden].
+        metric: [hidden, hidden], fp64, symmetric positive definite.
+        inputs_metrics: metrics for `WhitenedMuon`, by parameter.
+        epochs: passes over the batches that are not held out.
+        rate: learning rate at a relative error of 1. The initial rate is rate * sqrt(min(initial error, 1)); cosine decay
+            to 0.
+        seed: of the order of the batches.
+        mixed: run an fp32 block in mixed precision.
+        tick: called after each of the `refine_steps` steps.
+
+    Returns the held-out error before and after, sum ||targets - outputs||^2 / sum ||targets - inputs||^2 in the metric.
     """
     root = torch.linalg.cholesky(metric).float()
     learned = range(_learned(len(inputs)))
@@ -136,7 +144,7 @@ def refine_block(
 
 
 def refine_steps(epochs: int, batches: int) -> int:
-    """How many steps `refine_block` takes."""
+    """Number of steps of `refine_block`."""
     return epochs * _learned(batches)
 
 

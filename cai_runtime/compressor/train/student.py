@@ -1,8 +1,8 @@
-"""Linear layers whose cores can be trained, rounded to their stores in every forward pass.
+"""Linear layers with trainable cores that are rounded to their stores in every forward pass.
 
-Gradients pass the rounding as if it were not there (Bengio, Leonard and Courville, "Estimating or propagating gradients
-through stochastic neurons for conditional computation", 2013), so that what is trained is what will be stored. The
-scales and zero points stay as they were chosen.
+The rounding has a straight-through gradient (Bengio, Leonard and Courville, "Estimating or propagating gradients through
+stochastic neurons for conditional computation", 2013). Training thus sees the values that will be stored. Scales and zero
+points stay fixed.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from cai_runtime.slim.int4 import MAX_CODE, SYMMETRIC_ZERO, pack
 from cai_runtime.slim.spec import STORES, ModuleSpec, matrix_shape
 from cai_runtime.slim.stores import INT8_MAX, CoreData, as_matrix, from_matrix
 
-EDGE = 0.49  # of a step: how far from its code's value a number may begin, so that it is rounded to that code
+EDGE = 0.49  # of a quantization step: largest initial distance of a latent from the value of its code
 
 
 class TrainableCore(nn.Module):
-    """One core: `latent`, fp32, its matrix [rows, columns], and the grid it is rounded to.
+    """One core: `latent`, its fp32 matrix [rows, columns], and the quantization grid it is rounded to.
 
-    start: the core before it was rounded, or None. A number whose code was chosen to make up for others' errors lies
-    outside its code's cell and begins at the cell's edge.
+    start: the core before rounding; None: start from the rounded values. Error feedback may have chosen a code that is not
+    the nearest one. Such a number starts at the edge of its code's cell, so that it rounds to that code.
     """
 
     def __init__(self, core: CoreData, start: torch.Tensor | None = None):
@@ -53,7 +53,7 @@ class TrainableCore(nn.Module):
         scale: torch.Tensor | None,
         zero: torch.Tensor | None,
     ) -> TrainableCore:
-        """A core of this shape from its own tensors."""
+        """A core of this store and shape from the tensors of `TrainableLinear.tensors`."""
         made = cls.__new__(cls)
         nn.Module.__init__(made)
         made.store, made.scale, made.zero, made.shape = store, scale, zero, shape
@@ -65,6 +65,7 @@ class TrainableCore(nn.Module):
         return _Rounded.apply(self.latent, self)
 
     def rounded(self, latent: torch.Tensor) -> torch.Tensor:
+        """`latent` rounded to the store, fp32, without a gradient."""
         kind = STORES[self.store]
         if self.scale is None:
             return latent if self.store == "fp32" else latent.to(_dtype(self.store)).float()
@@ -72,7 +73,7 @@ class TrainableCore(nn.Module):
         return self._steps(latent, scale, kind.bits).mul_(scale)
 
     def core_data(self) -> CoreData:
-        """What is stored."""
+        """The core in its store, as a checkpoint holds it."""
         latent, kind = self.latent.detach(), STORES[self.store]
         if self.scale is None:
             data = from_matrix(latent, self.shape).to(_dtype(self.store), copy=True)
@@ -85,7 +86,7 @@ class TrainableCore(nn.Module):
         return CoreData(pack(codes), self.scale.bfloat16(), self.store, zero, self.shape)
 
     def _steps(self, latent: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-        """The nearest whole multiples of the scale that there are codes for."""
+        """latent / scale, rounded and clamped to the range of the codes."""
         steps = (latent / scale).round_()
         if bits == 8:
             return steps.clamp_(-INT8_MAX, INT8_MAX)
@@ -96,11 +97,11 @@ class TrainableCore(nn.Module):
         return float(SYMMETRIC_ZERO) if self.zero is None else self._spread(self.zero)
 
     def _spread(self, x: torch.Tensor) -> torch.Tensor:
-        """One value per row, or per row and group, as a tensor that broadcasts over the core."""
+        """Per-row values [rows] or per-group values [rows, groups], in a shape that broadcasts over the core."""
         group = STORES[self.store].group
         return x[:, None] if not group else x.repeat_interleave(group, dim=1)[:, : matrix_shape(self.shape)[1]]
 
-    def _apply(self, fn, recurse=True):  # a module's own tensors that are neither parameters nor state
+    def _apply(self, fn, recurse=True):  # `to` must move scale and zero, which are neither parameters nor buffers
         self.scale = fn(self.scale) if self.scale is not None else None
         self.zero = fn(self.zero) if self.zero is not None else None
         return super()._apply(fn, recurse)
@@ -117,8 +118,8 @@ class _Rounded(torch.autograd.Function):
 
 
 class _Permuted(torch.autograd.Function):
-    """Features in another order. The gradient of an index adds up, number by number, what a permutation has but once; and
-    on the CPU an index takes eight times as long as a gather."""
+    """Permutes the last dimension. Plain indexing has a scatter-add as its gradient, which a permutation does not need; on
+    the CPU it also takes eight times as long as gather."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, order: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
@@ -131,7 +132,10 @@ class _Permuted(torch.autograd.Function):
 
 
 class TrainableLinear(nn.Module):
-    """A module of kind dense, lowrank or interpolative in the place of a torch.nn.Linear: y = W x + bias for x [..., in]."""
+    """A trainable module of any kind in place of a torch.nn.Linear: y = W x + bias for x [..., in].
+
+    The cores compute in the dtype of x. bias: [out], held in fp32; None: none.
+    """
 
     cores: nn.ModuleList
     bias: nn.Parameter | None
@@ -144,16 +148,16 @@ class TrainableLinear(nn.Module):
         self._turn(module.pivot)
         self.bias = nn.Parameter(bias.detach().float().clone()) if bias is not None else None
 
-    stands_for = torch.float32  # the dtype of the weight in whose place this is
+    stands_for = torch.float32  # dtype of the weight that this layer replaces
 
     @property
     def weight(self) -> torch.Tensor:
-        """Not a number, in the shape and the dtype of the weight: models cast what they give to a layer to that."""
+        """NaN in the shape and dtype of the replaced weight: some models cast their activations to `weight.dtype`."""
         return no_weight(self.spec, self.stands_for, self.parts()[0].latent.device)
 
     def _turn(self, pivot: torch.Tensor | None) -> None:
         self.pivot = pivot
-        # Which feature of the output each pivot row and each of the others, which follow them, is; and the inverse.
+        # features[k]: output feature of row k (pivot rows first, then the others). order: the inverse permutation.
         self.features = None if pivot is None else pivot.long()
         self.order = None if self.features is None else self.features.argsort()
 
@@ -166,7 +170,7 @@ class TrainableLinear(nn.Module):
         return self.spec.out_features
 
     def parts(self) -> list[TrainableCore]:
-        """Its cores, in order."""
+        """The cores in order, typed."""
         return [core for core in self.cores if isinstance(core, TrainableCore)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -182,7 +186,7 @@ class TrainableLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _contracted(self, x: torch.Tensor) -> torch.Tensor:
-        """The matrix product operator on x [..., in]: see `contract_mpo` of the kernels."""
+        """The MPO applied to x [..., in], see `contract_mpo` of the kernels."""
         from cai_runtime.kernels.slim_linear import MpoShape, contract_mpo
 
         spec = self.spec
@@ -196,11 +200,11 @@ class TrainableLinear(nn.Module):
         return y.reshape(*x.shape[:-1], spec.out_features)
 
     def stored(self) -> StoredModule:
-        """The module as it is stored now."""
+        """The module with its cores rounded to their stores."""
         return StoredModule(self.spec, [core.core_data() for core in self.parts()], self.pivot)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything that `restore` needs beside the spec, fp32 (the pivot: integers)."""
+        """The tensors that `restore` needs beside the spec: fp32, the pivot int."""
         found: dict[str, torch.Tensor | None] = {"pivot": self.pivot, "bias": self.bias}
         for k, core in enumerate(self.parts()):
             found |= {f"latent_{k}": core.latent, f"scale_{k}": core.scale, f"zero_{k}": core.zero}
@@ -227,8 +231,8 @@ class TrainableLinear(nn.Module):
         return super()._apply(fn, recurse)
 
 
-def put_in(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Replace the module `name` of a model."""
+def replace_module(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Set the submodule `name` of a model to `layer`. A `TrainableLinear` takes over the dtype of the weight it replaces."""
     parent, _, leaf = name.rpartition(".")
     before = model.get_submodule(name)
     if isinstance(layer, TrainableLinear) and isinstance(before, nn.Linear):
@@ -237,7 +241,7 @@ def put_in(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def no_weight(spec: ModuleSpec, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """[out, in], all NaN, in the memory of one number."""
+    """[out, in], all NaN, expanded from one element."""
     return torch.full((), float("nan"), dtype=dtype, device=device).expand(spec.out_features, spec.in_features)
 
 
