@@ -105,7 +105,9 @@ class Detokenizer:
         self._pieces = decoder.pieces(skip_special_tokens)
         self._window: list[int] = []
         self._emitted = 0  # characters of the window's text that were returned already
-        self._is_whole = False  # the window is not empty, its text ends with a whole character, and all of it was returned
+        self._is_whole = (
+            False  # the window is not empty, its text ends with a whole character, and all of it was returned
+        )
         self._previous: list[int] = []  # what the window was extended by last
         self._bytes: list[int] = []  # byte tokens that begin a character
         self._bytes_shown = 0  # how many of them the prompt's own text shows as U+FFFD

@@ -18,7 +18,7 @@ from cai_runtime.engine.proposers import Proposer, checked_draft
 from cai_runtime.engine.request import Delta
 from cai_runtime.engine.runner import Runner, SimpleRunner
 from cai_runtime.engine.runner_thread import launching
-from cai_runtime.engine.sampling import sampling_batch
+from cai_runtime.engine.sampling import SequenceSampler, sampling_batch
 from cai_runtime.engine.scheduler import Planned, Scheduler
 from cai_runtime.engine.sequence import Sequence
 from cai_runtime.engine.stats import EngineStats
@@ -174,7 +174,8 @@ class EngineLoop:
         """Launch one pass and the sampling behind it. again: after a failure, so that what the runner knows is unclear."""
         assert self._runner is not None
         cache, launched, step = self.scheduler.cache, Launched(part), Step([])
-        samplers, positions, drafted = [], launched.positions, {}
+        samplers: list[SequenceSampler] = []
+        positions, drafted = launched.positions, {}
         for planned in part:
             sequence, feed = planned.sequence, planned.feed
             step.feeds.append(feed)

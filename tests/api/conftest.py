@@ -48,6 +48,8 @@ class AlphabetRunner:
         self.full = 1  # sequences of a step that counts
         self.full_steps = 0
         self.before_step = {}  # number of such a step (from 0) -> called before it
+        self.lock = threading.Lock()
+        self.resumed = False  # from then on nothing pauses
         self.gate = threading.Event()  # cleared: steps wait
         self.gate.set()
         self.next_token = np.full(self.vocab_size, tokenizer.convert_tokens_to_ids("a"))
@@ -123,7 +125,9 @@ class Factory:
         there are none before that many requests are in."""
 
         def pause(runner):
-            runner.gate.clear()
+            with runner.lock:
+                if not runner.resumed:  # the consumer may have all it wants before this step begins
+                    runner.gate.clear()
             and_then()
 
         def prepare(runner):
@@ -135,7 +139,9 @@ class Factory:
 
     def resume(self):
         for runner in self.runners:
-            runner.gate.set()
+            with runner.lock:
+                runner.resumed = True
+                runner.gate.set()
 
 
 @pytest.fixture

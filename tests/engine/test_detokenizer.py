@@ -121,6 +121,19 @@ def test_pieces_of_random_tokens_add_up_to_the_text(tokenizer, skip):
         few[rng.randrange(4)] = rng.randrange(size)
 
 
+def test_a_token_that_always_has_the_same_text_is_decoded_once(monkeypatch):
+    decoder = TokenDecoder(TOKENIZERS["byte-level"]())
+    ids = [i for i in range(100, 200) if "\ufffd" not in decoder.decode([i], True)]
+    expected = text_of(decoder, ids * 3, True)
+    pieces_of(decoder, ids, True)
+    decoded = []
+    monkeypatch.setattr(
+        decoder, "decode", lambda ids, skip, decode=decoder.decode: decoded.append(ids) or decode(ids, skip)
+    )
+    assert "".join(pieces_of(decoder, ids * 3, True)) == expected
+    assert len(decoded) <= 3  # the first one, which has no context, and the end
+
+
 @pytest.mark.parametrize("skip", [True, False])
 def test_prompt_and_pieces_add_up_to_the_text_of_both(tokenizer, skip):
     """Wherever a text is cut into prompt and answer. Prompts end in a whole character, as those of `encode` do."""
