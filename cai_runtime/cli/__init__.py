@@ -1,7 +1,7 @@
-"""`cai`: one file per command, each with `HELP`, `add_arguments(parser)` and `run(args) -> exit status`.
+"""`cai`: one module per command, each with `HELP`, `add_arguments(parser)` and `run(args) -> exit status`.
 
-Only the chosen command's module is imported, so that `cai --help` starts at once. The commands are listed here, with
-their help, rather than found by reading the package; `tests/cli/test_main.py` holds the list against the files.
+Only the chosen command's module is imported, so that `cai --help` starts at once. The list below repeats their
+help; `tests/cli/test_main.py` holds it against the modules.
 """
 
 from __future__ import annotations
