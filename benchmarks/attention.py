@@ -1,7 +1,7 @@
 """Attention by itself, backends side by side: `python benchmarks/attention.py [options of cai bench attention]`.
 
-The measurement is `cai_runtime.bench` (`cai_runtime/bench/attention.py` says what is measured); this keeps
-its JSON in benchmarks/results/attention.json unless the options say otherwise.
+`cai_runtime/bench/attention.py` defines the figures. Writes benchmarks/results/attention.json, unless --json names another
+file.
 """
 
 import sys

@@ -1,18 +1,18 @@
-"""What compression costs SmolLM2-135M-Instruct: perplexity on unseen Wikipedia text, against the dense model's.
+"""Measures SmolLM2-135M-Instruct's perplexity on unseen Wikipedia text after compression, against the dense model's.
 
     python benchmarks/compress.py keep --keep 0.9 0.8 0.5 --calibration wikipedia self
     python benchmarks/compress.py stages --keep 0.8
     python benchmarks/compress.py bytes --target 45% 30% --fast
 
-keep: `cai compress` as it is by default, at several budgets in parameters. stages: what each stage adds, one by one.
-bytes: factors and stores competing under a budget in bytes, beside quantization alone (int8 and int4 competing, and every
-layer in one store).
+keep: `cai compress` with its defaults, at several keeps. stages: the stages added one by one. bytes: ranks and stores chosen
+under a budget in bytes, beside quantization alone, with int8 and int4 competing or every layer in one store.
 
-Calibrates on the first half of the Wikipedia sample's articles, or on what --calibration names, and scores 48 windows of
-512 tokens spread evenly over the last quarter, which nothing else has seen. The judge is transformers over the checkpoint's
-reconstructed weights, in fp32. Cases with one calibration, or one refinement, go on from copies of its work directory: it
-is run once, and its seconds count in each. Writes benchmarks/results/compress_<what>.json after every case; one of an
-earlier run that has the same name and options is replaced, others stay. A budget that can't be met is named and passed over.
+Calibrates on the first half of the Wikipedia sample's articles, or on --calibration. Scores 48 windows of 512 tokens, spread
+evenly over the last quarter, which nothing else uses, by transformers in fp32 on dense matrices.
+
+Cases that share a calibration, or a refinement, start from copies of its work directory: it runs once, and its seconds
+count in each case. Writes benchmarks/results/compress_<what>.json after every case. A case replaces an earlier one of the
+same name and options. A budget that can't be met is printed and skipped.
 """
 
 from __future__ import annotations
@@ -81,13 +81,13 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
 
 
 class _Done(Exception):
-    """The stages that cases share are done."""
+    """Ends a compression after the stages that cases share."""
 
 
 def calibrated(source: Path, folder: Path, options: dict[str, Any]) -> Path:
-    """A work directory in `folder` of a compression that has come to its allocation. Cases share it that differ in nothing
-    before."""
-    # The text is that of the healing, or of the default one, so that it is the same with and without.
+    """The work directory in `folder` of a compression that has reached its allocation. Cases with one calibration share
+    it."""
+    # As much text as healing needs, also for cases without healing, so that both have the same text.
     shared = {key: options[key] for key in ("calibration", "samples", "curvature") if key in options}
     shared["heal_tokens"] = options_of(**options).heal_tokens or HEAL_TOKENS
     name = "-".join(map(str, shared.values()))
@@ -99,7 +99,8 @@ def calibrated(source: Path, folder: Path, options: dict[str, Any]) -> Path:
 
 
 def refined(source: Path, folder: Path, options: dict[str, Any]) -> Path:
-    """A work directory in `folder` of a compression that has come to its healing. Cases share it that differ in it alone."""
+    """The work directory in `folder` of a compression that has reached its healing. Cases that differ only there share
+    it."""
     shared = {key: value for key, value in options.items() if key != "heal_tokens"}
     slim = folder / hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:12]
     work = slim.with_name(f".{slim.name}.work")
@@ -111,11 +112,11 @@ def refined(source: Path, folder: Path, options: dict[str, Any]) -> Path:
 
 
 def go_on(work: Path, slim: Path, options: dict[str, Any]) -> None:
-    """Make `work` the work directory of a compression to `slim` with these options."""
+    """Copy `work` as the work directory of a compression to `slim` with these options."""
     own = slim.with_name(f".{slim.name}.work")
-    # Links: files are replaced or removed there, never changed.
+    # Hard links suffice: a compression replaces or removes these files and never writes into them.
     shutil.copytree(work, own, copy_function=os.link)
-    # What is measured for a budget in bytes is not what is measured for one in parameters.
+    # A budget in bytes needs other curves than one in parameters.
     if "target_bytes" in options:
         for file in own.glob("**/curves*"):
             file.unlink()
@@ -166,7 +167,7 @@ def main() -> None:
             except CompressionError as e:
                 if "target_bytes" not in options:
                     raise
-                # Every layer at its smallest may be more than the budget.
+                # The smallest sizes of all layers together may exceed the budget.
                 print(f"{name}, {options['calibration']}: {e}", flush=True)
                 continue
             case["ratio"] = case["perplexity"] / dense

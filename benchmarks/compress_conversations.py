@@ -1,12 +1,11 @@
-"""What a slim checkpoint of SmolLM2-135M-Instruct lost of the original in conversations.
+"""Measures the divergence of slim checkpoints from SmolLM2-135M-Instruct in conversations.
 
     cai compress smollm2-135m-instruct slim --keep 0.8
     python benchmarks/compress_conversations.py slim ...
 
-The original writes conversations, with another seed than calibration's, at temperatures of 1 and 0.7. Over them all the
-script takes the KL divergence of each checkpoint from the original, in nats a token, and how often the most likely token is
-the same. The judge is transformers in fp32, over the checkpoint's reconstructed weights. Writes
-benchmarks/results/compress_conversations.json.
+The original writes conversations at temperatures 1 and 0.7, with a seed that calibration does not use. The script computes
+KL(original || checkpoint) in nats per token, and top-1 agreement, over all of them. Both models run in transformers in fp32,
+the slim one as dense matrices. Writes benchmarks/results/compress_conversations.json.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""A compression that is killed at random moments and started again comes to the same checkpoint, bit for bit.
+"""Checks that a compression, killed at random moments and restarted, gives the same checkpoint bit for bit.
 
     python benchmarks/compress_kills.py --kills 5
 
-SmolLM2-135M-Instruct, every stage on, little text so that it takes minutes. One run is left alone; the other is sent SIGKILL
-after random times, the same command each time. Then every file of the two checkpoints is compared, but for times in the
-report. Writes benchmarks/results/compress_kills.json.
+Compresses SmolLM2-135M-Instruct with every stage, on little text, so that it takes minutes. One run is undisturbed. The
+other gets SIGKILL after random times and restarts with the same command. Then the script compares every file of the two
+checkpoints, except the report's times. Writes benchmarks/results/compress_kills.json.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def command(dst: Path) -> list[str]:
 
 
 def killed(dst: Path, kills: int, seconds: float, draw: random.Random) -> list[dict[str, Any]]:
-    """Run to the end, with `kills` kills on the way. What each met: seconds in the call, and the steps on disk by then."""
+    """Run to the end with `kills` kills. Returns for each kill the seconds since the start and the steps on disk."""
     met: list[dict[str, Any]] = []
     work = dst.with_name(f".{dst.name}.work")
     while True:

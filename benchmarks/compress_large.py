@@ -1,6 +1,6 @@
-"""What compressing a large model takes: blocks of real size with random weights, a few of them.
+"""Measures time and memory of compressing a large model, on a few blocks of full size with random weights.
 
-Peak memory is to be that of a block, whatever their number; the time of all blocks is extrapolated from those that were run.
+Peak memory should be that of one block, whatever the number of blocks. The time of all blocks is extrapolated.
 
     python benchmarks/compress_large.py --shape llama-3.1-8b --blocks 1 2
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 
 
 def make_model(path: Path, shape: dict[str, int], blocks: int) -> None:
-    """A llama of that shape with random bf16 weights, written tensor by tensor, with a tokenizer of single letters."""
+    """Write a llama of this shape, tensor by tensor, with random bf16 weights and a tokenizer of single letters."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -64,7 +64,7 @@ WHOLE = {"llama-3.1-8b": 32, "small": 8}
 
 
 def child(directory: Path, settings: dict) -> None:
-    """Compress in this process; print its peak memory, that before it began, and the stages' times."""
+    """Compress in this process. Print peak memory, memory before the start, and the stages' times."""
     import torch
     import transformers  # noqa: F401
 

@@ -1,11 +1,11 @@
-"""What compression costs Whisper tiny.en: word error rates before and after, encoder and decoder.
+"""Measures Whisper tiny.en's word error rates before and after compression of encoder and decoder.
 
     python benchmarks/compress_speech.py --calibration DIR [DIR ...] --judge NAME=DIR [NAME=DIR ...] --work DIR
 
-Clips with transcripts come from speech_clips.py, or from anywhere; none may be in both. Every keep is compressed as `cai
-compress` does by default, and without training (--fast); int8 alone is beside them, every layer whole. The judge is
-transformers' Whisper over the reconstructed weights in fp32, greedy, and its English normalizer. Writes
-benchmarks/results/compress_speech.json after every case, with the clips of --judge that were heard differently.
+Clips with transcripts come from speech_clips.py or any other source; no clip may be in both sets. The cases are, for each
+keep, `cai compress` with its defaults and without training (--fast), and int8 alone with every layer dense. Transformers'
+Whisper transcribes greedily, in fp32 on dense matrices; its English normalizer normalizes the words. Writes
+benchmarks/results/compress_speech.json after every case, with some of the clips that the two models hear differently.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cai_runtime.judge.speech_evaluation import compare_speech
 
 MODEL = "whisper-tiny.en"
 UNTRAINED: dict[str, Any] = {"refine_epochs": 0, "heal_tokens": 0}
-SHOWN = 12  # clips heard differently that are written down for each set
+SHOWN = 12  # clips heard differently that the JSON lists for each set
 
 
 def cases(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -42,7 +42,7 @@ def cases(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def judge(path: Path, sets: dict[str, str], reference: Path) -> dict[str, Any]:
-    """Word errors of a checkpoint on each set, next to the dense model's."""
+    """Word errors of a checkpoint and of the dense model on each set."""
     found = {}
     for name, audio in sets.items():
         result = compare_speech(reference, path, audio=audio)
@@ -77,7 +77,7 @@ def judge(path: Path, sets: dict[str, str], reference: Path) -> dict[str, Any]:
 
 
 def made(source: Path, slim: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """The report of the checkpoint, which is made unless it is there. Ends the program where it has other options."""
+    """Make the checkpoint if it is missing, and return its report. Ends the program if it was made with other options."""
     if not slim.exists():
         compress(source, slim, evaluate=False, **options)
     report: dict[str, Any] = json.loads((slim / "slim_report.json").read_text())

@@ -1,7 +1,6 @@
 """Decode speed of a checkpoint: `python benchmarks/decode.py DIR [options of cai bench decode]`.
 
-The measurement is `cai_runtime.bench` (`cai_runtime/bench/decode.py` says what is measured); this keeps its JSON in
-benchmarks/results/decode.json unless --json says otherwise.
+`cai_runtime/bench/decode.py` defines the figures. Writes benchmarks/results/decode.json, unless --json names another file.
 """
 
 import sys

@@ -1,14 +1,13 @@
-"""What the engine costs beside the model: `python benchmarks/engine.py [CHECKPOINT] [--only steps,...] [--out FILE]`.
+"""Measures the engine's overhead over the model: `python benchmarks/engine.py [CHECKPOINT] [--only steps,...] [--out FILE]`.
 
-    steps     a step without a model (logits are given, the tokenizer is real), in microseconds: sampling, and the rest.
-              Vocabularies of 49,152 and 128,256; batches of 1, 32, 64 and 256; greedy and temperature 0.8, top_p 0.95.
-    callers   CPU milliseconds per step from engine to callers, batch 64, the model's 5 ms asleep: one call with n=64,
-              64 threads with whole replies, 64 threads with streams.
+    steps     microseconds of a step with given logits and a real tokenizer: sampling, and the rest. Vocabularies of 49,152
+              and 128,256; batches of 1, 32, 64 and 256; greedy, and temperature 0.8 with top_p 0.95.
+    callers   CPU milliseconds per step from the engine to its callers, at batch 64 and a model that sleeps 5 ms: one call
+              with n=64, 64 threads with whole replies, 64 threads with streams.
     sampled   tokens/s of the checkpoint at batch 1, 8 and 32: greedy, and temperature 0.8 with top_p 0.95, in turns.
-    gap       a stream beside a 2,000-token prompt: the worst gap between two tokens, and how long the prompt takes beside
-              the stream and alone.
+    gap       a stream beside a 2,000-token prompt: the worst token gap, and the prompt's time beside the stream and alone.
 
-CHECKPOINT: a directory, default the one that `cai demo` made. Writes benchmarks/results/engine.json with machine and date.
+CHECKPOINT: a directory, by default the oldest of `cai demo`. Writes benchmarks/results/engine.json with machine and date.
 """
 
 from __future__ import annotations
@@ -41,9 +40,9 @@ SECTIONS = ("steps", "callers", "sampled", "gap")
 
 
 class GivenLogits:
-    """A runner whose model is a table of logits. seconds: what a step takes, without the interpreter's lock.
+    """A runner with given logits instead of a model. seconds: length of a step, spent without the GIL.
 
-    Attributes: `sampling`, seconds spent in `sample`.
+    Attribute `sampling`: seconds spent in `sample`.
     """
 
     page_size, num_pages, max_context = 16, 200_000, 4096
@@ -51,8 +50,8 @@ class GivenLogits:
     def __init__(self, vocabulary: int, batch: int, seconds: float = 0.0):
         self.vocab_size, self.seconds, self.sampling = vocabulary, seconds, 0.0
         self._rows = (np.random.default_rng(0).normal(size=(batch, vocabulary)) * 4).astype(np.float32)
-        self._rows[:, 49_000:] = -50  # the tokenizer knows no more
-        self._given = self._rows.copy()  # a sampler may overwrite them
+        self._rows[:, 49_000:] = -50  # the tokenizer has no tokens beyond these
+        self._given = self._rows.copy()  # a sampler may overwrite its logits
         self._sample = sampler_of(object())
 
     def run(self, step: list[Any]) -> np.ndarray:
@@ -96,7 +95,7 @@ def steps(checkpoint: Path) -> list[dict[str, Any]]:
 
 
 def _step_seconds(tokenizer: Any, vocabulary: int, batch: int, sampling: dict[str, Any]) -> tuple[float, float]:
-    """Seconds of a step, and of its sampling."""
+    """(seconds of a step, seconds of its sampling)."""
     count = 120 if batch < 256 else 40
     runner = GivenLogits(vocabulary, batch)
     with Engine(runner, tokenizer, eos_token_ids=[], max_batch=batch, prefill_chunk=10**6) as engine:
@@ -173,7 +172,7 @@ def sampled(checkpoint: Path) -> list[dict[str, Any]]:
         seconds(8, 4, TOP_P)
         for batch, tokens in ((1, 96), (8, 64), (32, 48)):
             runs: dict[str, list[float]] = {way: [] for way in WAYS}
-            for _ in range(5):  # in turns, so that a machine that changes speed does it to both
+            for _ in range(5):  # in turns, so that a change of the machine's speed affects both
                 for way, sampling in WAYS.items():
                     runs[way].append((seconds(batch, tokens + 4, sampling) - seconds(batch, 4, sampling)) / tokens)
             rates = {way: batch / median(times) for way, times in runs.items()}
@@ -209,7 +208,7 @@ def gap(checkpoint: Path) -> dict[str, Any]:
 
 
 def _beside_a_stream(client: Client, disturb: Any) -> tuple[float, float]:
-    """The longest gap of a stream while `disturb` runs, and what that returns."""
+    """(longest token gap of a stream while `disturb` runs, in seconds; what `disturb` returns)."""
     took: list[float] = []
     thread = threading.Thread(target=lambda: took.append(disturb()))
     gaps: list[float] = []

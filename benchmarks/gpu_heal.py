@@ -1,15 +1,14 @@
-"""How far healing goes with more tokens than a CPU has time for: SmolLM2-135M-Instruct at keep 0.5 and 0.8, on a GPU.
+"""Heals SmolLM2-135M-Instruct at keep 0.5 and 0.8 on a GPU, with more tokens than a CPU has time for.
 
     python benchmarks/gpu_heal.py [--minutes 7] [--keep 0.5 0.8] [--out FOLDER] [--device cuda] [--model DIR]
 
-The original writes the text, as `cai compress` has it do, but many sequences at once through the engine: three quarters are
-documents, one quarter conversations. Then each keep is compressed by `compress` itself; its healing takes as many tokens as
-the time allows, and its rate follows the clock. The perplexity of
-the model as it is then is written at 65,536 tokens and every doubling, and at the end, to FOLDER/gpu_heal_<date>.json.
+The original writes the text, as in `cai compress`, but the engine runs many sequences at once. Three quarters are documents,
+one quarter is conversations. `compress` then compresses at each keep. Healing takes as many tokens as the time allows, and
+its learning rate follows the clock. FOLDER/gpu_heal_<date>.json gets the perplexity at 65,536 tokens, at every doubling and
+at the end; after an interruption it has all points so far.
 
-The weights come in .gpu/model-0 and model-1 (gpu_prepare.py): the GGUF file with its 4-bit weights, put together and
-converted here, and token ids of the Wikipedia sample's last quarter, which the perplexity is of. Of a run that is cut
-off, what was written stays."""
+.gpu/model-0 and model-1 (gpu_prepare.py) hold the model's 4-bit GGUF file, which is joined and converted here, and token ids
+of the Wikipedia sample's last quarter, for the perplexity."""
 
 from __future__ import annotations
 
@@ -36,12 +35,12 @@ from gpu.report import write_json
 INDEX, TEXT = "model.json", "test_text.json"  # of gpu_prepare.py
 FIRST_CHECKPOINT = 65_536  # tokens
 CHAT_SHARE = 0.25
-TEXT_SHARE = 0.2  # of the time, for writing the text
-RESERVE = 25.0  # seconds of each keep for what is not healing: calibration, decomposition, the checkpoint
+TEXT_SHARE = 0.2  # share of the time for writing the text
+RESERVE = 25.0  # seconds per keep for everything but healing: calibration, decomposition, the checkpoint
 
 
 def assemble(prepared: Path, into: Path) -> Path:
-    """The model's file from its parts. Raises SystemExit that says what is missing or damaged."""
+    """Join the model's file from its parts. Raises SystemExit, with a message, for a missing or damaged part."""
     index = prepared / "model-0" / INDEX
     if not index.exists():
         raise SystemExit(f"{index} is missing: bring .gpu/model-0 and .gpu/model-1, which gpu_prepare.py makes")
@@ -68,10 +67,10 @@ def test_windows(prepared: Path) -> list[list[int]]:
 
 @dataclass
 class TextWriter:
-    """The model's own text by its engine, in sequences of `length` tokens.
+    """Writes the model's own text with the engine, in sequences of `length` tokens.
 
-    Documents begin with the token that begins one and are laid end to end; a conversation's turns follow each other. Tokens
-    that no text may hold are banned, as in `compressor.data.self_text`."""
+    Documents begin with their start token and are concatenated. A conversation is a sequence of turns. Control tokens that
+    no text may contain are banned, as in `compressor.data.self_text`."""
 
     path: Path
     device: str
@@ -79,7 +78,7 @@ class TextWriter:
     length: int = 512  # tokens of a sequence
 
     def write(self, count: int, until: float) -> Any:
-        """Up to `count` sequences, int64 [sequences, length]; fewer where the time (by time.monotonic()) is up."""
+        """Up to `count` sequences, int64 [sequences, length]; fewer if time.monotonic() reaches `until`."""
         import torch
 
         from cai_runtime.compressor.data.conversation import chat_frame
@@ -103,7 +102,7 @@ class TextWriter:
                 missing = count - len(chats) - len(documents) // self.length
                 if missing <= 0:
                     break
-                some = max(1, min(4 * self.lanes, missing * 2))  # a queue, so that no lane is idle
+                some = max(1, min(4 * self.lanes, missing * 2))  # more requests than lanes, so that none is idle
                 chat = min(some // 4, wanted_chats - len(chats)) if wanted_chats else 0
                 chats += self._chats(chat)[: max(wanted_chats - len(chats), 0)]
                 documents += self._documents(some - chat)
@@ -114,7 +113,7 @@ class TextWriter:
         return torch.tensor(rows, dtype=torch.int64)
 
     def _continued(self, prompts: Sequence[Sequence[int]], ends: Sequence[int], most: int) -> list[list[int]]:
-        """What the model goes on with after each prompt, without the token that ended it."""
+        """The model's continuation of each prompt, without the end token."""
         from cai_runtime.engine.request import Request, SamplingParams
 
         requests = []
@@ -131,7 +130,7 @@ class TextWriter:
 
     def _documents(self, count: int) -> list[int]:
         start = self._marks.start
-        # Where nothing marks a beginning, any token does.
+        # Without a start token a document begins with an arbitrary one.
         begins = [
             [start if start is not None else (97 * (self._seed + i)) % self._engine.vocab_size] for i in range(count)
         ]
@@ -140,7 +139,7 @@ class TextWriter:
         return [token for begin, reply in zip(begins, replies, strict=True) for token in [*begin, *reply, *tail]]
 
     def _chats(self, count: int) -> list[list[int]]:
-        """Conversations of exactly `length` tokens: turns follow until they fill it."""
+        """Conversations of exactly `length` tokens, with as many turns as that takes."""
         if not count or self._frame is None:
             return []
         frame, ends = self._frame, sorted(self._marks.ends)
@@ -162,11 +161,11 @@ class TextWriter:
 
 @dataclass
 class Progress:
-    """What one keep's healing comes to; `write` puts it into the results' file."""
+    """The results of healing at one keep. `write` writes them to the results' file."""
 
     entry: dict[str, Any]
     windows: list[list[int]]
-    seconds: float  # that the healing may take
+    seconds: float  # limit of the healing
     write: Callable[[], None]
     points: list[dict[str, Any]] = field(default_factory=list)
 
@@ -190,7 +189,7 @@ class Progress:
 
 
 def timed_healer(progress: Progress, per_step: int) -> type:
-    """A `Healer` that stops by the clock, takes `per_step` sequences a step, and notes perplexities on the way."""
+    """A `Healer` class with a time limit and `per_step` sequences a step, which records perplexities on the way."""
     import torch
 
     from cai_runtime.compressor.train import heal
@@ -201,7 +200,7 @@ def timed_healer(progress: Progress, per_step: int) -> type:
         ):
             rows = torch.cat([batch["input_ids"] for batch in batches])
             joined = [{"input_ids": ids} for ids in rows.split(per_step) if len(ids) == per_step]
-            # States on disk are for runs that are killed and go on; they take longer than the steps between.
+            # No states on disk: they serve killed runs, and writing one takes longer than the steps between two.
             settings = replace(settings, steps=1 << 30, seconds=progress.seconds, keep_every=1 << 30)
             super().__init__(student, teacher, joined, work, settings, tick=self._after_step)
             self._began, self._next = time.monotonic(), FIRST_CHECKPOINT
@@ -228,7 +227,7 @@ def timed_healer(progress: Progress, per_step: int) -> type:
 
 
 def heal(path: Path, keep: float, sequences: Any, folder: Path, progress: Progress, args: argparse.Namespace) -> None:
-    """One compression by `compress`, with this text and the time that `progress` allows."""
+    """Compress with this text, healing for as long as `progress` allows."""
     from cai_runtime.compressor import compress, run
     from cai_runtime.compressor.data.calibration import Calibration
 
@@ -251,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     out = os.environ.get("OUT")
     default = Path(out) if out else environment.ROOT / "benchmarks/results"
-    parser.add_argument("--minutes", type=float, default=7.0, help="for everything (default: 7)")
+    parser.add_argument("--minutes", type=float, default=7.0, help="limit of the whole run (default: 7)")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.8])
     parser.add_argument("--store", default="int8", help="of the cores (default: int8)")
     parser.add_argument("--out", type=Path, default=default, help="folder for the JSON (default: $OUT)")
@@ -263,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lanes", type=int, default=256, help="sequences written at once (default: 256)")
     parser.add_argument("--samples", type=int, default=48, help="sequences to calibrate on (default: 48)")
     parser.add_argument("--sequences-per-step", type=int, default=4, help="of healing (default: 4)")
-    parser.add_argument("--reserve", type=float, default=RESERVE, help="seconds of each keep that healing leaves over")
+    parser.add_argument("--reserve", type=float, default=RESERVE, help="seconds per keep for everything but healing")
     args = parser.parse_args(argv)
     began = time.monotonic()
     environment.use_kit()

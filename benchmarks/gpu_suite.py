@@ -1,18 +1,18 @@
-"""Everything that only a GPU can show, in two calls of five minutes:
+"""Runs all checks and measurements that need a GPU, in two calls of five minutes:
 
-    python benchmarks/gpu_suite.py --call 1   # is it right, where does the time go
+    python benchmarks/gpu_suite.py --call 1   # correctness, and where the time goes
     python benchmarks/gpu_suite.py --call 2   # engines, single linears, tiles, sanitizers, all tests
         [--only SECTION,...] [--minutes 5.3] [--out FOLDER] [--dry-run]
 
-Every section is a process of its own with a limit, so that a hang, or an error that leaves the GPU unusable, costs that
-section alone. Results go to FOLDER/gpu_suite_<call>_<device>_<date>.json after every section; what a section had found is
-kept, however it ended. Beside it lie the sections' whole output (.log), timeline.json, ncu.csv and the tuned tiles: less
-than eight files. Figures stand beside what was predicted of them (gpu/predicted.json).
+Each section runs in a process of its own with a time limit. A hang, or an error that makes the GPU unusable, ends only that
+section. FOLDER/gpu_suite_<call>_<device>_<date>.json is written after every section, with all findings up to a failure.
+Beside it are the sections' whole output (.log), timeline.json, ncu.csv and the tuned tiles, fewer than eight files. Each
+figure stands beside its prediction (gpu/predicted.json).
 
-What a bare machine lacks lies in .gpu/kit, made by gpu_prepare.py; without it the CUDA library is built, if
-apache-tvm-ffi is there. Without a GPU, or with --dry-run, the sections are rehearsed on the CPU at tiny shapes: Triton
-interpreted, the CUDA kernels emulated (--no-emulation: left out). Exit status: 0, 1 where a section failed, 2 without a
-GPU."""
+A bare machine takes missing packages and libraries from .gpu/kit, which gpu_prepare.py makes. Without the kit the CUDA
+library is built, if apache-tvm-ffi is installed. Without a GPU, or with --dry-run, the CPU rehearses the sections at tiny
+shapes: Triton interpreted, the CUDA kernels emulated (or left out, with --no-emulation). Exit status: 0; 1 if a section
+failed; 2 without a GPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ import time
 import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH omits it
 
 from gpu import environment
 from gpu.context import REAL, REHEARSAL, Context
@@ -36,7 +36,7 @@ RESULTS = environment.ROOT / "benchmarks/results"
 
 
 def unused(path: Path) -> Path:
-    """`path`, or with a number where there is such a file."""
+    """`path`, with a number appended if the file exists."""
     several = (path.with_stem(f"{path.stem}_{n}") for n in range(2, 1000))
     return next(p for p in (path, *several) if not p.exists())
 
@@ -51,13 +51,13 @@ def context_of(args: argparse.Namespace) -> Context:
 
 
 def run_section(args: argparse.Namespace) -> int:
-    """In a section's own process: its findings go to a file."""
+    """Run a section in its own process and write its findings to a file."""
     from gpu.sections import SECTIONS
 
     findings = Findings(args.findings, args.until)
     try:
         SECTIONS[args.section].run(findings, context_of(args), args.until)
-    except Exception as error:  # noqa: BLE001  # what it had found so far is written
+    except Exception as error:  # noqa: BLE001  # the findings so far are written
         traceback.print_exc()
         findings.problem(f"{type(error).__name__}: {str(error)[:600]}")
     findings.write()
@@ -65,7 +65,7 @@ def run_section(args: argparse.Namespace) -> int:
 
 
 def run_program(args: argparse.Namespace) -> int:
-    """One of the programs that sections start, or have a tool watch."""
+    """Run one of the programs that sections start, alone or under a tool."""
     from gpu import counters, decode
 
     name, *details = args.program.split(",")
@@ -79,7 +79,7 @@ def run_program(args: argparse.Namespace) -> int:
 
 
 def gpu_name() -> str | None:
-    """Of the GPU, by a process of its own: this one takes no memory of it."""
+    """The GPU's name, from a process of its own, so that this one takes no GPU memory."""
     program = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     return done.stdout.strip().replace(" ", "-") or None
@@ -128,15 +128,15 @@ def run_suite(args: argparse.Namespace, names: list[str], gpu: str | None) -> in
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--call", type=int, choices=(1, 2), default=1, help="which half (default: 1)")
-    parser.add_argument("--only", default="", metavar="SECTION,...", help="these sections, of either call")
-    parser.add_argument("--minutes", type=float, default=None, help="nothing runs beyond these (default: 5.3)")
+    parser.add_argument("--only", default="", metavar="SECTION,...", help="run only these sections, of either call")
+    parser.add_argument("--minutes", type=float, default=None, help="limit of the whole run (default: 5.3)")
     out = os.environ.get("OUT")
     parser.add_argument(
         "--out", type=Path, default=Path(out) if out else RESULTS, help="folder for results (default: $OUT)"
     )
     parser.add_argument("--dry-run", action="store_true", help="rehearse the sections on the CPU")
     parser.add_argument("--no-emulation", action="store_true", help="rehearse without the CUDA kernels")
-    parser.add_argument("--list", action="store_true", help="name the sections and what they ask")
+    parser.add_argument("--list", action="store_true", help="list the sections and their questions")
     for internal, kind in (("section", str), ("program", str), ("findings", Path), ("report", Path), ("until", float)):
         parser.add_argument(f"--{internal}", type=kind, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -1,8 +1,7 @@
 """Linears by themselves, backends side by side: `python benchmarks/linear.py [options of cai bench linear]`.
 
-The measurement is `cai_runtime.bench` (`cai_runtime/bench/linear.py` says what is measured); this keeps
-its JSON and roofline plot in benchmarks/results/linear.json and linear.png unless the options say otherwise.
-The plot needs the `bench` extra: pip install 'cai-runtime[bench]'.
+`cai_runtime/bench/linear.py` defines the figures. Writes benchmarks/results/linear.json and the roofline plot linear.png,
+unless --json and --plot name other files. The plot needs the `bench` extra: pip install 'cai-runtime[bench]'.
 """
 
 import sys

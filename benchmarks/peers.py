@@ -1,7 +1,7 @@
 """Decode speed beside llama.cpp and transformers: `python benchmarks/peers.py DIR [options of cai bench decode]`.
 
-The same run as `cai bench decode DIR --peers`; JSON goes to benchmarks/results/decode_peers.json unless --json says
-otherwise. Needs the `peers` extra: pip install 'cai-runtime[peers]'.
+Runs `cai bench decode DIR --peers`. Writes benchmarks/results/decode_peers.json, unless --json names another file. Needs the
+`peers` extra: pip install 'cai-runtime[peers]'.
 """
 
 import sys

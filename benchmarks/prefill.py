@@ -1,8 +1,7 @@
 """Linears at prompt lengths, or whole prompts of a checkpoint:
 `python benchmarks/prefill.py [DIR] [options of cai bench prefill]`.
 
-The measurement is `cai_runtime.bench` (`cai_runtime/bench/prefill.py` says what is measured); this keeps
-its JSON in benchmarks/results/prefill.json unless the options say otherwise.
+`cai_runtime/bench/prefill.py` defines the figures. Writes benchmarks/results/prefill.json, unless --json names another file.
 """
 
 import sys

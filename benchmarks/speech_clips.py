@@ -1,14 +1,14 @@
-"""Clips of English speech with transcripts, out of Debian packages: what compress_speech.py calibrates on and judges with.
+"""Makes clips of English speech with transcripts from Debian packages, for compress_speech.py.
 
     apt-get install flite asterisk-core-sounds-en-wav pocketsphinx-testdata
     python benchmarks/speech_clips.py DIR
 
-DIR/synthetic/{calibration,judged}: flite reads sentences of the Wikipedia sample, of the first half of its articles for
-calibration and of the last quarter to judge with, in turn with the voices slt, rms and awb, up to 25 s together. Sentences
-with digits or foreign letters are left out, since nobody can say how they are to be written.
-DIR/prompts/{calibration,judged}: a person reads the announcements of a telephone exchange, at 8 kHz; every other one.
-DIR/recordings: five sentences that a volunteer reads out of "Sense and Sensibility", and the speech sample. Other
-recordings may be put here.
+DIR/synthetic/{calibration,judged}: flite speaks sentences of the Wikipedia sample. Calibration uses the first half of its
+articles, evaluation the last quarter. The voices slt, rms and awb take turns; a clip lasts up to 25 s. Sentences with digits
+or foreign letters are left out, because their spoken form has no unique spelling.
+DIR/prompts/{calibration,judged}: announcements of a telephone exchange, read by a person, at 8 kHz, in turn.
+DIR/recordings: five sentences from "Sense and Sensibility", read by a volunteer, and the speech sample. You may add other
+recordings.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from cai_runtime.convert.sources import fetch_file
 from cai_runtime.convert.texts import split_articles, wikipedia_articles
 
 VOICES = ("slt", "rms", "awb")
-SECONDS = 25.0  # of a synthetic clip, at most
+SECONDS = 25.0  # longest synthetic clip
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 PLAIN = re.compile(r"[A-Z][A-Za-z ,;'-]+[.!?]")
-PROMPT_WORDS = 5  # at least, in an announcement
+PROMPT_WORDS = 5  # fewest words of an announcement
 
 
 def sentences(articles: list[str]) -> Iterator[str]:
@@ -43,7 +43,7 @@ def sentences(articles: list[str]) -> Iterator[str]:
 
 
 def say(text: str, voice: str, flite: str) -> object:
-    """The text as flite speaks it, fp32 [samples] at 16 kHz."""
+    """flite's speech of the text, fp32 [samples] at 16 kHz."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "a.wav"
         subprocess.run([flite, "-voice", voice, "-t", text, "-o", str(out)], check=True, capture_output=True)

@@ -18,15 +18,13 @@ import importlib.resources
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from cai_runtime.errors import KernelError
-
-if TYPE_CHECKING:
-    import torch
-
-    from cai_runtime.kernels.norm import RmsNorm
-    from cai_runtime.kernels.weights import Core, LinearWeights
+from cai_runtime.kernels.slim_linear import Linear, Prologue
+from cai_runtime.kernels.weights import Core, LinearWeights
 
 MAX_ROWS = 16
 FUSED_SWIGLU_ROWS = 2  # kFusedSwigluRows of csrc/cuda/tile.cuh
@@ -78,12 +76,16 @@ def library() -> Any:
         raise KernelError(f"the CUDA kernels in {path} can't be loaded: {error}") from error
 
 
-class CudaLinear:
+class CudaLinear(Linear):
     """A group of linears over one input, ready to run: their tensors are handed to the library once.
 
     members: dense, lowrank or interpolative, on one CUDA device, cores fp32, bf16, fp16, int8 or int4, biases float32. The
-    tensors are kept alive. options: None for `default_options` at each call. Raises KernelError when the library is missing
-    or a tensor does not fit.
+    tensors are kept alive. options: None for `default_options` at each call.
+
+    A call takes x [M, in_features] ([M, 2 in_features] with swiglu), M from 0 to 16, float32, bfloat16 or float16. It gives
+    a new tensor [M, out_features] in x's dtype. Its launches go to torch's current stream; a CUDA graph can capture them.
+
+    Raises KernelError when the library is missing or a tensor does not fit; a call, for any other x, residual or norm.
     """
 
     device_type = "cuda"  # another where the tests put a library for another device
@@ -117,26 +119,10 @@ class CudaLinear:
         self._decode, self._swiglu = library().decode_linear, library().swiglu
         self._members = _as_ffi_array(tensors)
 
-    def __call__(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None = None,
-        *,
-        norm: RmsNorm | None = None,
-        swiglu: bool = False,
-    ) -> torch.Tensor:
-        """x [M, in_features] -> [M, out_features], the members side by side, plus `residual` of the same shape and dtype.
-
-        M is 0 to 16; x is float32, bfloat16 or float16. norm: x goes through it first. swiglu: x is [M, 2 in_features],
-        gate and up side by side, and silu(gate) * up goes in. At most one of them. The result is newly allocated, in x's
-        dtype; the launches go to torch's current stream, and can be captured in a graph. Raises KernelError for any other
-        argument.
-        """
-        import torch
-
+    def _run(self, x: torch.Tensor, prologue: Prologue, residual: torch.Tensor | None) -> torch.Tensor:
         from cai_runtime.kernels.triton.checks import check_activation, check_tensor, require, rows_contiguous
 
-        require(norm is None or not swiglu, "a linear's input is normed or gated, not both")
+        norm, swiglu = prologue.norm, prologue.swiglu
         check_activation("x", x, self.in_features * (2 if swiglu else 1))
         require(x.device == self.device, f"x is on {x.device}, the weights on {self.device}")
         rows = x.shape[0]
@@ -180,9 +166,7 @@ class CudaLinear:
 
 
 def _check_member(w: LinearWeights, device: torch.device, name: str) -> None:
-    """What the library can't say with the member's name. LinearWeights and Core have checked the shapes."""
-    import torch
-
+    """The library's own checks, with the member's name in the errors. LinearWeights and Core have checked the shapes."""
     from cai_runtime.kernels.triton.checks import check_tensor, require
 
     kinds = ("dense", "lowrank", "interpolative")

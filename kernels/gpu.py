@@ -30,7 +30,7 @@ class CudaOrTritonLinear(Linear):
         from cai_runtime.kernels.cuda import MAX_ROWS
 
         linear = self._many if self._few is None or x.shape[0] > MAX_ROWS else self._few
-        return linear(x, residual, norm=prologue.norm, swiglu=prologue.swiglu)
+        return linear._run(x, prologue, residual)
 
 
 def gpu_mpo(w: LinearWeights, backend: str, int8_activations: bool = False) -> MpoLinear:

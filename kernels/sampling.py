@@ -210,11 +210,6 @@ def uniform(seed: int, position: int) -> float:
     return (int(generator.random_raw()) >> 11) * 2.0**-53
 
 
-def fill_uniforms(rows: np.ndarray) -> None:
-    """`uniform` of ROW [n], from seed and position: the same numbers as `uniform` gives, by the CPU kernels."""
-    _function("sampling_uniforms")(rows.ctypes.data, len(rows))
-
-
 def new_batch(
     rows: Sequence[Any],
     positions: Sequence[int],

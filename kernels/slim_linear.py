@@ -53,8 +53,12 @@ class Prologue:
     norm: RmsNorm | None = None
     swiglu: bool = False
 
+    def __post_init__(self) -> None:
+        if self.norm is not None and self.swiglu:
+            raise KernelError("a linear's input is normed or gated, not both")
+
     def apply(self, x: Any, norm_op: Callable[[Any, torch.Tensor, float], Any], swiglu_op: Callable[[Any], Any]) -> Any:
-        """By operations of their own: for backends that don't fuse them."""
+        """Run the prologue as an operation of its own, for backends that don't fuse it."""
         if self.norm is not None:
             return norm_op(x, self.norm.weight, self.norm.eps)
         return swiglu_op(x) if self.swiglu else x
@@ -67,8 +71,7 @@ class Linear(ABC):
     out_features: int
 
     def __call__(self, x: Any, residual: Any = None, *, norm: RmsNorm | None = None, swiglu: bool = False) -> Any:
-        if norm is not None and swiglu:
-            raise KernelError("a linear's input is normed or gated, not both")
+        """See `PreparedLinear.__call__`. Raises KernelError for both norm and swiglu, and as the backend's class says."""
         return self._run(x, Prologue(norm, swiglu), residual)
 
     @abstractmethod

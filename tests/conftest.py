@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -139,3 +143,104 @@ def add_tokenizer():
 @pytest.fixture(scope="session")
 def make_tiny(tmp_path_factory):
     return lambda **options: tiny_llama(tmp_path_factory.mktemp("tiny"), **options)
+
+
+class Hub:
+    """A server on this machine that speaks the hub's protocol for one repository: "models/org/tiny", "datasets/org/words".
+
+    revisions: name -> file name -> bytes. card: of the dataset. served: the files that were asked for. lie: state wrong
+    SHA-256 hashes.
+    """
+
+    LARGE = (".safetensors", ".gguf", ".parquet")
+
+    def __init__(self, repository: str):
+        self.repository = repository
+        self.revisions: dict[str, dict[str, bytes]] = {"main": {}}
+        self.card: dict = {}
+        self.served: list[str] = []
+        self.lie = False
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self):
+                self.do_GET()
+
+            def do_GET(self):
+                status, headers, body = hub.answer(self.path.split("?")[0], self.command)
+                self.send_response(status)
+                for key, value in ({"Content-Length": str(len(body))} | headers).items():
+                    self.send_header(key, value)
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body)
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+    @staticmethod
+    def commit(revision: str) -> str:
+        return hashlib.sha1(revision.encode()).hexdigest()
+
+    def sha256(self, content: bytes) -> str:
+        return "0" * 64 if self.lie else hashlib.sha256(content).hexdigest()
+
+    def answer(self, path: str, method: str) -> tuple[int, dict[str, str], bytes]:
+        name = self.repository.partition("/")[2]
+        api, files_at = f"/api/{self.repository}", f"/{self.repository.removeprefix('models/')}/resolve"
+        for revision, files in self.revisions.items():
+            commit = self.commit(revision)
+            names = (revision, revision.replace("/", "%2F"), commit)
+            if path in [f"{api}/revision/{each}" for each in names]:
+                siblings = [
+                    self._described(f, "rfilename", "blobId", "sha256", content) for f, content in files.items()
+                ]
+                return self._json({"id": name, "sha": commit, "siblings": siblings, "cardData": self.card})
+            if path == f"{api}/tree/{commit}":
+                items = [self._described(f, "path", "oid", "oid", content) for f, content in files.items()]
+                return self._json([{"type": "file"} | item for item in items])
+            file = path.removeprefix(f"{files_at}/{commit}/")
+            if file != path and file in files:
+                if method == "GET":
+                    self.served.append(file)
+                large = file.endswith(self.LARGE)
+                etag = self.sha256(files[file]) if large else hashlib.sha1(files[file]).hexdigest()
+                return 200, {"ETag": f'"{etag}"', "X-Repo-Commit": commit}, files[file]
+        code = "RevisionNotFound" if path.startswith(api) else "RepoNotFound"
+        return 404, {"X-Error-Code": code, "X-Error-Message": "not found"}, b"{}"
+
+    def _described(self, file: str, name: str, digest: str, large_digest: str, content: bytes) -> dict:
+        """One file in an answer of the API, whose endpoints name its fields differently."""
+        found = {name: file, "size": len(content), digest: hashlib.sha1(content).hexdigest()}
+        if file.endswith(self.LARGE):
+            found["lfs"] = {large_digest: self.sha256(content), "size": len(content), "pointerSize": 100}
+        return found
+
+    @staticmethod
+    def _json(value) -> tuple[int, dict[str, str], bytes]:
+        return 200, {"Content-Type": "application/json"}, json.dumps(value).encode()
+
+
+@pytest.fixture
+def serve_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Starts a `Hub` for a repository, with HF_ENDPOINT set to it and an empty CAI_HOME."""
+    started = []
+
+    def serve(repository: str) -> Hub:
+        started.append(Hub(repository))
+        monkeypatch.setenv("CAI_HOME", str(tmp_path / "home"))
+        monkeypatch.setenv("HF_ENDPOINT", started[-1].url)
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        return started[-1]
+
+    yield serve
+    for hub in started:
+        hub.close()

@@ -1,1 +1,1 @@
-"""Audio: files read, resampled and cut into windows."""
+"""Reads audio files, resamples them and cuts them into windows."""

@@ -1,4 +1,4 @@
-"""Speech out of files: audio as 16 kHz windows, with the transcript beside each clip or in a list of clips."""
+"""Finds audio files with their transcripts, reads them at 16 kHz and cuts them into windows."""
 
 from __future__ import annotations
 
@@ -13,32 +13,35 @@ from cai_runtime.errors import CompressionError
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 LIST_SUFFIXES = (".jsonl", ".tsv")
-RATE = 16_000  # samples a second
-WINDOW = 30  # seconds that a model hears at once
-LOOK_BACK = 5.0  # seconds before a window's end in which a pause is looked for
-PAUSE = 0.2  # seconds
-SET_ASIDE = 10  # every tenth clip is for judging the result
-MOST_SET_ASIDE = 64  # a model hears each of them about as long as they take
+RATE = 16_000  # samples per second
+WINDOW = 30  # seconds of a model's input
+LOOK_BACK = 5.0  # a window is cut within its last seconds, this many
+PAUSE = 0.2  # seconds over which the power is summed to find the quietest moment
+SET_ASIDE = 10  # every tenth clip is set aside for evaluation
+MOST_SET_ASIDE = 64  # evaluation takes about as long as the clips last
 
 Source = str | Path | Sequence[str | Path]
 
 
 @dataclass(frozen=True)
 class Clip:
-    """An audio file and what is said in it (None: nobody has written it down)."""
+    """An audio file and its transcript, None if there is none."""
 
     path: Path
     text: str | None = None
 
 
 def find_clips(source: Source) -> list[Clip]:
-    """The clips of a source, in order, each file once, with the first transcript that it comes with.
+    """The clips of a source in order, each file once, with its first transcript.
 
-    source: an audio file; a directory of them, at any depth, hidden ones left out; a list of clips, .jsonl with "audio" and
-    "text" in each line or .tsv with these columns, paths relative to the list; or several of these. The transcript of a
-    file `a.wav` that comes without one is `a.txt` beside it, where that is there.
+    source: one or several of these:
+        an audio file;
+        a directory, searched at any depth, without hidden files and directories;
+        a list of clips: .jsonl with "audio" and "text" in each line, or .tsv with these columns. Paths are relative to
+        the list.
+    A file `a.wav` without a transcript takes `a.txt` beside it, if there is one.
 
-    Raises CompressionError, naming the file and line: nothing there, no audio, a malformed list.
+    Raises CompressionError, with the file and line, for a missing path, no audio, or a malformed list.
     """
     given = [source] if isinstance(source, (str, Path)) else list(source)
     clips: dict[Path, Clip] = {}
@@ -53,9 +56,9 @@ def find_clips(source: Source) -> list[Clip]:
 
 
 def read_audio(path: str | Path) -> np.ndarray:
-    """All of a file as fp32 [samples] at 16 kHz: channels averaged, resampled by soxr.
+    """Read a whole audio file as fp32 [samples] at 16 kHz: channels averaged, resampled by soxr.
 
-    Raises CompressionError: it can't be read or decoded, is empty, holds NaN or infinity, or a package is missing.
+    Raises CompressionError for a file that can't be decoded, is empty or holds NaN or infinity, or for a missing package.
     """
     try:
         import soundfile
@@ -80,8 +83,10 @@ def read_audio(path: str | Path) -> np.ndarray:
 
 
 def cut_windows(audio: np.ndarray, seconds: float = WINDOW) -> list[np.ndarray]:
-    """Windows of at most `seconds` that follow each other, cut in the quietest moment of each one's last `LOOK_BACK`
-    seconds. audio: [samples] at 16 kHz."""
+    """Cut audio [samples] at 16 kHz into consecutive windows of at most `seconds`.
+
+    Each cut lies in the quietest moment of the window's last `LOOK_BACK` seconds.
+    """
     most, pause = int(seconds * RATE), int(PAUSE * RATE)
     found = []
     while len(audio) > most:
@@ -110,7 +115,7 @@ def _clips_of(path: Path) -> list[Clip]:
             f"{path} ends in none of {', '.join((*AUDIO_SUFFIXES, *LIST_SUFFIXES))}: a speech model takes audio"
         )
     try:
-        # Not splitlines: a transcript may hold what Unicode calls a line's end, such as U+2028. Reading as text has made
+        # Not splitlines, which also splits at U+2028 and others; a transcript may hold them. Reading as text has turned
         # \r\n and \r into \n.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as e:
@@ -172,10 +177,11 @@ def _entry(path: Path, number: int, audio: object, text: object) -> Clip:
 
 
 def split_clips(source: Source) -> tuple[list[Clip], list[Clip]]:
-    """The clips to calibrate on, and those to judge the result on: every tenth, none of fewer than ten; of more than 640,
-    64 that are spread evenly over them.
+    """(clips for calibration, clips for evaluation).
 
-    Raises CompressionError as `find_clips` does.
+    Evaluation gets every tenth clip, none of fewer than ten, and of more than 640 clips 64, spread evenly.
+
+    Raises CompressionError as `find_clips`.
     """
     clips = find_clips(source)
     count = min(len(clips) // SET_ASIDE, MOST_SET_ASIDE)

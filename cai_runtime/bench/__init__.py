@@ -1,6 +1,6 @@
-"""Measurements, each with the floor that the machine puts under it, measured in the same run.
+"""Measures speed, each figure beside its floor: the least time that this machine allows, measured in the same run.
 
-Of checkpoints: `decode.py` (run by `run.py`) and `prefill.py` say what is measured; every engine has a child process of
-its own (`child.py`). Of kernels: `linear.py` over `contenders.py` and `factors.py`, `attention.py` over
-`attention_cases.py`, both timed by `timing.py`. `bandwidth.py` and `roofs.py` measure the floors, `roofline.py` draws them.
+Checkpoints: `decode.py` (run by `run.py`) and `prefill.py` define the figures; `child.py` gives each engine a process of its
+own. Kernels: `linear.py` with `contenders.py` and `factors.py`, and `attention.py` with `attention_cases.py`, both timed by
+`timing.py`. `bandwidth.py`, `roofs.py` and `floors.py` measure the floors, `roofline.py` draws them.
 """

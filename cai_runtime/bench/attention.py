@@ -1,18 +1,19 @@
-"""Attention by itself: our backends over a paged cache, torch over the same keys and values gathered.
+"""Measures attention alone: our backends over a paged KV cache, and torch over the same keys and values, contiguous.
 
-A step as the engine makes it, for one layer: RoPE on the queries and keys of the new tokens, their keys and values written
-to the cache, attention. `decode`: each of `batch` sequences brings one token to a context of `context` positions, itself
-included. `prefill`: one sequence brings `context` tokens to an empty cache. Pages of all sequences are shuffled. torch's
-scaled_dot_product_attention gets queries and keys that are rotated already and contiguous, with a causal mask or none; at
-decode the query heads that share a key head are its queries, at prefill keys and values are repeated for each of them
-beforehand: what it needs for its best, and what no engine has for nothing.
+One call is an engine's step for one layer: rotate the new tokens' queries and keys (RoPE), write their keys and values to
+the cache, attend. At `decode`, each of `batch` sequences adds one token to a context of `context` positions, this token
+included. At `prefill`, one sequence adds `context` tokens to an empty cache. The pages of all sequences are shuffled.
 
-    GB/s         bytes of the keys and values that the queries see, at decode / median time
-    GFLOP/s      four operations for each query head, dimension and pair of positions that see each other / median time
+torch's scaled_dot_product_attention gets contiguous inputs, rotated beforehand, with a causal mask or none. At decode, the
+query heads of one key head form its queries; at prefill, keys and values are repeated for each query head beforehand. That
+is the best case for torch, and no engine gets this preparation for free.
+
+    GB/s         decode only: bytes of the visible keys and values / median time
+    GFLOP/s      four operations per query head, dimension and visible pair of positions / median time
     floor        the larger of bytes / read bandwidth and operations / matrix rate, see `floors.py`
 
-Before anything is timed, up to eight rows are held against softmax(q k^T) v in float64. Times are taken as `timing.py`
-says: the sequences rotate, so that no call finds its keys in a cache.
+Before timing, up to eight rows are checked against softmax(q k^T) v in float64. `timing.py` defines the timing: sequences
+rotate, so that no call finds its keys in a processor cache.
 """
 
 from __future__ import annotations
@@ -40,8 +41,11 @@ CACHE_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 @dataclass(frozen=True)
 class AttentionSettings:
-    """What is measured. `device` is resolved. None: the window of no layer, the backends of the device, fp32 and bf16
-    caches on a CPU and bf16 on a GPU."""
+    """The cases to measure. Raises BenchmarkError for a value out of range.
+
+    window: None is full attention. caches: dtypes of the KV cache; None is fp32 and bf16 on a CPU, bf16 on a GPU. backends:
+    None is those of the device. device: a resolved name ("cpu", "cuda:0"). threads: None is all that this process may use.
+    """
 
     heads: AttentionHeads
     window: int | None = None
@@ -78,7 +82,7 @@ class AttentionSettings:
 
 @dataclass(frozen=True)
 class AttentionResult:
-    """One contender on one case. Times are None where it is not supported."""
+    """One contender on one case. median_s, best_s: seconds; None if the contender does not support the case."""
 
     mode: str
     batch: int
@@ -89,20 +93,20 @@ class AttentionResult:
     activations: str
     cache_bytes: int
     flops: int
-    roofs: Roofs  # while this was measured
+    roofs: Roofs  # measured at the same time
     sets: int = 0
     calls: int = 0
     median_s: float | None = None
     best_s: float | None = None
     relative_error: float | None = None
-    unsupported: str | None = None  # why
+    unsupported: str | None = None  # the reason
 
     @property
     def nbytes(self) -> int:
         return self.cache_bytes
 
     def rate(self, amount: float) -> float | None:
-        """`amount` per second, by the median."""
+        """`amount` per second of median time."""
         return None if self.median_s is None else amount / self.median_s
 
 
@@ -116,16 +120,16 @@ class AttentionReport:
     versions: dict[str, str | None]
     settings: AttentionSettings
     threads: int
-    roofs: Roofs  # the highest of all results
+    roofs: Roofs  # the highest over all results
     results: list[AttentionResult]
 
     @property
     def baseline(self) -> str:
-        """Dtype of torch that the table compares with."""
+        """The dtype of torch in the table's last column."""
         return "bf16" if self.settings.on_gpu else "fp32"
 
     def speedup(self, r: AttentionResult) -> float | None:
-        """Against torch in the baseline's dtype on the same case."""
+        """Time of torch in the baseline's dtype on the same case over r's time; None if either was not measured."""
         for other in self.results:
             same = (other.mode, other.batch, other.context) == (r.mode, r.batch, r.context)
             if same and (other.engine, other.cache) == ("torch", self.baseline) and other.median_s and r.median_s:
@@ -135,7 +139,7 @@ class AttentionReport:
 
 @dataclass(frozen=True)
 class _Contender:
-    """torch, or one of our backends; its cache's and its activations' dtypes."""
+    """torch or one of our backends, with the dtypes of its cache and its activations."""
 
     engine: str
     method: str
@@ -162,11 +166,11 @@ def bench_attention(
     roofs: MeasureRoofs = measure_roofs,
     reader: Reader | None = streaming_read,
 ) -> AttentionReport:
-    """Measure every case; the module says what. Memory: one case's caches at a time.
+    """Measure every case as the module describes. The caches of one case are in memory at a time.
 
-    roofs, reader: how the floors are measured, see `Floors`.
+    subject, notes: text for the report. roofs, reader: see `Floors`.
 
-    Raises BenchmarkError: caches that don't fit in memory, a result that is wrong.
+    Raises BenchmarkError if a case's caches do not fit into memory, or a result is wrong.
     """
     import torch
 
@@ -199,7 +203,7 @@ def bench_attention(
 
 
 def attention_contenders(settings: AttentionSettings) -> list[_Contender]:
-    """torch in each dtype of the caches, then each backend with each."""
+    """torch with each cache dtype, then each backend with each cache dtype."""
     caches = settings.caches or (("bf16",) if settings.on_gpu else ("fp32", "bf16"))
     ours = "bfloat16" if settings.on_gpu else "float32"
     found = []
@@ -243,7 +247,7 @@ def _measure(
 
 
 def _check(case: Case, contender: _Contender, out: Any, device: str) -> float:
-    """The relative error of the first set's output. Raises BenchmarkError when it is wrong."""
+    """The relative error of the first set's output. Raises BenchmarkError if it exceeds the contender's tolerance."""
     rows, expected = case.expected(device, CACHE_DTYPES[contender.cache], contender.activations)
     error = float((out[rows].double() - expected).norm() / expected.norm())
     if not error <= contender.tolerance:

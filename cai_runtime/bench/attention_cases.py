@@ -1,4 +1,4 @@
-"""What is attended to: random queries, keys and values of a decode or prefill step, paged for us and gathered for torch."""
+"""Random queries, keys and values of a decode or prefill step: in pages for our backends, contiguous for torch."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from cai_runtime.models.shapes import AttentionHeads
 
 PAGE_SIZE = 16  # the engine's
-CHUNK = 1024  # tokens that are drawn at a time
-FILL_ROWS = 8192  # tokens that are written to the cache at a time
+CHUNK = 1024  # tokens drawn per call
+FILL_ROWS = 8192  # tokens written to the cache per call
 CHECKED_ROWS = 8
 THETA = 10000.0
 
 
 @dataclass(frozen=True)
 class Case:
-    """A step of one layer: `batch` sequences of `context` positions; `decode`: the last position of each is new,
-    `prefill`: all of them."""
+    """A step of one layer over `batch` sequences of `context` positions. mode: "decode", where each sequence's last position
+    is new, or "prefill", where all are."""
 
     mode: str
     heads: AttentionHeads
@@ -56,7 +56,7 @@ class Case:
         return self.heads.dim**-0.5
 
     def seen(self, position: int) -> int:
-        """How many positions the query at `position` sees."""
+        """The number of positions visible to the query at `position`."""
         return min(position + 1, self.window or position + 1)
 
     @property
@@ -65,17 +65,17 @@ class Case:
         return 4 * self.heads.query * self.heads.dim * self.batch * pairs
 
     def held_bytes(self, dtype: str) -> int:
-        """Of the keys and values of all positions."""
+        """Bytes of the keys and values of all positions."""
         return 2 * self.batch * self.heads.kv * self.heads.dim * self.context * ITEM_BYTES[dtype]
 
     def seen_bytes(self, dtype: str) -> int:
-        """Of those that any query sees."""
+        """Bytes of the keys and values that any query sees."""
         oldest = self.context - self.new
         positions = self.context if self.mode == "prefill" else self.seen(oldest)
         return self.held_bytes(dtype) // self.context * positions
 
     def tokens(self, sequence: int, device: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first position, qkv fp32 [up to CHUNK, (Hq + 2 Hkv) D]) of a sequence, in order; numbers that bf16 can hold."""
+        """(first position, qkv fp32 [up to CHUNK, (Hq + 2 Hkv) D]) of a sequence, in order; values exact in bf16."""
         import torch
 
         draw = torch.Generator(device).manual_seed(sequence)
@@ -138,10 +138,10 @@ def rotation_table(positions: int, dim: int, device: str) -> torch.Tensor:
 
 
 def paged_calls(case: Case, sets: int, device: str, dtype: str, activations: str, backend: str) -> list[Call]:
-    """`sets` steps over sequences of their own, all in one paged cache of a backend.
+    """`sets` calls of a backend's attention, each over its own sequences, all in one paged cache.
 
-    The cache is filled through the operation itself, token by token as sequences of length one: it alone knows its layout.
-    Raises KernelError when the backend can't.
+    Only the operation knows the cache's layout. So it fills the cache itself, with each token as a sequence of length one.
+    Raises KernelError if the backend does not support the case.
     """
     import torch
 
@@ -181,13 +181,13 @@ def paged_calls(case: Case, sets: int, device: str, dtype: str, activations: str
     for page_table in page_tables:
         slots = torch.cat([slots_of(own, positions[: case.new]) for own in page_table])
         step = AttentionBatch.of(positions, slots, starts, lengths, page_table.contiguous())
-        # RoPE overwrites its input, so a later call rotates once more; the numbers stay as large as they were.
+        # RoPE overwrites its input, so a later call rotates it again. A rotation does not change magnitudes.
         calls.append(partial(attend, new.clone(), step, table, case.scale))
     return calls
 
 
 def gathered_calls(case: Case, sets: int, device: str, dtype: str) -> list[Call]:
-    """torch's scaled_dot_product_attention on `sets` copies of contiguous, rotated queries, keys and values."""
+    """`sets` calls of torch's scaled_dot_product_attention, each on its own copy of contiguous, rotated inputs."""
     import torch
 
     h = case.heads

@@ -1,5 +1,4 @@
-"""How fast memory can be read, the floor under every decode step, which reads all weights once; and how fast matrices can be
-multiplied, the floor under prefill."""
+"""Measures memory bandwidth and matrix rate: the floors of decode, which reads all weights once, and of prefill."""
 
 from __future__ import annotations
 
@@ -8,18 +7,19 @@ from collections.abc import Callable
 
 MIN_BUFFER = 512 << 20
 PASSES = 5
-MATRIX = {"cpu": 1536, "cuda": 8192}  # rows and columns of the matrices that are multiplied
+MATRIX = {"cpu": 1536, "cuda": 8192}  # rows and columns of the square matrices
 MATRIX_DTYPES = ("float32", "bfloat16")
 
 
 def read_bandwidth(device: str = "cpu", *, threads: int | None = None, buffer_bytes: int | None = None) -> float:
-    """Bytes per second of a streaming read with `threads` threads (default: as torch is set; it is left so).
+    """Bytes per second of a streaming read.
 
-    A fp32 buffer of at least 512 MiB and eight times the last-level cache is summed, multiplied with itself and
-    searched for its maximum by torch, each several times; the fastest pass counts. A reduction can't read faster than
-    the memory, so every pass is a lower bound, and other work on the machine can only lower it. On a CPU the buffer lies
-    where packed weights lie, in huge pages if the system has them: through 4 KiB pages some machines read up to a
-    quarter less. On a GPU, 2 GiB.
+    torch sums an fp32 buffer, takes its maximum and its dot product with itself, five times each. The fastest pass counts:
+    a reduction can't read faster than the memory, and other work can only slow it down. The buffer has at least 512 MiB and
+    eight times the last-level cache; on a GPU 2 GiB. On a CPU it lies in huge pages if the system has them, as packed
+    weights do: through 4 KiB pages some machines read up to a quarter less.
+
+    threads: sets torch's number of threads, for good; None leaves it.
     """
     import torch
 
@@ -31,7 +31,7 @@ def read_bandwidth(device: str = "cpu", *, threads: int | None = None, buffer_by
 
 
 def streaming_read(device: str = "cpu", *, buffer_bytes: int | None = None) -> tuple[Callable[[], object], int]:
-    """The fastest of `read_bandwidth`'s reads, to be timed beside other work, and the bytes that it reads."""
+    """(the fastest of `read_bandwidth`'s reads, to be timed between other work; the bytes that it reads)."""
     import torch
 
     reads, nbytes = streaming_reads(device, buffer_bytes=buffer_bytes)
@@ -40,7 +40,7 @@ def streaming_read(device: str = "cpu", *, buffer_bytes: int | None = None) -> t
 
 
 def streaming_reads(device: str, *, buffer_bytes: int | None = None) -> tuple[list[Callable[[], object]], int]:
-    """What `read_bandwidth` times, and the bytes that each reads."""
+    """(the reads that `read_bandwidth` times; the bytes that each reads)."""
     import torch
 
     from cai_runtime.bench.machine import last_level_cache
@@ -66,10 +66,11 @@ def _seconds(read: Callable[[], object], device: str) -> float:
 
 
 def matmul_rates(device: str = "cpu", *, threads: int | None = None, size: int | None = None) -> dict[str, float]:
-    """Operations per second (a multiplication and an addition are two) of torch's matrix product, by dtype.
+    """Operations per second of torch's matrix product in fp32 and bf16, by dtype. A multiply-add is two operations.
 
-    Square matrices of 1536 on a CPU and of 8192 on a GPU (or `size`), which are large enough for its best rate; the
-    fastest of five passes counts. fp32 and bf16: whether a processor has units for the second shows in the figure.
+    The matrices have `size` rows and columns; default 1536 on a CPU and 8192 on a GPU, enough for the best rate. The fastest
+    of five passes counts. The bf16 rate shows whether the processor has bf16 instructions. threads: as in
+    `read_bandwidth`.
     """
     import torch
 

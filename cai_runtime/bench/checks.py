@@ -1,4 +1,4 @@
-"""What must hold before a benchmark runs."""
+"""Checks before a benchmark runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SAME = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate
 
 @dataclass(frozen=True)
 class Peers:
-    """The same model for other engines: a GGUF file for llama.cpp, a dense directory for transformers."""
+    """The measured model in the formats of other engines: a GGUF file for llama.cpp, a dense directory for transformers."""
 
     gguf: Path
     dense: Path

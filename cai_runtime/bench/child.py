@@ -1,7 +1,7 @@
-"""One measurement in a process of its own: `run_child` starts it, `python -m cai_runtime.bench.child` is it.
+"""Runs one measurement in a child process: `run_child` starts it, `python -m cai_runtime.bench.child` is the child.
 
-The job comes as JSON on standard input, the result goes as JSON to the file that the job names: standard output belongs
-to whatever the engine prints. A job names a function of `cai_runtime.bench`, so this module knows no benchmark.
+The job is JSON on standard input. The result is JSON in a file that the job names, because engines print to standard output.
+A job names a function of `cai_runtime.bench`, so this module imports no benchmark.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any
 
 from cai_runtime.errors import BenchmarkError, CaiError
 
-STDERR_LINES = 20  # of a failed child that are shown
+STDERR_LINES = 20  # last lines of a failed child, for the error
 
 
 def run_child(job: dict[str, Any], *, threads: int) -> Any:
-    """Run `job` in a new process with `threads` threads for every library, and return its result.
+    """Run `job` in a new process, with `threads` threads for every library, and return its result.
 
-    job: {"do": "module.function", ...}: a function of `cai_runtime.bench`, such as "subjects.decode". It is
-    called with the job and returns what JSON can hold.
+    job: {"do": "module.function", ...} names a function of `cai_runtime.bench`, such as "subjects.decode". The child calls
+    it with the job; it returns JSON values.
 
-    Raises BenchmarkError with the child's error, or with the end of what it printed.
+    Raises BenchmarkError with the child's error, or with the end of its output.
     """
     with tempfile.TemporaryDirectory(prefix="cai-bench-") as scratch:
         out = Path(scratch) / "result.json"
@@ -49,7 +49,7 @@ def run_child(job: dict[str, Any], *, threads: int) -> Any:
 
 
 def perform(job: dict[str, Any]) -> Any:
-    """Do a job, in this process; the result is made of what JSON knows."""
+    """Run a job in this process and return its result, JSON values."""
     module, _, function = job["do"].rpartition(".")
     return getattr(import_module(f"cai_runtime.bench.{module}"), function)(job)
 

@@ -1,4 +1,4 @@
-"""Who takes part in the comparison of linears: our backends, and what torch does with the same weights."""
+"""The contenders in the comparison of linears: our backends, and torch on the same weights."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 Linear = Callable[["torch.Tensor"], "torch.Tensor"]  # x [M, in] -> y [M, out of all members]
 Prepare = Callable[[Sequence["LinearWeights"], "Arena | None"], Linear]
 DENSE = Factorization("dense")
-TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}  # of the activations' dtype
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}  # relative error, by dtype of the activations
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to run a group of linears. `engine` runs it by `method` on weights factorized as `how` in `store`."""
+    """One way to run a group of linears: `engine` and `method`, on weights factorized as `how` and stored in `store`."""
 
     engine: str
     method: str
@@ -39,12 +39,12 @@ class Contender:
 
     @property
     def tolerance(self) -> float:
-        """Relative error against the reference above which the result is wrong."""
+        """The largest allowed relative error against the reference."""
         return TOLERANCE[self.activations]
 
 
 def default_backends(device: str) -> list[str]:
-    """Our backends that can run on the device, without the reference, which no engine runs by default."""
+    """Our backends for the device. The reference is not among them, since no engine uses it by default."""
     if not device.startswith("cuda"):
         return ["cpu"]
     from cai_runtime.kernels import cuda
@@ -53,7 +53,7 @@ def default_backends(device: str) -> list[str]:
 
 
 def check_backends(names: Sequence[str]) -> None:
-    """Raises BenchmarkError for a name that is no backend."""
+    """Raise BenchmarkError for an unknown backend."""
     from cai_runtime.kernels.backend import BACKENDS
 
     for name in names:
@@ -64,8 +64,11 @@ def check_backends(names: Sequence[str]) -> None:
 def linear_contenders(
     backends: Sequence[str], how: Factorization, stores: Sequence[str], device: str, *, peers: bool = True
 ) -> list[Contender]:
-    """Everyone who takes part: torch dense and torch with the factors in fp32 and bf16 (on a GPU bf16 alone, and our dense
-    int4 beside torch's), then each backend in each store."""
+    """All contenders: torch on dense weights and on the factors, in fp32 and bf16 (on a GPU only bf16), then each backend in
+    each store.
+
+    peers: include torch, and with int4 also torch's int4 kernel beside our dense int4.
+    """
     on_gpu = device.startswith("cuda")
     ours = "bfloat16" if on_gpu else "float32"
     found: list[Contender] = []
@@ -77,7 +80,7 @@ def linear_contenders(
             if how.kind in ("lowrank", "interpolative"):
                 found.append(Contender("torch", "two matmuls", how, store, dtype, torch_factors))
         if "int4" in stores:
-            found.append(Contender("torch", "tinygemm", DENSE, "int4", "bfloat16", torch_int4))  # fp32 is its slow path
+            found.append(Contender("torch", "tinygemm", DENSE, "int4", "bfloat16", torch_int4))  # its fp32 path is slow
     for backend in backends:
         prepare = partial(our_linear, backend)
         dense = ["int4"] if peers and "int4" in stores and how.kind != "dense" else []
@@ -93,7 +96,7 @@ def our_linear(backend: str, members: Sequence[LinearWeights], arena: Arena | No
 
 
 def placed(x: torch.Tensor, arena: Arena | None) -> torch.Tensor:
-    """A copy of x in the arena, whose huge pages our weights lie in too; x itself where there is none."""
+    """A copy of x in the arena, in huge pages like our weights; x itself if there is no arena."""
     if arena is None:
         return x
     copy = arena.allocate(max(x.nbytes, 1))[: x.nbytes].view(x.dtype).view(x.shape)
@@ -101,7 +104,7 @@ def placed(x: torch.Tensor, arena: Arena | None) -> torch.Tensor:
 
 
 def torch_dense(members: Sequence[LinearWeights], arena: Arena | None) -> Linear:
-    """One matrix product with the members stacked."""
+    """One matrix product, with the members' weights stacked."""
     import torch
 
     weight = placed(torch.cat([w.cores[0].data for w in members]), arena)
@@ -109,7 +112,7 @@ def torch_dense(members: Sequence[LinearWeights], arena: Arena | None) -> Linear
 
 
 def torch_factors(members: Sequence[LinearWeights], arena: Arena | None) -> Linear:
-    """The factors in torch: the first ones stacked into one product, a second one each, rows put in place at the end."""
+    """The factors in torch: one product for all first cores, one for each second core, then the rows in pivot order."""
     import torch
 
     linear = torch.nn.functional.linear
@@ -120,7 +123,7 @@ def torch_factors(members: Sequence[LinearWeights], arena: Arena | None) -> Line
         return lambda x: torch.cat(
             [linear(z, second) for z, second in zip(linear(x, first).split(ranks, 1), seconds, strict=True)], dim=1
         )
-    # Where each output comes from, in the order z, core_1 z of the first member, z, core_1 z of the second ...
+    # The index of each output in the concatenation z, core_1 z of the first member, z, core_1 z of the second, ...
     sources, offset = [], 0
     for w in members:
         assert w.pivot is not None
@@ -138,9 +141,9 @@ def torch_factors(members: Sequence[LinearWeights], arena: Arena | None) -> Line
 
 
 def torch_int4(members: Sequence[LinearWeights], arena: Arena | None) -> Linear:
-    """torch's own int4 kernels (tinygemm on a GPU, its counterpart on a CPU) on bf16 activations, the members stacked.
+    """torch's int4 kernel (tinygemm on a GPU, its counterpart on a CPU) with bf16 activations, the members stacked.
 
-    Raises KernelError where torch has none, or they don't take the shape.
+    Raises KernelError if torch has no such kernel or it does not take the shape.
     """
     import torch
 
@@ -159,7 +162,7 @@ def torch_int4(members: Sequence[LinearWeights], arena: Arena | None) -> Linear:
     scales = torch.cat([_scales(core) for core in cores])  # [out, groups]
     scales_and_zeros = torch.stack([scales, torch.zeros_like(scales)], dim=-1).transpose(0, 1).contiguous()
     try:
-        # Its two halves of a byte are the other way round; on a CPU it packs from a number each.
+        # On a GPU torch takes the two codes of a byte in the other order; on a CPU it takes one int32 per code.
         codes = torch.cat([core.data for core in cores])
         if on_gpu:
             packed = getattr(torch.ops.aten, pack)(codes << 4 | codes >> 4, 8)

@@ -1,27 +1,27 @@
-"""Decode speed: what is measured, and how, the same for every engine.
+"""Measures decode speed, in the same way for every engine.
 
-`batch` prompts of `prompt_tokens` random tokens are handed to the engine at once, to be continued greedily by exactly
-`tokens` tokens each (the end-of-text token is ordinary), through the way its users call it: our `Engine.submit`,
-llama.cpp's server with a slot for each prompt, transformers' `generate`. Nothing is streamed, no prefix is reused, and
-every run has new prompts, the same ones for every engine. After a short warm-up each repeat takes two times from the
-submission of all prompts to the end of the last:
+A run submits `batch` prompts of `prompt_tokens` random tokens at once. The engine continues each greedily by exactly
+`tokens` tokens; the end-of-text token does not stop it. Each engine is called as its users call it: our `Engine.submit`,
+llama.cpp's server with a slot per prompt, transformers' `generate`. Nothing streams and no prefix is reused. Every run has
+new prompts, the same ones for every engine. After a warm-up, each repeat takes two times, from the submission of all
+prompts to the end of the last reply:
 
     first   every prompt continued by one token: the prefill
     whole   every prompt continued by `tokens` tokens
 
 The figures come from the medians over the repeats:
 
-    time to first token     of `first`: the time until a request is done, median over the batch
+    time to first token     time until a request of `first` is done, median over the batch
     prefill tokens/s        batch * prompt_tokens / first
     decode tokens/s         batch * (tokens - 1) / (whole - first)
-    GB/s                    bytes a decode step must read / time of a step; the bytes are the stored weights (all but
-                            the embedding table, of which a step reads single rows, unless it is the head too) and the
-                            keys and values of the context, at its mean length
+    GB/s                    bytes that a decode step must read / time of a step. The bytes are the stored weights, and
+                            the keys and values at the mean context length. The embedding table counts only if it is
+                            also the head: else a step reads single rows of it
     of the floor            GB/s / bandwidth of a streaming read with as many threads, measured in the same run
                             (`bandwidth.py`)
 
-The difference of two times says nothing when it drowns in noise: choose `tokens` so that a run takes a second or more.
-Each engine and batch size has a process of its own, one at a time, so that thread pools and caches do not meet.
+Choose `tokens` so that a run takes a second or more; else the difference of the two times drowns in noise. Each engine and
+batch size runs in a process of its own, one at a time, so that thread pools and caches do not interfere.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """One measurement. `device` is resolved ("cpu", "cuda:0"); `threads`: of the CPU."""
+    """One measurement. device: a resolved name ("cpu", "cuda:0"). threads: of the CPU."""
 
     batch: int
     tokens: int
@@ -52,13 +52,13 @@ class DecodeSettings:
     repeats: int
     threads: int
     vocab_size: int
-    kv_elements: int  # numbers that one position has in the caches of all layers
+    kv_elements: int  # cached numbers per position, over all layers
     device: str = "cpu"
     dtype: str = "auto"
     seed: int = 0
 
     def prompts(self, run: int) -> list[list[int]]:
-        """`batch` prompts of run `run`: tokens of the middle half of the vocabulary, where special ones are not."""
+        """The `batch` prompts of run `run`: tokens of the middle half of the vocabulary, which has no control tokens."""
         draw = random.Random(f"{self.seed} {run}")
         low, high = self.vocab_size // 4, max(self.vocab_size * 3 // 4, self.vocab_size // 4 + 1)
         return [[draw.randrange(low, high) for _ in range(self.prompt_tokens)] for _ in range(self.batch)]
@@ -66,10 +66,10 @@ class DecodeSettings:
 
 @dataclass(frozen=True)
 class DecodeResult:
-    """Figures of one engine at one batch size; medians over the repeats. None: less than the noise."""
+    """Figures of one engine at one batch size: medians over the repeats. None: below the noise."""
 
     engine: str
-    weights: str  # how they are stored
+    weights: str  # their number format
     batch: int
     decode_tokens_per_s: float | None  # of all sequences together
     step_ms: float | None  # one token of each sequence
@@ -83,7 +83,7 @@ class DecodeResult:
     versions: dict[str, str]
 
     def to_json(self, bandwidth: float) -> dict[str, Any]:
-        """All fields, and the fraction of the floor. bandwidth: bytes per second."""
+        """All fields and the fraction of the floor. bandwidth: bytes per second."""
         return {**asdict(self), "floor_fraction": self.floor_fraction(bandwidth)}
 
     def floor_fraction(self, bandwidth: float) -> float | None:
@@ -91,24 +91,27 @@ class DecodeResult:
 
 
 class Subject(Protocol):
-    """An engine under measurement, loaded."""
+    """A loaded engine that is measured."""
 
     engine: str
     weights: str
-    weight_bytes: int  # that a decode step reads
-    kv_item_bytes: int  # of one cached number
+    weight_bytes: int  # read by a decode step
+    kv_item_bytes: int  # bytes of one cached number
     versions: dict[str, str]
 
     def generate(self, prompts: list[list[int]], tokens: int) -> list[float]:
-        """Continue all prompts at once, greedily, by exactly `tokens` tokens each. Returns, for each, the seconds from
-        the start of the call until it was done. Raises BenchmarkError if a reply has another length."""
+        """Continue all prompts at once, greedily, by exactly `tokens` tokens each.
+
+        Returns the seconds from the start of the call to the end of each reply. Raises BenchmarkError if a reply has
+        another length.
+        """
         ...
 
     def close(self) -> None: ...
 
 
 def measure(subject: Subject, settings: DecodeSettings) -> DecodeResult:
-    """Warm up, then take the times that the module describes."""
+    """Warm up and take the times that the module describes. Raises BenchmarkError for fewer than two tokens."""
     if settings.tokens < 2:
         raise BenchmarkError(f"tokens is {settings.tokens}; decoding begins with the second token, so give more")
     subject.generate(settings.prompts(0), min(WARM_UP_TOKENS, settings.tokens))
@@ -141,7 +144,7 @@ def measure(subject: Subject, settings: DecodeSettings) -> DecodeResult:
 
 
 class OurEngine:
-    """The real engine over a slim or dense checkpoint, its prefix cache off."""
+    """Our engine over a slim or dense checkpoint, without the prefix cache."""
 
     engine = "cai_runtime"
 
@@ -163,7 +166,7 @@ class OurEngine:
             held = None if dtype is None else str(dtype).removeprefix("torch.")
             self.weight_bytes = step_weight_bytes(checkpoint, held)
             self.weights = stores(checkpoint)
-        # The cache has the activations' dtype, and the CPU kernels compute in fp32.
+        # The KV cache has the activations' dtype; the CPU kernels' activations are fp32.
         self.kv_item_bytes = ITEM_BYTES["float32" if backend == "cpu" or held is None else held]
         self.versions = {name: str(version) for name, version in versions().items()} | {"kernels": backend}
         self._engine = open_engine(
@@ -171,7 +174,7 @@ class OurEngine:
             device=settings.device,
             dtype=settings.dtype,
             max_batch=settings.batch,
-            # A cache has at least two pages.
+            # The KV cache has at least two pages.
             max_context=max(settings.prompt_tokens + settings.tokens, 2 * PAGE_SIZE),
             progress=False,
             prefix_cache=False,
@@ -184,7 +187,7 @@ class OurEngine:
         start = time.perf_counter()
         handles = [self._engine.submit(Request(prompt, params)) for prompt in prompts]
         done = []
-        for handle in handles:  # they end in this order: the scheduler serves first come, first
+        for handle in handles:  # they end in this order: the scheduler is first come, first served
             check_length(self.engine, handle.result().completion_tokens, tokens)
             done.append(time.perf_counter() - start)
         if preemptions := self._engine.stats().preemptions:
@@ -197,24 +200,24 @@ class OurEngine:
 
 def check_length(engine: str, got: int, wanted: int) -> None:
     if got != wanted:
-        raise BenchmarkError(f"{engine} answered {got} tokens where {wanted} were asked for: the times mean nothing")
+        raise BenchmarkError(f"{engine} generated {got} tokens, not {wanted}: the times are not comparable")
 
 
 def step_weight_bytes(checkpoint: Checkpoint, held: str | None) -> int:
-    """Bytes of the weights that one decode step reads. held: dtype that float weights are held in, None as stored."""
+    """Bytes of weights that a decode step reads. held: the dtype of float weights in memory; None: as stored."""
     total = 0
     for name, info in checkpoint.tensors().items():
         if name.startswith("model.embed_tokens.") and checkpoint.has_module("lm_head"):
             continue
         stored = {"F32": 4, "BF16": 2, "F16": 2}.get(info.dtype)
-        scale = name.endswith("_scale")  # stays fp32
+        scale = name.endswith("_scale")  # fp32 whatever `held` is
         factor = ITEM_BYTES[held] / stored if held is not None and stored is not None and not scale else 1
         total += round(info.nbytes * factor)
     return total
 
 
 def stores(checkpoint: Checkpoint) -> str:
-    """How most bytes of the checkpoint are stored, in words: "slim int8", "F32"."""
+    """The kind and store, or the dtype, of most of the checkpoint's bytes: "interpolative int8", "F32"."""
     if checkpoint.is_slim:
         counts: dict[str, int] = {}
         for spec in checkpoint.modules.values():
@@ -228,7 +231,7 @@ def stores(checkpoint: Checkpoint) -> str:
 
 
 def kv_elements(config: dict[str, Any]) -> int:
-    """Keys and values that one position has in all layers, by config.json."""
+    """Cached numbers per position over all layers, from config.json."""
     heads = int(config["num_attention_heads"])
     head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
     return 2 * int(config["num_hidden_layers"]) * int(config.get("num_key_value_heads") or heads) * head_dim

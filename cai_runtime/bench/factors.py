@@ -1,7 +1,7 @@
-"""Random factorized weights at the size that a keep implies and at the scale that real ones have.
+"""Random factorized weights of a given keep, at a realistic scale.
 
-Made cheaply: a pool of a few million random numbers is laid end to end over a core. The pool's length is prime, so no row
-repeats another within a core of real size, and a kernel that mixes up rows or columns is still caught.
+To be fast, a pool of a few million random numbers is repeated over a core. The pool's length is prime, so no two rows of a
+core of realistic size are equal, and the check still finds a kernel that confuses rows or columns.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ KINDS: tuple[str, ...] = get_args(Kind)
 STORES = ("fp32", "bf16", "fp16", "int8", "int4")
 RANK_MULTIPLE = 16
 POOL = 4_194_301  # a prime
-INT8_DEVIATION = math.sqrt((255**2 - 1) / 12)  # of -127 to 127, drawn uniformly
+INT8_DEVIATION = math.sqrt((255**2 - 1) / 12)  # standard deviation of uniform integers from -127 to 127
 INT4_DEVIATION = math.sqrt((16**2 - 1) / 12)
 
 
 @dataclass(frozen=True)
 class Factorization:
-    """How a linear is factorized: `kind`, and by `keep` (stored over dense parameters) or a `rank` that overrides it."""
+    """A factorization: `kind`, and `keep` (stored over dense parameters) or `rank`, which overrides keep.
+
+    Raises BenchmarkError for an unknown kind, a keep outside (0, 1] or a rank below 1.
+    """
 
     kind: str
     keep: float = 0.5
@@ -49,7 +52,7 @@ class Factorization:
         return f"{self.kind} rank {self.rank}" if self.rank is not None else f"{self.kind} keep {self.keep:g}"
 
     def rank_of(self, inp: int, out: int) -> int | None:
-        """The rank (of an mpo: the bond) for a linear [out, inp]; None for dense. Raises BenchmarkError: a rank too high."""
+        """The rank (mpo: the bond dimension) for a linear [out, inp]; None for dense. Raises BenchmarkError if too high."""
         if self.kind == "dense":
             return None
         highest = highest_rank(self.kind, inp, out)
@@ -68,10 +71,10 @@ def highest_rank(kind: str, inp: int, out: int) -> int:
 
 
 def rank_for_keep(kind: str, inp: int, out: int, keep: float, *, multiple: int = RANK_MULTIPLE) -> int:
-    """The largest rank whose parameters are at most keep times inp times out, rounded down to a multiple of `multiple`
-    as the compressor does; one below `multiple` is left as it is. At least 1.
+    """The largest rank with at most keep * inp * out parameters, at least 1.
 
-    lowrank: r (inp + out). interpolative: r (inp + out - r). mpo of two cores: r (o0 i0 + o1 i1), r being the bond.
+    Like the compressor's, a rank above `multiple` is rounded down to a multiple of it. Parameters at rank r:
+    lowrank r (inp + out), interpolative r (inp + out - r), mpo of two cores with bond r: r (o0 i0 + o1 i1).
     """
     budget = keep * inp * out
     match kind:
@@ -85,19 +88,19 @@ def rank_for_keep(kind: str, inp: int, out: int, keep: float, *, multiple: int =
             rank = budget / (o0 * i0 + o1 * i1)
         case _:
             raise BenchmarkError(f"a {kind} linear has no rank")
-    # What floating point loses of a whole number is given back.
+    # The small addend undoes a rounding error just below a whole number.
     whole = max(1, min(int(rank + 1e-9 * (inp + out)), highest_rank(kind, inp, out)))
     return whole if whole < multiple else whole // multiple * multiple
 
 
 def balanced(n: int) -> tuple[int, int]:
-    """n as a product of two factors as close as can be, the smaller first."""
+    """The two factors of n that are closest to each other, the smaller first."""
     small = next(d for d in range(math.isqrt(n), 0, -1) if n % d == 0)
     return small, n // small
 
 
 def core_shapes(how: Factorization, inp: int, out: int) -> list[tuple[int, int]]:
-    """[rows, cols] of each core of a linear [out, inp], as `LinearWeights` has them."""
+    """[rows, cols] of each core of a linear [out, inp], as in `LinearWeights`."""
     r = how.rank_of(inp, out)
     if r is None:
         return [(out, inp)]
@@ -111,7 +114,7 @@ def core_shapes(how: Factorization, inp: int, out: int) -> list[tuple[int, int]]
 
 
 def stored_bytes(how: Factorization, inp: int, out: int, store: str, group: int) -> int:
-    """What `RandomWeights.linear` would make, in bytes: cores, scales and pivot. group: of int4."""
+    """Bytes of what `RandomWeights.linear` returns: cores, scales and pivot. group: columns per int4 scale."""
     total = 4 * out if how.kind == "interpolative" else 0
     for rows, cols in core_shapes(how, inp, out):
         match store:
@@ -125,7 +128,7 @@ def stored_bytes(how: Factorization, inp: int, out: int, store: str, group: int)
 
 
 def flops_per_row(w: LinearWeights) -> int:
-    """Multiplications and additions for one row of x, as the factors are multiplied from right to left."""
+    """Multiplications and additions for one row of x, with the cores applied one after the other."""
     if w.kind != "mpo":
         return 2 * w.parameters
     total, done, left = 0, 1, math.prod(w.in_dims)
@@ -141,13 +144,13 @@ class RandomWeights:
     """Draws weights on `device`. Each core continues in the pool where the last one ended."""
 
     device: str
-    group: int = 64  # columns that share a scale, of int4
+    group: int = 64  # columns per int4 scale
     seed: int = 0
     _at: int = 0
     _pools: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def group_of(self, inp: int, outs: tuple[int, ...], how: Factorization, store: str) -> list[LinearWeights]:
-        """Linears that share their input, factorized in the store. Raises BenchmarkError: an unknown store, a rank."""
+        """Linears over one input. Raises BenchmarkError for an unknown store or a rank that is too high."""
         return [self.linear(inp, out, how, store) for out in outs]
 
     def linear(self, inp: int, out: int, how: Factorization, store: str) -> LinearWeights:
@@ -170,7 +173,7 @@ class RandomWeights:
         return LinearWeights("mpo", inp, out, cores, out_dims=balanced(out), in_dims=balanced(inp), bonds=bonds)
 
     def core(self, rows: int, cols: int, store: str) -> Core:
-        """[rows, cols] of mean about 0 and variance 1 / cols, so that outputs are as large as inputs."""
+        """A core [rows, cols] of mean about 0 and variance 1 / cols, so that outputs are as large as inputs."""
         import torch
 
         from cai_runtime.kernels.weights import Core

@@ -1,7 +1,8 @@
-"""The floor under a measurement, taken in the same minute: a shared machine is not equally fast all the time.
+"""Measures the floor together with what is timed, because the speed of a shared machine changes over minutes.
 
-On a CPU a streaming read takes turns with what is timed, and its median counts as theirs do. Everything else is measured
-right before and right after, and the higher counts. On a GPU, whose memory is not shared, so is the read.
+On a CPU a streaming read takes turns with the timed calls, and its median counts, as theirs do. The matrix rates are
+measured right before and right after, and the higher counts. A GPU's memory is not shared, so its read bandwidth is
+measured in the same way as the matrix rates.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Reader = Callable[[str], tuple[Call, int]]
 
 
 class Measured(Protocol):
-    """What has a floor. roofs: while it was measured. median_s: None when it could not be."""
+    """A measurement with a floor. roofs: measured at the same time. median_s: seconds, None if it was not measured."""
 
     @property
     def roofs(self) -> Roofs: ...
@@ -34,19 +35,20 @@ class Measured(Protocol):
 
 
 def floor(r: Measured) -> float:
-    """Seconds."""
+    """The least time of r's bytes and operations, in seconds."""
     return r.roofs.floor(r.nbytes, r.flops, r.activations)
 
 
 def floor_fraction(r: Measured) -> float | None:
-    """Floor over median."""
+    """The floor over the median time; None if r was not measured."""
     return None if r.median_s is None else floor(r) / r.median_s
 
 
 class Floors:
-    """Times clocks and the roofs around them.
+    """Times calls and measures the roofs around them.
 
-    roofs, reader: how they are measured (`measure_roofs`, `streaming_read`); reader None: by `roofs` alone.
+    roofs: measures both roofs, by default `measure_roofs`. reader: makes the streaming read, by default `streaming_read`;
+    None takes the bandwidth from `roofs`.
     """
 
     def __init__(self, device: str, roofs: MeasureRoofs = measure_roofs, reader: Reader | None = streaming_read):
@@ -56,7 +58,7 @@ class Floors:
     def timed(
         self, clocks: Sequence[Clock], schedule: Schedule, after_turn: Callable[[], object]
     ) -> tuple[list[Times], Roofs]:
-        """Times of every clock, see `interleaved`, and the roofs meanwhile. after_turn: called after each clock's turn."""
+        """(times of each clock as of `interleaved`, roofs at the same time). after_turn: called after each clock's turn."""
 
         def turn(index: int) -> None:
             if index < len(clocks):

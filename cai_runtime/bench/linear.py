@@ -1,20 +1,20 @@
-"""Linears by themselves: our backends and torch on the same random weights, in one run.
+"""Measures linears alone: our backends and torch on the same random weights, in one run.
 
-For each group of linears that runs as one call (`models/shapes.json`, or shapes by hand) and each number of rows, every
-contender (`contenders.py`) does the same work. Before anything is timed its result is held against the reference on up to
-eight of the rows, in float64 (float32 where a linear has more than 2^27 parameters); a wrong one is an error. Then times
-are taken as `timing.py` says: weights and inputs rotate, contenders take turns.
+Every contender (`contenders.py`) does the same work for each group of linears and each number of rows. A group runs as one
+call; its shape comes from `models/shapes.json` or from the user. Before timing, each result is checked against the reference
+on up to eight rows, in float64, or in float32 for a linear of more than 2^27 parameters. `timing.py` defines the timing:
+weights and inputs rotate, contenders take turns.
 
     GB/s            bytes of the stored weights / median time
-    GFLOP/s         operations of the factors as they are multiplied, two for each parameter and row / median time
+    GFLOP/s         operations of the factors, two for each parameter and row / median time
     floor           the larger of bytes / read bandwidth and operations / matrix rate (`roofs.py`), measured for each group
                     and number of rows (`floors.py`). The matrix rate is that of torch's products in the dtype of the
-                    activations. Activations are left out of the bytes: they may stay in a cache.
+                    activations. The bytes are without activations, which may stay in a cache.
     of floor        floor / median time
-    vs dense        time of torch's dense linear in the same rows / median time; fp32 on a CPU, whose kernels compute in
-                    fp32, bf16 on a GPU
+    vs dense        time of torch's dense linear on as many rows / median time; in fp32 on a CPU, where our kernels compute
+                    in fp32, in bf16 on a GPU
 
-On a CPU inputs are fp32, but for torch in bf16 and torch's int4 kernel; on a GPU all are bf16.
+Inputs are bf16 on a GPU. On a CPU they are fp32, except for torch's bf16 and int4.
 """
 
 from __future__ import annotations
@@ -46,14 +46,18 @@ if TYPE_CHECKING:
     from cai_runtime.kernels.weights import LinearWeights
     from cai_runtime.models.shapes import LinearGroup
 
-INPUTS = 8  # that calls rotate through
+INPUTS = 8  # calls rotate through as many inputs
 CHECKED_ROWS = 8
-JUDGE_PARAMETERS = 1 << 27  # of one linear; above it, the judge is float32
+JUDGE_PARAMETERS = 1 << 27  # a linear with more is checked in float32
 
 
 @dataclass(frozen=True)
 class LinearSettings:
-    """What is measured. `device` is resolved ("cpu", "cuda:0"); None for backends: those of the device."""
+    """The cases to measure. Raises BenchmarkError for a value out of range.
+
+    batches: numbers of rows. backends: None is those of the device. device: a resolved name ("cpu", "cuda:0"). threads: None
+    is all that this process may use.
+    """
 
     how: Factorization = field(default_factory=lambda: Factorization("interpolative", 0.5))
     stores: tuple[str, ...] = ("fp32", "bf16", "int8", "int4")
@@ -80,28 +84,28 @@ class LinearSettings:
 
 @dataclass(frozen=True)
 class LinearResult:
-    """One contender on one group of linears at one number of rows. Times are None where it is not supported."""
+    """One contender on one group at one number of rows. median_s, best_s: seconds; None if it does not support them."""
 
     group: str
     shape: str
-    active: int  # such groups that a token goes through in the model
+    active: int  # groups of this shape that a token passes in the model
     batch: int
     engine: str
     method: str
     ranks: tuple[int, ...]
-    keep: float  # parameters over those of dense
+    keep: float  # stored over dense parameters
     store: str
     activations: str
     weight_bytes: int
     flops: int
-    roofs: Roofs  # while this was measured
-    sets: int = 0  # of weights, rotated
+    roofs: Roofs  # measured at the same time
+    sets: int = 0  # copies of the weights that the calls rotate through
     calls: int = 0
     median_s: float | None = None
     best_s: float | None = None
     relative_error: float | None = None
-    judge: str | None = None
-    unsupported: str | None = None  # why
+    judge: str | None = None  # dtype of the check
+    unsupported: str | None = None  # the reason
 
     @property
     def label(self) -> str:
@@ -117,14 +121,14 @@ class LinearResult:
         return self.flops / self.weight_bytes
 
     def rate(self, amount: float) -> float | None:
-        """`amount` per second, by the median."""
+        """`amount` per second of median time."""
         return None if self.median_s is None else amount / self.median_s
 
 
 @dataclass(frozen=True)
 class LinearReport:
     benchmark: str
-    subject: str  # the model or the shapes
+    subject: str  # name of the model, or the shapes
     of_model: bool  # whether the groups are all linears of a model
     notes: tuple[str, ...]
     date: str
@@ -133,11 +137,11 @@ class LinearReport:
     versions: dict[str, str | None]
     settings: LinearSettings
     threads: int
-    roofs: Roofs  # the highest of all results
+    roofs: Roofs  # the highest over all results
     results: list[LinearResult]
 
     def speedup(self, r: LinearResult, store: str) -> float | None:
-        """Against torch's dense linear in `store` on the same group and rows."""
+        """Time of torch's dense linear in `store`, same group and rows, over r's time; None if either is missing."""
         for other in self.results:
             dense = (other.engine, other.method, other.store) == ("torch", "dense", store)
             if dense and (other.group, other.batch) == (r.group, r.batch) and other.median_s and r.median_s:
@@ -146,7 +150,7 @@ class LinearReport:
 
     @property
     def baseline(self) -> str:
-        """Store of the dense linear that the table compares with."""
+        """The store of torch's dense linear in the table's last column."""
         return "bf16" if self.settings.device.startswith("cuda") else "fp32"
 
 
@@ -162,12 +166,12 @@ def bench_linear(
     roofs: MeasureRoofs = measure_roofs,
     reader: Reader | None = streaming_read,
 ) -> LinearReport:
-    """Measure every group at every number of rows; the module says what. Memory: one group's weights at a time.
+    """Measure every group at every number of rows as the module describes. One group's weights are in memory at a time.
 
-    subject, notes: what the report says about where the groups come from; of_model: that they are all those of a model.
-    roofs, reader: how the floors are measured; None: by `roofs` alone.
+    subject, notes, benchmark: text for the report. of_model: whether the groups are all linears of a model. roofs, reader:
+    see `Floors`.
 
-    Raises BenchmarkError: a rank too high, weights that don't fit in memory, a result that is wrong.
+    Raises BenchmarkError if a rank is too high, a group's weights do not fit into memory, or a result is wrong.
     """
     import torch
 
@@ -203,13 +207,13 @@ def bench_linear(
 
 @dataclass
 class _Entry:
-    """A contender with a group's weights: `sets` of them, each prepared; or the reason why there are none."""
+    """A contender with `sets` copies of a group's weights, each prepared; or the reason why it does not support them."""
 
     contender: Contender
     members: list[LinearWeights]  # of the first set
     sets: int
     prepared: list[Linear]
-    expected: dict[int, torch.Tensor]  # by number of rows, of the checked rows
+    expected: dict[int, torch.Tensor]  # reference output of the checked rows, by number of rows
     unsupported: str | None = None
 
 
@@ -235,7 +239,7 @@ def _prepare(
     settings: LinearSettings,
     bar: Any,
 ) -> list[_Entry]:
-    """Every contender with its weights. Those that want the same weights share the random numbers and the judge's word."""
+    """Each contender with its weights. Contenders of one factorization and store share weights and reference outputs."""
     from cai_runtime.kernels.cpu_library import Arena
     from cai_runtime.kernels.slim_linear import reference
 
@@ -314,7 +318,7 @@ def _result(
     unsupported: str | None,
 ) -> LinearResult:
     c, members = entry.contender, entry.members
-    # An mpo's rank is its largest bond.
+    # The rank of an mpo is its largest bond dimension.
     ranks = tuple(w.rank or max(w.bonds, default=0) for w in members)
     timed: dict[str, Any] = {"unsupported": unsupported}
     if times is not None:
@@ -345,7 +349,7 @@ def _result(
 
 
 def _inputs(width: int, settings: LinearSettings) -> dict[int, list[torch.Tensor]]:
-    """By number of rows: fp32 numbers that bf16 can hold, so that all contenders and the judge see the same."""
+    """Inputs fp32 [rows, width] by number of rows. Their values are exact in bf16, so all contenders get the same ones."""
     import torch
 
     draw = torch.Generator(settings.device).manual_seed(1)
@@ -357,19 +361,19 @@ def _inputs(width: int, settings: LinearSettings) -> dict[int, list[torch.Tensor
 
 
 def checked_rows(rows: int) -> list[int]:
-    """Up to eight rows spread over the batch, the first and the last among them."""
+    """Up to eight row indices, spread over the batch from the first to the last."""
     return sorted({round(i * (rows - 1) / (CHECKED_ROWS - 1)) for i in range(CHECKED_ROWS)})
 
 
 def judge(members: Sequence[LinearWeights]) -> torch.dtype:
-    """The dtype in which the reference says what is right."""
+    """The dtype in which the reference computes the expected output."""
     import torch
 
     return torch.float64 if max(w.parameters for w in members) <= JUDGE_PARAMETERS else torch.float32
 
 
 def check(contender: Contender, y: torch.Tensor, expected: torch.Tensor, where: str) -> float:
-    """The relative error of y, of which `expected` has some rows. Raises BenchmarkError when it is wrong."""
+    """The relative error of y in its checked rows. Raises BenchmarkError if it exceeds the contender's tolerance."""
     rows = y[checked_rows(y.shape[0])].to(expected.dtype)
     norm = float(expected.norm())
     error = float((rows - expected).norm()) / norm if norm else float(rows.norm())

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cai_runtime.bench.linear import LinearReport, LinearResult
 
 HEADER = ("group", "rows", "kernel", "store", "median ms", "best ms", "GB/s", "GFLOP/s", "of floor")
-FIRST_NUMBER = 4  # columns from here on are flush right
+FIRST_NUMBER = 4  # first right-aligned column
 
 
 def format_linear(report: LinearReport) -> str:
@@ -44,7 +44,7 @@ def format_linear(report: LinearReport) -> str:
 
 
 def _block(report: LinearReport, results: Sequence[LinearResult], reasons: list[str]) -> list[tuple[str, ...]]:
-    """The rows of one group at one batch. What a backend can't do takes one row, which refers to the reason."""
+    """The rows of one group at one batch. Unsupported cases of one reason share a row, which refers to the reason."""
     rows: dict[object, tuple[str, ...]] = {}
     for r in results:
         if r.unsupported is None:
@@ -72,8 +72,10 @@ def _figures(report: LinearReport, r: LinearResult) -> tuple[str, ...]:
 
 
 def token_totals(report: LinearReport) -> list[dict[str, Any]]:
-    """For every contender that ran all groups in one row: milliseconds of all linears that a token goes through, and of
-    their floor. Empty where a shape stands for itself and not for a model."""
+    """Milliseconds of all linears that a token passes, and their floor, for each contender that ran all groups at one row.
+
+    Empty if the groups are not all linears of a model.
+    """
     groups = {r.group for r in report.results}
     totals = []
     if report.of_model:
@@ -95,7 +97,7 @@ def _total_lines(totals: list[dict[str, Any]]) -> list[str]:
 
 
 def linear_json(report: LinearReport) -> dict[str, Any]:
-    """Everything, for a file."""
+    """All settings and results as JSON values."""
     results = []
     for r in report.results:
         gb, gflop = r.rate(r.weight_bytes / 1e9), r.rate(r.flops / 1e9)
@@ -128,7 +130,7 @@ def linear_json(report: LinearReport) -> dict[str, Any]:
 
 
 def draw_linear(report: LinearReport, path: Path) -> None:
-    """The roofline plot, as PNG. Raises BenchmarkError, see `roofline.py`."""
+    """Write the roofline plot as PNG. Raises BenchmarkError as `plot_roofline`."""
     from cai_runtime.bench.roofline import Point, plot_roofline
 
     points = [

@@ -21,7 +21,7 @@ DISTRIBUTIONS = {
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, memory in bytes and system of this machine, for `cai env` and beside figures; no device is touched."""
+    """Processor, memory in bytes and system of this machine. Touches no GPU."""
     return {
         "cpu": cpu_name(),
         "cpu_threads": os.cpu_count() or 1,
@@ -34,7 +34,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def usable_threads() -> int:
-    """Hardware threads that this process may use: its processor affinity within its control group's CPU quota."""
+    """Hardware threads that this process may use, by its affinity and its control group's CPU quota."""
     return usable_processors()
 
 
@@ -46,7 +46,7 @@ def cpu_name() -> str:
 
 
 def last_level_cache() -> int:
-    """Bytes of the largest cache of the first processor; 0 where the system does not say."""
+    """Bytes of the first processor's largest cache; 0 if the system does not report it."""
     sizes = [0]
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = file.read_text().strip()
@@ -56,7 +56,7 @@ def last_level_cache() -> int:
 
 
 def cache_bytes(device: str) -> int:
-    """Bytes of the last cache before the memory: of the processor, or a GPU's L2. 0 where the system does not say."""
+    """Bytes of the last-level cache, on a GPU of L2; 0 if the system does not report it."""
     if not device.startswith("cuda"):
         return last_level_cache()
     import torch
@@ -65,7 +65,7 @@ def cache_bytes(device: str) -> int:
 
 
 def available_memory(device: str) -> int:
-    """Bytes that can still be allocated: of the machine without swapping, or of the GPU."""
+    """Bytes that can still be allocated, on the machine without swapping or on the GPU."""
     if device.startswith("cuda"):
         import torch
 
@@ -91,12 +91,12 @@ def describe_gpus() -> list[dict[str, Any]]:
 
 
 def versions() -> dict[str, str | None]:
-    """Installed versions, by name; None for what is not installed. Imports none of them."""
+    """Installed versions by name, None for a package that is not installed. Imports no package."""
     return {"python": platform.python_version(), **{name: version_of(dist) for name, dist in DISTRIBUTIONS.items()}}
 
 
 def version_of(distribution: str) -> str | None:
-    """The installed version of a distribution, without importing it; None when it is not installed."""
+    """The installed version of a distribution, without importing it; None if it is not installed."""
     from importlib import metadata
 
     try:

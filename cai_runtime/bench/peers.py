@@ -12,9 +12,9 @@ from cai_runtime.errors import BenchmarkError
 
 
 class LlamaCpp:
-    """llama.cpp's server, in-process through xllamacpp: a slot for each prompt, continuous batching, KV cache in fp16.
+    """llama.cpp's server, in-process through xllamacpp: a slot per prompt, continuous batching, KV cache in fp16.
 
-    Every request has a thread that waits for it; they sleep inside the server.
+    One thread per request waits for the reply; these threads sleep inside the server.
     """
 
     engine = "llama.cpp"
@@ -28,7 +28,7 @@ class LlamaCpp:
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
         params.n_parallel = settings.batch
-        # The context is divided among the slots; a reserve, since the server keeps a few positions for itself.
+        # The slots share the context equally. 32 more each, because the server reserves a few positions.
         params.n_ctx = settings.batch * (settings.prompt_tokens + settings.tokens + 32)
         params.cpuparams.n_threads = settings.threads
         params.cpuparams_batch.n_threads = settings.threads
@@ -70,7 +70,7 @@ class LlamaCpp:
 
 
 def gguf_weights(path: Path) -> tuple[int, str]:
-    """(bytes of the tensors that a decode step reads, the type that most of them have, such as "Q4_1")."""
+    """(bytes of the tensors that a decode step reads, the type of most of these bytes, such as "Q4_1")."""
     from gguf import GGUFReader
 
     tensors = GGUFReader(path).tensors
@@ -83,7 +83,7 @@ def gguf_weights(path: Path) -> tuple[int, str]:
 
 
 class Transformers:
-    """transformers' `generate` on one padded batch, with its default attention; `dtype` "float32" or "bfloat16"."""
+    """transformers' `generate` on one padded batch with its default attention, in `dtype` "float32" or "bfloat16"."""
 
     engine = "transformers"
 
@@ -94,12 +94,12 @@ class Transformers:
         from cai_runtime.bench.machine import version_of
 
         torch.set_num_threads(settings.threads)
-        auto: Any = AutoModelForCausalLM  # its annotations do not fit what it returns
+        auto: Any = AutoModelForCausalLM  # its annotations are wrong
         self._model = auto.from_pretrained(
             str(path), dtype=getattr(torch, settings.dtype), trust_remote_code=False, local_files_only=True
         )
         self._model.to(settings.device).eval()
-        weights = {id(p): p.nbytes for p in self._model.parameters()}  # tied ones once
+        weights = {id(p): p.nbytes for p in self._model.parameters()}  # a tied weight counts once
         embedding, head = self._model.get_input_embeddings().weight, self._model.get_output_embeddings().weight
         self.weight_bytes = sum(weights.values()) - (0 if head is embedding else embedding.nbytes)
         self.weights = settings.dtype

@@ -1,14 +1,14 @@
-"""Prefill speed of a checkpoint: how fast whole prompts go in, beside transformers.
+"""Measures prefill speed of a checkpoint, beside transformers.
 
-One prompt of random tokens at a time is handed to the engine to be continued by one token, through the way its users call
-it (`decode.py`); every run has a new prompt, the same ones for every engine, and no prefix is reused.
+Each engine continues one prompt of random tokens at a time by one token, called as its users call it (`decode.py`). Every
+run has a new prompt, the same ones for every engine. No prefix is reused.
 
     tokens/s     prompt tokens / median time
-    floor        two operations for each stored parameter of the linears and each prompt token, over the matrix rate of
-                 the dtype that the engine computes in, measured in the same run. The head runs for the last token alone
-                 and is left out, as attention is.
+    floor        two operations per stored parameter of the linears and prompt token, over the matrix rate in the engine's
+                 compute dtype, measured in the same run. Attention is left out, and so is the head, which runs only for
+                 the last token.
 
-Each engine and prompt length has a process of its own, one at a time, so that thread pools and caches do not meet.
+Each engine and prompt length runs in a process of its own, one at a time, so that thread pools and caches do not interfere.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PrefillResult:
-    """One engine at one prompt length. `linear_parameters`: as stored."""
+    """One engine at one prompt length. linear_parameters: stored parameters of the linears."""
 
     engine: str
     weights: str
@@ -53,14 +53,14 @@ class PrefillResult:
 
     @property
     def computes(self) -> str:
-        """The dtype of the products: our CPU kernels' activations are fp32 whatever the weights are stored as."""
+        """The dtype of the products. Our CPU kernels compute in fp32, whatever the weights are stored as."""
         if self.engine == "transformers":
             return self.weights
         return "float32" if self.versions["kernels"] == "cpu" else "bfloat16"
 
     @property
     def flops(self) -> int:
-        """Of the linears."""
+        """Operations of the linears."""
         return 2 * self.linear_parameters * self.prompt_tokens
 
 
@@ -80,7 +80,7 @@ class PrefillReport:
         return r.flops / self.roofs.rate(r.computes) / r.median_s
 
     def speedup(self, r: PrefillResult, dtype: str) -> float | None:
-        """Against transformers in `dtype` on prompts of the same length."""
+        """Time of transformers in `dtype` on a prompt of the same length over r's time; None if it was not measured."""
         for other in self.results:
             if (other.engine, other.weights, other.prompt_tokens) == ("transformers", dtype, r.prompt_tokens):
                 return other.median_s / r.median_s
@@ -98,13 +98,20 @@ def bench_prefill(
     peer: str | Path | None = None,
     progress: bool | None = None,
 ) -> PrefillReport:
-    """Measure a checkpoint directory at every prompt length; the module says what.
+    """Measure a checkpoint directory at every prompt length, as the module describes.
 
-    threads: of the CPU, default those that this process may use. peer: the same model as a dense directory, which
-    transformers runs in fp32 and in bf16; None leaves transformers out.
+    Args:
+        prompts: lengths in tokens.
+        repeats: timed prompts of each length.
+        threads: of the CPU; default: all that this process may use.
+        device, dtype: as `EngineOptions` takes them.
+        peer: the same model as a dense directory, for transformers in fp32 and bf16; None leaves transformers out.
+        progress: a progress bar on stderr; None shows it on a terminal only.
 
-    Raises BenchmarkError: an argument is out of range, a prompt is longer than the model's context, a measurement failed,
-    or the peer is another model; CheckpointError.
+    Raises:
+        BenchmarkError: an argument is out of range, a prompt is longer than the context, a measurement failed, or the peer
+            is another model.
+        CheckpointError: the checkpoint can't be read.
     """
     from cai_runtime.progress import progress_bar
     from cai_runtime.slim.reader import Checkpoint
@@ -130,7 +137,7 @@ def bench_prefill(
     if dense is not None:
         for kind in ("float32", "bfloat16"):
             planned += [("transformers", dense, replace(base, prompt_tokens=n, dtype=kind)) for n in prompts]
-    planned.sort(key=lambda job: job[2].prompt_tokens)  # a machine that changes speed does it to all engines
+    planned.sort(key=lambda job: job[2].prompt_tokens)  # a change of the machine's speed then affects all engines
     with progress_bar("measure", total=len(planned) + 2, unit="run", show=progress) as bar:
 
         def child(label: str, job: dict[str, Any]) -> Any:
@@ -161,7 +168,7 @@ def bench_prefill(
 
 
 def linear_parameters(checkpoint: Checkpoint) -> int:
-    """Stored parameters of the linears that a prompt's every token goes through: all but the embedding and the head."""
+    """Stored parameters of the linears that every prompt token passes: all but embedding and head."""
     outside = ("model.embed_tokens", "lm_head")
     total = sum(spec.parameters for name, spec in checkpoint.modules.items() if name not in outside)
     for name, info in checkpoint.tensors().items():
@@ -203,7 +210,7 @@ def format_prefill(report: PrefillReport) -> str:
 
 
 def prefill_json(report: PrefillReport) -> dict[str, Any]:
-    """The same and more, for a file."""
+    """All settings and results as JSON values."""
     return {
         "benchmark": "prefill",
         "date": report.date,

@@ -1,4 +1,4 @@
-"""Figures as a table for people and as JSON for programs."""
+"""The figures of `cai bench decode` as a table and as JSON, and the device's line of all tables."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def device_name(report: LinearReport | AttentionReport) -> str:
 
 
 def device_line(report: LinearReport | AttentionReport) -> str:
-    """What it ran on and the machine's roofs."""
+    """The device and its roofs, for the table's head."""
     rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in report.roofs.matmul.items())
     return (
         f"{report.settings.device}: {device_name(report)}; reads {report.roofs.read / 1e9:.1f} GB/s, multiplies matrices "
@@ -77,7 +77,7 @@ def format_decode(report: DecodeReport) -> str:
 
 
 def decode_json(report: DecodeReport) -> dict[str, Any]:
-    """The same and more, for a file."""
+    """All settings and results as JSON values."""
     return {
         "benchmark": "decode",
         "date": report.date,

@@ -1,7 +1,7 @@
-"""The roofline plot (Williams, Waterman and Patterson 2009): what was measured under the two roofs of the machine.
+"""Draws a roofline plot (Williams, Waterman and Patterson 2009): measurements under the two roofs of the machine.
 
-Across: operations per byte of stored weights. Up: operations per second. The slanted roof is the measured read bandwidth,
-the flat one the measured rate of matrix products. A point on the roof is as fast as it can be.
+x axis: operations per byte of stored weights. y axis: operations per second. The slanted roof is the measured read
+bandwidth, the flat roof the measured matrix rate. A point on a roof runs at its floor.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cai_runtime.errors import BenchmarkError
 if TYPE_CHECKING:
     from cai_runtime.bench.roofs import Roofs
 
-# Colours that colour-blind readers tell apart (Okabe and Ito 2008); a kernel keeps its own. Grey is for torch.
+# Okabe and Ito's colours (2008), distinct for colour-blind readers, one per kernel. Greys are for torch.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREYS = ("#444444", "#888888", "#bbbbbb")
 MARKERS = {"fp32": "s", "bf16": "D", "fp16": "P", "int8": "o", "int4": "^"}
@@ -25,7 +25,7 @@ MARKERS = {"fp32": "s", "bf16": "D", "fp16": "P", "int8": "o", "int4": "^"}
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement: `intensity` in operations per byte, `rate` in operations per second, `rows` of the input."""
+    """One measurement. rows: of the input. intensity: operations per byte. rate: operations per second."""
 
     kernel: str
     store: str
@@ -35,7 +35,7 @@ class Point:
 
 
 def check_plot(path: Path) -> None:
-    """Raises BenchmarkError, before anything is measured, when the plot could not be made."""
+    """Raise BenchmarkError, before any measurement, if the plot could not be written."""
     if find_spec("matplotlib") is None:
         raise BenchmarkError("--plot needs matplotlib, which is not installed: pip install 'cai-runtime[bench]'")
     if path.suffix.lower() != ".png":
@@ -45,7 +45,7 @@ def check_plot(path: Path) -> None:
 
 
 def plot_roofline(path: Path, points: Sequence[Point], roofs: Roofs, *, title: str, subtitle: str) -> None:
-    """Write the plot as PNG. Raises BenchmarkError when there is no point, or as `check_plot` does."""
+    """Write the plot as PNG. Raises BenchmarkError if there is no point, and as `check_plot`."""
     check_plot(path)
     if not points:
         raise BenchmarkError("nothing was measured, so there is nothing to plot")
@@ -58,14 +58,14 @@ def plot_roofline(path: Path, points: Sequence[Point], roofs: Roofs, *, title: s
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     left = min(p.intensity for p in points) / 2
-    right = max(12 * max(p.intensity for p in points), 12 * roofs.flops / roofs.read)  # the labels of the roofs fit in
+    right = max(12 * max(p.intensity for p in points), 12 * roofs.flops / roofs.read)  # room for the roofs' labels
     low = min(p.rate for p in points) / 1e9 / 1.6
     axes.set_xlim(left, right)
     axes.set_ylim(low, max(roofs.flops, *(p.rate for p in points)) / 1e9 * 1.5)
     _draw_roofs(axes, roofs, left, right)
     colours = _colours(points)
     largest = max(p.rows for p in points)
-    # What torch does is drawn hollow, so that our points on the same spot are seen.
+    # torch's points are hollow, so that ours remain visible below them.
     for p in points:
         hollow = _is_peer(p.kernel)
         colour = colours[p.kernel]
@@ -111,7 +111,7 @@ def _draw_roofs(axes: Any, roofs: Roofs, left: float, right: float) -> None:
 
 
 def _slope(axes: Any, x: float, read: float) -> float:
-    """The angle, in degrees on the page, of the slanted roof."""
+    """The angle of the slanted roof on the page, in degrees."""
     import math
 
     (x0, y0), (x1, y1) = (axes.transData.transform((t, t * read / 1e9)) for t in (x, 2 * x))
@@ -133,7 +133,7 @@ def _is_peer(kernel: str) -> bool:
 
 
 def _area(rows: int, largest: int) -> float:
-    """Of a marker, in square points: larger for more rows."""
+    """A marker's area in square points: larger for more rows."""
     import math
 
     return 26 + 60 * (math.log2(rows) / math.log2(largest) if largest > 1 else 0)

@@ -1,4 +1,4 @@
-"""The two roofs of a machine (Williams, Waterman and Patterson 2009) and the floor they put under a piece of work."""
+"""The two roofs of a machine (Williams, Waterman and Patterson 2009), and the floor of a piece of work under them."""
 
 from __future__ import annotations
 
@@ -8,27 +8,29 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Roofs:
-    """As measured. read: bytes per second; matmul: operations per second of torch's matrix product, by dtype."""
+    """Measured rates. read: bytes per second. matmul: operations per second of torch's matrix product, by dtype."""
 
     read: float
     matmul: dict[str, float]
 
     @property
     def flops(self) -> float:
-        """The highest of the matrix rates."""
+        """The highest matrix rate, operations per second."""
         return max(self.matmul.values())
 
     def rate(self, dtype: str) -> float:
-        """Operations per second of products of `dtype`: in fp32 that of fp32, in a narrower one the highest there is, for
-        where a processor has no units for it, numbers can be widened."""
+        """The matrix rate in `dtype`, operations per second: for fp32 its own, for a narrower dtype the highest of all.
+
+        A processor without instructions for a narrow dtype can compute in fp32 instead.
+        """
         return self.matmul["float32"] if dtype == "float32" else self.flops
 
     def floor(self, nbytes: float, flops: float, dtype: str) -> float:
-        """Seconds that reading `nbytes` and `flops` operations in `dtype` take at least, the two at the same time."""
+        """The least time in seconds to read `nbytes` and, at the same time, do `flops` operations in `dtype`."""
         return max(nbytes / self.read, flops / self.rate(dtype))
 
     def higher(self, other: Roofs) -> Roofs:
-        """Of two measurements, the higher of each: other work on the machine can only lower one."""
+        """The higher of each rate of two measurements: other work on the machine can only lower a rate."""
         rates = {name: max(rate, other.matmul[name]) for name, rate in self.matmul.items()}
         return Roofs(max(self.read, other.read), rates)
 
@@ -40,14 +42,14 @@ class Roofs:
 
 
 def measure_roofs(device: str, threads: int | None = None) -> Roofs:
-    """A second or two. `bandwidth.py` says how."""
+    """Measure both roofs as `bandwidth.py` describes. Takes a second or two."""
     from cai_runtime.bench.bandwidth import matmul_rates, read_bandwidth
 
     return Roofs(read_bandwidth(device, threads=threads), matmul_rates(device, threads=threads))
 
 
 def bandwidth(job: dict[str, Any]) -> dict[str, Any]:
-    """A job of `child.py`: {"device", "threads"} to the device's name and the bytes per second that it reads."""
+    """A job of `child.py`: {"device", "threads"} -> {"device": its resolved name, "bytes_per_s": read bandwidth}."""
     from cai_runtime.bench.bandwidth import read_bandwidth
     from cai_runtime.engine.open import choose_device
 
@@ -56,7 +58,7 @@ def bandwidth(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def both(job: dict[str, Any]) -> dict[str, Any]:
-    """The same with both roofs."""
+    """A job of `child.py`: {"device", "threads"} -> {"device": its resolved name} and the fields of `Roofs`."""
     from cai_runtime.engine.open import choose_device
 
     device = str(choose_device(job["device"]))

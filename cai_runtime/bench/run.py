@@ -1,4 +1,4 @@
-"""Runs the decode benchmark: bandwidth, our engine, peers if wanted, bandwidth again; one process at a time."""
+"""Runs the decode benchmark: bandwidth, our engine, optional peers, bandwidth again; one process at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cai_runtime.bench.machine import describe_machine, usable_threads, versions
 
 @dataclass(frozen=True)
 class DecodeReport:
-    """All results of a run. bandwidth: bytes per second, the higher of the measurements at its start and its end."""
+    """All results of a run. bandwidth: bytes per second, the higher of two measurements at its start and its end."""
 
     checkpoint: str
     peers: dict[str, str]
@@ -42,13 +42,22 @@ def bench_decode(
     peers: Peers | None = None,
     progress: bool | None = None,
 ) -> DecodeReport:
-    """Measure the decode speed of a checkpoint directory; `decode.py` says what is measured.
+    """Measure the decode speed of a checkpoint directory, as `decode.py` describes.
 
-    threads: of the CPU, default those that this process may use. peers: also measure llama.cpp at every batch size (on
-    the CPU only) and transformers, in fp32 and bf16, at batch 1: it has no continuous batching.
+    Args:
+        batches: numbers of sequences.
+        tokens: of each answer, at least 2.
+        prompt_tokens: of each prompt.
+        repeats: the figures are medians over these.
+        threads: of the CPU; default: all that this process may use.
+        device, dtype: as `EngineOptions` takes them.
+        peers: also measure llama.cpp at every batch size, on the CPU only, and transformers in fp32 and bf16 at batch 1,
+            because it has no continuous batching.
+        progress: a progress bar on stderr; None shows it on a terminal only.
 
-    Raises BenchmarkError: an argument is out of range, a measurement failed, or the peers' model is another one;
-    CheckpointError.
+    Raises:
+        BenchmarkError: an argument is out of range, a measurement failed, or the peers' model is another one.
+        CheckpointError: the checkpoint can't be read.
     """
     from cai_runtime.progress import progress_bar
     from cai_runtime.slim.reader import Checkpoint
@@ -105,8 +114,8 @@ def bench_decode(
 def subjects(
     path: Path, base: DecodeSettings, batches: Sequence[int], peers: Peers | None
 ) -> Iterator[tuple[str, Path, DecodeSettings]]:
-    """What is measured, in order: ours and llama.cpp in turn at each batch size, so that a machine that slows down or
-    speeds up does it to both."""
+    """The measurements in order. Ours and llama.cpp take turns at each batch size, so that a change of the machine's speed
+    affects both."""
     for batch in batches:
         yield "cai_runtime", path, replace(base, batch=batch)
         if peers is not None and base.device == "cpu":

@@ -1,4 +1,4 @@
-"""The engines that `cai bench decode` and `prefill` measure, by name, and their jobs for a child process."""
+"""The engines that `cai bench decode` and `prefill` measure, by name, and the jobs of their child processes."""
 
 from __future__ import annotations
 
@@ -19,20 +19,19 @@ SUBJECTS: dict[str, Callable[[Path, DecodeSettings], Subject]] = {
 
 
 def decode(job: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a `DecodeResult`. job: "subject", "path" and "settings" (of `DecodeSettings`)."""
+    """The fields of a `DecodeResult`. job: "subject", "path" and "settings", the fields of `DecodeSettings`."""
     with _opened(job) as (subject, settings):
         return asdict(measure(subject, settings))
 
 
 def prefill(job: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a `PrefillResult` that the engine's process knows. job: as for `decode`."""
+    """The fields of a `PrefillResult` except linear_parameters. job: as for `decode`."""
     with _opened(job) as (subject, settings):
         return measure_prefill(subject, settings)
 
 
 def measure_prefill(subject: Subject, settings: DecodeSettings) -> dict[str, Any]:
-    """Warm up with a prompt of the length that is measured, then time `repeats` others: the fields of `PrefillResult`
-    that the engine's process knows."""
+    """Warm up with one prompt of the measured length, then time `repeats` others. Returns as `prefill`."""
     subject.generate(settings.prompts(0), 1)
     seconds = [max(subject.generate(settings.prompts(run + 1), 1)) for run in range(settings.repeats)]
     return {

@@ -1,12 +1,12 @@
-"""How short pieces of work are timed, side by side.
+"""Times short calls of several contenders side by side.
 
-Every contender is a list of calls that do the same work on data of their own, which together exceed the last cache several
-times over (`rotation`): going through them in turn, each call reads memory, as it would in a model. Contenders take turns
-too, in rounds, so that a machine that slows down or speeds up does it to all. A turn begins with calls that are not timed:
-the thread pool of the one before may still be spinning, and on a GPU clocks rise.
+A contender is a list of calls that do the same work on different data. The data together exceed the last-level cache several
+times (`rotation`), so each call reads from memory, as in a model. Contenders take turns in rounds, so that a change of the
+machine's speed affects all. A turn begins with untimed calls: the last contender's thread pool may still be spinning, and a
+GPU's clocks must rise.
 
-On a CPU every call is timed by itself. On a GPU all calls of a contender are captured into one CUDA graph; what is timed is
-the graph, by events, and divided by its calls: no launch from Python is in it.
+On a CPU every call is timed alone. On a GPU one CUDA graph holds all calls of a contender; events time a replay, and the
+time is divided by the number of calls. No launch from Python is in it.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from typing import Any, Protocol
 from cai_runtime.bench.machine import available_memory, cache_bytes
 from cai_runtime.errors import BenchmarkError, KernelError
 
-CACHE_FACTOR = 8  # data that is rotated, over the last cache
-MAX_SETS = 512  # of data that is so small that its calls measure the call
-MEMORY_SHARE = 0.5  # of what is available, that all contenders together may take
+CACHE_FACTOR = 8  # rotated data over the last-level cache, in bytes
+MAX_SETS = 512  # reached only by data so small that overhead dominates the call
+MEMORY_SHARE = 0.5  # of the available memory, for all contenders together
 SETTLE_SECONDS = 0.01
 ENOUGH_SECONDS = 5.0
-LONG_CALL = 0.1  # seconds; after such a call nothing of the contender before it is left
+LONG_CALL = 0.1  # seconds; a call this long needs no untimed ones before it
 
 Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of every timed call (on a GPU: of every replay, over its calls)."""
+    """Seconds of every timed call; on a GPU, of every replay divided by its number of calls."""
 
     seconds: tuple[float, ...]
 
@@ -49,7 +49,10 @@ class Times:
 
 @dataclass(frozen=True)
 class Schedule:
-    """`seconds` of timed calls for each contender, divided into `rounds` turns; a turn has at least one call."""
+    """`seconds` of timed calls per contender, divided into `rounds` turns of at least one call.
+
+    Raises BenchmarkError for a value out of range.
+    """
 
     rounds: int = 5
     seconds: float = 0.25
@@ -62,12 +65,14 @@ class Schedule:
 
 
 def rotation(sizes: Sequence[int], device: str, *, available: int | None = None) -> list[int]:
-    """How many sets of data each contender rotates through, given the bytes of one set of each.
+    """The number of data sets that each contender rotates through.
 
-    Enough that they exceed eight times the last-level cache (L2 on a GPU), at most 512, and bounded by memory: half of
-    what is available is divided so that everyone has one set and an equal share of the rest for more.
+    sizes: bytes of one set of each contender. available: bytes of free memory; None asks the system.
 
-    Raises BenchmarkError when one set of each doesn't fit.
+    A contender gets enough sets to exceed eight times the last-level cache (L2 on a GPU), at most 512. Half of the available
+    memory limits them: each contender has one set and an equal share of the rest.
+
+    Raises BenchmarkError if one set of each does not fit.
     """
     budget = MEMORY_SHARE * (available_memory(device) if available is None else available)
     once = sum(sizes)
@@ -84,8 +89,11 @@ def rotation(sizes: Sequence[int], device: str, *, available: int | None = None)
 def interleaved(
     clocks: Sequence[Clock], schedule: Schedule, *, after_turn: Callable[[int], None] | None = None
 ) -> list[Times]:
-    """Times of every contender, taken in rounds; one that has been timed for five seconds (twenty times its share, if that
-    is more) sits the others out. after_turn: told the contender's index after each of its turns."""
+    """Time all contenders in rounds.
+
+    A contender that has been timed for five seconds, or twenty times its share if that is more, skips its further turns.
+    after_turn: called with the contender's index after each turn.
+    """
     enough = max(ENOUGH_SECONDS, 20 * schedule.seconds)
     found: list[list[float]] = [[] for _ in clocks]
     for _ in range(schedule.rounds):
@@ -103,26 +111,26 @@ def interleaved(
 
 class Clock(Protocol):
     def settle(self) -> None:
-        """Untimed calls, until what ran before no longer matters."""
+        """Make untimed calls until the last contender's work no longer has an effect."""
         ...
 
     def sample(self) -> float:
-        """Seconds of a call."""
+        """Make a timed call and return its seconds."""
         ...
 
 
 def make_clock(calls: Sequence[Call], device: str) -> Clock:
-    """The clock of the device. Raises KernelError when a GPU's calls can't be captured into a graph."""
+    """A clock for the device. Raises KernelError if a GPU's calls can't be captured into a CUDA graph."""
     if not device.startswith("cuda"):
         return CallClock(calls)
     try:
         return GraphClock(calls, device)
-    except RuntimeError as error:  # what torch raises for an operation that must wait for the GPU, and the like
+    except RuntimeError as error:  # such as torch's error for an operation that waits for the GPU
         raise KernelError(f"can't be captured into a CUDA graph: {str(error).splitlines()[0]}") from error
 
 
 class CallClock:
-    """Times one call after the other."""
+    """Times single calls on a CPU, going through the data sets."""
 
     def __init__(self, calls: Sequence[Call]):
         self._calls, self._next, self._last = calls, 0, 0.0
@@ -144,17 +152,17 @@ class CallClock:
 
 
 class GraphClock:
-    """Times the replay of a CUDA graph that makes all calls. The results of the calls live as long as the clock."""
+    """Times replays of a CUDA graph of all calls. The calls' results live as long as the clock."""
 
     def __init__(self, calls: Sequence[Call], device: str):
         import torch
 
-        self._calls = calls  # what the graph reads must stay
+        self._calls = calls  # keeps the tensors alive that the graph reads
         with torch.cuda.device(device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                for call in calls:  # compiles, loads modules, fills the allocator
+                for call in calls:  # compiles kernels, loads modules and fills the allocator before the capture
                     call()
             torch.cuda.current_stream().wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
@@ -175,7 +183,10 @@ class GraphClock:
 
 @contextmanager
 def thread_count(threads: int | None) -> Iterator[int]:
-    """torch and the CPU kernels with `threads` threads (default: those this process may use), put back afterwards."""
+    """Run torch and the CPU kernels with `threads` threads, then restore their numbers. Gives the number.
+
+    threads: None is all that this process may use. Raises BenchmarkError for fewer than 1.
+    """
     import torch
 
     from cai_runtime.bench.machine import usable_threads

@@ -1,7 +1,7 @@
-"""`cai`: one file per command, each with `HELP`, `add_arguments(parser)` and `run(args) -> exit status`.
+"""`cai`: one module per command, each with `HELP`, `add_arguments(parser)` and `run(args) -> exit status`.
 
-Only the chosen command's module is imported, so that `cai --help` starts at once. The commands are listed here, with
-their help, rather than found by reading the package; `tests/cli/test_main.py` holds the list against the files.
+Only the chosen command's module is imported, so that `cai --help` starts at once. The list below repeats their
+help; `tests/cli/test_main.py` holds it against the modules.
 """
 
 from __future__ import annotations
@@ -32,11 +32,10 @@ PIPE_CLOSED = 141  # 128 + SIGPIPE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line (default: this process's) and return its exit status.
+    """Run one command line, by default this process's, and return its exit status.
 
-    A CaiError, those of the API among them, is printed as `error: ...` on stderr and gives 1; Ctrl-C gives 130; a
-    reader that went away (`cai models | head -1`) gives 141 and no message. Usage errors and `--help` raise SystemExit,
-    as argparse does.
+    A CaiError, API errors included, is printed as `error: ...` on stderr and gives 1. Ctrl-C gives 130. A closed pipe
+    (`cai models | head -1`) gives 141 without a message. Usage errors and `--help` raise SystemExit, as argparse does.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     from cai_runtime.errors import CaiError
@@ -52,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The interpreter flushes stdout once more at exit; that must not fail again.
+        # The interpreter flushes stdout again at exit, and that flush must not fail.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
@@ -61,19 +60,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in COMMANDS:
         _top_parser().parse_args(arguments or ["--help"])
-        return 0  # not reached: without a command, argparse prints help or an error and exits
+        return 0  # not reached: argparse prints help or an error and exits
     name, *rest = arguments
     command = import_module(f"cai_runtime.cli.{name}")
     parser = argparse.ArgumentParser(prog=f"cai {name}", description=command.__doc__, formatter_class=_Formatter)
     command.add_arguments(parser)
     if getattr(command, "SUBCOMMANDS", False):
         return command.run(parser.parse_args(rest))
-    # Intermixed, which argparse refuses where there are subcommands: options may stand anywhere among MODEL and PROMPT.
+    # Intermixed parsing allows options between MODEL and PROMPT. argparse refuses it for commands with subcommands.
     return command.run(parser.parse_intermixed_args(rest))
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of docstrings."""
+    """Keeps the docstring's line breaks."""
 
 
 def _top_parser() -> argparse.ArgumentParser:
@@ -90,7 +89,7 @@ def _top_parser() -> argparse.ArgumentParser:
 
 
 class _Version(argparse.Action):
-    """Like argparse's own, but the version is looked up only when asked for."""
+    """argparse's version action, except that it looks the version up only when used."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from cai_runtime.bench.machine import version_of

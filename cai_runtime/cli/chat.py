@@ -1,7 +1,7 @@
-"""Talk to a model in the terminal. Answers stream; the conversation is kept until /reset.
+"""Talk to a model in the terminal. Answers stream; the conversation lasts until /reset.
 
-Ctrl-C stops the answer, or, at the prompt, a second time, the program; so does Ctrl-D. Without a terminal every line
-of standard input is a question.
+Ctrl-C stops the answer. Ctrl-D, or Ctrl-C twice at the prompt, leaves. Without a terminal every line of standard input is a
+question.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     with open_client(args.model, args) as client:
         chat = Conversation(client, system=args.system, params=sampling(args))
         if interactive:
-            # Opens the model now, so that a bad one, or a bad option, is told before the first question.
+            # Opens the model now, so that a bad model or option fails before the first question.
             warm_up: dict[str, Any] = {**chat.params, "max_tokens": 1}
             client.completions.create(prompt="\n", **warm_up)
             print("Type a question; /help lists the commands.")
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Conversation:
-    """The messages so far and how they are answered."""
+    """The messages so far, the client that answers them and its sampling parameters."""
 
     def __init__(self, client: Client, *, system: str | None, params: dict[str, Any]):
         self.client, self.params = client, params
@@ -58,10 +58,11 @@ class Conversation:
         self.messages = [*self._opening]
 
     def ask(self, question: str) -> None:
-        """Print the answer to `question` as it comes, and remember both.
+        """Print the streamed answer to `question`, and add both to the messages.
 
-        Ctrl-C leaves as KeyboardInterrupt, the answer so far remembered; after an API error, or if nothing was
-        answered yet, the question is forgotten."""
+        Ctrl-C raises KeyboardInterrupt. An interrupted answer is kept as far as it goes; without any answer the question is
+        removed.
+        """
         self.messages.append({"role": "user", "content": question})
         answer = ""
         try:
@@ -79,12 +80,12 @@ class Conversation:
 
 
 def talk(chat: Conversation) -> int:
-    """The dialogue with somebody at a terminal."""
+    """Run the dialogue at a terminal."""
     from cai_runtime.errors import CaiError
 
     with contextlib.suppress(ImportError):  # not on every system
         import readline  # noqa: F401 - gives input() line editing and a history
-    interrupted = False  # the last thing that happened was a Ctrl-C
+    interrupted = False  # whether the last event was Ctrl-C
     while True:
         try:
             line = input("> ").strip()
@@ -128,7 +129,7 @@ def command(chat: Conversation, line: str) -> None:
 
 
 def answer_lines(chat: Conversation) -> int:
-    """One question per line of standard input; /reset works here too. The first error ends the program."""
+    """Answer each line of standard input; /reset and /exit work too. The first error ends the program."""
     for line in map(str.strip, sys.stdin):
         if line == "/exit":
             break

@@ -1,4 +1,4 @@
-"""`cai compress`: a dense model to a slim checkpoint."""
+"""`cai compress`: compress a dense model to a slim checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep",
         type=float,
         metavar="SHARE",
-        help="parameters of the linear layers to keep (default 0.8; --elastic: at most, default 1)",
+        help="share of the linear layers' parameters to keep (default 0.8); with --elastic, the largest keep (default 1)",
     )
     budget.add_argument(
         "--plan",
@@ -27,90 +27,92 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget.add_argument(
         "--target-bytes",
         metavar="SIZE",
-        help="instead: size of the whole checkpoint (80MB, 1.5GiB), or its share of bf16 (45%%); kind, rank and store "
-        "are then chosen for each layer",
+        help="size of the whole checkpoint (80MB, 1.5GiB), or its share of bf16 (45%%); chooses kind, rank and store of "
+        "each layer",
     )
     stores = [*STORES, *STORE_ALIASES]
     parser.add_argument(
         "--store",
         choices=stores,
         metavar="STORE",
-        help=f"how cores are stored: {', '.join(stores)}; default int8 (--target-bytes: int8 and int4 compete). int4: a "
-        "scale for every 32, 64 or 128 columns, -zp: a zero point, too; int4 alone is int4-g64",
+        help=f"number format of cores: {', '.join(stores)}; default int8 (with --target-bytes int8 and int4 compete). int4 "
+        "has a scale for every 32, 64 or 128 columns, with -zp also a zero point; int4 is short for int4-g64",
     )
     parser.add_argument(
         "--embedding-store",
         choices=stores,
         metavar="STORE",
-        help="store of embedding and head (default: as --store, but int8 with int4, which costs more there; "
-        "--target-bytes without --store: chosen, too)",
+        help="store of embedding and head (default: as --store, but int8 for int4, which loses more there; with "
+        "--target-bytes and no --store it is chosen, too)",
     )
     parser.add_argument(
         "--elastic",
         action="store_true",
-        help="one checkpoint that opens at any keep up to --keep: lowrank, not refined, healed on request",
+        help="write one checkpoint that opens at any keep up to --keep: lowrank cores, not refined, healed on request",
     )
     parser.add_argument(
-        "--smallest-keep", type=float, metavar="SHARE", help="--elastic: the least keep to open at (default 0.3)"
+        "--smallest-keep", type=float, metavar="SHARE", help="with --elastic: the smallest keep to open (default 0.3)"
     )
     parser.add_argument(
         "--kind",
         choices=("interpolative", "lowrank", "mpo", "dense"),
-        help="kind of cores (default interpolative; --elastic: lowrank); dense: with --target-bytes, quantization alone",
+        help="kind of cores (default interpolative, with --elastic lowrank); dense with --target-bytes only quantizes",
     )
     parser.add_argument(
         "--allocation",
         choices=("pooled", "uniform"),
         default="pooled",
-        help="layers compete for parameters (default), or each gets the same share",
+        help="pooled: layers compete for parameters (default); uniform: each keeps the same share",
     )
     parser.add_argument(
         "--floor",
         type=float,
         default=0.25,
         metavar="SHARE",
-        help="pooled: least share of --keep for a layer (default 0.25)",
+        help="with pooled allocation: smallest share of --keep for a layer (default 0.25)",
     )
     parser.add_argument(
         "--rank-multiple",
         type=int,
         metavar="N",
-        help="ranks are multiples of N (default 16; with an int4 store its group)",
+        help="ranks are multiples of N (default 16, with an int4 store its group)",
     )
     parser.add_argument(
         "--no-curvature",
         action="store_true",
-        help="weigh errors by the layers' outputs alone: no backward pass, half the time, a worse model",
+        help="weight errors by the layers' outputs, not by loss gradients: no backward pass, half the time, a worse model",
     )
     parser.add_argument(
         "--shift",
         action="store_true",
-        help="fit each layer to the inputs that the compressed layers before it give",
+        help="fit each layer on inputs from the compressed layers before it",
     )
     parser.add_argument(
         "--refine-epochs",
         type=int,
         metavar="N",
-        help="passes over the calibration text in which each block is trained to give the dense block's output (default 2; "
-        "none where a keep of 0.7 or more is healed)",
+        help="passes over the calibration text that train each block to give the dense block's output (default 2; 0 if a "
+        "keep of 0.7 or more is healed)",
     )
     parser.add_argument(
         "--heal-tokens",
         type=int,
         metavar="N",
-        help="tokens on which the whole model is trained to predict what the original does (default 65536); both "
-        "models must fit in memory",
+        help="tokens on which the whole model is trained to predict as the original does (default 65536); both models must "
+        "fit into memory",
     )
     parser.add_argument(
-        "--fast", action="store_true", help="neither refine nor heal, unless asked for: minutes less, a worse model"
+        "--fast",
+        action="store_true",
+        help="neither refine nor heal, unless --refine-epochs or --heal-tokens is given: faster, a worse model",
     )
     parser.add_argument(
         "--calibration",
         action="append",
         metavar="SOURCE",
-        help='text to calibrate on: "self" (the default: the model writes it), "wikipedia", hf:OWNER/NAME of a dataset, or '
-        "a .txt, .jsonl or .parquet file or directory (more than once for several); a speech model takes audio files, a "
-        "directory of them, or a .jsonl or .tsv list with audio and text",
+        help='calibration text: "self" (default: the model writes it), "wikipedia", hf:OWNER/NAME of a dataset, or a .txt, '
+        ".jsonl or .parquet file or directory; repeatable. A speech model takes audio files, a directory of them, or a "
+        ".jsonl or .tsv list with audio and text",
     )
     parser.add_argument("--samples", type=int, default=48, metavar="N", help="calibration sequences (default 48)")
     parser.add_argument(
@@ -120,26 +122,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("fp32", "bf16", "fp16"),
-        help="in which the model runs (default: bf16 on CUDA; on the CPU fp32, training with products in bf16 where the "
+        help="dtype in which the model runs (default: bf16 on CUDA; on the CPU fp32, with bf16 products in training if the "
         "processor has instructions for them)",
     )
     parser.add_argument("--seed", type=int, default=0, help="draws the calibration sequences (default 0)")
     parser.add_argument(
         "--no-evaluation",
         action="store_true",
-        help="leave out the judgement of the result on unseen text, which the report has otherwise",
+        help="do not evaluate the result on unseen text for the report",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace DST, which is a checkpoint, once the new one is complete"
+        "--overwrite", action="store_true", help="replace the checkpoint DST once the new one is complete"
     )
     parser.add_argument(
-        "--restart", action="store_true", help="throw away what a call with other options left unfinished for DST"
+        "--restart", action="store_true", help="discard the unfinished work of a call with other options for DST"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="say what would be done, how large it gets and how long it takes"
+        "--dry-run",
+        action="store_true",
+        help="print the plan, the size of the result and the time it takes; compress nothing",
     )
     parser.add_argument(
-        "--no-progress", action="store_true", help="no bars (there are none either where stderr is no terminal)"
+        "--no-progress", action="store_true", help="no progress bars (there are none without a terminal either)"
     )
 
 
@@ -190,7 +194,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _say_how_to_go_on(dst: str) -> None:
-    """After Ctrl-C, on stderr, below the bar that was begun."""
+    """After Ctrl-C, print on stderr, below the progress bar, whether the work can go on."""
     import sys
 
     from cai_runtime.compressor.work import work_directory

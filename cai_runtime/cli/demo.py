@@ -1,7 +1,7 @@
 """Fetch a small model, compress it, open the slim checkpoint, answer a question, and show what that saved.
 
-The slim checkpoint and its perplexity are kept in the cache, so that a second run opens it at once; `cai chat` without
-a model then talks to it.
+The cache keeps the slim checkpoint and its perplexity, so a second run opens it at once. `cai chat` without a model then
+talks to it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 HELP = "fetch a small model, compress it, chat with it and show what that saved"
 MODEL = "smollm2-135m-instruct"
 QUESTION = "Explain what a tensor is in two sentences."
-# The smallest of the round settings whose answers read as sense on SmolLM2-135M without any healing.
+# The smallest round keep at which SmolLM2-135M's answers make sense without healing.
 KEEP, STORE = 0.9, "int8"
 KIND: Literal["interpolative"] = "interpolative"
 ALLOCATION: Literal["pooled"] = "pooled"
@@ -28,7 +28,7 @@ SAMPLES = 16  # calibration sequences of 512 tokens
 EVALUATED_TOKENS = 4096
 MAX_TOKENS = 128
 RESULT_FILE = "demo.json"
-DEMO_VERSION = 3  # part of the cached checkpoint's identity: raise it when what is cached changes
+DEMO_VERSION = 3  # part of the cache entry's identity: raise it when the entry's contents change
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,8 +90,10 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Made:
-    """A slim checkpoint in the cache. `new`: whether it was made just now. `seconds`: what making it took: the whole of
-    compress and evaluate, and the stages of compress."""
+    """A slim checkpoint in the cache.
+
+    new: whether this run made it. seconds: of "compress" and "evaluate", and of each stage of the compression.
+    """
 
     path: Path
     new: bool
@@ -103,10 +105,10 @@ class Made:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said, and how fast. Times in seconds.
+    """The model's answer and its speed.
 
-    load_s: opening the checkpoint, to the moment when the request was accepted. first_token_s: from there to the first
-    text. tokens_per_s: of the tokens after the first; None if there were none.
+    load_s: seconds to open the checkpoint and accept the request. first_token_s: seconds from there to the first text.
+    tokens_per_s: of the tokens after the first; None if there is none.
     """
 
     answer: str
@@ -119,7 +121,7 @@ class Answer:
 def slim_checkpoint(
     original: Path, *, keep: float, store: str, force: bool = False, say: Callable[[str], object] = lambda text: None
 ) -> Made:
-    """The compressed form of `original`, from the cache or made now, with both perplexities."""
+    """The slim checkpoint of `original` with both perplexities, from the cache or made now. force: make it again."""
     from cai_runtime.bench.machine import version_of
     from cai_runtime.convert.cache import entry
     from cai_runtime.slim.config import FORMAT_VERSION
@@ -146,7 +148,7 @@ def slim_checkpoint(
             allocation=ALLOCATION,
             samples=SAMPLES,
             calibration="wikipedia",
-            refine_epochs=0,  # a demonstration of two minutes; healing takes ten more and is worth it
+            refine_epochs=0,  # keeps the demo at two minutes; healing would take ten more
             heal_tokens=0,
             evaluate=False,
         )
@@ -166,14 +168,14 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def perplexities(original: Path, slim: Path) -> dict[str, Any]:
-    """Of both models on the first tokens of the articles that calibration and tuning have not seen."""
+    """Perplexities of both models on the first tokens of the articles that calibration and tuning do not use."""
     from cai_runtime.convert.texts import split_articles, wikipedia_articles
     from cai_runtime.engine.open import load_tokenizer
     from cai_runtime.judge.evaluate import perplexity
     from cai_runtime.stock.load import dense_reference, slim_as_transformers
 
     text = "\n\n".join(split_articles(wikipedia_articles()).test)
-    # Tokens are a few characters long: no need to tokenize megabytes.
+    # A token has a few characters, so a short prefix has enough of them.
     token_ids = load_tokenizer(original)(text[: 20 * EVALUATED_TOKENS], verbose=False)["input_ids"][:EVALUATED_TOKENS]
     before = perplexity(dense_reference(original), token_ids)
     after = perplexity(slim_as_transformers(slim), token_ids)
@@ -181,7 +183,7 @@ def perplexities(original: Path, slim: Path) -> dict[str, Any]:
 
 
 def import_libraries() -> float:
-    """Seconds that importing the heavy libraries takes, apart from the time to load a checkpoint."""
+    """Import torch and transformers, so that the load time is without them. Returns the seconds."""
     start = time.perf_counter()
     import torch  # noqa: F401
     from transformers import PreTrainedTokenizerFast  # noqa: F401
@@ -223,7 +225,7 @@ def ask(client: Client, question: str, max_tokens: int, say: Any) -> Answer:
 
 
 def sizes(directory: Path) -> dict[str, int]:
-    """Parameters, bytes on disk, and what the parameters would take in bf16."""
+    """Parameters, bytes on disk, and bytes of the parameters in bf16."""
     from cai_runtime.slim.inspect import inspect_checkpoint
 
     found = inspect_checkpoint(directory)
@@ -231,7 +233,7 @@ def sizes(directory: Path) -> dict[str, int]:
 
 
 def format_result(result: dict[str, Any]) -> str:
-    """The table at the end."""
+    """The final table."""
     from cai_runtime.tables import aligned, figure
 
     before, after = result["original"], result["slim"]
@@ -261,7 +263,7 @@ def format_result(result: dict[str, Any]) -> str:
         ("decode", f"{figure(result['tokens_per_s'])} tokens/s on {result['threads']} CPU threads"),
         ("everything", f"{result['total_s']:.1f} s"),
     ]
-    # One table's first column as wide as the other's, so that they read as one.
+    # Both tables have a first column of one width, so that they look like one table.
     width = max(len(row[0]) for row in (*comparison, *speed))
     lines = aligned([(row[0].ljust(width), *row[1:]) for row in comparison], right=(1, 2, 3))
     return "\n".join([*lines, *aligned([(row[0].ljust(width), row[1]) for row in speed])])

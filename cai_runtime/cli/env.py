@@ -1,5 +1,6 @@
-"""Show versions, devices, kernel backends, the instruction sets in use, the cache directory and the settings that the
-environment makes. Add it to a bug report."""
+"""Show versions, devices, kernel backends, instruction sets in use, the cache directory and environment variables.
+
+Add the output to a bug report."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import Any
 
 HELP = "show versions, devices, kernels and settings"
 
-# Read by cai_runtime, or by a library in a way that changes what runs.
+# cai_runtime reads these, or a library reads them and runs differently.
 VARIABLES = (
     "CAI_HOME",
     "CAI_KERNELS",
@@ -24,7 +25,7 @@ VARIABLES = (
     "OMP_NUM_THREADS",
     "TRITON_INTERPRET",
 )
-SECRETS = ("HF_TOKEN",)  # only whether they are set
+SECRETS = ("HF_TOKEN",)  # shown as "(set)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def environment() -> dict[str, Any]:
-    """What `cai env` shows. Imports torch."""
+    """The values that `cai env` shows. Imports torch."""
     from cai_runtime.bench.machine import describe_gpus, describe_machine, versions
     from cai_runtime.home import cai_home
     from cai_runtime.kernels.backend import describe_backends

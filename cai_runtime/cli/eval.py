@@ -1,12 +1,11 @@
-"""How good a checkpoint is, and how far from another: perplexity on unseen text, KL, top-1 agreement, sizes, samples.
+"""Evaluate a checkpoint, alone or against a reference: perplexity on unseen text, KL, top-1 agreement, sizes, samples.
 
-`cai eval DENSE SLIM`         a candidate against its reference; either may be dense or slim
-`cai eval MODEL`              one model by itself
+`cai eval DENSE SLIM`                 a candidate against its reference; either may be dense or slim
+`cai eval MODEL`                      one model
 `cai eval WHISPER SLIM --audio DIR`   speech models: word error rate
-`cai eval MODEL --lm-eval DIR`   evaluate nothing; write what EleutherAI's lm-evaluation-harness needs to run on our
-engine
+`cai eval MODEL --lm-eval DIR`        evaluate nothing; write scripts and tasks for EleutherAI's lm-evaluation-harness
 
-The text is the last quarter of the Wikipedia sample, which calibration and tuning leave alone, or --text FILE.
+The text is the last quarter of the Wikipedia sample, which calibration and tuning never use, or --text FILE.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ HELP = "perplexity, divergence, agreement and samples of one checkpoint, or of t
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    # The defaults below are those of `compress.comparison`, which imports torch; tests hold them together.
+    # These defaults repeat those of `judge.comparison`, whose import needs torch. A test compares them.
     parser.add_argument("reference", metavar="MODEL", help="a known name, a URI or a directory, as for `cai pull`")
     parser.add_argument(
-        "candidate", metavar="CANDIDATE", nargs="?", help="what to compare with it, such as its slim form"
+        "candidate", metavar="CANDIDATE", nargs="?", help="model to compare with it, such as its slim checkpoint"
     )
     parser.add_argument(
         "--text",
@@ -32,12 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--audio",
         action="append",
         metavar="PATH",
-        help="for speech models: audio files, a directory of them, or a .jsonl or .tsv list with audio and text (more than "
-        "once for several); the transcript of a.wav may be a.txt beside it",
+        help="for speech models: audio files, a directory of them, or a .jsonl or .tsv list with audio and text; "
+        "repeatable. The transcript of a.wav may be a.txt beside it",
     )
     parser.add_argument("--tokens", type=int, default=8192, metavar="N", help="of the text (default 8192)")
     parser.add_argument(
-        "--window", type=int, default=512, metavar="N", help="tokens the model sees at once (default 512)"
+        "--window", type=int, default=512, metavar="N", help="tokens per window, each scored alone (default 512)"
     )
     parser.add_argument(
         "--prompts", metavar="FILE", help='for the samples: a prompt on each line, or .jsonl of objects with a "prompt"'
@@ -48,23 +47,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend",
         choices=("transformers", "engine"),
         default="transformers",
-        help="what computes the logits: stock transformers on the dense reconstruction in fp32 (default, exact), or our "
-        "engine, as users run the model",
+        help="what computes the logits: transformers on dense fp32 matrices (default, exact), or our engine, as users run "
+        "the model",
     )
     parser.add_argument(
-        "--keep", type=float, metavar="SHARE", help="open CANDIDATE, or MODEL by itself, which is elastic, at this keep"
+        "--keep",
+        type=float,
+        metavar="SHARE",
+        help="open the elastic CANDIDATE, or a single elastic MODEL, at this keep",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     parser.add_argument("--dtype", default="auto", help="fp32, bf16, fp16; default: fp32, or the engine's own choice")
     parser.add_argument(
         "--one-at-a-time",
         action="store_true",
-        help="never both models in memory: the first one's distributions wait on disk (default: where memory is short)",
+        help="never load both models at once; store the first one's distributions on disk (default: if memory is short)",
     )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write everything as JSON, means of each window too")
-    parser.add_argument("--picture", metavar="FILE", type=Path, help="draw it as PNG (extra: plot)")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write all results as JSON, with each window's means")
+    parser.add_argument("--picture", metavar="FILE", type=Path, help="draw the comparison as PNG (extra: plot)")
     parser.add_argument(
-        "--lm-eval", metavar="DIR", type=Path, help="write a script, tasks and arguments for lm-eval to DIR, and stop"
+        "--lm-eval", metavar="DIR", type=Path, help="only write scripts, tasks and arguments for lm-eval to DIR"
     )
 
 
@@ -98,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         keep=args.keep,
         together=False if args.one_at_a_time else None,
     )
-    print(comparison.table(shutil.get_terminal_size().columns))  # first: a full disk does not take it away
+    print(comparison.table(shutil.get_terminal_size().columns))  # before the file: a full disk does not lose it
     if args.json is not None:
         _write(args.json, comparison.to_json())
     if args.picture is not None:
@@ -107,15 +109,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_prompts(file: str | Path) -> list[str]:
-    """A prompt on each line; in .jsonl, the "prompt" of each line's object. Raises CompressionError for anything
-    else."""
+    """The prompts of a file: its lines, or in .jsonl the "prompt" of each line. Raises CompressionError otherwise."""
     import json
 
     from cai_runtime.errors import CompressionError
 
     path = Path(file)
     try:
-        # Not splitlines: a prompt may hold what Unicode calls a line's end, such as U+2028.
+        # Not splitlines, which also splits at U+2028 and others; a prompt may hold them.
         lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         prompts = [json.loads(line)["prompt"] for line in lines] if path.suffix == ".jsonl" else lines
     except OSError as e:
@@ -140,7 +141,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _hear(args: argparse.Namespace) -> int:
-    """Speech models, on audio."""
+    """Compare speech models on audio."""
     import shutil
 
     from cai_runtime.errors import CompressionError
@@ -162,7 +163,7 @@ def _hear(args: argparse.Namespace) -> int:
 
 
 def _require_file(path: Path, option: str) -> None:
-    """What can be known before the minutes of work that the file is for. Raises CompressionError."""
+    """Raise CompressionError, before any work, for a path that can't be written as a file."""
     from cai_runtime.errors import CompressionError
 
     if path.is_dir():

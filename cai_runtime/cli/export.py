@@ -1,6 +1,6 @@
-"""`cai export --dense SRC DIR`: a slim checkpoint as a stock one, which transformers and others load without cai_runtime.
+"""`cai export --dense SRC DIR`: write a slim checkpoint as a stock dense one, which needs no cai_runtime to load.
 
-It has the slim model's weights, multiplied out: the quality of the slim one, the size and speed of a dense one.
+Its weights are the slim model's, multiplied out: the slim model's quality, a dense model's size and speed.
 """
 
 from __future__ import annotations
@@ -15,19 +15,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("src", metavar="SRC", help="directory of a slim checkpoint")
     parser.add_argument("dst", metavar="DIR", help="the directory to make")
-    parser.add_argument(
-        "--dense", action="store_true", required=True, help="the form to write: every module as its dense matrix"
-    )
+    parser.add_argument("--dense", action="store_true", required=True, help="write every module as its dense matrix")
     parser.add_argument("--dtype", choices=EXPORT_DTYPES, default="bf16", help="of the weights (default bf16)")
     parser.add_argument(
-        "--keep", type=float, metavar="SHARE", help="of an elastic checkpoint: the size to write (default: its largest)"
+        "--keep", type=float, metavar="SHARE", help="of an elastic checkpoint: the keep to write (default: its largest)"
     )
     parser.add_argument(
         "--max-shard-bytes",
         type=int,
         default=DEFAULT_SHARD_BYTES,
         metavar="N",
-        help="largest file; a larger tensor has a file of its own (default 1 GiB)",
+        help="largest size of a file; a larger tensor gets its own file (default 1 GiB)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace DIR")
 

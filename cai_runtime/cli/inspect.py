@@ -1,5 +1,8 @@
-"""What a checkpoint holds, and how it came about: per module its kind, rank, stores, parameters, bytes, keep and error;
-the sampling parameters that it recommends; what its report says of source, calibration, versions, times and quality."""
+"""Show what a checkpoint holds and how it was made.
+
+Kind, rank, stores, parameters, bytes, keep and error of each module; the recommended sampling parameters; source,
+calibration, versions, times and quality from the report.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,12 @@ HELP = "show what a checkpoint holds: kind, rank, parameters, bytes and keep per
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dir", metavar="DIR", help="checkpoint directory, slim or plain dense")
     parser.add_argument("--all", action="store_true", help="one line for every module, not one per kind of layer")
-    parser.add_argument("--keep", type=float, metavar="SHARE", help="an elastic checkpoint as it is at this keep")
-    parser.add_argument("--json", action="store_true", help="print JSON, every module in it")
+    parser.add_argument("--keep", type=float, metavar="SHARE", help="show an elastic checkpoint at this keep")
+    parser.add_argument("--json", action="store_true", help="print JSON with every module")
     parser.add_argument(
         "--picture", metavar="FILE", type=Path, help="draw rank, keep and error over depth as PNG (extra: plot)"
     )
-    parser.add_argument("--verify", action="store_true", help="also read every weight and refuse NaN and infinity")
+    parser.add_argument("--verify", action="store_true", help="also read every weight and fail on NaN or infinity")
 
 
 def run(args: argparse.Namespace) -> int:

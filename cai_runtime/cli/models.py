@@ -1,4 +1,4 @@
-"""List the catalogue and the models on this machine: those that were fetched, and those that `cai demo` made."""
+"""List the catalogue and the models on this machine, fetched ones and those of `cai demo`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ HELP = "list the catalogue and the models on this machine"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print the API's objects, with `path` where one is local")
+    parser.add_argument("--json", action="store_true", help="print the API's objects, with the `path` of local ones")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""What `chat`, `complete` and `demo` share: how a model is opened and sampled, and where its name leads."""
+"""Options that `chat`, `complete` and `demo` share: how to find, open and sample a model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SAMPLING = ("temperature", "top_p", "max_tokens", "seed")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """--pull and how the model is opened."""
+    """--pull, and the options that open the model."""
     parser.add_argument("--pull", action="store_true", help="fetch the model first if it is not on this machine")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     parser.add_argument("--dtype", default="auto", help="what float weights are held in: fp32, bf16, fp16, auto")
@@ -31,7 +31,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep",
         type=float,
         metavar="K",
-        help="of an elastic checkpoint: the share of its parameters to open, at most, such as 0.6; default: the largest",
+        help="of an elastic checkpoint: the largest keep to open, such as 0.6; default: its largest",
     )
     parser.add_argument(
         "--int8-activations",
@@ -47,7 +47,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> None:
-    """How text is sampled. What is out of range is refused by the API, which names it."""
+    """Sampling options. The API checks their ranges. max_tokens: the default; None is the rest of the context."""
     parser.add_argument(
         "--temperature", type=float, metavar="T", help="0 to 2, 0 is greedy; default: the checkpoint's, else 1"
     )
@@ -58,12 +58,12 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, *, max_tokens: int |
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """The sampling parameters that were given, as keyword arguments of `create`."""
+    """The given sampling parameters as keyword arguments of `create`."""
     return {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
 
 
 def kv_cache_budget(text: str) -> int | float | str:
-    """Bytes, a fraction (has a point), or a text with a unit, as `Client(kv_cache=...)` takes them."""
+    """The value for `Client(kv_cache=...)`: bytes (int), a fraction (float), or text with a unit."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -73,7 +73,7 @@ def kv_cache_budget(text: str) -> int | float | str:
 
 
 def open_client(model: str | None, args: argparse.Namespace) -> Client:
-    """A client whose default model is `model`, under the name it was asked for. Nothing is loaded yet."""
+    """A client with `model` as its default model, under the user's name for it. Loads no model yet."""
     name, path = find_model(model, pull=args.pull)
     from cai_runtime.client import Client
 
@@ -86,13 +86,12 @@ def open_client(model: str | None, args: argparse.Namespace) -> Client:
 
 
 def find_model(model: str | None, *, pull: bool = False) -> tuple[str, Path | None]:
-    """(name, directory) of what the user calls `model`; no directory for a catalogue id, which the client knows.
+    """(name, directory) of the user's `model`; directory None for a catalogue id, which the client resolves.
 
-    None is the checkpoint that `cai demo` made last. A name of `cai pull` wins over a directory, as there. Fetches only
-    with `pull`.
+    model: None is the last checkpoint of `cai demo`. A name of `cai pull` takes precedence over a directory. pull: fetch
+    a model that is not on this machine.
 
-    Raises:
-        SourceError: nothing has this name, or it is not on this machine; the message says what to do.
+    Raises SourceError for an unknown name, or without `pull` for a model that is not on this machine.
     """
     if model is None:
         made = demo_checkpoints()
@@ -128,31 +127,31 @@ def _fetched(model: str, pull: bool) -> Path:
 
 
 def fetched_models() -> dict[str, Path]:
-    """Every whole model in the cache by what `cai pull` would call it: a known name, else its URI or GGUF file."""
+    """The undamaged models in the cache, by their name for `cai pull`: a known name, else the URI or GGUF file."""
     from cai_runtime.convert.named import NAMED
 
     names = {place.uri: name for name, named in NAMED.items() for place in named.places}
     found: dict[str, Path] = {}
     for identity, path in _receipts("models"):
-        # The identity begins with the place it came from; what follows it are hashes and versions.
+        # The identity is the source, followed by hashes and versions.
         source = path_of_gguf(identity) or identity.split(" ")[0]
         found[names.get(source, source)] = path
     return found
 
 
 def path_of_gguf(identity: str) -> str | None:
-    """The file of a cache entry that was converted from a GGUF file on this disk."""
+    """The local GGUF file that a cache entry was converted from; None for other entries."""
     head, found, _ = identity.partition(".gguf ")
     return head + ".gguf" if found and Path(head).is_absolute() else None
 
 
 def demo_checkpoints() -> list[Path]:
-    """Checkpoints that `cai demo` made, oldest first."""
+    """The checkpoints of `cai demo`, oldest first."""
     return [path / "model" for _, path in _receipts("demo") if (path / "model" / "config.json").is_file()]
 
 
 def _receipts(kind: str) -> Iterator[tuple[str, Path]]:
-    """(identity, directory) of every whole cache entry of a kind, oldest first."""
+    """(identity, directory) of every undamaged cache entry of a kind, oldest first."""
     from cai_runtime.convert.cache import RECEIPT, damage
 
     receipts = [file for file in (cai_home() / kind).glob(f"*/{RECEIPT}") if not file.parent.name.startswith(".")]

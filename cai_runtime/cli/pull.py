@@ -1,4 +1,4 @@
-"""`cai pull`: fetch a model, convert it when needed, print where it lies."""
+"""`cai pull`: fetch a model, convert it if needed, and print its directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What a checkpoint is worth: perplexity, KL, agreement and word errors of one model, or of one against another.
+"""Measures the quality of a checkpoint: perplexity, KL divergence, top-1 agreement and word errors, alone or against a
+reference.
 
-No part of making a checkpoint. Takes checkpoint directories and text or audio; gives results and pictures of them.
+Takes checkpoint directories and text or audio; returns results, and pictures of them. Judging is no part of making a
+checkpoint.
 """

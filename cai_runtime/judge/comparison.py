@@ -1,10 +1,11 @@
-"""Two checkpoints side by side on text that neither was calibrated on: perplexity, divergence, agreement, size,
-samples.
+"""Compares checkpoints on text that neither was calibrated on: perplexity, KL divergence, agreement, sizes, samples.
 
 The candidate's distance from the reference is KL(reference || candidate) of the next-token distributions (Kullback and
-Leibler 1951), in nats per token, at every position of every window. It needs both models to mean the same by a token;
-where they do not, bits per byte of text still compare them. Standard errors are over windows, and of paired differences
-where two models are compared: most of what makes one window harder than another is the same for both.
+Leibler 1951), in nats per token, at every position of every window. KL needs one vocabulary for both models; bits per
+byte of text compare models without one.
+
+Standard errors are over windows. Between two models they are of paired differences, because a window that is hard for
+one model is mostly hard for the other.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ PROMPTS = (
     "What is 17 plus 25?",
 )
 QUANTILES = (0.5, 0.9, 0.99)
-TOGETHER = 0.5  # both models are in memory at once when they take at most this share of what is free
+TOGETHER = 0.5  # both models are loaded at once if they take at most this share of the free memory
 
 
 def compare(
@@ -58,19 +59,21 @@ def compare(
     Args:
         reference, candidate: a known name, a URI or a directory (see `cai_runtime.convert.sources.pull`).
         text: a file as `text_files.whole_texts` reads it; None or "wikipedia": the last quarter of the Wikipedia sample.
-        tokens, window: how much of it, in windows of so many tokens, spread evenly; each window is read by itself.
-        prompts: answered greedily by both, through the chat template where there is one, at most `max_tokens` long.
-        backend: "transformers" (dense matrices in fp32, exact) or "engine" (as users run it); see `judges`.
+        tokens: number of tokens to score, about.
+        window: tokens per window. Windows are spread evenly over the text; each is scored without the others.
+        prompts: both models answer them greedily, through the chat template if there is one.
+        max_tokens: of each answer, at most.
+        backend: "transformers" (dense matrices in fp32, exact) or "engine" (as users run the model); see `judges`.
         device, dtype: see `judges.open_judge`.
-        together: hold both models in memory at once. False: one after the other; the reference's log probabilities wait
-            in a temporary file of 2 bytes for each token and vocabulary entry, rounded to fp16 (which moves KL by less
-            than 0.001). None: together, if both fit into half of the free memory.
-        keep: open the candidate, or the only model, at this keep; it must be elastic.
-        progress: bars on stderr; None shows them on a terminal only.
+        together: load both models at once. False loads one after the other and stores the reference's log probabilities in
+            a temporary file: fp16, 2 bytes per token and vocabulary entry; the rounding moves KL by less than 0.001. None
+            is True if both fit into half of the free memory.
+        keep: the keep at which to open the candidate, or the only model; that checkpoint must be elastic.
+        progress: progress bars on stderr; None shows them on a terminal only.
 
     Raises:
         SourceError, CheckpointError, UnsupportedModelError: a model can't be fetched, read or run.
-        CompressionError: the text or an option is no good, a model gives NaN, the disk is too full.
+        CompressionError: a bad option, a text that can't be used, NaN from a model, or too little room on the disk.
     """
     settings = _Settings(text, tokens, window, prompts, max_tokens, backend, device, dtype, together, progress)
     models = [(reference, None), (candidate, keep)] if candidate is not None else [(reference, keep)]
@@ -80,16 +83,18 @@ def compare(
 def compare_keeps(
     reference: str | Path, candidate: str | Path, keeps: Sequence[float | None], **options: Any
 ) -> list[Comparison]:
-    """`compare` of an elastic candidate at every one of `keeps` (None: its largest). The reference is read once, and its log
-    probabilities wait in a temporary file; one model is in memory at a time. options: `compare`'s, but `keep` and
-    `together`. Raises what `compare` raises."""
+    """`compare` of an elastic candidate at each of `keeps` (None: its largest).
+
+    The reference scores the text once and stores its log probabilities in a temporary file. One model is in memory at a
+    time. options: those of `compare` except `keep` and `together`. Raises as `compare`.
+    """
     settings = _Settings(**options, together=False)
     return _compared([(reference, None), *((candidate, keep) for keep in keeps)], settings)
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """What `compare` was asked for, beside the models."""
+    """The options of `compare` besides the models; see there."""
 
     text: str | Path | None = None
     tokens: int = TOKENS
@@ -104,7 +109,7 @@ class _Settings:
 
 
 def _compared(models: Sequence[tuple[str | Path, float | None]], settings: _Settings) -> list[Comparison]:
-    """The first model by itself, or every other one with it. models: name and keep."""
+    """Judge the first model alone, or each other model against it. models: (name, keep)."""
     from cai_runtime.convert.sources import pull
     from cai_runtime.engine.open import choose_device, load_tokenizer
 
@@ -167,13 +172,13 @@ def _compared(models: Sequence[tuple[str | Path, float | None]], settings: _Sett
 
 
 def quality(dense: str | Path, slim: str | Path, **options: Any) -> dict[str, Any]:
-    """What a compression report says under "quality": `compare(dense, slim, **options)` as JSON, without what is true
-    of this machine only (paths) and without the values of each window."""
+    """The entry "quality" of a compression report: `compare(dense, slim, **options)` as plain values, without this
+    machine's paths and without each window's values."""
     return for_report(compare(dense, slim, **options))
 
 
 def for_report(comparison: Comparison) -> dict[str, Any]:
-    """A comparison of two models as `quality` has it."""
+    """A comparison of two models as plain values, without paths and each window's values."""
     found = comparison.to_json()
     del found["windows"]
     for model in ("reference", "candidate"):
@@ -182,8 +187,7 @@ def for_report(comparison: Comparison) -> dict[str, Any]:
 
 
 class _Run:
-    """The state of one comparison: what each model said of each window. The first is the one that others are held
-    against."""
+    """The state of one comparison: each model's scores of each window. Model 0 is the reference."""
 
     def __init__(
         self,
@@ -198,10 +202,11 @@ class _Run:
         self.paths, self.keeps, self.shown, self.tokenizers = paths, keeps, shown, tokenizers
         self.settings, self.opener = settings, opener
         self.refused = None if alike else "the two tokenizers differ: KL and top-1 agreement are of tokens"
-        self.nats: list[list[torch.Tensor]] = [[] for _ in paths]  # of each scored token, by model and window
-        self.best: list[list[torch.Tensor]] = [[] for _ in paths]  # the most likely token at every position
-        self.kl: list[list[torch.Tensor]] = [[] for _ in paths]  # from the first one, at every position
-        self.answers: list[list[list[int]]] = [[] for _ in paths]
+        # By model and window, one tensor each:
+        self.nats: list[list[torch.Tensor]] = [[] for _ in paths]  # negative log likelihood of each scored token
+        self.best: list[list[torch.Tensor]] = [[] for _ in paths]  # most likely token at every position
+        self.kl: list[list[torch.Tensor]] = [[] for _ in paths]  # KL from the reference at every position
+        self.answers: list[list[list[int]]] = [[] for _ in paths]  # token ids by model and prompt
         self.seconds = [0.0 for _ in paths]
 
     def run(self, together: bool) -> None:
@@ -242,7 +247,7 @@ class _Run:
                 del judge
 
     def _read(self, judge: Judge, model: int, k: int, bar: Any) -> torch.Tensor:
-        """Score window k, and return its logits, fp32 [tokens, vocabulary]."""
+        """Score window k and return its logits, fp32 [tokens, vocabulary]."""
         ids = self.shown[model].token_ids[k]
         start = perf_counter()
         logits = judge.logits(ids)
@@ -281,7 +286,7 @@ class _Run:
         nats = torch.cat(per_window)
         mean, windows = float(nats.mean()), self.shown[model]
         error = _standard_error([float(n.mean()) for n in per_window], [len(n) for n in per_window])
-        # The first token of a window without BOS is not scored: its share of the bytes is that of any other.
+        # Without a BOS token the first token of a window is not scored. It counts with the mean bytes of a token.
         per_byte = windows.tokens / sum(windows.nbytes)
         return ModelScore(
             path=str(self.paths[model]),
@@ -320,7 +325,7 @@ class _Run:
         )
 
     def window_means(self, model: int) -> dict[str, list[float]]:
-        """Of the first model, and beside it of another one."""
+        """Means of each window for the reference, and for model `model` unless that is 0."""
         names = {"reference_nats": 0} if model == 0 else {"reference_nats": 0, "candidate_nats": model}
         means = {name: [float(n.mean()) for n in self.nats[k]] for name, k in names.items()}
         if self.kl[model] and self.refused is None:
@@ -330,7 +335,7 @@ class _Run:
         return means
 
     def samples(self, model: int) -> tuple[Sample, ...]:
-        """As `window_means`."""
+        """The answers of the reference, and of model `model` unless that is 0."""
         found = []
         models = [0] if model == 0 else [0, model]
         for k, prompt in enumerate(self.settings.prompts):
@@ -344,19 +349,21 @@ class _Run:
 
 
 def kl_divergence(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """KL(first || second) of the distributions that two tensors of logits [tokens, vocabulary] stand for: fp32
-    [tokens], in nats. What `first` gives no probability adds nothing."""
+    """KL(first || second) in nats, fp32 [tokens], of logits fp32 [tokens, vocabulary].
+
+    A token to which `first` gives probability 0 adds nothing.
+    """
     found = []
     for a, b in zip(first.split(ROWS), second.to(first.device).split(ROWS), strict=True):
         p, q = a.log_softmax(-1), b.log_softmax(-1)
         weight = p.exp()
         terms = torch.where(weight > 0, weight * (p - q), 0.0)
-        found.append(terms.double().sum(-1).clamp(min=0.0).float())  # less than nothing by rounding alone
+        found.append(terms.double().sum(-1).clamp(min=0.0).float())  # negative by rounding alone
     return torch.cat(found)
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of a question to a chat model, of a text to continue for any other."""
+    """Token ids of a prompt: a user's message where there is a chat template, else a text to continue."""
     from cai_runtime.formats.messages import Message
     from cai_runtime.formats.template import has_template, render
 
@@ -369,7 +376,7 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def _memory(path: Path, backend: Backend) -> int:
-    """Bytes that a model takes: its dense matrices in fp32 for transformers, about what is on disk for the engine."""
+    """Estimated bytes of a loaded model: fp32 dense matrices for transformers, the size on disk for the engine."""
     from cai_runtime.slim.inspect import inspect_checkpoint
 
     held = inspect_checkpoint(path)
@@ -385,7 +392,7 @@ def _free(device_type: str) -> int:
 
 
 def _standard_error(means: Sequence[float], weights: Sequence[int]) -> float:
-    """Of the mean over windows that are taken as independent: weighted by their tokens; NaN for a single one."""
+    """Standard error of a mean over independent windows, weighted by their tokens; NaN for a single window."""
     n, total = len(means), sum(weights)
     if n < 2:
         return math.nan

@@ -1,12 +1,13 @@
-"""What a comparison of two checkpoints found: as values, as JSON, as a table."""
+"""The result of a comparison on text: values, JSON and a table."""
 
 from __future__ import annotations
 
 import math
 import textwrap
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from cai_runtime.judge.score_table import ScoreTable, plus_minus
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,13 +18,14 @@ class ModelScore:
     """One checkpoint's size and how well it predicts the text.
 
     Attributes:
-        keep: that an elastic checkpoint was opened at, None where none was asked for.
-        parameters, nbytes: of the whole checkpoint as it is stored.
-        nats: mean negative log likelihood per scored token; `perplexity` is exp of it. `perplexity_error`: standard
-            error over windows (NaN of a single one).
-        bits_per_byte: of the text's UTF-8, which does not depend on the tokenizer.
-        tokens: scored.
-        seconds: in the model, samples left out.
+        keep: the keep at which an elastic checkpoint was opened; None where the caller gave none.
+        parameters, nbytes: of the whole checkpoint as stored.
+        nats: mean negative log likelihood per scored token.
+        perplexity: exp(nats).
+        perplexity_error: standard error over windows; NaN for a single window.
+        bits_per_byte: negative log likelihood in bits per UTF-8 byte of text. It does not depend on the tokenizer.
+        tokens: number of scored tokens.
+        seconds: time spent in the model, without the samples.
     """
 
     path: str
@@ -41,8 +43,10 @@ class ModelScore:
 
 @dataclass(frozen=True)
 class Sample:
-    """Greedy answers to one prompt. same_tokens: how many tokens both begin with alike; None for one model alone, or
-    for different tokenizers."""
+    """Greedy answers to one prompt.
+
+    same_tokens: length of the common prefix in tokens; None for a single model or for different tokenizers.
+    """
 
     prompt: str
     reference: str
@@ -52,11 +56,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far the candidate's next-token distributions are from the reference's.
+    """Distance of the candidate's next-token distributions from the reference's. Errors are standard errors over windows.
 
-    ratio: of the perplexities, candidate over reference, exp of the mean paired difference in nats. kl: KL(reference ||
-    candidate), nats per token; kl_quantiles: of its values at single positions. top1: share of positions at which both
-    find the same token the most likely. *_error: standard errors over windows.
+    Attributes:
+        ratio: perplexity of the candidate over the reference's: exp of the mean paired difference in nats.
+        kl: mean KL(reference || candidate), nats per token.
+        kl_quantiles: quantiles of KL over single positions, keyed "0.5", "0.9", "0.99".
+        top1: share of positions at which both models have the same most likely token.
+        positions: number of compared positions.
     """
 
     ratio: float
@@ -71,9 +78,15 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found. `refused` says why there is no divergence between two models that were both given.
-    `windows`: means over each window: nats of both models, kl, top1. `position_kl`: fp32 [windows][tokens], KL at every
-    position; not part of the JSON."""
+    """The result of `compare`.
+
+    Attributes:
+        candidate, divergence: None for a single model.
+        refused: why two models have no divergence; else None.
+        text: source, tokens, window, windows and bytes of the text.
+        windows: means of each window: nats of both models, kl, top1.
+        position_kl: KL at every position, one fp32 [tokens] for each window; not in the JSON.
+    """
 
     reference: ModelScore
     candidate: ModelScore | None
@@ -88,48 +101,30 @@ class Comparison:
     position_kl: tuple[np.ndarray, ...] = field(default=(), repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; what is not a finite number is None."""
+        """Plain values for JSON; NaN and infinity become None."""
         plain = asdict(replace(self, position_kl=()))
         del plain["position_kl"]
         return _finite(plain)
 
     def table(self, width: int = 100) -> str:
-        """For people: sizes and figures, then the samples, at most `width` columns."""
-        from cai_runtime.tables import aligned
-
-        lines = aligned(self._rows(), right=(1, 2, 3))
-        lines += ["", *self._notes(), "", *self._sample_lines(width)]
+        """Sizes and figures for a terminal, then the samples, at most `width` columns wide."""
+        lines = [*self._figures(), "", *self._notes(), "", *self._sample_lines(width)]
         return "\n".join(lines).rstrip()
 
-    def _rows(self) -> list[tuple[str, str, str, str]]:
-        models = [self.reference] if self.candidate is None else [self.reference, self.candidate]
-
-        def row(what: str, values: list[str], ratio: str = "") -> tuple[str, str, str, str]:
-            return (what, values[0], values[1] if len(values) == 2 else "", ratio)
-
-        def ratio(name: str) -> str:
-            return f"{getattr(models[1], name) / getattr(models[0], name):.3f} x" if len(models) == 2 else ""
-
-        d = self.divergence
-        rows = [
-            row("", ["reference", "candidate"] if len(models) == 2 else ["model"]),
-            row("", [_name(m) for m in models]),
-            row("parameters", [f"{m.parameters:,}" for m in models], ratio("parameters")),
-            row("bytes on disk", [f"{m.nbytes / 1e6:,.1f} MB" for m in models], ratio("nbytes")),
-            row(
-                "perplexity",
-                [f"{m.perplexity:,.3f}{_error(m.perplexity_error, 2)}" for m in models],
-                f"{d.ratio:.4f} x{_error(d.ratio_error, 4)}" if d else "",
-            ),
-            row("bits per byte of text", [f"{m.bits_per_byte:.4f}" for m in models], ratio("bits_per_byte")),
-        ]
+    def _figures(self) -> list[str]:
+        table, d = ScoreTable(self.reference, self.candidate), self.divergence
+        table.add(
+            "perplexity",
+            lambda m: f"{m.perplexity:,.3f}{plus_minus(m.perplexity_error, '.2f')}",
+            f"{d.ratio:.4f} x{plus_minus(d.ratio_error, '.4f')}" if d else "",
+        )
+        table.add("bits per byte of text", lambda m: f"{m.bits_per_byte:.4f}", table.ratio("bits_per_byte"))
         if d is not None:
             quantiles = ", ".join(f"{float(q):.0%} {v:.3g}" for q, v in d.kl_quantiles.items())
-            rows.append(
-                row("KL, nats per token", ["", f"{d.kl:.4f}{_error(d.kl_error, 4)}"], f"positions: {quantiles}")
-            )
-            rows.append(row("top-1 agreement", ["", f"{d.top1:.2%}{_percent_error(d.top1_error)}"]))
-        return rows
+            kl = f"{d.kl:.4f}{plus_minus(d.kl_error, '.4f')}"
+            table.add_divergence("KL, nats per token", kl, f"positions: {quantiles}")
+            table.add_divergence("top-1 agreement", f"{d.top1:.2%}{plus_minus(d.top1_error, '.2%')}")
+        return table.lines()
 
     def _notes(self) -> list[str]:
         t = self.text
@@ -169,21 +164,6 @@ def _wrapped(text: str, width: int) -> list[str]:
     for line in text.strip().splitlines():
         lines += textwrap.wrap(line, width) or [""]
     return lines or ["(nothing)"]
-
-
-def _name(model: ModelScore) -> str:
-    path = Path(model.path)
-    name = path.name if path.name not in ("model", "slim", "dense") else f"{path.parent.name}/{path.name}"
-    size = "" if model.keep is None else f" at keep {model.keep:g}"
-    return f"{name}{size}{' (slim)' if model.slim else ''}"
-
-
-def _percent_error(value: float) -> str:
-    return f" \u00b1 {value:.2%}" if math.isfinite(value) else ""
-
-
-def _error(value: float, digits: int) -> str:
-    return f" \u00b1 {value:.{digits}f}" if math.isfinite(value) else ""
 
 
 def _finite(value: Any) -> Any:

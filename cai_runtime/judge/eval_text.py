@@ -1,4 +1,4 @@
-"""Text to judge a model by: windows of tokens, spread evenly over articles that no calibration has seen."""
+"""Evaluation text: windows of tokens, spread evenly over a text that no calibration has used."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WIKIPEDIA = "wikipedia"
 
 @dataclass(frozen=True)
 class EvalText:
-    """Texts in their order, and where they came from in words."""
+    """Texts in order, and a description of their source."""
 
     texts: tuple[str, ...]
     source: str
@@ -24,13 +24,12 @@ class EvalText:
 
 @dataclass(frozen=True)
 class Windows:
-    """What a model is shown: pieces of text, each by itself.
+    """Pieces of text, each scored without the others.
 
     Attributes:
-        token_ids: one int64 [tokens] for each window, at least two tokens long. All but the first of them are scored.
+        token_ids: one int64 [tokens] for each window, at least two tokens long. All tokens but the first are scored.
         nbytes: UTF-8 bytes of each window's text.
-        begins_with_bos: each window's first token is the tokenizer's beginning-of-sequence token, and no part of the
-        text.
+        begins_with_bos: whether each window begins with the beginning-of-sequence token, which is no part of the text.
     """
 
     token_ids: tuple[torch.Tensor, ...]
@@ -39,16 +38,17 @@ class Windows:
 
     @property
     def tokens(self) -> int:
-        """Of the text itself: without the beginning-of-sequence tokens that were put before it."""
+        """Number of tokens of the text, without beginning-of-sequence tokens."""
         return sum(len(ids) for ids in self.token_ids) - (len(self.token_ids) if self.begins_with_bos else 0)
 
 
 def read_text(source: str | Path | None = None, *, progress: bool | None = None) -> EvalText:
-    """None or "wikipedia": the last quarter of the Wikipedia sample, which is for tests alone. Else a file that the
-    compressor would take as calibration text.
+    """Read the evaluation text.
 
-    Raises CompressionError for a file that can't be read or holds no text, SourceError when the sample can't be
-    fetched.
+    source: None or "wikipedia" is the last quarter of the Wikipedia sample, which calibration never uses. Anything else is
+    a file that the compressor takes as calibration text.
+
+    Raises CompressionError for a file without text or one that can't be read, SourceError if the sample can't be fetched.
     """
     if source is None or source == WIKIPEDIA:
         from cai_runtime.convert.texts import split_articles, wikipedia_articles
@@ -62,10 +62,12 @@ def read_text(source: str | Path | None = None, *, progress: bool | None = None)
 
 
 def cut_windows(text: EvalText, tokenizer: Any, *, tokens: int, window: int) -> Windows:
-    """`tokens // window` windows of `window` tokens, spread evenly over the text; all there are, when there are
-    fewer; one shorter one, when the text is shorter than a window. An end-of-sequence token goes between two texts.
+    """Cut `tokens // window` windows of `window` tokens, spread evenly over the text.
 
-    Raises CompressionError for sizes that leave nothing to score, or a text of fewer than two tokens.
+    A shorter text gives all its windows; one shorter than a window gives one window. An end-of-sequence token separates
+    two texts.
+
+    Raises CompressionError for `tokens` or `window` below 2, or a text of fewer than two tokens.
     """
     if window < 2 or tokens < 2:
         raise CompressionError(
@@ -96,9 +98,9 @@ def cut_windows(text: EvalText, tokenizer: Any, *, tokens: int, window: int) -> 
 
 
 def retokenized(windows: Windows, tokenizer: Any, other: Any) -> Windows:
-    """The same pieces of text as another tokenizer cuts them; their lengths then differ.
+    """The same pieces of text, encoded by the tokenizer `other`. Their lengths in tokens may differ.
 
-    Raises CompressionError when a piece comes to nothing that could be scored.
+    Raises CompressionError if `other` makes fewer than two tokens of a piece.
     """
     skip = 1 if windows.begins_with_bos else 0
     bos = beginning_of_sequence(other)
@@ -114,15 +116,17 @@ def retokenized(windows: Windows, tokenizer: Any, other: Any) -> Windows:
 
 
 def beginning_of_sequence(tokenizer: Any) -> list[int]:
-    """The tokenizer's beginning-of-sequence token where it puts one before every text, else nothing. Models that were
-    trained with it are lost without it, so each window gets its own."""
+    """[the beginning-of-sequence token] if the tokenizer puts it before every text, else [].
+
+    A model that was trained with it fails without it, so each window begins with one.
+    """
     bos = getattr(tokenizer, "bos_token_id", None)
     with_special = tokenizer("a", verbose=False)["input_ids"]
     return [bos] if bos is not None and list(with_special[:1]) == [bos] else []
 
 
 def same_tokens(first: Any, second: Any) -> bool:
-    """Whether two tokenizers give every id the same meaning."""
+    """Whether two tokenizers have the same vocabulary."""
     return first.get_vocab() == second.get_vocab()
 
 

@@ -1,7 +1,7 @@
-"""How good a model is, and how like another: perplexity, and agreement of next-token distributions.
+"""Perplexity of a model, and agreement of two models' next-token distributions.
 
-A "model" here is anything that gives logits: a transformers model, or a callable from token ids, int64 [batch, tokens],
-to logits [batch, tokens, vocabulary].
+A model is a transformers model, or a function from token ids, int64 [batch, tokens], to logits [batch, tokens,
+vocabulary].
 """
 
 from __future__ import annotations
@@ -23,8 +23,13 @@ Logits = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of `model` with `reference`. top1: share of positions with the same most likely token. kl: mean Kullback-Leibler
-    divergence KL(reference || model), in nats per position. tokens: positions compared."""
+    """Agreement of `model` with `reference`.
+
+    Attributes:
+        top1: share of positions with the same most likely token.
+        kl: mean KL(reference || model), nats per position.
+        tokens: number of compared positions.
+    """
 
     top1: float
     kl: float
@@ -43,11 +48,16 @@ def perplexity(
 ) -> float:
     """exp of the mean negative log likelihood, in nats, of each token given those before it in its window.
 
-    token_ids: one text, [tokens]. window: tokens the model sees at once. stride: from one window's start to the next
-    (default: `window`, windows that do not overlap, of which the first token is not scored; less: every token is scored
-    once, with at least `window - stride` tokens before it).
+    Args:
+        token_ids: one text, [tokens].
+        window: tokens per window, at least 2.
+        stride: tokens from one window's start to the next, at most `window`. The default is `window`: no overlap, and each
+            window's first token is not scored. A smaller stride scores every token but the first once, each after at
+            least `window - stride` tokens.
+        batch_size: windows per forward pass.
+        progress: a progress bar on stderr; None shows it on a terminal only.
 
-    Raises CompressionError for fewer than two tokens or an impossible stride.
+    Raises CompressionError for fewer than two tokens, or a window or stride out of range.
     """
     stride = window if stride is None else stride
     if not 0 < stride <= window or window < 2:
@@ -74,8 +84,10 @@ def agreement(
     batch_size: int = 1,
     progress: bool | None = None,
 ) -> Agreement:
-    """Compare two models' next-token distributions at every position of a text cut into windows. Arguments as in
-    `perplexity`."""
+    """Compare two models' next-token distributions at every position of a text, in windows that do not overlap.
+
+    Arguments and errors as of `perplexity`.
+    """
     ids = _row(token_ids)
     same, divergence, count = 0, 0.0, 0
     batches = list(_batches(ids, window, window, batch_size))
@@ -105,11 +117,10 @@ def _row(token_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
 
 
 def _batches(ids: torch.Tensor, window: int, stride: int, batch_size: int) -> Iterator[tuple[torch.Tensor, int]]:
-    """Windows [batch, tokens] and the first position in them that is scored. A last window may be shorter."""
+    """(windows [batch, tokens], first scored position in each). The last window may be shorter."""
     first = ids[:window]
     yield first[None], 1
-    # Every further window scores what the one before did not reach: its last `stride` tokens, or, where windows do not
-    # overlap, all but its first one.
+    # A later window scores only its last `stride` tokens, new to it. Without overlap it scores all but its first token.
     scored_from = max(window - stride, 1)
     starts = range(stride, ids.numel() - window + 1, stride)
     for k in range(0, len(starts), batch_size):

@@ -1,8 +1,7 @@
-"""What computes the logits when checkpoints are compared: stock transformers on the dense reconstruction, or the
-engine.
+"""Computes logits and greedy answers for comparisons: by stock transformers on dense matrices, or by the engine.
 
-transformers in fp32 is the exact judge of what a checkpoint says; the engine is what its users run, with its kernels'
-own roundings, and needs no dense matrix in memory.
+Transformers in fp32 is exact. The engine is what users run: its results include its kernels' roundings, and it needs no
+dense matrix in memory.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self, get_args
+from typing import Any, Literal, NamedTuple, Protocol, Self, get_args
 
 import torch
 
@@ -20,30 +19,27 @@ from cai_runtime.judge.evaluate import logits_of
 from cai_runtime.stock.cached_forward import cached_forward
 from cai_runtime.stock.load import dense_reference, slim_as_transformers
 
-if TYPE_CHECKING:
-    pass
-
 Backend = Literal["transformers", "engine"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
-ENGINE_SEQUENCES = 8  # sequences whose cache the engine gets memory for
-PROMPT_CHUNK = 2048  # tokens that the engine is fed at a time
+ENGINE_SEQUENCES = 8  # default max_batch of the engine, which sizes its KV cache
+PROMPT_CHUNK = 2048  # tokens of one pass
 
 
 class Judge(Protocol):
-    """A model that can be asked for its logits and for its greedy continuation."""
+    """A loaded model that computes logits and greedy continuations. A context manager that closes it."""
 
     max_context: int
 
     def logits(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """int64 [tokens] -> fp32 [tokens, vocabulary] on the model's device: row t is what follows tokens 0 .. t."""
+        """int64 [tokens] -> fp32 [tokens, vocabulary] on the model's device; row t predicts token t + 1."""
         ...
 
     def continue_greedily(self, prompt_ids: Sequence[int], max_tokens: int) -> list[int]:
-        """The most likely next token, up to `max_tokens` times, until one that ends a text (which is left out)."""
+        """Greedy decoding of up to `max_tokens` tokens. An end token stops it and is not returned."""
         ...
 
     def close(self) -> None:
-        """Give the weights' memory back. Idempotent."""
+        """Free the weights. Idempotent."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -62,13 +58,18 @@ def open_judge(
     progress: bool | None = None,
     **engine_options: Any,
 ) -> Judge:
-    """A checkpoint, dense or slim, opened to be judged.
+    """Load a checkpoint, dense or slim, as a judge.
 
-    backend: "transformers" multiplies every module out to its dense matrix; "engine" runs the checkpoint as `Client`
-    does. device: as `Client`'s. dtype: "fp32", "bf16", "fp16"; "auto" is fp32 for transformers, and the engine's own
-    "auto" for it. keep: of an elastic checkpoint. engine_options: of `EngineOptions`, for the engine alone.
+    Args:
+        backend: "transformers" multiplies every module out to its dense matrix; "engine" runs the model as `Client` does.
+        device: as `Client` takes it.
+        dtype: "fp32", "bf16" or "fp16"; "auto" is fp32 for transformers, and `EngineOptions`' "auto" for the engine.
+        keep: the keep at which to open an elastic checkpoint; None: its largest.
+        engine_options: further fields of `EngineOptions`, for the engine only.
 
-    Raises CompressionError, CheckpointError, UnsupportedModelError, KernelError, MemoryBudgetError.
+    Raises:
+        CompressionError: an unknown backend, an engine option for transformers, or transformers can't load the model.
+        CheckpointError, UnsupportedModelError, KernelError, MemoryBudgetError: the checkpoint can't be read or run.
     """
     if backend == "transformers":
         if engine_options:
@@ -93,7 +94,7 @@ class _Closing:
 
 
 class TransformersJudge(_Closing):
-    """Stock transformers' model in memory, dense, in `dtype` (default fp32)."""
+    """Stock transformers' dense model in `dtype` (default fp32)."""
 
     def __init__(self, path: str | Path, *, device: str = "auto", dtype: str = "auto", keep: float | None = None):
         from cai_runtime.engine.open import choose_device, load_tokenizer, named_dtype
@@ -135,24 +136,23 @@ class TransformersJudge(_Closing):
 
     def close(self) -> None:
         self._model = self._logits = None
-        gc.collect()  # transformers' modules refer to each other
+        gc.collect()  # transformers' modules form reference cycles
 
 
 class EngineJudge(_Closing):
-    """The engine's model, with a cache for a few sequences. Its logits, and an engine over the same weights to generate
-    with.
+    """The engine's runner for logits, and an engine over the same weights for generation.
 
-    The cache is the engine's: logits may be asked for only while no request runs.
+    Both use the engine's KV cache: call `logits` and `log_likelihoods` only while no request runs.
     """
 
     def __init__(self, path: str | Path, **options: Any):
-        """options: of `EngineOptions`; `max_batch` is 8 by default. CUDA graphs and the prefix cache are off."""
+        """options: fields of `EngineOptions`; `max_batch` is 8 by default. CUDA graphs and the prefix cache are off."""
         from cai_runtime.engine.open import load_runner, load_tokenizer, start_engine
         from cai_runtime.engine.turn_ends import end_of_sequence_ids
         from cai_runtime.options import EngineOptions
 
         path = Path(path)
-        # A prefix kept for later would be overwritten by `logits`.
+        # `logits` writes to pages that a prefix cache would keep.
         fixed = {"cuda_graphs": False, "prefix_cache": False}
         checked = EngineOptions.of({"max_batch": ENGINE_SEQUENCES, **options, **fixed})
         self.tokenizer = load_tokenizer(path)
@@ -166,8 +166,10 @@ class EngineJudge(_Closing):
 
     @torch.inference_mode()
     def logits_in_parts(self, token_ids: Sequence[int], first: int = 0) -> Iterator[torch.Tensor]:
-        """The rows of `logits` from position `first` on, at most `LOGIT_ROWS` at a time: all of a long text at a large
-        vocabulary would be gigabytes."""
+        """The rows of `logits` from position `first` on, at most `LOGIT_ROWS` at a time.
+
+        The logits of a whole long text at a large vocabulary would take gigabytes.
+        """
         from cai_runtime.engine.model_runner import LOGIT_ROWS
         from cai_runtime.engine.runner import ScheduledSequence
 
@@ -186,11 +188,13 @@ class EngineJudge(_Closing):
     def log_likelihoods(
         self, texts: Sequence[tuple[Sequence[int], int]], on_text: Callable[[], object] = lambda: None
     ) -> list[tuple[float, bool]]:
-        """For each (token ids, n): the log probability, in nats, of all tokens from position n >= 1 on given those
-        before them, and whether greedy decoding would have chosen each. Short texts share a pass; none depends on the
-        others. The last token is predicted and not read, so that a text may be one longer than the context.
+        """The log likelihood of each text's continuation, and whether greedy decoding would produce it.
 
-        Raises CompressionError for n = 0, a text that is too long, or an id outside the vocabulary.
+        texts: (token ids, n), n >= 1: the continuation is the tokens from position n on. Log likelihoods are sums in nats.
+        Short texts share a pass; no text's result depends on the others. The last token is predicted but not fed, so a
+        text may be one token longer than the context. on_text: called after each text.
+
+        Raises CompressionError for n < 1, a text that is too long, or an id outside the vocabulary.
         """
         from cai_runtime.engine.runner import ScheduledSequence
 
@@ -249,8 +253,11 @@ class EngineJudge(_Closing):
 
 
 class _ScoredText(NamedTuple):
-    """A text to score: its place in the caller's list, the tokens that are fed, the first of them whose logits are
-    wanted, and the tokens that follow from there on."""
+    """A text to score.
+
+    place: index in the caller's list. fed: tokens that the model reads. first: first position whose logits are wanted.
+    wanted: the tokens that follow each of these positions.
+    """
 
     place: int
     fed: list[int]
@@ -259,7 +266,7 @@ class _ScoredText(NamedTuple):
 
 
 def _packed(texts: list[_ScoredText], pages: Callable[[_ScoredText], int], room: int) -> Iterator[list[_ScoredText]]:
-    """Runs of texts, in their order, that fit into `room` pages together; a longer one is by itself."""
+    """Split texts, in order, into groups that fit into `room` pages. A text that needs more is a group of its own."""
     group: list[_ScoredText] = []
     used = 0
     for text in texts:
@@ -273,7 +280,7 @@ def _packed(texts: list[_ScoredText], pages: Callable[[_ScoredText], int], room:
 
 
 def _chosen(logits: Iterable[torch.Tensor], token_ids: list[int]) -> tuple[float, bool]:
-    """Summed log probability of the tokens that follow each row, and whether all are the most likely ones."""
+    """(summed log probability of `token_ids`, whether each is its row's most likely token). logits: rows in parts."""
     total, greedy, at = 0.0, True, 0
     for rows in logits:
         wanted = torch.tensor(token_ids[at : at + len(rows)], device=rows.device)

@@ -2,9 +2,9 @@
 
     python -m cai_runtime.judge.lm_eval --model cai --model_args pretrained=DIR --tasks lambada_openai
 
-is the harness's own command line with that model known to it; in Python, import this module before
-`lm_eval.simple_evaluate`. Log likelihoods come from the runner's logits at every position, several short texts to a
-pass; generation runs all of a task's prompts through the engine's continuous batching.
+is the harness's own command line with that model registered. In Python, import this module before
+`lm_eval.simple_evaluate`. The runner's logits give log likelihoods, several short texts in one pass. Generation submits
+all of a task's prompts to the engine, which batches them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_BATCH = 16
-DEFAULT_MAX_TOKENS = 256  # the harness's own, for tasks that say nothing
+DEFAULT_MAX_TOKENS = 256  # the harness's default for tasks that set no limit
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 
@@ -39,9 +39,12 @@ class CaiLM(TemplateLM):
 
     Args:
         pretrained: a checkpoint directory.
-        batch_size: sequences decoded together (default 16; "auto" is that too).
-        max_length: tokens the model sees at once (default: its context).
-        device, dtype, kv_cache, int8_activations, backend: as for `Client`; `backend` is the kernels'.
+        batch_size: sequences decoded together; default and "auto": 16.
+        max_batch_size: takes precedence over batch_size.
+        max_length: tokens of context, from 2 to the model's (the default).
+        device, dtype, kv_cache, int8_activations, backend: as for `Client`; `backend` names the kernels.
+
+    Raises InvalidRequestError for another max_length, and as `open_judge`.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class CaiLM(TemplateLM):
     ):
         super().__init__()
         if device and device.startswith("cuda") and not torch.cuda.is_available():
-            # The harness asks for cuda:0 when its user asked for nothing.
+            # The harness passes cuda:0 when its user named no device.
             logger.warning("device %s: torch sees no GPU here, so the model runs on the CPU", device)
             device = "cpu"
         batch = DEFAULT_BATCH if batch_size is None or str(batch_size).startswith("auto") else int(batch_size)
@@ -77,8 +80,7 @@ class CaiLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What goes before a text that has nothing before it: beginning of sequence, or for want of one, the end of the
-        last."""
+        """The token before an empty context: beginning of sequence, else end of text."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else int(bos)
 
@@ -91,7 +93,7 @@ class CaiLM(TemplateLM):
         return self.path.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """None: with the tokenizer's own special tokens, but no second beginning of sequence."""
+        """Token ids. add_special_tokens None: True unless the text begins with the beginning-of-sequence token."""
         bos = self.tokenizer.bos_token
         special = not (bos and string.startswith(bos)) if add_special_tokens is None else add_special_tokens
         return list(self.tokenizer(string, add_special_tokens=special, verbose=False)["input_ids"])
@@ -109,10 +111,10 @@ class CaiLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         texts = []
         for _, context, continuation in requests:
-            # Of a text that is too long the end counts; its last token is predicted, not read.
+            # A text that is too long loses its beginning. Its last token is predicted but not fed.
             ids = (context + continuation)[-self.max_length - 1 :]
             texts.append((ids, max(len(ids) - len(continuation), 1)))
-        # Of one length together, so that a pass is full; the longest first, so that memory is known to suffice at once.
+        # Sorted by length, so that passes are full. The longest text comes first: a lack of memory then shows at once.
         order = sorted(range(len(texts)), key=lambda k: -len(texts[k][0]))
         found: list[tuple[float, bool]] = [(0.0, True)] * len(texts)
         with tqdm(total=len(texts), desc="loglikelihood", disable=disable_tqdm or None) as bar:
@@ -124,7 +126,7 @@ class CaiLM(TemplateLM):
         return found
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Of whole documents, in windows of `max_length` that overlap by one token."""
+        """Log likelihoods of whole documents, in windows of `max_length` tokens that overlap by one token."""
         documents = [request.args[0] for request in requests]
         windows: list[tuple[None, list[int], list[int]]] = []
         owners: list[int] = []
@@ -148,8 +150,7 @@ class CaiLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """All prompts at once: the engine batches them. A prompt that leaves no room for its answer loses its
-        beginning."""
+        """Submit all prompts; the engine batches them. A prompt that leaves no room for the answer loses its beginning."""
         handles = []
         for request in requests:
             context, arguments = request.args
@@ -169,15 +170,14 @@ class CaiLM(TemplateLM):
         return texts
 
     def close(self) -> None:
-        """Give the model's memory back."""
+        """Free the model's memory."""
         self.judge.close()
 
 
 def sampling_of(arguments: dict[str, Any]) -> SamplingParams:
-    """A task's `generation_kwargs` as the engine's. Greedy unless `do_sample`, or a temperature without it, says
-    otherwise.
+    """A task's `generation_kwargs` as `SamplingParams`. Greedy, unless `do_sample` or, without it, a temperature is set.
 
-    Raises InvalidRequestError for an argument that means nothing here.
+    Raises InvalidRequestError for an argument that the engine does not have.
     """
     known = dict(arguments)
     until = known.pop("until", None) or []

@@ -1,5 +1,5 @@
-"""What EleutherAI's lm-evaluation-harness needs to run on a checkpoint: arguments, a script, tasks that need no
-network."""
+"""Writes files that run EleutherAI's lm-evaluation-harness on a checkpoint: arguments, scripts, and tasks without network
+access."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 from cai_runtime.errors import CompressionError
 
 ROLLING, LAST_WORD = "cai_unseen_text", "cai_last_word"
-MAX_DOCUMENT = 4000  # characters: so that --limit means something
-PASSAGE_WORDS = (30, 150)
+MAX_DOCUMENT = 4000  # characters; --limit counts documents, so they must be short
+PASSAGE_WORDS = (30, 150)  # fewest and most words before the last one
 
 _ROLLING_TASK = """\
 # Perplexity of text that calibration has not seen, rolling over documents of a few thousand characters.
@@ -93,7 +93,7 @@ exec {command} "$@"
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and the command that runs it."""
+    """The written files, relative to `directory`, the command that runs them, and the names of the tasks."""
 
     directory: Path
     files: tuple[str, ...]
@@ -109,12 +109,14 @@ def export_lm_eval(
     device: str = "auto",
     dtype: str = "auto",
 ) -> Exported:
-    """Write into `directory` (made, if need be): run.py and run.sh, model_args.json, the chat template where there is
-    one, and two tasks over a text (see `eval_text.read_text`) that need nothing from the network: rolling
-    perplexity, and the last word of paragraphs. lm-eval itself need not be installed.
+    """Write run.py, run.sh, model_args.json, the chat template if there is one, and two tasks into `directory`.
 
-    Raises CheckpointError for no checkpoint, CompressionError for a text without paragraphs, for the checkpoint's own
-    directory or one that can't be written.
+    The tasks are rolling perplexity and the last word of paragraphs, over `text` (see `eval_text.read_text`). They need no
+    network access. lm-eval need not be installed to write them. The directory is created if it is missing.
+
+    Raises:
+        CheckpointError: `model` is not a checkpoint.
+        CompressionError: the text has no paragraphs, or `directory` is the checkpoint's or can't be written.
     """
     from cai_runtime.judge.eval_text import read_text
     from cai_runtime.slim.reader import Checkpoint
@@ -132,12 +134,12 @@ def export_lm_eval(
         raise CompressionError(f"{document.source}: the text has nothing to evaluate on")
     arguments: dict[str, Any] = {"pretrained": str(model), "dtype": dtype}
     template = _chat_template(model)
-    # Apart from the arguments: the harness passes its own --device to the model beside them.
+    # Not in model_args: the harness passes its own --device to the model.
     where = None if device == "auto" else device
     command = " ".join(
         [
             "python -m cai_runtime.judge.lm_eval run --model cai",
-            # The harness parses one that begins with a brace as JSON; commas in a path would split its own form.
+            # As JSON, because a comma in a path would split the harness's own key=value form.
             f"--model_args {shlex.quote(json.dumps(arguments))}",
             f"--include_path {shlex.quote(str(directory / 'tasks'))} --tasks {','.join(tasks)}",
             "--batch_size auto",  # the harness's own default is one sequence at a time
@@ -171,8 +173,8 @@ def export_lm_eval(
 
 
 def _pieces(text: str) -> list[str]:
-    """A text cut between paragraphs into documents of at most `MAX_DOCUMENT` characters (a longer paragraph stays
-    whole)."""
+    """Split a text between paragraphs into documents of at most `MAX_DOCUMENT` characters. A longer paragraph stays
+    whole."""
     pieces: list[str] = []
     for paragraph in text.split("\n"):
         if pieces and len(pieces[-1]) + 1 + len(paragraph) <= MAX_DOCUMENT:
@@ -183,8 +185,8 @@ def _pieces(text: str) -> list[str]:
 
 
 def _last_word(paragraph: str) -> dict[str, str] | None:
-    """A paragraph up to a word that ends one of its sentences and has been in it before, and that word; the last such
-    one."""
+    """The last word that ends a sentence and occurs earlier in the paragraph, and the text before it; None if none
+    does."""
     for found in reversed(list(re.finditer(r" ([A-Za-z]{3,})[.!?](?= |$)", paragraph))):
         context, word = paragraph[: found.start()], found[1]
         words = re.findall(r"[A-Za-z]+", context)

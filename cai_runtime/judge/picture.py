@@ -1,5 +1,7 @@
-"""Pictures of a checkpoint and of a comparison, as PNG. matplotlib is imported when something is drawn, and only its
-objects are used: no pyplot, no backend chosen for the process, no style changed."""
+"""Draws a checkpoint and a comparison as PNG.
+
+matplotlib is imported on the first drawing, and no global state of it changes: no pyplot, backend or style.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +18,16 @@ if TYPE_CHECKING:
     from cai_runtime.judge.comparison_result import Comparison
     from cai_runtime.slim.inspect import Inspection, ModuleRow
 
-# Okabe and Ito's colours, which people of any colour vision tell apart.
+# Okabe and Ito's colours, distinct for colour-blind readers.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
 MARKERS = {"interpolative": "o", "lowrank": "s", "mpo": "D", "dense": "^"}
 GREY = "#666666"
-COLUMNS = 8  # projections side by side; of more, those with the most bytes
+COLUMNS = 8  # most projections drawn; beyond that, those with the most bytes
 SMALL = 8  # points
 
 
 def check_picture(path: Path) -> None:
-    """Raises CompressionError, before any work, when a picture could not be made."""
+    """Raise CompressionError, before any work, if the picture could not be written."""
     if find_spec("matplotlib") is None:
         raise CompressionError("--picture needs matplotlib, which is not installed: pip install 'cai-runtime[plot]'")
     if path.suffix.lower() != ".png":
@@ -39,7 +41,7 @@ def check_picture(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Projection:
-    """The modules of one name in all layers, with their depths."""
+    """The modules of one name in all layers. depths: the layer's number, None outside layers."""
 
     label: str
     rows: tuple[ModuleRow, ...]
@@ -55,8 +57,8 @@ class Projection:
 
 
 def projections(rows: Iterable[ModuleRow]) -> list[Projection]:
-    """The listed modules by name without numbers, in their order. A depth is the first number in a name, if there is
-    one: an embedding has none."""
+    """Group the listed modules by name without numbers, in order. A depth is the first number in a name; an embedding has
+    none."""
     groups: dict[str, list[ModuleRow]] = {}
     for row in rows:
         if row.listed:
@@ -73,10 +75,10 @@ def projections(rows: Iterable[ModuleRow]) -> list[Projection]:
 
 
 def draw_inspection(inspection: Inspection, path: Path) -> None:
-    """Rank, keep and error of every module over depth, a column for each projection; bytes by projection; time by
+    """Draw rank, keep and error of every module over depth, one column per projection, bytes by projection and time by
     stage.
 
-    Raises CompressionError as `check_picture` does, and for a checkpoint that lists no modules.
+    Raises CompressionError as `check_picture`, and for a dense checkpoint.
     """
     check_picture(path)
     found = projections(inspection.modules)
@@ -128,7 +130,7 @@ def _draw_projection(
         if quantity == "rank":
             value: float | None = max(spec.rank) if isinstance(spec.rank, tuple) else spec.rank or full
         elif quantity == "relative error":
-            value = errors.get(row.name) or None  # a module that stayed dense has none: 0 is nowhere on this axis
+            value = errors.get(row.name) or None  # None for a module left dense: a log axis has no 0
         else:
             value = spec.keep_parameters
         if value is not None:
@@ -152,7 +154,7 @@ def _draw_projection(
 
 
 def _draw_bytes(axes: Any, inspection: Inspection, found: Sequence[Projection], colours: dict[str, str]) -> None:
-    """Bytes of each projection, of the dense modules that are not listed, and of the rest; hollow: the same in bf16."""
+    """Draw the bytes of each projection, of the unlisted dense modules and of the rest. Hollow bars: the same in bf16."""
     bars: list[tuple[str, list[tuple[int, str]], int]] = []
     for projection in found:
         parts: dict[str, int] = {}
@@ -245,10 +247,10 @@ def _store_colours(rows: Iterable[ModuleRow]) -> dict[str, str]:
 
 
 def draw_comparison(comparison: Comparison, path: Path) -> None:
-    """Two models: nats of each window against each other, the distribution of KL over positions, KL along a window. One
-    model, or two that share no vocabulary: nats of each window.
+    """Draw each window's nats, of one model against the other's, KL's distribution over positions, and KL along a window.
 
-    Raises CompressionError as `check_picture` does.
+    For one model, or two with different vocabularies, only each window's nats. Raises CompressionError as
+    `check_picture`.
     """
     check_picture(path)
     windows = comparison.windows
@@ -309,7 +311,7 @@ def _draw_kl_distribution(axes: Any, comparison: Comparison) -> None:
 
 
 def _draw_kl_along(axes: Any, comparison: Comparison) -> None:
-    """Mean KL at each place in a window, over runs of places as long as leaves about 24 points."""
+    """Draw mean KL over the position in a window, averaged over runs of positions into about 24 points."""
     import numpy as np
 
     longest = max(len(kl) for kl in comparison.position_kl)

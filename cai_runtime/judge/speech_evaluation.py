@@ -1,10 +1,11 @@
-"""Two speech checkpoints side by side on audio: word error rate, and how far apart they are on the same words.
+"""Compares speech checkpoints on audio: word error rates, and the divergence of their next-token distributions.
 
-The word error rate is the least number of words put in, left out or changed to come from what was said to what was heard
-(Levenshtein, "Binary codes capable of correcting deletions, insertions and reversals", 1966), over the words said, of all
-clips together. Both are normalized first, as Whisper's authors do: case, punctuation, contractions, numbers. It is a coarse
-measure on little audio. The divergence of the distributions over the next token, given the reference's own transcription,
-tells apart what the words do not.
+The word error rate is the word edit distance between transcript and output (Levenshtein, "Binary codes capable of
+correcting deletions, insertions and reversals", 1966), divided by the words of the transcript, over all clips together.
+Both texts are normalized first, as Whisper's authors do: case, punctuation, contractions, numbers.
+
+The rate is a coarse measure on little audio. KL(reference || candidate) of the next token, given the reference's own
+transcription, separates models whose words are the same.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from cai_runtime.stock.load import SPEECH, dense_reference, slim_as_transformers
 from cai_runtime.stock.speech_input import load_processor, speech_batch, window_features
 from cai_runtime.stock.transcribe import Prompts, encode, prompt_of
 
-TOGETHER = 8  # windows transcribed at once
+TOGETHER = 8  # windows transcribed in one batch
 
 
 def compare_speech(
@@ -39,21 +40,23 @@ def compare_speech(
     keep: float | None = None,
     progress: bool | None = None,
 ) -> SpeechComparison:
-    """Judge one Whisper, or a candidate against a reference, by transformers. Either may be dense or slim.
+    """Judge one Whisper model, or a candidate against a reference, with transformers. Either may be dense or slim.
 
     Args:
         reference, candidate: a known name, a URI or a directory (see `cai_runtime.convert.sources.pull`).
-        audio: files, directories or lists of clips, see `audio.files.find_clips`; or the clips themselves. Those of more
-            than 30 s are heard in windows.
-        device, dtype: where and in what the models run; "auto": a GPU if there is one, fp32.
-        keep: open the candidate, or the only model, at this keep; it must be elastic.
-        progress: bars on stderr; None shows them on a terminal only.
+        audio: files, directories or lists of clips, see `audio.files.find_clips`; or the clips themselves. A clip longer
+            than 30 s is cut into windows.
+        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
+        dtype: of the weights and activations: "fp32", "bf16" or "fp16"; "auto" is fp32.
+        keep: the keep at which to open the candidate, or the only model; that checkpoint must be elastic.
+        progress: progress bars on stderr; None shows them on a terminal only.
 
-    Both models are in memory, multiplied out. Words are normalized by transformers' English normalizer.
+    Both models are in memory as dense models. Transformers' English normalizer normalizes the words.
 
     Raises:
         SourceError, CheckpointError: a model can't be fetched or read.
-        CompressionError: a model is no Whisper, the two differ in their tokens, or the audio is no good.
+        CompressionError: a model is not a Whisper, the two vocabularies differ, or the audio can't be used.
+        KernelError: the device is not there.
     """
     models = [(reference, keep)] if candidate is None else [(reference, None), (candidate, keep)]
     return _compared(models, audio, device, dtype, progress)[0]
@@ -69,8 +72,10 @@ def compare_speech_keeps(
     dtype: str = "auto",
     progress: bool | None = None,
 ) -> list[SpeechComparison]:
-    """`compare_speech` of an elastic candidate at every one of `keeps` (None: its largest). The reference hears each clip
-    once; beside it, one candidate is in memory at a time. Raises what `compare_speech` raises."""
+    """`compare_speech` of an elastic candidate at each of `keeps` (None: its largest).
+
+    The reference transcribes each clip once. One candidate is in memory beside it at a time. Raises as `compare_speech`.
+    """
     models = [(reference, None), *((candidate, keep) for keep in keeps)]
     return _compared(models, audio, device, dtype, progress)
 
@@ -82,7 +87,7 @@ def _compared(
     dtype: str,
     progress: bool | None,
 ) -> list[SpeechComparison]:
-    """The first model by itself, or every other one with it. models: name and keep."""
+    """Judge the first model alone, or each other model against it. models: (name, keep)."""
     from cai_runtime.convert.sources import pull
     from cai_runtime.engine.open import choose_device
     from cai_runtime.stock.load import DTYPES
@@ -119,21 +124,21 @@ def _compared(
 def speech_quality(
     dense: str | Path, slim: str | Path, calibration: Source, *, progress: bool | None = None
 ) -> dict[str, Any] | None:
-    """What a compression report says under "quality" of a speech model: `compare_speech` on the clips that calibration left
-    out (`audio.files.split_clips`), as `for_report`; None where it left out none."""
+    """The entry "quality" of a speech model's compression report: `compare_speech` on the clips that calibration left out
+    (`audio.files.split_clips`). None if it left out no clip."""
     _, judged = split_clips(calibration)
     return for_report(compare_speech(dense, slim, audio=judged, progress=progress)) if judged else None
 
 
 def for_report(comparison: SpeechComparison) -> dict[str, Any]:
-    """A comparison of two models as JSON, without paths and texts."""
+    """A comparison of two models as plain values, without paths and texts."""
     found = replace(comparison, clips=()).to_json()
     del found["clips"], found["reference"]["path"], found["candidate"]["path"]
     return found
 
 
 def word_errors(said: Sequence[str], heard: Sequence[str]) -> int:
-    """The least number of words put in, left out or changed to come from `said` to `heard`."""
+    """The word edit distance: fewest insertions, deletions and substitutions that turn `said` into `heard`."""
     row = list(range(len(heard) + 1))
     for i, word in enumerate(said, 1):
         diagonal, row[0] = row[0], i
@@ -143,7 +148,10 @@ def word_errors(said: Sequence[str], heard: Sequence[str]) -> int:
 
 
 def english_words(tokenizer: Any = None) -> Callable[[str], list[str]]:
-    """Transformers' normalizer of English, with the tokenizer's list of British spellings if it has one, as words."""
+    """A function from text to normalized words, by transformers' English normalizer.
+
+    tokenizer: its table of British spellings is used, if it has one.
+    """
     from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
     normalizer = EnglishTextNormalizer(getattr(tokenizer, "english_spelling_normalizer", None) or {})
@@ -151,7 +159,7 @@ def english_words(tokenizer: Any = None) -> Callable[[str], list[str]]:
 
 
 class _Run:
-    """The state of one comparison: what each model heard in each clip. The first is the one that others are held against."""
+    """The state of one comparison: each model's transcription of each clip. Model 0 is the reference."""
 
     def __init__(
         self,
@@ -165,12 +173,12 @@ class _Run:
         self.paths, self.keeps, self.clips, self.device, self.dtype = paths, keeps, clips, device, dtype
         self.progress = progress
         self.seconds = [0.0 for _ in clips]
-        self.heard: list[list[str]] = [[] for _ in paths]  # by model and clip
-        self.spent = [0.0 for _ in paths]
-        # Of the first model, by clip and window: the tokens that it heard, prompt and end included, and those of the prompt.
+        self.heard: list[list[str]] = [[] for _ in paths]  # text by model and clip
+        self.spent = [0.0 for _ in paths]  # seconds of transcribing
+        # The reference's transcription by clip and window: token ids with prompt and end, and the prompt's length.
         self.transcripts: list[list[tuple[torch.Tensor, int]]] = []
-        self.kl: list[list[list[float]]] = [[] for _ in paths]  # from the first model, by clip and position
-        self.same = [0 for _ in paths]
+        self.kl: list[list[list[float]]] = [[] for _ in paths]  # KL from the reference, by model, clip and position
+        self.same = [0 for _ in paths]  # positions with the reference's most likely token
         self._errors: dict[int, list[tuple[int, int] | None]] = {}
 
     def run(self) -> None:
@@ -197,13 +205,14 @@ class _Run:
                 del model
 
     def _features(self, k: int) -> torch.Tensor:
-        """Of clip k, [windows, mels, frames]."""
+        """The log-mel features of clip k, [windows, mels, frames]."""
         audio = read_audio(self.clips[k].path)
         self.seconds[k] = len(audio) / RATE
         windows = cut_windows(audio, self.extractor.n_samples / RATE)
         return torch.stack([window_features(self.extractor, w) for w in windows]).to(self.device, self.dtype)
 
     def _hear(self, number: int, model: Any, features: torch.Tensor) -> list[list[int]]:
+        """Transcribe a clip, store the text, and return each window's token ids."""
         start = perf_counter()
         ids = _generate(model, features)
         self.spent[number] += perf_counter() - start
@@ -220,7 +229,7 @@ class _Run:
         features: torch.Tensor,
         transcripts: Sequence[tuple[torch.Tensor, int]],
     ) -> None:
-        """Both models' distributions over each token of what the first one heard."""
+        """Compare both models' distributions of each token of the reference's transcription."""
         found: list[float] = []
         for window, (tokens, prompt) in zip(features, transcripts, strict=True):
             batch = speech_batch(window, tokens, prompt)
@@ -232,7 +241,7 @@ class _Run:
         self.kl[number].append(found)
 
     def errors(self, number: int) -> list[tuple[int, int] | None]:
-        """Words wrong and words said, of each clip with a transcript."""
+        """(word errors, words of the transcript) of each clip; None for a clip without a transcript."""
         if number not in self._errors:
             self._errors[number] = found = []
             for clip, text in zip(self.clips, self.heard[number], strict=True):
@@ -282,7 +291,7 @@ class _Run:
         )
 
     def results(self, number: int) -> tuple[ClipResult, ...]:
-        """Of the first model, and beside it of another one."""
+        """Each clip's texts and errors of the reference, and of model `number` unless that is 0."""
         errors = [[None if pair is None else pair[0] for pair in self.errors(m)] for m in (0, number)]
         return tuple(
             ClipResult(
@@ -300,8 +309,8 @@ class _Run:
 
 @torch.inference_mode()
 def _generate(model: Any, features: torch.Tensor) -> list[list[int]]:
-    """What the model hears in each window, greedily, without prompt, padding and end."""
-    # Transformers refuses a task for a model of English alone, and without one names none to others.
+    """The greedy transcription of each window: token ids without prompt, padding and end."""
+    # Transformers refuses a task for an English-only model. For a multilingual one it sets no task by itself.
     task = {"task": "transcribe"} if getattr(model.generation_config, "is_multilingual", False) else {}
     ends = {model.generation_config.eos_token_id, model.generation_config.pad_token_id}
     mask = torch.ones(features.shape[0], features.shape[-1], dtype=torch.int64, device=features.device)
@@ -317,16 +326,16 @@ def _generate(model: Any, features: torch.Tensor) -> list[list[int]]:
 def _transcript_tokens(
     model: Any, features: torch.Tensor, ids: Sequence[Sequence[int]]
 ) -> list[tuple[torch.Tensor, int]]:
-    """Prompt, text and end of each window, int64 [tokens], and how many of them are the prompt. ids: what was heard."""
+    """(prompt, text and end of each window, int64 [tokens]; length of the prompt). ids: the transcribed tokens."""
     prompts = Prompts.of(model)
-    if len(prompts.languages) > 1:  # which has to be heard
+    if len(prompts.languages) > 1:  # the model detects the language
         parts = [prompt_of(model, prompts, encode(model, part), times=False) for part in features.split(TOGETHER)]
         starts = [start for part in parts for start in part]
     else:
         starts = [prompts.begin(*prompts.languages, times=False) for _ in ids]
     found = []
     for start, row in zip(starts, ids, strict=True):
-        # A text that was put together of several has times in it, and may be longer than the decoder.
+        # `generate` may join several passes: the text then holds timestamps, and may be longer than the decoder's context.
         text = [token for token in row if token < prompts.plain][: model.config.max_target_positions - 5]
         found.append((torch.tensor([*start, *text, prompts.end]), len(start)))
     return found
@@ -347,7 +356,7 @@ def _require_speech(path: Path) -> None:
 
     model_type = inspect_checkpoint(path).model_type
     if model_type not in SPEECH:
-        raise CompressionError(f"{path} is a {model_type}, which hears no audio: leave --audio out")
+        raise CompressionError(f"{path} is a {model_type} model, which takes no audio: leave out --audio")
 
 
 def _are_clips(audio: Any) -> bool:

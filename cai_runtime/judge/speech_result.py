@@ -1,25 +1,29 @@
-"""What a comparison of two speech models found: as values, as JSON, as a table."""
+"""The result of a comparison of speech models: values, JSON and a table."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
+
+from cai_runtime.judge.score_table import ScoreTable, plus_minus
 
 
 @dataclass(frozen=True)
 class SpeechScore:
-    """One checkpoint.
+    """One checkpoint's size and word errors.
 
     Attributes:
-        keep: that an elastic checkpoint was opened at, None where none was asked for.
-        parameters, nbytes: of the whole checkpoint as it is stored.
-        words: in the transcripts that were given; errors: of this model; word_error: their share. word_error_error: its
-            standard error over clips. None without transcripts (the error: of a single clip).
-        word_error_capped: the share with no more errors counted in a clip than it has words. A model may repeat itself
-            without end where it hears silence, and one such clip outweighs all others.
-        seconds: spent in transcribing.
+        keep: the keep at which an elastic checkpoint was opened; None where the caller gave none.
+        parameters, nbytes: of the whole checkpoint as stored.
+        words: number of words in the given transcripts.
+        errors: word errors of this model (insertions, deletions and substitutions).
+        word_error: errors / words.
+        word_error_error: standard error of word_error over clips; also None for a single clip.
+        word_error_capped: the rate with at most as many errors per clip as it has words. A model may repeat itself
+            without end on silence, and one such clip would outweigh all others.
+        seconds: time spent transcribing.
+
+    errors and the rates are None without transcripts.
     """
 
     path: str
@@ -37,11 +41,15 @@ class SpeechScore:
 
 @dataclass(frozen=True)
 class SpeechDivergence:
-    """How far the candidate is from the reference.
+    """Distance of the candidate from the reference.
 
-    word_error: of its text, judged by the reference's. word_error_ratio: of both models' word error rates. kl: KL(reference
-    || candidate) of the next token given the reference's transcription, nats per token, and top1: share of the tokens that
-    both find the most likely; over `positions` tokens. *_error: standard errors over clips.
+    Attributes:
+        word_error: word error rate of the candidate's text, with the reference's text as the transcript.
+        word_error_ratio: word error rate of the candidate over the reference's; None without transcripts or errors.
+        kl: mean KL(reference || candidate), nats per token, given the reference's transcription.
+        kl_error: standard error of kl over clips; None for a single clip.
+        top1: share of tokens at which both models have the same most likely token.
+        positions: number of compared tokens.
     """
 
     word_error: float
@@ -54,8 +62,7 @@ class SpeechDivergence:
 
 @dataclass(frozen=True)
 class ClipResult:
-    """What was said in a clip (None where nobody wrote it down) and what each model heard; words put in, left out or
-    changed."""
+    """One clip: its transcript (`said`, None where none was given) and the text and word errors of each model."""
 
     name: str
     seconds: float
@@ -68,7 +75,7 @@ class ClipResult:
 
 @dataclass(frozen=True)
 class SpeechComparison:
-    """What `compare_speech` found."""
+    """The result of `compare_speech`. candidate, divergence: None for a single model. audio: clips, seconds, transcribed."""
 
     reference: SpeechScore
     candidate: SpeechScore | None
@@ -79,14 +86,12 @@ class SpeechComparison:
     clips: tuple[ClipResult, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain values for JSON."""
         return asdict(self)
 
     def table(self, width: int = 100) -> str:
-        """For people: sizes and figures, then the clips that the models hear differently, at most `width` columns."""
-        from cai_runtime.tables import aligned
-
-        lines = [*aligned(self._rows(), right=(1, 2, 3)), "", *self._notes()]
+        """Sizes and figures for a terminal, then the clips that the models hear differently, at most `width` columns."""
+        lines = [*self._figures(), "", *self._notes()]
         differing = [clip for clip in self.clips if clip.candidate is not None and clip.candidate != clip.reference]
         for clip in differing[:8]:
             texts = {"said": clip.said, "reference": clip.reference, "candidate": clip.candidate}
@@ -96,34 +101,20 @@ class SpeechComparison:
             lines += ["", f"and {len(differing) - 8} more clips that they hear differently"]
         return "\n".join(lines)
 
-    def _rows(self) -> list[tuple[str, str, str, str]]:
-        models = [self.reference] if self.candidate is None else [self.reference, self.candidate]
-
-        def row(what: str, values: Sequence[str], ratio: str = "") -> tuple[str, str, str, str]:
-            return (what, values[0], values[1] if len(values) == 2 else "", ratio)
-
-        def ratio(name: str) -> str:
-            return f"{getattr(models[1], name) / getattr(models[0], name):.3f} x" if len(models) == 2 else ""
-
-        d = self.divergence
-        rows = [
-            row("", ["reference", "candidate"] if len(models) == 2 else ["model"]),
-            row("", [Path(m.path).name for m in models]),
-            row("parameters", [f"{m.parameters:,}" for m in models], ratio("parameters")),
-            row("bytes on disk", [f"{m.nbytes / 1e6:,.1f} MB" for m in models], ratio("nbytes")),
-        ]
+    def _figures(self) -> list[str]:
+        table, d = ScoreTable(self.reference, self.candidate), self.divergence
+        models = [model for model in (self.reference, self.candidate) if model is not None]
         if self.reference.words:
-            ratio_text = f"{d.word_error_ratio:.3f} x" if d and d.word_error_ratio is not None else ""
-            rows.append(row("word error rate", [_rate(m) for m in models], ratio_text))
+            ratio = f"{d.word_error_ratio:.3f} x" if d and d.word_error_ratio is not None else ""
+            table.add("word error rate", lambda m: f"{m.word_error:.2%}{plus_minus(m.word_error_error, '.2%')}", ratio)
             if any(m.word_error != m.word_error_capped for m in models):
-                rows.append(row("at most all words of a clip", [f"{m.word_error_capped:.2%}" for m in models]))
-            rows.append(row("words wrong", [f"{m.errors:,} of {m.words:,}" for m in models]))
+                table.add("at most all words of a clip", lambda m: f"{m.word_error_capped:.2%}")
+            table.add("words wrong", lambda m: f"{m.errors:,} of {m.words:,}")
         if d is not None:
-            rows.append(row("words unlike the reference's", ["", f"{d.word_error:.2%}"]))
-            error = f" \u00b1 {d.kl_error:.4f}" if d.kl_error is not None else ""
-            rows.append(row("KL, nats per token", ["", f"{d.kl:.4f}{error}"]))
-            rows.append(row("top-1 agreement", ["", f"{d.top1:.2%}"]))
-        return rows
+            table.add_divergence("words unlike the reference's", f"{d.word_error:.2%}")
+            table.add_divergence("KL, nats per token", f"{d.kl:.4f}{plus_minus(d.kl_error, '.4f')}")
+            table.add_divergence("top-1 agreement", f"{d.top1:.2%}")
+        return table.lines()
 
     def _notes(self) -> list[str]:
         a = self.audio
@@ -131,11 +122,6 @@ class SpeechComparison:
             f"audio: {a['clips']} clips, {a['seconds'] / 60:.1f} minutes, {a['transcribed']} with a transcript",
             f"judge: transformers, greedy, {self.device}, {self.dtype}; \u00b1 one standard error over clips",
         ]
-
-
-def _rate(score: SpeechScore) -> str:
-    error = "" if score.word_error_error is None else f" \u00b1 {score.word_error_error:.2%}"
-    return f"{score.word_error:.2%}{error}" if score.word_error is not None else ""
 
 
 def _shortened(text: str, width: int) -> str:

@@ -1,4 +1,4 @@
-"""One model's distributions on disk, while another is in memory to be compared with."""
+"""Stores one model's log probabilities on disk, so that only the other model must be in memory."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from cai_runtime.errors import CompressionError
 if TYPE_CHECKING:
     import numpy as np
 
-ROWS = 128  # positions whose distributions are held in fp32 at a time
+ROWS = 128  # positions whose fp32 distributions are in memory at a time
 
 
 class StoredLogits:
-    """Log probabilities, fp16 [tokens of all windows, vocabulary], in a temporary file that is made with the first
-    window.
+    """Log probabilities, fp16 [tokens of all windows, vocabulary], in a file that the first `put` creates.
 
-    lengths: tokens of each window.
+    folder: where the file lies. lengths: tokens of each window.
     """
 
     def __init__(self, folder: Path, lengths: Sequence[int]):
@@ -34,6 +33,7 @@ class StoredLogits:
     @classmethod
     @contextmanager
     def in_temporary_file(cls, lengths: Sequence[int]) -> Iterator[StoredLogits]:
+        """A store in a temporary directory, removed at the end."""
         with tempfile.TemporaryDirectory(prefix="cai-eval-") as folder:
             store = cls(Path(folder), lengths)
             try:
@@ -42,8 +42,7 @@ class StoredLogits:
                 store._rows = None
 
     def put(self, k: int, logits: torch.Tensor) -> None:
-        """Keep window k's logits, fp32 [tokens, vocabulary]. Raises CompressionError when the disk has no room for
-        all."""
+        """Store window k's logits, fp32 [tokens, vocabulary]. Raises CompressionError if the disk lacks room for all."""
         import numpy as np
 
         if self._rows is None:
@@ -57,13 +56,13 @@ class StoredLogits:
             self._rows = np.lib.format.open_memmap(self._file, mode="w+", dtype=np.float16, shape=shape)
         start = self._starts[k]
         for rows in logits.split(ROWS):
-            # Below fp16's range a probability is nothing.
+            # fp16 has no smaller value; the probability is 0 either way.
             found = rows.log_softmax(-1).clamp(min=-65504.0).half().cpu().numpy()
             self._rows[start : start + len(found)] = found
             start += len(found)
 
     def get(self, k: int) -> torch.Tensor:
-        """Logits whose softmax is what was stored."""
+        """Window k's log probabilities, fp32 [tokens, vocabulary], as logits."""
         import numpy as np
 
         assert self._rows is not None

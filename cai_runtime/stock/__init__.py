@@ -1,1 +1,1 @@
-"""Transformers' own models, run with care: typed errors, torch's global state left alone, generation in batches."""
+"""Loads and runs transformers' own models with typed errors, without changes to torch's global state."""

@@ -1,6 +1,6 @@
-"""One step of a stock transformers model over its own KV cache, by whichever name its version gives the cache.
+"""One forward pass of a stock transformers model with its own KV cache, in any supported version.
 
-transformers 5.24 renamed the argument and the output `past_key_values` to `cache`; the old name warns and goes with 5.40.
+transformers 5.24 renamed the argument and the output `past_key_values` to `cache`. The old name warns, and 5.40 drops it.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ NAMES = ("cache", "past_key_values")  # newest first
 
 
 def cache_name(model: Any) -> str | None:
-    """What `model.forward` calls its cache; None where it takes none."""
+    """The name of `model.forward`'s cache argument; None if it has none."""
     taken = inspect.signature(model.forward).parameters
     return next((name for name in NAMES if name in taken), None)
 
 
 def cached_forward(model: Any, cache: Any, **inputs: Any) -> tuple[Any, Any]:
-    """The model's output for `inputs` behind what `cache` holds (None: nothing yet), and the cache with them in it."""
+    """Run the model on `inputs` after the tokens in `cache` (None: an empty one). Returns (output, updated cache).
+
+    Raises TypeError for a model without a KV cache.
+    """
     name = cache_name(model)
     if name is None:
         raise TypeError(f"{type(model).__name__} takes no KV cache")

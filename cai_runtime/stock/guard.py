@@ -1,4 +1,4 @@
-"""Code that is not ours: its errors made typed, its output kept back."""
+"""Guards around transformers: its errors become typed errors, its logs and bars are silenced."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from cai_runtime.stock.torch_state import BUILDING
 
 @contextmanager
 def as_compression_error(what: str) -> Iterator[None]:
-    """Any error within is a CompressionError: `what` can't be done, and why.
+    """Turn any exception inside into a CompressionError that begins with `what`. CaiError and MemoryError pass.
 
-    For transformers on a user's files: it raises whatever its code stumbles over (a ZeroDivisionError for no heads, an
-    AttributeError for a list where an object belongs), so that no list of exceptions is complete.
+    On a user's damaged files transformers raises exceptions of any type: a ZeroDivisionError for zero heads, an
+    AttributeError for a list in place of an object. No list of types would be complete.
     """
     try:
         yield
@@ -26,11 +26,11 @@ def as_compression_error(what: str) -> Iterator[None]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without transformers' bars, which come whether stderr is a terminal or not, and without its tables of what is
-    missing, which is an error here. One thread at a time."""
+    """Silence transformers' progress bars, which ignore whether stderr is a terminal, and its tables of missing tensors,
+    which our errors replace. One thread at a time, because these settings are of the whole process."""
     from transformers.utils import logging
 
-    with BUILDING:  # these, too, are of the whole process
+    with BUILDING:
         verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
         logging.set_verbosity_error()
         logging.disable_progress_bar()

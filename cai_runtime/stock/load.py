@@ -13,14 +13,16 @@ from cai_runtime.errors import TensorMissingError, UnsupportedModelError
 from cai_runtime.stock.guard import as_compression_error, quiet_transformers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SPEECH = {"whisper"}  # model types that are loaded as speech recognizers, everything else as causal language models
+SPEECH = {"whisper"}  # model types that load as speech recognizers
 
 
 def dense_reference(path: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
-    """The dense checkpoint as stock transformers' model, in evaluation mode, its parameters frozen.
+    """Load a dense checkpoint as stock transformers' model, in evaluation mode with frozen parameters.
 
-    Raises CompressionError when transformers can't load it, TensorMissingError when it would draw tensors at random,
-    UnsupportedModelError as `auto_class`.
+    Raises:
+        CompressionError: transformers can't load it.
+        TensorMissingError: a tensor is missing, which transformers would draw at random.
+        UnsupportedModelError: as `auto_class`.
     """
     from transformers import AutoConfig
 
@@ -36,11 +38,14 @@ def dense_reference(path: str | Path, *, dtype: torch.dtype = torch.float32, dev
 def slim_as_transformers(
     path: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", keep: float | None = None
 ) -> Any:
-    """A slim checkpoint as stock transformers' model: every module multiplied out to its dense matrix. The judge of a
-    slim model's quality, not a way to run it: it holds the dense model. keep: of an elastic checkpoint.
+    """Load a slim checkpoint as stock transformers' model, with every module multiplied out to its dense matrix.
 
-    Raises CheckpointError for a checkpoint that can't be read or lacks a tensor, CompressionError when transformers can't
-    build the model.
+    For judging a slim model's quality; it takes the dense model's memory. keep: the keep at which to open an elastic
+    checkpoint; None: its largest.
+
+    Raises:
+        CheckpointError: the checkpoint can't be read, or a tensor is missing.
+        CompressionError: transformers can't build the model.
     """
     from transformers import GenerationConfig
 
@@ -60,19 +65,19 @@ def slim_as_transformers(
                 state[f"{name}.bias"] = module.bias.to(dtype)
     with _loading(path):
         config = dense_config(path)
-        with torch.device("meta"):  # only to learn the class; nothing is allocated
+        with torch.device("meta"):  # to find the class without allocating weights
             architecture = type(auto_class(config).from_config(config))
         model, found = architecture.from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
         )
-        if (Path(path) / "generation_config.json").exists():  # without a path transformers makes one up
+        if (Path(path) / "generation_config.json").exists():  # without a path transformers uses its defaults
             model.generation_config = GenerationConfig.from_pretrained(path)
     _require_all(path, found)
     return _frozen(model, device)
 
 
 def dense_config(path: str | Path) -> Any:
-    """A checkpoint's config.json as transformers has it, as that of a dense model. Raises what transformers raises."""
+    """transformers' config of a checkpoint, without its `quantization_config`. Raises what transformers raises."""
     from transformers import AutoConfig
 
     config: Any = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -82,10 +87,9 @@ def dense_config(path: str | Path) -> Any:
 
 
 def auto_class(config: Any) -> Any:
-    """transformers' class that loads models of this configuration: `SPEECH`, causal language models, and what answers text
-    and images with text.
+    """transformers' Auto class for this config: speech recognizer (`SPEECH`), causal language model, or image-text-to-text.
 
-    Raises UnsupportedModelError when it has none for it.
+    Raises UnsupportedModelError if none of them knows the config.
     """
     import transformers
 

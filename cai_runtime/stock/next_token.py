@@ -1,5 +1,8 @@
-"""Next-token logits for a wave of texts that grow side by side: by this library's engine, or by transformers where the
-engine has no definition of the architecture."""
+"""Next-token logits for a batch of growing texts: by the engine, or by transformers for architectures that the engine does
+not have.
+
+A wave is one batch of texts from their first tokens to their last. Each text has a lane, a fixed place in the KV cache.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Feed:
-    """Tokens that go on in a lane, at least one. start: the position of the first, 0 begins a new text there."""
+    """Tokens to append to a lane's text, at least one. start: position of the first; 0 begins a new text."""
 
     lane: int
     token_ids: list[int]
@@ -32,20 +35,20 @@ class Feed:
 
 
 class NextToken(Protocol):
-    """A model that continues up to `lanes` texts at once, each at its own place in `max_context` positions."""
+    """A loaded model that continues up to `lanes` texts of up to `max_context` tokens at once."""
 
-    name: str  # of what runs the model, for the report
+    name: str  # of the engine, for the report
     lanes: int
     vocab_size: int
     max_context: int
-    max_feed: int  # tokens that one lane may be fed at a time
+    max_feed: int  # most tokens of a lane in one call
 
     def begin_wave(self) -> None:
-        """Forget every lane's text."""
+        """Clear every lane."""
         ...
 
     def logits(self, feeds: Sequence[Feed]) -> np.ndarray:
-        """Feed each lane once at most; fp32 [feeds, vocab_size]: what follows each feed's last token."""
+        """Feed each lane at most once. Returns fp32 [feeds, vocab_size]: the logits after each feed's last token."""
         ...
 
     def close(self) -> None: ...
@@ -54,10 +57,11 @@ class NextToken(Protocol):
 def open_next_token(
     path: Path, *, lanes: int, length: int, device: str = "cpu", progress: bool | None = None
 ) -> NextToken:
-    """Open a checkpoint, dense or slim, for up to `lanes` texts of up to `length` tokens; fewer lanes where the memory for
-    keys and values does not do.
+    """Open a checkpoint, dense or slim, for up to `lanes` texts of up to `length` tokens.
 
-    Raises CompressionError when the model does not fit the free memory or can't be run; CheckpointError when it is damaged.
+    A small KV cache gives fewer lanes.
+
+    Raises CompressionError if the model can't be run or does not fit the free memory, CheckpointError if it is damaged.
     """
     from cai_runtime.slim.reader import Checkpoint
 
@@ -67,7 +71,7 @@ def open_next_token(
         full = 4 * sum(math.prod(info.shape) for info in infos)
         slim, config = checkpoint.is_slim, checkpoint.config
     _require_memory(path, stored, device)
-    # Never more positions than are used: the cache is made for them.
+    # The KV cache is allocated for `context` positions.
     context = min(length, int(config.get("max_position_embeddings") or length))
     try:
         return EngineLanes(path, lanes=lanes, context=context, device=device, progress=progress)
@@ -91,15 +95,18 @@ def _require_memory(path: Path, need: int, device: str) -> None:
 
 
 class EngineLanes:
-    """`NextToken` over the engine's runner: a lane is a fixed run of pages of its cache. A lane's logits do not depend on
-    what the others hold."""
+    """`NextToken` over the engine's runner. A lane is a fixed run of KV cache pages. Its logits do not depend on other
+    lanes."""
 
     name = "cai_runtime's engine"
     max_feed = 64
 
     def __init__(self, path: Path, *, lanes: int, context: int, device: str, progress: bool | None = None):
-        """context: positions of a lane, at most the model's. Raises UnsupportedModelError for an architecture that the
-        engine does not run."""
+        """context: positions of a lane, at most the model's.
+
+        Raises UnsupportedModelError for an architecture that the engine does not have, CompressionError if not even one
+        lane fits into memory.
+        """
         from cai_runtime.engine.open import load_runner
 
         runner, _ = load_runner(
@@ -114,7 +121,7 @@ class EngineLanes:
         self._runner = runner
 
     def begin_wave(self) -> None:
-        """Nothing to do: a text that begins at position 0 sees nothing of what its pages held."""
+        """Nothing to clear: a text that begins at position 0 does not read its pages' old contents."""
 
     def logits(self, feeds: Sequence[Feed]) -> np.ndarray:
         from cai_runtime.engine.runner import ScheduledSequence
@@ -132,17 +139,17 @@ class EngineLanes:
 
 
 class TransformersLanes:
-    """`NextToken` over stock transformers, for every causal language model that takes a padding mask and positions.
+    """`NextToken` over stock transformers, for causal language models that take a padding mask and positions.
 
-    All lanes take one token a step, so that the cache's columns are the steps; a lane's mask hides the columns of the texts
-    it held before. Layers with a recurrent state instead of keys go on from the text before.
+    Every lane takes one token per step, so column t of the KV cache is step t. A lane's mask hides the columns of its
+    earlier texts. Layers with a recurrent state in place of keys continue from the earlier text.
     """
 
     name = "transformers"
     max_feed = 1
 
     def __init__(self, path: Path, *, lanes: int, device: str):
-        """Raises CompressionError for a model that can't be loaded, or takes no mask and positions."""
+        """Raises CompressionError for a model that can't be loaded or takes no mask, positions or KV cache."""
         import torch
 
         from cai_runtime.stock.load import dense_reference
@@ -172,7 +179,7 @@ class TransformersLanes:
     def logits(self, feeds: Sequence[Feed]) -> np.ndarray:
         import torch
 
-        # A lane that is not fed sees its own filler alone: a row that sees nothing has no softmax.
+        # A lane without a feed gets a filler token, because a row with everything masked has no softmax.
         ids = torch.zeros(self.lanes, 1, dtype=torch.int64)
         positions = torch.zeros(self.lanes, 1, dtype=torch.int64)
         fed = {feed.lane: feed for feed in feeds}

@@ -1,4 +1,4 @@
-"""What transformers' Whisper takes: log-mel features of a window of audio, and batches of one window."""
+"""Inputs of transformers' Whisper: log-mel features of a window of audio, and batches of one window."""
 
 from __future__ import annotations
 
@@ -14,20 +14,25 @@ if TYPE_CHECKING:
 
 
 def speech_batch(features: torch.Tensor, tokens: torch.Tensor, prompt: int) -> dict[str, torch.Tensor]:
-    """A batch of one window: `input_features` [1, mels, frames], `decoder_input_ids` [1, tokens], and as `labels` the next
-    token at each place, -100 where that is part of the prompt. tokens: int64, prompt, text and end."""
+    """A batch of one window for teacher forcing.
+
+    features: [mels, frames]. tokens: int64 [tokens], prompt, text and end. prompt: number of prompt tokens.
+
+    Returns `input_features` [1, mels, frames], `decoder_input_ids` [1, tokens - 1], and `labels` [1, tokens - 1]: the next
+    token at each position, -100 where that belongs to the prompt.
+    """
     labels = tokens[1:].clone()
     labels[: prompt - 1] = -100
     return {"input_features": features[None], "decoder_input_ids": tokens[None, :-1], "labels": labels[None]}
 
 
 def window_features(extractor: Any, audio: np.ndarray) -> torch.Tensor:
-    """Log-mel features of up to 30 s, padded with silence: fp32 [mels, frames]."""
+    """Log-mel features, fp32 [mels, frames], of audio fp32 [samples] at 16 kHz, up to 30 s, padded with silence."""
     return extractor(audio, sampling_rate=RATE, return_tensors="pt").input_features[0]
 
 
 def load_processor(path: str | Path) -> tuple[Any, Any]:
-    """A Whisper's feature extractor and tokenizer. Raises CompressionError when the directory lacks their files."""
+    """(feature extractor, tokenizer) of a Whisper directory. Raises CompressionError if they can't be loaded."""
     from transformers import AutoFeatureExtractor, AutoTokenizer
 
     with as_compression_error(f"the feature extractor or tokenizer of {path} can't be loaded"):

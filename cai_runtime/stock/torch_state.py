@@ -1,4 +1,4 @@
-"""What torch keeps for a whole process or thread, where a caller or another thread may have it otherwise."""
+"""Sets torch's process-wide and thread-wide state for our computations, whatever callers and other threads set."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-BUILDING = threading.RLock()  # transformers changes torch for the whole process while it builds or loads a model
+BUILDING = threading.RLock()  # transformers patches torch for the whole process while it builds or loads a model
 
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Modules that this thread makes have their parameters on the meta device, and buffers as they are.
+    """Create this thread's parameters on the meta device. Buffers keep their device.
 
-    As accelerate's init_empty_weights(include_buffers=False), but for this thread alone: there, what other threads make
-    meanwhile loses its values.
+    Like accelerate's init_empty_weights(include_buffers=False), which however also takes the values of parameters that
+    other threads create meanwhile.
     """
     with BUILDING:
         owner, register = threading.get_ident(), nn.Module.register_parameter
@@ -37,8 +37,10 @@ def parameters_on_meta() -> Iterator[None]:
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
-    """This thread's gradients on, its inference mode and autocast off, its tensors on the CPU unless a device is named:
-    what our computations take for granted, whatever the caller is in."""
+    """Run with gradients on, inference mode and autocast off, and the CPU as default device, whatever the caller's state.
+
+    Affects this thread only.
+    """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())

@@ -1,9 +1,8 @@
-"""A Whisper's own transcription of windows of audio, at a temperature: what it is calibrated on where nobody has written
-down what is said.
+"""Transcribes windows of audio by Whisper itself, greedily or sampled: the calibration text of clips without transcripts.
 
-The loop is plain: prompt, rules for suppressed tokens and times, and the most likely or a drawn token, until the end. The
-rules are those of transformers' `generate` (Radford, Kim, Xu, Brockman, McLeavey and Sutskever, "Robust speech recognition
-via large-scale weak supervision", 2022), which itself draws from torch's global random state.
+After the prompt, each step applies the rules for suppressed tokens and timestamps, and takes the most likely token or a
+sampled one. The rules are those of transformers' `generate` (Radford, Kim, Xu, Brockman, McLeavey and Sutskever, "Robust
+speech recognition via large-scale weak supervision", 2022). `generate` itself samples from torch's global random state.
 """
 
 from __future__ import annotations
@@ -18,15 +17,19 @@ from cai_runtime.errors import CompressionError
 from cai_runtime.kernels.sampling import uniform
 from cai_runtime.stock.cached_forward import cached_forward
 
-TOGETHER = 8  # windows transcribed at once
+TOGETHER = 8  # windows transcribed in one batch
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """The tokens by which Whisper is told what to do.
+    """Whisper's control tokens.
 
-    start: <|startoftranscript|>. task: what follows the language (empty for a model of English alone). languages: ids of the
-    languages' tokens, empty likewise; one where the generation config names it. plain: <|notimestamps|>. end: <|endoftext|>.
+    Attributes:
+        start: <|startoftranscript|>.
+        task: <|transcribe|>, which follows the language; empty for an English-only model.
+        languages: the languages' tokens; only one if the generation config names it; empty for an English-only model.
+        plain: <|notimestamps|>.
+        end: <|endoftext|>.
     """
 
     start: int
@@ -37,7 +40,7 @@ class Prompts:
 
     @classmethod
     def of(cls, model: Any) -> Prompts:
-        """Of transformers' Whisper, from its generation config. Raises CompressionError where that lacks one."""
+        """The control tokens in a Whisper's generation config. Raises CompressionError if one is missing."""
         config = model.generation_config
         many = bool(getattr(config, "is_multilingual", False))
         try:
@@ -52,14 +55,16 @@ class Prompts:
             raise CompressionError(f"generation_config.json lacks what transcribing needs: {e!r}") from e
 
     def begin(self, *language: int, times: bool) -> list[int]:
-        """The prompt, in a language where there are several, with or without times."""
+        """The prompt's token ids. language: its token, for a multilingual model. times: whether to predict timestamps."""
         return [self.start, *language, *self.task, *([] if times else [self.plain])]
 
 
 @torch.inference_mode()
 def prompt_of(model: Any, prompts: Prompts, encoded: torch.Tensor, *, times: bool) -> list[list[int]]:
-    """The prompt for each of the windows: the language that the model hears, where it knows several; with or without
-    times. encoded: the encoder's output, [windows, positions, width]."""
+    """The prompt of each window. A model of several languages detects the language.
+
+    encoded: the encoder's output, [windows, positions, width]. times: whether to predict timestamps.
+    """
     windows = encoded.shape[0]
     if len(prompts.languages) < 2:
         return [prompts.begin(*prompts.languages, times=times) for _ in range(windows)]
@@ -80,10 +85,15 @@ def transcribe(
     temperature: float = 0.0,
     keys: Sequence[int] = (),
 ) -> list[list[int]]:
-    """What the model writes after each window's prompt, its end token included (unless `most` tokens end it).
+    """The token ids that the model generates after each window's prompt, with the end token if it comes within `most`.
 
-    model: transformers' Whisper. encoded: as in `prompt_of`. prompt: of equal length. temperature: 0 takes the most likely
-    token. keys: a random key for each window; the same key draws the same tokens, whatever else is in the batch.
+    Args:
+        model: transformers' Whisper.
+        encoded: the encoder's output, [windows, positions, width].
+        prompt: token ids for each window, all of one length.
+        most: tokens to generate per window, at most.
+        temperature: 0 is greedy.
+        keys: a random key for each window; a key draws the same tokens in any batch.
     """
     rules, end = _rules(model, len(prompt[0]), prompt[0][-1]), int(model.generation_config.eos_token_id)
     ids = torch.tensor(prompt, device=encoded.device)
@@ -111,13 +121,13 @@ def transcribe(
 
 @torch.inference_mode()
 def encode(model: Any, features: torch.Tensor) -> torch.Tensor:
-    """The encoder's output for log-mel features [windows, mels, frames]: [windows, positions, width]."""
+    """The encoder's output [windows, positions, width] for log-mel features [windows, mels, frames]."""
     place = next(model.parameters())
     return model.get_encoder()(features.to(place.device, place.dtype)).last_hidden_state
 
 
 def _languages(config: Any) -> tuple[int, ...]:
-    """Ids of the languages that a text may be in; the one that is named as transformers' `generate` takes it: fr, French or
+    """Token ids of the languages; only one if the config names it, in a form of transformers' `generate`: fr, French or
     <|fr|>."""
     from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
@@ -130,7 +140,7 @@ def _languages(config: Any) -> tuple[int, ...]:
 
 
 def _logits(model: Any, encoded: torch.Tensor, ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
-    """Of the last position, fp32 [windows, vocabulary]; the cache with these positions."""
+    """(logits of the last position, fp32 [windows, vocabulary]; the updated KV cache)."""
     from transformers.modeling_outputs import BaseModelOutput
 
     encoder_outputs = BaseModelOutput(last_hidden_state=encoded)
@@ -139,7 +149,7 @@ def _logits(model: Any, encoded: torch.Tensor, ids: torch.Tensor, cache: Any) ->
 
 
 def _rules(model: Any, begin: int, last: int) -> list[Any]:
-    """What forbids tokens: those that are never to be written, those that no text begins with, and times out of order."""
+    """Logits processors: suppressed tokens, tokens suppressed at the beginning, and the order of timestamps."""
     from transformers.generation.logits_process import (
         SuppressTokensAtBeginLogitsProcessor,
         SuppressTokensLogitsProcessor,

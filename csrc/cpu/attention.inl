@@ -79,7 +79,7 @@ inline void scale_state(State& s, float by, int64_t DV) {
   for (int64_t d = 0; d < DV; d += kW) Simd::store(s.acc + d, Simd::mul(factor, Simd::load(s.acc + d)));
 }
 
-// Merges the state of the next split into the state of the keys before it.
+// Adds a split's softmax state (maximum, sum, weighted values) to the state of all splits before it.
 inline void merge(State& total, float maximum, float sum, const float* acc, int64_t DV) {
   if (maximum == kNothing) return;
   if (total.maximum == kNothing) {

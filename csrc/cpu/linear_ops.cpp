@@ -142,7 +142,8 @@ class Input {
     if (coded_) rows_ = codes.rows();
   }
 
-  // Call it on a claimed piece, before reading x: no thread overwrites x before that piece is finished.
+  // Transforms x for this thread alone, if no phase did it for all. Call this only while holding a claimed piece: until
+  // that piece is finished, no thread overwrites x.
   void make() {
     if (!lazy_) return;
     lazy_ = false;

@@ -11,6 +11,7 @@ it is for the version that wrote it; the process that loads it imports this modu
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
@@ -32,7 +33,15 @@ from cai_runtime.kernels.cpu_library import Arena
 from cai_runtime.kernels.embedding import CpuEmbedding
 from cai_runtime.kernels.norm import RmsNorm
 from cai_runtime.kernels.prepare import prepare
-from cai_runtime.kernels.slim_linear import MpoLinear, MpoShape, PreparedLinear, SideBySide, as_dense, contract_mpo
+from cai_runtime.kernels.slim_linear import (
+    MpoLinear,
+    MpoShape,
+    PreparedLinear,
+    Prologue,
+    SideBySide,
+    as_dense,
+    contract_mpo,
+)
 from cai_runtime.kernels.torch import ops
 from cai_runtime.kernels.torch.frozen import Frozen, as_text, freeze, freeze_core, freeze_members
 from cai_runtime.kernels.torch.relocation import strip_addresses
@@ -57,14 +66,11 @@ class TensorsModule(torch.nn.Module):
         return [t for t in self._buffers.values() if t is not None]
 
 
-class Linear(TensorsModule):
-    """A group of projections that one call runs; called like the `PreparedLinear` it was made of."""
+class LinearModule(torch.nn.Module, ABC):
+    """A `PreparedLinear` as a module, called in the same way. A subclass fills in `_run`, as one of `slim_linear.Linear`."""
 
-    def __init__(self, frozen: Frozen):
-        super().__init__(frozen.tensors)
-        self.in_features: int = frozen.in_features
-        self.out_features: int = frozen.out_features
-        self.backend, self._layout = frozen.backend, frozen.layout
+    in_features: int
+    out_features: int
 
     def forward(
         self,
@@ -75,73 +81,63 @@ class Linear(TensorsModule):
         swiglu: bool = False,
     ) -> torch.Tensor:
         """x [M, in_features] -> [M, out_features] in x's dtype; the arguments of `PreparedLinear.__call__`."""
+        return self._run(x, Prologue(norm, swiglu), residual)
+
+    @abstractmethod
+    def _run(self, x: torch.Tensor, prologue: Prologue, residual: torch.Tensor | None) -> torch.Tensor:
+        """As `slim_linear.Linear._run`."""
+
+
+class Linear(TensorsModule, LinearModule):
+    """A group of projections that one call runs."""
+
+    def __init__(self, frozen: Frozen):
+        super().__init__(frozen.tensors)
+        self.in_features, self.out_features = frozen.in_features, frozen.out_features
+        self.backend, self._layout = frozen.backend, frozen.layout
+
+    def _run(self, x: torch.Tensor, prologue: Prologue, residual: torch.Tensor | None) -> torch.Tensor:
+        norm = prologue.norm
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-        if norm is not None and swiglu:
-            raise KernelError("a linear's input is normed or gated, not both")
         return ops.slim_linear(
-            x, residual, weight, eps, swiglu, self.tensors(), self._layout, self.in_features, self.out_features,
+            x, residual, weight, eps, prologue.swiglu, self.tensors(), self._layout, self.in_features, self.out_features,
             self.backend,
         )  # fmt: skip
 
 
-def transformed(x: torch.Tensor, norm: RmsNorm | None, swiglu: bool, backend: str) -> torch.Tensor:
-    """A linear's prologue by the operators of their own."""
-    if norm is not None and swiglu:
-        raise KernelError("a linear's input is normed or gated, not both")
-    if norm is not None:
-        return ops.rms_norm(x, norm.weight, norm.eps, backend)
-    return ops.swiglu(x, backend) if swiglu else x
-
-
-class Mpo(torch.nn.Module):
+class Mpo(LinearModule):
     """A matrix product operator: an operator call for each core."""
 
     bias: torch.Tensor | None
 
     def __init__(self, w: LinearWeights | MpoShape, cores: Sequence[Linear], bias: torch.Tensor | None):
         super().__init__()
-        self.in_features: int = w.in_features
-        self.out_features: int = w.out_features
+        self.in_features, self.out_features = w.in_features, w.out_features
         self._shape = MpoShape(w.in_features, w.out_features, w.out_dims, w.in_dims, w.bonds)
         self.cores = torch.nn.ModuleList(cores)
         self.backend = cores[0].backend
         self.register_buffer("bias", bias, persistent=False)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None = None,
-        *,
-        norm: RmsNorm | None = None,
-        swiglu: bool = False,
-    ) -> torch.Tensor:
-        """As `Linear.forward`."""
-        x = transformed(x, norm, swiglu, self.backend)
+    def _run(self, x: torch.Tensor, prologue: Prologue, residual: torch.Tensor | None) -> torch.Tensor:
+        norm_op = partial(ops.rms_norm, backend=self.backend)
+        x = prologue.apply(x, norm_op, partial(ops.swiglu, backend=self.backend))
         y = contract_mpo(x, self._shape, list(self.cores))
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y if residual is None else y + residual
 
 
-class Beside(torch.nn.Module):
+class Beside(LinearModule):
     """Linears over one input whose outputs are concatenated."""
 
     def __init__(self, parts: Sequence[LinearModule]):
         super().__init__()
         self.parts = torch.nn.ModuleList(parts)
-        self.in_features: int = parts[0].in_features
-        self.out_features: int = sum(p.out_features for p in parts)
+        self.in_features = parts[0].in_features
+        self.out_features = sum(p.out_features for p in parts)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None = None,
-        *,
-        norm: RmsNorm | None = None,
-        swiglu: bool = False,
-    ) -> torch.Tensor:
-        """As `Linear.forward`."""
-        y = torch.cat([p(x, norm=norm, swiglu=swiglu) for p in self.parts], dim=1)
+    def _run(self, x: torch.Tensor, prologue: Prologue, residual: torch.Tensor | None) -> torch.Tensor:
+        y = torch.cat([p(x, norm=prologue.norm, swiglu=prologue.swiglu) for p in self.parts], dim=1)
         return y if residual is None else y + residual
 
 
@@ -202,9 +198,6 @@ class Embedding(TensorsModule):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids int32 or int64 [M] -> [M, hidden]."""
         return ops.embedding(ids, self.tensors(), self._layout, self.hidden, self._dtype, self._backend)
-
-
-LinearModule = Linear | Mpo | Beside
 
 
 def torch_module(prepared: Any) -> LinearModule | Attention | Embedding:

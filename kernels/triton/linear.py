@@ -12,12 +12,13 @@ linear happens where stage 1 reads x. z is rounded to the activation dtype. The 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 
 from cai_runtime.errors import KernelError
+from cai_runtime.kernels.norm import RmsNorm
+from cai_runtime.kernels.slim_linear import Linear, Prologue
 from cai_runtime.kernels.triton import products as p
 from cai_runtime.kernels.triton.checks import (
     ACTIVATIONS,
@@ -32,10 +33,7 @@ from cai_runtime.kernels.triton.plan import Input, Member, Plan, TileChoice
 from cai_runtime.kernels.triton.rows import rms_norm, swiglu
 from cai_runtime.kernels.triton.tiles import DECODE_ROWS, Products, block_k, default_tile
 from cai_runtime.kernels.triton.tuning import tile_for
-
-if TYPE_CHECKING:
-    from cai_runtime.kernels.norm import RmsNorm
-    from cai_runtime.kernels.weights import LinearWeights
+from cai_runtime.kernels.weights import LinearWeights
 
 # Stores whose decode loop has time for a norm between its reads. Compiled for sm_90, a step of it grows from 111
 # instructions to 194 for bf16, from 198 to 334 for int8 and from 307 to 490 for int4: the latter would wait for that.
@@ -43,7 +41,7 @@ NORM_IN_LAUNCH = frozenset({"fp32", "bf16"})
 INT8_FEATURES = (2**31 - 1) // 127**2  # a sum of so many products of int8 always fits in int32
 
 
-class TritonLinear:
+class TritonLinear(Linear):
     """Linears that share their input, checked and made ready to run together.
 
     members: dense, lowrank or interpolative, on one device; cores float32, bfloat16, float16, int8 with one scale per row,
@@ -52,7 +50,12 @@ class TritonLinear:
     rounded to int8 first, see `cai_runtime.kernels.quantized_rows`. tiles: chooses the shape of programs; no tile changes
     a bit.
 
-    Raises KernelError for a shape, dtype, device or kind that is not as above; names the member.
+    A call takes x [M, in_features] ([M, 2 in_features] with swiglu), float32, bfloat16 or float16, with any strides; M may
+    be 0. residual: [M, out_features] of x's dtype, added before the one rounding of the result. norm: its weight is
+    [in_features], of any activation dtype. swiglu: silu(gate) * up is rounded to x's dtype. The result is a new tensor in
+    x's dtype. A row's bits do not depend on M.
+
+    Raises KernelError for a shape, dtype, device or kind that is not as above; names the member or the argument.
     """
 
     def __init__(
@@ -73,28 +76,8 @@ class TritonLinear:
         self._members = [Member.of(w) for w in members]
         self._plans: dict[torch.dtype, Plan] = {}
 
-    def __call__(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None = None,
-        *,
-        norm: RmsNorm | None = None,
-        swiglu: bool = False,
-    ) -> torch.Tensor:
-        """The members applied to `x`, side by side, plus biases and residual.
-
-        Args:
-            x: [M, in_features], or [M, 2 in_features] with swiglu; float32, bfloat16 or float16, any strides; M may be 0.
-            residual: [M, out_features] of x's dtype, added before the one rounding of the result.
-            norm: RMSNorm of x first; its weight [in_features], of any activation dtype.
-            swiglu: x holds gate and up side by side, and silu(gate) * up, rounded to x's dtype, goes in.
-
-        Returns:
-            [M, out_features] in x's dtype, newly allocated. A row's bits do not depend on M.
-
-        Raises:
-            KernelError: a shape, dtype or device is not as above, or both norm and swiglu; names the argument.
-        """
+    def _run(self, x: torch.Tensor, prologue: Prologue, residual: torch.Tensor | None) -> torch.Tensor:
+        norm, swiglu = prologue.norm, prologue.swiglu
         check_activation("x", x, self.in_features * (2 if swiglu else 1))
         if x.device != self.device:
             raise KernelError(f"x is on {x.device}, expected {self.device}: the weights are there")
@@ -104,8 +87,6 @@ class TritonLinear:
             check_tensor("residual", residual, shape=shape, device=x.device, dtypes=(x.dtype,), unit_stride=False)
             residual = rows_contiguous(residual)
         if norm is not None:
-            if swiglu:
-                raise KernelError("a linear's input is normed or gated, not both")
             check_tensor("norm.weight", norm.weight, shape=(self.in_features,), device=x.device, dtypes=ACTIVATIONS)
         y = torch.empty((rows, self.out_features), dtype=x.dtype, device=x.device)
         if rows == 0:

@@ -32,6 +32,7 @@ def prepared(tmp_path: Path) -> Path:
     return tmp_path / "kit"
 
 
+@pytest.mark.slow
 def test_perplexities_by_tokens_taken(script, tiny_dir: Path, prepared: Path, tmp_path: Path, monkeypatch):
     gpu_heal = script("gpu_heal")
     monkeypatch.setattr(gpu_heal, "FIRST_CHECKPOINT", 64)

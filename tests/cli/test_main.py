@@ -2,7 +2,7 @@ import os
 import subprocess
 import sys
 from importlib import import_module
-from pathlib import Path
+from pkgutil import iter_modules
 
 import pytest
 
@@ -14,7 +14,7 @@ HEAVY = {"torch", "transformers", "openai", "numpy"}
 
 
 def test_the_list_of_commands_is_that_of_the_files():
-    files = {file.stem for file in Path(cai_runtime.cli.__file__).parent.glob("*.py")}
+    files = {module.name for module in iter_modules(cai_runtime.cli.__path__)}
     assert files - NOT_COMMANDS == set(COMMANDS)
 
 

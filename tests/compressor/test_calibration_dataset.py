@@ -1,10 +1,6 @@
-"""Calibration text from a dataset of the hub: a small local server that speaks the hub's protocol."""
+"""Calibration text from a dataset of the hub: a local server that speaks its protocol."""
 
-import hashlib
 import io
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from transformers import AutoTokenizer
@@ -24,66 +20,9 @@ def shard(words):
     return out.getvalue()
 
 
-class Hub:
-    """One dataset, org/words: revision -> files. `served` lists the files asked for; `lie` falsifies stated hashes."""
-
-    def __init__(self):
-        self.revisions, self.card, self.served, self.lie = {}, {}, [], False
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_HEAD(self):
-                self.do_GET()
-
-            def do_GET(self):
-                status, headers, body = hub.answer(self.path.split("?")[0], self.command)
-                self.send_response(status)
-                for key, value in ({"Content-Length": str(len(body))} | headers).items():
-                    self.send_header(key, value)
-                self.end_headers()
-                if self.command == "GET":
-                    self.wfile.write(body)
-
-            def log_message(self, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    @staticmethod
-    def commit(revision):
-        return hashlib.sha1(revision.encode()).hexdigest()
-
-    def answer(self, path, method):
-        as_json = {"Content-Type": "application/json"}
-        for revision, files in self.revisions.items():
-            commit = self.commit(revision)
-            api = "/api/datasets/org/words/revision/"
-            if path in (api + revision, api + revision.replace("/", "%2F"), api + commit):
-                siblings = [
-                    {"rfilename": name, "size": len(content), "lfs": self.lfs(content), "blobId": "0" * 40}
-                    for name, content in files.items()
-                ]
-                answer = {"id": "org/words", "sha": commit, "siblings": siblings, "cardData": self.card}
-                return 200, as_json, json.dumps(answer).encode()
-            prefix = f"/datasets/org/words/resolve/{commit}/"
-            if path.startswith(prefix) and (name := path.removeprefix(prefix)) in files:
-                if method == "GET":
-                    self.served.append(name)
-                etag = self.lfs(files[name])["sha256"]
-                return 200, {"ETag": f'"{etag}"', "X-Repo-Commit": commit}, files[name]
-        code = "RevisionNotFound" if path.startswith("/api/datasets/org/words") else "RepoNotFound"
-        return 404, {"X-Error-Code": code, "X-Error-Message": "not found"}, b"{}"
-
-    def lfs(self, content):
-        sha256 = "0" * 64 if self.lie else hashlib.sha256(content).hexdigest()
-        return {"sha256": sha256, "size": len(content), "pointerSize": 100}
-
-
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    server = Hub()
+def hub(serve_hub):
+    server = serve_hub("datasets/org/words")
     server.revisions["main"] = {
         "README.md": b"#",
         "data/train-00000-of-00003.parquet": shard(["w1", "w2"]),
@@ -91,12 +30,7 @@ def hub(tmp_path, monkeypatch):
         "data/train-00002-of-00003.parquet": shard(["w4"]),
         "data/test-00000-of-00001.parquet": shard(["w5"]),
     }
-    monkeypatch.setenv("CAI_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    yield server
-    server.server.shutdown()
-    server.server.server_close()
+    return server
 
 
 @pytest.fixture

@@ -410,7 +410,7 @@ def test_an_elastic_one_is_healed_and_judged_at_its_keeps(whisper, speech, tmp_p
 
 
 def test_a_text_model_hears_nothing(tiny, speech):
-    with pytest.raises(CompressionError, match="a llama, which hears no audio"):
+    with pytest.raises(CompressionError, match="a llama model, which takes no audio"):
         compare_speech(tiny, audio=speech, progress=False)
 
 

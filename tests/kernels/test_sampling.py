@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sampling_cases import batches, make_batch
+from sampling_cases import batches, fill_uniforms, make_batch
 
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels import cpu_library
@@ -106,7 +106,7 @@ def test_ten_thousand_draws_follow_the_distribution():
     rows = np.repeat(s.NEUTRAL, draws)
     rows["inverse_temperature"], rows["top_p"], rows["position"] = s.inverse_temperature(0.9), 0.95, np.arange(draws)
     rows["seed"] = 5
-    s.fill_uniforms(rows)
+    fill_uniforms(rows)
     found = s.sample_cpu(np.tile(logits, (draws, 1)), s.SamplingBatch(rows, [s.NO_TABLES] * draws))
     counts = np.bincount(found.ids, minlength=vocabulary)
     expected = draws * exact_probabilities(logits, 0.9, 0, 0.95, 0.0)
@@ -138,7 +138,7 @@ def test_weights_of_known_logits():
 def test_random_numbers_are_numpys_philox(seed: int, position: int):
     rows = s.NEUTRAL.copy()
     rows["seed"], rows["position"] = (seed % 2**64, seed // 2**64 % 2**64), position
-    s.fill_uniforms(rows)
+    fill_uniforms(rows)
     raw = int(np.random.Philox(key=seed % 2**128, counter=position).random_raw())
     assert rows["uniform"][0] == s.uniform(seed, position) == (raw >> 11) / 2**53
 

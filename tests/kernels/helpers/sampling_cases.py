@@ -10,10 +10,15 @@ from cai_runtime.kernels.sampling import (
     NO_TABLES,
     RowTables,
     SamplingBatch,
-    fill_uniforms,
+    _function,
     inverse_temperature,
     min_weight,
 )
+
+
+def fill_uniforms(rows: np.ndarray) -> None:
+    """Fill the field `uniform` of ROW [n] from seed and position, by the C++ function that `new_batch` calls."""
+    _function("sampling_uniforms")(rows.ctypes.data, len(rows))
 
 
 def make_batch(rng: np.random.Generator, rows: int, vocabulary: int) -> tuple[np.ndarray, SamplingBatch]:

@@ -1,59 +1,45 @@
-"""Options that several benchmarks share, and how their values are read."""
+"""Linears by themselves: kernel backends side by side, beside torch, all in one run.
+
+Shapes are those of a model by name, or given by --shape. Each line is one kernel on one group of linears that runs as
+one call: median and best time, bytes of weights per second, operations per second, the fraction of the floor, and how
+much faster than torch's dense linear. On a GPU every call is replayed from a CUDA graph. Weights and inputs rotate, so
+that no call finds its weights in a cache. `cai_runtime/bench/linear.py` defines each figure.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from cai_runtime.cli.bench.options import (
+    add_backend_argument,
+    add_machine_arguments,
+    counts,
+    output_file,
+    resolved_device,
+    schedule,
+    words,
+    write_json,
+)
 from cai_runtime.errors import BenchmarkError
 
 if TYPE_CHECKING:
     from cai_runtime.bench.linear import LinearReport, LinearSettings
-    from cai_runtime.bench.timing import Schedule
     from cai_runtime.models.shapes import LinearGroup
 
-PEERS_MODEL = "smollm2-135m-instruct"
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_linear_arguments(parser, batches="1,4,16,512")
 
 
-def words(text: str) -> tuple[str, ...]:
-    """ "fp32,int8" -> ("fp32", "int8")."""
-    found = tuple(word.strip() for word in text.split(","))
-    if not all(found):
-        raise argparse.ArgumentTypeError(f"{text!r} is no comma-separated list")
-    return found
-
-
-def counts(text: str) -> tuple[int, ...]:
-    """ "1,4,16" -> (1, 4, 16)."""
-    try:
-        found = tuple(int(word) for word in text.split(","))
-    except ValueError:
-        found = (0,)
-    if min(found) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no comma-separated list of whole numbers above 0")
-    return found
-
-
-def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where it runs, how long it is timed, and where the figures go."""
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default: a GPU if there is one")
-    parser.add_argument("--threads", type=int, metavar="N", help="of the CPU; default: all that this process may use")
-    parser.add_argument("--seconds", type=float, default=0.25, metavar="S", help="timed for each figure; default: 0.25")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns that they are taken in; default: 5")
-    parser.add_argument("--no-peers", action="store_true", help="leave out torch")
-    parser.add_argument("--json", metavar="FILE", help="also write everything, machine and versions included, to FILE")
-
-
-def add_backend_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--backend", type=words, metavar="LIST", help="cpu, reference, triton, cuda; default: those for the device"
-    )
+def run(args: argparse.Namespace) -> int:
+    run_linear(args, "linear")
+    return 0
 
 
 def add_linear_arguments(parser: argparse.ArgumentParser, batches: str) -> None:
-    """What `linear` and `prefill` share."""
+    """The options that `linear` and `prefill` share. batches: the default of --batch."""
     parser.add_argument("--model", metavar="NAME", help="all linears of a model, such as llama-3.1-8b (the default)")
     parser.add_argument("--only", type=words, metavar="LIST", help="of the model's groups, such as qkv,down")
     parser.add_argument(
@@ -78,20 +64,6 @@ def add_linear_arguments(parser: argparse.ArgumentParser, batches: str) -> None:
     parser.add_argument("--plot", metavar="FILE.png", help="also draw the roofline plot (needs the extra `bench`)")
 
 
-def resolved_device(name: str) -> str:
-    """ "auto", "cuda" -> "cpu", "cuda:0". Raises BenchmarkError for a device that is not there."""
-    from cai_runtime.engine.open import choose_device
-
-    device = str(choose_device(name))
-    return f"{device}:0" if device == "cuda" else device
-
-
-def schedule(args: argparse.Namespace) -> Schedule:
-    from cai_runtime.bench.timing import Schedule
-
-    return Schedule(rounds=args.rounds, seconds=args.seconds)
-
-
 def linear_settings(args: argparse.Namespace) -> LinearSettings:
     from cai_runtime.bench.factors import Factorization
     from cai_runtime.bench.linear import LinearSettings
@@ -110,7 +82,7 @@ def linear_settings(args: argparse.Namespace) -> LinearSettings:
 
 
 def linear_groups(args: argparse.Namespace) -> tuple[str, list[LinearGroup], bool, list[str]]:
-    """(what they are, the groups, whether they are all linears of a model, notes). Raises BenchmarkError."""
+    """(name of the subject, the groups, whether they are all linears of a model, notes). Raises BenchmarkError."""
     from cai_runtime.models.shapes import distinct, model_shapes, parse_shape
 
     if args.shape:
@@ -130,7 +102,7 @@ def linear_groups(args: argparse.Namespace) -> tuple[str, list[LinearGroup], boo
 
 
 def run_linear(args: argparse.Namespace, benchmark: str) -> LinearReport:
-    """Measure, print the table, write the JSON and the plot."""
+    """Measure, print the table, write the JSON and the plot. benchmark: the name in the JSON."""
     from cai_runtime.bench.linear import bench_linear
     from cai_runtime.bench.linear_report import draw_linear, format_linear, linear_json
     from cai_runtime.bench.roofline import check_plot
@@ -148,18 +120,3 @@ def run_linear(args: argparse.Namespace, benchmark: str) -> LinearReport:
     if plot is not None:
         draw_linear(report, plot)
     return report
-
-
-def output_file(option: str, name: str | None) -> Path | None:
-    """The file an option names. Raises BenchmarkError, before anything is measured, when its directory isn't there."""
-    if name is None:
-        return None
-    path = Path(name).expanduser()
-    if not path.absolute().parent.is_dir():
-        raise BenchmarkError(f"{option} {name}: there is no directory {path.absolute().parent}")
-    return path
-
-
-def write_json(path: Path | None, figures: dict[str, Any]) -> None:
-    if path is not None:
-        path.write_text(json.dumps(figures, indent=2) + "\n")

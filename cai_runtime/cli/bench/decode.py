@@ -1,15 +1,15 @@
 """Tokens/s of a checkpoint while decoding.
 
-GB/s read and the fraction of the memory's bandwidth that this is, time to first token and prefill tokens/s, at several
-batch sizes. With --peers, llama.cpp (xllamacpp) and transformers run the same prompts in the same run.
-`cai_runtime/bench/decode.py` says exactly what is measured.
+Also GB/s read, their fraction of the memory bandwidth, time to first token and prefill tokens/s, at several batch sizes.
+With --peers, llama.cpp (xllamacpp) and transformers run the same prompts in the same run.
+`cai_runtime/bench/decode.py` defines each figure.
 """
 
 from __future__ import annotations
 
 import argparse
 
-from cai_runtime.cli.benchmarks.options import PEERS_MODEL, output_file, write_json
+from cai_runtime.cli.bench.options import PEERS_MODEL, output_file, write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@
 `cai bench attention`       attention over a paged cache, beside torch
 `cai bench prefill [DIR]`   linears at prompt lengths; with a checkpoint, the tokens/s of whole prompts
 
-`cai bench linear --help` explains one of them. Every figure comes with its floor, as measured in the same run.
+`cai bench linear --help` explains one of them. Every figure comes with its floor, measured in the same run.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ BENCHMARKS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     benchmarks = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
     for name, text in BENCHMARKS.items():
-        module = import_module(f"cai_runtime.cli.benchmarks.{name}")
+        module = import_module(f"{__name__}.{name}")
         own = benchmarks.add_parser(name, help=text, description=module.__doc__, formatter_class=parser.formatter_class)
         module.add_arguments(own)
 
 
 def run(args: argparse.Namespace) -> int:
-    return int(import_module(f"cai_runtime.cli.benchmarks.{args.benchmark}").run(args))
+    return int(import_module(f"{__name__}.{args.benchmark}").run(args))

@@ -1,21 +1,16 @@
-"""Prompts: linears at prompt lengths, or, with a checkpoint, the tokens/s of whole prompts.
+"""Prefill: linears at prompt lengths, or, with a checkpoint, the tokens/s of whole prompts.
 
-Without DIR: as `cai bench linear`, at 128, 512 and 2048 rows. With DIR: prompts of --batch tokens go through the engine, one
-at a time, and through transformers in fp32 and bf16 (--no-peers leaves it out); the options of linears then mean nothing and
-are refused. `cai_runtime/bench/prefill.py` says exactly what is measured.
+Without DIR, as `cai bench linear`, at 128, 512 and 2048 rows. With DIR, the engine and transformers (fp32 and bf16) each
+run prompts of --batch tokens, one at a time; --no-peers leaves transformers out. The options for linears are then
+refused. `cai_runtime/bench/prefill.py` defines each figure.
 """
 
 from __future__ import annotations
 
 import argparse
 
-from cai_runtime.cli.benchmarks.options import (
-    PEERS_MODEL,
-    add_linear_arguments,
-    output_file,
-    run_linear,
-    write_json,
-)
+from cai_runtime.cli.bench.linear import add_linear_arguments, run_linear
+from cai_runtime.cli.bench.options import PEERS_MODEL, output_file, write_json
 from cai_runtime.errors import BenchmarkError
 
 LENGTHS = "128,512,2048"
@@ -44,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     for name, default in args.defaults.items():
         if getattr(args, name) != default:
-            raise BenchmarkError(f"--{name} is for linears by themselves: leave out it or {args.dir}")
+            raise BenchmarkError(f"--{name} is for linears by themselves: leave out either it or {args.dir}")
     from cai_runtime.bench.prefill import bench_prefill, format_prefill, prefill_json
 
     out = output_file("--json", args.json)
@@ -63,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def dense_directory(checkpoint: str, source: str) -> str:
-    """What transformers runs: a dense checkpoint itself, or the model that a slim one was made of."""
+    """The directory that transformers runs: a dense checkpoint itself, or `source` in place of a slim one."""
     from cai_runtime.convert.sources import pull
     from cai_runtime.slim.reader import Checkpoint
 

@@ -2,7 +2,7 @@
 
 Decode at several contexts and batch sizes, and prefill; head layouts are those of a model by name, or given by --heads.
 Each line: median and best time, bytes of keys and values per second, operations per second, the fraction of the floor.
-`cai_runtime/bench/attention.py` says exactly what is measured.
+`cai_runtime/bench/attention.py` defines each figure.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import re
 from typing import TYPE_CHECKING
 
-from cai_runtime.cli.benchmarks.options import (
+from cai_runtime.cli.bench.options import (
     add_backend_argument,
     add_machine_arguments,
     counts,
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def heads_of(args: argparse.Namespace) -> tuple[str, AttentionHeads, list[str]]:
-    """(whose they are, the heads, notes). Raises BenchmarkError."""
+    """(name of the subject, the heads, notes). Raises BenchmarkError."""
     from cai_runtime.models.shapes import AttentionHeads, model_shapes
 
     if args.heads:
