@@ -154,8 +154,9 @@ def open_step(
     loader = random_loader(config, device, dtype, backend, kind, store)
     model = build_model(loader)
     pages = max(max_batch * -(-(context + 1) // PAGE_SIZE), least_pages)
+    groups = model.cache_groups(PAGE_SIZE, dtype)
     runner = ModelRunner(
-        model, num_pages=pages, page_size=PAGE_SIZE, cache_dtype=dtype, cuda_graphs=graphs, max_batch=max_batch,
+        model, groups, {group.name: pages for group in groups}, cache_dtype=dtype, cuda_graphs=graphs, max_batch=max_batch,
         capture=_NoCapture() if device == "cpu" and graphs else None,
     )  # fmt: skip
     return Step(runner, loader, config, context)

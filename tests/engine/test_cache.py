@@ -3,10 +3,11 @@
 import pytest
 
 from cai_runtime.engine.cache import CacheManager
-from cai_runtime.engine.cache_groups import CacheGroup, bytes_held, pools, positions_held, split_budget
+from cai_runtime.engine.cache_groups import bytes_held, positions_held, split_budget
 from cai_runtime.engine.cache_layouts import PageCopy
 from cai_runtime.engine.segments import Prompt
 from cai_runtime.engine.sequence import Sequence
+from cai_runtime.kernels.cache_groups import CacheGroup, pools
 
 FULL = CacheGroup("full", page_bytes=100, page_size=4)
 WINDOW = CacheGroup("window", "window", 100, 4, window=6)

@@ -93,7 +93,7 @@ def test_recording_writes_into_nobodys_pages(checkpoint: Path):
 
 
 def numbers(sequences: list[ScheduledSequence]) -> StepNumbers:
-    step, seats = seated(sequences, FULL), Seats(PAGE_SIZE)
+    step, seats = seated(sequences, {FULL: (1, 0)}), Seats(PAGE_SIZE)
     seats.write(step.pages)
     return seats.numbers(step.feeds)
 
@@ -105,7 +105,7 @@ def addresses(static: StaticBatch) -> list[int]:
 
 
 def test_static_batch_keeps_its_addresses_and_pads():
-    static = StaticBatch(4, pages=3, page_size=PAGE_SIZE, scratch_page=9, device=CPU)
+    static = StaticBatch(4, pages=3, page_size=PAGE_SIZE, scratch_pages={FULL: 9}, device=CPU)
     fixed = addresses(static)
     static.fill(numbers([ScheduledSequence([7], 9, [5, 6, 8], 1), ScheduledSequence([3], 0, [2], 1)]))
     assert static.ids.tolist() == [7, 3, 0, 0]
@@ -141,8 +141,9 @@ def open_runner(checkpoint: Path, *, capture: Replays | None, max_batch: int = 6
 
     with Checkpoint.open(checkpoint) as opened:
         model = build_model(WeightLoader(opened, CPU, torch.float32, backend))
+    groups = model.cache_groups(PAGE_SIZE if backend == "reference" else 16, torch.float32)
     return ModelRunner(
-        model, num_pages=PAGES, page_size=PAGE_SIZE if backend == "reference" else 16, cache_dtype=torch.float32,
+        model, groups, {group.name: PAGES for group in groups}, cache_dtype=torch.float32,
         cuda_graphs=capture is not None, max_batch=max_batch, capture=capture,
     )  # fmt: skip
 
@@ -241,7 +242,7 @@ def test_a_step_that_cannot_be_recorded_is_said(checkpoint: Path):
 def test_graphs_without_a_gpu_are_refused(checkpoint: Path):
     runner = open_runner(checkpoint, capture=None)
     with pytest.raises(KernelError, match="on cpu"):
-        ModelRunner(runner._model, num_pages=4, page_size=PAGE_SIZE, cache_dtype=torch.float32, cuda_graphs=True)  # type: ignore[arg-type]
+        ModelRunner(runner._model, runner.groups, {FULL: 4}, cache_dtype=torch.float32, cuda_graphs=True)  # type: ignore[arg-type]
 
 
 def test_a_graph_takes_no_more_than_it_was_made_for():

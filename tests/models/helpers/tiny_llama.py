@@ -1,4 +1,4 @@
-"""Tiny random llamas on disk, and a runner of the engine to feed them to."""
+"""Tiny random llamas, mistrals and ministrals on disk, and a runner of the engine to feed them to."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cai_runtime.engine.model_runner import ModelRunner
 from cai_runtime.engine.open import load_runner
 from cai_runtime.engine.runner import ScheduledSequence
 
 
-def tiny_model(path: Path, seed: int = 0, **options: Any) -> LlamaForCausalLM:
+def tiny_model(path: Path, seed: int = 0, *, model_type: str = "llama", **options: Any) -> PreTrainedModel:
     torch.manual_seed(seed)
     base = {
         "vocab_size": 300, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 4, "max_position_embeddings": 256, "initializer_range": 0.2,
     }  # fmt: skip
-    model = LlamaForCausalLM(LlamaConfig(**{**base, **options})).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**base, **options})).eval()
     for name, p in model.named_parameters():  # norms and biases start as ones and zeros, which hide mistakes
         if "norm" in name or name.endswith("bias"):
             torch.nn.init.normal_(p, 1.0 if "norm" in name else 0.0, 0.3)
