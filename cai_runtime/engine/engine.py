@@ -261,7 +261,8 @@ def _context_limit(runner: Runner, model_context: int) -> str:
         # A runner that has no memory to speak of does not say how much a page takes.
         said = all(g.page_bytes for g in groups)
         held = format_bytes(bytes_held(groups, counts)) if said else f"{counts[group]} pages"
-        whole = format_bytes(bytes_wanted(groups, counts, runner.max_context)) if said else f"{enough[group]} pages"
+        wanted = bytes_wanted(groups, counts, runner.max_context)
+        whole = format_bytes(wanted, at_least=True) if said else f"{enough[group]} pages"
         of_group = f" in its group {group!r}" if len(groups) > 1 else ""
         return (
             f"the KV cache of {held} holds {positions} positions{of_group} (the model could take {runner.max_context}): "

@@ -54,3 +54,5 @@ def test_a_runner_whose_graphs_cannot_be_recorded_is_closed(checkpoint, monkeypa
 )
 def test_bytes_are_written_as_they_are_read(count, text):
     assert format_bytes(count) == text and parse_bytes(text) == count
+    assert format_bytes(count, at_least=True) == text
+    assert parse_bytes(format_bytes(count + 1, at_least=True)) >= count + 1
