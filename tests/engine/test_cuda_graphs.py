@@ -13,7 +13,7 @@ import torch
 from cai_runtime.engine.cuda_graphs import DecodeGraphs, Forward, StaticBatch, batch_sizes, table_widths
 from cai_runtime.engine.model_runner import ModelRunner
 from cai_runtime.engine.seats import Seats, StepNumbers
-from cai_runtime.engine.step import ScheduledSequence, seated
+from cai_runtime.engine.step import Feed, NewPages, ScheduledSequence, seated
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels.batch import FULL
 
@@ -118,6 +118,19 @@ def test_static_batch_keeps_its_addresses_and_pads():
     static.fill(numbers([ScheduledSequence([1], 3, [4], 1)]))  # nothing of the step before is read any more
     assert b.tables[FULL].pages[:, 0].tolist() == [4, 9, 9, 9] and b.context_len.tolist() == [4, 1, 1, 1]
     assert addresses(static) == fixed
+
+
+def test_static_batch_of_two_groups_has_a_table_for_each():
+    static = StaticBatch(3, pages=4, page_size=PAGE_SIZE, scratch_pages={"full": 9, "window": 5}, device=CPU)
+    seats = Seats(PAGE_SIZE, ["full", "window"])
+    seats.write([NewPages(2, "full", 0, [7, 1, 3]), NewPages(2, "window", 0, [0, 0, 4])])
+    static.fill(seats.numbers([Feed(2, 9, [6], 1)]))
+    tables = static.narrowed(3).tables
+    assert tables["full"].slots.tolist() == [3 * PAGE_SIZE + 1, 9 * PAGE_SIZE, 9 * PAGE_SIZE]
+    assert tables["window"].slots.tolist() == [4 * PAGE_SIZE + 1, 5 * PAGE_SIZE, 5 * PAGE_SIZE]
+    assert tables["full"].pages.tolist() == [[7, 1, 3], [9, 9, 9], [9, 9, 9]]
+    assert tables["window"].pages.tolist() == [[0, 0, 4], [5, 5, 5], [5, 5, 5]]
+    assert static.batch.context_len.tolist() == [10, 1, 1]
 
 
 @pytest.fixture(scope="module")
