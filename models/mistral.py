@@ -1,4 +1,8 @@
-"""Mistral (Jiang et al. 2023): Llama's blocks without biases, in whose layers a sliding window bounds what a query sees."""
+"""Mistral (Jiang et al. 2023) and Ministral (Mistral AI 2024): Llama's blocks without biases, with sliding windows.
+
+All layers have the window, or none, or those that config.json's `layer_types` names. The two families differ in what they
+publish alone: transformers' AutoModel reads a `mistral` with `layer_types` as a `ministral`.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +10,35 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from cai_runtime.errors import InvalidConfigError, UnsupportedModelError
 from cai_runtime.models.config import whole
 from cai_runtime.models.llama import Llama, LlamaConfig
 
-WINDOW = 4096  # transformers' default, where config.json has no `sliding_window`; null means none
-KV_HEADS = 8  # the same of `num_key_value_heads`; null means as many as query heads
-
-
-def read_blocks(config: Mapping[str, Any]) -> LlamaConfig:
-    """What Mistral's families share. Raises as `LlamaConfig.from_config` does."""
-    return LlamaConfig.from_config(
-        {"num_key_value_heads": KV_HEADS, **config, "attention_bias": False, "mlp_bias": False}
-    )
-
-
-def read_window(config: Mapping[str, Any]) -> int | None:
-    """Positions of the sliding window. Raises InvalidConfigError."""
-    wanted = {"sliding_window": WINDOW, **config}
-    return None if wanted["sliding_window"] is None else whole(wanted, "sliding_window")
+LAYER_TYPES = ("full_attention", "sliding_attention")
+# transformers' defaults, where config.json lacks the key. A `sliding_window` of null means none.
+DEFAULTS = {"num_key_value_heads": 8, "sliding_window": 4096}
 
 
 class Mistral(Llama):
-    """All layers have the window, or none."""
+    """See above."""
 
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> LlamaConfig:
-        blocks = read_blocks(config)
-        return replace(blocks, windows=(read_window(config),) * blocks.layers)
+        known = {**DEFAULTS, **config, "attention_bias": False, "mlp_bias": False}
+        blocks = LlamaConfig.from_config(known)
+        window = None if known["sliding_window"] is None else whole(known, "sliding_window")
+        kinds = config.get("layer_types")
+        if kinds is None:
+            return replace(blocks, windows=(window,) * blocks.layers)
+        if not isinstance(kinds, list) or len(kinds) != blocks.layers:
+            raise InvalidConfigError(
+                f"layer_types must list the kind of each of {blocks.layers} layers, not {kinds!r}", file="config.json"
+            )
+        unknown = next((kind for kind in kinds if kind not in LAYER_TYPES), None)
+        if unknown is not None:
+            raise UnsupportedModelError(f"layer_types has {unknown!r}; only {' and '.join(LAYER_TYPES)} are supported")
+        if window is None and LAYER_TYPES[1] in kinds:
+            raise InvalidConfigError(
+                "layer_types has sliding_attention, but sliding_window is null", file="config.json"
+            )
+        return replace(blocks, windows=tuple(None if kind == LAYER_TYPES[0] else window for kind in kinds))

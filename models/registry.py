@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # model_type -> (module of this package, class). One file per architecture.
 MODELS = {
     "llama": ("llama", "Llama"),
-    "ministral": ("ministral", "Ministral"),
+    "ministral": ("mistral", "Mistral"),
     "mistral": ("mistral", "Mistral"),
 }
 

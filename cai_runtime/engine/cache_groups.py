@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from cai_runtime.kernels.batch import FULL
@@ -72,12 +73,14 @@ def bytes_held(groups: Sequence[CacheGroup], counts: Mapping[str, int]) -> int:
 
 def positions_held(groups: Sequence[CacheGroup], counts: Mapping[str, int]) -> tuple[int, str]:
     """The most positions that one sequence can have, at most `NO_LIMIT`, and the name of the group that bounds them."""
-    align, bounds = largest_align(groups), []
-    for pool in pools(groups):
-        has = counts[pool[0].name]
-        most = _most(NO_LIMIT, lambda n, pool=pool, has=has: sum(g.needed(n, align) for g in pool) <= has)
-        bounds.append((most, pool[0].name))
-    return min(bounds)
+    align = largest_align(groups)
+    return min(
+        (_most(NO_LIMIT, partial(_fits, pool, counts[pool[0].name], align)), pool[0].name) for pool in pools(groups)
+    )
+
+
+def _fits(pool: Sequence[CacheGroup], pages: int, align: int, positions: int) -> bool:
+    return sum(group.needed(positions, align) for group in pool) <= pages
 
 
 def bytes_wanted(groups: Sequence[CacheGroup], counts: Mapping[str, int], positions: int) -> int:
