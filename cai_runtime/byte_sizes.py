@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from cai_runtime.errors import MemoryBudgetError
@@ -19,11 +20,15 @@ def parse_bytes(value: int | str) -> int:
     return int(float(match[1]) * UNITS[match[2].lower()])
 
 
-def format_bytes(count: int) -> str:
-    """A number of bytes as `parse_bytes` reads it, in the largest unit that is not above it: "32MiB", "1.5GiB"."""
+def format_bytes(count: int, *, at_least: bool = False) -> str:
+    """A number of bytes as `parse_bytes` reads it, in the largest unit that is not above it: "32MiB", "1.5GiB".
+
+    at_least: rounded up, so that what is read back is no less."""
     size, unit = float(count), "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if size < 1024 or unit == "TiB":
             break
         size /= 1024
+    if at_least:
+        size = math.ceil(size * 10) / 10
     return f"{size:.1f}".removesuffix(".0") + unit

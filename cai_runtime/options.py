@@ -18,6 +18,7 @@ DTYPES = {
     "fp32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16",
     "float16": "float16",
 }  # fmt: skip
+PREFILL_CHUNK = 512  # the default of `prefill_chunk`
 BACKENDS = ("reference", "cpu", "triton", "cuda")  # as `kernels.backend` has them, which brings torch
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 

@@ -59,6 +59,11 @@ class ReferenceKVCache:
         """Bytes of one page of one layer."""
         return 2 * heads.kv_heads * page_size * heads.head_dim * dtype.itemsize
 
+    def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copy pages, by number, int64 [N] on the cache's device. No target is a source too."""
+        for pages in (self.k, self.v):
+            pages.index_copy_(0, targets, pages.index_select(0, sources))
+
 
 def rotate_reference(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
     """x [T, heads, D] with the rotate-half convention; cos_sin [max_position, rotary_dim], cosines first."""
@@ -97,6 +102,7 @@ def paged_attention_reference(
     group: str = FULL,
 ) -> torch.Tensor:
     """q [T, Hq, D] -> [T, Hq * D], one sequence at a time, softmax in at least fp32. group: the cache's, of `batch.tables`.
+    Keys before the first row's window are not read: their pages may be another sequence's.
 
     sinks: fp32 [Hq], a logit of each head that takes part in the softmax and brings no value (Agarwal et al. 2025, gpt-oss).
     """
@@ -109,19 +115,22 @@ def paged_attention_reference(
         count = starts[i + 1] - starts[i]
         if count == 0:
             continue
-        pages = table[i, : -(-length // cache.page_size)].long()
-        k = cache.k[pages].transpose(0, 1).reshape(heads.kv_heads, -1, heads.head_dim)[:, :length].to(wide)
-        v = cache.v[pages].transpose(0, 1).reshape(heads.kv_heads, -1, heads.head_dim)[:, :length].to(wide)
+        seen = 0 if heads.window is None else max(0, length - count + 1 - heads.window)  # by the first row
+        first = seen // cache.page_size
+        pages = table[i, first : -(-length // cache.page_size)].long()
+        keys = slice(seen - first * cache.page_size, length - first * cache.page_size)
+        k = cache.k[pages].transpose(0, 1).reshape(heads.kv_heads, -1, heads.head_dim)[:, keys].to(wide)
+        v = cache.v[pages].transpose(0, 1).reshape(heads.kv_heads, -1, heads.head_dim)[:, keys].to(wide)
         k, v = k.repeat_interleave(shared, 0), v.repeat_interleave(shared, 0)
         scores = q[rows].transpose(0, 1).to(wide) @ k.transpose(1, 2) * scale
         query_position = torch.arange(length - count, length, dtype=torch.int64, device=q.device)
-        distance = query_position[:, None] - torch.arange(length, dtype=torch.int64, device=q.device)[None]
+        distance = query_position[:, None] - torch.arange(seen, length, dtype=torch.int64, device=q.device)[None]
         unseen = distance < 0 if heads.window is None else (distance < 0) | (distance >= heads.window)
         scores = scores.masked_fill(unseen, float("-inf"))
         if sinks is not None:
             sink = sinks.to(wide)[:, None, None].expand(-1, count, 1)
             scores = torch.cat([scores, sink], dim=-1)
-        weights = scores.softmax(-1)[..., :length]
+        weights = scores.softmax(-1)[..., : length - seen]
         out[rows] = (weights @ v).transpose(0, 1).reshape(count, -1).to(q.dtype)
     return out
 
@@ -161,6 +170,12 @@ class CpuKVCache:
     def page_bytes(cls, page_size: int, heads: HeadLayout, dtype: torch.dtype) -> int:
         """Bytes of one page of one layer."""
         return sum(cls._page_sizes(page_size, heads, dtype))
+
+    def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copy pages, by number, int64 [N]. No target is a source too."""
+        for flat in (self.k, self.v):
+            pages = flat.view(self.pages, -1)
+            pages.index_copy_(0, targets, pages.index_select(0, sources))
 
 
 class CpuAttention:

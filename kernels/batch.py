@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 FULL = "full"  # the cache group of layers that keep every position
+WINDOW = "window"  # of layers that keep the last positions
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,14 @@ class PageTable:
 
     slots: torch.Tensor  # [T]: where each new token's key and value are written
     pages: torch.Tensor  # [S, P]: the pages of each sequence, in order
+
+
+@dataclass(frozen=True)
+class GivenEmbeddings:
+    """Rows in place of token embeddings, on the model's device."""
+
+    index: torch.Tensor  # int64 [n]: which of a step's tokens
+    rows: torch.Tensor  # [n, hidden], any float dtype
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,22 @@
 
 Pre-norm blocks of grouped-query attention with rotary embedding and a SwiGLU MLP; biases, a tied head and an explicit
 head_dim as config.json says. Dense and slim checkpoints load alike: each projection is whatever kind it is stored as.
+Families of the same blocks whose layers may see a sliding window are subclasses: they read config.json in their own way.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from cai_runtime.errors import InvalidConfigError, UnsupportedModelError
+from cai_runtime.errors import InvalidConfigError, KernelError, UnsupportedModelError
 from cai_runtime.kernels.attention import HeadLayout
-from cai_runtime.kernels.batch import AttentionBatch
+from cai_runtime.kernels.batch import FULL, WINDOW, AttentionBatch, GivenEmbeddings
+from cai_runtime.kernels.cache_groups import CacheGroup, pools
 from cai_runtime.kernels.norm import RmsNorm
 from cai_runtime.kernels.program import Axis, Input
 from cai_runtime.kernels.slim_linear import PreparedLinear
@@ -39,13 +41,16 @@ class LlamaConfig:
     tied: bool
     attention_bias: bool  # of all four projections
     mlp_bias: bool
+    windows: tuple[
+        int | None, ...
+    ]  # of each layer: positions of its sliding window; None: it sees all. One size at most
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> LlamaConfig:
         """Raises InvalidConfigError for a missing or impossible value, UnsupportedModelError for an option not here."""
         activation = config.get("hidden_act", "silu")
         if activation not in ("silu", "swish"):
-            raise UnsupportedModelError(f"llama with hidden_act {activation!r}: only silu is supported")
+            raise UnsupportedModelError(f"hidden_act {activation!r}: only silu is supported")
         hidden = whole(config, "hidden_size")
         query_heads = whole(config, "num_attention_heads")
         kv_heads = whole(config, "num_key_value_heads", query_heads)
@@ -67,6 +72,7 @@ class LlamaConfig:
             tied=flag(config, "tie_word_embeddings"),
             attention_bias=flag(config, "attention_bias"),
             mlp_bias=flag(config, "mlp_bias"),
+            windows=(None,) * whole(config, "num_hidden_layers"),
         )
 
 
@@ -80,14 +86,20 @@ class Block:
     post_norm: RmsNorm
     gate_up: PreparedLinear
     down: PreparedLinear
-    attention: Attention | None = None  # given by allocate_cache
+    window: int | None  # see `HeadLayout`
+    attention: Attention | None = None  # given by `allocate`
+
+    @property
+    def group(self) -> str:
+        """The cache group of the layer."""
+        return FULL if self.window is None else WINDOW
 
 
 class Llama:
     """The model over a paged KV cache. `forward` takes the flattened tokens of all sequences of a step."""
 
     def __init__(self, loader: WeightLoader, on_layer: Callable[[], object] = lambda: None):
-        self.config = c = LlamaConfig.from_config(loader.checkpoint.config)
+        self.config = c = self.read_config(loader.checkpoint.config)
         self.device, self.dtype = loader.device, loader.activation_dtype
         self.vocab_size, self.max_context = c.vocab_size, c.rope.context
         self.ops: Ops = make_ops(loader.backend, loader.device, loader.arena)
@@ -116,54 +128,101 @@ class Llama:
                         [mlp + "gate_proj", mlp + "up_proj"], [(wide, hidden), (wide, hidden)], bias=c.mlp_bias
                     ),
                     loader.linear([mlp + "down_proj"], [(hidden, wide)], bias=c.mlp_bias),
+                    c.windows[i],
                 )
             )
             on_layer()
         self.norm = loader.vector("model.norm.weight", hidden)
         self.scale = 1.0 / math.sqrt(h.head_dim)
-        self.cos_sin: torch.Tensor | None = None  # given by allocate_cache
+        self.cos_sin: torch.Tensor | None = None  # given by `allocate`
         self.compiled_forward: Compiled | None = None
         self.compiled_step: Compiled | None = None
+        self.compiled_rows: Compiled | None = None
 
-    def page_bytes(self, page_size: int, dtype: torch.dtype) -> int:
-        """Bytes that one page takes in the caches of all layers."""
-        return self.config.layers * self.ops.page_bytes(page_size, self.config.heads, dtype)
+    @staticmethod
+    def read_config(config: Mapping[str, Any]) -> LlamaConfig:
+        """Raises as `LlamaConfig.from_config` does."""
+        return LlamaConfig.from_config(config)
 
-    def allocate_cache(self, pages: int, page_size: int, dtype: torch.dtype, max_context: int) -> None:
-        """Give every layer its pages, and the rotary table as many positions as they hold. Call once, before `forward`."""
-        self.cos_sin = cos_sin_table(self.config.rope, min(max_context, pages * page_size)).to(self.device)
-        for block in self.blocks:
-            block.attention = self.ops.attention(self.config.heads, pages, page_size, dtype)
+    def _layers(self, group: str) -> list[Block]:
+        return [block for block in self.blocks if block.group == group]
+
+    def cache_groups(self, page_size: int, dtype: torch.dtype) -> tuple[CacheGroup, ...]:
+        """One group of the layers that see all positions, one of those with a window, where there are any."""
+        layer_bytes, groups = self.ops.page_bytes(page_size, self.config.heads, dtype), []
+        for name in (FULL, WINDOW):
+            layers = self._layers(name)
+            if layers:
+                kind: Any = "pages" if name == FULL else "window"
+                size = len(layers) * layer_bytes
+                groups.append(CacheGroup(name, kind, size, page_size, window=layers[0].window))
+        return tuple(groups)
+
+    def allocate(self, counts: Mapping[str, int], page_size: int, dtype: torch.dtype, max_context: int) -> None:
+        """Give every layer its pages, and the rotary table `max_context` positions. Call once, before `forward`.
+
+        counts: pages by cache group. Groups of one pool have equally many layers: one of each shares the same pages."""
+        self.cos_sin = cos_sin_table(self.config.rope, max_context).to(self.device)
+        for pool in pools(self.cache_groups(page_size, dtype)):
+            for layers in zip(*(self._layers(group.name) for group in pool), strict=True):
+                cache = self.ops.kv_cache(self.config.heads, counts[pool[0].name], page_size, dtype)
+                for block in layers:
+                    heads = replace(self.config.heads, window=block.window)
+                    block.attention = self.ops.attention(heads, cache, group=block.group)
         ids, wanted = Input(Axis.TOKENS, 1, torch.int32), Input(Axis.WANTED, 1, torch.int32)
-        self.compiled_forward = self.ops.compile(lambda ids: self.hidden_states(ids, None), {"ids": ids})
+        x = Input(Axis.TOKENS, self.config.hidden_size)
+        self.compiled_forward = self.ops.compile(lambda ids: self.hidden_states(self.embed(ids), None), {"ids": ids})
         self.compiled_step = self.ops.compile(
-            lambda ids, wanted: self.wanted_logits(ids, wanted, None), {"ids": ids, "wanted": wanted}
+            lambda ids, wanted: self.wanted_logits(self.embed(ids), wanted, None), {"ids": ids, "wanted": wanted}
+        )
+        self.compiled_rows = self.ops.compile(
+            lambda x, wanted: self.wanted_logits(x, wanted, None), {"x": x, "wanted": wanted}
         )
 
-    def forward(self, ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+    def copy_pages(self, group: str, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy pages of a cache group, by number, in all its layers. No target is a source too."""
+        from_pages, to_pages = (torch.tensor(p, dtype=torch.int64, device=self.device) for p in (sources, targets))
+        for block in self._layers(group):
+            assert block.attention is not None
+            block.attention.cache.copy_pages(from_pages, to_pages)
+
+    def forward(self, ids: torch.Tensor, batch: AttentionBatch, given: GivenEmbeddings | None = None) -> torch.Tensor:
         """ids int32 [T] -> hidden states [T, hidden], after the last norm."""
+        if given is not None:
+            return self.hidden_states(self._embedded(ids, given), batch)
         if self.compiled_forward is not None:
             return self.compiled_forward(batch, ids=ids)
-        return self.hidden_states(ids, batch)
+        return self.hidden_states(self.embed(ids), batch)
 
-    def step(self, ids: torch.Tensor, wanted: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+    def step(
+        self, ids: torch.Tensor, wanted: torch.Tensor, batch: AttentionBatch, given: GivenEmbeddings | None = None
+    ) -> torch.Tensor:
         """ids int32 [T], wanted int32 [N] rows of them -> fp32 [N, vocabulary]."""
-        if self.compiled_step is not None:
+        if given is not None and self.compiled_rows is not None:
+            return self.compiled_rows(batch, x=self._embedded(ids, given), wanted=wanted)
+        if given is None and self.compiled_step is not None:
             return self.compiled_step(batch, ids=ids, wanted=wanted)
-        return self.logits(self.ops.take_rows(self.forward(ids, batch), wanted))
+        return self.logits(self.ops.take_rows(self.forward(ids, batch, given), wanted))
+
+    def _embedded(self, ids: torch.Tensor, given: GivenEmbeddings) -> torch.Tensor:
+        """[T, hidden]: the given rows, and the embeddings of the other tokens."""
+        x: torch.Tensor = self.embed(ids)
+        if given.rows.shape[1:] != x.shape[1:]:
+            raise KernelError(f"given rows have shape {list(given.rows.shape)}; this model takes [n, {x.shape[1]}]")
+        return x.index_copy_(0, given.index, given.rows.to(x.dtype))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, hidden] -> fp32 [N, vocabulary]."""
         return self.head(hidden).float()
 
-    # The same on tensors, or on Values of a pass being recorded, which have no batch yet.
+    # The same on tensors, or on Values of a pass being recorded, which have no batch yet. x: [T, hidden].
 
-    def hidden_states(self, ids: Any, batch: Any) -> Any:
-        return self.ops.rms_norm(self._blocks(self.embed(ids), batch), self.norm, self.config.norm_eps)
+    def hidden_states(self, x: Any, batch: Any) -> Any:
+        return self.ops.rms_norm(self._blocks(x, batch), self.norm, self.config.norm_eps)
 
-    def wanted_logits(self, ids: Any, wanted: Any, batch: Any) -> Any:
+    def wanted_logits(self, x: Any, wanted: Any, batch: Any) -> Any:
         # The last norm is of rows: those alone whose logits are wanted need it.
-        rows = self.ops.take_rows(self._blocks(self.embed(ids), batch), wanted)
+        rows = self.ops.take_rows(self._blocks(x, batch), wanted)
         return self.head(self.ops.rms_norm(rows, self.norm, self.config.norm_eps))
 
     def _blocks(self, x: Any, batch: Any) -> Any:

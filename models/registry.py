@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from cai_runtime.errors import UnsupportedModelError
@@ -11,12 +11,15 @@ from cai_runtime.errors import UnsupportedModelError
 if TYPE_CHECKING:
     import torch
 
-    from cai_runtime.kernels.batch import AttentionBatch
+    from cai_runtime.kernels.batch import AttentionBatch, GivenEmbeddings
+    from cai_runtime.kernels.cache_groups import CacheGroup
     from cai_runtime.layers.linear import WeightLoader
 
 # model_type -> (module of this package, class). One file per architecture.
 MODELS = {
     "llama": ("llama", "Llama"),
+    "ministral": ("mistral", "Mistral"),
+    "mistral": ("mistral", "Mistral"),
 }
 
 
@@ -28,17 +31,31 @@ class CausalLM(Protocol):
     device: torch.device
     dtype: torch.dtype
 
-    def page_bytes(self, page_size: int, dtype: torch.dtype) -> int: ...
-    def allocate_cache(self, pages: int, page_size: int, dtype: torch.dtype, max_context: int) -> None: ...
-    def forward(self, ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
-        """ids int32 [T] -> hidden states [T, hidden]; keys and values go into the cache."""
+    def cache_groups(self, page_size: int, dtype: torch.dtype) -> tuple[CacheGroup, ...]:
+        """What its layers cache. dtype: of the cache."""
+        ...
+
+    def allocate(self, counts: Mapping[str, int], page_size: int, dtype: torch.dtype, max_context: int) -> None:
+        """Make the caches: `counts` pages of each group, for sequences of at most `max_context` positions. Groups of one
+        pool (`cache_groups.pools`) have the same count and lie in the same memory. Call once, before `forward`."""
+        ...
+
+    def copy_pages(self, group: str, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy pages of a group, by number. No target is a source too."""
+        ...
+
+    def forward(self, ids: torch.Tensor, batch: AttentionBatch, given: GivenEmbeddings | None = None) -> torch.Tensor:
+        """ids int32 [T] -> hidden states [T, hidden]; keys and values go into the cache. given: rows in place of
+        embeddings; the ids there are any."""
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, hidden] -> fp32 [N, vocabulary]."""
         ...
 
-    def step(self, ids: torch.Tensor, wanted: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+    def step(
+        self, ids: torch.Tensor, wanted: torch.Tensor, batch: AttentionBatch, given: GivenEmbeddings | None = None
+    ) -> torch.Tensor:
         """Both: ids int32 [T], wanted int32 [N] rows of them -> fp32 [N, vocabulary]."""
         ...
 

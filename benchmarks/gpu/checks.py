@@ -146,8 +146,14 @@ def check_float32(findings: Findings, context: Context, backend: str, *, graphs:
         with Checkpoint.open(Path(folder)) as checkpoint:
             loader = WeightLoader(checkpoint, torch.device(context.device), torch.float32, backend)
             model = build_model(loader)
+    groups = model.cache_groups(16, torch.float32)
     runner = ModelRunner(
-        model, num_pages=64, page_size=16, cache_dtype=torch.float32, cuda_graphs=graphs, max_batch=len(prompts)
+        model,
+        groups,
+        {group.name: 64 for group in groups},
+        cache_dtype=torch.float32,
+        cuda_graphs=graphs,
+        max_batch=len(prompts),
     )
     runner.record_graphs()
     del model

@@ -95,7 +95,7 @@ class Step:
 
     def graph(self, sequences: list[Any]) -> Callable[[], Any]:
         """The recorded pass of a decode step, its inputs written; returns the logits on the device."""
-        return self.runner._graphs.prepare(sequences)
+        return self.runner.recorded(sequences)
 
     def without_graphs(self, sequences: list[Any]) -> Any:
         """A step's logits by plain launches."""
@@ -154,8 +154,9 @@ def open_step(
     loader = random_loader(config, device, dtype, backend, kind, store)
     model = build_model(loader)
     pages = max(max_batch * -(-(context + 1) // PAGE_SIZE), least_pages)
+    groups = model.cache_groups(PAGE_SIZE, dtype)
     runner = ModelRunner(
-        model, num_pages=pages, page_size=PAGE_SIZE, cache_dtype=dtype, cuda_graphs=graphs, max_batch=max_batch,
+        model, groups, {group.name: pages for group in groups}, cache_dtype=dtype, cuda_graphs=graphs, max_batch=max_batch,
         capture=_NoCapture() if device == "cpu" and graphs else None,
     )  # fmt: skip
     return Step(runner, loader, config, context)

@@ -151,7 +151,8 @@ def paged_calls(case: Case, sets: int, device: str, dtype: str, activations: str
 
     pages = -(-case.context // PAGE_SIZE)
     ops = make_ops(resolve_backend(backend, device), torch.device(device))
-    attend = ops.attention(case.layout, sets * case.batch * pages, PAGE_SIZE, getattr(torch, dtype))
+    cache = ops.kv_cache(case.layout, sets * case.batch * pages, PAGE_SIZE, getattr(torch, dtype))
+    attend = ops.attention(case.layout, cache)
     table = rotation_table(case.context, case.heads.dim, device)
     order = torch.randperm(sets * case.batch * pages, generator=torch.Generator().manual_seed(0))
     page_tables = order.to(torch.int32).view(sets, case.batch, pages).to(device)

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from cai_runtime.engine.cache_groups import NO_LIMIT, CacheGroup, largest_align, pools
+from cai_runtime.engine.cache_groups import NO_LIMIT, largest_align
 from cai_runtime.engine.cache_layouts import Layout, PageCopy, layout_of
 from cai_runtime.engine.pages import PageBook, extend_digests
 from cai_runtime.engine.segments import EncoderInput
 from cai_runtime.engine.step import NewPages
+from cai_runtime.kernels.cache_groups import CacheGroup, pools
 
 if TYPE_CHECKING:
     from cai_runtime.engine.sequence import Sequence as EngineSequence

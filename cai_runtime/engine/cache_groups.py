@@ -1,84 +1,15 @@
-"""What a model declares of its caches, and how a budget of bytes is split over them."""
+"""How a budget of bytes is split over the cache groups that a model declares, and what fits into it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 from cai_runtime.kernels.batch import FULL
+from cai_runtime.kernels.cache_groups import CacheGroup, pools
 
 NO_LIMIT = 1 << 26  # positions; a context that no model has
-
-
-@dataclass(frozen=True)
-class CacheGroup:
-    """Layers that cache the same positions in the same way.
-
-    kind: "pages" keeps every position, "window" the last ones, "state" a fixed state of each sequence in two slots, one read
-    and one written by each step, "encoder" an encoder's output. page_bytes: of one page, or slot, over the group's layers.
-    page_size: positions of a page. window: a query sees its own position and the window - 1 before it. reuse: pages are
-    found by the prefix that they hold ("prefix"), a state by the prefix that it follows ("snapshot"), an encoder's output by
-    what was encoded ("content"), or not at all ("none"). align: chunks of a prompt end at multiples of it, and a state is
-    reused there alone; a multiple of page_size, or 1 where there is no state. most_pages: of an encoder's output at most.
-
-    Raises ValueError for what does not fit together.
-    """
-
-    name: str
-    kind: Literal["pages", "window", "state", "encoder"] = "pages"
-    page_bytes: int = 0
-    page_size: int = 16
-    window: int | None = None
-    reuse: Literal["prefix", "snapshot", "content", "none"] = "prefix"
-    align: int = 1
-    most_pages: int = 0
-
-    def __post_init__(self) -> None:
-        able = {"pages": "prefix", "window": "prefix", "state": "snapshot", "encoder": "content"}[self.kind]
-        problem = (
-            f"page_size is {self.page_size}; it must be at least 1"
-            if self.page_size < 1
-            else f"reuse is {self.reuse!r}; a group of kind {self.kind!r} takes {able!r} or 'none'"
-            if self.reuse not in (able, "none")
-            else "a window is given to groups of kind 'window', and to these alone: at least 1 position"
-            if (self.kind == "window") != (self.window is not None) or (self.window is not None and self.window < 1)
-            else f"align is {self.align}; it must be 1 or a multiple of page_size {self.page_size}"
-            if self.align < 1 or (self.align > 1 and self.align % self.page_size)
-            else "a state that is reused needs an align: a multiple of page_size"
-            if self.kind == "state" and self.reuse == "snapshot" and self.align % self.page_size
-            else "an encoder's output needs most_pages, at least 1"
-            if self.kind == "encoder" and self.most_pages < 1
-            else None
-        )
-        if problem:
-            raise ValueError(f"cache group {self.name!r}: {problem}")
-
-    def pages_for(self, positions: int) -> int:
-        """Pages that hold so many positions."""
-        return -(-positions // self.page_size)
-
-    def first_page(self, position: int) -> int:
-        """The first page that a query at `position` sees."""
-        return 0 if self.window is None else max(0, position - self.window + 1) // self.page_size
-
-    def needed(self, positions: int, align: int = 1) -> int:
-        """Pages that a sequence of so many positions holds at most, its chunks being one token, or `align`."""
-        if self.kind == "state":
-            return 2
-        if self.kind == "encoder":
-            return self.most_pages
-        pages = self.pages_for(positions)
-        return pages if self.window is None else min(pages, self.pages_for(self.window + align) + 1)
-
-
-def pools(groups: Sequence[CacheGroup]) -> list[list[CacheGroup]]:
-    """The groups that share a pool of pages: those of kinds "pages" and "window" whose pages have equally many bytes."""
-    made: dict[object, list[CacheGroup]] = {}
-    for group in groups:
-        shared = group.kind in ("pages", "window") and group.page_bytes
-        made.setdefault(group.page_bytes if shared else group.name, []).append(group)
-    return list(made.values())
 
 
 def largest_align(groups: Sequence[CacheGroup]) -> int:
@@ -91,11 +22,43 @@ def split_pages(groups: Sequence[CacheGroup], positions: int) -> dict[str, int]:
     return {g.name: sum(g.needed(positions, align) for g in pool) for pool in pools(groups) for g in pool}
 
 
-def split_budget(groups: Sequence[CacheGroup], budget: int, positions: int) -> dict[str, int]:
-    """Pages of each group for `budget` bytes: each pool's share is what one sequence of `positions` needs of it. Groups of
-    one pool get the same number, which is the pool's."""
-    whole = bytes_for(groups, positions)
-    return {name: count * budget // whole for name, count in split_pages(groups, positions).items()}
+def split_budget(groups: Sequence[CacheGroup], budget: int, positions: int, chunk: int = 0) -> dict[str, int]:
+    """Pages of each group for `budget` bytes: each pool's share is what one sequence of `positions`, or of the most that
+    fit, needs of it. Groups of one pool get the same number, which is the pool's.
+
+    chunk: prompt tokens of a step. Windows get room for them beside sequences that decode, where the budget allows."""
+    positions = _most(positions, lambda n: bytes_for(groups, n) <= budget) or 1
+    whole, room = bytes_for(groups, positions), _chunk_pages(groups, chunk)
+    room_bytes = bytes_held(groups, room)
+    for_chunks = min(room_bytes, max(budget - whole, 0))
+    return {
+        name: count * (budget - for_chunks) // whole + (room[name] * for_chunks // room_bytes if for_chunks else 0)
+        for name, count in split_pages(groups, positions).items()
+    }
+
+
+def useful_bytes(groups: Sequence[CacheGroup], positions: int, sequences: int, chunk: int = 0) -> int:
+    """Bytes beyond which a budget is of no use: for so many sequences of so many positions. chunk: see `split_budget`."""
+    return sequences * bytes_for(groups, positions) + bytes_held(groups, _chunk_pages(groups, chunk))
+
+
+def _chunk_pages(groups: Sequence[CacheGroup], chunk: int) -> dict[str, int]:
+    """Pages of each group's pool that its windows take for `chunk` tokens of a prompt, until they slide."""
+    return {
+        g.name: sum(w.pages_for(chunk) for w in pool if w.window is not None) for pool in pools(groups) for g in pool
+    }
+
+
+def _most(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to `limit` that fits, as all smaller ones do; 0 if none does."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def bytes_for(groups: Sequence[CacheGroup], positions: int) -> int:
@@ -110,17 +73,23 @@ def bytes_held(groups: Sequence[CacheGroup], counts: Mapping[str, int]) -> int:
 
 def positions_held(groups: Sequence[CacheGroup], counts: Mapping[str, int]) -> tuple[int, str]:
     """The most positions that one sequence can have, at most `NO_LIMIT`, and the name of the group that bounds them."""
-    align, bounds = largest_align(groups), []
-    for pool in pools(groups):
-        low, high = 0, NO_LIMIT  # low fits
-        while low < high:
-            middle = (low + high + 1) // 2
-            if sum(group.needed(middle, align) for group in pool) <= counts[pool[0].name]:
-                low = middle
-            else:
-                high = middle - 1
-        bounds.append((low, pool[0].name))
-    return min(bounds)
+    align = largest_align(groups)
+    return min(
+        (_most(NO_LIMIT, partial(_fits, pool, counts[pool[0].name], align)), pool[0].name) for pool in pools(groups)
+    )
+
+
+def _fits(pool: Sequence[CacheGroup], pages: int, align: int, positions: int) -> bool:
+    return sum(group.needed(positions, align) for group in pool) <= pages
+
+
+def bytes_wanted(groups: Sequence[CacheGroup], counts: Mapping[str, int], positions: int) -> int:
+    """Bytes of a cache, split as `counts` are, that holds a sequence of so many positions; these are too few for it."""
+    wanted, held = bytes_for(groups, positions), bytes_held(groups, counts)
+    if wanted > held:
+        return wanted
+    needed = split_pages(groups, positions)
+    return max(-(-held * count // max(counts[name], 1)) for name, count in needed.items())
 
 
 def groups_of(runner: Any) -> tuple[tuple[CacheGroup, ...], dict[str, int]]:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cai_runtime.engine.cache_groups import NO_LIMIT, CacheGroup
+from cai_runtime.engine.cache_groups import NO_LIMIT
 from cai_runtime.engine.pages import PageBook
 from cai_runtime.engine.segments import Prompt
+from cai_runtime.kernels.cache_groups import CacheGroup
 
 SCRATCH = 0  # what a table says of a page before the window; nobody reads it
 

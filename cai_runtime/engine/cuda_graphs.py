@@ -1,7 +1,7 @@
 """Decode steps as CUDA graphs: one recorded forward pass for each of a few batch sizes, replayed over fixed buffers.
 
 A decode step launches hundreds of small kernels, which the host can't issue as fast as a GPU runs them; a graph issues them
-in one call. It reads its inputs from the addresses it was recorded with, so a step's ids, positions, slots and page table
+in one call. It reads its inputs from the addresses it was recorded with, so a step's ids, positions, slots and page tables
 are written to a `StaticBatch` first, padded to a recorded size. Padding rows stand for a sequence of one token in a page of
 nobody's, and as no kernel's result depends on how many rows there are, they change no bit of the others.
 """
@@ -9,17 +9,19 @@ nobody's, and as no kernel's result depends on how many rows there are, they cha
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from cai_runtime.engine.seats import StepNumbers
 from cai_runtime.errors import KernelError
-from cai_runtime.kernels.batch import FULL, AttentionBatch
+from cai_runtime.kernels.batch import AttentionBatch, PageTable
 from cai_runtime.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -55,33 +57,40 @@ def table_widths(pages: int) -> tuple[int, ...]:
 class StaticBatch:
     """The inputs of a decode step at fixed addresses, for `size` sequences of one token each.
 
-    pages: width of the page table, enough for the longest sequence. scratch_page: a page that no sequence owns.
+    pages: width of the page tables, enough for the longest sequence. scratch_pages: of each cache group a page that no
+    sequence owns.
     """
 
-    def __init__(self, size: int, *, pages: int, page_size: int, scratch_page: int, device: torch.device):
-        self.size, self._page_size, self._scratch_page = size, page_size, scratch_page
-        # One tensor, so that a step's numbers travel in one copy: ids, positions, slots, context_len.
-        self._numbers = torch.zeros(4, size, dtype=torch.int32, device=device)
+    def __init__(
+        self, size: int, *, pages: int, page_size: int, scratch_pages: Mapping[str, int], device: torch.device
+    ):
+        self.size, self._groups = size, tuple(scratch_pages)
+        self._scratch = np.array(list(scratch_pages.values()), np.int32)
+        self._padding = np.array([0, 0, 1, *self._scratch * page_size], np.int32)[:, None]
+        # One tensor, so that a step's numbers travel in one copy: ids, positions, context_len, the slots of each group.
+        shape, table_shape = (3 + len(self._groups), size), (len(self._groups), size, pages)
+        self._numbers = torch.zeros(shape, dtype=torch.int32, device=device)
         pinned = device.type == "cuda"
+
+        def host(count: int) -> torch.Tensor:
+            return torch.zeros(count, dtype=torch.int32, device="cpu", pin_memory=pinned)
+
         # Two, in turns: the copy of one step may be under way while the next one is written.
-        self._hosts = [torch.zeros(4, size, dtype=torch.int32, device="cpu", pin_memory=pinned) for _ in range(2)]
-        self._host_tables = [
-            torch.zeros(size * pages, dtype=torch.int32, device="cpu", pin_memory=pinned) for _ in range(2)
-        ]
-        ids, positions, slots, context_len = self._numbers
+        self._hosts = [host(math.prod(shape)).view(shape) for _ in range(2)]
+        self._host_tables = [host(math.prod(table_shape)) for _ in range(2)]
+        ids, positions, context_len, *slots = self._numbers
         self.ids = ids
-        self._table = torch.full((size, pages), scratch_page, dtype=torch.int32, device=device)
-        self.batch = AttentionBatch.of(
+        self._tables = torch.zeros(table_shape, dtype=torch.int32, device=device)
+        self.batch = AttentionBatch(
             positions=positions,
-            slots=slots,
             query_start=torch.arange(size + 1, dtype=torch.int32, device=device),
             context_len=context_len,
-            page_table=self._table,
+            tables={n: PageTable(s, t) for n, s, t in zip(self._groups, slots, self._tables, strict=True)},
         )
         self.fill(None)
 
     def narrowed(self, width: int) -> AttentionBatch:
-        """The batch with the first `width` columns of the page table, the same memory."""
+        """The batch with the first `width` columns of the page tables, the same memory."""
         tables = {name: replace(t, pages=t.pages[:, :width]) for name, t in self.batch.tables.items()}
         return replace(self.batch, tables=tables)
 
@@ -90,19 +99,20 @@ class StaticBatch:
         count = 0 if step is None else len(step.ids)
         self._hosts.reverse()
         self._host_tables.reverse()
-        host, slot = self._hosts[0].numpy(), self._scratch_page * self._page_size
-        host[:, count:] = ((0,), (0,), (slot,), (1,))
-        width = 1
+        host = self._hosts[0].numpy()
+        host[:, count:] = self._padding
+        # Only columns that are read: the tables are as wide as the longest context allows.
+        width = 1 if step is None else step.width
+        shape = (len(self._groups), self.size, width)
+        tables = self._host_tables[0][: math.prod(shape)].view(shape)
+        padded = tables.numpy()
+        padded[:, count:] = self._scratch[:, None, None]
         if step is not None:
-            slots, pages = step.tables[FULL]
-            host[:, :count] = step.ids, step.positions, slots, step.context_len
-            width = pages.shape[1]  # only columns that are read: the table is as wide as the longest context allows
-        table = self._host_tables[0][: self.size * width].view(self.size, width)
-        table[count:] = self._scratch_page
-        if step is not None:
-            table.numpy()[:count] = pages
+            host[:3, :count] = step.ids, step.positions, step.context_len
+            for i, name in enumerate(self._groups):
+                host[3 + i, :count], padded[i, :count] = step.tables[name]
         self._numbers.copy_(self._hosts[0], non_blocking=True)
-        self._table[:, :width].copy_(table, non_blocking=True)
+        self._tables[:, :, :width].copy_(tables, non_blocking=True)
 
 
 class CudaCapture:
@@ -136,8 +146,8 @@ class CudaCapture:
 class DecodeGraphs:
     """A model's decode steps, all recorded by `record_all`; one that was not is recorded when it is needed.
 
-    model: with its cache allocated, `scratch_page` among its pages. max_batch: the most sequences of a step. pages: that
-    one sequence may have. capture: makes a forward repeatable; None: as CUDA graphs.
+    model: with its caches allocated, `scratch_pages` among their pages. max_batch: the most sequences of a step. pages: that
+    one sequence may have. scratch_pages: see `StaticBatch`. capture: makes a forward repeatable; None: as CUDA graphs.
     """
 
     def __init__(
@@ -147,14 +157,14 @@ class DecodeGraphs:
         max_batch: int,
         page_size: int,
         pages: int,
-        scratch_page: int,
+        scratch_pages: Mapping[str, int],
         capture: Callable[[Forward], Forward] | None = None,
     ):
         self.sizes, self.widths = batch_sizes(max_batch), table_widths(pages)
         self._page_size = page_size
         self._model = model
         self._buffers = partial(
-            StaticBatch, pages=pages, page_size=page_size, scratch_page=scratch_page, device=model.device
+            StaticBatch, pages=pages, page_size=page_size, scratch_pages=scratch_pages, device=model.device
         )
         self._capture = capture or CudaCapture(model.device)
         self._batches: dict[int, StaticBatch] = {}  # by size

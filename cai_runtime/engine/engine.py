@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from cai_runtime.byte_sizes import format_bytes
-from cai_runtime.engine.cache_groups import bytes_for, bytes_held, groups_of, positions_held, split_pages
+from cai_runtime.engine.cache_groups import bytes_held, bytes_wanted, groups_of, positions_held, split_pages
 from cai_runtime.engine.detokenizer import TokenDecoder
 from cai_runtime.engine.handle import Handle
 from cai_runtime.engine.lifetime import check_same_process, enter_process, watch_exit
@@ -30,6 +30,7 @@ from cai_runtime.engine.segments import Prompt, lay_out
 from cai_runtime.engine.sequence import Sequence
 from cai_runtime.engine.stats import EngineStats
 from cai_runtime.errors import EngineClosedError, InvalidRequestError, RequestTooLargeError
+from cai_runtime.options import PREFILL_CHUNK
 
 logger = logging.getLogger("cai_runtime.engine")
 
@@ -61,7 +62,7 @@ class Engine:
         eos_token_ids: Iterable[int],
         model_config: dict[str, Any] | None = None,
         max_batch: int = 64,
-        prefill_chunk: int = 512,
+        prefill_chunk: int = PREFILL_CHUNK,
         prefill_time: float | None = 0.1,
         prefix_cache: bool = True,
         max_waiting: int | None = None,
@@ -260,7 +261,8 @@ def _context_limit(runner: Runner, model_context: int) -> str:
         # A runner that has no memory to speak of does not say how much a page takes.
         said = all(g.page_bytes for g in groups)
         held = format_bytes(bytes_held(groups, counts)) if said else f"{counts[group]} pages"
-        whole = format_bytes(bytes_for(groups, runner.max_context)) if said else f"{enough[group]} pages"
+        wanted = bytes_wanted(groups, counts, runner.max_context)
+        whole = format_bytes(wanted, at_least=True) if said else f"{enough[group]} pages"
         of_group = f" in its group {group!r}" if len(groups) > 1 else ""
         return (
             f"the KV cache of {held} holds {positions} positions{of_group} (the model could take {runner.max_context}): "

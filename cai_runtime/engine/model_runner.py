@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from cai_runtime.engine.cache_groups import positions_held
+from cai_runtime.engine.cache_layouts import PageCopy
 from cai_runtime.engine.cuda_graphs import DecodeGraphs, Forward
 from cai_runtime.engine.runner import Pass, PendingSampled
 from cai_runtime.engine.runner_thread import SMALL, CallThread, Done
 from cai_runtime.engine.seats import Seats
-from cai_runtime.engine.step import NEXT, ScheduledSequence, Step, seated
+from cai_runtime.engine.segments import GIVEN
+from cai_runtime.engine.step import NEXT, Feed, ScheduledSequence, Step, seated
 from cai_runtime.errors import KernelError
-from cai_runtime.kernels.batch import FULL
+from cai_runtime.kernels.batch import GivenEmbeddings
+from cai_runtime.kernels.cache_groups import CacheGroup, pools
 from cai_runtime.kernels.sampling import Sampled, SamplingBatch, sample_cpu
 
 if TYPE_CHECKING:
@@ -28,20 +32,26 @@ LOGIT_ROWS = 256
 
 
 class ModelRunner:
-    """Implements `Runner` over a model and the cache that the model allocated.
+    """Implements `Runner` over a model and the caches that it has the model allocate.
 
+    groups: what `model.cache_groups` gave; a window may be declared as keeping all positions. counts: pages of each, one
+    number for groups of one pool.
     cuda_graphs: record decode steps of up to `max_batch` sequences as CUDA graphs and replay them; on a GPU, with kernels
     that can be recorded (triton, cuda). `record_graphs` records every size; one that it did not is recorded when needed. The
-    cache then has one page more than `num_pages`, for padding.
+    caches then have one page more than `counts`, for padding.
     capture: how a step is made repeatable, for tests; see `cuda_graphs.DecodeGraphs`.
+
+    Attributes: `page_size`, of all groups; `num_pages`, from 0 on, may be named by sequences that have no seat.
     """
+
+    able = frozenset({"given_rows"})
 
     def __init__(
         self,
         model: CausalLM,
+        groups: Sequence[CacheGroup],
+        counts: Mapping[str, int],
         *,
-        num_pages: int,
-        page_size: int,
         cache_dtype: torch.dtype,
         max_context: int | None = None,
         cuda_graphs: bool = False,
@@ -50,25 +60,33 @@ class ModelRunner:
     ):
         if cuda_graphs and capture is None and model.device.type != "cuda":
             raise KernelError(f"CUDA graphs need a model on a GPU, this one is on {model.device}: cuda_graphs=False")
-        self.page_size, self.num_pages = page_size, num_pages
+        self.groups, self.counts = tuple(groups), dict(counts)
+        self.page_size = page_size = groups[0].page_size
+        self._shares = {g.name: (len(pool), i) for pool in pools(groups) for i, g in enumerate(pool)}
+        self.num_pages = min(counts[name] // n for name, (n, _) in self._shares.items())
         self.vocab_size = model.vocab_size
         self.model_context = model.max_context
         self.max_context = min(max_context or model.max_context, model.max_context)
-        self.page_bytes = model.page_bytes(page_size, cache_dtype)
-        model.allocate_cache(num_pages + (1 if cuda_graphs else 0), page_size, cache_dtype, self.max_context)
+        context = min(self.max_context, positions_held(groups, counts)[0])
+        model.allocate({n: count + cuda_graphs for n, count in counts.items()}, page_size, cache_dtype, context)
         self._model: CausalLM | None = model
         self._device = model.device
         self._threaded = model.device.type == "cpu" and not cuda_graphs
         self._thread = CallThread(f"cai-runner-{id(self):x}")
-        self._seats, self._unseated = Seats(page_size), Seats(page_size)
+        names = [group.name for group in groups]
+        self._seats, self._unseated = Seats(page_size, names), Seats(page_size, names)
         self.ahead = not self._threaded
         self._last = torch.zeros(max_batch, dtype=torch.int32, device=model.device)  # by seat, the token sampled last
         self._sampler: TritonSampler | None = None
         self._graphs: DecodeGraphs | None = None
         if cuda_graphs:
-            pages = min(-(-self.max_context // page_size), num_pages)
             self._graphs = DecodeGraphs(
-                model, max_batch=max_batch, page_size=page_size, pages=pages, scratch_page=num_pages, capture=capture
+                model,
+                max_batch=max_batch,
+                page_size=page_size,
+                pages=-(-context // page_size),
+                scratch_pages=self.counts,
+                capture=capture,
             )
 
     def record_graphs(self, progress: bool | None = None) -> None:
@@ -81,7 +99,7 @@ class ModelRunner:
 
     def recorded(self, step: Sequence[ScheduledSequence]) -> Forward:
         """The CUDA graph of a decode step of sequences that have no seat, its inputs written, for benchmarks."""
-        placed = seated(step, FULL)
+        placed = seated(step, self._shares)
         self._unseated.write(placed.pages)
         numbers = self._unseated.numbers(placed.feeds)
         if self._graphs is None or not self._graphs.takes(numbers):
@@ -99,27 +117,55 @@ class ModelRunner:
     def run(self, step: Sequence[ScheduledSequence]) -> torch.Tensor:
         """The logits of a step of sequences that have no seat, on the model's device; of a CUDA graph they are good until
         the next call. Runs in this thread: use it while no engine does."""
-        return self._logits(self._unseated, seated(step, FULL))
+        return self._logits(self._unseated, seated(step, self._shares))
 
     @torch.inference_mode()
     def _logits(self, seats: Seats, step: Step) -> torch.Tensor:
         """fp32 [rows wanted, vocabulary] on the model's device."""
-        if step.copies or step.encode or any(feed.inputs for feed in step.feeds):
-            raise KernelError("this model takes token ids alone: no given rows, page copies or encoder inputs")
+        if step.encode:
+            raise KernelError("this model has no encoder")
         seats.write(step.pages)
+        if step.copies:
+            self._copy_pages(step.copies)
         model, numbers = self._opened, seats.numbers(step.feeds)
         known = self._with_sampled(step, numbers.ids) if (numbers.ids == NEXT).any() else None
-        if self._graphs is not None and self._graphs.takes(numbers):
+        given = None
+        if any(feed.inputs for feed in step.feeds):
+            given = self._given(step.feeds)
+            numbers.ids[numbers.ids == GIVEN] = 0  # any token's: the rows take its place
+        if self._graphs is not None and given is None and self._graphs.takes(numbers):
             return self._graphs.prepare(numbers, known)()[: len(step.feeds)]
         ids, wanted, batch = numbers.on(self._device)
         ids = ids if known is None else known
         if len(wanted) <= LOGIT_ROWS:
-            return model.step(ids, wanted, batch)
-        hidden = model.forward(ids, batch).index_select(0, wanted)
+            return model.step(ids, wanted, batch, given)
+        hidden = model.forward(ids, batch, given).index_select(0, wanted)
         logits = torch.empty(len(wanted), self.vocab_size, dtype=torch.float32, device=self._device)
         for part, place in zip(hidden.split(LOGIT_ROWS), logits.split(LOGIT_ROWS), strict=True):
             place.copy_(self.logits(part))
         return logits
+
+    def _copy_pages(self, copies: Sequence[PageCopy]) -> None:
+        """Carry out page copies in order: several of a group at once, unless one reads what another writes."""
+        pending: dict[str, dict[int, int]] = {}  # by group, source by target
+        for copy in copies:
+            targets = pending.setdefault(copy.group, {})
+            if copy.source in targets or copy.target in targets or copy.target in targets.values():
+                self._opened.copy_pages(copy.group, list(targets.values()), list(targets))
+                targets.clear()
+            targets[copy.target] = copy.source
+        for group, targets in pending.items():
+            self._opened.copy_pages(group, list(targets.values()), list(targets))
+
+    def _given(self, feeds: Sequence[Feed]) -> GivenEmbeddings:
+        """The rows that feeds bring in place of embeddings: tensors or arrays [n, hidden]."""
+        index, rows, at = [], [], 0
+        for feed in feeds:
+            for placed in feed.inputs:
+                index.append(torch.arange(at + placed.start, at + placed.end, dtype=torch.int64, device=self._device))
+                rows.append(torch.as_tensor(placed.rows, device=self._device))
+            at += len(feed.ids)
+        return GivenEmbeddings(torch.cat(index), torch.cat(rows))
 
     def sample(self, made: Any, batch: SamplingBatch) -> PendingSampled:
         """On a GPU by Triton, without waiting; on the CPU, and where the kernels' backend has no Triton, by the CPU."""
@@ -168,7 +214,7 @@ class ModelRunner:
     @torch.inference_mode()
     def hidden_states(self, step: Sequence[ScheduledSequence]) -> torch.Tensor:
         """Of every token of a step, [tokens, hidden], on the device; keys and values go into the cache as in `run`."""
-        placed = seated(step, FULL)
+        placed = seated(step, self._shares)
         self._unseated.write(placed.pages)
         ids, _, batch = self._unseated.numbers(placed.feeds).on(self._device)
         return self._opened.forward(ids, batch)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cai_runtime.engine.tokenizer import load_tokenizer as load_tokenizer  # others import it from here
 from cai_runtime.engine.turn_ends import end_of_sequence_ids
 from cai_runtime.errors import InvalidConfigError, KernelError, MemoryBudgetError
-from cai_runtime.options import DTYPES, EngineOptions
+from cai_runtime.options import DTYPES, PREFILL_CHUNK, EngineOptions
 
 if TYPE_CHECKING:
     import torch
@@ -76,12 +77,17 @@ def resolve_place(options: EngineOptions) -> tuple[torch.device, str]:
     return place, resolve_backend(options.backend, place)
 
 
-def load_runner(path: Path, options: EngineOptions | None = None, /, **more: Any) -> tuple[ModelRunner, dict[str, Any]]:
+def load_runner(
+    path: Path, options: EngineOptions | None = None, /, *, keep_all: bool = False, **more: Any
+) -> tuple[ModelRunner, dict[str, Any]]:
     """The model of a checkpoint with its KV cache, and its config.json (at `keep`: that of the smaller checkpoint, whose
-    modules are the ones in use). Arguments and errors as of `open_engine`."""
+    modules are the ones in use). Arguments and errors as of `open_engine`.
+
+    keep_all: sliding windows keep the pages of all positions, for callers that name a sequence's pages themselves."""
     import torch
 
     from cai_runtime.byte_sizes import format_bytes
+    from cai_runtime.engine.cache_groups import bytes_for, bytes_held, split_budget, useful_bytes
     from cai_runtime.engine.lifetime import enter_process
     from cai_runtime.engine.memory import cache_budget
     from cai_runtime.engine.model_runner import ModelRunner
@@ -105,20 +111,26 @@ def load_runner(path: Path, options: EngineOptions | None = None, /, **more: Any
     _check_context(options.max_context, model.max_context)
     cache_dtype = model.dtype if options.kv_dtype == "auto" else named_dtype(options.kv_dtype)
     context = options.max_context or model.max_context
-    page_bytes = model.page_bytes(PAGE_SIZE, cache_dtype)
-    useful = page_bytes * (-(-context // PAGE_SIZE)) * options.max_batch
+    groups = model.cache_groups(PAGE_SIZE, cache_dtype)
+    if keep_all:
+        groups = tuple(replace(g, kind="pages", window=None) if g.kind == "window" else g for g in groups)
+    chunk = options.prefill_chunk or PREFILL_CHUNK
+    useful = useful_bytes(groups, context, options.max_batch, chunk)
     budget = cache_budget(options.kv_cache, device=str(place), useful=useful)
-    pages = budget // page_bytes
-    if pages < 2:
+    counts = split_budget(groups, budget, context, chunk)
+    least = bytes_for(groups, 2 * PAGE_SIZE)
+    if budget < least:
+        page_bytes = sum(group.page_bytes for group in groups)
         raise MemoryBudgetError(
-            f"a KV cache of {budget} bytes holds {pages} pages of {page_bytes} bytes: give at least {2 * page_bytes} bytes"
+            f"a KV cache of {budget} bytes holds {budget // page_bytes} pages of {page_bytes} bytes: give at least "
+            f"{least} bytes"
         )
     on_gpu = kernels in ("triton", "cuda") and place.type == "cuda"
     try:
         runner = ModelRunner(
             model,
-            num_pages=pages,
-            page_size=PAGE_SIZE,
+            groups,
+            counts,
             cache_dtype=cache_dtype,
             max_context=options.max_context,
             cuda_graphs=on_gpu if options.cuda_graphs is None else options.cuda_graphs,
@@ -128,9 +140,10 @@ def load_runner(path: Path, options: EngineOptions | None = None, /, **more: Any
         raise MemoryBudgetError(
             f"a KV cache of {budget} bytes can't be allocated: give a smaller kv_cache ({e})"
         ) from e
+    held = ", ".join(f"{counts[g.name] * PAGE_SIZE} positions" + f" of {g.name!r}" * (len(groups) > 1) for g in groups)
     logger.info(
-        "loaded %s in %.1f s: %s, %s kernels, KV cache of %s for %d positions",
-        path, time.monotonic() - begin, place, kernels, format_bytes(pages * page_bytes), pages * PAGE_SIZE,
+        "loaded %s in %.1f s: %s, %s kernels, KV cache of %s for %s",
+        path, time.monotonic() - begin, place, kernels, format_bytes(bytes_held(groups, counts)), held,
     )  # fmt: skip
     try:
         runner.record_graphs(options.progress)  # now, and not in the middle of serving

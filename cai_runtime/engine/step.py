@@ -6,7 +6,7 @@ step names alone, so that a step costs as much as it changes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,10 +66,14 @@ class ScheduledSequence:
     wanted: int  # logits of the last so many tokens
 
 
-def seated(sequences: Iterable[ScheduledSequence], group: str) -> Step:
-    """The same as a `Step` of the first seats, over one cache group, with all pages."""
+def seated(sequences: Iterable[ScheduledSequence], groups: Mapping[str, tuple[int, int]]) -> Step:
+    """The same as a `Step` of the first seats, with all pages.
+
+    groups: (n, i) of each cache group, the i-th of n that share a pool: it has page p of a sequence as page p * n + i."""
     step = Step([])
     for seat, s in enumerate(sequences):
         step.feeds.append(Feed(seat, s.start, s.token_ids, int(s.wanted)))
-        step.pages.append(NewPages(seat, group, 0, s.pages))
+        for name, (n, i) in groups.items():
+            pages = s.pages if n == 1 else [page * n + i for page in s.pages]
+            step.pages.append(NewPages(seat, name, 0, pages))
     return step

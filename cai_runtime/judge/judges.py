@@ -156,7 +156,7 @@ class EngineJudge(_Closing):
         fixed = {"cuda_graphs": False, "prefix_cache": False}
         checked = EngineOptions.of({"max_batch": ENGINE_SEQUENCES, **options, **fixed})
         self.tokenizer = load_tokenizer(path)
-        self._runner, config = load_runner(path, checked)
+        self._runner, config = load_runner(path, checked, keep_all=True)
         self._eos = end_of_sequence_ids(path, config, self.tokenizer)
         self.engine = start_engine(self._runner, self.tokenizer, checked, eos_token_ids=self._eos, model_config=config)
         self.max_context = self.engine.max_context

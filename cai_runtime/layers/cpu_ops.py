@@ -30,16 +30,13 @@ class CpuOps:
     def __init__(self, backend: str, device: torch.device, arena: Arena | None = None):
         self._arena = arena
 
+    def kv_cache(self, heads: HeadLayout, pages: int, page_size: int, dtype: torch.dtype) -> CpuKVCache:
+        return CpuKVCache(pages, page_size, heads, dtype)
+
     def attention(
-        self,
-        heads: HeadLayout,
-        pages: int,
-        page_size: int,
-        dtype: torch.dtype,
-        sinks: torch.Tensor | None = None,
-        group: str = FULL,
+        self, heads: HeadLayout, cache: CpuKVCache, sinks: torch.Tensor | None = None, group: str = FULL
     ) -> CpuAttention:
-        return CpuAttention(heads, CpuKVCache(pages, page_size, heads, dtype), sinks, group)
+        return CpuAttention(heads, cache, sinks, group)
 
     def embedding_and_head(
         self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype

@@ -63,16 +63,13 @@ class GpuOps:
 
         return swiglu(gate_up)
 
+    def kv_cache(self, heads: HeadLayout, pages: int, page_size: int, dtype: torch.dtype) -> ReferenceKVCache:
+        return ReferenceKVCache(pages, page_size, heads, dtype, self._device)
+
     def attention(
-        self,
-        heads: HeadLayout,
-        pages: int,
-        page_size: int,
-        dtype: torch.dtype,
-        sinks: torch.Tensor | None = None,
-        group: str = FULL,
+        self, heads: HeadLayout, cache: ReferenceKVCache, sinks: torch.Tensor | None = None, group: str = FULL
     ) -> GpuAttention:
-        return GpuAttention(heads, ReferenceKVCache(pages, page_size, heads, dtype, self._device), sinks, group)
+        return GpuAttention(heads, cache, sinks, group)
 
     def embedding_and_head(
         self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype

@@ -26,8 +26,19 @@ BACKENDS = {
 }
 
 
+class KVCache(Protocol):
+    """Pages of one layer."""
+
+    def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copy pages, by number, int64 [N] on the cache's device. No target is a source too."""
+        ...
+
+
 class Attention(Protocol):
     """Attention of one layer over its pages; rotates, writes keys and values, attends."""
+
+    @property
+    def cache(self) -> KVCache: ...
 
     def __call__(
         self, qkv: torch.Tensor, batch: AttentionBatch, cos_sin: torch.Tensor, scale: float
@@ -43,21 +54,19 @@ class Ops(Protocol):
         """Rows of x [M, H] by number, int32 [N] -> [N, H]."""
         ...
 
+    def kv_cache(self, heads: HeadLayout, pages: int, page_size: int, dtype: torch.dtype) -> KVCache:
+        """Pages for one layer, or for a layer of each group of a pool."""
+        ...
+
     def attention(
-        self,
-        heads: HeadLayout,
-        pages: int,
-        page_size: int,
-        dtype: torch.dtype,
-        sinks: torch.Tensor | None = None,
-        group: str = FULL,
+        self, heads: HeadLayout, cache: Any, sinks: torch.Tensor | None = None, group: str = FULL
     ) -> Attention:
-        """One layer's attention with its pages. sinks: fp32 [query_heads], see `paged_attention_reference`. group: the
-        cache group whose page table it reads."""
+        """One layer's attention over its pages. cache: what `kv_cache` made. sinks: fp32 [query_heads], see
+        `paged_attention_reference`. group: the cache group whose page table it reads."""
         ...
 
     def page_bytes(self, page_size: int, heads: HeadLayout, dtype: torch.dtype) -> int:
-        """Bytes of one page of one layer in the cache that `attention` makes."""
+        """Bytes of one page of one layer in the cache that `kv_cache` makes."""
         ...
 
     def embedding_and_head(

@@ -30,16 +30,12 @@ class ReferenceOps:
     def __init__(self, backend: str, device: torch.device, arena: Arena | None = None):
         self._device = device
 
+    def kv_cache(self, heads: HeadLayout, pages: int, page_size: int, dtype: torch.dtype) -> ReferenceKVCache:
+        return ReferenceKVCache(pages, page_size, heads, dtype, self._device)
+
     def attention(
-        self,
-        heads: HeadLayout,
-        pages: int,
-        page_size: int,
-        dtype: torch.dtype,
-        sinks: torch.Tensor | None = None,
-        group: str = FULL,
+        self, heads: HeadLayout, cache: ReferenceKVCache, sinks: torch.Tensor | None = None, group: str = FULL
     ) -> ReferenceAttention:
-        cache = ReferenceKVCache(pages, page_size, heads, dtype, self._device)
         return ReferenceAttention(heads, cache, sinks, group)
 
     def embedding_and_head(

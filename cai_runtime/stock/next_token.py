@@ -110,7 +110,13 @@ class EngineLanes:
         from cai_runtime.engine.open import load_runner
 
         runner, _ = load_runner(
-            path, device=device, max_batch=lanes, max_context=context, cuda_graphs=False, progress=progress
+            path,
+            keep_all=True,
+            device=device,
+            max_batch=lanes,
+            max_context=context,
+            cuda_graphs=False,
+            progress=progress,
         )
         self.vocab_size, self.max_context = runner.vocab_size, runner.max_context
         self._pages = -(-self.max_context // runner.page_size)

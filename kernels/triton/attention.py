@@ -74,11 +74,12 @@ def finish(largest, total, numerator, sinks, head, head_ok):
 
 @triton.jit
 def _attend(
-    query, k_cache, v_cache, table, position, begin, stop, scale_log2, k_page, k_slot, v_page, v_slot,
+    query, k_cache, v_cache, table, position, begin, visible, stop, scale_log2, k_page, k_slot, v_page, v_slot,
     DIM: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The softmax state of `query` [BLOCK_M, BLOCK_D] over keys begin to stop of one KV head."""
+    """The softmax state of `query` [BLOCK_M, BLOCK_D] over keys begin to stop of one KV head. Those before `visible` are not
+    read: their pages may be another sequence's, and a NaN there times a weight of zero would be NaN."""
     dim = tl.arange(0, BLOCK_D)
     dim_ok = dim < DIM
     largest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
@@ -89,6 +90,8 @@ def _attend(
     for at in range(begin, stop, BLOCK_N):
         key_at = at + tl.arange(0, BLOCK_N)
         key_ok = key_at < stop
+        if WINDOW:
+            key_ok = key_ok & (key_at >= visible)
         page = tl.load(table + key_at // PAGE, mask=key_ok, other=0).to(tl.int64)
         in_page = key_at % PAGE
         k_at = k_cache + page * k_page + in_page * k_slot
@@ -152,8 +155,8 @@ def paged_attention_kernel(
             end = tl.minimum((split + 1) * SPLIT, stop)
             if begin < end:
                 largest, total, numerator = _attend(
-                    query, k_cache, v_cache, table, position, begin, end, scale_log2, k_page, k_slot, v_page, v_slot,
-                    DIM, PAGE, WINDOW, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_D,
+                    query, k_cache, v_cache, table, position, begin, visible, end, scale_log2, k_page, k_slot, v_page,
+                    v_slot, DIM, PAGE, WINDOW, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_D,
                 )  # fmt: skip
                 heads = tl.num_programs(1) // parts * GROUP
                 at = (split.to(tl.int64) * rows + rows64) * heads + head
@@ -167,8 +170,8 @@ def paged_attention_kernel(
             for split in range(visible // SPLIT, tl.cdiv(stop, SPLIT)):
                 begin = tl.maximum(split * SPLIT, visible // BLOCK_N * BLOCK_N)
                 next_largest, next_total, next_numerator = _attend(
-                    query, k_cache, v_cache, table, position, begin, tl.minimum((split + 1) * SPLIT, stop), scale_log2,
-                    k_page, k_slot, v_page, v_slot, DIM, PAGE, WINDOW, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_D,
+                    query, k_cache, v_cache, table, position, begin, visible, tl.minimum((split + 1) * SPLIT, stop),
+                    scale_log2, k_page, k_slot, v_page, v_slot, DIM, PAGE, WINDOW, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_D,
                 )  # fmt: skip
                 largest, total, numerator = merge(largest, total, numerator, next_largest, next_total, next_numerator)
             result = finish(largest, total, numerator, sinks, head, row_ok)

@@ -7,10 +7,10 @@ import threading
 import numpy as np
 import pytest
 
-from cai_runtime.engine.cache_groups import CacheGroup, pools
 from cai_runtime.engine.engine import Engine
 from cai_runtime.engine.request import Request, SamplingParams
 from cai_runtime.engine.runner_thread import Done
+from cai_runtime.kernels.cache_groups import CacheGroup, pools
 from cai_runtime.kernels.sampling import sample_cpu
 
 VOCAB = 97

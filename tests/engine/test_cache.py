@@ -3,10 +3,11 @@
 import pytest
 
 from cai_runtime.engine.cache import CacheManager
-from cai_runtime.engine.cache_groups import CacheGroup, bytes_held, pools, positions_held, split_budget
+from cai_runtime.engine.cache_groups import bytes_held, bytes_wanted, positions_held, split_budget, useful_bytes
 from cai_runtime.engine.cache_layouts import PageCopy
 from cai_runtime.engine.segments import Prompt
 from cai_runtime.engine.sequence import Sequence
+from cai_runtime.kernels.cache_groups import CacheGroup, pools
 
 FULL = CacheGroup("full", page_bytes=100, page_size=4)
 WINDOW = CacheGroup("window", "window", 100, 4, window=6)
@@ -81,6 +82,31 @@ def test_a_fork_shares_what_is_full_and_copies_the_rest(groups):
     manager.release(child)
     manager.check_integrity([])
     assert manager.num_used == 0
+
+
+@pytest.mark.parametrize("budget", [60_000, 30_000, 12_000])
+def test_a_window_gets_its_pages_whatever_the_budget(budget):
+    """A window of 40 positions beside a context of 4,000: half the budget gives half the context, not half the window."""
+    groups = CacheGroup("full", page_bytes=50, page_size=4), CacheGroup("window", "window", 100, 4, window=40)
+    counts = split_budget(groups, budget, positions=4000, chunk=64)
+    held, group = positions_held(groups, counts)
+    assert bytes_held(groups, counts) <= budget and counts["window"] >= groups[1].needed(4000)
+    assert min(4000, 0.8 * budget / 50 * 4 - 200) <= held and (group == "full" or held > 4000)
+
+
+def test_a_useful_budget_holds_every_window_and_a_chunk():
+    groups = CacheGroup("full", page_bytes=50, page_size=4), CacheGroup("window", "window", 100, 4, window=40)
+    enough = useful_bytes(groups, 4000, sequences=3, chunk=64)
+    assert split_budget(groups, enough, 4000, chunk=64) == {"full": 3000, "window": 3 * groups[1].needed(4000) + 16}
+    assert useful_bytes((FULL,), 64, sequences=3, chunk=512) == 3 * 16 * 100, "full pages are of the prompt anyway"
+
+
+def test_the_wanted_budget_is_above_the_one_that_is_too_small():
+    groups = CacheGroup("full", page_bytes=100, page_size=4), CacheGroup("window", "window", 50, 4, window=6)
+    for counts in ({"full": 9, "window": 900}, {"full": 9, "window": 9}, {"full": 0, "window": 2}):
+        wanted = bytes_wanted(groups, counts, 128)
+        assert wanted > bytes_held(groups, counts)
+        assert positions_held(groups, split_budget(groups, wanted, 128))[0] >= 128
 
 
 def test_a_fork_without_pages_changes_nothing():

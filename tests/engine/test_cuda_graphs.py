@@ -13,7 +13,7 @@ import torch
 from cai_runtime.engine.cuda_graphs import DecodeGraphs, Forward, StaticBatch, batch_sizes, table_widths
 from cai_runtime.engine.model_runner import ModelRunner
 from cai_runtime.engine.seats import Seats, StepNumbers
-from cai_runtime.engine.step import ScheduledSequence, seated
+from cai_runtime.engine.step import Feed, NewPages, ScheduledSequence, seated
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels.batch import FULL
 
@@ -93,7 +93,7 @@ def test_recording_writes_into_nobodys_pages(checkpoint: Path):
 
 
 def numbers(sequences: list[ScheduledSequence]) -> StepNumbers:
-    step, seats = seated(sequences, FULL), Seats(PAGE_SIZE)
+    step, seats = seated(sequences, {FULL: (1, 0)}), Seats(PAGE_SIZE)
     seats.write(step.pages)
     return seats.numbers(step.feeds)
 
@@ -105,7 +105,7 @@ def addresses(static: StaticBatch) -> list[int]:
 
 
 def test_static_batch_keeps_its_addresses_and_pads():
-    static = StaticBatch(4, pages=3, page_size=PAGE_SIZE, scratch_page=9, device=CPU)
+    static = StaticBatch(4, pages=3, page_size=PAGE_SIZE, scratch_pages={FULL: 9}, device=CPU)
     fixed = addresses(static)
     static.fill(numbers([ScheduledSequence([7], 9, [5, 6, 8], 1), ScheduledSequence([3], 0, [2], 1)]))
     assert static.ids.tolist() == [7, 3, 0, 0]
@@ -118,6 +118,19 @@ def test_static_batch_keeps_its_addresses_and_pads():
     static.fill(numbers([ScheduledSequence([1], 3, [4], 1)]))  # nothing of the step before is read any more
     assert b.tables[FULL].pages[:, 0].tolist() == [4, 9, 9, 9] and b.context_len.tolist() == [4, 1, 1, 1]
     assert addresses(static) == fixed
+
+
+def test_static_batch_of_two_groups_has_a_table_for_each():
+    static = StaticBatch(3, pages=4, page_size=PAGE_SIZE, scratch_pages={"full": 9, "window": 5}, device=CPU)
+    seats = Seats(PAGE_SIZE, ["full", "window"])
+    seats.write([NewPages(2, "full", 0, [7, 1, 3]), NewPages(2, "window", 0, [0, 0, 4])])
+    static.fill(seats.numbers([Feed(2, 9, [6], 1)]))
+    tables = static.narrowed(3).tables
+    assert tables["full"].slots.tolist() == [3 * PAGE_SIZE + 1, 9 * PAGE_SIZE, 9 * PAGE_SIZE]
+    assert tables["window"].slots.tolist() == [4 * PAGE_SIZE + 1, 5 * PAGE_SIZE, 5 * PAGE_SIZE]
+    assert tables["full"].pages.tolist() == [[7, 1, 3], [9, 9, 9], [9, 9, 9]]
+    assert tables["window"].pages.tolist() == [[0, 0, 4], [5, 5, 5], [5, 5, 5]]
+    assert static.batch.context_len.tolist() == [10, 1, 1]
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +154,9 @@ def open_runner(checkpoint: Path, *, capture: Replays | None, max_batch: int = 6
 
     with Checkpoint.open(checkpoint) as opened:
         model = build_model(WeightLoader(opened, CPU, torch.float32, backend))
+    groups = model.cache_groups(PAGE_SIZE if backend == "reference" else 16, torch.float32)
     return ModelRunner(
-        model, num_pages=PAGES, page_size=PAGE_SIZE if backend == "reference" else 16, cache_dtype=torch.float32,
+        model, groups, {group.name: PAGES for group in groups}, cache_dtype=torch.float32,
         cuda_graphs=capture is not None, max_batch=max_batch, capture=capture,
     )  # fmt: skip
 
@@ -241,7 +255,7 @@ def test_a_step_that_cannot_be_recorded_is_said(checkpoint: Path):
 def test_graphs_without_a_gpu_are_refused(checkpoint: Path):
     runner = open_runner(checkpoint, capture=None)
     with pytest.raises(KernelError, match="on cpu"):
-        ModelRunner(runner._model, num_pages=4, page_size=PAGE_SIZE, cache_dtype=torch.float32, cuda_graphs=True)  # type: ignore[arg-type]
+        ModelRunner(runner._model, runner.groups, {FULL: 4}, cache_dtype=torch.float32, cuda_graphs=True)  # type: ignore[arg-type]
 
 
 def test_a_graph_takes_no_more_than_it_was_made_for():

@@ -29,7 +29,7 @@ def test_a_budget_in_bytes_gives_that_many_pages(checkpoint, backend, monkeypatc
     monkeypatch.setattr(ModelRunner, "record_graphs", lambda self, progress=None: calls.append(self))
     with caplog.at_level(logging.INFO, logger="cai_runtime.engine"):
         runner, _ = load_runner(checkpoint, device="cpu", backend=backend, kv_cache="64KiB", max_context=8)
-    assert runner.num_pages == (64 << 10) // runner.page_bytes
+    assert runner.num_pages == (64 << 10) // runner.groups[0].page_bytes
     assert (runner.max_context, runner.model_context) == (8, runner._model.max_context)
     assert calls == [runner], "graphs are recorded before the first request"
     assert "loaded" in caplog.text and f"{runner.num_pages * PAGE_SIZE} positions" in caplog.text
@@ -54,3 +54,5 @@ def test_a_runner_whose_graphs_cannot_be_recorded_is_closed(checkpoint, monkeypa
 )
 def test_bytes_are_written_as_they_are_read(count, text):
     assert format_bytes(count) == text and parse_bytes(text) == count
+    assert format_bytes(count, at_least=True) == text
+    assert parse_bytes(format_bytes(count + 1, at_least=True)) >= count + 1

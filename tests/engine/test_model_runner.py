@@ -5,16 +5,18 @@ import pytest
 import torch
 
 from cai_runtime.engine import model_runner
+from cai_runtime.engine.cache_layouts import PageCopy
 from cai_runtime.engine.engine import Engine
 from cai_runtime.engine.request import Request, SamplingParams
+from cai_runtime.engine.segments import GIVEN, GivenRows, PlacedRows
 from cai_runtime.engine.step import Feed, NewPages, ScheduledSequence, Step
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels.batch import FULL
 from cai_runtime.kernels.sampling import NEUTRAL, NO_TABLES, SamplingBatch
-from tests.engine.test_cuda_graphs import checkpoint, open_runner  # noqa: F401 - a fixture
+from tests.engine.test_cuda_graphs import Replays, checkpoint, open_runner  # noqa: F401 - a fixture
 
 IDS = [7, 3, 300, 41, 5, 5, 19, 2, 260, 77, 8, 120, 33, 64, 1, 9, 310, 44, 6, 28]
-PAGES = [4, 9]
+PAGES = [4, 9, 15, 21, 30]
 
 
 @pytest.fixture
@@ -55,6 +57,11 @@ def test_launched_steps_over_seats_are_the_same(runner):
     assert torch.equal(third.wait(), expected[18:])
 
 
+class Words:
+    def decode(self, token_ids, skip_special_tokens=True):
+        return "".join(chr(0x100 + t) for t in token_ids)
+
+
 class Guesses:
     """Drafts that are sometimes right: a tiny model repeats itself."""
 
@@ -70,10 +77,6 @@ def test_drafts_change_no_token_of_a_real_model(checkpoint):  # noqa: F811
         for i, (t, p) in enumerate([(0.0, 1.0), (0.7, 1.0), (0.0, 1.2), (1.0, 1.1)])
     ]
 
-    class Words:
-        def decode(self, token_ids, skip_special_tokens=True):
-            return "".join(chr(0x100 + t) for t in token_ids)
-
     texts = []
     for proposer in (None, Guesses()):
         with Engine(
@@ -85,6 +88,61 @@ def test_drafts_change_no_token_of_a_real_model(checkpoint):  # noqa: F811
 
 
 def test_what_the_model_does_not_take_is_named(runner):
-    step = Step([Feed(0, 0, [1], 1, inputs=(object(),))], [NewPages(0, FULL, 0, [1])])
-    with pytest.raises(KernelError, match="token ids alone"):
-        runner.launch(step).wait()
+    pages = [NewPages(0, FULL, 0, [1])]
+    narrow = PlacedRows(0, torch.zeros(1, 47), b"a")
+    with pytest.raises(KernelError, match=r"shape \[1, 47\]; this model takes \[n, 48\]"):
+        runner.launch(Step([Feed(0, 0, [GIVEN], 1, inputs=(narrow,))], pages)).wait()
+    with pytest.raises(KernelError, match="no encoder"):
+        runner.launch(Step([Feed(0, 0, [1], 1)], pages, encode=[object()])).wait()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("rows_at_once", [256, 3])
+def test_given_rows_take_the_place_of_embeddings(checkpoint, monkeypatch, backend, rows_at_once):  # noqa: F811
+    """A token's own embedding given as a row: the logits of the token."""
+    monkeypatch.setattr(model_runner, "LOGIT_ROWS", rows_at_once)
+    runner = open_runner(checkpoint, capture=None, backend=backend)
+    expected = runner.run([ScheduledSequence(IDS, 0, PAGES, len(IDS))])
+    rows = runner._model.embed(torch.tensor(IDS[4:9], dtype=torch.int32))
+    ids = [*IDS[:4], *[GIVEN] * 5, *IDS[9:]]
+    beside = Feed(1, 0, [3, 4], 0)
+    for count in (20, 6):  # whole, and in a chunk that ends among the given rows
+        feed = Feed(0, 0, ids[:count], count, inputs=(PlacedRows(4, rows[: count - 4].numpy(), b"a"),))
+        step = Step([beside, feed], [NewPages(0, FULL, 0, PAGES), NewPages(1, FULL, 0, [7])])
+        torch.testing.assert_close(runner.launch(step).wait(), expected[:count], rtol=0, atol=2e-6)
+    runner.close()
+
+
+def test_an_engine_feeds_given_rows(checkpoint):  # noqa: F811
+    """Through chunks, reuse of the prefix and decoding, on the plain path and on recorded steps."""
+    texts, hits = [], []
+    for capture in (None, Replays()):
+        runner = open_runner(checkpoint, capture=capture)
+        rows = runner._model.embed(torch.tensor(IDS[4:13], dtype=torch.int32))
+        sampling = SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True)
+        with Engine(runner, Words(), eos_token_ids=[2], prefill_chunk=7) as engine:
+            for request in (
+                Request(IDS, sampling),
+                Request(segments=(IDS[:4], GivenRows(rows, b"rows"), IDS[13:]), sampling=sampling),
+                Request(segments=(IDS[:4], GivenRows(rows, b"rows"), IDS[13:]), sampling=sampling),
+            ):
+                done = engine.submit(request).result(timeout=60)
+                texts.append(done.token_ids)
+                hits.append(done.cached_tokens)
+    assert texts == texts[:1] * 6
+    assert hits == [0, 4, 16] * 2
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_pages_are_copied_in_order(checkpoint, backend):  # noqa: F811
+    """A sequence forked in the middle of a page, and a fork of the fork: each goes on as the first would."""
+    runner = open_runner(checkpoint, capture=None, backend=backend)
+    size = runner.page_size
+    ids = [*IDS, *IDS][: 2 * size + 3]
+    expected = runner.run([ScheduledSequence([*ids, 9], 0, [1, 2, 3], 1)])
+    copies = [PageCopy(FULL, 3, 11), PageCopy(FULL, 11, 12), PageCopy(FULL, 3, 13)]
+    for place in (13, 12, 11):
+        step = Step([Feed(0, len(ids), [9], 1)], [NewPages(0, FULL, 0, [1, 2, place])], copies)
+        torch.testing.assert_close(runner.launch(step).wait(), expected, rtol=0, atol=2e-6)
+        copies = []
+    runner.close()

@@ -114,6 +114,28 @@ def test_pages_before_the_window_may_be_gone():
         attention(qkv[100:].clone(), batch_of([(100, 1, [-1, -1, -1, -1, -1, -1, 4])]), table, 0.2)
 
 
+@pytest.mark.parametrize("made", [CpuKVCache, ReferenceKVCache])
+@pytest.mark.parametrize("rows", [1, 30])
+def test_what_lies_before_the_window_is_not_read(made: type, rows: int):
+    """The page table names another sequence's page there, which holds NaN; so does the page where the window begins."""
+    heads, g = HeadLayout(4, 2, 16, 16, window=20), torch.Generator().manual_seed(2)
+    table, qkv = rope_table(160, 16), torch.randn(100 + rows, heads.qkv_width, generator=g)
+    if made is CpuKVCache:
+        attention: CpuAttention | ReferenceAttention = CpuAttention(heads, CpuKVCache(10, PAGE, heads, torch.float32))
+    else:
+        cache = ReferenceKVCache(10, PAGE, heads, torch.float32, torch.device("cpu"))
+        attention = ReferenceAttention(heads, cache)
+    pages = [3, 1, 5, 0, 2, 6, 4, 8, 9]
+    attention(qkv[:100].clone(), batch_of([(0, 100, pages)]), table, 0.2)
+    expected = attention(qkv[100:].clone(), batch_of([(100, rows, pages)]), table, 0.2)
+    bad = qkv[:100].clone()
+    bad[81:] = torch.nan  # another sequence, in a page of its own and in the beginning of page 6
+    attention(bad[84:].clone(), batch_of([(0, 16, [7])]), table, 0.2)
+    attention(bad[99:].clone(), batch_of([(80, 1, pages)]), table, 0.2)
+    slid = batch_of([(100, rows, [7, 7, 7, 7, 7, *pages[5:]])])  # the window begins at position 81
+    assert torch.equal(attention(qkv[100:].clone(), slid, table, 0.2), expected)
+
+
 def test_unsupported_shapes_are_refused():
     heads = HeadLayout(4, 2, 32, 32)
     with pytest.raises(KernelError, match="page_size"):

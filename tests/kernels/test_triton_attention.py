@@ -154,6 +154,28 @@ def test_sliding_window_and_sinks_of_a_ragged_step(window: int):
         assert relative_error(b.run(0.25, **options), b.expected(0.25, **options)) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("one_program", [False, True])
+@pytest.mark.parametrize("window", [7, 33, 600])
+def test_what_lies_before_the_window_is_not_read(monkeypatch: pytest.MonkeyPatch, window: int, one_program: bool):
+    """The page table names another sequence's page there, which holds NaN; so do keys of the page where the window begins.
+    Decode, in splits and in one program, and a prompt's rows."""
+    if one_program:
+        monkeypatch.setattr(attention, "FULL_GRID", 0)
+    for sequences in ([(1, 70), (1, 1030)], [(11, 90)]):
+        torch.manual_seed(7)
+        b = batch(sequences, (6, 2, 16), 16, torch.float32)
+        wanted = b.expected(0.25, window)
+        nobodys = next(
+            p for p in range(len(b.k_cache)) if p not in b.page_table.tolist()[0] + b.page_table.tolist()[-1]
+        )
+        for s, (new, context) in enumerate(sequences):
+            first = max(0, context - new - window + 1)
+            page = int(b.page_table[s, first // 16])
+            b.k_cache[page, :, : first % 16] = b.v_cache[page, :, : first % 16] = torch.nan
+            b.page_table[s, : first // 16] = nobodys
+        assert relative_error(b.run(0.25, window=window), wanted) < TOLERANCE[torch.float32]
+
+
 def test_rows_beyond_the_last_sequence_are_left_alone():
     """Padding of a captured graph: rows that no sequence owns, and sequences without tokens."""
     torch.manual_seed(8)

@@ -10,33 +10,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_llama import feed, open_runner, tiny_model
-from transformers import AutoModelForCausalLM
+from tiny_llama import MISSING, change_config, open_runner, same_as_transformers, tiny_model
 
 from cai_runtime.errors import CheckpointError, InvalidConfigError, TensorMissingError
 from cai_runtime.layers.rotary import RopeConfig, cos_sin_table
 
-IDS = torch.randint(0, 300, (40,), generator=torch.Generator().manual_seed(1)).tolist()
 Tensors = dict[str, torch.Tensor]
-MISSING = object()
-
-
-def change_config(path: Path, **change: Any) -> None:
-    config = json.loads((path / "config.json").read_text()) | change
-    kept = {key: value for key, value in config.items() if value is not MISSING}
-    (path / "config.json").write_text(json.dumps(kept))
 
 
 def change_tensors(path: Path, change: Callable[[Tensors], Tensors]) -> None:
     found = {name: tensor.clone() for name, tensor in change(load_file(path / "model.safetensors")).items()}
     save_file(found, path / "model.safetensors", metadata={"format": "pt"})
-
-
-@torch.inference_mode()
-def same_as_transformers(path: Path) -> None:
-    expected = AutoModelForCausalLM.from_pretrained(path)(torch.tensor([IDS])).logits[0, -1]
-    ours = feed(open_runner(path), IDS, [0, 1, 2], [len(IDS)])[0]
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
 
 
 LINEAR = {"type": "linear", "factor": 2.0}

@@ -32,6 +32,23 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32},
         "max_position_embeddings": 256,
     },
+    "mistral": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 10},
+    "mistral without a window": {"model_type": "mistral", "sliding_window": None},
+    "window of a page": {"model_type": "mistral", "sliding_window": 16, "tie_word_embeddings": True},
+    "window beyond the text": {"model_type": "mistral", "sliding_window": 200},
+    "ministral": {
+        "model_type": "ministral",
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "sliding_window": 10,
+        "head_dim": 24,
+    },
+    "ministral in one pool": {
+        "model_type": "ministral",
+        "layer_types": ["full_attention", "sliding_attention"],
+        "sliding_window": 17,
+        "head_dim": 16,
+    },
     "llama3": {
         "rope_scaling": {
             "rope_type": "llama3",
