@@ -96,7 +96,7 @@ def _measure(
     greedy = SamplingBatch(np.repeat(NEUTRAL, rows), [NO_TABLES] * rows)
 
     def whole() -> None:
-        step.runner.sample(step.runner.run(sequences), greedy).wait()
+        step.runner.sample_logits(step.runner.run(sequences), greedy).wait()
 
     floor = step.floor_bytes(rows) / context.bandwidth
     expected = predicted_step(backend, weights, rows) if not option else None
