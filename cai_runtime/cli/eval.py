@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from cai_runtime.cli.options import add_device_argument
+
 HELP = "perplexity, divergence, agreement and samples of one checkpoint, or of two side by side"
 
 
@@ -56,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="open the elastic CANDIDATE, or a single elastic MODEL, at this keep",
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default: a GPU if there is one")
+    add_device_argument(parser)
     parser.add_argument("--dtype", default="auto", help="fp32, bf16, fp16; default: fp32, or the engine's own choice")
     parser.add_argument(
         "--one-at-a-time",

@@ -25,8 +25,8 @@ SAMPLING = ("temperature", "top_p", "max_tokens", "seed")
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """--pull, and the options that open the model."""
     parser.add_argument("--pull", action="store_true", help="fetch the model first if it is not on this machine")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default: a GPU if there is one")
-    parser.add_argument("--dtype", default="auto", help="what float weights are held in: fp32, bf16, fp16, auto")
+    add_device_argument(parser)
+    add_dtype_argument(parser)
     parser.add_argument(
         "--keep",
         type=float,
@@ -44,6 +44,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="BUDGET",
         help="memory for the key-value cache: bytes, such as 2GiB, or a fraction such as 0.3",
     )
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default: a GPU if there is one")
+
+
+def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", default="auto", help="what float weights are held in: fp32, bf16, fp16, auto")
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> None:

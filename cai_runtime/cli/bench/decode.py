@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 
 from cai_runtime.cli.bench.options import PEERS_MODEL, output_file, write_json
+from cai_runtime.cli.options import add_device_argument, add_dtype_argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=64, metavar="N", help="of each prompt; default: 64")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="medians are over these; default: 3")
     parser.add_argument("--threads", type=int, metavar="N", help="of the CPU; default: all that this process may use")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default: a GPU if there is one")
-    parser.add_argument("--dtype", default="auto", help="what float weights are held in: fp32, bf16, fp16, auto")
+    add_device_argument(parser)
+    add_dtype_argument(parser)
     parser.add_argument("--peers", action="store_true", help="measure llama.cpp and transformers too")
     parser.add_argument(
         "--peers-model",

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cai_runtime.cli.options import add_device_argument
 from cai_runtime.errors import BenchmarkError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def counts(text: str) -> tuple[int, ...]:
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     """Options for the device, the timing and the output files."""
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default: a GPU if there is one")
+    add_device_argument(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="of the CPU; default: all that this process may use")
     parser.add_argument("--seconds", type=float, default=0.25, metavar="S", help="timed for each figure; default: 0.25")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns that they are taken in; default: 5")
