@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from cai_runtime.engine.cache_groups import NO_LIMIT, largest_align
+from cai_runtime.engine.cache_groups import largest_align
 from cai_runtime.engine.cache_layouts import Layout, PageCopy, layout_of
 from cai_runtime.engine.pages import PageBook, extend_digests
 from cai_runtime.engine.segments import EncoderInput
@@ -42,7 +42,6 @@ class Held:
     num_registered: int = 0  # pages offered to others
     room: int = 0  # positions that the pages of every group cover
     is_changed: bool = False  # the runner does not know all of the page tables
-    commit_at: int = 0  # computed positions from which on `commit` has something to offer
 
     def __bool__(self) -> bool:
         return bool(self.by_group)
@@ -82,7 +81,6 @@ class CacheManager:
                 self._layouts[group.name] = layout_of(group, self._books[-1])
         self._windows, self._encoders = self._of_kind("window"), self._of_kind("encoder")
         self.has_state = any(group.kind == "state" for group in groups)
-        self.has_encoder = bool(self._encoders)
         self.is_plain = all(group.kind == "pages" for group in groups)
         self.prefix_cache = prefix_cache
         self._reuses = prefix_cache and all(group.reuse != "none" for group in groups)
@@ -197,14 +195,8 @@ class CacheManager:
             layout.grow(made[name], known, end)
         sequence.held.by_group = made
         sequence.held.num_registered = found
-        sequence.held.commit_at = self._next_commit(found)
         self._note_change(sequence.held)
         return Admission(start, end)
-
-    def _next_commit(self, num_registered: int) -> int:
-        if self.has_encoder:
-            return 0
-        return (num_registered + 1) * self.page_size if self._reuses else NO_LIMIT
 
     def _note_change(self, held: Held) -> None:
         held.room = min(layout.room(held.by_group[name]) for name, layout in self._layouts.items())
@@ -239,8 +231,6 @@ class CacheManager:
     def advance(self, sequence: EngineSequence, fed: int, kept: int) -> int:
         """Note that a pass over `fed` tokens went through, of which the first `kept` are part of the text. Returns how many
         count as computed: a state can't be taken back in part, so that what was kept is fed again."""
-        if self.is_plain:
-            return kept
         if self.has_state and kept < fed:
             kept = 0
         position = sequence.num_computed + kept
@@ -274,12 +264,9 @@ class CacheManager:
             layout.commit(held.by_group[name], held.digests, held.num_registered, pages, sequence.prompt)
             layout.slide(held.by_group[name], sequence.num_computed)
         held.num_registered = pages
-        held.commit_at = self._next_commit(pages)
 
     def page_changes(self, sequence: EngineSequence, *, everything: bool = False) -> list[NewPages]:
         """What the runner does not know yet of the page tables of the sequence's seat. everything: whole tables."""
-        if not sequence.held.is_changed and not everything:
-            return []
         sequence.held.is_changed = False
         changes = []
         for name, layout in self._layouts.items():
@@ -313,7 +300,6 @@ class CacheManager:
             child.held.by_group[name] = layout.fork(held.by_group[name], position, copies)
         child.held.digests = list(held.digests[: position // self.page_size])
         child.held.num_registered = min(held.num_registered, len(child.held.digests))
-        child.held.commit_at = self._next_commit(child.held.num_registered)
         child.num_computed = position
         self._note_change(child.held)
         held.is_changed = True  # of a state

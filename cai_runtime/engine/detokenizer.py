@@ -28,7 +28,7 @@ class TokenDecoder:
         self._special = frozenset(special)
         self._special_id = {text: token_id for token_id, text in special.items()}
         self._byte: dict[int, int | None] = {}
-        self._lengths: dict[tuple[int, bool], int] = {}
+        self._alone: dict[tuple[int, bool], str] = {}
         # GPT-2's decoder writes each token's bytes, whatever stands beside it. Others strip or join.
         self._is_byte_level = type(getattr(self._backend, "decoder", None)).__name__ == "ByteLevel"
         self._pieces: dict[bool, dict[int, str]] = {False: {}, True: {}}
@@ -41,10 +41,13 @@ class TokenDecoder:
         """Characters of these tokens' own text. Known of a token that was asked for before: half of a detokenizer's work."""
         if len(token_ids) > 1:
             return len(self.decode(token_ids, skip_special_tokens))
-        key = token_ids[0], skip_special_tokens
-        if key not in self._lengths:
-            self._lengths[key] = len(self.decode(token_ids, skip_special_tokens))
-        return self._lengths[key]
+        return len(self._text_alone(token_ids[0], skip_special_tokens))
+
+    def _text_alone(self, token_id: int, skip_special_tokens: bool) -> str:
+        key = token_id, skip_special_tokens
+        if key not in self._alone:
+            self._alone[key] = self.decode([token_id], skip_special_tokens)
+        return self._alone[key]
 
     def pieces(self, skip_special_tokens: bool) -> dict[int, str]:
         """Of the tokens that `learn_piece` was called with, what they add to any text that ends with a whole character; ""
@@ -53,7 +56,7 @@ class TokenDecoder:
 
     def learn_piece(self, token_id: int, skip_special_tokens: bool) -> None:
         """Note a token's piece: in a byte-level vocabulary that of a token whose bytes are whole characters."""
-        piece = self.decode([token_id], skip_special_tokens) if self._is_byte_level else ""
+        piece = self._text_alone(token_id, skip_special_tokens) if self._is_byte_level else ""
         self._pieces[skip_special_tokens][token_id] = "" if _REPLACEMENT in piece else piece
 
     def is_special(self, token_id: int) -> bool:

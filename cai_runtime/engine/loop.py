@@ -181,7 +181,7 @@ class EngineLoop:
             step.feeds.append(feed)
             if again or sequence.held.is_changed:
                 step.pages += cache.page_changes(sequence, everything=again)
-            if cache.has_encoder:
+            if sequence.prompt.encoder is not None:
                 step.encode += cache.encoder_passes(sequence)
             end = feed.start + len(feed.ids)
             for i in range(feed.wanted):
@@ -281,7 +281,7 @@ class EngineLoop:
             sequence, wanted = planned.sequence, planned.feed.wanted
             rows = tokens[at : at + wanted]
             at += wanted
-            if sequence.log not in self._sequences:  # it has ended, such as by a stop string or an abort
+            if not self._is_alive(sequence):
                 continue
             count, error = append_sampled(sequence, planned.draft, rows)
             self.scheduler.advance(planned, count)
@@ -307,12 +307,11 @@ class EngineLoop:
         texts, self._texts = self._texts, []
         try:
             for sequence, now in texts:
-                if sequence.log in self._sequences:
+                if self._is_alive(sequence):
                     self._put_out(sequence, now)
         finally:
-            if self._outputs:
-                outputs, self._outputs = self._outputs, []
-                deliver(outputs)
+            outputs, self._outputs = self._outputs, []
+            deliver(outputs)
 
     def _put_out(self, sequence: Sequence, now: float) -> None:
         """Add the text of a sequence's new tokens, which came at `now`, to the outputs."""
@@ -321,12 +320,11 @@ class EngineLoop:
         except Exception as error:  # noqa: BLE001 - a tokenizer or a parameter that breaks fails its request alone
             self._end_with(sequence, error)
             return
-        stats = self.stats
-        stats.tokens_decoded += len(delta.token_ids)
+        self.stats.tokens_decoded += len(delta.token_ids)
         if sequence.last_token_at is None:
             sequence.first_token_at = now
-        elif now - sequence.last_token_at > stats.worst_token_gap:
-            stats.worst_token_gap = now - sequence.last_token_at
+        else:
+            self.stats.worst_token_gap = max(self.stats.worst_token_gap, now - sequence.last_token_at)
         sequence.last_token_at = now
         if delta.finish_reason is not None:
             self._finish(sequence, now)

@@ -149,18 +149,16 @@ class SequenceSampler:
         row["presence"] = params.presence_penalty
         self.tables = NO_TABLES
         self._write_tables()
-        self.is_constant = self._counts is None and params.min_tokens == 0  # the row is the same whatever was generated
 
     @property
     def is_ahead(self) -> bool:
         """Whether the token behind the next one can be sampled by the same row: neither depends on what the other is, and
         the host is not asked for either."""
-        generated, early = self._num_generated, self.params.min_tokens
-        alike = self.is_constant or generated + 1 < early or generated >= early
-        return alike and self._counts is None and self.processor is None and self.params.logprobs is None
+        early = self._num_generated + 1 < self.params.min_tokens or self._num_generated >= self.params.min_tokens
+        return self._counts is None and self.processor is None and self.params.logprobs is None and early
 
     def observe(self, token_id: int) -> None:
-        """Take note of a token that became part of the text; not needed where `is_constant`."""
+        """Take note of a token that became part of the text."""
         self._num_generated += 1
         if self._counts is not None:
             self._counts.add(token_id)

@@ -32,6 +32,11 @@ class Planned:
     is_decode: bool  # the newest generated token, and no part of a prompt or of a recomputation
 
     @classmethod
+    def decode(cls, sequence: Sequence, start: int, token_id: int) -> Planned:
+        """The newest token at its position, without a draft: nearly every part of nearly every step."""
+        return cls(sequence, Feed(sequence.seat, start, [token_id], 1), (), True)
+
+    @classmethod
     def of(cls, sequence: Sequence, count: int, draft: list[int] | None = None) -> Planned:
         """The next `count` uncomputed tokens of a sequence; behind the last known one, a draft of what may follow it."""
         start, known = sequence.num_computed, len(sequence.token_ids)
@@ -76,7 +81,7 @@ class Scheduler:
     @property
     def is_decoding(self) -> bool:
         """Whether a sequence of the batch waits for its next token alone."""
-        return next((True for s in self.running if len(s.token_ids) - s.num_computed == 1), False)
+        return any(sequence.num_uncomputed == 1 for sequence in self.running)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. That it fits the whole cache has been checked."""
@@ -101,7 +106,7 @@ class Scheduler:
                 budget -= end - start
             if end == start:
                 continue
-            while held.by_group and end > held.room and not self.cache.grow(sequence, end):
+            while held.by_group and not self.cache.grow(sequence, end):
                 if self.cache.reclaim(self.running):
                     continue
                 self._preempt(self.running[-1])
@@ -109,9 +114,8 @@ class Scheduler:
             if not held.by_group:
                 continue
             is_decode = known - start == 1 and known > sequence.num_prompt
-            if is_decode and self._draft is None:  # nearly always
-                feed = Feed(sequence.seat, start, sequence.token_ids[start:], 1)
-                step.append(Planned(sequence, feed, (), True))
+            if is_decode and self._draft is None:
+                step.append(Planned.decode(sequence, start, sequence.token_ids[-1]))
             else:
                 draft = self._affordable_draft(sequence) if is_decode else None
                 step.append(Planned.of(sequence, end - start, draft))
@@ -136,7 +140,7 @@ class Scheduler:
                 continue
             if not self.cache.grow(sequence, known + 1):
                 return []
-            step.append(Planned(sequence, Feed(sequence.seat, known, [NEXT], 1), (), True))
+            step.append(Planned.decode(sequence, known, NEXT))
         return step
 
     def _admit(self, step: list[Planned], budget: int) -> None:
@@ -201,7 +205,9 @@ class Scheduler:
     def advance(self, planned: Planned, taken: int = 0) -> None:
         """Note that a feed was computed. taken: tokens that were sampled after it and became part of the text; a drafted
         token counts as computed when the one behind it was taken."""
-        if planned.is_decode and not planned.draft and self.cache.is_plain:  # nearly always
+        if (
+            planned.is_decode and not planned.draft and self.cache.is_plain
+        ):  # nearly always, and then nothing else changes
             planned.sequence.num_computed += 1
             return
         fed = kept = len(planned.feed.ids)
@@ -215,8 +221,7 @@ class Scheduler:
 
     def commit(self, sequence: Sequence) -> None:
         """Offer what a sequence has computed to others. Call once logits that follow it are known to be finite."""
-        if sequence.num_computed >= sequence.held.commit_at:
-            self.cache.commit(sequence)
+        self.cache.commit(sequence)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless pages and queues agree."""

@@ -52,14 +52,13 @@ class Sequence:
 
     def may_end(self) -> bool:
         """Whether the newest token ends the text, as far as tokens alone tell."""
-        generated, params = len(self.token_ids) - self.num_prompt, self.request.sampling
+        generated, params = self.num_generated, self.request.sampling
         return generated >= params.max_tokens or (self.token_ids[-1] in self.ends and generated >= params.min_tokens)
 
     def append(self, token_id: int) -> None:
         """Add a generated token."""
         self.token_ids.append(token_id)
-        if not self.sampler.is_constant:
-            self.sampler.observe(token_id)
+        self.sampler.observe(token_id)
 
     def put_out(self) -> Delta:
         """What the consumer sees of the tokens that were appended since the last call.
@@ -70,9 +69,7 @@ class Sequence:
         first, most = self.num_prompt + self.num_put_out, self.request.sampling.max_tokens
         delta = self.output.feed(self.token_ids[first : self.num_prompt + most])
         self.num_put_out += len(delta.token_ids)
-        if delta.finish_reason is None:
-            if self.num_put_out < most:
-                return delta
+        if delta.finish_reason is None and self.num_put_out >= most:
             rest = self.output.finish()
             delta = Delta(delta.events + rest.events, delta.token_ids, rest.finish_reason, rest.stop_string)
         if delta.finish_reason is not None:

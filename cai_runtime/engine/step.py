@@ -49,7 +49,7 @@ class Step:
     @property
     def rows(self) -> int:
         """Rows of logits that are wanted."""
-        return sum([feed.wanted for feed in self.feeds])
+        return sum(feed.wanted for feed in self.feeds)
 
 
 @dataclass(slots=True)
