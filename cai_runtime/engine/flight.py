@@ -10,6 +10,12 @@ from cai_runtime.engine.sampling import tokens_or_errors
 from cai_runtime.engine.scheduler import Planned
 from cai_runtime.engine.sequence import Sequence
 
+# After these errors every call of CUDA fails in this process.
+LOST_DEVICE = (
+    "illegal memory access", "misaligned address", "device-side assert", "unspecified launch failure",
+    "illegal instruction", "hardware stack error", "uncorrectable ECC error",
+)  # fmt: skip
+
 
 @dataclass(slots=True)
 class Launched:
@@ -71,3 +77,15 @@ def forget_frames(error: BaseException) -> None:
     while seen is not None:
         traceback.clear_frames(seen.__traceback__)
         seen = seen.__cause__ or seen.__context__
+
+
+def lost_the_device(error: Exception) -> bool:
+    """Whether no later step can succeed in this process."""
+    said = str(error)
+    return any(text in said for text in LOST_DEVICE)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return (
+        isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "OutOfMemory" in type(error).__name__
+    )

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import queue
-import threading
 from collections.abc import Callable
 from functools import partial
 
 from cai_runtime.engine.cache import CacheManager
 from cai_runtime.engine.cache_groups import groups_of
-from cai_runtime.engine.flight import Flight, Launched, append_sampled, forget_frames
+from cai_runtime.engine.flight import (
+    Flight,
+    Launched,
+    append_sampled,
+    forget_frames,
+    is_out_of_memory,
+    lost_the_device,
+)
+from cai_runtime.engine.inbox import Inbox
 from cai_runtime.engine.outbox import TokenLog, deliver
 from cai_runtime.engine.pacing import PrefillPace, StepLimits
 from cai_runtime.engine.proposers import Proposer, checked_draft
@@ -25,21 +31,12 @@ from cai_runtime.engine.stats import EngineStats
 from cai_runtime.engine.step import Step
 from cai_runtime.errors import (
     CaiError,
-    EngineClosedError,
     EngineError,
-    InvalidRequestError,
-    QueueFullError,
     RequestAbortedError,
     RunnerError,
 )
 
 logger = logging.getLogger("cai_runtime.engine")
-
-# After these errors every call of CUDA fails in this process.
-LOST_DEVICE = (
-    "illegal memory access", "misaligned address", "device-side assert", "unspecified launch failure",
-    "illegal instruction", "hardware stack error", "uncorrectable ECC error",
-)  # fmt: skip
 
 
 class EngineLoop:
@@ -60,8 +57,7 @@ class EngineLoop:
         clock: Callable[[], float],
         proposer: Proposer | None = None,
     ):
-        # SimpleQueue.put is reentrant: finalizers put here, in whatever thread the garbage collector runs.
-        self.inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.inbox = Inbox(max_batch=max_batch, max_waiting=max_waiting)
         self.stats = EngineStats()
         cache = CacheManager(*groups_of(runner), prefix_cache=prefix_cache)
         draft = None if proposer is None else partial(checked_draft, proposer, vocab_size=runner.vocab_size)
@@ -75,39 +71,10 @@ class EngineLoop:
         self._flight: Flight | None = None  # the step under way
         self._texts: list[tuple[Sequence, float]] = []  # have tokens whose text is not made yet, and when they came
         self._outputs: list[tuple[TokenLog, Delta]] = []  # not delivered yet
-        self._gate = threading.Lock()  # guards `closed` and `_places`
-        self._places = 0  # requests that were sent and have not ended
-        self._most_places = None if max_waiting is None else max_batch + max_waiting
-        self.closed = False
-        self._crash: BaseException | None = None  # an error of the engine itself, which ended it
-
-    # Any thread
-
-    def send(self, command: Callable[[], None]) -> None:
-        """Have the engine's thread call `command` between two steps. Raises EngineClosedError."""
-        with self._gate:
-            if self.closed:
-                raise self._closed_error()
-            self.inbox.put(command)
 
     def send_requests(self, sequences: list[Sequence]) -> None:
-        """Queue sequences, all or none. Raises EngineClosedError, QueueFullError, and InvalidRequestError for more at once
-        than there are seats and places to wait."""
-        count, most = len(sequences), self._most_places
-        with self._gate:
-            if self.closed:
-                raise self._closed_error()
-            if most is not None and count > most:
-                raise InvalidRequestError(
-                    f"{count} sequences at once never fit max_batch {self.scheduler.max_batch} and max_waiting "
-                    f"{most - self.scheduler.max_batch}: ask for fewer, or raise one of them"
-                )
-            if most is not None and self._places + count > most:
-                raise QueueFullError(
-                    f"{self._places} requests run or wait already, and {most} may: try again later, or raise max_waiting"
-                )
-            self._places += count
-            self.inbox.put(partial(self._add, sequences))
+        """Queue sequences, all or none; from any thread. Raises what `Inbox.send` raises."""
+        self.inbox.send(partial(self._add, sequences), requests=len(sequences))
 
     # The engine's thread
     #
@@ -133,16 +100,16 @@ class EngineLoop:
                     launched.wait()  # nobody wants its tokens, but the runner is closed next
         except BaseException as error:  # noqa: BLE001 - raised in every caller, so that none of them waits for ever
             forget_frames(error)
-            self._crash = error
+            self.inbox.crash = error
             logger.error("the engine stopped on an internal error: %r", error)
         self._shut_down()
 
     def _receive(self) -> bool:
         """Carry out what was sent; wait for more while there is nothing to run. False when the engine is to close."""
         while True:
-            if self.inbox.empty() and (self._flight is not None or self.scheduler.has_work):
+            if self.inbox.queue.empty() and (self._flight is not None or self.scheduler.has_work):
                 return True
-            command = self.inbox.get()
+            command = self.inbox.queue.get()
             if command is None:
                 return False
             command()
@@ -227,7 +194,7 @@ class EngineLoop:
             tokens = launched.wait()
         except Exception as error:
             forget_frames(error)
-            if any(text in str(error) for text in LOST_DEVICE):
+            if lost_the_device(error):
                 raise RunnerError(
                     f"the GPU can't be used in this process any more ({error}): open the model in a new process"
                 ) from error
@@ -235,7 +202,7 @@ class EngineLoop:
             if not part:
                 return True
             only = part[0] if len(part) == 1 and not part[0].draft else None
-            if only is not None and (len(only.feed.ids) == 1 or not _is_out_of_memory(error)):
+            if only is not None and (len(only.feed.ids) == 1 or not is_out_of_memory(error)):
                 self._fail(only.sequence, RunnerError, "the model failed on this request", error)
                 return False
             self.stats.retries += 1
@@ -375,31 +342,22 @@ class EngineLoop:
 
     def _forget(self, sequence: Sequence) -> None:
         del self._sequences[sequence.log]
-        with self._gate:
-            self._places -= 1
+        self.inbox.end_request()
         self.scheduler.remove(sequence)
 
-    def _closed_error(self) -> EngineClosedError:
-        crash = self._crash
-        said = str(crash) if isinstance(crash, CaiError) else f"the engine stopped on an internal error: {crash!r}"
-        error = EngineClosedError("the engine was closed" if crash is None else said)
-        error.__cause__ = crash
-        return error
-
     def _shut_down(self) -> None:
-        with self._gate:
-            self.closed = True  # nothing is sent from here on
+        self.inbox.close()
         with contextlib.suppress(Exception):
             self._hand_out()  # the last texts of requests that ended before a crash
-        while not self.inbox.empty():
-            command = self.inbox.get()
+        while not self.inbox.queue.empty():
+            command = self.inbox.queue.get()
             if command is not None:
                 command()
         for sequence in list(self._sequences.values()):
             with contextlib.suppress(Exception):  # a crash may have left the books in disorder; the caller must wake up
                 self._forget(sequence)
             self.stats.failed += 1
-            deliver([(sequence.log, self._closed_error())])
+            deliver([(sequence.log, self.inbox.closed_error())])
         runner, self._runner = self._runner, None
         try:
             if runner is not None:
@@ -411,12 +369,6 @@ class EngineLoop:
             self.stats.finished, self.stats.failed, self.stats.preemptions, self.stats.retries,
             1000 * self.stats.worst_token_gap,
         )  # fmt: skip
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return (
-        isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "OutOfMemory" in type(error).__name__
-    )
 
 
 def _size(part: list[Planned]) -> str:
