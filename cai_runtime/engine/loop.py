@@ -1,4 +1,4 @@
-"""The step loop: the engine's thread feeds the model, samples, and hands the tokens out."""
+"""The step loop: the engine's thread feeds the model, samples, and delivers the tokens."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class EngineLoop:
         self._runner: Runner | None = launching(runner)
         self._sequences: dict[TokenLog, Sequence] = {}
         self._flight: Flight | None = None  # the step under way
-        self._texts: list[tuple[Sequence, float]] = []  # have tokens whose text is not made yet, and when they came
+        self._texts: list[tuple[Sequence, float]] = []  # with tokens that have no text yet, and the tokens' time
         self._outputs: list[tuple[TokenLog, Delta]] = []  # not delivered yet
 
     def send_requests(self, sequences: list[Sequence]) -> None:
@@ -78,8 +78,8 @@ class EngineLoop:
 
     # The engine's thread
     #
-    # While the model computes a step, this thread works on the one before: text, stop strings, delivery. What the next
-    # step depends on comes first: its tokens, and the ends that tokens alone tell.
+    # While the model computes a step, this thread works on the step before: text, stop strings, delivery. Before the next
+    # launch it does only what that step depends on: taking the tokens, and ending sequences by token ids.
 
     def run(self) -> None:
         """The step loop."""
@@ -105,7 +105,7 @@ class EngineLoop:
         self._shut_down()
 
     def _receive(self) -> bool:
-        """Carry out what was sent; wait for more while there is nothing to run. False when the engine is to close."""
+        """Call the commands of the inbox; wait for more while there is nothing to run. False: the engine shall stop."""
         while True:
             if self.inbox.queue.empty() and (self._flight is not None or self.scheduler.has_work):
                 return True
@@ -115,8 +115,8 @@ class EngineLoop:
             command()
 
     def _launch(self) -> None:
-        """Schedule a step and launch it. At most as many sequences as the runner takes lately go to it at once: a row's
-        logits do not depend on that."""
+        """Schedule a step and launch it, in several passes if the runner lately failed on this many sequences. A row's
+        logits do not depend on the number of passes."""
         begin = self.clock()
         budget = self._pace.budget(decoding=self.scheduler.is_decoding)
         step = self.scheduler.schedule(min(budget, self._limits.prompt_tokens or budget))
@@ -129,8 +129,8 @@ class EngineLoop:
         self._flight = Flight(parts, begin, prompt_tokens)
 
     def _launch_ahead(self) -> Flight | None:
-        """Launch the step behind the one under way, whose tokens are still on the device. A text that ends with one of them
-        drops its row. None where the next step depends on more than those tokens."""
+        """Launch the next step while the tokens of the one under way are still on the device. If a sequence ends with one of
+        these tokens, its row of the next step is dropped. None: the next step depends on more than these tokens."""
         if self._flight is None or not getattr(self._runner, "ahead", False) or self._limits.sequences is not None:
             return None
         under_way = [planned for launched in self._flight.parts for planned in launched.part]
@@ -138,7 +138,7 @@ class EngineLoop:
         return Flight([self._launch_part(step)], self.clock(), 0) if step else None
 
     def _launch_part(self, part: list[Planned], *, again: bool = False) -> Launched:
-        """Launch one pass and the sampling behind it. again: after a failure, so that what the runner knows is unclear."""
+        """Launch one pass and its sampling. again: after a failure, when the runner's page tables are in doubt: send all."""
         assert self._runner is not None
         cache, launched, step = self.scheduler.cache, Launched(part), Step([])
         samplers: list[SequenceSampler] = []
@@ -158,7 +158,7 @@ class EngineLoop:
                 positions.append(end - feed.wanted + i + 1)
         try:
             launched.made = self._runner.launch(step)
-        except Exception as error:  # noqa: BLE001 - as if the pass had failed later
+        except Exception as error:  # noqa: BLE001 - raised by Launched.wait, like a failure of the pass
             launched.error = error
             return launched
         if samplers:
@@ -169,8 +169,8 @@ class EngineLoop:
         return launched
 
     def _complete(self, ahead: Flight | None = None) -> None:
-        """Wait for the step under way, take its tokens, and learn from its duration. ahead: the one behind it, which is
-        under way from then on; if this one fails, what follows from it is wrong."""
+        """Wait for the step under way, take its tokens, and note its duration. ahead: the step that was launched after it,
+        which is then under way. It is dropped if this step fails, since its inputs were wrong."""
         flight, self._flight = self._flight, None
         if flight is None:
             return
@@ -181,15 +181,14 @@ class EngineLoop:
             self._pace.observe(flight.prompt_tokens, self.clock() - flight.begin)
             self._limits.relax(most_sequences=self.scheduler.max_batch, most_tokens=self._pace.most)
             if ahead is not None:
-                ahead.begin = self.clock()  # before, the device was at this one
+                ahead.begin = self.clock()  # until now the device was busy with this step
                 self._flight = ahead
 
     def _settle(self, launched: Launched) -> bool:
-        """Wait for a pass. If the model fails on it, run it again in halves, until the failure is that of one sequence
-        alone. That one is fed without its draft, and if it lacks memory in halves of its tokens; any other failure ends
-        its request.
+        """Wait for a pass. If the model fails, run the pass again in halves, until only one sequence fails. That sequence is
+        fed without its draft, and after a lack of memory in halves of its tokens. Any other failure ends its request.
 
-        Returns False if one sequence was to blame. Otherwise their number was, and the one that worked is remembered."""
+        Returns False if one sequence caused the failure. Otherwise their number did: the number that worked is kept."""
         try:
             tokens = launched.wait()
         except Exception as error:
@@ -235,12 +234,12 @@ class EngineLoop:
         return False
 
     def _is_alive(self, sequence: Sequence) -> bool:
-        """Whether its request has not ended, such as by a stop string or an abort while a step was under way."""
+        """Whether the request is unfinished. It may end while its step is under way: by a stop string, by an abort."""
         return sequence.log in self._sequences
 
     def _take(self, part: list[Planned], tokens: list[int | Exception]) -> None:
-        """Give the sequences of a step that went through their tokens. Text that ends now makes room for the next step; the
-        rest of the text waits until that is launched."""
+        """Append the tokens of a successful pass to its sequences. A sequence that may end now gets its text at once, which
+        can make room for the next step. All other text waits until that step is launched."""
         self.stats.steps += 1
         now = self.clock()
         at = 0
@@ -270,7 +269,7 @@ class EngineLoop:
                     self._end_with(sequence, error)
 
     def _hand_out(self) -> None:
-        """Make the text of the step before the one under way, and deliver it."""
+        """Make the text of the tokens taken so far, and deliver all outputs."""
         texts, self._texts = self._texts, []
         try:
             for sequence, now in texts:
@@ -304,7 +303,7 @@ class EngineLoop:
             self._fail(sequence, EngineError, "the engine failed on this request", error)
 
     def _finish(self, sequence: Sequence, now: float) -> None:
-        """Free what a sequence holds, and note how long it took."""
+        """Free the seat and the pages of a finished sequence, and note its times."""
         self._forget(sequence)
         assert sequence.first_token_at is not None
         times, decoding = sequence.log.times, now - sequence.first_token_at
@@ -331,7 +330,7 @@ class EngineLoop:
         self._end(sequence, error)
 
     def _end(self, sequence: Sequence, error: CaiError) -> None:
-        """Free what a sequence holds, then tell its consumer."""
+        """Free the seat and the pages of a failed sequence, then deliver the error."""
         self._forget(sequence)
         if isinstance(error, RequestAbortedError):
             self.stats.aborted += 1
