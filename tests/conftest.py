@@ -33,6 +33,14 @@ def wikipedia_texts() -> list[str]:
     return wikipedia_articles()
 
 
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty CAI_HOME: no model but those that the test puts there."""
+    path = tmp_path / "home"
+    monkeypatch.setenv("CAI_HOME", str(path))
+    return path
+
+
 TEMPLATE = "{% for m in messages %}{{ m.role + ':' + m.content + '\\n' }}{% endfor %}assistant:\n"
 
 
@@ -230,13 +238,12 @@ class Hub:
 
 
 @pytest.fixture
-def serve_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def serve_hub(home: Path, monkeypatch: pytest.MonkeyPatch):
     """Starts a `Hub` for a repository, with HF_ENDPOINT set to it and an empty CAI_HOME."""
     started = []
 
     def serve(repository: str) -> Hub:
         started.append(Hub(repository))
-        monkeypatch.setenv("CAI_HOME", str(tmp_path / "home"))
         monkeypatch.setenv("HF_ENDPOINT", started[-1].url)
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
         return started[-1]

@@ -14,7 +14,7 @@
 namespace cai {
 namespace {
 
-// Rows of one sequence and one KV head of a prompt that are attended together.
+// Query rows of a prompt, of one KV head, in one piece of work.
 constexpr Int kRowsPerTask = 16;
 
 Int qkv_width(const AttentionShape& s) { return (s.query_heads + 2 * s.kv_heads) * s.head_dim; }

@@ -30,7 +30,7 @@ std::vector<const KernelTable*> supported() {
   if (has_avx512()) tables.push_back(kernels_avx512());
   if (has_avx2()) tables.push_back(kernels_avx2());
 #elif defined(__aarch64__)
-  tables.push_back(kernels_neon());  // part of the architecture: nothing to ask for
+  tables.push_back(kernels_neon());  // every processor of this architecture has it
 #endif
   tables.push_back(kernels_generic());
   return tables;

@@ -41,6 +41,7 @@ from cai_runtime.kernels.slim_linear import (
     SideBySide,
     as_dense,
     contract_mpo,
+    side_by_side,
 )
 from cai_runtime.kernels.torch import ops
 from cai_runtime.kernels.torch.frozen import Frozen, as_text, freeze, freeze_core, freeze_members
@@ -127,8 +128,8 @@ class Mpo(LinearModule):
         return y if residual is None else y + residual
 
 
-class Beside(LinearModule):
-    """Linears over one input whose outputs are concatenated."""
+class SideBySideModule(LinearModule):
+    """A `SideBySide` as a module."""
 
     def __init__(self, parts: Sequence[LinearModule]):
         super().__init__()
@@ -137,8 +138,7 @@ class Beside(LinearModule):
         self.out_features = sum(p.out_features for p in parts)
 
     def _run(self, x: torch.Tensor, prologue: Prologue, residual: torch.Tensor | None) -> torch.Tensor:
-        y = torch.cat([p(x, norm=prologue.norm, swiglu=prologue.swiglu) for p in self.parts], dim=1)
-        return y if residual is None else y + residual
+        return side_by_side(self.parts, x, prologue, residual)
 
 
 class Attention(torch.nn.Module):
@@ -214,7 +214,7 @@ def torch_module(prepared: Any) -> LinearModule | Attention | Embedding:
 
 def linear_module(prepared: PreparedLinear) -> LinearModule:
     if isinstance(prepared, SideBySide):
-        return Beside([linear_module(p) for p in prepared.parts])
+        return SideBySideModule([linear_module(p) for p in prepared.parts])
     if isinstance(prepared, MpoLinear):
         return Mpo(prepared.shape, [Linear(freeze(c)) for c in prepared.cores], prepared.bias)
     return Linear(freeze(prepared))
@@ -236,6 +236,6 @@ def prepare_module(
         return Linear(freeze_members(members, name, prepared, int8_activations=int8_activations))
     alone = partial(prepare_module, backend=name, int8_activations=int8_activations)
     if len(members) > 1:
-        return Beside([alone([w]) for w in members])
+        return SideBySideModule([alone([w]) for w in members])
     cores = [cast(Linear, alone([as_dense(c)])) for c in members[0].cores]
     return Mpo(members[0], cores, members[0].bias)

@@ -1,4 +1,4 @@
-"""A tiny random llama and its GGUF file, written the way llama.cpp's converter writes one; an empty cache directory."""
+"""A tiny random llama and its GGUF file, written the way llama.cpp's converter writes one."""
 
 from __future__ import annotations
 
@@ -26,14 +26,6 @@ GGUF_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty CAI_HOME."""
-    path = tmp_path / "home"
-    monkeypatch.setenv("CAI_HOME", str(path))
-    return path
 
 
 @pytest.fixture
