@@ -6,6 +6,8 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
+import transformers
+from packaging.version import Version
 from transformers import AutoTokenizer
 
 from cai_runtime.convert.gguf_tokenizer import build_tokenizer
@@ -112,8 +114,11 @@ def test_smollm2_agrees_with_transformers(smollm2_dir, wikipedia_texts):
     source = fetch_file("smollm2-135m-instruct")
     theirs = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     assert ours.get_vocab() == theirs.get_vocab()
-    assert ours.special_tokens_map == theirs.special_tokens_map
-    assert ours.all_special_ids == theirs.all_special_ids
+    # As the file says. (transformers 5.17 takes <|im_start|> for the end of a text, 5.24 does not.)
+    assert (ours.bos_token, ours.eos_token) == ("<|im_start|>", "<|im_end|>")
+    if Version(transformers.__version__) >= Version("5.24"):
+        assert ours.special_tokens_map == theirs.special_tokens_map
+        assert ours.all_special_ids == theirs.all_special_ids
     chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
     for turns in (chat, chat[1:]):
         template = {"tokenize": False, "add_generation_prompt": True}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import io
 import os
 import subprocess
@@ -15,6 +14,7 @@ import pytest
 import torch
 from attention_cases import AttentionCase, make_attention, rope_table
 from attention_cases import batch_of as attention_batch
+from interpreter import needs_interpreter
 from kernel_cases import BACKENDS, STORES, bits_equal, random_core, random_linear, using
 from torch.library import opcheck
 
@@ -343,7 +343,7 @@ print("same")
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@needs_interpreter
 def test_triton_operations_as_modules():
     helpers = str(Path(__file__).parent / "helpers")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
