@@ -85,7 +85,7 @@ class EndEvent:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Natural logarithms of a token's probability and of the likeliest tokens', in the raw distribution (`kernels.sampling`).
+    """Natural logarithms of probabilities in the raw distribution (kernels/sampling.py): a token's, and the likeliest ones'.
 
     top: (token id, logprob), likeliest first; as many as were asked for.
     """

@@ -6,7 +6,7 @@ from typing import Any
 
 from cai_runtime.engine.output import TextOutput
 from cai_runtime.formats.conversation import Conversation, Prepared
-from cai_runtime.formats.template import render
+from cai_runtime.formats.rendering import render_conversation
 
 
 class PlainFormat:
@@ -21,6 +21,6 @@ class PlainFormat:
         self._tokenizer = tokenizer
 
     def prepare(self, conversation: Conversation) -> Prepared:
-        prompt_ids = render(self._tokenizer, conversation.messages, conversation.template)
+        rendered = render_conversation(self._tokenizer, conversation)
         answer = conversation.answer
-        return Prepared(prompt_ids, TextOutput, None if answer is None else f"start: {answer.expression}")
+        return Prepared(rendered.prompt_ids, TextOutput, None if answer is None else f"start: {answer.expression}")
