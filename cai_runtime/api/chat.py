@@ -26,11 +26,9 @@ from cai_runtime.api.params import (
 from cai_runtime.api.usage import ReplyHead, usage_of
 from cai_runtime.api.values import Flag
 from cai_runtime.engine.request import Finished, Request
-from cai_runtime.formats.base import Format
+from cai_runtime.formats.conversation import Conversation
 from cai_runtime.formats.events import ChatEvent, EndEvent, TextEvent
 from cai_runtime.formats.messages import Message, parse_messages
-from cai_runtime.formats.plain import PlainFormat
-from cai_runtime.formats.template import render
 
 
 @with_config(STRICT)
@@ -55,7 +53,6 @@ class _ChatCall(ChatParams, total=False):
     stream: Flag | None
 
 
-_FORMAT: Format = PlainFormat()  # of every model, until a format knows reasoning or tool calls
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(_ChatCall)
 _NAMES = frozenset(_ChatCall.__annotations__) | frozenset(UNSUPPORTED) - {"best_of", "suffix"}
 
@@ -93,10 +90,11 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
     """
     opened.check_characters(sum(_characters(message.content) for message in request.messages), "messages")
     with as_api_errors(), opened.tokenizer_lock:
-        prompt_ids = render(opened.tokenizer, request.messages, request.params.get("chat_template"))
+        conversation = Conversation(tuple(request.messages), template=request.params.get("chat_template"))
+        prepared = opened.format.prepare(conversation)
     sampling = sampling_params(
         request.params,
-        prompt_tokens=len(prompt_ids),
+        prompt_tokens=len(prepared.prompt_ids),
         context=opened.engine.max_context,
         vocab_size=opened.engine.vocab_size,
         default_max=None,
@@ -108,10 +106,10 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
     choices = request.params.get("n", 1)
     requests = [
         Request(
-            prompt_ids,
+            prepared.prompt_ids,
             replace(sampling, seed=choice_seed(sampling.seed, i)),
             request_id=f"{head.id}/{i}",
-            output=_FORMAT.output,
+            output=prepared.output,
         )
         for i in range(choices)
     ]
@@ -141,6 +139,8 @@ class ChatReply:
                 return self._chunk(index, ChoiceDelta(content=event.text))
             case EndEvent():
                 return self._chunk(index, ChoiceDelta(), event.finish_reason)
+            case _:
+                raise AssertionError(f"{event!r} in a plain answer")
 
     def closing(self, choices: Sequence[Finished]) -> list[ChatCompletionChunk]:
         if not self._include_usage:

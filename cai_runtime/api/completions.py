@@ -202,7 +202,9 @@ class CompletionReply:
             case TextEvent():
                 choice = CompletionChunkChoice(index=index, text=event.text)
             case EndEvent():
-                choice = CompletionChunkChoice(index=index, text="", finish_reason=event.finish_reason)
+                choice = CompletionChunkChoice(index=index, text="", finish_reason=_reason(event))
+            case _:
+                raise AssertionError(f"{event!r} in a text completion")
         return self._piece([choice])
 
     def closing(self, choices: Sequence[Finished]) -> list[CompletionChunk]:
@@ -225,4 +227,9 @@ class CompletionReply:
         text = "".join(event.text for event in events if isinstance(event, TextEvent))
         (end,) = (event for event in events if isinstance(event, EndEvent))
         echo = self._echoes[index] if self._echoes else ""
-        return CompletionChoice(index=index, text=echo + text, finish_reason=end.finish_reason, logprobs=None)
+        return CompletionChoice(index=index, text=echo + text, finish_reason=_reason(end), logprobs=None)
+
+
+def _reason(end: EndEvent) -> Literal["stop", "length"]:
+    assert end.finish_reason != "tool_calls"
+    return end.finish_reason

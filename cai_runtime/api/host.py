@@ -27,6 +27,8 @@ from cai_runtime.api.errors import (
 from cai_runtime.convert.named import NAMED
 from cai_runtime.convert.sources import pulled
 from cai_runtime.errors import OptionTypeError, OptionValueError
+from cai_runtime.formats.base import Format
+from cai_runtime.formats.plain import PlainFormat
 from cai_runtime.home import cai_home, existing
 from cai_runtime.models.catalog import catalog
 from cai_runtime.options import EngineOptions
@@ -65,6 +67,11 @@ class OpenModel:
         """Whether the engine was closed, or ended by an error of its own, so that the model has to be opened again. Not
         in a forked child, where the engine itself says what to do."""
         return not self.engine.alive and self.process == os.getpid()
+
+    @cached_property
+    def format(self) -> Format:
+        """How this model converses. Found at the first chat; hold `tokenizer_lock`."""
+        return PlainFormat(self.tokenizer)
 
     @cached_property
     def longest_token(self) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -22,3 +23,6 @@ class TokenMask(Protocol):
     def rollback(self, count: int) -> None:
         """Take back the last `count` accepted tokens: those of a draft that was not taken."""
         ...
+
+
+MaskFactory = Callable[[], TokenMask]

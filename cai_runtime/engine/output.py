@@ -112,5 +112,5 @@ class TextOutput:
             self._tokens.clear()
 
     def _end(self, events: list[Any], token_ids: Sequence[int], reason: FinishReason, stop_string: str | None) -> Delta:
-        events.append(EndEvent(reason))
+        events.append(EndEvent(reason, tuple(self._tokens)))
         return Delta(tuple(events), tuple(token_ids), reason, stop_string)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from cai_runtime.engine.stats import RequestTimes
 
 if TYPE_CHECKING:
+    from cai_runtime.engine.masks import MaskFactory
     from cai_runtime.engine.output import OutputFactory
     from cai_runtime.engine.segments import Segment
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]  # the last: of formats that know calls
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Request:
 
     The prompt is `prompt_ids`, or, where it is more than tokens, `segments` in their place: see `segments.Segment`. It must
     not be empty. cache_salt: what else determines what the model computes for it; requests of unlike salts share no cache.
+    mask: makes what says which tokens may come, anew for each start of the sequence; called in the engine's thread.
     """
 
     prompt_ids: list[int] = field(default_factory=list)
@@ -59,6 +61,7 @@ class Request:
     output: OutputFactory | None = None  # makes what turns its tokens into events; None: `TextOutput`
     segments: tuple[Segment, ...] = ()
     cache_salt: bytes = b""
+    mask: MaskFactory | None = None
 
 
 @dataclass(slots=True, unsafe_hash=True)  # frozen, it would take twice the time: one is made for each token
@@ -74,9 +77,22 @@ class TextEvent:
 
 @dataclass(frozen=True, slots=True)
 class EndEvent:
-    """The text is over; always the last event, once."""
+    """The text is over; always the last event, once. token_ids: as in `TextEvent`; the token that ended it is here."""
 
     finish_reason: FinishReason
+    token_ids: tuple[int, ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms of probabilities in the raw distribution (kernels/sampling.py): a token's, and the likeliest ones'.
+
+    top: (token id, logprob), likeliest first; as many as were asked for.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(slots=True, unsafe_hash=True)  # as `TextEvent`
@@ -91,6 +107,7 @@ class Delta:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None  # set on the last delta only
     stop_string: str | None = None  # the stop string that ended the text, if one did
+    logprobs: tuple[TokenLogprobs, ...] | None = None  # of `token_ids`, where the request wants them
 
     @property
     def text(self) -> str:
@@ -109,6 +126,7 @@ class Finished:
     cached_tokens: int  # prompt tokens whose KV came from the prefix cache
     stop_string: str | None = None
     times: RequestTimes = field(default_factory=RequestTimes, compare=False)
+    logprobs: tuple[TokenLogprobs, ...] | None = None  # of `token_ids`, where the request wants them
 
     @property
     def text(self) -> str:

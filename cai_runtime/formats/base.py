@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from cai_runtime.engine.output import Output, OutputSpec
+from cai_runtime.formats.conversation import Conversation, Prepared
 
 
 class Format(Protocol):
-    """How a family of models writes its answers. One object serves every request of a model, from any thread."""
+    """How a family of models reads conversations and writes its answers. One object for each open model; it serves every
+    request, from any thread that holds the tokenizer's lock.
 
-    def output(self, spec: OutputSpec) -> Output:
-        """A new output for one sequence, whose events are of `formats.events`. Stop strings match in visible content
-        only."""
+    name: as in `Client(format=...)` and in `client.models.retrieve(...)`.
+    """
+
+    name: str
+
+    def prepare(self, conversation: Conversation) -> Prepared:
+        """Render the conversation, and settle what turns the answer's tokens into events.
+
+        Raises:
+            ConversationError: the template refuses it, or the model lacks what it asks for (`.capability`).
+        """
         ...

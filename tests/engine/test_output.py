@@ -8,7 +8,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from cai_runtime.engine.detokenizer import TokenDecoder
 from cai_runtime.engine.output import OutputSpec, TextOutput
 from cai_runtime.engine.request import EndEvent, TextEvent
-from cai_runtime.formats.plain import PlainFormat
 
 LETTERS = "abcdefgh"
 
@@ -117,10 +116,6 @@ def test_min_tokens():
     for stops, end in (([], END), (["b"], ids("b")[0])):
         tokens = [end, end, *ids("a"), end]
         assert len(run(TextOutput(spec(stops, min_tokens=4)), [tokens])[1]) == 4
-
-
-def test_the_plain_format_is_the_text():
-    assert run(PlainFormat().output(spec()), [ids("ab")]) == run(TextOutput(spec()), [ids("ab")])
 
 
 @pytest.mark.parametrize("ignore_eos", [False, True])
