@@ -54,7 +54,12 @@ def _inline(schema: Any) -> str:
 
 
 def _refusal(schema: Any) -> str | None:
-    return refusal(f"start: {_inline(schema)}")
+    reason = refusal(f"start: {_inline(schema)}")
+    if reason is None:
+        return None
+    if "oneOf constraints" in reason:
+        return "the alternatives of 'oneOf' may overlap: use 'anyOf', or tell them apart by a 'const' property"
+    return reason.removeprefix("failed to compile JSON schema: ")
 
 
 def regex(pattern: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from cai_runtime.errors import GrammarError
+from cai_runtime.grammars.ecma import rust_regex
 from cai_runtime.grammars.string_formats import FORMATS, LABELS
 from cai_runtime.scalars import shown
 
@@ -27,6 +28,7 @@ _PLAIN = (
     "$ref", "const", "enum", "type", "minItems", "maxItems", "required", "minProperties", "maxProperties", "minLength",
     "maxLength", "pattern", "format", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf",
 )  # fmt: skip
+_COUNTS = ("minItems", "maxItems", "minProperties", "maxProperties", "minLength", "maxLength")
 # Words about a value that constrain nothing. Only the first line's are known to llguidance.
 _KEPT_NOTES = ("$schema", "$comment", "title", "description", "default", "examples", "readOnly", "writeOnly")
 _NOTES = ("deprecated", "example", "discriminator", "externalDocs", "xml", "contentMediaType", "contentEncoding",
@@ -102,6 +104,8 @@ class _Walk:
             if key in _MAPS:
                 if not isinstance(value, dict):
                     raise SchemaError(f"must be an object of schemas, got {shown(value)}", place)
+                if key == "patternProperties":
+                    node[key] = {_rust_regex(pattern, place): child for pattern, child in value.items()}
             elif key in _LISTS:
                 if not isinstance(value, list) or not value:
                     raise SchemaError(f"must be a list of schemas, at least one, got {shown(value)}", place)
@@ -119,6 +123,10 @@ class _Walk:
                 raise SchemaError(f"'{key}' can't be enforced while a text is generated: leave it out", place)
             elif key in _NOTES or key.startswith("x-"):
                 del node[key]
+            elif key in _COUNTS and isinstance(value, float) and value.is_integer():
+                node[key] = int(value)
+            elif key == "pattern":
+                node[key] = _rust_regex(value, place)
             elif key not in _SINGLE and key not in _PLAIN and key not in _KEPT_NOTES:
                 raise SchemaError(f"'{key}' is not a keyword that is known here, so it can't be enforced", place)
 
@@ -155,6 +163,15 @@ class _Walk:
             else:
                 raise SchemaError(f"there is nothing at {shown(target)}", place)
         self.check(node, fragment, depth + 1)
+
+
+def _rust_regex(pattern: Any, place: str) -> str:
+    if not isinstance(pattern, str):
+        raise SchemaError(f"must be a text, got {shown(pattern)}", place)
+    try:
+        return rust_regex(pattern)
+    except ValueError as error:
+        raise SchemaError(str(error), place) from error
 
 
 def _rewrite_format(node: dict[str, Any], pointer: str) -> None:

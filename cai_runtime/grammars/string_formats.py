@@ -18,8 +18,12 @@ _DURATION = f"P(?:{_N}W|(?:{_N}Y(?:{_N}M(?:{_N}D)?)?|{_N}M(?:{_N}D)?|{_N}D)(?:{_
 
 # Labels without two hyphens in a row: such as stand for other scripts in Punycode, which has to be valid.
 _LABEL = "[a-zA-Z0-9]+(?:-[a-zA-Z0-9]+)*"
-_ATOM = r"[a-zA-Z0-9!#$%&'*+/=?^_`{|}~-]+"
 _SHORT_LABELS = r"[^.]{1,63}(?:\.[^.]{1,63})*"
+
+# At most 62 characters before the @ and 62 a label.
+_ATOM = "[a-zA-Z0-9!#$%&'*+/=?^_`{|}~-]{1,20}"
+_DOMAIN_PART = "[a-zA-Z0-9]{1,20}(?:-[a-zA-Z0-9]{1,20}){0,2}"
+_EMAIL = rf"{_ATOM}(?:\.{_ATOM}){{0,2}}@{_DOMAIN_PART}(?:\.{_DOMAIN_PART}){{1,2}}"
 
 _BYTE = "(?:[0-9]|[1-9][0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])"
 _IPV4 = rf"{_BYTE}(?:\.{_BYTE}){{3}}"
@@ -50,7 +54,7 @@ FORMATS: dict[str, tuple[tuple[str, ...], int | None]] = {
     "time": ((_TIME,), None),
     "date-time": ((f"{_DATE}T{_TIME}",), None),
     "duration": ((_DURATION,), None),
-    "email": ((rf"{_ATOM}(?:\.{_ATOM})*@{_LABEL}(?:\.{_LABEL})+", rf"[^@]{{1,64}}@{_SHORT_LABELS}"), 254),
+    "email": ((_EMAIL,), None),
     "hostname": ((rf"{_LABEL}(?:\.{_LABEL})*", _SHORT_LABELS), 253),
     "ipv4": ((_IPV4,), None),
     "ipv6": ((_ipv6(),), None),
