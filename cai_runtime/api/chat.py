@@ -18,11 +18,12 @@ from cai_runtime.api.host import OpenModel
 from cai_runtime.api.params import (
     STRICT,
     UNSUPPORTED,
-    GenerationParams,
+    AnswerParams,
     choice_seed,
     sampling_params,
     validated,
 )
+from cai_runtime.api.structured import answer_of, param_of
 from cai_runtime.api.usage import ReplyHead, usage_of
 from cai_runtime.api.values import Flag
 from cai_runtime.engine.request import Finished, Request
@@ -32,15 +33,15 @@ from cai_runtime.formats.messages import Message, parse_messages
 
 
 @with_config(STRICT)
-class ChatParams(GenerationParams, total=False):
+class ChatParams(AnswerParams, total=False):
     """Keyword arguments of `chat.completions.create`, besides `stream` (default false).
 
     messages: the conversation; see `cai_runtime.formats.messages.parse_messages`.
     chat_template: the name of one of the model's chat templates. Default: the one named "default", or the only one.
     parallel_tool_calls: accepted; there are no tool calls yet for it to govern.
 
-    The others are those of GenerationParams. `tools`, `tool_choice`, `reasoning_effort`, `reasoning_enabled`,
-    `response_format`, `logprobs` and `top_logprobs` are refused, but for the values that ask for nothing.
+    The others are those of AnswerParams and GenerationParams. `tools`, `tool_choice`, `reasoning_effort`,
+    `reasoning_enabled`, `logprobs` and `top_logprobs` are refused, but for the values that ask for nothing.
     """
 
     messages: Required[Annotated[Iterable[Any], SkipValidation]]  # parse_messages checks them: its errors name places
@@ -78,6 +79,7 @@ def parse(params: Mapping[str, Any]) -> ChatRequest:
     rest = validated(_ADAPTER, params, names=_NAMES)
     with as_api_errors():
         messages = parse_messages(rest.pop("messages"))
+    answer_of(rest)
     return ChatRequest(rest.pop("model", None), messages, rest, rest.pop("stream", False))
 
 
@@ -90,8 +92,12 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
     """
     opened.check_characters(sum(_characters(message.content) for message in request.messages), "messages")
     with as_api_errors(), opened.tokenizer_lock:
-        conversation = Conversation(tuple(request.messages), template=request.params.get("chat_template"))
-        prepared = opened.format.prepare(conversation)
+        template, answer = request.params.get("chat_template"), answer_of(request.params)
+        prepared = opened.format.prepare(Conversation(tuple(request.messages), template=template, answer=answer))
+    mask = None
+    if prepared.grammar is not None:
+        with as_api_errors():
+            mask = opened.grammars.mask(prepared.grammar, param_of(request.params))
     sampling = sampling_params(
         request.params,
         prompt_tokens=len(prepared.prompt_ids),
@@ -110,6 +116,7 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
             replace(sampling, seed=choice_seed(sampling.seed, i)),
             request_id=f"{head.id}/{i}",
             output=prepared.output,
+            mask=mask,
         )
         for i in range(choices)
     ]

@@ -69,13 +69,16 @@ SHARED = {
     "tools": ([[], None], [[{"type": "function", "function": {"name": "f"}}], "f"]),
     "logprobs": ([None], [True, 0, 5]),
     "extra_body": ([{}, {"top_k": 3}, None], [[], "x", {1: 2}]),
+    "response_format": ([{"type": "text"}, {"type": "json_object"}, None], ["text", 3, [{"type": "text"}]]),
+    "regex": (["[0-9]+", "", None], ["(", "(?=a)", 3, ["a"]]),
+    "grammar": (['start: "a"', None], ["", "start: a", 3, {"start": "a"}]),
+    "choice": ([["a", "b"], ("a",), [""], None], [[], "ab", [1], {"a": 1}]),
 }
 CHAT = {
     "chat_template": (["rag", None], [3, b"x", {}]),
     "parallel_tool_calls": ([True, False, None], [1, "no"]),
     "reasoning_effort": ([None], ["low", "high", 3]),
     "reasoning_enabled": ([None], [True, False]),
-    "response_format": ([{"type": "text"}, None], [{"type": "json_object"}, "text", {}]),
     "top_logprobs": ([None], [0, 5]),
     "logprobs": ([False, None], [True, 0, "no"]),
     "functions": ([[], None], [[{}]]),
