@@ -74,7 +74,8 @@ class CompletionParams(AnswerParams, total=False):
     echo: put the prompt's text before the answer. Default false.
 
     The others are those of AnswerParams and GenerationParams. `suffix`, `best_of`, `logprobs`, `tools` and
-    `tool_choice` are refused, but for the values that ask for nothing.
+    `tool_choice` are refused, but for the values that ask for nothing: a prompt is the caller's own, whole, and has no
+    place for tools.
     """
 
     prompt: Required[Annotated[str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]], PlainValidator(_prompts)]]
@@ -88,7 +89,9 @@ class _CompletionCall(CompletionParams, total=False):
 
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(_CompletionCall)
 _NAMES = frozenset(_CompletionCall.__annotations__) | {"best_of", "suffix", "logprobs", "tools", "tool_choice"}
-assert _NAMES - frozenset(_CompletionCall.__annotations__) <= frozenset(UNSUPPORTED)
+_NO_TOOLS = "a text completion has no conversation in which a tool could be called: use chat.completions"
+_UNSUPPORTED = {**UNSUPPORTED, "tools": (_NO_TOOLS, ([], ())), "tool_choice": (_NO_TOOLS, ("none", "auto"))}
+assert _NAMES - frozenset(_CompletionCall.__annotations__) <= frozenset(_UNSUPPORTED)
 
 
 class CompletionChunkChoice(CompletionChoice):
@@ -121,7 +124,7 @@ def parse(params: Mapping[str, Any]) -> CompletionRequest:
     Raises:
         BadRequestError: naming the parameter at fault.
     """
-    rest = validated(_ADAPTER, params, names=_NAMES)
+    rest = validated(_ADAPTER, params, names=_NAMES, unsupported=_UNSUPPORTED)
     answer = answer_of(rest)
     return CompletionRequest(rest.pop("model", None), rest.pop("prompt"), rest, rest.pop("stream", False), answer)
 
@@ -205,6 +208,9 @@ class CompletionReply:
 
     def opening(self) -> list[CompletionChunk]:
         return [self.chunk(index, TextEvent(echo)) for index, echo in enumerate(self._echoes)]
+
+    def chunks(self, index: int, event: ChatEvent) -> list[CompletionChunk]:
+        return [self.chunk(index, event)]
 
     def chunk(self, index: int, event: ChatEvent) -> CompletionChunk:
         match event:

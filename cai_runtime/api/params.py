@@ -123,16 +123,11 @@ class AnswerParams(GenerationParams, total=False):
 
 
 # Parameters of the schema that this version does not serve: what it would take, and the values that ask for nothing.
-_TOOLS = "tool calls are not supported yet"
-_REASONING = "reasoning control is not supported yet"
 _LOGPROBS = "log probabilities are not supported yet"
-UNSUPPORTED: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "tools": (_TOOLS, ([], ())),
-    "tool_choice": (_TOOLS, ("none", "auto")),  # "auto" is the default: a call, if there are tools
-    "functions": (_TOOLS, ([], ())),
-    "function_call": (_TOOLS, ("none", "auto")),
-    "reasoning_effort": (_REASONING, ()),
-    "reasoning_enabled": (_REASONING, ()),
+Unsupported = Mapping[str, tuple[str, tuple[Any, ...]]]
+UNSUPPORTED: Unsupported = {
+    "functions": ("deprecated: use 'tools'", ([], ())),
+    "function_call": ("deprecated: use 'tool_choice'", ("none", "auto")),
     "logprobs": (_LOGPROBS, (False,)),
     "top_logprobs": (_LOGPROBS, ()),
     "best_of": ("not supported; use `n` and choose among the choices", (1,)),
@@ -150,22 +145,29 @@ UNSUPPORTED: dict[str, tuple[str, tuple[Any, ...]]] = {
 }
 
 
-def validated(adapter: TypeAdapter[Any], params: Mapping[str, Any], *, names: frozenset[str]) -> dict[str, Any]:
+def validated(
+    adapter: TypeAdapter[Any],
+    params: Mapping[str, Any],
+    *,
+    names: frozenset[str],
+    unsupported: Unsupported = UNSUPPORTED,
+) -> dict[str, Any]:
     """The given parameters of a call, checked; those not given are absent.
 
     Args:
         adapter: of the endpoint's TypedDict.
         params: keyword arguments as they came.
         names: every parameter of the endpoint's schema; another one is unknown, not unsupported.
+        unsupported: parameters of the schema that are not served, as in UNSUPPORTED.
 
     Raises:
         BadRequestError: naming the first parameter that is unknown, unsupported, of a wrong type or out of range.
     """
     given = {key: value for key, value in _with_extra_body(params).items() if not _is_unset(value)}
     for name in [*given]:
-        if name not in UNSUPPORTED or name not in names:
+        if name not in unsupported or name not in names:
             continue
-        reason, neutral = UNSUPPORTED[name]
+        reason, neutral = unsupported[name]
         if not any(_is_same(given[name], value) for value in neutral):
             raise BadRequestError(f"'{name}' can't be used: {reason}.", param=name, code="unsupported_parameter")
         del given[name]
