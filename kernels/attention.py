@@ -212,11 +212,10 @@ class CpuAttention:
         norms: HeadNorms | None = None,
     ) -> None:
         self.heads, self.cache, self.group = heads, cache, group
-        self._norms, self._norm_eps = None, 0.0
+        self.norms = None
         if norms is not None:
             norms.check(heads)
-            self._norms = norms.weight.to("cpu", torch.float32).contiguous().clone()
-            self._norm_eps = norms.eps
+            self.norms = HeadNorms(norms.weight.to("cpu", torch.float32).contiguous().clone(), norms.eps)
         self._sinks = None
         if sinks is not None:
             if tuple(sinks.shape) != (heads.query_heads,):
@@ -236,20 +235,21 @@ class CpuAttention:
             bindings = {"heads": self._heads, "k_cache": cache.k, "v_cache": cache.v, "cos_sin": cos_sin}
             if self._sinks is not None:
                 bindings["sinks"] = self._sinks
-            if self._norms is not None:
-                bindings["head_norms"] = self._norms
+            if self.norms is not None:
+                bindings["head_norms"] = self.norms.weight
             group = qkv.recorder.group(self.group)
             attributes: dict[str, int | float | str] = {"scale": scale, "pages": cache.pages, "group": group}
-            attributes["norm_eps"] = self._norm_eps
+            attributes["norm_eps"] = 0.0 if self.norms is None else self.norms.eps
             return qkv.recorder.note(
                 "attention", [qkv], heads.query_width, attributes=attributes, bindings=bindings, keep=self
             )
         qkv = check_rows(qkv, heads.qkv_width, "attention").contiguous()
         out = cpu_library.empty(qkv.shape[0], heads.query_width)
-        table = batch.tables[self.group]
+        table, norms = batch.tables[self.group], self.norms
         self._run(
             qkv, batch.positions, table.slots, batch.query_start, batch.context_len, table.pages, cos_sin, self._heads,
-            scale, cache.k, cache.v, cache.pages, self._sinks, self._norms, self._norm_eps, out,
+            scale, cache.k, cache.v, cache.pages, self._sinks,
+            None if norms is None else norms.weight, 0.0 if norms is None else norms.eps, out,
         )  # fmt: skip
         return out
 

@@ -102,7 +102,7 @@ def hf_name(name: str) -> str | None:
 def undo_permutation(rows: np.ndarray, head_dim: int) -> np.ndarray:
     """Rows of a query or key projection, whole heads, from GGUF's rotary order to Hugging Face's.
 
-    For llama, llama.cpp rotates neighbouring pairs (0, 1), (2, 3), ...; transformers rotates halves (0, d/2), (1, d/2+1), ... .
+    llama.cpp rotates neighbouring pairs (0, 1), (2, 3), ... of llama; transformers halves (0, d/2), (1, d/2+1), ... .
     Each head stands alone, so grouped queries need no special case. rows [n * head_dim, ...] or a bias [n * head_dim].
     """
     pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])

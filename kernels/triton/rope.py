@@ -41,15 +41,17 @@ def rope_kv_write_kernel(
         x = low.to(tl.float32)
         y = high.to(tl.float32)
         rest = (whole >= ROTARY) & (whole < DIM)
+        unturned = tl.load(source + whole, mask=rest, other=0)
         if norms is not None:
             gain = norms + (head >= Q_HEADS) * DIM
-            unnormed = tl.load(source + whole, mask=whole < DIM, other=0).to(tl.float32)
-            factor = tl.rsqrt(tl.sum(unnormed * unnormed, axis=0) / DIM + eps)
+            v = tl.load(source + whole, mask=whole < DIM, other=0).to(tl.float32)
+            factor = tl.rsqrt(tl.sum(v * v, axis=0) / DIM + eps)
             x = x * factor * tl.load(gain + at, mask=ok, other=0).to(tl.float32)
             y = y * factor * tl.load(gain + HALF + at, mask=ok, other=0).to(tl.float32)
             if ROTARY < DIM:
-                unturned = unnormed * factor * tl.load(gain + whole, mask=rest, other=0).to(tl.float32)
-                tl.store(source + whole, unturned.to(qkv.dtype.element_ty), mask=rest)
+                scaled = v * factor * tl.load(gain + whole, mask=rest, other=0).to(tl.float32)
+                unturned = scaled.to(unturned.dtype)
+                tl.store(source + whole, unturned, mask=rest)
         low = (x * cos - y * sin).to(low.dtype)
         high = (y * cos + x * sin).to(high.dtype)
         tl.store(source + at, low, mask=ok)
@@ -59,7 +61,6 @@ def rope_kv_write_kernel(
             tl.store(kept + at, low.to(k_cache.dtype.element_ty), mask=ok)
             tl.store(kept + HALF + at, high.to(k_cache.dtype.element_ty), mask=ok)
             if ROTARY < DIM:
-                unturned = tl.load(source + whole, mask=rest, other=0)
                 tl.store(kept + whole, unturned.to(k_cache.dtype.element_ty), mask=rest)
     else:
         if slot >= 0:
