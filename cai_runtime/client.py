@@ -33,6 +33,7 @@ from cai_runtime.api.models import list_models, retrieve_model
 from cai_runtime.api.serving import acreate, create
 from cai_runtime.api.values import timeout_seconds
 from cai_runtime.errors import OptionTypeError, OptionValueError
+from cai_runtime.formats.find import FORMATS
 from cai_runtime.options import EngineOptions
 from cai_runtime.scalars import shown
 
@@ -66,6 +67,7 @@ class _BaseClient:
         cuda_graphs: bool | None = None,
         progress: bool | None = None,
         generation_config: str = "model",
+        format: str | None = None,
         timeout: float | Timeout | None = None,
         _engine_factory: EngineFactory | None = None,
     ):
@@ -95,6 +97,8 @@ class _BaseClient:
             generation_config: "model": a request that names no temperature, top_k, top_p, min_p or repetition_penalty
                 gets that of the checkpoint's generation_config.json, see `GenerationDefaults`. "none": OpenAI's
                 defaults, whatever the checkpoint says.
+            format: how the models write thoughts and tool calls, such as "hermes" or "generic"; see
+                `cai_runtime.formats.find`. Default: found by each checkpoint's chat template.
             timeout: seconds that a request may take, see `create`. Default: no limit.
 
         Raises:
@@ -108,6 +112,10 @@ class _BaseClient:
             raise OptionTypeError(f"models must map names to checkpoint directories, got {shown(models)}")
         if generation_config not in GENERATION_CONFIG:
             raise OptionValueError(f'generation_config must be "model" or "none", got {shown(generation_config)}')
+        if format is not None and not isinstance(format, str):
+            raise OptionTypeError(f"format must be a conversation format's name, got {shown(format)}")
+        if format is not None and format not in FORMATS:
+            raise OptionValueError(f"format must be one of {', '.join(FORMATS)}, got {shown(format)}")
         options = EngineOptions.of(
             device=device,
             dtype=dtype,
@@ -132,11 +140,14 @@ class _BaseClient:
             open_engine=_engine_factory or _open_engine,
             options=options,
             own_defaults=generation_config == "model",
+            format_name=format,
         )
         # What makes this client again, in another process too.
         self._made_from = {"model": model, "models": None if models is None else dict(models), **options.given()}
         if generation_config != "model":
             self._made_from["generation_config"] = generation_config
+        if format is not None:
+            self._made_from["format"] = format
         if _engine_factory is not None:
             self._made_from["_engine_factory"] = _engine_factory
 

@@ -71,7 +71,7 @@ class MarkedFormat:
                 param="tools",
                 capability="tools",
             )
-        rendered = render_conversation(self._tokenizer, conversation)
+        rendered = render_conversation(self._tokenizer, conversation, generic_tools=not self.native_tools)
         turn = Turn(conversation, self.is_thinking(rendered.opening))
         return Prepared(rendered.prompt_ids, self.output(turn), self.grammar(turn))
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from cai_runtime.formats.base import Capabilities
-
-EFFORTS = ("none", "low", "medium", "high", "xhigh", "max")
-SWITCHES = ("enable_thinking", "thinking")
+from cai_runtime.formats.template import chat_template
 
 
 def template_text(tokenizer: Any) -> str:
@@ -19,20 +16,18 @@ def template_text(tokenizer: Any) -> str:
 
 
 def capabilities_of(tokenizer: Any, calls: bool, native: bool, thinks: bool) -> Capabilities:
-    """Read from the template's text.
+    """What the chat template takes, by `probes`. Hold the tokenizer's lock.
 
     Args:
-        calls: the format has calls. native: the template describes the tools itself. thinks: there are thoughts.
+        calls: the format has calls. native: it can read the calls of templates that take tools. thinks: there are thoughts.
     """
-    text = template_text(tokenizer)
-    switch = next((name for name in SWITCHES if re.search(rf"\b{name}\b", text)), None)
-    takes_effort = re.search(r"\breasoning_effort\b", text) is not None
-    quoted = set(re.findall(r"""['"](\w+)['"]""", text))
-    named = tuple(effort for effort in EFFORTS if effort in quoted)
+    forms = chat_template(tokenizer, for_tools=True).forms
+    reasoning = forms.reasoning
+    style: Literal["native", "generic"] = forms.tools if native else "generic"
     return Capabilities(
-        tools=("native" if native else "generic") if calls else None,
-        parallel="single tool-calls at once" not in text,
-        reasoning=thinks or takes_effort,
-        switch=switch,
-        efforts=(named if len(named) > 1 else ("low", "medium", "high")) if takes_effort else (),
+        tools=style if calls else None,
+        parallel=style == "generic" or forms.turns.calls.parallel,
+        reasoning=thinks or reasoning.switch is not None or reasoning.always,
+        switch=reasoning.switch,
+        efforts=reasoning.levels,
     )

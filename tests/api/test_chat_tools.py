@@ -168,6 +168,16 @@ def test_a_grammar_masks(client, ask, opened):
     assert client.chat.completions.create(**ask).choices[0].message.content == "ppp"
 
 
+def test_a_format_that_is_named(new_client, model_dir, ask, tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    for name in ("plain", "hermes"):
+        client = new_client(models={"abc": model_dir}, model="abc", format=name)
+        assert client._host.open(client._host.resolve("abc")).format.name == name
+    with pytest.raises(BadRequestError, match="has no tool calls") as caught:
+        new_client(str(model_dir), format="plain").chat.completions.create(**ask, tools=[LOOK])
+    assert (caught.value.param, caught.value.code) == ("tools", "tools_not_supported")
+
+
 def test_refusals_name_the_parameter(client, ask):
     for options, param, code in [
         ({"tools": [{"type": "custom"}]}, "tools[0].type", "custom_tools_not_supported"),
