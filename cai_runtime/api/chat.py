@@ -241,7 +241,8 @@ def _delta(event: TextEvent | ReasoningEvent | ToolCallEvent | ArgumentsEvent) -
         case TextEvent():
             return ChoiceDelta(content=event.text)
         case ReasoningEvent():
-            return ChoiceDelta(reasoning_content=event.text)
+            thought: dict[str, Any] = {"reasoning_content": event.text}  # beyond OpenAI's fields, as elsewhere
+            return ChoiceDelta(**thought)
         case ToolCallEvent():
             function = ChoiceDeltaToolCallFunction(name=event.name, arguments="")
             call = ChoiceDeltaToolCall(index=event.index, id=event.call_id, type="function", function=function)
@@ -255,12 +256,13 @@ def _fold_choice(index: int, events: Sequence[ChatEvent]) -> Choice:
     thought = "".join(event.text for event in events if isinstance(event, ReasoningEvent))
     calls = fold_calls(events)
     (end,) = (event for event in events if isinstance(event, EndEvent))
+    more: dict[str, Any] = {"reasoning_content": thought or None}
     message = ChatCompletionMessage(
         role="assistant",
         content=None if not text and (thought or calls) else text,
         refusal=None,
         tool_calls=calls or None,
-        **({"reasoning_content": thought} if thought else {}),
+        **more,
     )
     return Choice(index=index, message=message, finish_reason=end.finish_reason, logprobs=None)
 

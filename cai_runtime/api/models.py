@@ -90,7 +90,8 @@ def _local_model(host: ModelHost, name: str) -> Model:
     except OSError:  # registered, but not there: it stays listed, and opening it says what is wrong
         created = 0
     entry = CatalogEntry(name, created, "local", _parameters_number(path, host.keep), capabilities)
-    return Model(**dataclasses.asdict(entry), tools=tools)
+    fields: dict[str, Any] = {**dataclasses.asdict(entry), "tools": tools}
+    return Model(**fields)
 
 
 def _is_checkpoint(path: Path | None) -> bool:

@@ -31,7 +31,8 @@ class Format(Protocol):
     name: as in `Client(format=...)` and in `client.models.retrieve(...)`.
     """
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     @property
     def capabilities(self) -> Capabilities: ...
