@@ -8,21 +8,32 @@ from typing import Any
 
 from cai_runtime.errors import OptionValueError
 from cai_runtime.formats.base import Format
+from cai_runtime.formats.glm import GlmFormat
+from cai_runtime.formats.harmony import HarmonyFormat
 from cai_runtime.formats.hermes import GenericFormat, HermesFormat
+from cai_runtime.formats.llama3 import Llama3Format
+from cai_runtime.formats.llama4 import Lfm2Format, Llama4Format
 from cai_runtime.formats.marked import MarkedFormat
+from cai_runtime.formats.mistral import MistralFormat
 from cai_runtime.formats.plain import PlainFormat
-from cai_runtime.formats.switches import template_text
+from cai_runtime.formats.qwen_coder import QwenCoderFormat
+from cai_runtime.formats.template import template_text
 from cai_runtime.scalars import shown
 
-_CLASSES: tuple[type[MarkedFormat], ...] = (
-    PlainFormat,
-    GenericFormat,
-    HermesFormat,
+# A format, and what its templates write: the first whose text is there.
+_SIGNS: tuple[tuple[type[MarkedFormat], tuple[str, ...]], ...] = (
+    (HarmonyFormat, ("<|channel|>",)),
+    (QwenCoderFormat, ("<function=",)),
+    (GlmFormat, ("<arg_key>",)),
+    (Lfm2Format, ("<|tool_call_start|>",)),
+    (MistralFormat, ("[TOOL_CALLS]",)),
+    (Llama4Format, ("<|python_start|>", "<|header_start|>")),
+    (Llama3Format, ("<|python_tag|>", 'format {"name": function name, "parameters"')),
+    (HermesFormat, ("<tool_call>",)),
 )
-FORMATS = {cls.name: cls for cls in _CLASSES}
-
-# What a format's templates write; of the formats whose signs are all there, the first.
-_SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (("hermes", ("<tool_call>", "arguments")),)
+FORMATS: dict[str, type[MarkedFormat]] = {
+    cls.name: cls for cls in (PlainFormat, GenericFormat, *(found for found, _ in _SIGNS))
+}
 
 
 def find_format(tokenizer: Any, config: Mapping[str, Any] | None = None, name: str | None = None) -> Format:
@@ -33,7 +44,7 @@ def find_format(tokenizer: Any, config: Mapping[str, Any] | None = None, name: s
 
     Args:
         tokenizer: transformers' tokenizer of the checkpoint.
-        config: its config.json, whose `model_type` decides where templates are alike.
+        config: its config.json. Not needed so far: templates tell more.
         name: as in `Client(format=...)`.
 
     Raises:
@@ -43,9 +54,10 @@ def find_format(tokenizer: Any, config: Mapping[str, Any] | None = None, name: s
         if name not in FORMATS:
             raise OptionValueError(f"There is no format {shown(name)}: 'format' must be one of {', '.join(FORMATS)}.")
         return FORMATS[name](tokenizer)
-    template = getattr(tokenizer, "response_template", None)
-    for text in (json.dumps(template, ensure_ascii=False) if template else "", template_text(tokenizer)):
+    described = json.dumps(getattr(tokenizer, "response_template", None) or {}, ensure_ascii=False)
+    # In patterns, markers are written with backslashes.
+    for text in (described.replace("\\", ""), template_text(tokenizer).replace('\\"', '"')):
         for found, signs in _SIGNS:
-            if all(sign in text for sign in signs):
-                return FORMATS[found](tokenizer)
+            if any(sign in text for sign in signs):
+                return found(tokenizer)
     return GenericFormat(tokenizer)
