@@ -14,7 +14,7 @@ class Capabilities:
 
     tools: "native", the template describes them; "generic", this library does, in the system message; None, no calls.
     parallel: several calls in one answer. reasoning: answers may hold thoughts. switch: the template's variable that
-    turns them on and off. efforts: the values of its `reasoning_effort`.
+    turns them on and off. efforts: the levels of `reasoning_effort`.
     """
 
     tools: Literal["native", "generic"] | None = None

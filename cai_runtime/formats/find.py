@@ -10,36 +10,45 @@ from typing import Any, Literal
 
 from cai_runtime.errors import ConversationError, OptionValueError
 from cai_runtime.formats.base import Format
+from cai_runtime.formats.glm import GlmFormat
+from cai_runtime.formats.harmony import HarmonyFormat
 from cai_runtime.formats.hermes import GenericFormat, HermesFormat
+from cai_runtime.formats.llama3 import Llama3Format
+from cai_runtime.formats.llama4 import Lfm2Format, Llama4Format
 from cai_runtime.formats.marked import MarkedFormat
+from cai_runtime.formats.mistral import MistralFormat
 from cai_runtime.formats.plain import PlainFormat
 from cai_runtime.formats.probes import TemplateForms
 from cai_runtime.formats.program import TemplateProgram
-from cai_runtime.formats.switches import template_text
-from cai_runtime.formats.template import DEFAULT, FOR_TOOLS, chat_template, template_of
+from cai_runtime.formats.qwen_coder import QwenCoderFormat
+from cai_runtime.formats.template import DEFAULT, FOR_TOOLS, template_of, template_text
 from cai_runtime.scalars import shown
 
-_CLASSES: tuple[type[MarkedFormat], ...] = (
-    PlainFormat,
-    GenericFormat,
-    HermesFormat,
+# A format, and what its templates write: the first whose text is there.
+_SIGNS: tuple[tuple[type[MarkedFormat], tuple[str, ...]], ...] = (
+    (HarmonyFormat, ("<|channel|>",)),
+    (QwenCoderFormat, ("<function=",)),
+    (GlmFormat, ("<arg_key>",)),
+    (Lfm2Format, ("<|tool_call_start|>",)),
+    (MistralFormat, ("[TOOL_CALLS]",)),
+    (Llama4Format, ("<|python_start|>", "<|header_start|>")),
+    (Llama3Format, ("<|python_tag|>", 'format {"name": function name, "parameters"')),
+    (HermesFormat, ("<tool_call>",)),
 )
-FORMATS = {cls.name: cls for cls in _CLASSES}
-
-# What a format's templates write; of the formats whose signs are all there, the first.
-_SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (("hermes", ("<tool_call>", "arguments")),)
+FORMATS: dict[str, type[MarkedFormat]] = {
+    cls.name: cls for cls in (PlainFormat, GenericFormat, *(found for found, _ in _SIGNS))
+}
 
 
 def find_format(tokenizer: Any, config: Mapping[str, Any] | None = None, name: str | None = None) -> Format:
     """The format of a model's conversations.
 
     In this order: the one that is named; the one whose markers `response_template` of tokenizer_config.json holds
-    (transformers' description of answers); the one whose markers the chat template writes; "generic". The latter also
-    where the template does not take tools, so that calls are written as this library tells the model to.
+    (transformers' description of answers); the one whose markers the chat template writes; "generic".
 
     Args:
         tokenizer: transformers' tokenizer of the checkpoint.
-        config: its config.json, whose `model_type` decides where templates are alike.
+        config: its config.json. Not needed so far: templates tell more.
         name: as in `Client(format=...)`.
 
     Raises:
@@ -49,12 +58,12 @@ def find_format(tokenizer: Any, config: Mapping[str, Any] | None = None, name: s
         if name not in FORMATS:
             raise OptionValueError(f"There is no format {shown(name)}: 'format' must be one of {', '.join(FORMATS)}.")
         return FORMATS[name](tokenizer)
-    template = getattr(tokenizer, "response_template", None)
-    for text in (json.dumps(template, ensure_ascii=False) if template else "", template_text(tokenizer)):
+    described = json.dumps(getattr(tokenizer, "response_template", None) or {}, ensure_ascii=False)
+    # In patterns, markers are written with backslashes.
+    for text in (described.replace("\\", ""), template_text(tokenizer).replace('\\"', '"')):
         for found, signs in _SIGNS:
-            if all(sign in text for sign in signs):
-                cls = FORMATS[found]
-                return (GenericFormat if cls.openers and _tools_of(tokenizer) == "generic" else cls)(tokenizer)
+            if any(sign in text for sign in signs):
+                return found(tokenizer)
     return GenericFormat(tokenizer)
 
 
@@ -66,7 +75,7 @@ def tools_of(checkpoint: Path) -> Literal["native", "generic"] | None:
     if not source:
         return None
     text = "\n".join(map(str, sources.values()))
-    known = any(all(sign in text for sign in signs) for _, signs in _SIGNS)
+    known = any(sign in text for _, signs in _SIGNS for sign in signs)
     return _probed(source, tuple(sorted(special_tokens.items()))) if known else "generic"
 
 
@@ -75,11 +84,4 @@ def _probed(source: str, special_tokens: tuple[tuple[str, str], ...]) -> Literal
     try:
         return TemplateForms(TemplateProgram(source, DEFAULT, dict(special_tokens))).tools
     except ConversationError:  # no template; a chat will say what is wrong with it
-        return None
-
-
-def _tools_of(tokenizer: Any) -> Literal["native", "generic"] | None:
-    try:
-        return chat_template(tokenizer, for_tools=True).forms.tools
-    except ConversationError:  # none, or several without a default: a chat names one or says what is wrong
         return None

@@ -11,11 +11,12 @@ from cai_runtime.engine.output import OutputFactory, TextOutput
 from cai_runtime.errors import ConversationError
 from cai_runtime.formats.base import Capabilities
 from cai_runtime.formats.conversation import Conversation, Prepared, Tool
+from cai_runtime.formats.parsing.grammar import ANY, OBJECT, Rules, answer_grammar, enforced, literal, object_schema
 from cai_runtime.formats.parsing.markers import Markers
 from cai_runtime.formats.parsing.output import ParsedOutput
 from cai_runtime.formats.parsing.stream import Parsing, Stream
 from cai_runtime.formats.rendering import render_conversation
-from cai_runtime.formats.switches import capabilities_of, template_text
+from cai_runtime.formats.template import chat_template, template_text
 
 THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 
@@ -47,8 +48,10 @@ class MarkedFormat:
     name: ClassVar[str]
     openers: ClassVar[tuple[str, ...]] = ()
     closers: ClassVar[tuple[str, ...]] = ()
+    separator: ClassVar[str] = "\n"  # between two calls
     inner: ClassVar[tuple[str, ...]] = ()  # other markers that may be tokens
     native_tools: ClassVar[bool] = True  # the template takes tools
+    always_parsed: ClassVar[bool] = False  # its answers have markers even without thoughts and calls
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
@@ -60,8 +63,17 @@ class MarkedFormat:
 
     @cached_property
     def capabilities(self) -> Capabilities:
-        """What the model's template offers. Hold the tokenizer's lock."""
-        return capabilities_of(self._tokenizer, bool(self.openers), self.native_tools, self.thought is not None)
+        """What the model's template offers. Hold the tokenizer's lock. Raises ConversationError without a template."""
+        forms = chat_template(self._tokenizer, for_tools=True).forms
+        tools = (forms.tools if self.native_tools else "generic") if self.openers else None
+        form = forms.reasoning
+        return Capabilities(
+            tools=tools,
+            parallel=tools == "generic" or (tools is not None and forms.turns.calls.parallel),
+            reasoning=self.thought is not None or form.always or form.switch is not None,
+            switch=form.switch,
+            efforts=form.levels,
+        )
 
     def prepare(self, conversation: Conversation) -> Prepared:
         if conversation.tools and conversation.tool_choice != "none" and not self.openers:
@@ -72,8 +84,15 @@ class MarkedFormat:
                 capability="tools",
             )
         rendered = render_conversation(self._tokenizer, conversation, generic_tools=not self.native_tools)
+        reader = self if rendered.tools != "generic" else self.generic()
         turn = Turn(conversation, self.is_thinking(rendered.opening))
-        return Prepared(rendered.prompt_ids, self.output(turn), self.grammar(turn))
+        return Prepared(rendered.prompt_ids, reader.output(turn), answer_grammar(reader, turn))
+
+    def generic(self) -> MarkedFormat:
+        """The format of calls where the template shows no tools, so that they were put to the model as text."""
+        from cai_runtime.formats.hermes import GenericFormat
+
+        return GenericFormat(self._tokenizer)
 
     def is_thinking(self, opening: str) -> bool:
         """Whether a prompt that ends like this has opened a thought."""
@@ -83,14 +102,9 @@ class MarkedFormat:
         return opening.rfind(begin) > opening.rfind(end)
 
     def output(self, turn: Turn) -> OutputFactory:
-        if self.thought is None and not turn.may_call:
+        if self.thought is None and not turn.may_call and not self.always_parsed:
             return TextOutput
         return partial(ParsedOutput, markers=self.markers, parser=partial(self.parse, turn), calls=turn.may_call)
-
-    def grammar(self, turn: Turn) -> str | None:
-        from cai_runtime.formats.parsing.grammar import answer_grammar
-
-        return answer_grammar(self, turn)
 
     # -- what an answer is ---------------------------------------------------------------------------------------------
 
@@ -102,6 +116,7 @@ class MarkedFormat:
             opener = yield from self.read_thought(stream, openers)
         while not stream.ended:
             if opener is None and self.thought is not None and (yield from stream.begins(self.thought[:1])):
+                stream.writer.marker()
                 opener = yield from self.read_thought(stream, openers)
             if opener is None and turn.may_call:
                 yield from self.bare_calls(turn, stream)
@@ -123,3 +138,43 @@ class MarkedFormat:
     def call(self, turn: Turn, stream: Stream, opener: str) -> Parsing[None]:
         """Read what follows an opener: see `Stream.calls`."""
         raise NotImplementedError
+
+    # -- what an answer that is held to a grammar is: expressions of `parsing.grammar` ---------------------------------
+
+    def call_rule(self, rules: Rules, tool: Tool, arguments: str) -> str:
+        """One call, from what follows its opener to its closer."""
+        raise NotImplementedError
+
+    def calls_rule(self, rules: Rules, call: str, several: bool) -> str:
+        """One call or several, and nothing else."""
+        opened = f"{rules.marker(self.openers[0])} {call}"
+        return f"{opened} ({literal(self.separator)} {opened})*" if several else opened
+
+    def free_rule(self, rules: Rules, call: str, several: bool) -> str:
+        """Content with or without calls; a call is what comes after an opener."""
+        opener = self.openers[0]
+        if self.markers.is_token(opener):
+            opened = f"{rules.marker(opener)} {call}"
+            return f"({ANY})? ({opened} ({ANY})?)*" if several else f"({ANY})? ({opened})?"
+        opened = f"{rules.until(opener)} {call}"
+        return f"({opened})* ({ANY})?" if several else f"{opened} | ({ANY})?"
+
+    def arguments_rule(self, rules: Rules, tool: Tool, place: str) -> str:
+        """A function's arguments, held to its schema. Raises ConversationError where they can't be."""
+        return rules.add("arguments", enforced(object_schema(tool), place))
+
+    def any_arguments_rule(self, rules: Rules, tool: Tool) -> str:
+        """A function's arguments, whatever they are."""
+        return rules.add("any_arguments", enforced(OBJECT, "tools"))
+
+    def answer_rule(self, rules: Rules, answer: str) -> str:
+        """Content alone."""
+        return answer
+
+    def thought_rule(self, rules: Rules, turn: Turn) -> str:
+        """The thought before: needed where the prompt has opened it, else as the model likes."""
+        if self.thought is None or (turn.conversation.reasoning.enabled is False and not turn.thinks):
+            return ""
+        begin, end = self.thought
+        rest = f"{rules.until(end)} (/\\n{{1,2}}/)?"
+        return rest if turn.thinks else f"({rules.marker(begin)} {rest})?"

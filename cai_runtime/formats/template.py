@@ -33,6 +33,12 @@ _made: weakref.WeakKeyDictionary[Any, tuple[Any, dict[str, ChatTemplate]]] = wea
 _lock = threading.Lock()  # guards _made
 
 
+def template_text(tokenizer: Any) -> str:
+    """The source of the checkpoint's chat templates; "" if it has none."""
+    stored = getattr(tokenizer, "chat_template", None) or ""
+    return "\n".join(map(str, stored.values())) if isinstance(stored, Mapping) else str(stored)
+
+
 def has_template(tokenizer: Any) -> bool:
     """Whether the checkpoint came with a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))

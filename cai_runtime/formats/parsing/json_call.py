@@ -19,15 +19,14 @@ def json_calls(stream: Stream, names: Container[str] | None = None) -> Parsing[N
     Args:
         names: the functions that may be called; None: any. A call of another one is Malformed.
     """
-    in_list = (yield from stream.peek()) == "["
-    if in_list:
+    if (yield from stream.peek()) == "[":
         yield from stream.visible()
     while (yield from stream.peek()) == "{":
         yield from json_call(stream, names)
         if (yield from stream.peek()) in (",", ";"):
             yield from stream.visible()
-    if in_list:
-        yield from _read(stream, "]")
+    while (yield from stream.peek()) in ("]", "}"):  # small models write too many
+        yield from stream.visible()
 
 
 def json_call(stream: Stream, names: Container[str] | None = None) -> Parsing[None]:
@@ -44,6 +43,8 @@ def json_call(stream: Stream, names: Container[str] | None = None) -> Parsing[No
             break
         key = yield from _string(stream)
         yield from _read(stream, ":")
+        if names is not None and key not in ("name", "id", "type", *ARGUMENTS):
+            raise Malformed(f"{key} in a call")
         if key == "name":
             name = yield from _string(stream)
             if names is not None and name not in names:
@@ -90,27 +91,25 @@ def json_arguments(stream: Stream, name: str, call_id: str | None = None) -> Par
 
 def tell(stream: Stream, name: str, call_id: str | None, arguments: str) -> None:
     """Tell a call whose arguments are complete. Raises Malformed unless they are an object, or a string that is one."""
-    value = json.loads(arguments)
-    if isinstance(value, str):
-        arguments = value
-        value = parsed(value)
-    if value is None:
-        value, arguments = {}, "{}"
-    if not isinstance(value, dict):
+    written, kind = json_value(arguments)
+    if kind == "string":
+        written, kind = json_value(json.loads(written))
+    if kind not in ("object", "null"):
         raise Malformed("arguments that are no object")
     stream.call(name, call_id)
-    stream.arguments(arguments.strip(BLANK))
+    stream.arguments("{}" if kind == "null" else written)
     stream.end_arguments()
 
 
-def parsed(text: str) -> object:
-    """A JSON value (RFC 8259). Raises Malformed."""
+def json_value(text: str) -> tuple[str, str]:
+    """(a JSON value (RFC 8259) as it is written, JSON's name of its type). Raises Malformed."""
     reader = JsonReader()
     text = text.strip(BLANK)
     written, used = reader.feed(text + " ")
     if not reader.done or used < len(text):
-        raise Malformed("no JSON value")
-    return json.loads(written)
+        raise Malformed(reader.error or "no JSON value")
+    kinds = {"{": "object", "[": "array", '"': "string", "t": "boolean", "f": "boolean", "n": "null"}
+    return written, kinds.get(written[0], "number")
 
 
 def json_text(stream: Stream, write: Callable[[str], None] | None = None) -> Parsing[str]:

@@ -30,11 +30,17 @@ class Stream:
         self._raw: str | None = None  # the call's text so far, while it may turn out to be content
         self._in_call = False  # a call was told, and its arguments are not complete
         self._opener = ""  # of the call
+        self._rest: Callable[[str], None] = self.arguments  # takes the rest of arguments that went wrong
 
     @property
     def ended(self) -> bool:
         """Whether all of the text was read."""
         return bool(self._items) and self._items[0] is None
+
+    @property
+    def _only_blanks_left(self) -> bool:
+        *pieces, last = self._items or ("",)
+        return last is None and all(isinstance(piece, str) and not piece.strip(BLANK) for piece in pieces)
 
     def push(self, item: Item) -> None:
         self._items.append(item)
@@ -86,14 +92,26 @@ class Stream:
             self.unread(piece[length:])
             text = text[length:]
 
+    def expect_visible(self, text: str) -> Parsing[None]:
+        """The same after blanks."""
+        self.unread((yield from self.visible()))
+        yield from self.expect(text)
+
+    def char(self) -> Parsing[str]:
+        """The next character. Raises as `text`."""
+        text = yield from self.text()
+        self.unread(text[1:])
+        return text[0]
+
     def peek(self) -> Parsing[str]:
-        """The next character that is no blank, which stays; "" at a marker or the end."""
-        try:
-            char = yield from self.visible()
-        except Malformed:
-            return ""
-        self.unread(char)
-        return char
+        """The next character that is no blank; "" at a marker or the end. Nothing is read."""
+        blanks = ""
+        while isinstance((item := (yield from self.next())), str) and not item.lstrip(BLANK):
+            blanks += item
+        found = item.lstrip(BLANK)[0] if isinstance(item, str) else ""
+        self.unread(item)
+        self.unread(blanks)
+        return found
 
     def until(self, markers: Collection[str], write: Callable[[str], None]) -> Parsing[str | None]:
         """Write text up to one of the markers, and return its spelling; None at the end. Other markers are text."""
@@ -159,9 +177,11 @@ class Stream:
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
-    def call(self, name: str, call_id: str | None = None) -> None:
-        """Tell that a call begins: from here on its text can't become content."""
+    def call(self, name: str, call_id: str | None = None, *, as_json: bool = True) -> None:
+        """Tell that a call begins: from here on its text can't become content. as_json: the text of its arguments is what
+        is told of them."""
         self.writer.call(name, call_id)
+        self._rest = self.arguments if as_json else _ignore
         self._raw, self._in_call = None, True
 
     def arguments(self, text: str) -> None:
@@ -190,7 +210,8 @@ class Stream:
         """Read one or more calls, whose opener was read, and one of the closers, if it is there.
 
         Text that turns out to be no call is content: what came after the opener is read again. But once a call was told,
-        the text is its arguments, even if they are no JSON, up to a closer.
+        all text up to a closer is its own. Arguments that go wrong are told as they are where they were to be JSON, else
+        as far as they were right.
         """
         self._raw, self._opener = "", opener
         told = self.writer.num_calls
@@ -201,19 +222,21 @@ class Stream:
             is_call = False
         raw, self._raw = self._raw or "", None
         if self.writer.num_calls == told:
-            self.unfinished = self.unfinished or self.ended
+            self.unfinished = self.unfinished or self._only_blanks_left
             self.unread(raw)
             if opener:
                 self.writer.content(opener)
             return
         if self._in_call:
-            closer = yield from self.until(closers, self.arguments)
+            closer = yield from self.until(closers, self._rest)
             self.unfinished = self.unfinished or closer is None
             self._in_call = False
         else:
             if not is_call:
                 self.unread(raw)
-            while closers and (yield from self.peek()) in ("}", "]"):  # a bracket too many
-                yield from self.visible()
             yield from self.begins(closers)
         self.writer.marker()
+
+
+def _ignore(text: str) -> None:
+    """For what is told of no call."""

@@ -99,6 +99,11 @@ class Writer:
             self._blanks = ""
         self._after_marker = True
 
+    def separate(self) -> None:
+        """What content comes now is a paragraph of its own."""
+        if self._has_content:
+            self._blanks = "\n\n"
+
     def finish(self) -> None:
         """The text is over."""
         if not self._after_marker:
