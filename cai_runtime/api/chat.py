@@ -35,6 +35,7 @@ from cai_runtime.api.values import Flag, Whole
 from cai_runtime.engine.masks import MaskFactory
 from cai_runtime.engine.request import Finished, Request
 from cai_runtime.errors import ConversationError
+from cai_runtime.formats.budget import budgeted
 from cai_runtime.formats.conversation import Conversation, Prepared, Reasoning
 from cai_runtime.formats.events import (
     ArgumentsEvent,
@@ -160,7 +161,7 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
 def prepare_conversation(
     conversation: Conversation, reasons: bool, name: str, opened: OpenModel, grammar_param: str
 ) -> tuple[Prepared, MaskFactory | None]:
-    """What the model's format makes of a conversation, and the mask of its grammar.
+    """What the model's format makes of a conversation, and the mask of its grammar and of the thought's budget.
 
     Args:
         reasons: whether the model was named as one that reasons by default.
@@ -184,7 +185,7 @@ def prepare_conversation(
             raise ConversationError(message, param="model", capability=error.capability) from error
         # Without the lock: a grammar takes up to seconds.
         mask = None if prepared.grammar is None else opened.grammars.mask(prepared.grammar, grammar_param)
-    return prepared, mask
+    return prepared, budgeted(prepared.budget, mask)
 
 
 def _characters(conversation: Conversation) -> int:

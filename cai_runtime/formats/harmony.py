@@ -33,6 +33,10 @@ class HarmonyFormat(MarkedFormat):
     def is_thinking(self, opening: str) -> bool:
         return False  # a prompt ends before the channel
 
+    def thought_tokens(self) -> tuple[tuple[int, ...], int | None]:
+        begin = self._tokenizer(f"{CHANNEL}analysis{MESSAGE}", add_special_tokens=False)["input_ids"]
+        return tuple(begin), self.markers.token("<|end|>").token_id
+
     def parse(self, turn: Turn, stream: Stream) -> Parsing[None]:
         while not stream.ended:
             marker = yield from stream.content(*self.openers, *ENDS)  # what is in no message is content

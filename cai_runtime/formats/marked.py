@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from cai_runtime.engine.output import OutputFactory, TextOutput
 from cai_runtime.errors import ConversationError
 from cai_runtime.formats.base import Capabilities
+from cai_runtime.formats.budget import ThoughtBudget
 from cai_runtime.formats.conversation import Conversation, Prepared, Tool
 from cai_runtime.formats.parsing.grammar import ANY, OBJECT, Rules, answer_grammar, enforced, literal, object_schema
 from cai_runtime.formats.parsing.markers import Markers
@@ -86,7 +87,31 @@ class MarkedFormat:
         rendered = render_conversation(self._tokenizer, conversation, generic_tools=not self.native_tools)
         reader = self if rendered.tools != "generic" else self.generic()
         turn = Turn(conversation, self.is_thinking(rendered.opening))
-        return Prepared(rendered.prompt_ids, reader.output(turn), answer_grammar(reader, turn))
+        budget = self.budget(turn)
+        return Prepared(rendered.prompt_ids, reader.output(turn), answer_grammar(reader, turn), budget)
+
+    def budget(self, turn: Turn) -> ThoughtBudget | None:
+        """What closes the thought in time, where the request says when.
+
+        Raises:
+            ConversationError: thoughts don't end with a token of their own, which could be forced.
+        """
+        tokens = turn.conversation.reasoning.max_tokens
+        if tokens is None:
+            return None
+        begin, end = self.thought_tokens()
+        if end is None:
+            raise ConversationError(
+                f"'reasoning_max_tokens': the conversation format {self.name} has no token that ends this model's thoughts.",
+                param="reasoning_max_tokens",
+                capability="reasoning",
+            )
+        return ThoughtBudget(tokens, begin, end, turn.thinks)
+
+    def thought_tokens(self) -> tuple[tuple[int, ...], int | None]:
+        """The tokens that begin a thought, and the one that ends it; None: there is none."""
+        begin, end = (self.markers.token(text).token_id for text in self.thought) if self.thought else (None, None)
+        return () if begin is None else (begin,), end
 
     def generic(self) -> MarkedFormat:
         """The format of calls where the template shows no tools, so that they were put to the model as text."""

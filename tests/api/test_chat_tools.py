@@ -110,6 +110,41 @@ def test_reply(client, ask, opened, valid):
     assert reply.usage.completion_tokens == 27
 
 
+# The reference's examples of a reply and of a chunk, key by key.
+REPLY_KEYS = {
+    "": {"id", "object", "created", "model", "choices", "usage"},
+    "choices": {"message", "finish_reason", "index"},
+    "message": {"role", "content"},
+    "usage": {"prompt_tokens", "completion_tokens", "total_tokens"},
+}
+CHUNK_KEYS = {"": {"id", "object", "created", "model", "choices"}, "choices": {"delta", "index", "finish_reason"}}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"tools": [LOOK]}, {"n": 2}, {"max_tokens": 2}, {"logit_bias": {}, "stop": "g"}]
+)
+def test_replies_and_chunks_have_the_references_keys(client, ask, opened, valid, options):
+    reply = client.chat.completions.create(**ask, **options)
+    valid(reply, ChatCompletion)
+    dumped = reply.model_dump()
+    objects = [("", dumped), ("usage", dumped["usage"])]
+    objects += [
+        (key, one) for choice in dumped["choices"] for key, one in (("choices", choice), ("message", choice["message"]))
+    ]
+    for name, value in objects:
+        assert value.keys() >= REPLY_KEYS[name]
+    usage = {"include_usage": True}
+    *chunks, last = client.chat.completions.create(**ask, **options, stream=True, stream_options=usage)
+    for chunk in chunks:
+        valid(chunk, ChatCompletionChunk)
+        (choice,) = chunk.model_dump()["choices"]
+        assert chunk.model_dump().keys() >= CHUNK_KEYS[""] and choice.keys() >= CHUNK_KEYS["choices"]
+    whole, streamed = reply.usage.model_dump(), last.usage.model_dump()
+    for counts in (whole, streamed):
+        counts["prompt_tokens_details"].pop("cached_tokens")  # the second finds the first's prompt
+    assert whole == streamed
+
+
 def test_chunks_are_as_openai_streams_them(client, ask, opened, valid):
     chunks = list(client.chat.completions.create(**ask, tools=[LOOK], stream=True))
     for chunk in chunks:
@@ -166,6 +201,20 @@ def test_the_format_is_told_of_tools_and_reasoning(client, ask, opened, tokenize
 def test_a_grammar_masks(client, ask, opened):
     opened.format.grammar = 'start: "ppp"'
     assert client.chat.completions.create(**ask).choices[0].message.content == "ppp"
+
+
+def test_a_thought_is_closed_when_its_tokens_are_used_up(client, ask, tokenizer):
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = "{{ messages[0].content }}{{ '<think>' }}"
+    for options, content in [({}, string.ascii_lowercase), ({"choice": ["pq", "r"]}, "pq")]:
+        reply = client.chat.completions.create(**ask, reasoning_max_tokens=4, **options)
+        message = reply.choices[0].message
+        assert (message.reasoning_content, message.content) == ("abcd", content)
+        assert reply.usage.completion_tokens_details.reasoning_tokens == 4
+        assert reply.choices[0].finish_reason == "stop"
+    with pytest.raises(BadRequestError) as caught:
+        client.chat.completions.create(**ask, reasoning_enabled=False)
+    assert caught.value.param == "reasoning_enabled"
 
 
 def test_a_format_that_is_named(new_client, model_dir, ask, tokenizer):
