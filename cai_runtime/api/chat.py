@@ -133,12 +133,12 @@ class ChatReply:
     def opening(self) -> list[ChatCompletionChunk]:
         return [self._chunk(i, ChoiceDelta(role="assistant", content="")) for i in range(self._choices)]
 
-    def chunk(self, index: int, event: ChatEvent) -> ChatCompletionChunk:
+    def chunks(self, index: int, event: ChatEvent) -> list[ChatCompletionChunk]:
         match event:
             case TextEvent():
-                return self._chunk(index, ChoiceDelta(content=event.text))
+                return [self._chunk(index, ChoiceDelta(content=event.text))]
             case EndEvent():
-                return self._chunk(index, ChoiceDelta(), event.finish_reason)
+                return [self._chunk(index, ChoiceDelta(), event.finish_reason)]
             case _:
                 raise AssertionError(f"{event!r} in a plain answer")
 

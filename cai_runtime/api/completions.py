@@ -197,7 +197,7 @@ class CompletionReply:
     def opening(self) -> list[CompletionChunk]:
         return [self.chunk(index, TextEvent(echo)) for index, echo in enumerate(self._echoes)]
 
-    def chunk(self, index: int, event: ChatEvent) -> CompletionChunk:
+    def chunks(self, index: int, event: ChatEvent) -> list[CompletionChunk]:
         match event:
             case TextEvent():
                 choice = CompletionChunkChoice(index=index, text=event.text)
@@ -205,7 +205,7 @@ class CompletionReply:
                 choice = CompletionChunkChoice(index=index, text="", finish_reason=_reason(event))
             case _:
                 raise AssertionError(f"{event!r} in a text completion")
-        return self._piece([choice])
+        return [self._piece([choice])]
 
     def closing(self, choices: Sequence[Finished]) -> list[CompletionChunk]:
         if not self._include_usage:

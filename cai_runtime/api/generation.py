@@ -32,8 +32,8 @@ class ReplyFormat(Protocol[Chunk, Whole_co]):
         """Chunks before the first event."""
         ...
 
-    def chunk(self, index: int, event: ChatEvent) -> Chunk:
-        """The chunk for one event of choice `index`."""
+    def chunks(self, index: int, event: ChatEvent) -> Sequence[Chunk]:
+        """The chunks for one event of choice `index`; none for what no caller sees."""
         ...
 
     def closing(self, choices: Sequence[Finished]) -> list[Chunk]:
@@ -97,7 +97,7 @@ class Running(Generic[Chunk, Whole]):
                     raise timed_out(self.timeout)
                 for index, delta in deltas:
                     for event in delta.events:
-                        yield self._format.chunk(index, event)
+                        yield from self._format.chunks(index, event)
             yield from self._format.closing(self._group.results() or [])
 
     async def achunks(self) -> AsyncGenerator[Chunk]:
@@ -112,7 +112,8 @@ class Running(Generic[Chunk, Whole]):
                     break
                 for index, delta in deltas:
                     for event in delta.events:
-                        yield self._format.chunk(index, event)
+                        for chunk in self._format.chunks(index, event):
+                            yield chunk
             for chunk in self._format.closing(await self._group.aresults()):
                 yield chunk
 
@@ -123,7 +124,7 @@ class Running(Generic[Chunk, Whole]):
         try:
             yield
         except BaseException:
-            self.abort()
+            self._group.abort()
             raise
 
 
