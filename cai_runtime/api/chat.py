@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Required
+from typing import Annotated, Any, Literal, Required
 
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage
 from openai.types.chat.chat_completion import Choice
 from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
-from openai.types.chat.chat_completion_chunk import ChoiceDelta
-from pydantic import SkipValidation, TypeAdapter, with_config
+from openai.types.chat.chat_completion_chunk import ChoiceDelta, ChoiceDeltaToolCall, ChoiceDeltaToolCallFunction
+from openai.types.chat.chat_completion_message_function_tool_call import (
+    ChatCompletionMessageFunctionToolCall,
+    Function,
+)
+from openai.types.chat.chat_completion_message_tool_call import ChatCompletionMessageToolCallUnion
+from pydantic import Field, SkipValidation, TypeAdapter, with_config
 
 from cai_runtime.api.errors import as_api_errors
 from cai_runtime.api.generation import Generation
@@ -24,11 +30,23 @@ from cai_runtime.api.params import (
     validated,
 )
 from cai_runtime.api.usage import ReplyHead, usage_of
-from cai_runtime.api.values import Flag
+from cai_runtime.api.values import Flag, Whole
+from cai_runtime.engine.masks import MaskFactory
 from cai_runtime.engine.request import Finished, Request
-from cai_runtime.formats.conversation import Conversation
-from cai_runtime.formats.events import ChatEvent, EndEvent, TextEvent
-from cai_runtime.formats.messages import Message, parse_messages
+from cai_runtime.errors import ConversationError
+from cai_runtime.formats.conversation import Conversation, Prepared, Reasoning
+from cai_runtime.formats.events import (
+    ArgumentsEvent,
+    ChatEvent,
+    EndEvent,
+    MarkerEvent,
+    ReasoningEvent,
+    TextEvent,
+    ToolCallEvent,
+)
+from cai_runtime.formats.messages import parse_messages
+from cai_runtime.formats.tools import parse_tools
+from cai_runtime.scalars import shown
 
 
 @with_config(STRICT)
@@ -36,16 +54,31 @@ class ChatParams(GenerationParams, total=False):
     """Keyword arguments of `chat.completions.create`, besides `stream` (default false).
 
     messages: the conversation; see `cai_runtime.formats.messages.parse_messages`.
-    chat_template: the name of one of the model's chat templates. Default: the one named "default", or the only one.
-    parallel_tool_calls: accepted; there are no tool calls yet for it to govern.
+    chat_template: the name of one of the model's chat templates. Default: the one named "default", or the only one; with
+        tools the one named "tool_use", if there is one.
+    tools: functions that the model may call, `{"type": "function", "function": {...}}`. A model whose chat template takes
+        no tools gets them as text in the system's message.
+    tool_choice: "auto" (the default with tools), "none" (the model is told of no tools), "required", `{"type": "function",
+        "function": {"name": ...}}`, or `{"type": "allowed_tools", ...}`, which leaves the other tools out.
+    parallel_tool_calls: whether the answer may hold several calls. Default true.
+    reasoning_enabled: whether the model thinks before it answers. Default: as its chat template has it, and true for models
+        named with -r.
+    reasoning_effort: none, low, medium, high, xhigh or max; the levels that the model has.
+    reasoning_max_tokens: at least 1; the thought is closed after so many tokens. Default: no limit of its own.
 
-    The others are those of GenerationParams. `tools`, `tool_choice`, `reasoning_effort`, `reasoning_enabled`,
-    `response_format`, `logprobs` and `top_logprobs` are refused, but for the values that ask for nothing.
+    The others are those of GenerationParams. `functions` and `function_call`, which are deprecated, `response_format`,
+    `logprobs` and `top_logprobs` are refused, but for the values that ask for nothing.
     """
 
-    messages: Required[Annotated[Iterable[Any], SkipValidation]]  # parse_messages checks them: its errors name places
+    # Checked by parse_messages and parse_tools: their errors name places.
+    messages: Required[Annotated[Iterable[Any], SkipValidation]]
+    tools: Annotated[Iterable[Any], SkipValidation] | None
+    tool_choice: Annotated[str | Mapping[str, Any], SkipValidation] | None
     chat_template: str | None
     parallel_tool_calls: Flag | None
+    reasoning_enabled: Flag | None
+    reasoning_effort: Literal["none", "low", "medium", "high", "xhigh", "max"] | None
+    reasoning_max_tokens: Annotated[Whole, Field(ge=1)] | None
 
 
 @with_config(STRICT)
@@ -59,12 +92,14 @@ _NAMES = frozenset(_ChatCall.__annotations__) | frozenset(UNSUPPORTED) - {"best_
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A checked call. `params` holds what was given, of the right types and ranges."""
+    """A checked call. `params` holds what was given, of the right types and ranges. reasons: whether the model was named as
+    one that reasons by default."""
 
     model: str | None
-    messages: list[Message]
+    conversation: Conversation
     params: Mapping[str, Any]
     stream: bool
+    reasons: bool = False
 
 
 def parse(params: Mapping[str, Any]) -> ChatRequest:
@@ -73,12 +108,15 @@ def parse(params: Mapping[str, Any]) -> ChatRequest:
     Raises:
         BadRequestError: naming the parameter at fault.
     """
-    if isinstance(params.get("messages"), Iterator):
-        params = {**params, "messages": list(params["messages"])}  # it is looked at twice
+    # They are looked at twice.
+    params = {key: list(value) if isinstance(value, Iterator) else value for key, value in params.items()}
     rest = validated(_ADAPTER, params, names=_NAMES)
     with as_api_errors():
         messages = parse_messages(rest.pop("messages"))
-    return ChatRequest(rest.pop("model", None), messages, rest, rest.pop("stream", False))
+        tools = parse_tools(*(rest.pop(name, None) for name in ("tools", "tool_choice", "parallel_tool_calls")))
+    reasoning = Reasoning(*(rest.pop(f"reasoning_{name}", None) for name in ("enabled", "effort", "max_tokens")))
+    conversation = Conversation(tuple(messages), **tools, reasoning=reasoning, template=rest.pop("chat_template", None))
+    return ChatRequest(rest.pop("model", None), conversation, rest, rest.pop("stream", False))
 
 
 def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[ChatCompletionChunk, ChatCompletion]:
@@ -86,12 +124,10 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
 
     Raises:
         BadRequestError: the model has no chat template or none of this name, its template refuses the messages, or
-            they don't fit the context.
+            they don't fit the context; or it lacks the reasoning or the tools that the request asks for.
     """
-    opened.check_characters(sum(_characters(message.content) for message in request.messages), "messages")
-    with as_api_errors(), opened.tokenizer_lock:
-        conversation = Conversation(tuple(request.messages), template=request.params.get("chat_template"))
-        prepared = opened.format.prepare(conversation)
+    opened.check_characters(_characters(request.conversation), "messages")
+    prepared, mask = prepare_conversation(request.conversation, request.reasons, name, opened)
     sampling = sampling_params(
         request.params,
         prompt_tokens=len(prepared.prompt_ids),
@@ -110,6 +146,7 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
             replace(sampling, seed=choice_seed(sampling.seed, i)),
             request_id=f"{head.id}/{i}",
             output=prepared.output,
+            mask=mask,
         )
         for i in range(choices)
     ]
@@ -117,9 +154,39 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
     return Generation(requests, ChatReply(head, choices, include_usage))
 
 
-def _characters(content: str | Sequence[str]) -> int:
-    """Of a text, or of a list of texts."""
-    return len(content) if isinstance(content, str) else sum(map(len, content))
+def prepare_conversation(
+    conversation: Conversation, reasons: bool, name: str, opened: OpenModel
+) -> tuple[Prepared, MaskFactory | None]:
+    """What the model's format makes of a conversation, and the mask of its grammar.
+
+    Args:
+        reasons: whether the model was named as one that reasons by default.
+        name: of the model, as the request has it.
+
+    Raises:
+        BadRequestError: the format or the grammar refuses it.
+    """
+    by_default = reasons and conversation.reasoning.enabled is None and conversation.reasoning.effort is None
+    if by_default:
+        conversation = replace(conversation, reasoning=replace(conversation.reasoning, enabled=True))
+    with as_api_errors():
+        try:
+            with opened.tokenizer_lock:
+                prepared = opened.format.prepare(conversation)
+        except ConversationError as error:
+            if not (by_default and error.param == "reasoning_enabled"):
+                raise
+            message = f"The model {shown(name)} asks for reasoning by default, which it can't do: {error}"
+            raise ConversationError(message, param="model", capability=error.capability) from error
+        # Without the lock: a grammar takes up to seconds.
+        mask = None if prepared.grammar is None else opened.grammars.mask(prepared.grammar)
+    return prepared, mask
+
+
+def _characters(conversation: Conversation) -> int:
+    """Of the messages and tools."""
+    tools = sum(len(json.dumps(tool.parameters)) + len(tool.description or "") for tool in conversation.tools)
+    return tools + sum(message.characters for message in conversation.messages)
 
 
 class ChatReply:
@@ -129,18 +196,22 @@ class ChatReply:
         self._head = head
         self._choices = choices
         self._include_usage = include_usage
+        self._begun: set[int] = set()  # choices of which a stream has shown something
 
     def opening(self) -> list[ChatCompletionChunk]:
-        return [self._chunk(i, ChoiceDelta(role="assistant", content="")) for i in range(self._choices)]
+        return [self._chunk(i, ChoiceDelta(role="assistant")) for i in range(self._choices)]
 
     def chunks(self, index: int, event: ChatEvent) -> list[ChatCompletionChunk]:
         match event:
-            case TextEvent():
-                return [self._chunk(index, ChoiceDelta(content=event.text))]
+            case TextEvent() | ReasoningEvent() | ToolCallEvent() | ArgumentsEvent():
+                self._begun.add(index)
+                return [self._chunk(index, _delta(event))]
             case EndEvent():
-                return [self._chunk(index, ChoiceDelta(), event.finish_reason)]
-            case _:
-                raise AssertionError(f"{event!r} in a plain answer")
+                # An answer of nothing at all is an empty text, in the stream as in the reply.
+                delta = ChoiceDelta() if index in self._begun else ChoiceDelta(content="")
+                return [self._chunk(index, delta, event.finish_reason)]
+            case MarkerEvent():
+                return []
 
     def closing(self, choices: Sequence[Finished]) -> list[ChatCompletionChunk]:
         if not self._include_usage:
@@ -161,8 +232,47 @@ class ChatReply:
         return ChatCompletionChunk(**vars(self._head), object="chat.completion.chunk", choices=[choice])
 
 
+def _delta(event: TextEvent | ReasoningEvent | ToolCallEvent | ArgumentsEvent) -> ChoiceDelta:
+    match event:
+        case TextEvent():
+            return ChoiceDelta(content=event.text)
+        case ReasoningEvent():
+            return ChoiceDelta(reasoning_content=event.text)
+        case ToolCallEvent():
+            function = ChoiceDeltaToolCallFunction(name=event.name, arguments="")
+            call = ChoiceDeltaToolCall(index=event.index, id=event.call_id, type="function", function=function)
+        case ArgumentsEvent():
+            call = ChoiceDeltaToolCall(index=event.index, function=ChoiceDeltaToolCallFunction(arguments=event.text))
+    return ChoiceDelta(tool_calls=[call])
+
+
 def _fold_choice(index: int, events: Sequence[ChatEvent]) -> Choice:
     text = "".join(event.text for event in events if isinstance(event, TextEvent))
+    thought = "".join(event.text for event in events if isinstance(event, ReasoningEvent))
+    calls = fold_calls(events)
     (end,) = (event for event in events if isinstance(event, EndEvent))
-    message = ChatCompletionMessage(role="assistant", content=text, refusal=None)
+    message = ChatCompletionMessage(
+        role="assistant",
+        content=None if not text and (thought or calls) else text,
+        refusal=None,
+        tool_calls=calls or None,
+        **({"reasoning_content": thought} if thought else {}),
+    )
     return Choice(index=index, message=message, finish_reason=end.finish_reason, logprobs=None)
+
+
+def fold_calls(events: Sequence[ChatEvent]) -> list[ChatCompletionMessageToolCallUnion]:
+    """The calls of an answer, whole, in their order."""
+    arguments: dict[int, list[str]] = {}
+    for event in events:
+        if isinstance(event, ArgumentsEvent):
+            arguments.setdefault(event.index, []).append(event.text)
+    return [
+        ChatCompletionMessageFunctionToolCall(
+            id=event.call_id,
+            type="function",
+            function=Function(name=event.name, arguments="".join(arguments.get(event.index, ()))),
+        )
+        for event in events
+        if isinstance(event, ToolCallEvent)
+    ]

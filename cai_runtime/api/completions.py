@@ -72,7 +72,7 @@ class CompletionParams(GenerationParams, total=False):
     echo: put the prompt's text before the answer. Default false.
 
     The others are those of GenerationParams. `suffix`, `best_of`, `logprobs`, `tools` and `tool_choice` are refused,
-    but for the values that ask for nothing.
+    but for the values that ask for nothing: a prompt is the caller's own, whole, and has no place for tools.
     """
 
     prompt: Required[Annotated[str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]], PlainValidator(_prompts)]]
@@ -86,7 +86,9 @@ class _CompletionCall(CompletionParams, total=False):
 
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(_CompletionCall)
 _NAMES = frozenset(_CompletionCall.__annotations__) | {"best_of", "suffix", "logprobs", "tools", "tool_choice"}
-assert _NAMES - frozenset(_CompletionCall.__annotations__) <= frozenset(UNSUPPORTED)
+_NO_TOOLS = "a text completion has no conversation in which a tool could be called: use chat.completions"
+_UNSUPPORTED = {**UNSUPPORTED, "tools": (_NO_TOOLS, ([], ())), "tool_choice": (_NO_TOOLS, ("none", "auto"))}
+assert _NAMES - frozenset(_CompletionCall.__annotations__) <= frozenset(_UNSUPPORTED)
 
 
 class CompletionChunkChoice(CompletionChoice):
@@ -118,7 +120,7 @@ def parse(params: Mapping[str, Any]) -> CompletionRequest:
     Raises:
         BadRequestError: naming the parameter at fault.
     """
-    rest = validated(_ADAPTER, params, names=_NAMES)
+    rest = validated(_ADAPTER, params, names=_NAMES, unsupported=_UNSUPPORTED)
     return CompletionRequest(rest.pop("model", None), rest.pop("prompt"), rest, rest.pop("stream", False))
 
 
@@ -198,6 +200,9 @@ class CompletionReply:
         return [self.chunk(index, TextEvent(echo)) for index, echo in enumerate(self._echoes)]
 
     def chunks(self, index: int, event: ChatEvent) -> list[CompletionChunk]:
+        return [self.chunk(index, event)]
+
+    def chunk(self, index: int, event: ChatEvent) -> CompletionChunk:
         match event:
             case TextEvent():
                 choice = CompletionChunkChoice(index=index, text=event.text)
@@ -205,7 +210,7 @@ class CompletionReply:
                 choice = CompletionChunkChoice(index=index, text="", finish_reason=_reason(event))
             case _:
                 raise AssertionError(f"{event!r} in a text completion")
-        return [self._piece([choice])]
+        return self._piece([choice])
 
     def closing(self, choices: Sequence[Finished]) -> list[CompletionChunk]:
         if not self._include_usage:

@@ -114,16 +114,11 @@ class GenerationParams(SamplingOptions, total=False):
 
 
 # Parameters of the schema that this version does not serve: what it would take, and the values that ask for nothing.
-_TOOLS = "tool calls are not supported yet"
-_REASONING = "reasoning control is not supported yet"
 _LOGPROBS = "log probabilities are not supported yet"
-UNSUPPORTED: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "tools": (_TOOLS, ([], ())),
-    "tool_choice": (_TOOLS, ("none", "auto")),  # "auto" is the default: a call, if there are tools
-    "functions": (_TOOLS, ([], ())),
-    "function_call": (_TOOLS, ("none", "auto")),
-    "reasoning_effort": (_REASONING, ()),
-    "reasoning_enabled": (_REASONING, ()),
+Unsupported = Mapping[str, tuple[str, tuple[Any, ...]]]
+UNSUPPORTED: Unsupported = {
+    "functions": ("deprecated: use 'tools'", ([], ())),
+    "function_call": ("deprecated: use 'tool_choice'", ("none", "auto")),
     "response_format": ("only plain text is supported yet", ({"type": "text"},)),
     "logprobs": (_LOGPROBS, (False,)),
     "top_logprobs": (_LOGPROBS, ()),
@@ -147,7 +142,7 @@ def validated(
     params: Mapping[str, Any],
     *,
     names: frozenset[str],
-    unsupported: Mapping[str, tuple[str, tuple[Any, ...]]] = UNSUPPORTED,
+    unsupported: Unsupported = UNSUPPORTED,
 ) -> dict[str, Any]:
     """The given parameters of a call, checked; those not given are absent.
 
@@ -155,7 +150,7 @@ def validated(
         adapter: of the endpoint's TypedDict.
         params: keyword arguments as they came.
         names: every parameter of the endpoint's schema; another one is unknown, not unsupported.
-        unsupported: those that are refused: the reason, and the values that ask for nothing.
+        unsupported: parameters of the schema that are not served, as in UNSUPPORTED.
 
     Raises:
         BadRequestError: naming the first parameter that is unknown, unsupported, of a wrong type or out of range.

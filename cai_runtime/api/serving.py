@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -39,6 +40,7 @@ def create(endpoint: Endpoint, host: ModelHost, params: Mapping[str, Any], timeo
     end = None if seconds is None else time.monotonic() + seconds
     model = host.resolve(request.model)
     require_text(model)
+    request = _with_default(request, model)
     opened = host.open(model, seconds)
     try:
         running = endpoint.prepare(request, model.name, opened).submit(opened.engine)
@@ -57,6 +59,7 @@ async def acreate(endpoint: Endpoint, host: ModelHost, params: Mapping[str, Any]
     seconds = _timeout_of(params, request, timeout)
     model = host.resolve(request.model)
     require_text(model)
+    request = _with_default(request, model)
     try:
         async with asyncio.timeout(seconds):
             running = await _start(endpoint, host, request, model)
@@ -80,6 +83,13 @@ async def _start(endpoint: Endpoint, host: ModelHost, request: Any, model: Resol
     opened = await host.aopen(model)
     generation = await asyncio.to_thread(endpoint.prepare, request, model.name, opened)
     return generation.submit(opened.engine)
+
+
+def _with_default(request: Any, model: ResolvedModel) -> Any:
+    """The request, which asks for reasoning if its model's name does and its endpoint knows reasoning."""
+    if model.reasons and hasattr(request, "reasons"):
+        return dataclasses.replace(request, reasons=True)
+    return request
 
 
 def _has_ended(error: InternalServerError, host: ModelHost) -> bool:

@@ -65,16 +65,17 @@ SHARED = {
     "timeout": ([30, 0.5, np.float32(1), Timeout(3), Timeout(None), None], [0, -1, "1", True, math.nan, math.inf, [1]]),
     "extra_headers": ([{}, {"X-A": "b"}, None], [3, "x"]),
     "extra_query": ([{}, {"a": "b"}, None], [3, []]),
-    "tool_choice": (["none", "auto", None], ["required", {"type": "function"}, 3]),
-    "tools": ([[], None], [[{"type": "function", "function": {"name": "f"}}], "f"]),
+    "tool_choice": (["none", "auto", None], ["required", 3]),
+    "tools": ([[], None], [3, "f"]),
     "logprobs": ([None], [True, 0, 5]),
     "extra_body": ([{}, {"top_k": 3}, None], [[], "x", {1: 2}]),
 }
 CHAT = {
     "chat_template": (["rag", None], [3, b"x", {}]),
     "parallel_tool_calls": ([True, False, None], [1, "no"]),
-    "reasoning_effort": ([None], ["low", "high", 3]),
-    "reasoning_enabled": ([None], [True, False]),
+    "reasoning_effort": (["none", "low", "medium", "high", "xhigh", "max", None], ["minimal", "", 3]),
+    "reasoning_enabled": ([True, False, None], [1, "yes"]),
+    "reasoning_max_tokens": ([1, 10**6, None], [0, -1, 1.5, True]),
     "response_format": ([{"type": "text"}, None], [{"type": "json_object"}, "text", {}]),
     "top_logprobs": ([None], [0, 5]),
     "logprobs": ([False, None], [True, 0, "no"]),
@@ -91,6 +92,8 @@ CHAT = {
     "moderation": ([None], [{}]),
 }
 COMPLETIONS = {
+    "tools": ([[], None], [[{"type": "function", "function": {"name": "f"}}], "f"]),
+    "tool_choice": (["none", "auto", None], ["required", {"type": "function"}, 3]),
     "echo": ([True, False, None], [1, "yes"]),
     "suffix": (["", None], ["x"]),
     "best_of": ([1, None], [2, True]),
@@ -181,7 +184,7 @@ def test_openai_sentinels_mean_not_given():
 
 def test_extra_body_is_merged_and_checked():
     assert chat.parse({**REQUIRED[chat], "extra_body": {"top_k": 3}}).params["top_k"] == 3
-    for extra, param in [({"top_k": -2}, "top_k"), ({"unknown": 1}, "unknown"), ({"tools": [1]}, "tools")]:
+    for extra, param in [({"top_k": -2}, "top_k"), ({"unknown": 1}, "unknown"), ({"tools": [1]}, "tools[0]")]:
         with pytest.raises(BadRequestError) as caught:
             chat.parse({**REQUIRED[chat], "extra_body": extra})
         assert caught.value.param == param

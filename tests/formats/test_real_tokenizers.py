@@ -171,7 +171,7 @@ def test_published_templates_render_as_in_transformers(make_byte_tokenizer):
         source = path.read_text()
         ours = ChatTemplate(tokenizer, source, path.stem)
         for messages in CONVERSATIONS:
-            forms = {ours.content_forms[turn["role"]] for turn in messages}
+            forms = {ours.forms.turns.content[turn["role"]] for turn in messages}
             if "parts" in forms:
                 continue
             try:
