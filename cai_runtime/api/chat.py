@@ -24,11 +24,12 @@ from cai_runtime.api.host import OpenModel
 from cai_runtime.api.params import (
     STRICT,
     UNSUPPORTED,
-    GenerationParams,
+    AnswerParams,
     choice_seed,
     sampling_params,
     validated,
 )
+from cai_runtime.api.structured import answer_of, param_of
 from cai_runtime.api.usage import ReplyHead, usage_of
 from cai_runtime.api.values import Flag, Whole
 from cai_runtime.engine.masks import MaskFactory
@@ -50,7 +51,7 @@ from cai_runtime.scalars import shown
 
 
 @with_config(STRICT)
-class ChatParams(GenerationParams, total=False):
+class ChatParams(AnswerParams, total=False):
     """Keyword arguments of `chat.completions.create`, besides `stream` (default false).
 
     messages: the conversation; see `cai_runtime.formats.messages.parse_messages`.
@@ -66,7 +67,7 @@ class ChatParams(GenerationParams, total=False):
     reasoning_effort: none, low, medium, high, xhigh or max; the levels that the model has.
     reasoning_max_tokens: at least 1; the thought is closed after so many tokens. Default: no limit of its own.
 
-    The others are those of GenerationParams. `functions` and `function_call`, which are deprecated, `response_format`,
+    The others are those of AnswerParams and GenerationParams. `functions` and `function_call`, which are deprecated,
     `logprobs` and `top_logprobs` are refused, but for the values that ask for nothing.
     """
 
@@ -115,7 +116,8 @@ def parse(params: Mapping[str, Any]) -> ChatRequest:
         messages = parse_messages(rest.pop("messages"))
         tools = parse_tools(*(rest.pop(name, None) for name in ("tools", "tool_choice", "parallel_tool_calls")))
     reasoning = Reasoning(*(rest.pop(f"reasoning_{name}", None) for name in ("enabled", "effort", "max_tokens")))
-    conversation = Conversation(tuple(messages), **tools, reasoning=reasoning, template=rest.pop("chat_template", None))
+    template, answer = rest.pop("chat_template", None), answer_of(rest)
+    conversation = Conversation(tuple(messages), **tools, reasoning=reasoning, answer=answer, template=template)
     return ChatRequest(rest.pop("model", None), conversation, rest, rest.pop("stream", False))
 
 
@@ -127,7 +129,8 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
             they don't fit the context; or it lacks the reasoning or the tools that the request asks for.
     """
     opened.check_characters(_characters(request.conversation), "messages")
-    prepared, mask = prepare_conversation(request.conversation, request.reasons, name, opened)
+    grammar_param = "tools" if request.conversation.answer is None else param_of(request.params)
+    prepared, mask = prepare_conversation(request.conversation, request.reasons, name, opened, grammar_param)
     sampling = sampling_params(
         request.params,
         prompt_tokens=len(prepared.prompt_ids),
@@ -155,13 +158,14 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
 
 
 def prepare_conversation(
-    conversation: Conversation, reasons: bool, name: str, opened: OpenModel
+    conversation: Conversation, reasons: bool, name: str, opened: OpenModel, grammar_param: str
 ) -> tuple[Prepared, MaskFactory | None]:
     """What the model's format makes of a conversation, and the mask of its grammar.
 
     Args:
         reasons: whether the model was named as one that reasons by default.
         name: of the model, as the request has it.
+        grammar_param: the parameter that the grammar comes from, for errors.
 
     Raises:
         BadRequestError: the format or the grammar refuses it.
@@ -179,7 +183,7 @@ def prepare_conversation(
             message = f"The model {shown(name)} asks for reasoning by default, which it can't do: {error}"
             raise ConversationError(message, param="model", capability=error.capability) from error
         # Without the lock: a grammar takes up to seconds.
-        mask = None if prepared.grammar is None else opened.grammars.mask(prepared.grammar)
+        mask = None if prepared.grammar is None else opened.grammars.mask(prepared.grammar, grammar_param)
     return prepared, mask
 
 

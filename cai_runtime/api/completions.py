@@ -11,20 +11,22 @@ from openai.types import CompletionChoice, CompletionUsage
 from pydantic import PlainValidator, TypeAdapter, with_config
 from pydantic_core import PydanticCustomError
 
-from cai_runtime.api.errors import BadRequestError
+from cai_runtime.api.errors import BadRequestError, as_api_errors
 from cai_runtime.api.generation import Generation
 from cai_runtime.api.host import OpenModel
 from cai_runtime.api.params import (
     STRICT,
     UNSUPPORTED,
-    GenerationParams,
+    AnswerParams,
     choice_seed,
     sampling_params,
     validated,
 )
+from cai_runtime.api.structured import answer_of, param_of
 from cai_runtime.api.usage import ReplyHead, usage_of
 from cai_runtime.api.values import TOKEN_LIMIT, Flag
 from cai_runtime.engine.request import Finished, Request
+from cai_runtime.formats.conversation import Answer
 from cai_runtime.formats.events import ChatEvent, EndEvent, TextEvent
 from cai_runtime.scalars import as_integer
 
@@ -63,7 +65,7 @@ def _token_ids(items: Sequence[Any]) -> list[Any]:
 
 
 @with_config(STRICT)
-class CompletionParams(GenerationParams, total=False):
+class CompletionParams(AnswerParams, total=False):
     """Keyword arguments of `completions.create`, besides `stream` (default false).
 
     prompt: a text, a list of texts, token ids, or a list of token ids; a tokenizer's own start token is put before
@@ -71,8 +73,9 @@ class CompletionParams(GenerationParams, total=False):
         each, choice j of prompt i has the index i n + j.
     echo: put the prompt's text before the answer. Default false.
 
-    The others are those of GenerationParams. `suffix`, `best_of`, `logprobs`, `tools` and `tool_choice` are refused,
-    but for the values that ask for nothing: a prompt is the caller's own, whole, and has no place for tools.
+    The others are those of AnswerParams and GenerationParams. `suffix`, `best_of`, `logprobs`, `tools` and
+    `tool_choice` are refused, but for the values that ask for nothing: a prompt is the caller's own, whole, and has no
+    place for tools.
     """
 
     prompt: Required[Annotated[str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]], PlainValidator(_prompts)]]
@@ -112,6 +115,7 @@ class CompletionRequest:
     prompts: list[Prompt]
     params: Mapping[str, Any]
     stream: bool
+    answer: Answer | None = None
 
 
 def parse(params: Mapping[str, Any]) -> CompletionRequest:
@@ -121,15 +125,21 @@ def parse(params: Mapping[str, Any]) -> CompletionRequest:
         BadRequestError: naming the parameter at fault.
     """
     rest = validated(_ADAPTER, params, names=_NAMES, unsupported=_UNSUPPORTED)
-    return CompletionRequest(rest.pop("model", None), rest.pop("prompt"), rest, rest.pop("stream", False))
+    answer = answer_of(rest)
+    return CompletionRequest(rest.pop("model", None), rest.pop("prompt"), rest, rest.pop("stream", False), answer)
 
 
 def prepare(request: CompletionRequest, name: str, opened: OpenModel) -> Generation[CompletionChunk, TextCompletion]:
     """Tokenize the prompts and settle how each choice is sampled.
 
     Raises:
-        BadRequestError: a prompt is empty, names a token that the model does not have, or does not fit the context.
+        BadRequestError: a prompt is empty, names a token that the model does not have, or does not fit the context; or
+            the grammar of the answer takes too much to compile.
     """
+    mask = None
+    if request.answer is not None:
+        with as_api_errors():
+            mask = opened.grammars.mask(f"start: {request.answer.expression}", param_of(request.params))
     choices = request.params.get("n", 1)
     head = ReplyHead.new("cmpl", name)
     requests: list[Request] = []
@@ -155,7 +165,7 @@ def prepare(request: CompletionRequest, name: str, opened: OpenModel) -> Generat
         for i in range(choices):
             seed = choice_seed(sampling.seed, i)  # the same for every prompt: a list gives what one by one gives
             request_id = f"{head.id}/{len(requests)}"
-            requests.append(Request(prompt_ids, replace(sampling, seed=seed), request_id=request_id))
+            requests.append(Request(prompt_ids, replace(sampling, seed=seed), request_id=request_id, mask=mask))
     include_usage = (request.params.get("stream_options") or {}).get("include_usage") or False
     return Generation(requests, CompletionReply(head, choices, echoes, include_usage))
 

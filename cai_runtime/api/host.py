@@ -29,6 +29,7 @@ from cai_runtime.convert.sources import pulled
 from cai_runtime.errors import OptionTypeError, OptionValueError
 from cai_runtime.formats.base import Format
 from cai_runtime.formats.plain import PlainFormat
+from cai_runtime.grammars import Grammars
 from cai_runtime.home import cai_home, existing
 from cai_runtime.models.catalog import catalog
 from cai_runtime.options import EngineOptions
@@ -76,6 +77,11 @@ class OpenModel:
     def format(self) -> Format:
         """How this model converses. Found at the first chat; hold `tokenizer_lock`."""
         return PlainFormat(self.tokenizer)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Compiles what answers must be. Thread-safe; without `tokenizer_lock`."""
+        return Grammars(self.tokenizer, self.engine.vocab_size, self.engine.eos_token_ids)
 
     @cached_property
     def longest_token(self) -> int | None:

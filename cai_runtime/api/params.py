@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NoReturn
 
 from openai import NotGiven, Omit
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, Field, SkipValidation, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
 from cai_runtime.api.errors import BadRequestError
@@ -113,13 +113,29 @@ class GenerationParams(SamplingOptions, total=False):
     stream_options: StreamOptions | None
 
 
+class AnswerParams(GenerationParams, total=False):
+    """What says what the answer must be; `cai_runtime.api.structured` checks it. At most one of them.
+
+    response_format: `{"type": "text"}`, the default; `{"type": "json_object"}`, any JSON object; or `{"type":
+        "json_schema", "json_schema": {"name": ..., "schema": {...}}}`, JSON that is valid under the schema (`strict` and
+        `description` are accepted; a schema is always enforced, whole).
+    regex: a regular expression that the whole answer matches.
+    grammar: a grammar of the answer, in llguidance's dialect of Lark.
+    choice: a list of texts; the answer is one of them.
+    """
+
+    response_format: Annotated[Mapping[str, Any], SkipValidation] | None
+    regex: Annotated[str, SkipValidation] | None
+    grammar: Annotated[str, SkipValidation] | None
+    choice: Annotated[Sequence[str], SkipValidation] | None
+
+
 # Parameters of the schema that this version does not serve: what it would take, and the values that ask for nothing.
 _LOGPROBS = "log probabilities are not supported yet"
 Unsupported = Mapping[str, tuple[str, tuple[Any, ...]]]
 UNSUPPORTED: Unsupported = {
     "functions": ("deprecated: use 'tools'", ([], ())),
     "function_call": ("deprecated: use 'tool_choice'", ("none", "auto")),
-    "response_format": ("only plain text is supported yet", ({"type": "text"},)),
     "logprobs": (_LOGPROBS, (False,)),
     "top_logprobs": (_LOGPROBS, ()),
     "best_of": ("not supported; use `n` and choose among the choices", (1,)),

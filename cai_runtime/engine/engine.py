@@ -106,6 +106,11 @@ class Engine:
         self._thread.start()
 
     @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end a text unless a request ignores them."""
+        return self._eos_token_ids
+
+    @property
     def alive(self) -> bool:
         """Whether it takes requests: it was not closed, did not stop on an internal error, and this is its process."""
         return not self._loop.closed and os.getpid() == self._process
@@ -113,7 +118,8 @@ class Engine:
     def submit(self, request: Request) -> Handle:
         """Queue a request; returns at once. May be called from any thread.
 
-        Raises InvalidRequestError, RequestTooLargeError if it could never fit, QueueFullError, EngineClosedError.
+        Raises InvalidRequestError, RequestTooLargeError if it could never fit, QueueFullError, EngineClosedError, and
+        what `Request.output` and `Request.mask` raise.
         Everything that goes wrong later is raised by the handle.
         """
         return self.submit_all([request])[0]
@@ -166,6 +172,7 @@ class Engine:
             output=(request.output or TextOutput)(spec),
             log=log,
             ends=frozenset(ends),
+            mask=None if request.mask is None else request.mask(possible),
             prompt_digests=prompt_digests,
             submitted_at=self._loop.clock(),
         )

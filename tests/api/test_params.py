@@ -69,6 +69,10 @@ SHARED = {
     "tools": ([[], None], [3, "f"]),
     "logprobs": ([None], [True, 0, 5]),
     "extra_body": ([{}, {"top_k": 3}, None], [[], "x", {1: 2}]),
+    "response_format": ([{"type": "text"}, {"type": "json_object"}, None], ["text", 3, [{"type": "text"}]]),
+    "regex": (["[0-9]+", "", None], ["(", "(?=a)", 3, ["a"]]),
+    "grammar": (['start: "a"', None], ["", "start: a", 3, {"start": "a"}]),
+    "choice": ([["a", "b"], ("a",), [""], None], [[], "ab", [1], {"a": 1}]),
 }
 CHAT = {
     "chat_template": (["rag", None], [3, b"x", {}]),
@@ -76,7 +80,6 @@ CHAT = {
     "reasoning_effort": (["none", "low", "medium", "high", "xhigh", "max", None], ["minimal", "", 3]),
     "reasoning_enabled": ([True, False, None], [1, "yes"]),
     "reasoning_max_tokens": ([1, 10**6, None], [0, -1, 1.5, True]),
-    "response_format": ([{"type": "text"}, None], [{"type": "json_object"}, "text", {}]),
     "top_logprobs": ([None], [0, 5]),
     "logprobs": ([False, None], [True, 0, "no"]),
     "functions": ([[], None], [[{}]]),

@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from openai.types.responses import Response, ResponseTextConfig
 from openai.types.shared import Reasoning as ReasoningEcho
 
+from cai_runtime.api.chat import prepare_conversation
 from cai_runtime.api.errors import BadRequestError, as_api_errors
 from cai_runtime.api.host import OpenModel
 from cai_runtime.api.params import sampling_params
 from cai_runtime.api.responses.events import ResponseMachine
 from cai_runtime.api.responses.items import Item, check_calls, new_id, parse_input
 from cai_runtime.api.responses.messages import Turns, fitted
-from cai_runtime.api.responses.params import checked_params, refused
+from cai_runtime.api.responses.params import checked_params
 from cai_runtime.api.responses.reply import ResponseGeneration, ResponseReply
 from cai_runtime.api.responses.store import ResponseStore, Stored
 from cai_runtime.api.responses.tools import ToolUse, parse_reasoning, parse_text, parse_tool_use
+from cai_runtime.api.structured import param_of
 from cai_runtime.engine.request import Request, SamplingParams
-from cai_runtime.errors import ConversationError
-from cai_runtime.formats.conversation import Conversation, Prepared
+from cai_runtime.formats.conversation import Conversation
 from cai_runtime.formats.messages import Message
 
 # Where `truncation` is "auto" and there is no `max_output_tokens`, this share of the context is kept free for the answer.
 FREE_SHARE = 8
+_NAMES = {"messages": "input", "reasoning_effort": "reasoning.effort"}  # Chat's names of parameters and our own
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class ResponseRequest:
     text: ResponseTextConfig
     params: Mapping[str, Any]
     stream: bool
+    reasons: bool = False  # whether the model was named as one that reasons by default
 
 
 class ResponsesEndpoint:
@@ -59,10 +63,7 @@ class ResponsesEndpoint:
         params = {key: list(value) if isinstance(value, Iterator) else value for key, value in params.items()}
         rest = checked_params(params)
         tool_use = parse_tool_use(rest.pop("tools", ()), rest.pop("tool_choice", "auto"))
-        reasoning = parse_reasoning(rest.get("reasoning", {}))
-        answer_format, text = parse_text(rest.pop("text", {}))
-        if answer_format != {"type": "text"}:
-            raise refused("text.format", "only plain text is supported yet")
+        reasoning, (answer, text) = parse_reasoning(rest), parse_text(rest)
         previous = rest.get("previous_response_id")
         history: tuple[Item, ...] = () if previous is None else self._store.history(previous)
         with as_api_errors():
@@ -82,6 +83,7 @@ class ResponsesEndpoint:
             tool_choice=tool_use.choice,
             parallel_tool_calls=rest.get("parallel_tool_calls", True),
             reasoning=reasoning,
+            answer=answer,
             template=rest.get("chat_template"),
         )
         model, stream = rest.pop("model", None), rest.pop("stream", False)
@@ -99,7 +101,11 @@ class ResponsesEndpoint:
             conversation = _truncated(conversation, request.params.get("max_output_tokens"), opened)
         else:
             opened.check_characters(_characters(conversation.messages), "input")
-        prepared = _prepared(conversation, opened)
+        grammar_param = "text.format" if "text" in request.params else param_of(request.params)
+        if conversation.answer is None:
+            grammar_param = "tools"
+        with _own_names():
+            prepared, mask = prepare_conversation(conversation, request.reasons, name, opened, grammar_param)
         sampling = sampling_params(
             request.params,
             prompt_tokens=len(prepared.prompt_ids),
@@ -114,21 +120,24 @@ class ResponsesEndpoint:
         machine = ResponseMachine(response, sampling.max_tokens)
         store = self._store if request.params.get("store") else None
         return ResponseGeneration(
-            [Request(prepared.prompt_ids, sampling, request_id=response.id, output=prepared.output)],
+            [Request(prepared.prompt_ids, sampling, request_id=response.id, output=prepared.output, mask=mask)],
             ResponseReply(machine, store),
             None if store is None else Stored(machine, request.items),
             store,
         )
 
 
-def _prepared(conversation: Conversation, opened: OpenModel) -> Prepared:
-    with as_api_errors():
-        try:
-            with opened.tokenizer_lock:
-                return opened.format.prepare(conversation)
-        except ConversationError as error:
-            param = {"messages": "input", "reasoning_effort": "reasoning.effort"}.get(error.param, error.param)
-            raise ConversationError(str(error), param=param, capability=error.capability) from error
+@contextmanager
+def _own_names() -> Iterator[None]:
+    """Raise what a conversation's format refuses by the names of this endpoint's parameters."""
+    try:
+        yield
+    except BadRequestError as error:
+        name = _NAMES.get(error.param or "")
+        if name is None:
+            raise
+        message = error.message.replace(f"'{error.param}'", f"'{name}'")
+        raise BadRequestError(message, param=name, code=error.code) from error
 
 
 def _truncated(conversation: Conversation, max_output_tokens: int | None, opened: OpenModel) -> Conversation:
@@ -141,7 +150,8 @@ def _truncated(conversation: Conversation, max_output_tokens: int | None, opened
             opened.check_characters(_characters(messages), "input")
         except BadRequestError:
             return False
-        prepared = _prepared(replace(conversation, messages=tuple(messages)), opened)
+        with _own_names(), as_api_errors(), opened.tokenizer_lock:
+            prepared = opened.format.prepare(replace(conversation, messages=tuple(messages)))
         return len(prepared.prompt_ids) + wanted <= context
 
     messages = fitted(conversation.messages, fits)
@@ -156,8 +166,7 @@ def _truncated(conversation: Conversation, max_output_tokens: int | None, opened
 
 
 def _characters(messages: Sequence[Message]) -> int:
-    contents = (message.content for message in messages)
-    return sum(len(content) if isinstance(content, str) else sum(map(len, content)) for content in contents)
+    return sum(message.characters for message in messages)
 
 
 def _response(request: ResponseRequest, name: str, sampling: SamplingParams) -> Response:

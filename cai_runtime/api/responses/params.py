@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SkipValidation, TypeAdapter, with_config
@@ -39,6 +39,8 @@ class ResponseParams(SamplingOptions, total=False):
     include: ["message.output_text.logprobs"]: with the log probabilities of the text's tokens.
     top_logprobs: 0 to 20, with `include`: that many likeliest tokens beside each. Default 0.
     stream_options: `{"include_obfuscation": false}`, with `stream=True` only.
+    chat_template, reasoning_enabled, reasoning_max_tokens: as in chat.
+    regex, grammar, choice: what the answer must be, as in chat; none of them beside a `text.format` other than text.
     background: false. max_tool_calls, conversation, prompt, service_tier and the like: see `UNSUPPORTED`.
 
     The others are those of SamplingOptions, our extensions of the `openai` client among them.
@@ -60,6 +62,11 @@ class ResponseParams(SamplingOptions, total=False):
     top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None
     stream_options: Annotated[Mapping[str, Any], SkipValidation] | None
     chat_template: str | None
+    reasoning_enabled: Flag | None
+    reasoning_max_tokens: Annotated[Whole, Field(ge=1)] | None
+    regex: Annotated[str, SkipValidation] | None
+    grammar: Annotated[str, SkipValidation] | None
+    choice: Annotated[Sequence[str], SkipValidation] | None
 
 
 @with_config(STRICT)
@@ -133,12 +140,6 @@ def mapping(value: Any, place: str, keys: Iterable[str] | None = None) -> dict[s
         name = f"{place}.{unknown[0][:80]}"
         raise BadRequestError(f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")
     return fields
-
-
-def schema_of(value: Any, place: str) -> dict[str, Any]:
-    """A JSON schema as it is: nulls mean something there."""
-    mapping(value, place)
-    return dict(value)
 
 
 def listed(value: Any, place: str) -> list[Any]:

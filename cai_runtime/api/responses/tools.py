@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from openai.types.responses import FunctionTool, ResponseTextConfig, ToolChoiceAllowed, ToolChoiceFunction
 from openai.types.responses.response import ToolChoice
 
-from cai_runtime.api.errors import BadRequestError
-from cai_runtime.api.responses.params import invalid, listed, mapping, refused, schema_of, text_field
-from cai_runtime.formats.conversation import Reasoning, Tool
+from cai_runtime.api.errors import as_api_errors
+from cai_runtime.api.responses.params import invalid, listed, mapping, refused, text_field
+from cai_runtime.api.structured import answer_of, answer_of_format
+from cai_runtime.formats.conversation import Answer, Reasoning, Tool
+from cai_runtime.formats.tools import parse_function
 from cai_runtime.scalars import shown
 
-_NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 _MODES = ("none", "auto", "required")
 _EFFORTS = ("none", "low", "medium", "high", "xhigh", "max")
+_DECLARED = ("name", "description", "parameters", "strict")
 _FUNCTION_KEYS = ("type", "name", "description", "parameters", "strict", "allowed_callers", "async", "async_",
                   "defer_loading", "output_schema")  # fmt: skip
-_FORMAT_KEYS = {"text": (), "json_object": (), "json_schema": ("name", "schema", "schema_", "description", "strict")}
 
 
 @dataclass(frozen=True)
@@ -113,23 +114,16 @@ def _function(given: Any, place: str) -> Tool:
             raise refused(f"{place}.{key}", "the model sees every tool, and its calls are the program's to make")
     if "output_schema" in fields:
         raise refused(f"{place}.output_schema", "outputs are given to the model as they are")
-    name = text_field(fields, "name", place)
-    if not _NAME.fullmatch(name):
-        raise invalid(f"{place}.name", f"must have 1 to 128 letters, digits, '_' or '-', got {shown(name)}")
-    parameters = fields.get("parameters")
-    if parameters is not None:
-        parameters = schema_of(parameters, f"{place}.parameters")
-        if parameters.get("type", "object") != "object":
-            raise invalid(f"{place}.parameters.type", "must be 'object'")
-    strict = fields.get("strict", False)
-    if not isinstance(strict, bool):
-        raise invalid(f"{place}.strict", f"must be true or false, got {shown(strict)}", "invalid_type")
-    description = text_field(fields, "description", place) if "description" in fields else None
-    return Tool(name, description, parameters, strict)
+    with as_api_errors():
+        return parse_function({key: fields[key] for key in _DECLARED if key in fields}, place)
 
 
-def parse_reasoning(value: Any) -> Reasoning:
-    """`reasoning`. Raises BadRequestError for what is not served: summaries above all."""
+def parse_reasoning(params: Mapping[str, Any]) -> Reasoning:
+    """Of `reasoning`, `reasoning_enabled` and `reasoning_max_tokens`.
+
+    Raises BadRequestError for what is not served: summaries above all.
+    """
+    value = params.get("reasoning", {})
     fields = mapping(value, "reasoning", ("effort", "summary", "generate_summary", "context", "mode"))
     for key in ("summary", "generate_summary"):
         if key in fields:
@@ -141,33 +135,29 @@ def parse_reasoning(value: Any) -> Reasoning:
     effort = fields.get("effort")
     if effort is not None and effort not in _EFFORTS:
         raise invalid("reasoning.effort", f"must be one of {', '.join(_EFFORTS)}, got {shown(effort)}")
-    return Reasoning(effort=effort)
+    return Reasoning(params.get("reasoning_enabled"), effort, params.get("reasoning_max_tokens"))
 
 
-def parse_text(value: Any) -> tuple[dict[str, Any], ResponseTextConfig]:
-    """`text`: its format in Chat's shape of `response_format`, and as the reply repeats it."""
-    fields = mapping(value, "text", ("format", "verbosity"))
+def parse_text(params: Mapping[str, Any]) -> tuple[Answer | None, ResponseTextConfig]:
+    """What the answer must be, by `text.format` or by our own `regex`, `grammar` and `choice`; and `text` as the reply
+    repeats it.
+
+    Raises:
+        BadRequestError: see `structured.answer_of`.
+    """
+    fields = mapping(params.get("text", {}), "text", ("format", "verbosity"))
     if fields.get("verbosity", "medium") != "medium":
         raise refused("text.verbosity", "local models have no such setting, 'medium' is how they answer")
     given = mapping(fields.get("format", {"type": "text"}), "text.format")
-    kind = text_field(given, "type", "text.format")
-    if kind not in _FORMAT_KEYS:
-        raise invalid("text.format.type", f"must be one of {', '.join(_FORMAT_KEYS)}, got {shown(kind)}")
-    mapping(given, "text.format", ("type", *_FORMAT_KEYS[kind]))
     if "schema_" in given:  # the `openai` package's own object has it under this name
         given["schema"] = given.pop("schema_")
-    echo = {"format": given, "verbosity": "medium"}
-    if kind != "json_schema":
-        return {"type": kind}, ResponseTextConfig.model_validate(echo)
-    text_field(given, "name", "text.format")
-    if "schema" not in given:
-        raise BadRequestError(
-            "Missing required parameter: 'text.format.schema'.",
-            param="text.format.schema",
-            code="missing_required_parameter",
-        )
-    given["schema"] = schema_of(given["schema"], "text.format.schema")
-    if not isinstance(given.setdefault("strict", False), bool):
-        raise invalid("text.format.strict", "must be true or false", "invalid_type")
-    nested = {key: given[key] for key in ("name", "schema", "description", "strict") if key in given}
-    return {"type": "json_schema", "json_schema": nested}, ResponseTextConfig.model_validate(echo)
+    answer = answer_of_format(given, "text.format", flat=True)
+    own = answer_of({name: params[name] for name in ("regex", "grammar", "choice", "ignore_eos") if name in params})
+    if answer is not None and own is not None:
+        raise invalid("text.format", "says what the answer must be, and so does one of 'regex', 'grammar' and 'choice'")
+    if answer is not None and params.get("ignore_eos"):
+        raise invalid("ignore_eos", "can't be used with 'text.format': the text ends where that ends")
+    if given["type"] == "json_schema":
+        given.setdefault("strict", False)
+    echo = ResponseTextConfig.model_validate({"format": given, "verbosity": "medium"})
+    return own if answer is None else answer, echo
