@@ -117,7 +117,7 @@ class ResponseStore:
             stored = self._stored.get(response_id)
             if stored is None:
                 raise NotFoundError(
-                    f"No response {shown(response_id)} is stored in this client: it was made without store=True, "
+                    f"'{param}': no response {shown(response_id)} is stored in this client: it was made without store=True, "
                     f"deleted, or dropped for later ones ({self._max_responses} are kept, of {self._max_bytes} bytes).",
                     param=param,
                     code="response_not_found",

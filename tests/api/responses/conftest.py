@@ -57,7 +57,7 @@ TEMPLATE = """
 {%- for m in messages %}
 {{- m.role + ':' + (m.content or '') }}
 {%- if m.reasoning_content %}{{ '(' + m.reasoning_content + ')' }}{% endif %}
-{%- for call in m.tool_calls or [] %}{{ '[' + call.function.name + ' ' + (call.function.arguments | tojson) + ']' }}{% endfor %}
+{%- for c in m.tool_calls or [] %}{{ '[' + c.function.name + ' ' + (c.function.arguments | tojson) + ']' }}{% endfor %}
 {{- '\\n' }}
 {%- endfor %}
 {%- for tool in tools or [] %}{{ 'tool ' + (tool | tojson) + '\\n' }}{% endfor %}
@@ -67,7 +67,7 @@ TEMPLATE = """
 
 @pytest.fixture
 def scripted(client, factory, tokenizer):
-    """scripted(script, ...) -> the ScriptedFormat that the client's model now has. Each script is the events of an answer."""
+    """scripted(script, ...) -> the ScriptedFormat that the client's model now has. A script: the events of an answer."""
 
     def script(*scripts):
         tokenizer.chat_template = TEMPLATE
