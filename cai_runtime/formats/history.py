@@ -18,7 +18,7 @@ from cai_runtime.formats.traced_text import TracedText, content, joined, own, tr
 if TYPE_CHECKING:
     from cai_runtime.formats.conversation import Tool
 
-ContentForm = Literal["text", "parts", "both"]
+ContentForm = Literal["text", "parts", "part", "both"]
 _NO_PARAMETERS = {"type": "object", "properties": {}}
 _SHORT_ID = 9  # letters and digits of the call ids that Mistral's templates take
 _PROMPT = (
@@ -50,8 +50,9 @@ class TurnForm:
     """How a template takes turns.
 
     content: by role; "text": parts are joined with a line break, "parts": a list of `{"type": "text", "text": ...}`,
-    "both": the kind that the caller gave. developer: whether it knows that role; else such a message is the system's.
-    reasoning: the field of an assistant's thought, if it takes one. both: whether it takes content beside thought and calls.
+    "part": such a list of one, "both": text or parts, as the caller gave. developer: whether it knows that role; else such
+    a message is the system's. reasoning: the field of an assistant's thought, if it takes one. both: whether it takes
+    content beside thought and calls.
     """
 
     content: dict[str, ContentForm]
@@ -110,6 +111,8 @@ def _content(message: Message, form: TurnForm) -> Any:
     takes = form.content.get(message.role, "text")
     if message.content is None:
         return None if form.calls.absent and message.calls else content("")
+    if takes == "part":
+        return [{"type": own("text"), "text": traced(message.text)}]
     if takes == "parts" or (takes == "both" and isinstance(message.content, tuple)):
         parts = message.content if isinstance(message.content, tuple) else (message.content,)
         return [{"type": own("text"), "text": traced(part)} for part in parts]

@@ -102,9 +102,9 @@ class TemplateForms:
     def _content_form(self, role: str, form: TurnForm) -> ContentForm:
         """Which kind of content it takes for a role."""
         taken: list[ContentForm] = []
-        given: Mapping[ContentForm, Any] = {"text": " ".join(_WORDS), "parts": _WORDS}
+        given: Mapping[ContentForm, Any] = {"text": " ".join(_WORDS), "parts": _WORDS, "part": " ".join(_WORDS)}
         for kind, words in given.items():
-            asked = Message(role, words, call_id="call_find" if role == "tool" else None)
+            asked = Message(role, words, call_id=_id("find") if role == "tool" else None)
             conversation = {
                 "system": [asked, _HELLO],
                 "user": [asked],
@@ -115,7 +115,7 @@ class TemplateForms:
             # A template that prints the list holds the texts too, inside Python's or JSON's spelling of it.
             if text and all(word in text for word in _WORDS) and not ("'type'" in text or '"type"' in text):
                 taken.append(kind)
-        if len(taken) == 2:
+        if "text" in taken and "parts" in taken:
             return "both"
         return taken[0] if taken else "text"
 
@@ -193,8 +193,12 @@ class TemplateForms:
         return tuple(level for level, text in found.items() if text is not None and text != unknown)
 
 
+def _id(name: str) -> str:
+    return f"call_{name:_<24}"  # as long as OpenAI's are
+
+
 def _call(name: str) -> Call:
-    return Call(f"call_{name}", name, f'{{"turnip_{name}": "radish_{name}"}}')
+    return Call(_id(name), name, f'{{"turnip_{name}": "radish_{name}"}}')
 
 
 def _calling(*names: str) -> Message:
@@ -202,4 +206,4 @@ def _calling(*names: str) -> Message:
 
 
 def _result(name: str) -> Message:
-    return Message("tool", f"{name} did", call_id=f"call_{name}")
+    return Message("tool", f"{name} did", call_id=_id(name))
