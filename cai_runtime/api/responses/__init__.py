@@ -173,6 +173,7 @@ def _response(request: ResponseRequest, name: str, sampling: SamplingParams) -> 
     """The response before its output. `store` is a field that OpenAI's replies have, and its types lack."""
     params = request.params
     given: dict[str, Any] = {"store": params.get("store", False)}
+    effort: Any = request.conversation.reasoning.effort  # one of the type's literals: `parse_reasoning` has checked it
     return Response(
         id=new_id("resp"),
         object="response",
@@ -189,7 +190,7 @@ def _response(request: ResponseRequest, name: str, sampling: SamplingParams) -> 
         parallel_tool_calls=request.conversation.parallel_tool_calls,
         previous_response_id=params.get("previous_response_id"),
         prompt_cache_key=params.get("prompt_cache_key"),
-        reasoning=ReasoningEcho(effort=request.conversation.reasoning.effort, summary=None),
+        reasoning=ReasoningEcho(effort=effort, summary=None),
         safety_identifier=params.get("safety_identifier"),
         service_tier="default",
         temperature=sampling.temperature,

@@ -37,6 +37,7 @@ from openai.types.responses import (
 from openai.types.responses.response import IncompleteDetails
 from openai.types.responses.response_content_part_added_event import PartReasoningText as AddedThought
 from openai.types.responses.response_content_part_done_event import PartReasoningText as DoneThought
+from openai.types.responses.response_output_text import Logprob
 from openai.types.responses.response_reasoning_item import Content as Thought
 
 from cai_runtime.api.responses.items import new_id
@@ -57,13 +58,15 @@ _PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
 
 @dataclass
 class _OpenItem:
-    """The item that the model is writing. pieces: of its text, its thought or its arguments."""
+    """The item that the model is writing. pieces: of its text, its thought or its arguments. logprobs: of its text's
+    tokens, in Chat's shape, where they are wanted."""
 
     kind: ItemKind
     index: int
     id: str
     call: ToolCallEvent | None = None
     pieces: list[str] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
 
     def item(self, status: ItemStatus) -> ResponseOutputItem:
         text = "".join(self.pieces)
@@ -79,7 +82,7 @@ class _OpenItem:
         if self.kind == "reasoning":
             thought = [Thought(type="reasoning_text", text=text)]
             return ResponseReasoningItem(id=self.id, type="reasoning", summary=[], content=thought, status=status)
-        content: list[Any] = [_text_part(text)]
+        content: list[Any] = [_text_part(text, self.logprobs)]
         return ResponseOutputMessage(id=self.id, type="message", role="assistant", content=content, status=status)
 
     def begun(self) -> ResponseOutputItem:
@@ -132,14 +135,14 @@ class ResponseMachine:
                 self._event(ResponseInProgressEvent, "response.in_progress", response=self.snapshot()),
             ]
 
-    def feed(self, event: ChatEvent) -> list[ResponseStreamEvent]:
-        """What one event of the answer adds."""
+    def feed(self, event: ChatEvent, logprobs: Sequence[dict[str, Any]] = ()) -> list[ResponseStreamEvent]:
+        """What one event of the answer adds. logprobs: of its tokens, in Chat's shape."""
         with self._lock:
             if self._done:  # cancelled by another thread
                 return []
             match event:
                 case TextEvent():
-                    return self._write("message", event.text)
+                    return self._write("message", event.text, logprobs)
                 case ReasoningEvent():
                     return self._write("reasoning", event.text)
                 case ToolCallEvent():
@@ -206,7 +209,7 @@ class ResponseMachine:
     def _done(self) -> bool:
         return self._response.status != "in_progress"
 
-    def _write(self, kind: ItemKind, text: str) -> list[ResponseStreamEvent]:
+    def _write(self, kind: ItemKind, text: str, logprobs: Sequence[dict[str, Any]] = ()) -> list[ResponseStreamEvent]:
         events: list[ResponseStreamEvent] = []
         if self._open is None or self._open.kind != kind:
             events += self._close("completed")
@@ -214,11 +217,12 @@ class ResponseMachine:
         item = self._open
         assert item is not None
         item.pieces.append(text)
-        where = {"item_id": item.id, "output_index": item.index, "delta": text}
+        item.logprobs += logprobs
+        where: dict[str, Any] = {"item_id": item.id, "output_index": item.index, "delta": text}
         match kind:
             case "message":
                 kinds: Any = (ResponseTextDeltaEvent, "response.output_text.delta")
-                events.append(self._event(*kinds, **where, content_index=0, logprobs=[]))
+                events.append(self._event(*kinds, **where, content_index=0, logprobs=[*logprobs]))
             case "reasoning":
                 kinds = (ResponseReasoningTextDeltaEvent, "response.reasoning_text.delta")
                 events.append(self._event(*kinds, **where, content_index=0))
@@ -244,13 +248,13 @@ class ResponseMachine:
         if item is None:
             return []
         text = "".join(item.pieces)
-        where = {"item_id": item.id, "output_index": item.index}
+        where: dict[str, Any] = {"item_id": item.id, "output_index": item.index}
         events: list[ResponseStreamEvent] = []
         match item.kind:
             case "message":
                 kinds: Any = (ResponseTextDoneEvent, "response.output_text.done")
-                events.append(self._event(*kinds, **where, content_index=0, text=text, logprobs=[]))
-                part: Any = _text_part(text)
+                events.append(self._event(*kinds, **where, content_index=0, text=text, logprobs=[*item.logprobs]))
+                part: Any = _text_part(text, item.logprobs)
                 events.append(self._part(ResponseContentPartDoneEvent, "response.content_part.done", item, part))
             case "reasoning":
                 kinds = (ResponseReasoningTextDoneEvent, "response.reasoning_text.done")
@@ -296,5 +300,6 @@ def _one(run: Sequence[Any]) -> ChatEvent:
     return ArgumentsEvent(first.index, text, tokens) if isinstance(first, ArgumentsEvent) else type(first)(text, tokens)
 
 
-def _text_part(text: str) -> ResponseOutputText:
-    return ResponseOutputText(type="output_text", text=text, annotations=[], logprobs=[])
+def _text_part(text: str, logprobs: Sequence[dict[str, Any]] = ()) -> ResponseOutputText:
+    listed = [Logprob.model_validate(each) for each in logprobs]
+    return ResponseOutputText(type="output_text", text=text, annotations=[], logprobs=listed)

@@ -109,7 +109,14 @@ def test_the_table_covers_every_parameter():
 
 @pytest.mark.parametrize("method", [Responses.create, Responses.parse, Responses.stream])
 def test_every_parameter_of_the_openai_client_is_known(method):
-    own = {"self", "text_format", "parse_as", "response_id", "starting_after", "verbosity"}  # of the helpers around `create`
+    own = {
+        "self",
+        "text_format",
+        "parse_as",
+        "response_id",
+        "starting_after",
+        "verbosity",
+    }  # of the helpers around `create`
     assert set(inspect.signature(method).parameters) - own <= NAMES
 
 
