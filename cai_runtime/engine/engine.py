@@ -179,8 +179,10 @@ class Engine:
         return prompt
 
     def _check(self, prompt: Prompt, params: SamplingParams) -> None:
-        if params.max_tokens < 1:
-            raise InvalidRequestError(f"max_tokens is {params.max_tokens}; it must be at least 1")
+        if params.max_tokens < 0:
+            raise InvalidRequestError(f"max_tokens is {params.max_tokens}; it must be at least 0")
+        if params.prompt_logprobs is not None and prompt.given:
+            raise InvalidRequestError("prompt_logprobs need a prompt of tokens alone; this one has given rows")
         self._check_ids("logit_bias", params.logit_bias)
         length = len(prompt.token_ids)
         if length + params.max_tokens > self.max_context:

@@ -6,9 +6,10 @@ import traceback
 from dataclasses import dataclass, field
 
 from cai_runtime.engine.runner import Pass, PendingSampled
-from cai_runtime.engine.sampling import tokens_or_errors
+from cai_runtime.engine.sampling import logprobs_of, tokens_or_errors
 from cai_runtime.engine.scheduler import Planned
 from cai_runtime.engine.sequence import Sequence
+from cai_runtime.kernels.sampling import Sampled
 
 
 @dataclass(slots=True)
@@ -21,6 +22,7 @@ class Launched:
     error: Exception | None = None  # the launch failed
     positions: list[int] = field(default_factory=list)  # of the rows' tokens
     tokens: list[int | Exception] = field(default_factory=list)  # instead of `sampled`
+    found: Sampled | None = None  # once it was waited for, where rows want logprobs
 
     def wait(self) -> list[int | Exception]:
         """For each row the sampled token, or the error that its sequence alone fails with. Raises what the pass failed
@@ -32,7 +34,9 @@ class Launched:
             self.made.wait()
             return self.tokens
         try:
-            return tokens_or_errors(self.sampled.wait(), self.positions)
+            found = self.sampled.wait()
+            self.found = found if found.logprobs is not None else None
+            return tokens_or_errors(found, self.positions)
         except Exception as error:  # noqa: BLE001 - such as a device out of memory
             self.made.wait()  # raises if it was the pass that failed
             forget_frames(error)
@@ -46,6 +50,33 @@ class Flight:
     parts: list[Launched]
     begin: float
     prompt_tokens: int
+
+
+def take_rows(
+    planned: Planned, rows: list[int | Exception], found: Sampled | None, at: int
+) -> tuple[int, Exception | None]:
+    """Give a sequence what its rows of a step have: logprobs of its prompt, then tokens, with their logprobs if it wants
+    them. at: of its first row in `found`. Returns as `append_sampled`."""
+    sequence = planned.sequence
+    if not sequence.asks_more:  # nearly always
+        return append_sampled(sequence, planned.draft, rows)
+    params, scored = sequence.request.sampling, planned.scored
+    if scored:
+        error = next((row for row in rows[:scored] if isinstance(row, Exception)), None)
+        if error is not None:
+            return 0, error
+        assert found is not None and params.prompt_logprobs is not None and sequence.prompt_logprobs is not None
+        first = len(sequence.prompt_logprobs)
+        ids = sequence.token_ids[first : first + scored]
+        sequence.add_prompt_logprobs(logprobs_of(found, ids, at, params.prompt_logprobs))
+    rows, known = rows[scored:], len(sequence.token_ids)
+    if not params.max_tokens:  # the row says whether the model is sound, but its token is not wanted
+        return 0, next((row for row in rows if isinstance(row, Exception)), None)
+    count, error = append_sampled(sequence, planned.draft, rows)
+    if count and sequence.logprobs is not None:
+        assert found is not None and params.logprobs is not None
+        sequence.logprobs += logprobs_of(found, sequence.token_ids[known:], at + scored, params.logprobs)
+    return count, error
 
 
 def append_sampled(
