@@ -178,9 +178,9 @@ class Sampled:
     """Tokens of the rows, on the host.
 
     ids: int32 [n], -1 where the status is not OK. status: uint8 [n]. logprobs: fp32 [n] or None, of the sampled or scored
-    tokens; NaN for rows that want none. top: (ids int32 [n, k], logprobs fp32 [n, k]) or None: the greatest by falling logit, equal ones
-    by id, k the most that a row wants; id -1 and the floor where a row wants fewer. errors: row number -> what its custom
-    processor raised (status PROCESSOR_FAILED).
+    tokens; NaN for rows that want none. top: (ids int32 [n, k], logprobs fp32 [n, k]) or None: the greatest by falling
+    logit, equal ones by id, k the most that a row wants; id -1 and the floor where a row wants fewer. errors: row number ->
+    what its custom processor raised (status PROCESSOR_FAILED).
     """
 
     ids: np.ndarray

@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ from cai_runtime.convert.named import NAMED
 from cai_runtime.convert.sources import pulled
 from cai_runtime.errors import OptionTypeError, OptionValueError
 from cai_runtime.formats.base import Format
+from cai_runtime.formats.infill import Infill
 from cai_runtime.formats.plain import PlainFormat
+from cai_runtime.grammars import Grammars
 from cai_runtime.home import cai_home, existing
 from cai_runtime.models.catalog import catalog
 from cai_runtime.options import EngineOptions
@@ -40,10 +42,14 @@ EngineFactory = Callable[..., Any]  # open_engine's signature: (path, **options)
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """Where a name leads. `path` is the checkpoint directory, absolute and without symbolic links."""
+    """Where a name leads. `path` is the checkpoint directory, absolute and without symbolic links.
+
+    reasons: whether requests that say nothing of it ask for reasoning, as names ending in -r do.
+    """
 
     name: str
     path: Path
+    reasons: bool = False
 
 
 @dataclass
@@ -72,6 +78,16 @@ class OpenModel:
     def format(self) -> Format:
         """How this model converses. Found at the first chat; hold `tokenizer_lock`."""
         return PlainFormat(self.tokenizer)
+
+    @cached_property
+    def infill(self) -> Infill | None:
+        """How this model writes between two texts; None if it does not. Hold `tokenizer_lock`."""
+        return Infill.find(self.tokenizer)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Compiles what answers must be. Thread-safe; without `tokenizer_lock`."""
+        return Grammars(self.tokenizer, self.engine.vocab_size, self.engine.eos_token_ids)
 
     @cached_property
     def longest_token(self) -> int | None:
@@ -144,7 +160,8 @@ class ModelHost:
 
     def resolve(self, name: str | None) -> ResolvedModel:
         """The checkpoint directory that `name` (None: the default) stands for: a registered name, a catalogue id whose
-        weights are in `cai_home()/models/<id>`, or a directory.
+        weights are in `cai_home()/models/<id>`, or a directory. A name of none of these that ends in -r stands for the
+        model without that suffix, with reasoning by default.
 
         Raises:
             BadRequestError: no name and no default.
@@ -177,17 +194,18 @@ class ModelHost:
                 return ResolvedModel(name, path.resolve())
             # A client never downloads by itself.
             raise _not_found(f"'{name}' is not on this machine: fetch it with `cai pull {name}`.")
-        base = name.removesuffix("-r")
-        if base != name and (base in self.registered or base in catalog()):
-            raise BadRequestError(
-                f"{shown(name)} asks for reasoning by default, which is not supported yet: use {shown(base)}.",
-                param="model",
-                code="unsupported_parameter",
-            )
+        if base := self.reasoning_base(name):
+            return replace(self.resolve(base), name=name, reasons=True)
         raise _not_found(
             f"The model {shown(name)} does not exist: it is no name given with Client(models=...), no directory and no "
             "catalogue id. client.models.list() shows what there is."
         )
+
+    def reasoning_base(self, name: str) -> str | None:
+        """The model that a name ending in -r stands for, with reasoning by default; None if there is none."""
+        base = name.removesuffix("-r")
+        known = base in self.registered or base in catalog() or base in NAMED or self.directory(base) is not None
+        return base if base != name and base and known else None
 
     def directory(self, name: str) -> Path | None:
         """The directory called `name`, however it is spelled, as one path; None if there is none."""

@@ -35,10 +35,14 @@ def retrieve_model(host: ModelHost, name: Any) -> Model:
 
     Raises:
         NotFoundError: there is none of this name.
+
+    A name that ends in -r is its model's, with reasoning by default.
     """
     name = model_name(name)
     if entry := catalog().get(name):
         return _as_model(entry)
+    if name not in host.registered and not _is_checkpoint(host.directory(name)) and (base := host.reasoning_base(name)):
+        return retrieve_model(host, base).model_copy(update={"id": name})
     if name not in host.registered and not _is_checkpoint(host.directory(name)):
         raise NotFoundError(
             f"The model {shown(name)} does not exist: client.models.list() shows what there is.",
@@ -54,7 +58,7 @@ def require_text(model: ResolvedModel) -> None:
     Raises:
         BadRequestError: naming the capability.
     """
-    entry = catalog().get(model.name)
+    entry = catalog().get(model.name.removesuffix("-r") if model.reasons else model.name)
     if entry is not None and not entry.capabilities.support_chat_completion:
         raise BadRequestError(
             f"The model '{model.name}' can't write text: it lacks the capability 'support_chat_completion'.",

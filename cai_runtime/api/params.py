@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NoReturn
 
 from openai import NotGiven, Omit
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, Field, SkipValidation, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
 from cai_runtime.api.errors import BadRequestError
@@ -105,22 +105,28 @@ class GenerationParams(TypedDict, total=False):
     extra_body: dict[str, Any] | None
 
 
+class AnswerParams(GenerationParams, total=False):
+    """What says what the answer must be; `cai_runtime.api.structured` checks it. At most one of them.
+
+    response_format: `{"type": "text"}`, the default; `{"type": "json_object"}`, any JSON object; or `{"type":
+        "json_schema", "json_schema": {"name": ..., "schema": {...}}}`, JSON that is valid under the schema (`strict` and
+        `description` are accepted; a schema is always enforced, whole).
+    regex: a regular expression that the whole answer matches.
+    grammar: a grammar of the answer, in llguidance's dialect of Lark.
+    choice: a list of texts; the answer is one of them.
+    """
+
+    response_format: Annotated[Mapping[str, Any], SkipValidation] | None
+    regex: Annotated[str, SkipValidation] | None
+    grammar: Annotated[str, SkipValidation] | None
+    choice: Annotated[Sequence[str], SkipValidation] | None
+
+
 # Parameters of the schema that this version does not serve: what it would take, and the values that ask for nothing.
-_TOOLS = "tool calls are not supported yet"
-_REASONING = "reasoning control is not supported yet"
-_LOGPROBS = "log probabilities are not supported yet"
-UNSUPPORTED: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "tools": (_TOOLS, ([], ())),
-    "tool_choice": (_TOOLS, ("none", "auto")),  # "auto" is the default: a call, if there are tools
-    "functions": (_TOOLS, ([], ())),
-    "function_call": (_TOOLS, ("none", "auto")),
-    "reasoning_effort": (_REASONING, ()),
-    "reasoning_enabled": (_REASONING, ()),
-    "response_format": ("only plain text is supported yet", ({"type": "text"},)),
-    "logprobs": (_LOGPROBS, (False,)),
-    "top_logprobs": (_LOGPROBS, ()),
-    "best_of": ("not supported; use `n` and choose among the choices", (1,)),
-    "suffix": ("insertion is not supported", ("",)),
+Unsupported = Mapping[str, tuple[str, tuple[Any, ...]]]
+UNSUPPORTED: Unsupported = {
+    "functions": ("deprecated: use 'tools'", ([], ())),
+    "function_call": ("deprecated: use 'tool_choice'", ("none", "auto")),
     "audio": ("audio output is not supported", ()),
     "modalities": ("only text output is supported", (["text"],)),
     "prediction": ("predicted outputs are not supported", ()),
@@ -134,22 +140,29 @@ UNSUPPORTED: dict[str, tuple[str, tuple[Any, ...]]] = {
 }
 
 
-def validated(adapter: TypeAdapter[Any], params: Mapping[str, Any], *, names: frozenset[str]) -> dict[str, Any]:
+def validated(
+    adapter: TypeAdapter[Any],
+    params: Mapping[str, Any],
+    *,
+    names: frozenset[str],
+    unsupported: Unsupported = UNSUPPORTED,
+) -> dict[str, Any]:
     """The given parameters of a call, checked; those not given are absent.
 
     Args:
         adapter: of the endpoint's TypedDict.
         params: keyword arguments as they came.
         names: every parameter of the endpoint's schema; another one is unknown, not unsupported.
+        unsupported: parameters of the schema that are not served, as in UNSUPPORTED.
 
     Raises:
         BadRequestError: naming the first parameter that is unknown, unsupported, of a wrong type or out of range.
     """
     given = {key: value for key, value in _with_extra_body(params).items() if not _is_unset(value)}
     for name in [*given]:
-        if name not in UNSUPPORTED or name not in names:
+        if name not in unsupported or name not in names:
             continue
-        reason, neutral = UNSUPPORTED[name]
+        reason, neutral = unsupported[name]
         if not any(_is_same(given[name], value) for value in neutral):
             raise BadRequestError(f"'{name}' can't be used: {reason}.", param=name, code="unsupported_parameter")
         del given[name]
@@ -198,14 +211,14 @@ def sampling_params(
     defaults = defaults or GenerationDefaults()
     room = context - prompt_tokens
     limit = context_limit or f"the model's context holds {context} positions"
-    if room < 1:
+    limit_name = "max_completion_tokens" if "max_completion_tokens" in params else "max_tokens"
+    max_tokens = params.get(limit_name)
+    if room < 1 and not (room == 0 == max_tokens):
         raise BadRequestError(
             f"The prompt has {prompt_tokens} tokens and the answer needs at least one, but {limit}. Shorten the prompt.",
             param=prompt_param,
             code="context_length_exceeded",
         )
-    limit_name = "max_completion_tokens" if "max_completion_tokens" in params else "max_tokens"
-    max_tokens = params.get(limit_name)
     if max_tokens is None:
         max_tokens = room if default_max is None else min(default_max, room)
     elif max_tokens > room:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Mapping
 from types import ModuleType
@@ -28,6 +29,7 @@ def create(endpoint: ModuleType, host: ModelHost, params: Mapping[str, Any], tim
     end = None if seconds is None else time.monotonic() + seconds
     model = host.resolve(request.model)
     require_text(model)
+    request = _with_default(request, model)
     opened = host.open(model, seconds)
     try:
         running = endpoint.prepare(request, model.name, opened).submit(opened.engine)
@@ -46,6 +48,7 @@ async def acreate(endpoint: ModuleType, host: ModelHost, params: Mapping[str, An
     seconds = _timeout_of(params, request, timeout)
     model = host.resolve(request.model)
     require_text(model)
+    request = _with_default(request, model)
     try:
         async with asyncio.timeout(seconds):
             running = await _start(endpoint, host, request, model)
@@ -69,6 +72,13 @@ async def _start(endpoint: ModuleType, host: ModelHost, request: Any, model: Res
     opened = await host.aopen(model)
     generation = await asyncio.to_thread(endpoint.prepare, request, model.name, opened)
     return generation.submit(opened.engine)
+
+
+def _with_default(request: Any, model: ResolvedModel) -> Any:
+    """The request, which asks for reasoning if its model's name does and its endpoint knows reasoning."""
+    if model.reasons and hasattr(request, "reasons"):
+        return dataclasses.replace(request, reasons=True)
+    return request
 
 
 def _has_ended(error: InternalServerError, host: ModelHost) -> bool:

@@ -102,7 +102,6 @@ class TokenDecoder:
             self._byte[token_id] = int(match[1], 16) if match and is_byte else None
         return self._byte[token_id]
 
-
     def _name(self, token_id: int) -> str | None:
         name = getattr(self._backend, "id_to_token", None) or getattr(self._backend, "convert_ids_to_tokens", None)
         return name(token_id) if name else None

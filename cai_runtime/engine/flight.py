@@ -5,11 +5,12 @@ from __future__ import annotations
 import traceback
 from dataclasses import dataclass, field
 
+from cai_runtime.engine.masks import MaskedRow, dead_end
 from cai_runtime.engine.runner import Pass, PendingSampled
-from cai_runtime.engine.sampling import logprobs_of, tokens_or_errors
+from cai_runtime.engine.sampling import SequenceSampler, TokenScorer, logprobs_of, tokens_or_errors
 from cai_runtime.engine.scheduler import Planned
 from cai_runtime.engine.sequence import Sequence
-from cai_runtime.kernels.sampling import Sampled
+from cai_runtime.kernels.sampling import NOTHING_ALLOWED, Sampled
 
 
 @dataclass(slots=True)
@@ -20,7 +21,11 @@ class Launched:
     made: Pass | None = None
     sampled: PendingSampled | None = None
     error: Exception | None = None  # the launch failed
+    samplers: list[SequenceSampler | TokenScorer] = field(default_factory=list)  # of the wanted rows
     positions: list[int] = field(default_factory=list)  # of the rows' tokens
+    drafted: dict[int, list[int] | tuple[int, ...]] = field(default_factory=dict)  # row -> tokens before it
+    masked: list[MaskedRow] = field(default_factory=list)
+    mask_errors: dict[int, Exception] = field(default_factory=dict)  # by row
     tokens: list[int | Exception] = field(default_factory=list)  # instead of `sampled`
     found: Sampled | None = None  # once it was waited for, where rows want logprobs
 
@@ -34,13 +39,24 @@ class Launched:
             self.made.wait()
             return self.tokens
         try:
-            found = self.sampled.wait()
-            self.found = found if found.logprobs is not None else None
-            return tokens_or_errors(found, self.positions)
+            sampled = self.sampled.wait()
+            self.found = sampled if sampled.logprobs is not None else None
+            tokens = tokens_or_errors(sampled, self.positions)
+            return self._with_mask_errors(sampled, tokens) if self.masked else tokens
         except Exception as error:  # noqa: BLE001 - such as a device out of memory
             self.made.wait()  # raises if it was the pass that failed
             forget_frames(error)
             return [error] * len(self.positions)
+
+    def _with_mask_errors(self, sampled: Sampled, tokens: list[int | Exception]) -> list[int | Exception]:
+        """Name the mask where it left no token, or failed."""
+        for place in self.masked:
+            for row in range(place.row, place.row + len(place.draft) + 1):
+                if row in self.mask_errors:
+                    tokens[row] = self.mask_errors[row]
+                elif sampled.status[row] == NOTHING_ALLOWED:
+                    tokens[row] = dead_end(place.mask, self.positions[row])
+        return tokens
 
 
 @dataclass(slots=True)
@@ -84,13 +100,16 @@ def append_sampled(
 ) -> tuple[int, Exception | None]:
     """Add to a sequence what was sampled behind its newest token and behind each drafted one: as long as the draft is what
     was sampled, the next row follows the text. Returns how many tokens it got, and the error of the row where they stop."""
-    if len(rows) == 1 and type(rows[0]) is int:  # nearly always
+    if len(rows) == 1 and type(rows[0]) is int and sequence.mask is None:  # nearly always
         sequence.append(rows[0])
         return 1, None
     for i, token in enumerate(rows):
         if isinstance(token, Exception):
             return i, token
-        sequence.append(token)
+        try:
+            sequence.append(token)
+        except Exception as error:  # noqa: BLE001 - a mask that breaks fails its request alone
+            return i + 1, error
         if i == len(draft) or token != draft[i] or sequence.may_end():
             return i + 1, None
     return 0, None

@@ -12,13 +12,14 @@ from functools import partial
 from cai_runtime.engine.cache import CacheManager
 from cai_runtime.engine.cache_groups import groups_of
 from cai_runtime.engine.flight import Flight, Launched, forget_frames, take_rows
+from cai_runtime.engine.masks import MaskedRow, fill_masks
 from cai_runtime.engine.outbox import TokenLog, deliver
 from cai_runtime.engine.pacing import PrefillPace, StepLimits
 from cai_runtime.engine.proposers import Proposer, checked_draft
 from cai_runtime.engine.request import Delta
 from cai_runtime.engine.runner import Runner, SimpleRunner
 from cai_runtime.engine.runner_thread import launching
-from cai_runtime.engine.sampling import SequenceSampler, TokenScorer, sampling_batch
+from cai_runtime.engine.sampling import TokenScorer, sampling_batch
 from cai_runtime.engine.scheduler import Planned, Scheduler
 from cai_runtime.engine.sequence import Sequence
 from cai_runtime.engine.stats import EngineStats
@@ -163,19 +164,20 @@ class EngineLoop:
 
     def _launch_ahead(self) -> Flight | None:
         """Launch the step behind the one under way, whose tokens are still on the device. A text that ends with one of them
-        drops its row. None where the next step depends on more than those tokens."""
+        drops its row. None where the next step depends on more than those tokens. Where a sequence has a mask, which does,
+        only the pass is launched: `_complete` samples from it."""
         if self._flight is None or not getattr(self._runner, "ahead", False) or self._limits.sequences is not None:
             return None
         under_way = [planned for launched in self._flight.parts for planned in launched.part]
         step = self.scheduler.schedule_ahead([p for p in under_way if self._is_alive(p.sequence)])
-        return Flight([self._launch_part(step)], self.clock(), 0) if step else None
+        return Flight([self._launch_part(step, ahead=True)], self.clock(), 0) if step else None
 
-    def _launch_part(self, part: list[Planned], *, again: bool = False) -> Launched:
-        """Launch one pass and the sampling behind it. again: after a failure, so that what the runner knows is unclear."""
+    def _launch_part(self, part: list[Planned], *, again: bool = False, ahead: bool = False) -> Launched:
+        """Launch one pass and the sampling behind it. again: after a failure, so that what the runner knows is unclear.
+        ahead: see `_launch_ahead`."""
         assert self._runner is not None
         cache, launched, step = self.scheduler.cache, Launched(part), Step([])
-        samplers: list[SequenceSampler | TokenScorer] = []
-        positions, drafted = launched.positions, {}
+        samplers, positions = launched.samplers, launched.positions
         for planned in part:
             sequence, feed = planned.sequence, planned.feed
             step.feeds.append(feed)
@@ -189,9 +191,11 @@ class EngineLoop:
                 scored = range(first, first + planned.scored)
                 samplers += [TokenScorer(sequence.token_ids[position], k or 0) for position in scored]
                 positions += scored
+            if sequence.mask is not None and feed.wanted > planned.scored:
+                launched.masked.append(MaskedRow(len(samplers), sequence.mask, planned.draft, sequence.ends))
             for i in range(feed.wanted - planned.scored):
                 if i:
-                    drafted[len(samplers)] = planned.draft[:i]
+                    launched.drafted[len(samplers)] = planned.draft[:i]
                 samplers.append(sequence.sampler)
                 positions.append(end - feed.wanted + planned.scored + i + 1)
         try:
@@ -199,12 +203,21 @@ class EngineLoop:
         except Exception as error:  # noqa: BLE001 - as if the pass had failed later
             launched.error = error
             return launched
-        if samplers:
-            try:
-                launched.sampled = self._runner.sample(launched.made, sampling_batch(samplers, positions, drafted))
-            except Exception as error:  # noqa: BLE001 - such as a device out of memory: not the engine's failure
-                launched.tokens = [error] * len(samplers)
+        if samplers and not (ahead and launched.masked):
+            self._sample(launched)
         return launched
+
+    def _sample(self, launched: Launched) -> None:
+        """Launch the sampling from a pass. Masks are filled here, while the model computes the pass."""
+        assert self._runner is not None and launched.made is not None
+        samplers, mask = launched.samplers, None
+        try:
+            if launched.masked:
+                mask, launched.mask_errors = fill_masks(launched.masked, len(samplers), self._runner.vocab_size)
+            batch = sampling_batch(samplers, launched.positions, launched.drafted, mask)
+            launched.sampled = self._runner.sample(launched.made, batch)
+        except Exception as error:  # noqa: BLE001 - such as a device out of memory: not the engine's failure
+            launched.tokens = [error] * len(samplers)
 
     def _complete(self, ahead: Flight | None = None) -> None:
         """Wait for the step under way, take its tokens, and learn from its duration. ahead: the one behind it, which is
@@ -221,6 +234,11 @@ class EngineLoop:
             if ahead is not None:
                 ahead.begin = self.clock()  # before, the device was at this one
                 self._flight = ahead
+                for launched in ahead.parts:
+                    if launched.masked and launched.error is None:  # a row for each sequence: no drafts are fed ahead
+                        alive = [m for m in launched.masked if self._is_alive(launched.part[m.row].sequence)]
+                        launched.masked = alive
+                        self._sample(launched)
 
     def _settle(self, launched: Launched) -> bool:
         """Wait for a pass. If the model fails on it, run it again in halves, until the failure is that of one sequence

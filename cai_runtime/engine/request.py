@@ -53,7 +53,8 @@ class Request:
 
     The prompt is `prompt_ids`, or, where it is more than tokens, `segments` in their place: see `segments.Segment`. It must
     not be empty. cache_salt: what else determines what the model computes for it; requests of unlike salts share no cache.
-    mask: makes what says which tokens may come, anew for each start of the sequence; called in the engine's thread.
+    mask: makes what says which tokens may come (see `masks.TokenMask`); `Engine.submit` calls it with the tokens that end
+    the text.
     """
 
     prompt_ids: list[int] = field(default_factory=list)

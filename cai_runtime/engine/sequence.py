@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 
 from cai_runtime.engine.cache import Held
+from cai_runtime.engine.masks import TokenMask
 from cai_runtime.engine.outbox import TokenLog
 from cai_runtime.engine.output import Output
 from cai_runtime.engine.request import Delta, Request, TokenLogprobs
@@ -23,7 +24,8 @@ class Sequence:
     sampler: SequenceSampler
     output: Output
     log: TokenLog
-    ends: Container[int] = ()  # tokens that end the text once min_tokens were generated
+    ends: Collection[int] = ()  # tokens that end the text once min_tokens were generated
+    mask: TokenMask | None = None
 
     token_ids: list[int] = field(init=False)  # prompt, then generated
     num_prompt: int = field(init=False)
@@ -85,9 +87,11 @@ class Sequence:
         return generated >= params.max_tokens or (self.token_ids[-1] in self.ends and generated >= params.min_tokens)
 
     def append(self, token_id: int) -> None:
-        """Add a generated token."""
+        """Add a generated token. Raises what the mask raises, with the token added."""
         self.token_ids.append(token_id)
         self.sampler.observe(token_id)
+        if self.mask is not None and not self.may_end():
+            self.mask.accept(token_id)
 
     def put_out(self) -> Delta:
         """What the consumer sees of the tokens that were appended since the last call.

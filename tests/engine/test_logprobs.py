@@ -1,4 +1,4 @@
-"""Logprobs of generated and of prompt tokens: the raw distribution's, the same alone, in a batch, and however it was computed."""
+"""Logprobs of generated and of prompt tokens: of the raw distribution, the same alone, in a batch, however computed."""
 
 import numpy as np
 import pytest
