@@ -28,6 +28,7 @@ from cai_runtime.convert.named import NAMED
 from cai_runtime.convert.sources import pulled
 from cai_runtime.errors import OptionTypeError, OptionValueError
 from cai_runtime.formats.base import Format
+from cai_runtime.formats.infill import Infill
 from cai_runtime.formats.plain import PlainFormat
 from cai_runtime.grammars import Grammars
 from cai_runtime.home import cai_home, existing
@@ -77,6 +78,11 @@ class OpenModel:
     def format(self) -> Format:
         """How this model converses. Found at the first chat; hold `tokenizer_lock`."""
         return PlainFormat(self.tokenizer)
+
+    @cached_property
+    def infill(self) -> Infill | None:
+        """How this model writes between two texts; None if it does not. Hold `tokenizer_lock`."""
+        return Infill.find(self.tokenizer)
 
     @cached_property
     def grammars(self) -> Grammars:

@@ -131,15 +131,10 @@ class AnswerParams(GenerationParams, total=False):
 
 
 # Parameters of the schema that this version does not serve: what it would take, and the values that ask for nothing.
-_LOGPROBS = "log probabilities are not supported yet"
 Unsupported = Mapping[str, tuple[str, tuple[Any, ...]]]
 UNSUPPORTED: Unsupported = {
     "functions": ("deprecated: use 'tools'", ([], ())),
     "function_call": ("deprecated: use 'tool_choice'", ("none", "auto")),
-    "logprobs": (_LOGPROBS, (False,)),
-    "top_logprobs": (_LOGPROBS, ()),
-    "best_of": ("not supported; use `n` and choose among the choices", (1,)),
-    "suffix": ("insertion is not supported", ("",)),
     "audio": ("audio output is not supported", ()),
     "modalities": ("only text output is supported", (["text"],)),
     "prediction": ("predicted outputs are not supported", ()),
@@ -224,14 +219,14 @@ def sampling_params(
     defaults = defaults or GenerationDefaults()
     room = context - prompt_tokens
     limit = context_limit or f"the model's context holds {context} positions"
-    if room < 1:
+    limit_name = next((name for name in _LIMITS if name in params), "max_tokens")
+    max_tokens = params.get(limit_name)
+    if room < 1 and not (room == 0 == max_tokens):
         raise BadRequestError(
             f"The prompt has {prompt_tokens} tokens and the answer needs at least one, but {limit}. Shorten the prompt.",
             param=prompt_param,
             code="context_length_exceeded",
         )
-    limit_name = next((name for name in _LIMITS if name in params), "max_tokens")
-    max_tokens = params.get(limit_name)
     if max_tokens is None:
         max_tokens = room if default_max is None else min(default_max, room)
     elif max_tokens > room:

@@ -116,12 +116,14 @@ class ResponsesEndpoint:
             defaults=opened.defaults,
             context_limit=opened.engine.context_limit,
         )
+        if request.params["include"]:
+            sampling = replace(sampling, logprobs=request.params.get("top_logprobs", 0))
         response = _response(request, name, sampling)
         machine = ResponseMachine(response, sampling.max_tokens)
         store = self._store if request.params.get("store") else None
         return ResponseGeneration(
             [Request(prepared.prompt_ids, sampling, request_id=response.id, output=prepared.output, mask=mask)],
-            ResponseReply(machine, store),
+            ResponseReply(machine, opened.engine.decoder, store),
             None if store is None else Stored(machine, request.items),
             store,
         )

@@ -89,7 +89,7 @@ UNSUPPORTED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "service_tier": ("there are no service tiers in-process", ("auto", "default")),
 }
 INCLUDABLE: dict[str, str | None] = {  # why it is refused; None: it is served
-    "message.output_text.logprobs": "log probabilities are not supported yet",
+    "message.output_text.logprobs": None,
     "reasoning.encrypted_content": "the reasoning is there as it is, in the content of reasoning items",
     "file_search_call.results": _NOTHING_BUILT_IN,
     "web_search_call.results": _NOTHING_BUILT_IN,

@@ -12,25 +12,31 @@ from openai.types.responses.response_usage import InputTokensDetails, OutputToke
 
 from cai_runtime.api.errors import APIError, as_api_errors
 from cai_runtime.api.generation import Generation, Running
+from cai_runtime.api.logprobs import EventLogprobs, aligned, chat_entries
 from cai_runtime.api.responses.events import ResponseMachine, merged
 from cai_runtime.api.responses.store import ResponseStore, Stored
+from cai_runtime.engine.detokenizer import TokenDecoder
 from cai_runtime.engine.handle import HandleGroup
 from cai_runtime.engine.request import Finished
-from cai_runtime.formats.events import ChatEvent, ReasoningEvent
+from cai_runtime.formats.events import ChatEvent, ReasoningEvent, TextEvent
 
 
 class ResponseReply:
-    """The ReplyFormat of a response. store: where it is kept."""
+    """The ReplyFormat of a response. decoder: of the engine. store: where the response is kept."""
 
-    def __init__(self, machine: ResponseMachine, store: ResponseStore | None = None):
+    def __init__(self, machine: ResponseMachine, decoder: TokenDecoder, store: ResponseStore | None = None):
         self.machine = machine
+        self._decoder = decoder
         self._store = store
 
     def opening(self) -> list[ResponseStreamEvent]:
         return self.machine.begin()
 
-    def chunks(self, index: int, event: ChatEvent) -> list[ResponseStreamEvent]:
-        return self.machine.feed(event)
+    def chunks(self, index: int, event: ChatEvent, logprobs: EventLogprobs | None = None) -> list[ResponseStreamEvent]:
+        if logprobs is None or not isinstance(event, TextEvent):
+            return self.machine.feed(event)
+        entries = chat_entries(self._decoder, logprobs.tokens)  # of Chat's shape, which is the same
+        return self.machine.feed(event, [entry.model_dump() for entry in entries])
 
     def closing(self, choices: Sequence[Finished]) -> list[ResponseStreamEvent]:
         events = self.machine.end(usage_of(choices[0]))
@@ -38,8 +44,13 @@ class ResponseReply:
         return events
 
     def fold(self, choices: Sequence[Finished]) -> Response:
-        for event in merged(choices[0].events):
-            self.machine.feed(event)
+        (done,) = choices
+        if done.logprobs is None:
+            for event in merged(done.events):
+                self.machine.feed(event)
+        else:
+            for event, logprobs in aligned(done):
+                self.chunks(0, event, logprobs)
         self.closing(choices)
         return self.machine.snapshot()
 

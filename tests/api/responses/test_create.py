@@ -220,6 +220,46 @@ def test_json_schema(client):
         assert caught.value.param == param
 
 
+INCLUDE = {"include": ["message.output_text.logprobs"]}
+
+
+def test_logprobs(client, valid):
+    params = ask(max_output_tokens=3, top_logprobs=2, **INCLUDE)
+    whole = client.responses.create(**params)
+    valid(whole, Response)
+    listed = whole.output[0].content[0].logprobs
+    assert [each.token for each in listed] == ["a", "b", "c"] and whole.top_logprobs == 2
+    for each in listed:
+        assert len(each.top_logprobs) == 2 and each.top_logprobs[0].logprob == each.logprob < 0
+        assert bytes(each.bytes).decode() == each.token
+    chat = client.chat.completions.create(
+        messages=[{"role": "user", "content": "hi"}], temperature=0, max_tokens=3, logprobs=True, top_logprobs=2
+    )
+    assert [each.model_dump() for each in listed] == [each.model_dump() for each in chat.choices[0].logprobs.content]
+
+    events = list(client.responses.create(**params, stream=True))
+    for event in events:
+        dumped = event.model_dump()
+        assert STREAM_EVENT.validate_python(dumped, strict=True).model_dump() == dumped
+    deltas = [event for event in events if event.type == "response.output_text.delta"]
+    (done,) = [event for event in events if event.type == "response.output_text.done"]
+    assert [each.token for event in deltas for each in event.logprobs] == [each.token for each in done.logprobs]
+    assert events[-1].response.output[0].content[0].logprobs == listed
+
+
+def test_logprobs_are_of_the_text_alone(client, scripted):
+    scripted([*CALL[:2], TextEvent("a"), MarkerEvent(()), TextEvent("b"), *CALL[2:]])
+    response = client.responses.create(input="?", **INCLUDE)
+    _, message, _ = response.output
+    assert len(message.content[0].logprobs) == 2 and message.content[0].logprobs[0].top_logprobs == []
+
+
+def test_top_logprobs_need_the_include(client):
+    with pytest.raises(BadRequestError) as caught:
+        client.responses.create(**ask(top_logprobs=1))
+    assert caught.value.param == "top_logprobs"
+
+
 def test_a_schema_that_cannot_be_enforced_is_refused_by_its_place(client):
     text = {"format": {"type": "json_schema", "name": "t", "schema": {"type": "object", "properties": 3}}}
     with pytest.raises(BadRequestError) as caught:

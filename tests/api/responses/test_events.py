@@ -41,7 +41,7 @@ def in_progress():
 
 
 def reply():
-    return ResponseReply(ResponseMachine(in_progress(), max_tokens=10**6))
+    return ResponseReply(ResponseMachine(in_progress(), max_tokens=10**6), decoder=None)
 
 
 @st.composite

@@ -33,7 +33,7 @@ TABLE = {
     "reasoning": ([{}, {"effort": "low"}, {"effort": None, "summary": None}, {"context": "auto", "mode": "standard"}, None],
                   [3, "high"]),
     "truncation": (["auto", "disabled", None], ["yes", True, 3]),
-    "include": ([[], (), None],
+    "include": ([[], (), ["message.output_text.logprobs"], None],
                 ["x", 3, [3], ["nothing"], ["reasoning.encrypted_content"], ["file_search_call.results"]]),
     "top_logprobs": ([0, None], [-1, 21, 1.5, True, 3]),
     "chat_template": (["rag", None], [3, b"x"]),
