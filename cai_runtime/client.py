@@ -30,6 +30,8 @@ from cai_runtime.api.completions import CompletionChunk, CompletionParams
 from cai_runtime.api.generation import AsyncStream, Stream
 from cai_runtime.api.host import EngineFactory, ModelHost
 from cai_runtime.api.models import list_models, retrieve_model
+from cai_runtime.api.responses.methods import AsyncResponses, Responses
+from cai_runtime.api.responses.store import ResponseStore
 from cai_runtime.api.serving import acreate, create
 from cai_runtime.api.values import timeout_seconds
 from cai_runtime.errors import OptionTypeError, OptionValueError
@@ -134,6 +136,7 @@ class _BaseClient:
             progress=progress,
         )
         self._timeout = _checked_timeout(timeout)
+        self._responses = ResponseStore()
         self._host = ModelHost(
             default=None if model is None else str(model),
             models=models or {},
@@ -157,7 +160,7 @@ class _BaseClient:
         max_retries: accepted for programs that were written for the `openai` client; nothing here is retried.
         """
         other = object.__new__(type(self))
-        other._host, other._made_from = self._host, self._made_from
+        other._host, other._made_from, other._responses = self._host, self._made_from, self._responses
         other._timeout = self._timeout if isinstance(timeout, (NotGiven, Omit)) else _checked_timeout(timeout)
         return other
 
@@ -192,7 +195,8 @@ def _open_engine(path: Path, **options: Any) -> Any:
 
 
 class Client(_BaseClient):
-    """An in-process client: `chat.completions`, `completions` and `models`, as in the `openai` package. Thread-safe."""
+    """An in-process client: `chat.completions`, `completions`, `responses` and `models`, as in the `openai` package.
+    Thread-safe."""
 
     @cached_property
     def chat(self) -> Chat:
@@ -201,6 +205,10 @@ class Client(_BaseClient):
     @cached_property
     def completions(self) -> Completions:
         return Completions(self._host, self._timeout)
+
+    @cached_property
+    def responses(self) -> Responses:
+        return Responses(self._host, self._timeout, self._responses)
 
     @cached_property
     def models(self) -> Models:
@@ -215,6 +223,7 @@ class Client(_BaseClient):
 
     def close(self) -> None:
         """Close every model and give all memory back. Idempotent; running requests fail, and so do later ones."""
+        self._responses.clear()
         self._host.close()
 
     def __enter__(self) -> Self:
@@ -236,6 +245,10 @@ class AsyncClient(_BaseClient):
         return AsyncCompletions(self._host, self._timeout)
 
     @cached_property
+    def responses(self) -> AsyncResponses:
+        return AsyncResponses(self._host, self._timeout, self._responses)
+
+    @cached_property
     def models(self) -> AsyncModels:
         return AsyncModels(self._host)
 
@@ -245,6 +258,7 @@ class AsyncClient(_BaseClient):
 
     async def close(self) -> None:
         """Close every model and give all memory back. Idempotent; running requests fail, and so do later ones."""
+        self._responses.clear()
         await asyncio.to_thread(self._host.close)
 
     async def __aenter__(self) -> Self:

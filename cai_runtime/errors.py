@@ -143,7 +143,7 @@ class ConversationError(CaiError):
 
 
 class InvalidRequestError(EngineError):
-    """A request is malformed: no prompt tokens, a token id outside the vocabulary, max_tokens below 1."""
+    """A request is malformed: no prompt tokens, a token id outside the vocabulary, max_tokens below 0."""
 
 
 class GrammarError(EngineError):

@@ -11,6 +11,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletio
 from openai.types.chat.chat_completion import Choice
 from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
 from openai.types.chat.chat_completion_chunk import ChoiceDelta, ChoiceDeltaToolCall, ChoiceDeltaToolCallFunction
+from openai.types.chat.chat_completion_chunk import ChoiceLogprobs as ChunkLogprobs
 from openai.types.chat.chat_completion_message_function_tool_call import (
     ChatCompletionMessageFunctionToolCall,
     Function,
@@ -21,6 +22,14 @@ from pydantic import Field, SkipValidation, TypeAdapter, with_config
 from cai_runtime.api.errors import as_api_errors
 from cai_runtime.api.generation import Generation
 from cai_runtime.api.host import OpenModel
+from cai_runtime.api.logprobs import (
+    MAX_CHAT_TOP,
+    EventLogprobs,
+    aligned,
+    chat_count,
+    chat_entries,
+    chat_logprobs,
+)
 from cai_runtime.api.params import (
     STRICT,
     UNSUPPORTED,
@@ -32,6 +41,7 @@ from cai_runtime.api.params import (
 from cai_runtime.api.structured import answer_of, param_of
 from cai_runtime.api.usage import ReplyHead, usage_of
 from cai_runtime.api.values import Flag, Whole
+from cai_runtime.engine.detokenizer import TokenDecoder
 from cai_runtime.engine.masks import MaskFactory
 from cai_runtime.engine.request import Finished, Request
 from cai_runtime.errors import ConversationError
@@ -68,8 +78,11 @@ class ChatParams(AnswerParams, total=False):
     reasoning_effort: none, low, medium, high, xhigh or max; the levels that the model has.
     reasoning_max_tokens: at least 1; the thought is closed after so many tokens. Default: no limit of its own.
 
-    The others are those of AnswerParams and GenerationParams. `functions` and `function_call`, which are deprecated,
-    `logprobs` and `top_logprobs` are refused, but for the values that ask for nothing.
+    logprobs: whether the reply lists the logprob of each token of the visible content. Default false.
+    top_logprobs: 0 to 20, with `logprobs`: that many of the likeliest tokens beside each. Default 0.
+
+    The others are those of AnswerParams and GenerationParams. `functions` and `function_call`, which are deprecated, are
+    refused, but for the values that ask for nothing.
     """
 
     # Checked by parse_messages and parse_tools: their errors name places.
@@ -81,6 +94,8 @@ class ChatParams(AnswerParams, total=False):
     reasoning_enabled: Flag | None
     reasoning_effort: Literal["none", "low", "medium", "high", "xhigh", "max"] | None
     reasoning_max_tokens: Annotated[Whole, Field(ge=1)] | None
+    logprobs: Flag | None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_CHAT_TOP)] | None
 
 
 @with_config(STRICT)
@@ -89,7 +104,7 @@ class _ChatCall(ChatParams, total=False):
 
 
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(_ChatCall)
-_NAMES = frozenset(_ChatCall.__annotations__) | frozenset(UNSUPPORTED) - {"best_of", "suffix"}
+_NAMES = frozenset(_ChatCall.__annotations__) | frozenset(UNSUPPORTED)
 
 
 @dataclass(frozen=True)
@@ -117,6 +132,7 @@ def parse(params: Mapping[str, Any]) -> ChatRequest:
         messages = parse_messages(rest.pop("messages"))
         tools = parse_tools(*(rest.pop(name, None) for name in ("tools", "tool_choice", "parallel_tool_calls")))
     reasoning = Reasoning(*(rest.pop(f"reasoning_{name}", None) for name in ("enabled", "effort", "max_tokens")))
+    chat_count(rest)
     template, answer = rest.pop("chat_template", None), answer_of(rest)
     conversation = Conversation(tuple(messages), **tools, reasoning=reasoning, answer=answer, template=template)
     return ChatRequest(rest.pop("model", None), conversation, rest, rest.pop("stream", False))
@@ -142,6 +158,7 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
         defaults=opened.defaults,
         context_limit=opened.engine.context_limit,
     )
+    sampling = replace(sampling, logprobs=chat_count(request.params))
     head = ReplyHead.new("chatcmpl", name)
     choices = request.params.get("n", 1)
     requests = [
@@ -155,7 +172,7 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
         for i in range(choices)
     ]
     include_usage = (request.params.get("stream_options") or {}).get("include_usage") or False
-    return Generation(requests, ChatReply(head, choices, include_usage))
+    return Generation(requests, ChatReply(head, choices, include_usage, opened.engine.decoder))
 
 
 def prepare_conversation(
@@ -195,9 +212,10 @@ def _characters(conversation: Conversation) -> int:
 
 
 class ChatReply:
-    """Builds a ChatCompletion, or its chunks, from the events of `choices` sequences."""
+    """Builds a ChatCompletion, or its chunks, from the events of `choices` sequences. decoder: of the engine."""
 
-    def __init__(self, head: ReplyHead, choices: int, include_usage: bool):
+    def __init__(self, head: ReplyHead, choices: int, include_usage: bool, decoder: TokenDecoder):
+        self._decoder = decoder
         self._head = head
         self._choices = choices
         self._include_usage = include_usage
@@ -206,8 +224,12 @@ class ChatReply:
     def opening(self) -> list[ChatCompletionChunk]:
         return [self._chunk(i, ChoiceDelta(role="assistant")) for i in range(self._choices)]
 
-    def chunks(self, index: int, event: ChatEvent) -> list[ChatCompletionChunk]:
+    def chunks(self, index: int, event: ChatEvent, logprobs: EventLogprobs | None = None) -> list[ChatCompletionChunk]:
         match event:
+            case TextEvent() if logprobs is not None:
+                self._begun.add(index)
+                entries = chat_entries(self._decoder, logprobs.tokens)
+                return [self._chunk(index, _delta(event), logprobs=ChunkLogprobs(content=entries, refusal=None))]
             case TextEvent() | ReasoningEvent() | ToolCallEvent() | ArgumentsEvent():
                 self._begun.add(index)
                 return [self._chunk(index, _delta(event))]
@@ -228,12 +250,19 @@ class ChatReply:
         return ChatCompletion(
             **vars(self._head),
             object="chat.completion",
-            choices=[_fold_choice(index, choice.events) for index, choice in enumerate(choices)],
+            choices=[self._fold_choice(index, choice) for index, choice in enumerate(choices)],
             usage=usage_of(choices, self._choices),
         )
 
-    def _chunk(self, index: int, delta: ChoiceDelta, finish_reason: Any = None) -> ChatCompletionChunk:
-        choice = ChunkChoice(index=index, delta=delta, finish_reason=finish_reason)
+    def _fold_choice(self, index: int, done: Finished) -> Choice:
+        choice = _fold_choice(index, done.events)
+        choice.logprobs = chat_logprobs(self._decoder, aligned(done))
+        return choice
+
+    def _chunk(
+        self, index: int, delta: ChoiceDelta, finish_reason: Any = None, logprobs: ChunkLogprobs | None = None
+    ) -> ChatCompletionChunk:
+        choice = ChunkChoice(index=index, delta=delta, finish_reason=finish_reason, logprobs=logprobs)
         return ChatCompletionChunk(**vars(self._head), object="chat.completion.chunk", choices=[choice])
 
 

@@ -30,6 +30,7 @@ from cai_runtime.convert.sources import pulled
 from cai_runtime.errors import OptionTypeError, OptionValueError
 from cai_runtime.formats.base import Format
 from cai_runtime.formats.find import find_format
+from cai_runtime.formats.infill import Infill
 from cai_runtime.grammars import Grammars
 from cai_runtime.home import cai_home, existing
 from cai_runtime.models.catalog import catalog
@@ -82,6 +83,11 @@ class OpenModel:
     def format(self) -> Format:
         """How this model converses. Found at the first chat; hold `tokenizer_lock`."""
         return find_format(self.tokenizer, _config(self.path), self.format_name)
+
+    @cached_property
+    def infill(self) -> Infill | None:
+        """How this model writes between two texts; None if it does not. Hold `tokenizer_lock`."""
+        return Infill.find(self.tokenizer)
 
     @cached_property
     def grammars(self) -> Grammars:

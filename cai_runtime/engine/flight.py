@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from cai_runtime.engine.masks import MaskedRow, dead_end
 from cai_runtime.engine.runner import Pass, PendingSampled
-from cai_runtime.engine.sampling import SequenceSampler, tokens_or_errors
+from cai_runtime.engine.sampling import SequenceSampler, TokenScorer, logprobs_of, tokens_or_errors
 from cai_runtime.engine.scheduler import Planned
 from cai_runtime.engine.sequence import Sequence
 from cai_runtime.kernels.sampling import NOTHING_ALLOWED, Sampled
@@ -21,12 +21,13 @@ class Launched:
     made: Pass | None = None
     sampled: PendingSampled | None = None
     error: Exception | None = None  # the launch failed
-    samplers: list[SequenceSampler] = field(default_factory=list)  # of the wanted rows
+    samplers: list[SequenceSampler | TokenScorer] = field(default_factory=list)  # of the wanted rows
     positions: list[int] = field(default_factory=list)  # of the rows' tokens
     drafted: dict[int, list[int] | tuple[int, ...]] = field(default_factory=dict)  # row -> tokens before it
     masked: list[MaskedRow] = field(default_factory=list)
     mask_errors: dict[int, Exception] = field(default_factory=dict)  # by row
     tokens: list[int | Exception] = field(default_factory=list)  # instead of `sampled`
+    found: Sampled | None = None  # once it was waited for, where rows want logprobs
 
     def wait(self) -> list[int | Exception]:
         """For each row the sampled token, or the error that its sequence alone fails with. Raises what the pass failed
@@ -39,6 +40,7 @@ class Launched:
             return self.tokens
         try:
             sampled = self.sampled.wait()
+            self.found = sampled if sampled.logprobs is not None else None
             tokens = tokens_or_errors(sampled, self.positions)
             return self._with_mask_errors(sampled, tokens) if self.masked else tokens
         except Exception as error:  # noqa: BLE001 - such as a device out of memory
@@ -64,6 +66,33 @@ class Flight:
     parts: list[Launched]
     begin: float
     prompt_tokens: int
+
+
+def take_rows(
+    planned: Planned, rows: list[int | Exception], found: Sampled | None, at: int
+) -> tuple[int, Exception | None]:
+    """Give a sequence what its rows of a step have: logprobs of its prompt, then tokens, with their logprobs if it wants
+    them. at: of its first row in `found`. Returns as `append_sampled`."""
+    sequence = planned.sequence
+    if not sequence.asks_more:  # nearly always
+        return append_sampled(sequence, planned.draft, rows)
+    params, scored = sequence.request.sampling, planned.scored
+    if scored:
+        error = next((row for row in rows[:scored] if isinstance(row, Exception)), None)
+        if error is not None:
+            return 0, error
+        assert found is not None and params.prompt_logprobs is not None and sequence.prompt_logprobs is not None
+        first = len(sequence.prompt_logprobs)
+        ids = sequence.token_ids[first : first + scored]
+        sequence.add_prompt_logprobs(logprobs_of(found, ids, at, params.prompt_logprobs))
+    rows, known = rows[scored:], len(sequence.token_ids)
+    if not params.max_tokens:  # the row says whether the model is sound, but its token is not wanted
+        return 0, next((row for row in rows if isinstance(row, Exception)), None)
+    count, error = append_sampled(sequence, planned.draft, rows)
+    if count and sequence.logprobs is not None:
+        assert found is not None and params.logprobs is not None
+        sequence.logprobs += logprobs_of(found, sequence.token_ids[known:], at + scored, params.logprobs)
+    return count, error
 
 
 def append_sampled(

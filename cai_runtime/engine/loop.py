@@ -11,7 +11,7 @@ from functools import partial
 
 from cai_runtime.engine.cache import CacheManager
 from cai_runtime.engine.cache_groups import groups_of
-from cai_runtime.engine.flight import Flight, Launched, append_sampled, forget_frames
+from cai_runtime.engine.flight import Flight, Launched, forget_frames, take_rows
 from cai_runtime.engine.masks import MaskedRow, fill_masks
 from cai_runtime.engine.outbox import TokenLog, deliver
 from cai_runtime.engine.pacing import PrefillPace, StepLimits
@@ -19,7 +19,7 @@ from cai_runtime.engine.proposers import Proposer, checked_draft
 from cai_runtime.engine.request import Delta
 from cai_runtime.engine.runner import Runner, SimpleRunner
 from cai_runtime.engine.runner_thread import launching
-from cai_runtime.engine.sampling import sampling_batch
+from cai_runtime.engine.sampling import TokenScorer, sampling_batch
 from cai_runtime.engine.scheduler import Planned, Scheduler
 from cai_runtime.engine.sequence import Sequence
 from cai_runtime.engine.stats import EngineStats
@@ -186,13 +186,18 @@ class EngineLoop:
             if sequence.prompt.encoder is not None:
                 step.encode += cache.encoder_passes(sequence)
             end = feed.start + len(feed.ids)
-            if sequence.mask is not None and feed.wanted:
+            if planned.scored:
+                first, k = end - feed.wanted + 1, sequence.request.sampling.prompt_logprobs
+                scored = range(first, first + planned.scored)
+                samplers += [TokenScorer(sequence.token_ids[position], k or 0) for position in scored]
+                positions += scored
+            if sequence.mask is not None and feed.wanted > planned.scored:
                 launched.masked.append(MaskedRow(len(samplers), sequence.mask, planned.draft, sequence.ends))
-            for i in range(feed.wanted):
+            for i in range(feed.wanted - planned.scored):
                 if i:
                     launched.drafted[len(samplers)] = planned.draft[:i]
                 samplers.append(sequence.sampler)
-                positions.append(end - feed.wanted + i + 1)
+                positions.append(end - feed.wanted + planned.scored + i + 1)
         try:
             launched.made = self._runner.launch(step)
         except Exception as error:  # noqa: BLE001 - as if the pass had failed later
@@ -259,7 +264,7 @@ class EngineLoop:
             self.stats.retries += 1
             logger.warning("the model failed on a step of %s: trying halves (%r)", _size(part), error)
         else:
-            self._take(launched.part, tokens)
+            self._take(launched, tokens)
             return True
         return self._try_halves(part)
 
@@ -289,21 +294,20 @@ class EngineLoop:
         """Whether its request has not ended, such as by a stop string or an abort while a step was under way."""
         return sequence.log in self._sequences
 
-    def _take(self, part: list[Planned], tokens: list[int | Exception]) -> None:
+    def _take(self, launched: Launched, tokens: list[int | Exception]) -> None:
         """Give the sequences of a step that went through their tokens. Text that ends now makes room for the next step; the
         rest of the text waits until that is launched."""
         self.stats.steps += 1
         now = self.clock()
         at = 0
-        for planned in part:
+        for planned in launched.part:
             sequence, wanted = planned.sequence, planned.feed.wanted
-            rows = tokens[at : at + wanted]
-            at += wanted
+            first, at = at, at + wanted
             if not self._is_alive(sequence):
                 continue
-            count, error = append_sampled(sequence, planned.draft, rows)
+            count, error = take_rows(planned, tokens[first:at], launched.found, first)
             self.scheduler.advance(planned, count)
-            if not wanted:
+            if wanted == planned.scored and error is None:  # nothing but a part of a prompt
                 continue
             if planned.draft:
                 self.stats.tokens_drafted += len(planned.draft)

@@ -260,7 +260,7 @@ def finished(events):
 
 
 def folded(choices):
-    return ChatReply(HEAD, len(choices), True).fold([finished(events) for events in choices])
+    return ChatReply(HEAD, len(choices), True, decoder=None).fold([finished(events) for events in choices])
 
 
 def cut_up(data, answer):
@@ -289,7 +289,7 @@ def test_the_reply_is_the_fold_of_the_stream(data):
     answers = data.draw(st.lists(ANSWERS, min_size=1, max_size=2))
     choices = [cut_up(data, answer) for answer in answers]
     reply = folded(choices)
-    stream = ChatReply(HEAD, len(choices), True)
+    stream = ChatReply(HEAD, len(choices), True, decoder=None)
     chunks = stream.opening()
     waiting = [list(events) for events in choices]
     while any(waiting):

@@ -67,7 +67,6 @@ SHARED = {
     "extra_query": ([{}, {"a": "b"}, None], [3, []]),
     "tool_choice": (["none", "auto", None], ["required", 3]),
     "tools": ([[], None], [3, "f"]),
-    "logprobs": ([None], [True, 0, 5]),
     "extra_body": ([{}, {"top_k": 3}, None], [[], "x", {1: 2}]),
     "response_format": ([{"type": "text"}, {"type": "json_object"}, None], ["text", 3, [{"type": "text"}]]),
     "regex": (["[0-9]+", "", None], ["(", "(?=a)", 3, ["a"]]),
@@ -80,8 +79,8 @@ CHAT = {
     "reasoning_effort": (["none", "low", "medium", "high", "xhigh", "max", None], ["minimal", "", 3]),
     "reasoning_enabled": ([True, False, None], [1, "yes"]),
     "reasoning_max_tokens": ([1, 10**6, None], [0, -1, 1.5, True]),
-    "top_logprobs": ([None], [0, 5]),
-    "logprobs": ([False, None], [True, 0, "no"]),
+    "top_logprobs": ([0, None], [-1, 21, 5, 1.0, True]),  # 5 without `logprobs`
+    "logprobs": ([True, False, np.bool_(True), None], [0, 5, "no"]),
     "functions": ([[], None], [[{}]]),
     "function_call": (["none", "auto", None], [{"name": "f"}]),
     "store": ([False, None], [True, 0]),
@@ -98,8 +97,9 @@ COMPLETIONS = {
     "tools": ([[], None], [[{"type": "function", "function": {"name": "f"}}], "f"]),
     "tool_choice": (["none", "auto", None], ["required", {"type": "function"}, 3]),
     "echo": ([True, False, None], [1, "yes"]),
-    "suffix": (["", None], ["x"]),
-    "best_of": ([1, None], [2, True]),
+    "suffix": (["", "x", None], [3, b"x", ["x"]]),
+    "best_of": ([1, 2, 128, None], [0, 129, True, 1.0]),
+    "logprobs": ([0, 5, np.int64(3), None], [-1, 6, True, False, 1.0, "1"]),
 }
 TABLES = [(chat, {**SHARED, **CHAT}), (completions, {**SHARED, **COMPLETIONS})]
 

@@ -305,6 +305,12 @@ def expected():
 
 
 @pytest.fixture(scope="session")
+def logits_behind():
+    """logits_behind(tokens): the row of logits by the definition of the model alone."""
+    return lambda tokens: logits_of(fold(tokens))
+
+
+@pytest.fixture(scope="session")
 def prompts():
     rng = np.random.default_rng(0)
     return [rng.integers(0, 90, size=int(n)).tolist() for n in rng.integers(1, 60, size=24)]
