@@ -77,13 +77,13 @@ def _local_model(host: ModelHost, name: str) -> Model:
     the model as text; None if it can't chat."""
     path = host.registered.get(name) or host.directory(name)
     assert path is not None, "the caller has looked"
-    tools = tools_of(path)
+    tools, chats = tools_of(path), bool(template_of(path)[0])
     capabilities = Capabilities(
         supports_audio=False,
         supports_image=False,
         supports_function_calling=tools is not None,
-        support_chat_completion=bool(template_of(path)[0]),
-        supports_responses=False,
+        support_chat_completion=chats,
+        supports_responses=chats,
     )
     try:
         created = int((path / "config.json").stat().st_mtime)

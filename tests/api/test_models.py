@@ -86,7 +86,8 @@ def test_local_models_follow(new_client, checkpoint, model_dir, valid):
         valid(model, Model)
         assert model.owned_by == "local" and client.models.retrieve(model.id) == model
     assert [model.parameters_number for model in own] == ["1.25K", "unknown", "1.25K"]
-    assert [model.capabilities["support_chat_completion"] for model in own] == [True, False, True]
+    for capability in ("support_chat_completion", "supports_responses", "supports_function_calling"):
+        assert [model.capabilities[capability] for model in own] == [True, False, True]
     assert own[0].created == int((checkpoint / "config.json").stat().st_mtime)
 
 
