@@ -48,3 +48,12 @@ def test_a_call_its_result_and_the_answer(client):
     deltas = [delta for chunk in chunks for delta in chunk.choices[0].delta.tool_calls or ()]
     assert [delta.function.name for delta in deltas if delta.id] == ["get_weather"]
     assert "".join(delta.function.arguments for delta in deltas) == call.function.arguments
+
+
+def test_a_named_function_is_called_once(client):
+    named = {"type": "function", "function": {"name": "get_time"}}
+    reply = client.chat.completions.create(
+        messages=QUESTION, tools=TOOLS, tool_choice=named, temperature=0, max_tokens=100
+    )
+    (call,) = reply.choices[0].message.tool_calls
+    assert call.function.name == "get_time" and reply.choices[0].finish_reason == "tool_calls"

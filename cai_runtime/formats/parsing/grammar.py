@@ -74,7 +74,8 @@ def answer_grammar(format: MarkedFormat, turn: Turn) -> str | None:
     if answer is None and not held:
         return None
     rules = Rules(format.markers)
-    call, several = "", conversation.parallel_tool_calls
+    # A function that is named is called once, as by OpenAI's API.
+    call, several = "", conversation.parallel_tool_calls and not isinstance(choice, Tool)
     if tools:
         places = {tool.name: f"tools[{i}].function.parameters" for i, tool in enumerate(conversation.tools)}
         one = [
