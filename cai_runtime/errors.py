@@ -143,7 +143,16 @@ class ConversationError(CaiError):
 
 
 class InvalidRequestError(EngineError):
-    """A request is malformed: no prompt tokens, a token id outside the vocabulary, max_tokens below 1."""
+    """A request is malformed: no prompt tokens, a token id outside the vocabulary, max_tokens below 0."""
+
+
+class GrammarError(EngineError):
+    """A grammar can't be compiled, takes too much to compile or to follow, or leaves no token. `.param` is the parameter
+    that it came from, such as `response_format`, where that is known."""
+
+    def __init__(self, message: str, *, param: str | None = None):
+        self.param = param
+        super().__init__(message)
 
 
 class QueueFullError(EngineError):

@@ -118,8 +118,9 @@ class SamplingBatch:
 
     rows: ROW [n], `uniform` filled in. tables: of each row, what its addresses point to. mask: uint32
     [n, ceil(vocabulary / 32)] or None; bit t % 32 of word t // 32 says whether token t is allowed. logprobs: int8 [n] or
-    None; -1 none, 0 the sampled token's, k also the k greatest. custom: row number -> logits processor. address: of the
-    first row; numpy takes a microsecond to say it, so a maker that knows it hands it over.
+    None; -1 none, 0 the sampled token's, k also the k greatest. scored: int32 [n] or None; the token whose logprob is given
+    in place of the sampled one's, -1 for none. custom: row number -> logits processor. address: of the first row; numpy
+    takes a microsecond to say it, so a maker that knows it hands it over.
     """
 
     rows: np.ndarray
@@ -128,6 +129,7 @@ class SamplingBatch:
     logprobs: np.ndarray | None = None
     custom: Mapping[int, LogitsProcessor] = field(default_factory=dict)
     address: int | None = None
+    scored: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.rows.dtype != ROW or self.rows.ndim != 1 or not self.rows.flags.c_contiguous:
@@ -149,7 +151,8 @@ class SamplingBatch:
         custom = {i: self.custom[int(row)] for i, row in enumerate(rows) if int(row) in self.custom}
         mask = None if self.mask is None else np.ascontiguousarray(self.mask[rows])
         logprobs = None if self.logprobs is None else self.logprobs[rows]
-        return SamplingBatch(self.rows[rows], [self.tables[row] for row in rows], mask, logprobs, custom)
+        scored = None if self.scored is None else self.scored[rows]
+        return SamplingBatch(self.rows[rows], [self.tables[row] for row in rows], mask, logprobs, custom, scored=scored)
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise KernelError unless the batch fits logits of this shape."""
@@ -162,16 +165,22 @@ class SamplingBatch:
                     f"SamplingBatch.mask is {self.mask.dtype} {list(self.mask.shape)}, expected contiguous uint32 "
                     f"{list(words)}"
                 )
+        if self.scored is not None and (self.scored >= shape[1]).any():
+            raise KernelError(f"SamplingBatch.scored names token {self.scored.max()} of a vocabulary of {shape[1]}")
+
+    def listed(self, ids: np.ndarray) -> np.ndarray:
+        """int32 [n]: whose logprobs are wanted where `ids` were sampled."""
+        return ids if self.scored is None else np.where(self.scored >= 0, self.scored, ids)
 
 
 @dataclass(frozen=True, eq=False)
 class Sampled:
     """Tokens of the rows, on the host.
 
-    ids: int32 [n], -1 where the status is not OK. status: uint8 [n]. logprobs: fp32 [n] or None, of the sampled tokens; NaN
-    for rows that want none. top: (ids int32 [n, k], logprobs fp32 [n, k]) or None: the greatest by falling logit, equal ones
-    by id, k the most that a row wants; id -1 and the floor where a row wants fewer. errors: row number -> what its custom
-    processor raised (status PROCESSOR_FAILED).
+    ids: int32 [n], -1 where the status is not OK. status: uint8 [n]. logprobs: fp32 [n] or None, of the sampled or scored
+    tokens; NaN for rows that want none. top: (ids int32 [n, k], logprobs fp32 [n, k]) or None: the greatest by falling
+    logit, equal ones by id, k the most that a row wants; id -1 and the floor where a row wants fewer. errors: row number ->
+    what its custom processor raised (status PROCESSOR_FAILED).
     """
 
     ids: np.ndarray
@@ -218,6 +227,7 @@ def new_batch(
     mask: np.ndarray | None = None,
     logprobs: np.ndarray | None = None,
     custom: Mapping[int, LogitsProcessor] | None = None,
+    scored: np.ndarray | None = None,
 ) -> SamplingBatch:
     """A `SamplingBatch` of copies of single rows (bytes of ROW), with `positions`, and `uniform` filled in.
 
@@ -231,7 +241,7 @@ def new_batch(
         tables[i] = other
         other.write(array[i : i + 1])
     _function("sampling_uniforms")(address, len(rows))
-    return SamplingBatch(array, tables, mask, logprobs, custom or {}, address)
+    return SamplingBatch(array, tables, mask, logprobs, custom or {}, address, scored)
 
 
 def address_of(memory: bytearray) -> int:
@@ -281,7 +291,7 @@ def sample_cpu(logits: Any, batch: SamplingBatch) -> Sampled:
         ids[row], status[row] = -1, PROCESSOR_FAILED
     if raw is None:
         return Sampled(ids, status, errors=errors)
-    return Sampled(ids, status, raw.of(ids), raw.top, errors)
+    return Sampled(ids, status, raw.of(batch.listed(ids)), raw.top, errors)
 
 
 class _RawLogprobs:
@@ -293,8 +303,9 @@ class _RawLogprobs:
         self._which = np.flatnonzero(batch.logprobs >= 0).astype(np.int32)
         self._count = count
         # A custom processor changes its row: keep what it was. Other rows are as before once they are sampled, except for
-        # banned tokens, which are not sampled.
-        kept = {int(row): logits[row].copy() for row in self._which if row in batch.custom}
+        # tokens that the mask bans, which are not sampled, but may be scored.
+        masks_scored = batch.mask is not None and batch.scored is not None
+        kept = {int(row): logits[row].copy() for row in self._which if masks_scored or row in batch.custom}
         self._rows = [kept.get(int(row), logits[row]) for row in self._which]
         wanted = batch.logprobs[self._which]
         k = int(wanted.max(initial=0))

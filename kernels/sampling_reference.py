@@ -108,7 +108,8 @@ def sample_reference(logits, batch: SamplingBatch) -> Sampled:
     top = np.full((count, k), -1, np.int32), np.full((count, k), LOGPROB_FLOOR, np.float32)
     for i in np.flatnonzero(batch.logprobs >= 0).tolist():
         values, wanted = logprobs(raw[i]), min(int(batch.logprobs[i]), vocabulary)
-        found[i] = values[ids[i]] if ids[i] >= 0 else LOGPROB_FLOOR
+        listed = int(batch.listed(ids)[i])
+        found[i] = values[listed] if listed >= 0 else LOGPROB_FLOOR
         if np.isfinite(raw[i].max()) and wanted:
             top[0][i, :wanted] = np.argsort(-raw[i], kind="stable")[:wanted]
             top[1][i, :wanted] = values[top[0][i, :wanted]]

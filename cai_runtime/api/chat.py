@@ -2,50 +2,100 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Required
+from typing import Annotated, Any, Literal, Required
 
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage
 from openai.types.chat.chat_completion import Choice
 from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
-from openai.types.chat.chat_completion_chunk import ChoiceDelta
-from pydantic import SkipValidation, TypeAdapter, with_config
+from openai.types.chat.chat_completion_chunk import ChoiceDelta, ChoiceDeltaToolCall, ChoiceDeltaToolCallFunction
+from openai.types.chat.chat_completion_chunk import ChoiceLogprobs as ChunkLogprobs
+from openai.types.chat.chat_completion_message_function_tool_call import (
+    ChatCompletionMessageFunctionToolCall,
+    Function,
+)
+from openai.types.chat.chat_completion_message_tool_call import ChatCompletionMessageToolCallUnion
+from pydantic import Field, SkipValidation, TypeAdapter, with_config
 
 from cai_runtime.api.errors import as_api_errors
 from cai_runtime.api.generation import Generation
 from cai_runtime.api.host import OpenModel
+from cai_runtime.api.logprobs import (
+    MAX_CHAT_TOP,
+    EventLogprobs,
+    aligned,
+    chat_count,
+    chat_entries,
+    chat_logprobs,
+)
 from cai_runtime.api.params import (
     STRICT,
     UNSUPPORTED,
-    GenerationParams,
+    AnswerParams,
     choice_seed,
     sampling_params,
     validated,
 )
+from cai_runtime.api.structured import answer_of, param_of
 from cai_runtime.api.usage import ReplyHead, usage_of
-from cai_runtime.api.values import Flag
+from cai_runtime.api.values import Flag, Whole
+from cai_runtime.engine.detokenizer import TokenDecoder
+from cai_runtime.engine.masks import MaskFactory
 from cai_runtime.engine.request import Finished, Request
-from cai_runtime.formats.conversation import Conversation
-from cai_runtime.formats.events import ChatEvent, EndEvent, TextEvent
-from cai_runtime.formats.messages import Message, parse_messages
+from cai_runtime.errors import ConversationError
+from cai_runtime.formats.budget import budgeted
+from cai_runtime.formats.conversation import Conversation, Prepared, Reasoning
+from cai_runtime.formats.events import (
+    ArgumentsEvent,
+    ChatEvent,
+    EndEvent,
+    MarkerEvent,
+    ReasoningEvent,
+    TextEvent,
+    ToolCallEvent,
+)
+from cai_runtime.formats.messages import parse_messages
+from cai_runtime.formats.tools import parse_tools
+from cai_runtime.scalars import shown
 
 
 @with_config(STRICT)
-class ChatParams(GenerationParams, total=False):
+class ChatParams(AnswerParams, total=False):
     """Keyword arguments of `chat.completions.create`, besides `stream` (default false).
 
     messages: the conversation; see `cai_runtime.formats.messages.parse_messages`.
-    chat_template: the name of one of the model's chat templates. Default: the one named "default", or the only one.
-    parallel_tool_calls: accepted; there are no tool calls yet for it to govern.
+    chat_template: the name of one of the model's chat templates. Default: the one named "default", or the only one; with
+        tools the one named "tool_use", if there is one.
+    tools: functions that the model may call, `{"type": "function", "function": {...}}`. A model whose chat template takes
+        no tools gets them as text in the system's message.
+    tool_choice: "auto" (the default with tools), "none" (the model is told of no tools), "required", `{"type": "function",
+        "function": {"name": ...}}`, or `{"type": "allowed_tools", ...}`, which leaves the other tools out.
+    parallel_tool_calls: whether the answer may hold several calls. Default true.
+    reasoning_enabled: whether the model thinks before it answers. Default: as its chat template has it, and true for models
+        named with -r.
+    reasoning_effort: none, low, medium, high, xhigh or max; the levels that the model has.
+    reasoning_max_tokens: at least 1; the thought is closed after so many tokens. Default: no limit of its own.
 
-    The others are those of GenerationParams. `tools`, `tool_choice`, `reasoning_effort`, `reasoning_enabled`,
-    `response_format`, `logprobs` and `top_logprobs` are refused, but for the values that ask for nothing.
+    logprobs: whether the reply lists the logprob of each token of the visible content. Default false.
+    top_logprobs: 0 to 20, with `logprobs`: that many of the likeliest tokens beside each. Default 0.
+
+    The others are those of AnswerParams and GenerationParams. `functions` and `function_call`, which are deprecated, are
+    refused, but for the values that ask for nothing.
     """
 
-    messages: Required[Annotated[Iterable[Any], SkipValidation]]  # parse_messages checks them: its errors name places
+    # Checked by parse_messages and parse_tools: their errors name places.
+    messages: Required[Annotated[Iterable[Any], SkipValidation]]
+    tools: Annotated[Iterable[Any], SkipValidation] | None
+    tool_choice: Annotated[str | Mapping[str, Any], SkipValidation] | None
     chat_template: str | None
     parallel_tool_calls: Flag | None
+    reasoning_enabled: Flag | None
+    reasoning_effort: Literal["none", "low", "medium", "high", "xhigh", "max"] | None
+    reasoning_max_tokens: Annotated[Whole, Field(ge=1)] | None
+    logprobs: Flag | None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_CHAT_TOP)] | None
 
 
 @with_config(STRICT)
@@ -54,17 +104,19 @@ class _ChatCall(ChatParams, total=False):
 
 
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(_ChatCall)
-_NAMES = frozenset(_ChatCall.__annotations__) | frozenset(UNSUPPORTED) - {"best_of", "suffix"}
+_NAMES = frozenset(_ChatCall.__annotations__) | frozenset(UNSUPPORTED)
 
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A checked call. `params` holds what was given, of the right types and ranges."""
+    """A checked call. `params` holds what was given, of the right types and ranges. reasons: whether the model was named as
+    one that reasons by default."""
 
     model: str | None
-    messages: list[Message]
+    conversation: Conversation
     params: Mapping[str, Any]
     stream: bool
+    reasons: bool = False
 
 
 def parse(params: Mapping[str, Any]) -> ChatRequest:
@@ -73,12 +125,17 @@ def parse(params: Mapping[str, Any]) -> ChatRequest:
     Raises:
         BadRequestError: naming the parameter at fault.
     """
-    if isinstance(params.get("messages"), Iterator):
-        params = {**params, "messages": list(params["messages"])}  # it is looked at twice
+    # They are looked at twice.
+    params = {key: list(value) if isinstance(value, Iterator) else value for key, value in params.items()}
     rest = validated(_ADAPTER, params, names=_NAMES)
     with as_api_errors():
         messages = parse_messages(rest.pop("messages"))
-    return ChatRequest(rest.pop("model", None), messages, rest, rest.pop("stream", False))
+        tools = parse_tools(*(rest.pop(name, None) for name in ("tools", "tool_choice", "parallel_tool_calls")))
+    reasoning = Reasoning(*(rest.pop(f"reasoning_{name}", None) for name in ("enabled", "effort", "max_tokens")))
+    chat_count(rest)
+    template, answer = rest.pop("chat_template", None), answer_of(rest)
+    conversation = Conversation(tuple(messages), **tools, reasoning=reasoning, answer=answer, template=template)
+    return ChatRequest(rest.pop("model", None), conversation, rest, rest.pop("stream", False))
 
 
 def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[ChatCompletionChunk, ChatCompletion]:
@@ -86,12 +143,11 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
 
     Raises:
         BadRequestError: the model has no chat template or none of this name, its template refuses the messages, or
-            they don't fit the context.
+            they don't fit the context; or it lacks the reasoning or the tools that the request asks for.
     """
-    opened.check_characters(sum(_characters(message.content) for message in request.messages), "messages")
-    with as_api_errors(), opened.tokenizer_lock:
-        conversation = Conversation(tuple(request.messages), template=request.params.get("chat_template"))
-        prepared = opened.format.prepare(conversation)
+    opened.check_characters(_characters(request.conversation), "messages")
+    grammar_param = "tools" if request.conversation.answer is None else param_of(request.params)
+    prepared, mask = prepare_conversation(request.conversation, request.reasons, name, opened, grammar_param)
     sampling = sampling_params(
         request.params,
         prompt_tokens=len(prepared.prompt_ids),
@@ -102,6 +158,7 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
         defaults=opened.defaults,
         context_limit=opened.engine.context_limit,
     )
+    sampling = replace(sampling, logprobs=chat_count(request.params))
     head = ReplyHead.new("chatcmpl", name)
     choices = request.params.get("n", 1)
     requests = [
@@ -110,37 +167,78 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
             replace(sampling, seed=choice_seed(sampling.seed, i)),
             request_id=f"{head.id}/{i}",
             output=prepared.output,
+            mask=mask,
         )
         for i in range(choices)
     ]
     include_usage = (request.params.get("stream_options") or {}).get("include_usage") or False
-    return Generation(requests, ChatReply(head, choices, include_usage))
+    return Generation(requests, ChatReply(head, choices, include_usage, opened.engine.decoder))
 
 
-def _characters(content: str | Sequence[str]) -> int:
-    """Of a text, or of a list of texts."""
-    return len(content) if isinstance(content, str) else sum(map(len, content))
+def prepare_conversation(
+    conversation: Conversation, reasons: bool, name: str, opened: OpenModel, grammar_param: str
+) -> tuple[Prepared, MaskFactory | None]:
+    """What the model's format makes of a conversation, and the mask of its grammar and of the thought's budget.
+
+    Args:
+        reasons: whether the model was named as one that reasons by default.
+        name: of the model, as the request has it.
+        grammar_param: the parameter that the grammar comes from, for errors.
+
+    Raises:
+        BadRequestError: the format or the grammar refuses it.
+    """
+    by_default = reasons and conversation.reasoning.enabled is None and conversation.reasoning.effort is None
+    if by_default:
+        conversation = replace(conversation, reasoning=replace(conversation.reasoning, enabled=True))
+    with as_api_errors():
+        try:
+            with opened.tokenizer_lock:
+                prepared = opened.format.prepare(conversation)
+        except ConversationError as error:
+            if not (by_default and error.param == "reasoning_enabled"):
+                raise
+            message = f"The model {shown(name)} asks for reasoning by default, which it can't do: {error}"
+            raise ConversationError(message, param="model", capability=error.capability) from error
+        # Without the lock: a grammar takes up to seconds.
+        mask = None if prepared.grammar is None else opened.grammars.mask(prepared.grammar, grammar_param)
+    return prepared, budgeted(prepared.budget, mask)
+
+
+def _characters(conversation: Conversation) -> int:
+    """Of the messages and tools."""
+    tools = sum(len(json.dumps(tool.parameters)) + len(tool.description or "") for tool in conversation.tools)
+    return tools + sum(message.characters for message in conversation.messages)
 
 
 class ChatReply:
-    """Builds a ChatCompletion, or its chunks, from the events of `choices` sequences."""
+    """Builds a ChatCompletion, or its chunks, from the events of `choices` sequences. decoder: of the engine."""
 
-    def __init__(self, head: ReplyHead, choices: int, include_usage: bool):
+    def __init__(self, head: ReplyHead, choices: int, include_usage: bool, decoder: TokenDecoder):
+        self._decoder = decoder
         self._head = head
         self._choices = choices
         self._include_usage = include_usage
+        self._begun: set[int] = set()  # choices of which a stream has shown something
 
     def opening(self) -> list[ChatCompletionChunk]:
-        return [self._chunk(i, ChoiceDelta(role="assistant", content="")) for i in range(self._choices)]
+        return [self._chunk(i, ChoiceDelta(role="assistant")) for i in range(self._choices)]
 
-    def chunk(self, index: int, event: ChatEvent) -> ChatCompletionChunk:
+    def chunks(self, index: int, event: ChatEvent, logprobs: EventLogprobs | None = None) -> list[ChatCompletionChunk]:
         match event:
-            case TextEvent():
-                return self._chunk(index, ChoiceDelta(content=event.text))
+            case TextEvent() if logprobs is not None:
+                self._begun.add(index)
+                entries = chat_entries(self._decoder, logprobs.tokens)
+                return [self._chunk(index, _delta(event), logprobs=ChunkLogprobs(content=entries, refusal=None))]
+            case TextEvent() | ReasoningEvent() | ToolCallEvent() | ArgumentsEvent():
+                self._begun.add(index)
+                return [self._chunk(index, _delta(event))]
             case EndEvent():
-                return self._chunk(index, ChoiceDelta(), event.finish_reason)
-            case _:
-                raise AssertionError(f"{event!r} in a plain answer")
+                # An answer of nothing at all is an empty text, in the stream as in the reply.
+                delta = ChoiceDelta() if index in self._begun else ChoiceDelta(content="")
+                return [self._chunk(index, delta, event.finish_reason)]
+            case MarkerEvent():
+                return []
 
     def closing(self, choices: Sequence[Finished]) -> list[ChatCompletionChunk]:
         if not self._include_usage:
@@ -152,17 +250,65 @@ class ChatReply:
         return ChatCompletion(
             **vars(self._head),
             object="chat.completion",
-            choices=[_fold_choice(index, choice.events) for index, choice in enumerate(choices)],
+            choices=[self._fold_choice(index, choice) for index, choice in enumerate(choices)],
             usage=usage_of(choices, self._choices),
         )
 
-    def _chunk(self, index: int, delta: ChoiceDelta, finish_reason: Any = None) -> ChatCompletionChunk:
-        choice = ChunkChoice(index=index, delta=delta, finish_reason=finish_reason)
+    def _fold_choice(self, index: int, done: Finished) -> Choice:
+        choice = _fold_choice(index, done.events)
+        choice.logprobs = chat_logprobs(self._decoder, aligned(done))
+        return choice
+
+    def _chunk(
+        self, index: int, delta: ChoiceDelta, finish_reason: Any = None, logprobs: ChunkLogprobs | None = None
+    ) -> ChatCompletionChunk:
+        choice = ChunkChoice(index=index, delta=delta, finish_reason=finish_reason, logprobs=logprobs)
         return ChatCompletionChunk(**vars(self._head), object="chat.completion.chunk", choices=[choice])
+
+
+def _delta(event: TextEvent | ReasoningEvent | ToolCallEvent | ArgumentsEvent) -> ChoiceDelta:
+    match event:
+        case TextEvent():
+            return ChoiceDelta(content=event.text)
+        case ReasoningEvent():
+            thought: dict[str, Any] = {"reasoning_content": event.text}  # beyond OpenAI's fields, as elsewhere
+            return ChoiceDelta(**thought)
+        case ToolCallEvent():
+            function = ChoiceDeltaToolCallFunction(name=event.name, arguments="")
+            call = ChoiceDeltaToolCall(index=event.index, id=event.call_id, type="function", function=function)
+        case ArgumentsEvent():
+            call = ChoiceDeltaToolCall(index=event.index, function=ChoiceDeltaToolCallFunction(arguments=event.text))
+    return ChoiceDelta(tool_calls=[call])
 
 
 def _fold_choice(index: int, events: Sequence[ChatEvent]) -> Choice:
     text = "".join(event.text for event in events if isinstance(event, TextEvent))
+    thought = "".join(event.text for event in events if isinstance(event, ReasoningEvent))
+    calls = fold_calls(events)
     (end,) = (event for event in events if isinstance(event, EndEvent))
-    message = ChatCompletionMessage(role="assistant", content=text, refusal=None)
+    more: dict[str, Any] = {"reasoning_content": thought or None}
+    message = ChatCompletionMessage(
+        role="assistant",
+        content=None if not text and (thought or calls) else text,
+        refusal=None,
+        tool_calls=calls or None,
+        **more,
+    )
     return Choice(index=index, message=message, finish_reason=end.finish_reason, logprobs=None)
+
+
+def fold_calls(events: Sequence[ChatEvent]) -> list[ChatCompletionMessageToolCallUnion]:
+    """The calls of an answer, whole, in their order."""
+    arguments: dict[int, list[str]] = {}
+    for event in events:
+        if isinstance(event, ArgumentsEvent):
+            arguments.setdefault(event.index, []).append(event.text)
+    return [
+        ChatCompletionMessageFunctionToolCall(
+            id=event.call_id,
+            type="function",
+            function=Function(name=event.name, arguments="".join(arguments.get(event.index, ()))),
+        )
+        for event in events
+        if isinstance(event, ToolCallEvent)
+    ]

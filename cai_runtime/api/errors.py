@@ -160,6 +160,8 @@ def api_error(error: BaseException) -> APIError:
             return BadRequestError(message, param=error.param, code=code)
         case library.RequestTooLargeError():
             return BadRequestError(message, code="context_length_exceeded")
+        case library.GrammarError():
+            return BadRequestError(message, param=error.param, code="invalid_grammar")
         case library.InvalidRequestError():
             return BadRequestError(message, code="invalid_value")
         case library.QueueFullError():

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from cai_runtime.api.errors import APIError, as_api_errors
+from cai_runtime.api.logprobs import Aligners, EventLogprobs
 from cai_runtime.api.timeouts import timed_out, timing_out
 from cai_runtime.engine.handle import HandleGroup
-from cai_runtime.engine.request import Finished, Request
+from cai_runtime.engine.request import Delta, Finished, Request
 from cai_runtime.errors import CaiError
 from cai_runtime.formats.events import ChatEvent
 
@@ -32,8 +33,9 @@ class ReplyFormat(Protocol[Chunk, Whole_co]):
         """Chunks before the first event."""
         ...
 
-    def chunk(self, index: int, event: ChatEvent) -> Chunk:
-        """The chunk for one event of choice `index`."""
+    def chunks(self, index: int, event: ChatEvent, logprobs: EventLogprobs | None = None) -> Sequence[Chunk]:
+        """The chunks for one event of choice `index`; none for what no caller sees. logprobs: where the request wants
+        them."""
         ...
 
     def closing(self, choices: Sequence[Finished]) -> list[Chunk]:
@@ -70,6 +72,7 @@ class Running(Generic[Chunk, Whole]):
         self._group = group
         self._format = format
         self.timeout: float | None = None  # seconds that a stream waits for its next delta
+        self._aligners = Aligners()
 
     def abort(self) -> None:
         """Stop every choice that still runs and free its memory. Idempotent, thread-safe."""
@@ -96,8 +99,7 @@ class Running(Generic[Chunk, Whole]):
                 if deltas is None:
                     raise timed_out(self.timeout)
                 for index, delta in deltas:
-                    for event in delta.events:
-                        yield self._format.chunk(index, event)
+                    yield from self._chunks_of(index, delta)
             yield from self._format.closing(self._group.results() or [])
 
     async def achunks(self) -> AsyncGenerator[Chunk]:
@@ -111,10 +113,15 @@ class Running(Generic[Chunk, Whole]):
                 if not deltas:
                     break
                 for index, delta in deltas:
-                    for event in delta.events:
-                        yield self._format.chunk(index, event)
+                    for chunk in self._chunks_of(index, delta):
+                        yield chunk
             for chunk in self._format.closing(await self._group.aresults()):
                 yield chunk
+
+    def _chunks_of(self, index: int, delta: Delta) -> Iterator[Chunk]:
+        prompt = self._group.handles[index].prompt_logprobs
+        for event, logprobs in self._aligners.events(index, delta, prompt):
+            yield from self._format.chunks(index, event, logprobs)
 
     @contextlib.contextmanager
     def _aborting(self) -> Iterator[None]:
@@ -123,7 +130,7 @@ class Running(Generic[Chunk, Whole]):
         try:
             yield
         except BaseException:
-            self.abort()
+            self._group.abort()
             raise
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ from cai_runtime.convert.named import NAMED
 from cai_runtime.convert.sources import pulled
 from cai_runtime.errors import OptionTypeError, OptionValueError
 from cai_runtime.formats.base import Format
-from cai_runtime.formats.plain import PlainFormat
+from cai_runtime.formats.find import find_format
+from cai_runtime.formats.infill import Infill
+from cai_runtime.grammars import Grammars
 from cai_runtime.home import cai_home, existing
 from cai_runtime.models.catalog import catalog
 from cai_runtime.options import EngineOptions
@@ -40,23 +43,31 @@ EngineFactory = Callable[..., Any]  # open_engine's signature: (path, **options)
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """Where a name leads. `path` is the checkpoint directory, absolute and without symbolic links."""
+    """Where a name leads. `path` is the checkpoint directory, absolute and without symbolic links.
+
+    reasons: whether requests that say nothing of it ask for reasoning, as names ending in -r do.
+    """
 
     name: str
     path: Path
+    reasons: bool = False
 
 
 @dataclass
 class OpenModel:
     """An engine and what the API needs beside it. One for each directory, under whatever names it is asked for.
 
-    `defaults`: the sampling parameters of requests that name none. `process`: where it was opened.
+    `defaults`: the sampling parameters of requests that name none. `process`: where it was opened. `path`: of the
+    checkpoint.
+    `format_name`: of its conversations; None: found by its files.
     """
 
     engine: Any
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     tokenizer_lock: threading.Lock = field(default_factory=threading.Lock)  # a tokenizer is not for several threads
     process: int = field(default_factory=os.getpid)
+    path: Path | None = None
+    format_name: str | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -71,7 +82,17 @@ class OpenModel:
     @cached_property
     def format(self) -> Format:
         """How this model converses. Found at the first chat; hold `tokenizer_lock`."""
-        return PlainFormat(self.tokenizer)
+        return find_format(self.tokenizer, _config(self.path), self.format_name)
+
+    @cached_property
+    def infill(self) -> Infill | None:
+        """How this model writes between two texts; None if it does not. Hold `tokenizer_lock`."""
+        return Infill.find(self.tokenizer)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Compiles what answers must be. Thread-safe; without `tokenizer_lock`."""
+        return Grammars(self.tokenizer, self.engine.vocab_size, self.engine.eos_token_ids)
 
     @cached_property
     def longest_token(self) -> int | None:
@@ -116,6 +137,7 @@ class ModelHost:
         open_engine: opens one; called with the directory and the options as keywords.
         options: device, dtype, KV cache budget and so on, for every model.
         own_defaults: whether a request's missing sampling parameters are the checkpoint's own.
+        format_name: of every model's conversations; None: found by each checkpoint's files.
     """
 
     def __init__(
@@ -126,6 +148,7 @@ class ModelHost:
         open_engine: EngineFactory,
         options: EngineOptions,
         own_defaults: bool = True,
+        format_name: str | None = None,
     ):
         self.default = default
         self.registered = {name: _registered(name, path) for name, path in models.items()}
@@ -133,6 +156,7 @@ class ModelHost:
         self._open_engine = open_engine
         self._options = options
         self._own_defaults = own_defaults
+        self._format_name = format_name
         self._lock = threading.Lock()  # guards _slots and _closed; never held while a model loads
         self._slots: dict[Path, _Slot] = {}
         self._closed = False
@@ -144,7 +168,8 @@ class ModelHost:
 
     def resolve(self, name: str | None) -> ResolvedModel:
         """The checkpoint directory that `name` (None: the default) stands for: a registered name, a catalogue id whose
-        weights are in `cai_home()/models/<id>`, or a directory.
+        weights are in `cai_home()/models/<id>`, or a directory. A name of none of these that ends in -r stands for the
+        model without that suffix, with reasoning by default.
 
         Raises:
             BadRequestError: no name and no default.
@@ -177,17 +202,18 @@ class ModelHost:
                 return ResolvedModel(name, path.resolve())
             # A client never downloads by itself.
             raise _not_found(f"'{name}' is not on this machine: fetch it with `cai pull {name}`.")
-        base = name.removesuffix("-r")
-        if base != name and (base in self.registered or base in catalog()):
-            raise BadRequestError(
-                f"{shown(name)} asks for reasoning by default, which is not supported yet: use {shown(base)}.",
-                param="model",
-                code="unsupported_parameter",
-            )
+        if base := self.reasoning_base(name):
+            return replace(self.resolve(base), name=name, reasons=True)
         raise _not_found(
             f"The model {shown(name)} does not exist: it is no name given with Client(models=...), no directory and no "
             "catalogue id. client.models.list() shows what there is."
         )
+
+    def reasoning_base(self, name: str) -> str | None:
+        """The model that a name ending in -r stands for, with reasoning by default; None if there is none."""
+        base = name.removesuffix("-r")
+        known = base in self.registered or base in catalog() or base in NAMED or self.directory(base) is not None
+        return base if base != name and base and known else None
 
     def directory(self, name: str) -> Path | None:
         """The directory called `name`, however it is spelled, as one path; None if there is none."""
@@ -226,7 +252,8 @@ class ModelHost:
             if slot.opened is None:
                 with as_api_errors():
                     defaults = GenerationDefaults.read(model.path) if self._own_defaults else GenerationDefaults()
-                    slot.opened = OpenModel(self._open_engine(model.path, **self._options.given()), defaults)
+                    engine = self._open_engine(model.path, **self._options.given())
+                    slot.opened = OpenModel(engine, defaults, path=model.path, format_name=self._format_name)
             return slot.opened
 
     async def aopen(self, model: ResolvedModel) -> OpenModel:
@@ -321,6 +348,15 @@ def _close_dead(slot: _Slot) -> None:
     if opened is not None:
         with contextlib.suppress(Exception):  # what ended it was raised in its requests
             opened.engine.close()
+
+
+def _config(path: Path | None) -> dict[str, Any]:
+    """A checkpoint's config.json; empty if there is none that can be read, which opening it complains of."""
+    with contextlib.suppress(OSError, ValueError):
+        config = json.loads(path.joinpath("config.json").read_text("utf-8")) if path is not None else None
+        if isinstance(config, dict):
+            return config
+    return {}
 
 
 def model_name(name: Any) -> str:

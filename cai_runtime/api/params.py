@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NoReturn
 
 from openai import NotGiven, Omit
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, Field, SkipValidation, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
 from cai_runtime.api.errors import BadRequestError
@@ -47,15 +47,13 @@ class StreamOptions(TypedDict, total=False):
     include_usage: bool | None
 
 
-class GenerationParams(TypedDict, total=False):
-    """What chat and text completions have in common.
+class SamplingOptions(TypedDict, total=False):
+    """What every endpoint that generates text has in common.
 
     model: a name given with `Client(models=...)`, a checkpoint directory, or a catalogue id. Default: the client's.
     temperature: 0 to 2, default 1; 0 is greedy. Where the checkpoint's generation_config.json has a temperature, top_p,
         top_k, min_p or repetition_penalty, that is the default, unless `Client(generation_config="none")`.
     top_p: 0 < p <= 1, default 1; an explicit 0 means "not given", as in the CompactifAI API.
-    max_tokens, max_completion_tokens: at least 1; the latter wins. Default: 16 for text completions, the rest of the
-        context for chat.
     min_tokens: until then neither the model's end of text nor a stop string ends the answer. Default 0.
     stop: up to 16 strings; the text ends before the first that appears. The text of a special token, such as
         "<|im_end|>", stands for that token.
@@ -67,10 +65,8 @@ class GenerationParams(TypedDict, total=False):
     min_p: 0 to 1, default 0; keep the tokens at least this likely relative to the likeliest.
     seed: the same seed gives the same text, alone or in a batch. Default: drawn for each choice. Choice 0 uses the seed
         itself, choice i > 0 one derived from it.
-    n: 1 to 128 choices for each prompt, default 1, each sampled on its own.
     ignore_eos: the end-of-text token is an ordinary token. Default false.
-    user, metadata, safety_identifier, prompt_cache_key: accepted for compatibility; labels with no effect.
-    stream_options: `{"include_usage": bool}`, with `stream=True` only.
+    user, safety_identifier, prompt_cache_key: accepted for compatibility; labels with no effect.
     timeout: seconds, or the `openai` package's Timeout, whose `read` counts; the client's by default, and None is no
         limit. A whole reply must be done, and each chunk of a stream must come, within it.
     extra_headers, extra_query: accepted for compatibility; no HTTP request is sent that could carry them.
@@ -80,8 +76,6 @@ class GenerationParams(TypedDict, total=False):
     model: ModelName | None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None
     top_p: Annotated[Number, Field(ge=0, le=1)] | None
-    max_tokens: Annotated[Whole, Field(ge=1)] | None
-    max_completion_tokens: Annotated[Whole, Field(ge=1)] | None
     min_tokens: Annotated[Whole, Field(ge=0)] | None
     stop: Stop | None
     stop_token_ids: TokenIds | None
@@ -92,35 +86,55 @@ class GenerationParams(TypedDict, total=False):
     top_k: Annotated[Whole, Field(ge=-1)] | None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None
     seed: Annotated[Whole, Field(ge=SEED_MIN, le=SEED_MAX)] | None
-    n: Annotated[Whole, Field(ge=1, le=MAX_CHOICES)] | None
     ignore_eos: Flag | None
     user: str | None
-    metadata: Ignored | None
     safety_identifier: str | None
     prompt_cache_key: str | None
-    stream_options: StreamOptions | None
     timeout: Seconds | None
     extra_headers: Ignored | None
     extra_query: Ignored | None
     extra_body: dict[str, Any] | None
 
 
+class GenerationParams(SamplingOptions, total=False):
+    """What chat and text completions have in common beyond SamplingOptions.
+
+    max_tokens, max_completion_tokens: at least 1; the latter wins. Default: 16 for text completions, the rest of the
+        context for chat.
+    n: 1 to 128 choices for each prompt, default 1, each sampled on its own.
+    metadata: accepted for compatibility; a label with no effect.
+    stream_options: `{"include_usage": bool}`, with `stream=True` only.
+    """
+
+    max_tokens: Annotated[Whole, Field(ge=1)] | None
+    max_completion_tokens: Annotated[Whole, Field(ge=1)] | None
+    n: Annotated[Whole, Field(ge=1, le=MAX_CHOICES)] | None
+    metadata: Ignored | None
+    stream_options: StreamOptions | None
+
+
+class AnswerParams(GenerationParams, total=False):
+    """What says what the answer must be; `cai_runtime.api.structured` checks it. At most one of them.
+
+    response_format: `{"type": "text"}`, the default; `{"type": "json_object"}`, any JSON object; or `{"type":
+        "json_schema", "json_schema": {"name": ..., "schema": {...}}}`, JSON that is valid under the schema (`strict` and
+        `description` are accepted; a schema is always enforced, whole).
+    regex: a regular expression that the whole answer matches.
+    grammar: a grammar of the answer, in llguidance's dialect of Lark.
+    choice: a list of texts; the answer is one of them.
+    """
+
+    response_format: Annotated[Mapping[str, Any], SkipValidation] | None
+    regex: Annotated[str, SkipValidation] | None
+    grammar: Annotated[str, SkipValidation] | None
+    choice: Annotated[Sequence[str], SkipValidation] | None
+
+
 # Parameters of the schema that this version does not serve: what it would take, and the values that ask for nothing.
-_TOOLS = "tool calls are not supported yet"
-_REASONING = "reasoning control is not supported yet"
-_LOGPROBS = "log probabilities are not supported yet"
-UNSUPPORTED: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "tools": (_TOOLS, ([], ())),
-    "tool_choice": (_TOOLS, ("none", "auto")),  # "auto" is the default: a call, if there are tools
-    "functions": (_TOOLS, ([], ())),
-    "function_call": (_TOOLS, ("none", "auto")),
-    "reasoning_effort": (_REASONING, ()),
-    "reasoning_enabled": (_REASONING, ()),
-    "response_format": ("only plain text is supported yet", ({"type": "text"},)),
-    "logprobs": (_LOGPROBS, (False,)),
-    "top_logprobs": (_LOGPROBS, ()),
-    "best_of": ("not supported; use `n` and choose among the choices", (1,)),
-    "suffix": ("insertion is not supported", ("",)),
+Unsupported = Mapping[str, tuple[str, tuple[Any, ...]]]
+UNSUPPORTED: Unsupported = {
+    "functions": ("deprecated: use 'tools'", ([], ())),
+    "function_call": ("deprecated: use 'tool_choice'", ("none", "auto")),
     "audio": ("audio output is not supported", ()),
     "modalities": ("only text output is supported", (["text"],)),
     "prediction": ("predicted outputs are not supported", ()),
@@ -134,22 +148,29 @@ UNSUPPORTED: dict[str, tuple[str, tuple[Any, ...]]] = {
 }
 
 
-def validated(adapter: TypeAdapter[Any], params: Mapping[str, Any], *, names: frozenset[str]) -> dict[str, Any]:
+def validated(
+    adapter: TypeAdapter[Any],
+    params: Mapping[str, Any],
+    *,
+    names: frozenset[str],
+    unsupported: Unsupported = UNSUPPORTED,
+) -> dict[str, Any]:
     """The given parameters of a call, checked; those not given are absent.
 
     Args:
         adapter: of the endpoint's TypedDict.
         params: keyword arguments as they came.
         names: every parameter of the endpoint's schema; another one is unknown, not unsupported.
+        unsupported: parameters of the schema that are not served, as in UNSUPPORTED.
 
     Raises:
         BadRequestError: naming the first parameter that is unknown, unsupported, of a wrong type or out of range.
     """
     given = {key: value for key, value in _with_extra_body(params).items() if not _is_unset(value)}
     for name in [*given]:
-        if name not in UNSUPPORTED or name not in names:
+        if name not in unsupported or name not in names:
             continue
-        reason, neutral = UNSUPPORTED[name]
+        reason, neutral = unsupported[name]
         if not any(_is_same(given[name], value) for value in neutral):
             raise BadRequestError(f"'{name}' can't be used: {reason}.", param=name, code="unsupported_parameter")
         del given[name]
@@ -198,14 +219,14 @@ def sampling_params(
     defaults = defaults or GenerationDefaults()
     room = context - prompt_tokens
     limit = context_limit or f"the model's context holds {context} positions"
-    if room < 1:
+    limit_name = next((name for name in _LIMITS if name in params), "max_tokens")
+    max_tokens = params.get(limit_name)
+    if room < 1 and not (room == 0 == max_tokens):
         raise BadRequestError(
             f"The prompt has {prompt_tokens} tokens and the answer needs at least one, but {limit}. Shorten the prompt.",
             param=prompt_param,
             code="context_length_exceeded",
         )
-    limit_name = "max_completion_tokens" if "max_completion_tokens" in params else "max_tokens"
-    max_tokens = params.get(limit_name)
     if max_tokens is None:
         max_tokens = room if default_max is None else min(default_max, room)
     elif max_tokens > room:
@@ -247,6 +268,9 @@ def sampling_params(
         stop_token_ids=stop_token_ids,
         ignore_eos=params.get("ignore_eos", False),
     )
+
+
+_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")  # the first that is given counts
 
 
 def choice_seed(seed: int | None, index: int) -> int | None:

@@ -13,6 +13,7 @@ from openai.types import CompletionUsage
 from openai.types.completion_usage import CompletionTokensDetails, PromptTokensDetails
 
 from cai_runtime.engine.request import Finished
+from cai_runtime.formats.events import ReasoningEvent
 
 _ALPHABET = string.ascii_letters + string.digits
 
@@ -45,10 +46,11 @@ def system_fingerprint() -> str:
 
 def usage_of(completions: Sequence[Finished], choices_per_prompt: int) -> CompletionUsage:
     """Token counts of a whole reply. A prompt counts once, however many choices were asked for it; so do its cached
-    tokens, as its first choice found them."""
+    tokens, as its first choice found them. Reasoning tokens are those of the thoughts, without the markers around them."""
     firsts = completions[::choices_per_prompt]
     prompt = sum(done.prompt_tokens for done in firsts)
     completion = sum(done.completion_tokens for done in completions)
+    thoughts = (e for done in completions for e in done.events if isinstance(e, ReasoningEvent))
     return CompletionUsage(
         prompt_tokens=prompt,
         completion_tokens=completion,
@@ -57,6 +59,9 @@ def usage_of(completions: Sequence[Finished], choices_per_prompt: int) -> Comple
             cached_tokens=sum(done.cached_tokens for done in firsts), audio_tokens=0, image_tokens=0
         ),
         completion_tokens_details=CompletionTokensDetails(
-            reasoning_tokens=0, audio_tokens=0, accepted_prediction_tokens=0, rejected_prediction_tokens=0
+            reasoning_tokens=sum(len(event.token_ids) for event in thoughts),
+            audio_tokens=0,
+            accepted_prediction_tokens=0,
+            rejected_prediction_tokens=0,
         ),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -31,6 +32,8 @@ class TokenDecoder:
         self._alone: dict[tuple[int, bool], str] = {}
         # GPT-2's decoder writes each token's bytes, whatever stands beside it. Others strip or join.
         self._is_byte_level = type(getattr(self._backend, "decoder", None)).__name__ == "ByteLevel"
+        self._has_byte_alphabet = _has_byte_level(getattr(self._backend, "decoder", None))
+        self._bytes: dict[int, bytes] = {}
         self._pieces: dict[bool, dict[int, str]] = {False: {}, True: {}}
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
@@ -59,6 +62,28 @@ class TokenDecoder:
         piece = self._text_alone(token_id, skip_special_tokens) if self._is_byte_level else ""
         self._pieces[skip_special_tokens][token_id] = "" if _REPLACEMENT in piece else piece
 
+    def bytes_of(self, token_id: int) -> bytes:
+        """What the token stands for in the middle of a text, as UTF-8 or a piece of it; of special tokens, their spelling.
+        Empty for an id that the tokenizer does not have."""
+        if token_id not in self._bytes:
+            self._bytes[token_id] = self._find_bytes(token_id)
+        return self._bytes[token_id]
+
+    def _find_bytes(self, token_id: int) -> bytes:
+        byte = self.byte_of(token_id)
+        if byte is not None:
+            return bytes([byte])
+        # Decoders strip the beginning of a text. What the second of two equal tokens adds is whole.
+        try:
+            alone, twice = (self.decode([token_id] * count, False) for count in (1, 2))
+        except (IndexError, KeyError, OverflowError, TypeError, ValueError):  # of a padded vocabulary, say
+            return b""
+        if _REPLACEMENT in twice and (token := self._name(token_id)) is not None and self._has_byte_alphabet:
+            # The decoder takes a token for text where a character of it stands for no byte.
+            found = [_BYTE_OF.get(character) for character in token]
+            return token.encode() if None in found else bytes(b for b in found if b is not None)
+        return twice[len(alone) :].encode()
+
     def is_special(self, token_id: int) -> bool:
         """Whether the token is left out of text when special tokens are skipped."""
         return token_id in self._special
@@ -70,13 +95,40 @@ class TokenDecoder:
     def byte_of(self, token_id: int) -> int | None:
         """The byte that the token stands for, in vocabularies with byte fallback (`<0x0A>`); None for other tokens."""
         if token_id not in self._byte:
-            name = getattr(self._backend, "id_to_token", None) or getattr(self._backend, "convert_ids_to_tokens", None)
-            token = name(token_id) if name else None
+            token = self._name(token_id)
             match = _BYTE_TOKEN.fullmatch(token) if token else None
             # Without byte fallback, a token that looks like a byte is written as it is named.
             is_byte = match is not None and self.decode([token_id], False) != token
             self._byte[token_id] = int(match[1], 16) if match and is_byte else None
         return self._byte[token_id]
+
+    def _name(self, token_id: int) -> str | None:
+        name = getattr(self._backend, "id_to_token", None) or getattr(self._backend, "convert_ids_to_tokens", None)
+        return name(token_id) if name else None
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for (GPT-2): printable Latin-1 characters are their
+    own byte, the other bytes are the characters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+def _has_byte_level(decoder: Any) -> bool:
+    """Whether a decoder of the `tokenizers` library, or a part of it, reads GPT-2's alphabet."""
+    if not type(decoder).__module__.startswith("tokenizers"):
+        return False
+    parts = [json.loads(decoder.__getstate__())]
+    while parts:
+        part = parts.pop()
+        if part.get("type") == "ByteLevel":
+            return True
+        parts += part.get("decoders", ())
+    return False
 
 
 def _added_tokens(tokenizer: Any) -> list[tuple[int, Any]]:

@@ -46,9 +46,9 @@ class Engine:
     `max_batch` before `submit` refuses more; None: any. `proposer`: drafts the next tokens of decoding sequences (see
     `proposers`); the text is the same with and without. `clock`: monotonic seconds, for tests.
 
-    Attributes: `tokenizer`, `model_config` (config.json as a dict), `vocab_size`, `max_context` (the most tokens, prompt
-    and generated, that one request may have), `model_context` (what the model could take), `context_limit` (a sentence:
-    what makes max_context what it is).
+    Attributes: `tokenizer`, `decoder` (a `TokenDecoder` over it), `model_config` (config.json as a dict), `vocab_size`,
+    `max_context` (the most tokens, prompt and generated, that one request may have), `model_context` (what the model could
+    take), `context_limit` (a sentence: what makes max_context what it is).
 
     Use it as a context manager or call `close()`. An engine that is forgotten, or open when the interpreter exits,
     closes itself after the step it is in. Raises EngineClosedError in a child forked from a process with an engine.
@@ -87,7 +87,7 @@ class Engine:
             logger.warning("%s", self.context_limit)
         self.vocab_size = runner.vocab_size
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._decoder = TokenDecoder(tokenizer)
+        self.decoder = TokenDecoder(tokenizer)
         self._arrivals = itertools.count()
         self._process = os.getpid()
         self._loop = EngineLoop(
@@ -106,6 +106,11 @@ class Engine:
         self._thread.start()
 
     @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end a text unless a request ignores them."""
+        return self._eos_token_ids
+
+    @property
     def alive(self) -> bool:
         """Whether it takes requests: it was not closed, did not stop on an internal error, and this is its process."""
         return not self._loop.inbox.closed and os.getpid() == self._process
@@ -113,7 +118,8 @@ class Engine:
     def submit(self, request: Request) -> Handle:
         """Queue a request; returns at once. May be called from any thread.
 
-        Raises InvalidRequestError, RequestTooLargeError if it could never fit, QueueFullError, EngineClosedError.
+        Raises InvalidRequestError, RequestTooLargeError if it could never fit, QueueFullError, EngineClosedError, and
+        what `Request.output` and `Request.mask` raise.
         Everything that goes wrong later is raised by the handle.
         """
         return self.submit_all([request])[0]
@@ -155,9 +161,9 @@ class Engine:
         request = replace(request, request_id=request.request_id or f"request-{arrival}")
         ends: dict[int, str | None] = dict.fromkeys(() if params.ignore_eos else self._eos_token_ids)
         ends |= dict.fromkeys(params.stop_token_ids)
-        ends |= {token_id: stop for stop in params.stop if (token_id := self._decoder.special_id(stop)) is not None}
+        ends |= {token_id: stop for stop in params.stop if (token_id := self.decoder.special_id(stop)) is not None}
         possible = [token_id for token_id in ends if 0 <= token_id < self.vocab_size]
-        spec = OutputSpec(self._decoder, prompt_ids, ends, params.stop, params.min_tokens, request.skip_special_tokens)
+        spec = OutputSpec(self.decoder, prompt_ids, ends, params.stop, params.min_tokens, request.skip_special_tokens)
         return Sequence(
             arrival=arrival,
             request=request,
@@ -166,6 +172,7 @@ class Engine:
             output=(request.output or TextOutput)(spec),
             log=log,
             ends=frozenset(ends),
+            mask=None if request.mask is None else request.mask(possible),
             prompt_digests=prompt_digests,
             submitted_at=self._loop.clock(),
         )
@@ -179,8 +186,10 @@ class Engine:
         return prompt
 
     def _check(self, prompt: Prompt, params: SamplingParams) -> None:
-        if params.max_tokens < 1:
-            raise InvalidRequestError(f"max_tokens is {params.max_tokens}; it must be at least 1")
+        if params.max_tokens < 0:
+            raise InvalidRequestError(f"max_tokens is {params.max_tokens}; it must be at least 0")
+        if params.prompt_logprobs is not None and prompt.given:
+            raise InvalidRequestError("prompt_logprobs need a prompt of tokens alone; this one has given rows")
         self._check_ids("logit_bias", params.logit_bias)
         length = len(prompt.token_ids)
         if length + params.max_tokens > self.max_context:

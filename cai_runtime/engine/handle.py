@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from cai_runtime.engine.outbox import TokenLog
-from cai_runtime.engine.request import Delta, Finished
+from cai_runtime.engine.request import Delta, Finished, TokenLogprobs
 from cai_runtime.errors import CaiError
 
 
@@ -39,6 +39,11 @@ class Handle:
     def cached_tokens(self) -> int:
         """Prompt tokens whose KV came from the prefix cache; 0 until the request has started."""
         return self._log.cached_tokens
+
+    @property
+    def prompt_logprobs(self) -> tuple[TokenLogprobs | None, ...] | None:
+        """Of the prompt's tokens, None for the first; there before the first delta. None where they are not wanted."""
+        return self._log.prompt_logprobs
 
     def abort(self) -> None:
         """Stop the request before the next step and free its pages. Its consumers get RequestAbortedError. Idempotent;
@@ -88,6 +93,10 @@ class Handle:
             cached_tokens=self.cached_tokens,
             stop_string=deltas[-1].stop_string,
             times=self._log.times,
+            logprobs=None
+            if deltas[-1].logprobs is None
+            else tuple(found for delta in deltas for found in delta.logprobs or ()),
+            prompt_logprobs=self.prompt_logprobs,
         )
 
     def __del__(self) -> None:

@@ -12,19 +12,20 @@ from cai_runtime.engine.cache_groups import groups_of
 from cai_runtime.engine.flight import (
     Flight,
     Launched,
-    append_sampled,
     forget_frames,
     is_out_of_memory,
     lost_the_device,
+    take_rows,
 )
 from cai_runtime.engine.inbox import Inbox
+from cai_runtime.engine.masks import MaskedRow, fill_masks
 from cai_runtime.engine.outbox import TokenLog, deliver
 from cai_runtime.engine.pacing import PrefillPace, StepLimits
 from cai_runtime.engine.proposers import Proposer, checked_draft
 from cai_runtime.engine.request import Delta
 from cai_runtime.engine.runner import Runner, SimpleRunner
 from cai_runtime.engine.runner_thread import launching
-from cai_runtime.engine.sampling import SequenceSampler, sampling_batch
+from cai_runtime.engine.sampling import TokenScorer, sampling_batch
 from cai_runtime.engine.scheduler import Planned, Scheduler
 from cai_runtime.engine.sequence import Sequence
 from cai_runtime.engine.stats import EngineStats
@@ -129,20 +130,21 @@ class EngineLoop:
         self._flight = Flight(parts, begin, prompt_tokens)
 
     def _launch_ahead(self) -> Flight | None:
-        """Launch the next step while the tokens of the one under way are still on the device. If a sequence ends with one of
-        these tokens, its row of the next step is dropped. None: the next step depends on more than these tokens."""
+        """Launch the step behind the one under way, whose tokens are still on the device. A text that ends with one of them
+        drops its row. None where the next step depends on more than those tokens. Where a sequence has a mask, which does,
+        only the pass is launched: `_complete` samples from it."""
         if self._flight is None or not getattr(self._runner, "ahead", False) or self._limits.sequences is not None:
             return None
         under_way = [planned for launched in self._flight.parts for planned in launched.part]
         step = self.scheduler.schedule_ahead([p for p in under_way if self._is_alive(p.sequence)])
-        return Flight([self._launch_part(step)], self.clock(), 0) if step else None
+        return Flight([self._launch_part(step, ahead=True)], self.clock(), 0) if step else None
 
-    def _launch_part(self, part: list[Planned], *, again: bool = False) -> Launched:
-        """Launch one pass and its sampling. again: after a failure, when the runner's page tables are in doubt: send all."""
+    def _launch_part(self, part: list[Planned], *, again: bool = False, ahead: bool = False) -> Launched:
+        """Launch one pass and the sampling behind it. again: after a failure, so that what the runner knows is unclear.
+        ahead: see `_launch_ahead`."""
         assert self._runner is not None
         cache, launched, step = self.scheduler.cache, Launched(part), Step([])
-        samplers: list[SequenceSampler] = []
-        positions, drafted = launched.positions, {}
+        samplers, positions = launched.samplers, launched.positions
         for planned in part:
             sequence, feed = planned.sequence, planned.feed
             step.feeds.append(feed)
@@ -151,22 +153,38 @@ class EngineLoop:
             if sequence.prompt.encoder is not None:
                 step.encode += cache.encoder_passes(sequence)
             end = feed.start + len(feed.ids)
-            for i in range(feed.wanted):
+            if planned.scored:
+                first, k = end - feed.wanted + 1, sequence.request.sampling.prompt_logprobs
+                scored = range(first, first + planned.scored)
+                samplers += [TokenScorer(sequence.token_ids[position], k or 0) for position in scored]
+                positions += scored
+            if sequence.mask is not None and feed.wanted > planned.scored:
+                launched.masked.append(MaskedRow(len(samplers), sequence.mask, planned.draft, sequence.ends))
+            for i in range(feed.wanted - planned.scored):
                 if i:
-                    drafted[len(samplers)] = planned.draft[:i]
+                    launched.drafted[len(samplers)] = planned.draft[:i]
                 samplers.append(sequence.sampler)
-                positions.append(end - feed.wanted + i + 1)
+                positions.append(end - feed.wanted + planned.scored + i + 1)
         try:
             launched.made = self._runner.launch(step)
         except Exception as error:  # noqa: BLE001 - raised by Launched.wait, like a failure of the pass
             launched.error = error
             return launched
-        if samplers:
-            try:
-                launched.sampled = self._runner.sample(launched.made, sampling_batch(samplers, positions, drafted))
-            except Exception as error:  # noqa: BLE001 - such as a device out of memory: not the engine's failure
-                launched.tokens = [error] * len(samplers)
+        if samplers and not (ahead and launched.masked):
+            self._sample(launched)
         return launched
+
+    def _sample(self, launched: Launched) -> None:
+        """Launch the sampling from a pass. Masks are filled here, while the model computes the pass."""
+        assert self._runner is not None and launched.made is not None
+        samplers, mask = launched.samplers, None
+        try:
+            if launched.masked:
+                mask, launched.mask_errors = fill_masks(launched.masked, len(samplers), self._runner.vocab_size)
+            batch = sampling_batch(samplers, launched.positions, launched.drafted, mask)
+            launched.sampled = self._runner.sample(launched.made, batch)
+        except Exception as error:  # noqa: BLE001 - such as a device out of memory: not the engine's failure
+            launched.tokens = [error] * len(samplers)
 
     def _complete(self, ahead: Flight | None = None) -> None:
         """Wait for the step under way, take its tokens, and note its duration. ahead: the step that was launched after it,
@@ -183,6 +201,11 @@ class EngineLoop:
             if ahead is not None:
                 ahead.begin = self.clock()  # until now the device was busy with this step
                 self._flight = ahead
+                for launched in ahead.parts:
+                    if launched.masked and launched.error is None:  # a row for each sequence: no drafts are fed ahead
+                        alive = [m for m in launched.masked if self._is_alive(launched.part[m.row].sequence)]
+                        launched.masked = alive
+                        self._sample(launched)
 
     def _settle(self, launched: Launched) -> bool:
         """Wait for a pass. If the model fails, run the pass again in halves, until only one sequence fails. That sequence is
@@ -207,7 +230,7 @@ class EngineLoop:
             self.stats.retries += 1
             logger.warning("the model failed on a step of %s: trying halves (%r)", _size(part), error)
         else:
-            self._take(launched.part, tokens)
+            self._take(launched, tokens)
             return True
         return self._try_halves(part)
 
@@ -237,21 +260,20 @@ class EngineLoop:
         """Whether the request is unfinished. It may end while its step is under way: by a stop string, by an abort."""
         return sequence.log in self._sequences
 
-    def _take(self, part: list[Planned], tokens: list[int | Exception]) -> None:
-        """Append the tokens of a successful pass to its sequences. A sequence that may end now gets its text at once, which
-        can make room for the next step. All other text waits until that step is launched."""
+    def _take(self, launched: Launched, tokens: list[int | Exception]) -> None:
+        """Give the sequences of a step that went through their tokens. Text that ends now makes room for the next step; the
+        rest of the text waits until that is launched."""
         self.stats.steps += 1
         now = self.clock()
         at = 0
-        for planned in part:
+        for planned in launched.part:
             sequence, wanted = planned.sequence, planned.feed.wanted
-            rows = tokens[at : at + wanted]
-            at += wanted
+            first, at = at, at + wanted
             if not self._is_alive(sequence):
                 continue
-            count, error = append_sampled(sequence, planned.draft, rows)
+            count, error = take_rows(planned, tokens[first:at], launched.found, first)
             self.scheduler.advance(planned, count)
-            if not wanted:
+            if wanted == planned.scored and error is None:  # nothing but a part of a prompt
                 continue
             if planned.draft:
                 self.stats.tokens_drafted += len(planned.draft)

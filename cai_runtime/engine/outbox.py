@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from cai_runtime.engine.lifetime import check_same_process
-from cai_runtime.engine.request import Delta
+from cai_runtime.engine.request import Delta, TokenLogprobs
 from cai_runtime.engine.stats import RequestTimes
 from cai_runtime.errors import CaiError
 
@@ -32,6 +32,8 @@ class TokenLog:
         self.error: CaiError | None = None  # every reader gets it after the deltas
         self.done = False  # nothing will be added any more
         self.cached_tokens = 0  # prompt tokens found in the prefix cache
+        # Of the prompt's tokens, where the request wants them; there before the first delta.
+        self.prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
         self.times = RequestTimes()
         self.outbox = outbox or Outbox()
         self.index = index

@@ -26,7 +26,7 @@ class SamplingParams:
     is in kernels/sampling.py.
     """
 
-    max_tokens: int = 16
+    max_tokens: int = 16  # 0: only the prompt is computed, such as for its logprobs
     min_tokens: int = 0  # until then no end-of-sequence token, stop token or stop string ends the text
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0
@@ -37,7 +37,9 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = field(default_factory=dict)  # token id -> added to its logit
     seed: int | None = None  # None: the engine draws one
-    logprobs: int | None = None  # k: logprobs of the sampled token and of the k (0 to 127) likeliest, in `Sampled`
+    logprobs: int | None = None  # k: logprobs of each generated token and of the k (0 to 127) likeliest
+    # k: the same of the prompt's tokens, but for the first. The prompt takes nothing from the prefix cache then.
+    prompt_logprobs: int | None = None
     # The text ends before the first of these; no part of it is ever emitted. One that is written like a special token,
     # such as "<|im_end|>", stands for that token, for special tokens have no visible text.
     stop: tuple[str, ...] = ()
@@ -51,7 +53,8 @@ class Request:
 
     The prompt is `prompt_ids`, or, where it is more than tokens, `segments` in their place: see `segments.Segment`. It must
     not be empty. cache_salt: what else determines what the model computes for it; requests of unlike salts share no cache.
-    mask: makes what says which tokens may come, anew for each start of the sequence; called in the engine's thread.
+    mask: makes what says which tokens may come (see `masks.TokenMask`); `Engine.submit` calls it with the tokens that end
+    the text.
     """
 
     prompt_ids: list[int] = field(default_factory=list)
@@ -85,9 +88,11 @@ class EndEvent:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Natural logarithms of probabilities in the raw distribution (kernels/sampling.py): a token's, and the likeliest ones'.
+    """Natural logarithms of probabilities in the raw distribution (kernels/sampling.py), fp32, at least -9999.0: of the
+    token that came, and of the likeliest ones.
 
-    top: (token id, logprob), likeliest first; as many as were asked for.
+    top: (token id, logprob), likeliest first, equal ones by id; as many as were asked for. The token that came may be
+    among them or not.
     """
 
     token_id: int
@@ -127,6 +132,7 @@ class Finished:
     stop_string: str | None = None
     times: RequestTimes = field(default_factory=RequestTimes, compare=False)
     logprobs: tuple[TokenLogprobs, ...] | None = None  # of `token_ids`, where the request wants them
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # of the prompt's tokens; None for the first
 
     @property
     def text(self) -> str:

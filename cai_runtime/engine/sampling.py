@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from cai_runtime.engine.request import SamplingParams
+from cai_runtime.engine.request import SamplingParams, TokenLogprobs
 from cai_runtime.errors import InvalidRequestError, NonFiniteLogitsError
 from cai_runtime.kernels.sampling import (
     BAD_TOKEN,
@@ -31,6 +31,8 @@ from cai_runtime.kernels.sampling import (
     new_batch,
     sample_cpu,
 )
+
+MAX_LOGPROBS = 127  # of the likeliest tokens: `SamplingBatch.logprobs` is int8
 
 # What the numbers may be: finite in fp32, and with repetition penalties that let no logit overflow.
 _RANGES = {
@@ -111,6 +113,21 @@ class TokenCounts:
         return self._counts[: self._size]
 
 
+class TokenScorer:
+    """A row that samples nothing: it gives the logprob of a token of the prompt, and the k likeliest ones'."""
+
+    row_bytes = NEUTRAL.copy().view(np.uint8).data
+    tables = NO_TABLES
+    wants_more = True
+    processor = None
+
+    def __init__(self, token_id: int, k: int):
+        self.scored, self.logprobs = token_id, k
+
+    def tables_after(self, drafted: Sequence[int]) -> RowTables:
+        return self.tables  # nothing of the row depends on other tokens
+
+
 class SequenceSampler:
     """How one sequence chooses its next token: its row of a `SamplingBatch`, kept up to date by `observe`.
 
@@ -119,6 +136,8 @@ class SequenceSampler:
 
     Raises InvalidRequestError for a parameter that is no number or outside its range.
     """
+
+    scored = -1
 
     def __init__(
         self,
@@ -129,7 +148,7 @@ class SequenceSampler:
         processor: LogitsProcessor | None = None,
     ):
         _check(params)
-        self.params, self.processor = params, processor
+        self.params, self.processor, self.logprobs = params, processor, params.logprobs
         self.seed = params.seed if params.seed is not None else seed
         self._num_generated = 0
         repeats = params.repetition_penalty != 1.0
@@ -155,7 +174,9 @@ class SequenceSampler:
         """Whether the token behind the next one can be sampled by the same row: neither depends on what the other is, and
         the host is not asked for either."""
         early = self._num_generated + 1 < self.params.min_tokens or self._num_generated >= self.params.min_tokens
-        return self._counts is None and self.processor is None and self.params.logprobs is None and early
+        params = self.params
+        asks = self.processor is not None or params.logprobs is not None or params.prompt_logprobs is not None
+        return self._counts is None and not asks and early
 
     def observe(self, token_id: int) -> None:
         """Take note of a token that became part of the text."""
@@ -190,6 +211,10 @@ def _check(params: SamplingParams) -> None:
         value = getattr(params, name)
         if not isinstance(value, _NUMBER) or not low <= value <= high:
             raise InvalidRequestError(f"{name} is {value!r}; it must be a number from {low:g} to {high:g}")
+    for name in ("logprobs", "prompt_logprobs"):
+        wanted = getattr(params, name)
+        if wanted is not None and not (type(wanted) is int and 0 <= wanted <= MAX_LOGPROBS):
+            raise InvalidRequestError(f"{name} is {wanted!r}; it must be None or an integer from 0 to {MAX_LOGPROBS}")
     for token_id, bias in params.logit_bias.items():
         if not isinstance(bias, _NUMBER) or not (bias == -np.inf or abs(bias) <= 1e30):
             raise InvalidRequestError(
@@ -204,7 +229,7 @@ def _bias_table(bias: Mapping[int, float], banned: Iterable[int]) -> tuple[np.nd
 
 
 def sampling_batch(
-    samplers: Sequence[SequenceSampler],
+    samplers: Sequence[SequenceSampler | TokenScorer],
     positions: Sequence[int],
     drafted: Mapping[int, Sequence[int]] | None = None,
     mask: np.ndarray | None = None,
@@ -216,16 +241,20 @@ def sampling_batch(
     """
     tables = [sampler.tables for sampler in samplers]
     replaced = {i: samplers[i].tables_after(tokens) for i, tokens in drafted.items()} if drafted else {}
-    logprobs, custom = None, {}
+    logprobs = scored = None
+    custom = {}
     for i in [i for i, sampler in enumerate(samplers) if sampler.wants_more]:
-        wanted, processor = samplers[i].params.logprobs, samplers[i].processor
-        if wanted is not None:
+        sampler = samplers[i]
+        if sampler.logprobs is not None:
             logprobs = np.full(len(samplers), -1, np.int8) if logprobs is None else logprobs
-            logprobs[i] = wanted
-        if processor is not None:
-            custom[i] = processor
+            logprobs[i] = sampler.logprobs
+        if sampler.scored >= 0:
+            scored = np.full(len(samplers), -1, np.int32) if scored is None else scored
+            scored[i] = sampler.scored
+        if sampler.processor is not None:
+            custom[i] = sampler.processor
     rows = [sampler.row_bytes for sampler in samplers]
-    return new_batch(rows, positions, tables, replaced, mask, logprobs, custom)
+    return new_batch(rows, positions, tables, replaced, mask, logprobs, custom, scored)
 
 
 def tokens_or_errors(sampled: Sampled, positions: Sequence[int]) -> list[int | Exception]:
@@ -239,6 +268,21 @@ def tokens_or_errors(sampled: Sampled, positions: Sequence[int]) -> list[int | E
             continue
         tokens[i] = sampled.errors[i] if status == PROCESSOR_FAILED else _ERRORS[status](positions[i])
     return tokens
+
+
+def logprobs_of(sampled: Sampled, ids: Sequence[int], at: int, k: int) -> list[TokenLogprobs]:
+    """Of rows `at`, `at + 1`, ..., each with the token of `ids` that its logprob is of. k: as the rows asked for."""
+    assert sampled.logprobs is not None
+    rows = slice(at, at + len(ids))
+    found = sampled.logprobs[rows].tolist()
+    if not k:
+        return [TokenLogprobs(token_id, value) for token_id, value in zip(ids, found, strict=True)]
+    assert sampled.top is not None
+    tops = zip(sampled.top[0][rows, :k].tolist(), sampled.top[1][rows, :k].tolist(), strict=True)
+    return [  # a vocabulary may have fewer than k tokens
+        TokenLogprobs(token_id, value, tuple((t, v) for t, v in zip(tokens, values, strict=True) if t >= 0))
+        for token_id, value, (tokens, values) in zip(ids, found, tops, strict=True)
+    ]
 
 
 def sample_one(logits: np.ndarray, params: SamplingParams, u: float, position: int = 0) -> int:

@@ -19,17 +19,23 @@ from cai_runtime.engine.sequence import Sequence
 from cai_runtime.engine.stats import EngineStats
 from cai_runtime.engine.step import NEXT, Feed
 
+# Rows of logits of prompts in a step, of all sequences that want logprobs of their prompt: a prompt's would need gigabytes
+# at a large vocabulary.
+SCORED_ROWS = 256
+
 logger = logging.getLogger("cai_runtime.engine")
 
 
 @dataclass(eq=False, slots=True)  # not frozen: thousands are made in a second, and that would take twice the time
 class Planned:
-    """One sequence's part of a step: what is fed, and how many drafted tokens come last in it."""
+    """One sequence's part of a step: what is fed, and which drafted tokens come last in it. scored: how many of the wanted
+    rows, the first ones, say logprobs of the prompt."""
 
     sequence: Sequence
     feed: Feed
     draft: list[int] | tuple[int, ...]
     is_decode: bool  # the newest generated token, and no part of a prompt or of a recomputation
+    scored: int = 0
 
     @classmethod
     def decode(cls, sequence: Sequence, start: int, token_id: int) -> Planned:
@@ -43,8 +49,9 @@ class Planned:
         end, draft = start + count, draft or []
         inputs = tuple(found for rows in sequence.prompt.given if (found := rows.within(start, end)) is not None)
         ids, wanted = sequence.token_ids[start:end] + draft, 1 + len(draft) if end == known else 0
-        feed = Feed(sequence.seat, start, ids, wanted, inputs)
-        return cls(sequence, feed, draft, count == 1 and end == known > sequence.num_prompt)
+        scored = sequence.rows_to_score(start, end)
+        feed = Feed(sequence.seat, start, ids, scored + wanted, inputs)
+        return cls(sequence, feed, draft, count == 1 and end == known > sequence.num_prompt, scored)
 
     def known(self) -> Planned:
         """The same with its token in place of `NEXT`, once that has come."""
@@ -94,7 +101,7 @@ class Scheduler:
 
     def schedule(self, budget: int) -> list[Planned]:
         """The next step, with at most `budget` prompt tokens, at least one: never empty while there is work."""
-        step, preempted = [], False
+        step, preempted, rows = [], False, SCORED_ROWS
         for sequence in list(self.running):  # oldest first, so that nobody in `step` is preempted any more
             held = sequence.held
             if not held.by_group:
@@ -102,8 +109,10 @@ class Scheduler:
             known, start = len(sequence.token_ids), sequence.num_computed
             end = known
             if known - start > 1:
-                end = self.cache.chunk_end(start, known, budget) if budget > 0 else start
+                most = min(budget, rows) if sequence.is_scoring else budget
+                end = self.cache.chunk_end(start, known, most) if most > 0 else start
                 budget -= end - start
+                rows -= sequence.rows_to_score(start, end)
             if end == start:
                 continue
             while held.by_group and not self.cache.grow(sequence, end):
@@ -120,7 +129,7 @@ class Scheduler:
                 draft = self._affordable_draft(sequence) if is_decode else None
                 step.append(Planned.of(sequence, end - start, draft))
         if self.waiting and not preempted:
-            self._admit(step, budget)
+            self._admit(step, budget, rows)
         return step
 
     def schedule_ahead(self, under_way: list[Planned]) -> list[Planned]:
@@ -143,19 +152,23 @@ class Scheduler:
             step.append(Planned.decode(sequence, known, NEXT))
         return step
 
-    def _admit(self, step: list[Planned], budget: int) -> None:
-        """Move waiting sequences into the batch while there are seats, pages and budget."""
+    def _admit(self, step: list[Planned], budget: int, rows: int) -> None:
+        """Move waiting sequences into the batch while there are seats, pages and budget. rows: of prompts, that may still be
+        wanted in the step."""
         being_computed = self._being_computed()
         for sequence in list(self.waiting):
             if budget <= 0 or len(self.running) >= self.max_batch:
                 return
+            if sequence.is_scoring and rows <= 0:
+                continue
+            most = min(budget, rows) if sequence.is_scoring else budget
             found = self.cache.find(sequence)
             if self.cache.waits_for(sequence, found, being_computed):
                 continue  # it can share that in a few steps; computing it twice would be waste
             # One spare page for each running sequence, so that the newcomer is not preempted right away.
-            admission = self.cache.admit(sequence, found, budget, spare=len(self.running))
+            admission = self.cache.admit(sequence, found, most, spare=len(self.running))
             if admission is None and self.cache.reclaim(self.running):
-                admission = self.cache.admit(sequence, found, budget, spare=len(self.running))
+                admission = self.cache.admit(sequence, found, most, spare=len(self.running))
             if admission is None:
                 return
             self.waiting.remove(sequence)
@@ -171,6 +184,7 @@ class Scheduler:
             count = admission.end - admission.start
             budget -= count
             step.append(Planned.of(sequence, count))
+            rows -= step[-1].scored
             being_computed.update(self.cache.being_computed(sequence))
 
     def _being_computed(self) -> set[bytes]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
 
 from cai_runtime.engine.cache import Held
+from cai_runtime.engine.masks import TokenMask
 from cai_runtime.engine.outbox import TokenLog
 from cai_runtime.engine.output import Output
-from cai_runtime.engine.request import Delta, Request
+from cai_runtime.engine.request import Delta, Request, TokenLogprobs
 from cai_runtime.engine.sampling import SequenceSampler
 from cai_runtime.engine.segments import Prompt
 
@@ -23,7 +24,8 @@ class Sequence:
     sampler: SequenceSampler
     output: Output
     log: TokenLog
-    ends: Container[int] = ()  # tokens that end the text once min_tokens were generated
+    ends: Collection[int] = ()  # tokens that end the text once min_tokens were generated
+    mask: TokenMask | None = None
 
     token_ids: list[int] = field(init=False)  # prompt, then generated
     num_prompt: int = field(init=False)
@@ -31,6 +33,9 @@ class Sequence:
     seat: int = -1  # in the runner's batch, while it is running; -1: none
     held: Held = field(default_factory=Held)
     num_put_out: int = 0  # generated tokens that the consumer has
+    logprobs: list[TokenLogprobs] | None = field(init=False)  # of the generated tokens; None: not wanted
+    prompt_logprobs: list[TokenLogprobs | None] | None = field(init=False)  # of the prompt's, as far as they are known
+    asks_more: bool = field(init=False)  # than tokens: logprobs, or nothing but a prompt
     was_admitted: bool = False
     prompt_digests: list[bytes] = field(default_factory=list)  # of the prompt's full pages; shared by equal prompts
     submitted_at: float = 0.0  # on the engine's clock, as the following
@@ -40,6 +45,13 @@ class Sequence:
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt.token_ids)
         self.num_prompt = len(self.token_ids)
+        params = self.request.sampling
+        self.logprobs = None if params.logprobs is None else []
+        self.prompt_logprobs = None
+        if params.prompt_logprobs is not None:
+            self.prompt_logprobs = []
+            self.add_prompt_logprobs([None])  # nothing comes before the first token
+        self.asks_more = self.logprobs is not None or self.prompt_logprobs is not None or params.max_tokens == 0
 
     @property
     def num_generated(self) -> int:
@@ -50,15 +62,36 @@ class Sequence:
         """Tokens still to be fed before the next one can be sampled: 1 when decoding, more when prefilling."""
         return len(self.token_ids) - self.num_computed
 
+    @property
+    def is_scoring(self) -> bool:
+        """Whether logprobs of prompt tokens are still wanted."""
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt
+
+    def rows_to_score(self, start: int, end: int) -> int:
+        """How many of the positions start to end - 1, the last but for those behind the prompt, have a row of logits that
+        says the logprob of a prompt token: the one behind it."""
+        if self.prompt_logprobs is None:
+            return 0
+        return max(min(end, self.num_prompt - 1) - max(start, len(self.prompt_logprobs) - 1), 0)
+
+    def add_prompt_logprobs(self, found: Iterable[TokenLogprobs | None]) -> None:
+        """Add those of the prompt's next tokens; after the last one, the consumer gets all."""
+        assert self.prompt_logprobs is not None
+        self.prompt_logprobs += found
+        if not self.is_scoring:
+            self.log.prompt_logprobs = tuple(self.prompt_logprobs)
+
     def may_end(self) -> bool:
         """Whether the newest token ends the text, as far as tokens alone tell."""
         generated, params = self.num_generated, self.request.sampling
         return generated >= params.max_tokens or (self.token_ids[-1] in self.ends and generated >= params.min_tokens)
 
     def append(self, token_id: int) -> None:
-        """Add a generated token."""
+        """Add a generated token. Raises what the mask raises, with the token added."""
         self.token_ids.append(token_id)
         self.sampler.observe(token_id)
+        if self.mask is not None and not self.may_end():
+            self.mask.accept(token_id)
 
     def put_out(self) -> Delta:
         """What the consumer sees of the tokens that were appended since the last call.
@@ -66,7 +99,8 @@ class Sequence:
         The delta says which of them belong to the text, and whether it is over. The token that ends the text counts as
         generated (as in the OpenAI API and vLLM). Tokens behind it are taken back.
         """
-        first, most = self.num_prompt + self.num_put_out, self.request.sampling.max_tokens
+        before, most = self.num_put_out, self.request.sampling.max_tokens
+        first = self.num_prompt + before
         delta = self.output.feed(self.token_ids[first : self.num_prompt + most])
         self.num_put_out += len(delta.token_ids)
         if delta.finish_reason is None and self.num_put_out >= most:
@@ -74,4 +108,6 @@ class Sequence:
             delta = Delta(delta.events + rest.events, delta.token_ids, rest.finish_reason, rest.stop_string)
         if delta.finish_reason is not None:
             del self.token_ids[self.num_prompt + self.num_put_out :]
+        if self.logprobs is not None:
+            delta = replace(delta, logprobs=tuple(self.logprobs[before : self.num_put_out]))
         return delta

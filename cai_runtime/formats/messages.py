@@ -1,106 +1,263 @@
-"""Checks a conversation as it came from a caller and brings it into the one shape that chat templates take."""
+"""Checks a conversation as it came from a caller. What templates are given of it is in `history`."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from cai_runtime.errors import ConversationError
-from cai_runtime.formats.traced_text import content, own
+from cai_runtime.formats.traced_text import plain
 
-ContentForm = Literal["text", "parts", "both"]
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 # What a part of another type would need, for the error.
 PART_CAPABILITIES = {"image_url": "image", "image": "image", "input_audio": "audio", "audio": "audio", "file": "file"}
-# Fields that our own replies carry as null, and that mean nothing then.
-_LATER_FIELDS = {
-    "tool_calls": "tools",
-    "function_call": "tools",
-    "tool_call_id": "tools",
-    "audio": "audio",
-    "refusal": None,
-    "annotations": None,
-    "reasoning_content": None,
-}
+# Fields that replies carry as null or empty, and that mean nothing then.
+_UNSERVED_FIELDS = {"audio": "audio", "refusal": None, "annotations": None}
+_DEPRECATED = "is deprecated and not served: use 'tools', 'tool_calls' and messages of the role 'tool'."
+MAX_DEPTH = 64  # of JSON values in one another
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function call in an assistant's message. arguments: a JSON object, as text."""
+
+    id: str
+    name: str
+    arguments: str
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation. `role` is system, user or assistant; `content` a text, or the texts of its parts."""
+    """One turn of a conversation.
+
+    role: one of ROLES. content: a text, or the texts of its parts; None only beside `calls` or `reasoning`. calls,
+    reasoning: of an assistant; the latter is its thought. call_id: of a tool's message, the call that it is the result of.
+    """
 
     role: str
-    content: str | tuple[str, ...]
+    content: str | tuple[str, ...] | None
     name: str | None = None
+    calls: tuple[Call, ...] = ()
+    call_id: str | None = None
+    reasoning: str | None = None
 
-    def for_template(self, takes: ContentForm = "text") -> dict[str, Any]:
-        """The dict a chat template sees: the role as the template's own text, all else as a caller's.
+    @property
+    def text(self) -> str:
+        """The content as one text; parts are joined with a line break."""
+        if isinstance(self.content, tuple):
+            return "\n".join(self.content)
+        return self.content or ""
 
-        Args:
-            takes: the kind of content that the template takes for this role. "text": parts are joined with a line
-                break. "parts": a list of `{"type": "text", "text": ...}`. "both": the kind that the caller gave.
-        """
-        turn: dict[str, Any] = {"role": own(self.role)}
-        if takes == "parts" or (takes == "both" and not isinstance(self.content, str)):
-            parts = (self.content,) if isinstance(self.content, str) else self.content
-            turn["content"] = [{"type": own("text"), "text": content(part)} for part in parts]
-        else:
-            turn["content"] = content(self.content if isinstance(self.content, str) else "\n".join(self.content))
-        return turn if self.name is None else {**turn, "name": content(self.name)}
+    @property
+    def characters(self) -> int:
+        """Of all its texts."""
+        texts = [*(self.content if isinstance(self.content, tuple) else (self.content,)), self.name, self.reasoning]
+        texts += [text for call in self.calls for text in (call.name, call.arguments)]
+        return sum(len(text) for text in texts if text)
 
 
 def parse_messages(messages: Any) -> list[Message]:
     """A conversation as a list of Message.
 
     Args:
-        messages: dicts (or of the `openai` package's message objects) with `role`: system, developer (the
-            same as system), user or assistant; `content`: a string, or a list of `{"type": "text", "text": ...}`
-            parts; and optionally `name`, a string.
+        messages: dicts (or of the `openai` package's message objects) with `role`: system, developer, user, assistant or
+            tool; `content`: a string, or a list of `{"type": "text", "text": ...}` parts; and optionally `name`, a string.
+            An assistant's message may have `tool_calls` and `reasoning_content`, and then no content. A tool's message has
+            `tool_call_id`.
 
     Raises:
-        ConversationError: `.param` names the place, such as `messages[1].content[0]`.
+        ConversationError: `.param` names the place, such as `messages[1].content[0]`. Also where a call has no result, or
+            a result no call.
     """
     if not isinstance(messages, Iterable) or isinstance(messages, (str, bytes, Mapping)):
         raise ConversationError(f"'messages' must be a list of messages, got {type(messages).__name__}.")
     messages = list(messages)
     if not messages:
         raise ConversationError("'messages' must hold at least one message.")
-    return [_parse_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    parsed = [_parse_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    _check_results(parsed)
+    return parsed
+
+
+def parse_arguments(arguments: Any, place: str) -> dict[str, Any]:
+    """The object that a call's arguments are.
+
+    Raises:
+        ConversationError: they are no text of a JSON object, or one that nests too deeply or holds half of a character.
+    """
+    if not isinstance(arguments, str):
+        raise ConversationError(
+            f"'{place}' must be a string that holds a JSON object, got {type(arguments).__name__}.", param=place
+        )
+    try:
+        value = json.loads(arguments, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ConversationError(f"'{place}' must hold a JSON object, and is no JSON: {error}.", param=place) from None
+    if not isinstance(value, dict):
+        raise ConversationError(f"'{place}' must hold a JSON object, such as {{}}.", param=place)
+    check_json(value, place)
+    return value
+
+
+def check_json(value: Any, place: str, depth: int = MAX_DEPTH) -> None:
+    """Refuse what is no JSON: other types, keys that are no texts, texts with half of a character, numbers that are not
+    finite, and more than MAX_DEPTH levels.
+
+    Raises:
+        ConversationError: naming the place.
+    """
+    if depth == 0:
+        raise ConversationError(f"'{place}' nests more than {MAX_DEPTH} levels.", param=place)
+    if isinstance(value, str):
+        _parse_text(value, place)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _parse_text(key, place)
+            check_json(item, f"{place}.{key[:40]}", depth - 1)
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            check_json(item, f"{place}[{i}]", depth - 1)
+    elif not (value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and value - value == 0)):
+        raise ConversationError(f"'{place}' is no JSON value: {type(value).__name__}.", param=place)
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _as_mapping(value: Any, place: str, what: str) -> dict[str, Any]:
+    """The fields that are given of an object, which may be one of the `openai` package's."""
+    if hasattr(value, "model_dump"):
+        value = value.model_dump(exclude_none=True)
+    if not isinstance(value, Mapping):
+        raise ConversationError(f"'{place}' must be an object with {what}.", param=place)
+    return {key: item for key, item in value.items() if item is not None}
 
 
 def _parse_message(message: Any, place: str) -> Message:
-    if hasattr(message, "model_dump"):  # a reply's message, put back into the conversation
-        message = message.model_dump(exclude_none=True)
-    if not isinstance(message, Mapping):
-        raise ConversationError(f"'{place}' must be an object with role and content.", param=place)
-    fields = {key: value for key, value in message.items() if value is not None}
-    role = fields.get("role")
+    fields = _as_mapping(message, place, "role and content")
+    role = fields.pop("role", None)
     if role is None:
         raise ConversationError(f"Missing required parameter: '{place}.role'.", param=f"{place}.role")
-    if role in ("tool", "function"):
-        raise ConversationError(
-            f"'{place}.role': {role} messages are not supported yet.", param=f"{place}.role", capability="tools"
-        )
-    if role == "developer":
-        role = "system"
+    if role == "function":
+        raise ConversationError(f"'{place}.role': the role 'function' {_DEPRECATED}", param=f"{place}.role")
     if role not in ROLES:
         raise ConversationError(
             f"'{place}.role' must be one of {', '.join(ROLES)}, got {role!r}.", param=f"{place}.role"
         )
-    for key in fields:
-        if key in _LATER_FIELDS:
-            if fields[key] != []:
-                raise ConversationError(
-                    f"'{place}.{key}' is not supported yet.", param=f"{place}.{key}", capability=_LATER_FIELDS[key]
-                )
-        elif key not in ("role", "content", "name"):
+    name, content = fields.pop("name", None), fields.pop("content", None)
+    calls, reasoning = fields.pop("tool_calls", None), fields.pop("reasoning_content", None)
+    call_id = fields.pop("tool_call_id", None)
+    fields.pop("parsed", None)  # the openai package's own reading of the content, in replies of its `parse`
+    for key, value in fields.items():
+        if key == "function_call":
+            raise ConversationError(f"'{place}.function_call' {_DEPRECATED}", param=f"{place}.function_call")
+        if key not in _UNSERVED_FIELDS:
             raise ConversationError(f"Unknown parameter: '{place}.{key}'.", param=f"{place}.{key}")
-    name = fields.get("name")
-    if name is not None:
-        name = _parse_text(name, f"{place}.name")
-    if "content" not in fields:
+        if value != []:
+            raise ConversationError(
+                f"'{place}.{key}' is not supported.", param=f"{place}.{key}", capability=_UNSERVED_FIELDS[key]
+            )
+    for key, value in (("tool_calls", calls), ("reasoning_content", reasoning)):
+        if value and role != "assistant":
+            raise ConversationError(f"'{place}.{key}': only messages of the assistant have it.", param=f"{place}.{key}")
+    if call_id is not None and role != "tool":
+        raise ConversationError(
+            f"'{place}.tool_call_id': only messages of the role 'tool' have it.", param=f"{place}.tool_call_id"
+        )
+    parsed = Message(
+        role,
+        None if content is None else _parse_content(content, f"{place}.content"),
+        None if name is None else _parse_text(name, f"{place}.name"),
+        _parse_calls(calls, f"{place}.tool_calls"),
+        None if call_id is None else _parse_text(call_id, f"{place}.tool_call_id"),
+        _parse_text(reasoning, f"{place}.reasoning_content") if reasoning else None,
+    )
+    if parsed.content is None and not parsed.calls and parsed.reasoning is None:
         raise ConversationError(f"Missing required parameter: '{place}.content'.", param=f"{place}.content")
-    return Message(role, _parse_content(fields["content"], f"{place}.content"), name)
+    if role == "tool" and not call_id:
+        raise ConversationError(
+            f"Missing required parameter: '{place}.tool_call_id', the id of the call that this is the result of.",
+            param=f"{place}.tool_call_id",
+        )
+    return parsed
+
+
+def _parse_calls(calls: Any, place: str) -> tuple[Call, ...]:
+    if calls is None:
+        return ()
+    if not isinstance(calls, Sequence) or isinstance(calls, (str, bytes, bytearray)):
+        raise ConversationError(f"'{place}' must be a list of tool calls.", param=place)
+    parsed = tuple(_parse_call(call, f"{place}[{i}]") for i, call in enumerate(calls))
+    seen: set[str] = set()
+    for i, call in enumerate(parsed):
+        if call.id in seen:
+            raise ConversationError(
+                f"'{place}[{i}].id' is that of another call of this message: {call.id!r}.", param=f"{place}[{i}].id"
+            )
+        seen.add(call.id)
+    return parsed
+
+
+def _parse_call(call: Any, place: str) -> Call:
+    fields = _as_mapping(call, place, "id, type and function")
+    fields.pop("index", None)  # of a streamed call that was put together by hand
+    kind = fields.pop("type", "function")
+    if kind != "function":
+        raise ConversationError(
+            f"'{place}.type' must be 'function', got {kind!r}: custom tools are not supported.",
+            param=f"{place}.type",
+            capability="custom_tools" if kind == "custom" else None,
+        )
+    function = _as_mapping(fields.pop("function", None), f"{place}.function", "name and arguments")
+    function.pop("parsed_arguments", None)  # the openai package's own reading of the arguments
+    for inner, allowed, where in ((fields, ("id",), place), (function, ("name", "arguments"), f"{place}.function")):
+        for key in allowed:
+            if key not in inner:
+                raise ConversationError(f"Missing required parameter: '{where}.{key}'.", param=f"{where}.{key}")
+        for key in inner:
+            if key not in allowed:
+                raise ConversationError(f"Unknown parameter: '{where}.{key}'.", param=f"{where}.{key}")
+    parse_arguments(function["arguments"], f"{place}.function.arguments")
+    texts = [_parse_text(fields["id"], f"{place}.id"), _parse_text(function["name"], f"{place}.function.name")]
+    for text, where in zip(texts, (f"{place}.id", f"{place}.function.name"), strict=True):
+        if not text:
+            raise ConversationError(f"'{where}' must not be empty.", param=where)
+    return Call(texts[0], texts[1], plain(function["arguments"]))
+
+
+def _check_results(messages: Sequence[Message]) -> None:
+    """Each call has one result, and the results follow the message of their calls."""
+    called, open_ids, place = set[str](), dict[str, None](), ""
+    for i, message in enumerate(messages):
+        if message.role == "tool":
+            if message.call_id not in open_ids:
+                why = (
+                    "has its result already"
+                    if message.call_id in called
+                    else "is that of no call in the message before"
+                )
+                raise ConversationError(
+                    f"'messages[{i}].tool_call_id' {why}: {message.call_id!r}.", param=f"messages[{i}].tool_call_id"
+                )
+            del open_ids[message.call_id]
+            continue
+        _refuse_open(open_ids, place)
+        place = f"messages[{i}].tool_calls"
+        open_ids = dict.fromkeys(call.id for call in message.calls)
+        called = set(open_ids)
+    _refuse_open(open_ids, place)
+
+
+def _refuse_open(open_ids: Iterable[str], place: str) -> None:
+    if missing := list(open_ids):
+        raise ConversationError(
+            f"'{place}' must be followed by a message of the role 'tool' for each of its calls: there is none with the "
+            f"tool_call_id {', '.join(map(repr, missing[:8]))}.",
+            param=place,
+        )
 
 
 def _parse_content(content: Any, place: str) -> str | tuple[str, ...]:
@@ -141,4 +298,4 @@ def _parse_text(text: Any, place: str) -> str:
             "a character, or decoded with errors='surrogateescape'.",
             param=place,
         ) from None
-    return str(text)
+    return plain(text)

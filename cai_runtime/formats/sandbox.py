@@ -190,7 +190,15 @@ def _tojson(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     # Unlike Jinja's own filter this one leaves < > & ' as they are.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return own(text) if _is_all_own(value) else text  # with a caller's text in it, all of it counts as a caller's
+
+
+def _is_all_own(value: Any) -> bool:
+    """Whether the template wrote every text of a value. Numbers and the like may be a caller's."""
+    if isinstance(value, Mapping):
+        return all(_is_all_own(key) and _is_all_own(item) for key, item in value.items())
+    return all(map(_is_all_own, value)) if isinstance(value, (list, tuple)) else is_own(value)
 
 
 def _raise_exception(message: Any) -> None:

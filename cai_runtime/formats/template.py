@@ -7,30 +7,65 @@ what the template wrote and what callers wrote (`traced_text`), so that content 
 
 from __future__ import annotations
 
+import contextlib
+import json
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cai_runtime.errors import ConversationError
-from cai_runtime.formats.messages import ROLES, ContentForm, Message
-from cai_runtime.formats.traced_text import TracedText, joined, own, plain
+from cai_runtime.formats.history import declared, in_words, turns_of
+from cai_runtime.formats.messages import Message
+from cai_runtime.formats.probes import TemplateForms
+from cai_runtime.formats.program import TemplateProgram
+from cai_runtime.formats.traced_text import TracedText
 
 if TYPE_CHECKING:
     from cai_runtime.formats.control_tokens import PromptEncoder
+    from cai_runtime.formats.conversation import Tool
 
 DEFAULT = "default"
-MAX_QUOTED = 500  # characters of a template's own words in an error
-PROBE_WORDS = ("cabbage", "lettuce")  # looked for in a rendered prompt, to see which kind of content came through
-PROBES: dict[ContentForm, str | tuple[str, ...]] = {"text": " ".join(PROBE_WORDS), "parts": PROBE_WORDS}
+FOR_TOOLS = "tool_use"  # of several templates, the one for conversations with tools, by transformers' convention
 
 _made: weakref.WeakKeyDictionary[Any, tuple[Any, dict[str, ChatTemplate]]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()  # guards _made
 
 
+def template_text(tokenizer: Any) -> str:
+    """The source of the checkpoint's chat templates; "" if it has none."""
+    stored = getattr(tokenizer, "chat_template", None) or ""
+    return "\n".join(map(str, stored.values())) if isinstance(stored, Mapping) else str(stored)
+
+
 def has_template(tokenizer: Any) -> bool:
     """Whether the checkpoint came with a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
+
+
+def template_of(checkpoint: Path) -> tuple[Any, dict[str, str]]:
+    """A checkpoint's chat template, or its templates by name, and its special tokens, without loading its tokenizer. None
+    and no tokens if it has none, or its files can't be read."""
+    config: Any = _json(checkpoint / "tokenizer_config.json")
+    config = config if isinstance(config, dict) else {}
+    stored = config.get("chat_template")
+    if isinstance(stored, list):  # as transformers writes several
+        stored = {one.get("name"): one.get("template") for one in stored if isinstance(one, dict)}
+    legacy = _json(checkpoint / "chat_template.json")
+    if isinstance(legacy, dict) and legacy.get("chat_template"):
+        stored = legacy["chat_template"]
+    with contextlib.suppress(OSError, ValueError):
+        stored = (checkpoint / "chat_template.jinja").read_text("utf-8")
+    tokens = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()}
+    return stored, {key: value for key, value in tokens.items() if key.endswith("_token") and isinstance(value, str)}
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def render(tokenizer: Any, messages: Sequence[Message], name: str | None = None) -> list[int]:
@@ -48,13 +83,18 @@ def render(tokenizer: Any, messages: Sequence[Message], name: str | None = None)
     return chat_template(tokenizer, name).render(messages)
 
 
-def chat_template(tokenizer: Any, name: str | None = None) -> ChatTemplate:
-    """The tokenizer's chat template, made at its first use. Arguments and errors as those of `render`."""
+def chat_template(tokenizer: Any, name: str | None = None, *, for_tools: bool = False) -> ChatTemplate:
+    """The tokenizer's chat template, made at its first use. Arguments and errors as those of `render`.
+
+    for_tools: whether the conversation has tools or calls, for which a checkpoint may have a template of its own.
+    """
     stored = getattr(tokenizer, "chat_template", None)
     with _lock:
         known = _made.get(tokenizer)
         if known is None or known[0] != stored:
             known = _made[tokenizer] = (stored, {})
+    if name is None and for_tools and isinstance(stored, Mapping) and FOR_TOOLS in stored:
+        name = FOR_TOOLS
     chosen = _choose(stored, name)
     if chosen not in known[1]:
         sources: Mapping[str, Any] = stored if isinstance(stored, Mapping) else {DEFAULT: stored}
@@ -92,7 +132,7 @@ def _choose(stored: Any, name: str | None) -> str:
 
 
 class ChatTemplate:
-    """One chat template and the tokenizer it writes for. Compiled, and asked what content it takes, once.
+    """One chat template and the tokenizer it writes for. Compiled, and asked what it takes, once.
 
     Args:
         tokenizer: transformers' tokenizer; its special tokens are the template's variables.
@@ -105,74 +145,49 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, source: str, name: str = DEFAULT):
         from cai_runtime.formats.control_tokens import PromptEncoder
-        from cai_runtime.formats.sandbox import TEMPLATE_ERRORS, ChatTemplateEnvironment, literals
 
         self.name = name
-        environment = ChatTemplateEnvironment()
-        try:
-            self._compiled = environment.from_string(source)
-            text = literals(environment, source)
-        except TEMPLATE_ERRORS as error:
-            raise self._failure("can't be compiled", error) from error
-        self._variables = {
-            key: [own(str(token)) for token in value] if isinstance(value, (list, tuple)) else own(str(value))
-            for key, value in tokenizer.special_tokens_map.items()
-        }
-        self._encoder: PromptEncoder = PromptEncoder(tokenizer, text)
-        self.content_forms: dict[str, ContentForm] = dict.fromkeys(ROLES, "text")
-        for role in ("user", "system", "assistant"):  # user turns first: they surround the others
-            self.content_forms[role] = self._probe(role)
+        self.program = TemplateProgram(source, name, tokenizer.special_tokens_map)
+        self.forms = TemplateForms(self.program)
+        self._encoder: PromptEncoder = PromptEncoder(tokenizer, self.program.literals)
 
     def render(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of the conversation. See the function `render`."""
-        return self._encoder.encode(self.text(messages))
+        return self.encode(self.text(messages))
 
-    def text(self, messages: Sequence[Message]) -> TracedText:
-        """The prompt's characters, and which of them the template wrote."""
+    def encode(self, prompt: TracedText) -> list[int]:
+        """Token ids of a prompt's text."""
+        return self._encoder.encode(prompt)
+
+    def text(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] = (),
+        variables: Mapping[str, Any] | None = None,
+        *,
+        generic: bool = False,
+    ) -> TracedText:
+        """The prompt's characters, and which of them the template wrote.
+
+        Args:
+            tools: those that the model may call.
+            variables: of the template, beyond those that every template has.
+            generic: put tools, calls and results to the model as text, whatever the template takes.
+
+        Raises:
+            ConversationError: the template refuses the conversation or fails; its own words are quoted.
+        """
         from cai_runtime.formats.sandbox import TEMPLATE_ERRORS
 
-        turns = [message.for_template(self.content_forms[message.role]) for message in messages]
+        uses_tools = bool(tools) or any(message.calls or message.role == "tool" for message in messages)
+        declarations = None
+        if uses_tools:
+            if generic or self.forms.tools == "generic":
+                messages = in_words(messages, tools, system=self.forms.system)
+            elif tools:
+                declarations = declared(tools, whole=self.forms.whole_tools)
+        turns = turns_of(messages, self.forms.turns)
         try:
-            return self._run(turns)
+            return self.program.run(turns, declarations, **(variables or {}))
         except TEMPLATE_ERRORS as error:
-            raise self._failure("refuses these messages", error) from error
-
-    def _run(self, turns: list[dict[str, Any]]) -> TracedText:
-        from cai_runtime.formats.sandbox import budgeted_range
-
-        prompt = self._compiled.render(
-            **self._variables,
-            messages=turns,
-            tools=None,
-            documents=None,
-            add_generation_prompt=True,
-            range=budgeted_range(),
-        )
-        return joined((prompt,))
-
-    def _probe(self, role: str) -> ContentForm:
-        """Which kind of content the template takes for a role: it is rendered with each, and the text looked for."""
-        from cai_runtime.formats.sandbox import TEMPLATE_ERRORS
-
-        hello = Message("user", "Hello")
-        taken: list[ContentForm] = []
-        for form, content in PROBES.items():
-            asked = Message(role, content)
-            conversation = {"system": [asked, hello], "user": [asked], "assistant": [hello, asked, hello]}[role]
-            turns = [m.for_template(form if m is asked else self.content_forms["user"]) for m in conversation]
-            try:
-                text = plain(self._run(turns))
-            except TEMPLATE_ERRORS:  # this form of content is not taken
-                continue
-            # A template that prints the list holds the texts too, inside Python's or JSON's spelling of it.
-            if all(word in text for word in PROBE_WORDS) and not ("'type'" in text or '"type"' in text):
-                taken.append(form)
-        if len(taken) == 2:
-            return "both"
-        return taken[0] if taken else "text"
-
-    def _failure(self, what: str, error: Exception) -> ConversationError:
-        words = f"{type(error).__name__}: {error}" if type(error).__module__ == "builtins" else str(error)
-        if len(words) > MAX_QUOTED:
-            words = words[: MAX_QUOTED - 3] + "..."
-        return ConversationError(f"The model's chat template ({self.name}) {what}: {words}")
+            raise self.program.failure("refuses these messages", error) from error

@@ -8,7 +8,7 @@ templates use. It fails closed: a plain `str`, and every result whose origin is 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, SupportsIndex
 
 _OWN = b"\x01"
@@ -191,6 +191,15 @@ def own(text: str) -> TracedText:
 def content(text: str) -> TracedText:
     """Text that a caller wrote."""
     return TracedText(plain(text))
+
+
+def traced(value: Any) -> Any:
+    """A JSON value in which every text, keys included, is a caller's; those that are traced already stay as they are."""
+    if isinstance(value, str):
+        return value if type(value) is TracedText else content(value)
+    if isinstance(value, Mapping):
+        return {traced(key): traced(item) for key, item in value.items()}
+    return [traced(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def plain(text: str) -> str:

@@ -124,12 +124,14 @@ struct AttentionLayer {
   void *k_cache, *v_cache;
   const float* cos_sin;  // [positions, rotary_dim]: cosines, then sines
   Int positions, rotary_dim;
+  const float* head_norms;  // weights [2, head_dim] of the RMSNorm of query heads and of key heads, or null
+  float norm_eps;
 };
 
 struct AttentionCall {
   AttentionLayer layer;
   Batch batch;
-  float* qkv;  // [M, (query_heads + 2 kv_heads) head_dim]; may be overwritten by its rotation
+  float* qkv;  // [M, (query_heads + 2 kv_heads) head_dim]; may be overwritten
   Int M;
   float* out;  // [M, query_heads * head_dim]
   // Set by plan_attention:

@@ -24,6 +24,7 @@ from cai_runtime.kernels.attention import (
     CpuAttention,
     CpuKVCache,
     HeadLayout,
+    HeadNorms,
     ReferenceAttention,
     ReferenceKVCache,
 )
@@ -102,7 +103,7 @@ class Linear(TensorsModule, LinearModule):
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
         return ops.slim_linear(
             x, residual, weight, eps, prologue.swiglu, self.tensors(), self._layout, self.in_features, self.out_features,
-            self.backend,
+            self.backend, self.head_norms, self._norm_eps,
         )  # fmt: skip
 
 
@@ -145,7 +146,7 @@ class Attention(torch.nn.Module):
     """One layer's attention over its pages; called like the attention of a backend, but leaves qkv as it is.
 
     cache: of the backend, shared; its k and v are buffers of the module, changed by every call. sinks: fp32 [query_heads].
-    group: the cache's, of the batch's page tables.
+    group: the cache's, of the batch's page tables. norms: of queries and keys, if any.
     """
 
     def __init__(
@@ -156,6 +157,7 @@ class Attention(torch.nn.Module):
         *,
         backend: str | None = None,
         group: str = FULL,
+        norms: HeadNorms | None = None,
     ):
         super().__init__()
         self.heads, self._page_size, self.group = heads, cache.page_size, group
@@ -165,6 +167,8 @@ class Attention(torch.nn.Module):
         self.register_buffer("k", cache.k, persistent=False)
         self.register_buffer("v", cache.v, persistent=False)
         self.register_buffer("sinks", sinks, persistent=False)
+        self.register_buffer("head_norms", None if norms is None else norms.weight, persistent=False)
+        self._norm_eps = 0.0 if norms is None else norms.eps
 
     def forward(self, qkv: torch.Tensor, batch: AttentionBatch, cos_sin: torch.Tensor, scale: float) -> torch.Tensor:
         """qkv [T, (Hq + 2 Hkv) D], cos_sin fp32 [positions, rotary_dim] -> [T, Hq D]."""
@@ -172,7 +176,7 @@ class Attention(torch.nn.Module):
         return ops.rope_paged_attention(
             qkv, batch.positions, table.slots, batch.query_start, batch.context_len, table.pages, cos_sin, scale,
             self.k, self.v, self.sinks, self.heads.query_heads, self.heads.kv_heads, self._page_size, self.heads.window,
-            self.backend,
+            self.backend, self.head_norms, self._norm_eps,
         )  # fmt: skip
 
 
@@ -204,9 +208,18 @@ def torch_module(prepared: Any) -> LinearModule | Attention | Embedding:
     """A module over what the reference or the CPU kernels have ready: a prepared group of linears, an attention object, an
     embedding (`CpuEmbedding`, or a table as a `Core`). Raises KernelError for anything else."""
     if isinstance(prepared, CpuAttention):
-        return Attention(prepared.heads, prepared.cache, prepared._sinks, backend="cpu")
+        return Attention(
+            prepared.heads, prepared.cache, prepared._sinks, backend="cpu", group=prepared.group, norms=prepared.norms
+        )
     if isinstance(prepared, ReferenceAttention):
-        return Attention(prepared.heads, prepared.cache, prepared.sinks, backend="reference")
+        return Attention(
+            prepared.heads,
+            prepared.cache,
+            prepared.sinks,
+            backend="reference",
+            group=prepared.group,
+            norms=prepared.norms,
+        )
     if isinstance(prepared, CpuEmbedding | Core):
         return Embedding(prepared)
     return linear_module(prepared)

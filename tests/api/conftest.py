@@ -66,7 +66,7 @@ class AlphabetRunner:
         assert self.gate.wait(timeout=30), "a test forgot to open the gate"
         if self.fail is not None:
             raise self.fail
-        last = [sequence.token_ids[-1] for sequence in step if sequence.wanted]
+        last = [token for s in step for token in s.token_ids[len(s.token_ids) - s.wanted :]]
         logits = np.full((len(last), self.vocab_size), -20.0, dtype=np.float32)
         logits[:, self.letters] = 0.0
         logits[np.arange(len(last)), self.next_token[last]] = 2.0

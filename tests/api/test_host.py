@@ -70,11 +70,31 @@ def test_weights_that_are_not_here(new_client, factory, tmp_path, ask, name, say
     assert factory.opened == []
 
 
-@pytest.mark.parametrize("name", ["cai-llama-3-1-8b-slim-r", "abc-r"])
-def test_reasoning_ids_are_not_misread(client, ask, name):
-    with pytest.raises(BadRequestError, match="reasoning") as caught:
-        client.chat.completions.create(**ask, model=name)
-    assert caught.value.param == "model"
+def test_names_that_end_in_r_stand_for_the_model_without(client, new_client, tokenizer, model_dir, ask):
+    tokenizer.chat_template = "{{ 'on:' if think else '' }}{{ messages[0].content }}".replace(
+        "think", "enable_thinking"
+    )
+    counts = [
+        client.chat.completions.create(**ask, **options, max_tokens=1).usage.prompt_tokens
+        for options in (
+            {}, {"model": "abc-r"}, {"model": f"{model_dir}-r"}, {"model": "abc-r", "reasoning_enabled": False},
+            {"model": "abc-r", "reasoning_effort": "none"}, {"reasoning_enabled": True},
+        )
+    ]  # fmt: skip
+    assert counts == [2, 5, 5, 2, 2, 5]
+    assert client.chat.completions.create(**ask, model="abc-r").model == "abc-r"
+    assert client.models.retrieve("abc-r").id == "abc-r"
+    own = new_client(models={"abc": model_dir, "abc-r": model_dir})  # a name of its own is what it says
+    assert own.chat.completions.create(**ask, model="abc-r", max_tokens=1).usage.prompt_tokens == 2
+
+
+def test_a_model_that_can_not_reason_has_no_name_with_r(client, ask):
+    with pytest.raises(BadRequestError, match="'abc-r' asks for reasoning by default") as caught:
+        client.chat.completions.create(**ask, model="abc-r")
+    assert (caught.value.param, caught.value.code) == ("model", "reasoning_not_supported")
+    assert client.completions.create(model="abc-r", prompt="w", temperature=0).choices[0].text == "xyz"
+    with pytest.raises(NotFoundError, match="weights of 'cai-llama-3-1-8b-slim'"):
+        client.chat.completions.create(**ask, model="cai-llama-3-1-8b-slim-r")
 
 
 @pytest.mark.parametrize("name", ["whisper-large-v3", "cai-whisper-large-v3-turbo-slim"])

@@ -65,19 +65,22 @@ SHARED = {
     "timeout": ([30, 0.5, np.float32(1), Timeout(3), Timeout(None), None], [0, -1, "1", True, math.nan, math.inf, [1]]),
     "extra_headers": ([{}, {"X-A": "b"}, None], [3, "x"]),
     "extra_query": ([{}, {"a": "b"}, None], [3, []]),
-    "tool_choice": (["none", "auto", None], ["required", {"type": "function"}, 3]),
-    "tools": ([[], None], [[{"type": "function", "function": {"name": "f"}}], "f"]),
-    "logprobs": ([None], [True, 0, 5]),
+    "tool_choice": (["none", "auto", None], ["required", 3]),
+    "tools": ([[], None], [3, "f"]),
     "extra_body": ([{}, {"top_k": 3}, None], [[], "x", {1: 2}]),
+    "response_format": ([{"type": "text"}, {"type": "json_object"}, None], ["text", 3, [{"type": "text"}]]),
+    "regex": (["[0-9]+", "", None], ["(", "(?=a)", 3, ["a"]]),
+    "grammar": (['start: "a"', None], ["", "start: a", 3, {"start": "a"}]),
+    "choice": ([["a", "b"], ("a",), [""], None], [[], "ab", [1], {"a": 1}]),
 }
 CHAT = {
     "chat_template": (["rag", None], [3, b"x", {}]),
     "parallel_tool_calls": ([True, False, None], [1, "no"]),
-    "reasoning_effort": ([None], ["low", "high", 3]),
-    "reasoning_enabled": ([None], [True, False]),
-    "response_format": ([{"type": "text"}, None], [{"type": "json_object"}, "text", {}]),
-    "top_logprobs": ([None], [0, 5]),
-    "logprobs": ([False, None], [True, 0, "no"]),
+    "reasoning_effort": (["none", "low", "medium", "high", "xhigh", "max", None], ["minimal", "", 3]),
+    "reasoning_enabled": ([True, False, None], [1, "yes"]),
+    "reasoning_max_tokens": ([1, 10**6, None], [0, -1, 1.5, True]),
+    "top_logprobs": ([0, None], [-1, 21, 5, 1.0, True]),  # 5 without `logprobs`
+    "logprobs": ([True, False, np.bool_(True), None], [0, 5, "no"]),
     "functions": ([[], None], [[{}]]),
     "function_call": (["none", "auto", None], [{"name": "f"}]),
     "store": ([False, None], [True, 0]),
@@ -91,9 +94,12 @@ CHAT = {
     "moderation": ([None], [{}]),
 }
 COMPLETIONS = {
+    "tools": ([[], None], [[{"type": "function", "function": {"name": "f"}}], "f"]),
+    "tool_choice": (["none", "auto", None], ["required", {"type": "function"}, 3]),
     "echo": ([True, False, None], [1, "yes"]),
-    "suffix": (["", None], ["x"]),
-    "best_of": ([1, None], [2, True]),
+    "suffix": (["", "x", None], [3, b"x", ["x"]]),
+    "best_of": ([1, 2, 128, None], [0, 129, True, 1.0]),
+    "logprobs": ([0, 5, np.int64(3), None], [-1, 6, True, False, 1.0, "1"]),
 }
 TABLES = [(chat, {**SHARED, **CHAT}), (completions, {**SHARED, **COMPLETIONS})]
 
@@ -181,7 +187,7 @@ def test_openai_sentinels_mean_not_given():
 
 def test_extra_body_is_merged_and_checked():
     assert chat.parse({**REQUIRED[chat], "extra_body": {"top_k": 3}}).params["top_k"] == 3
-    for extra, param in [({"top_k": -2}, "top_k"), ({"unknown": 1}, "unknown"), ({"tools": [1]}, "tools")]:
+    for extra, param in [({"top_k": -2}, "top_k"), ({"unknown": 1}, "unknown"), ({"tools": [1]}, "tools[0]")]:
         with pytest.raises(BadRequestError) as caught:
             chat.parse({**REQUIRED[chat], "extra_body": extra})
         assert caught.value.param == param

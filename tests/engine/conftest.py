@@ -207,6 +207,57 @@ class GroupRunner:
         return tuple(tokens)
 
 
+class HashMask:
+    """A `TokenMask` that allows about a third of the tokens: which, a hash of all accepted ones says. A token too many or
+    too few that it is told of changes everything after it. The text may end where the hash is a multiple of 4."""
+
+    name = "hash_mask"
+
+    def __init__(self, ends):
+        self.ends, self.states = ends, [START]
+
+    def allowed(self):
+        rng = np.random.default_rng(self.states[-1])
+        allowed = rng.random(VOCAB) < 0.33
+        allowed[95] = True
+        allowed[[*self.ends]] = self.states[-1] % 4 == 0
+        return allowed
+
+    def fill(self, row):
+        assert (row == 0xFFFFFFFF).all()
+        bits = np.zeros(len(row) * 32, np.uint8)
+        bits[:VOCAB] = self.allowed()
+        row[:] = np.packbits(bits, bitorder="little").view(np.uint32)
+        return True
+
+    def accept(self, token_id):
+        assert self.allowed()[token_id] and token_id not in self.ends
+        self.states.append(next_hash(self.states[-1], token_id))
+
+    def rollback(self, count):
+        assert 0 < count < len(self.states)
+        del self.states[-count:]
+
+
+@pytest.fixture(scope="session")
+def hash_mask():
+    """The class of a mask: a `MaskFactory`."""
+    return HashMask
+
+
+@pytest.fixture(scope="session")
+def obeys():
+    """obeys(token_ids, ends=(EOS,)): whether a text is one that a HashMask allows."""
+
+    def check(token_ids, ends=(EOS,)):
+        mask = HashMask(ends)
+        for token_id in token_ids[:-1]:
+            mask.accept(token_id)
+        return bool(mask.allowed()[token_ids[-1]])
+
+    return check
+
+
 @pytest.fixture(scope="session")
 def make_groups():
     """make_groups(kinds, **sizes) -> GroupRunner."""
@@ -251,6 +302,12 @@ def make_runner():
 def expected():
     """expected(prompt, count): the greedy continuation by the definition of the model alone, without any engine."""
     return continuation
+
+
+@pytest.fixture(scope="session")
+def logits_behind():
+    """logits_behind(tokens): the row of logits by the definition of the model alone."""
+    return lambda tokens: logits_of(fold(tokens))
 
 
 @pytest.fixture(scope="session")

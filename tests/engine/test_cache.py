@@ -5,6 +5,7 @@ import pytest
 from cai_runtime.engine.cache import CacheManager
 from cai_runtime.engine.cache_groups import bytes_held, bytes_wanted, positions_held, split_budget, useful_bytes
 from cai_runtime.engine.cache_layouts import PageCopy
+from cai_runtime.engine.request import Request
 from cai_runtime.engine.segments import Prompt
 from cai_runtime.engine.sequence import Sequence
 from cai_runtime.kernels.cache_groups import CacheGroup, pools
@@ -15,7 +16,7 @@ STATE = CacheGroup("state", "state", 300, 4, reuse="snapshot", align=8)
 
 
 def sequence(token_ids):
-    return Sequence(0, None, Prompt(list(token_ids)), None, None, None)
+    return Sequence(0, Request(), Prompt(list(token_ids)), None, None, None)
 
 
 def admitted(manager, made):

@@ -149,6 +149,53 @@ def test_prompt_and_pieces_add_up_to_the_text_of_both(tokenizer, skip):
         assert text_of(decoder, prompt, skip) + text == text_of(decoder, prompt + answer, skip), (prompt, answer)
 
 
+@pytest.mark.parametrize("skip", [True, False])
+def test_bytes_of_the_tokens_are_the_texts(tokenizer, skip):
+    """Whatever the tokens are, but for U+FFFD in place of the bytes that are no character."""
+    decoder, rng = TokenDecoder(tokenizer), random.Random(2)
+    size = tokenizer.get_vocab_size()
+    start = tokenizer.encode("a").ids  # a text that ends with a whole character
+    for _ in range(400):
+        ids = [rng.randrange(size) for _ in range(rng.randrange(1, 40))]
+        shown = [token_id for token_id in ids if not (skip and decoder.is_special(token_id))]
+        found = b"".join(map(decoder.bytes_of, shown))
+        replace = "replace" if decoder.byte_of(2) is None else "replace_one_byte"
+        assert found.decode("utf-8", replace) == "".join(pieces_of(decoder, ids, skip, start)), ids
+
+
+def test_bytes_of_encoded_text_are_its_utf8(tokenizer):
+    decoder = TokenDecoder(tokenizer)
+    for text in TEXTS if decoder.byte_of(2) is None else ["🙂a▁日本"]:
+        assert b"".join(map(decoder.bytes_of, tokenizer.encode(text).ids)).decode() == text.replace("▁", " ")
+
+
+def test_bytes_of_tokens_of_every_kind(tokenizer):
+    decoder = TokenDecoder(tokenizer)
+    special = "<|im_start|>" if decoder.byte_of(2) is None else "<s>"
+    assert decoder.bytes_of(tokenizer.token_to_id(special)) == special.encode()
+    assert decoder.bytes_of(tokenizer.get_vocab_size() + 5) == b"", "of a vocabulary that is padded"
+    if decoder.byte_of(2) is not None:
+        assert decoder.bytes_of(2 + 0xE2) == b"\xe2"
+        assert decoder.bytes_of(tokenizer.token_to_id("▁Hello")) == b" Hello"
+        assert decoder.bytes_of(tokenizer.token_to_id("▁")) == b" "
+
+
+def test_bytes_of_a_byte_level_vocabulary_within_a_sequence_of_decoders():
+    tokenizer = byte_level()
+    expected = [TokenDecoder(tokenizer).bytes_of(i) for i in range(tokenizer.get_vocab_size())]
+    assert {bytes([b]) for b in range(0xF5)} - {b"\xc0", b"\xc1"} <= set(expected)
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()])
+    assert [TokenDecoder(tokenizer).bytes_of(i) for i in range(tokenizer.get_vocab_size())] == expected
+
+
+def test_bytes_of_a_tokenizer_that_only_decodes():
+    class Letters:
+        def decode(self, token_ids, skip_special_tokens=True):
+            return "".join(chr(0x3B1 + t) for t in token_ids)
+
+    assert TokenDecoder(Letters()).bytes_of(1) == "β".encode()
+
+
 def test_the_first_token_keeps_its_space():
     for name in ("llama", "metaspace"):
         tokenizer = TOKENIZERS[name]()

@@ -227,7 +227,7 @@ def test_stop_strings_wait_for_min_tokens(make_engine, greedy):
         (Request([1, 97]), InvalidRequestError),
         (Request([-1]), InvalidRequestError),
         (Request(["a"]), InvalidRequestError),  # type: ignore[list-item]
-        (Request([1], SamplingParams(max_tokens=0)), InvalidRequestError),
+        (Request([1], SamplingParams(max_tokens=-1)), InvalidRequestError),
         (Request([1], SamplingParams(logit_bias={500: 1.0})), InvalidRequestError),
         (Request([1] * 250, SamplingParams(max_tokens=7)), RequestTooLargeError),
     ],

@@ -145,3 +145,44 @@ def test_a_guilty_request_fails_alone(make_engine, make_runner, greedy, expected
         bad.result()
     if simple.fail_on not in expected([3], 20):
         assert good.result().token_ids[:5] == expected([3], 20)[:5]
+
+
+def test_a_pass_is_launched_ahead_of_its_masks(make_engine, make_runner, prompts, hash_mask, obeys):
+    """What a mask allows behind the step under way depends on that step's tokens: only the sampling waits for them."""
+    requests = [
+        Request(prompt, SamplingParams(max_tokens=20, seed=i, temperature=i % 2), mask=hash_mask if i % 3 else None)
+        for i, prompt in enumerate(prompts)
+    ]
+    plain = make_engine()
+    alone = [plain.submit(request).result() for request in requests]
+    for some in (requests, requests[1:2], requests[1::5]):
+        device = Device(make_runner(num_pages=512))
+        engine = make_engine(device)
+        together = run_all(engine, some)
+        assert [(t.token_ids, t.text) for t in together] == [
+            (alone[requests.index(request)].token_ids, alone[requests.index(request)].text) for request in some
+        ]
+        assert all(obeys(t.token_ids) for t, request in zip(together, some, strict=True) if request.mask)
+        assert device.nexts > 0
+
+
+def test_a_failed_step_before_a_masked_one(make_engine, make_runner, prompts, hash_mask):
+    requests = [
+        Request(prompt, SamplingParams(max_tokens=30, seed=i, ignore_eos=True), mask=hash_mask)
+        for i, prompt in enumerate(prompts[:4])
+    ]
+    plain = make_engine()
+    alone = [plain.submit(request).result().token_ids for request in requests]
+    simple = make_runner(num_pages=512)
+    run, calls = simple.run, []
+
+    def transient(step):
+        calls.append(len(step))
+        if len(calls) in (4, 9):
+            raise MemoryError("out of memory")
+        return run(step)
+
+    simple.run = transient
+    engine = make_engine(Device(simple), prefill_time=None)
+    assert [done.token_ids for done in run_all(engine, requests)] == alone
+    assert engine.stats().retries > 0 and engine.stats().failed == 0

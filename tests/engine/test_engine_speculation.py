@@ -81,6 +81,20 @@ def test_drafts_change_nothing(make_engine, make_runner, prompts, oracle, sampli
         assert sum(done.cached_tokens for done in again) > 0
 
 
+@pytest.mark.parametrize("pages", [512, 20], ids=["roomy", "preempted"])
+def test_drafts_change_nothing_under_masks(make_engine, make_runner, prompts, oracle, hash_mask, obeys, pages):
+    requests = [
+        Request(prompt, SamplingParams(max_tokens=20, seed=i, temperature=1.0), mask=hash_mask if i % 3 else None)
+        for i, prompt in enumerate(prompts)
+    ]
+    alone = undrafted(make_engine, requests, oracle)
+    engine = make_engine(make_runner(num_pages=pages), proposer=oracle)
+    together = run_all(engine, requests)
+    assert list(map(outcome, together)) == alone
+    assert all(obeys(done.token_ids) for done, request in zip(together, requests, strict=True) if request.mask)
+    assert engine.stats().drafts_taken > 0 or oracle.wrong == 1.0
+
+
 def test_right_drafts_save_steps(make_engine, make_runner, greedy, expected):
     class Knowing:
         def propose(self, sequence):

@@ -123,7 +123,7 @@ def test_the_engine_stops_at_special_tokens_by_name(make_engine, greedy, expecte
     """FakeTokenizer has no special tokens to name; the real path is the API's `stop`."""
     engine = make_engine()
     token = expected([3, 1], 20)[4]
-    engine._decoder._special_id = {"<|x|>": token}
+    engine.decoder._special_id = {"<|x|>": token}
     done = engine.submit(greedy([3, 1], stop=("<|x|>",), ignore_eos=ignore_eos)).result()
     first = expected([3, 1], 20).index(token)
     assert done.token_ids == expected([3, 1], 20)[: first + 1]

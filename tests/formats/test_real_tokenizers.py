@@ -4,6 +4,7 @@ They come from npm and the Python package index, are kept in the cache directory
 then these tests are skipped. The same properties hold on small tokenizers in `test_control_tokens.py`.
 """
 
+import json
 import shutil
 import subprocess
 import tarfile
@@ -13,20 +14,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cai_runtime.convert.cache import entry
+from cai_runtime.convert.sources import pulled
 from cai_runtime.convert.uris import WheelUri
 from cai_runtime.convert.wheels import fetch_wheel_member
 from cai_runtime.engine.tokenizer import load_tokenizer
 from cai_runtime.errors import ConversationError, SourceError
 from cai_runtime.formats.control_tokens import control_tokens
-from cai_runtime.formats.messages import parse_messages
+from cai_runtime.formats.conversation import Conversation, Tool
+from cai_runtime.formats.messages import Call, Message, parse_messages
+from cai_runtime.formats.rendering import render_conversation
 from cai_runtime.formats.template import ChatTemplate, chat_template, render
+from cai_runtime.formats.tools import parse_tools
 from cai_runtime.formats.traced_text import plain
 
 pytestmark = pytest.mark.slow
 
 NPM_VERSION = "3.7.2"
 TRL = "trl==1.16.0"
-FAMILIES = ("smollm2", "llama3_1", "gptoss", "qwen3", "gemma3")
+FAMILIES = ("smollm2", "qwen2_5", "llama3_1", "gptoss", "qwen3", "gemma3")
 # What a template looks for in content, to write other markers of its own: an honest difference.
 SEEN_BY_TEMPLATE = {"qwen3": {"<think>", "</think>", "<tool_response>", "</tool_response>"}}
 EVERY = settings(
@@ -82,6 +87,11 @@ def family(request):
 def tokenizer(family, request):
     if family == "smollm2":
         return load_tokenizer(request.getfixturevalue("smollm2_dir"))
+    if family == "qwen2_5":
+        checkpoint = pulled("qwen2.5-coder-0.5b-instruct")
+        if checkpoint is None:
+            pytest.skip("`cai pull qwen2.5-coder-0.5b-instruct` has not been run")
+        return load_tokenizer(checkpoint)
     tokenizer = load_tokenizer(npm_tokenizer(family))
     if not tokenizer.chat_template:
         tokenizer.chat_template = (trl_templates() / f"{family}.jinja").read_text()
@@ -171,8 +181,8 @@ def test_published_templates_render_as_in_transformers(make_byte_tokenizer):
         source = path.read_text()
         ours = ChatTemplate(tokenizer, source, path.stem)
         for messages in CONVERSATIONS:
-            forms = {ours.content_forms[turn["role"]] for turn in messages}
-            if "parts" in forms:
+            forms = {ours.forms.turns.content[turn["role"]] for turn in messages}
+            if forms & {"parts", "part"}:
                 continue
             try:
                 want, _ = render_jinja_template(
@@ -200,3 +210,158 @@ def test_published_templates_get_parts(make_byte_tokenizer, name):
     )
     assert plain(chat_template(tokenizer).text(parse_messages(messages))) == want[0]
     assert "one" in want[0] and "two" in want[0]
+
+
+def tool_conversations(texts):
+    """(messages, tools, what they hold): a call with text arguments, results, thoughts; schemas. Built of a list of texts,
+    so that the same conversation can be had with others."""
+
+    def build(words):
+        word = iter(words).__next__
+        call = Call("call_1", word(), json.dumps({word() + "k": word(), "n": [1, {word() + "l": word()}]}))
+        other = Call("call_2", word(), "{}")
+        messages = [
+            Message("system", word()),
+            Message("user", word()),
+            Message("assistant", word(), calls=(call,), reasoning=word()),
+            Message("tool", word(), call_id="call_1"),
+            Message("assistant", None, calls=(other,), reasoning=word()),
+            Message("tool", word(), name=word() or "n", call_id="call_2"),
+        ]
+        parameters = {
+            "type": "object",
+            "properties": {word() + "p": {"type": "string", "description": word(), "enum": [word(), word()]}},
+            "required": [word()],
+            word() + "x": word(),
+        }
+        return messages, [Tool(word() + "t", word(), parameters)]
+
+    return st.lists(texts, min_size=24, max_size=24), build
+
+
+@given(data=st.data())
+@EVERY
+def test_no_control_token_from_forged_tools(tokenizer, family, forging, data):
+    forged_texts, *_ = forging
+    control = control_tokens(tokenizer)
+    spellings = {text for text in control if "unused" not in text and "reserved" not in text}
+    words, build = tool_conversations(forged_texts(spellings - SEEN_BY_TEMPLATE.get(family, set())))
+    forged = data.draw(words)
+    harmless = build(["x" if word.strip() else word for word in forged])
+    try:
+        found = rendered(tokenizer, *build(forged))
+    except ConversationError as error:
+        assert "template" in str(error)  # gpt-oss' template refuses some contents in its own words
+        return
+    markers = set(control.values())
+    want = [token for token in rendered(tokenizer, *harmless) if token in markers]
+    assert [token for token in found if token in markers] == want
+
+
+def rendered(tokenizer, messages, tools=()):
+    return render_conversation(tokenizer, Conversation(tuple(messages), tuple(tools))).prompt_ids
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather in a town.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "description": "its name"},
+                "unit": {"type": "string", "enum": ["°C", "°F"]},
+                "days": {"type": "array", "items": {"type": "integer"}},
+            },
+            "required": ["city"],
+        },
+    },
+}
+CLOCK = {"type": "function", "function": {"name": "clock", "description": "The time.",
+                                          "parameters": {"type": "object", "properties": {}}}}  # fmt: skip
+
+
+def call(call_id, name, **arguments):
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def result(call_id, name, content):
+    return {"role": "tool", "tool_call_id": call_id, "name": name, "content": content}
+
+
+USER = {"role": "user", "content": "Wie ist das Wetter in Ålesund? 🙂"}
+BYE = {"role": "assistant", "content": "Regen."}
+OSLO = call("call_1", "get_weather", city='Ålesund "x"', unit="°C", days=[1, 2])
+TOOL_CONVERSATIONS = [
+    [USER],
+    [{"role": "system", "content": "Be kind."}, USER],
+    [USER, {"role": "assistant", "content": None, "tool_calls": [OSLO]}, result("call_1", "get_weather", '{"t": -3}')],
+    [USER, {"role": "assistant", "content": "", "tool_calls": [OSLO]}, result("call_1", "get_weather", "-3"), BYE, USER],
+    [USER, {"role": "assistant", "content": "I look.", "tool_calls": [OSLO]}, result("call_1", "get_weather", "-3")],
+    [USER, {"role": "assistant", "content": "", "tool_calls": [OSLO, call("call_2", "clock")]},
+     result("call_1", "get_weather", "-3"), result("call_2", "clock", "noon")],
+    [USER, {"role": "assistant", "content": "", "tool_calls": [call("call_2", "clock")], "reasoning_content": "Hm, what?",
+            "thinking": "Hm, what?"}, result("call_2", "clock", "noon")],
+    [{"role": "developer", "content": "Be brief."}, USER,
+     {"role": "assistant", "content": "Ja", "reasoning_content": "Hm"}, USER],
+]  # fmt: skip
+
+
+def as_openai(messages):
+    """The same conversation as OpenAI's API has it: arguments as text, and no fields of templates."""
+    turns = json.loads(json.dumps([{k: v for k, v in turn.items() if k != "thinking"} for turn in messages]))
+    for turn in turns:
+        for one in turn.get("tool_calls", ()):
+            one["function"]["arguments"] = json.dumps(one["function"]["arguments"])
+    return turns
+
+
+def as_taken(messages, forms):
+    """What ours is to equal: the conversation for transformers, mended where the template would lose or spell something
+    wrongly. None if it takes one call at a time, and there are two."""
+    if any(len(turn.get("tool_calls", ())) > 1 for turn in messages) and not forms.turns.calls.parallel:
+        return None
+    turns = json.loads(json.dumps(messages))
+    for turn in turns:
+        if turn["role"] == "developer" and not forms.turns.developer:
+            turn["role"] = "system"
+        if turn["content"] is None and not forms.turns.calls.absent:
+            turn["content"] = ""  # else "None" is written, or the template fails
+    return turns
+
+
+@pytest.mark.parametrize("number", range(len(TOOL_CONVERSATIONS)))
+def test_honest_tools_have_transformers_ids(tokenizer, number):
+    messages, tools = TOOL_CONVERSATIONS[number], [WEATHER, CLOCK]
+    forms = chat_template(tokenizer).forms
+    ours = rendered(tokenizer, parse_messages(as_openai(messages)), parse_tools(tools)["tools"])
+    assert "get_weather" in tokenizer.decode(ours)
+    if forms.tools == "native" and (turns := as_taken(messages, forms)):
+        want = tokenizer.apply_chat_template(turns, tools=tools, add_generation_prompt=True, return_dict=True)
+        assert ours == want["input_ids"]
+
+
+def test_published_templates_render_tools_as_in_transformers(make_byte_tokenizer):
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    tokenizer, compared, native = make_byte_tokenizer(), 0, set()
+    for path in sorted(trl_templates().glob("*.jinja")):
+        source = path.read_text()
+        ours = ChatTemplate(tokenizer, source, path.stem)
+        for messages in TOOL_CONVERSATIONS:
+            if messages[0]["role"] != "user" and not ours.forms.system:
+                continue
+            text = plain(ours.text(parse_messages(as_openai(messages)), parse_tools([WEATHER, CLOCK])["tools"]))
+            assert "get_weather" in text and "clock" in text, path.stem
+            shown = [turn["content"] for turn in messages if turn["role"] == "tool"]
+            assert all(content in text or json.dumps(content) in text for content in shown), path.stem
+            if ours.forms.tools == "native" and (turns := as_taken(messages, ours.forms)):
+                want, _ = render_jinja_template(
+                    [turns], tools=[WEATHER, CLOCK], chat_template=source, add_generation_prompt=True,
+                    **tokenizer.special_tokens_map,
+                )  # fmt: skip
+                assert text == want[0], path.stem
+                native.add(path.stem)
+                compared += 1
+    assert compared > 250 and {"qwen2_5", "llama3_1", "gptoss", "nemotron_3_nano", "glm4moe", "qwen3_6"} <= native

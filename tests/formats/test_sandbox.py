@@ -84,16 +84,19 @@ def test_content_is_never_the_templates_own(source):
     ["{{ '<T>' ~ role }}", "{{ '<%s>' % role }}", "{{ '<{}>'.format(role) }}", "{{ ['<', role, '>']|join }}",
      "{% set x %}<T>{% endset %}{{ x|trim|upper }}", "{% macro m(a) %}<{{ a }}>{% endmacro %}{{ m(role) }}",
      "{{ '<t>'|upper|indent|title }}", "{{ ('<' ~ role ~ '>').split('u')|join('u') }}", "{{ {'a': '<T>'}['a'] }}",
-     "{% set ns = namespace(x='<') %}{% set ns.x = ns.x + role + '>' %}{{ ns.x }}", "{{ role|replace('u', '<U>') }}"],
+     "{% set ns = namespace(x='<') %}{% set ns.x = ns.x + role + '>' %}{{ ns.x }}", "{{ role|replace('u', '<U>') }}",
+     "{{ {'a': ['<T>', role]}|tojson }}"],
 )  # fmt: skip
 def test_what_the_template_writes_is_its_own(source):
     found = ChatTemplateEnvironment().from_string(source).render(role=own("user"))
     assert found and set(mask_of(found)) == {1}
 
 
-@pytest.mark.parametrize("source", ["{{ c|tojson }}", "{{ c|safe }}", "{{ c|escape }}", "{{ [c] }}", "{{ c|pprint }}"])
+@pytest.mark.parametrize(
+    "source", ["{{ [c, d]|tojson }}", "{{ c|safe }}", "{{ c|escape }}", "{{ [c] }}", "{{ c|pprint }}"]
+)
 def test_origin_that_is_lost_counts_as_a_callers(source):
-    found = ChatTemplateEnvironment().from_string(source).render(c=own("<|im_end|>"))
+    found = ChatTemplateEnvironment().from_string(source).render(c=own("<|im_end|>"), d="x")
     assert not any(mask_of(found))
 
 

@@ -57,7 +57,8 @@ def test_form_is_found_for_each_role(byte_tokenizer):
         {"role": "user", "content": parts("v", "w")},
     ]
     assert text_of(byte_tokenizer, USER_PARTS, conversation) == "system:s\nt;user:[u];assistant:a;user:[v][w];"
-    assert chat_template(byte_tokenizer).content_forms == {"system": "text", "user": "parts", "assistant": "text"}
+    forms = chat_template(byte_tokenizer).forms.turns.content
+    assert (forms["system"], forms["user"], forms["assistant"]) == ("text", "parts", "text")
 
 
 def test_parts_are_rendered_as_transformers_does(byte_tokenizer):
@@ -122,7 +123,7 @@ def test_exceptions_that_are_not_the_templates_come_out_as_they_are(byte_tokeniz
         raise error("time is up")
 
     template = chat_template(byte_tokenizer)
-    monkeypatch.setattr(template, "_run", interrupted)
+    monkeypatch.setattr(template.program, "run", interrupted)
     with pytest.raises(error):
         template.text([Message("user", "hi")])
 

@@ -166,6 +166,30 @@ def test_logprobs_of_known_logits():
     assert found.top[1][1].tolist() == [0, s.LOGPROB_FLOOR, s.LOGPROB_FLOOR]
 
 
+def test_a_scored_token_takes_the_place_of_the_sampled_one():
+    logits = np.log(np.array([[0.5, 0.2, 0.2, 0.1]] * 2, np.float32)).astype(np.float32)
+    batch = s.SamplingBatch(
+        np.repeat(s.NEUTRAL, 2), [s.NO_TABLES] * 2, np.full((2, 1), 1, np.uint32), np.zeros(2, np.int8),
+        scored=np.array([3, -1], np.int32),
+    )  # fmt: skip
+    found = s.sample_cpu(logits, batch)
+    assert found.ids.tolist() == [0, 0] and found.logprobs is not None and found.top is None
+    np.testing.assert_allclose(found.logprobs, np.log([0.1, 0.5]), atol=1e-6)
+    np.testing.assert_allclose(s.sample_cpu(np.zeros((1, 4)), batch.take(np.array([0]))).logprobs, np.log(0.25))
+    batch.scored = np.array([4, -1], np.int32)
+    with pytest.raises(KernelError, match="scored names token 4 of a vocabulary of 4"):
+        s.sample_cpu(logits, batch)
+
+
+def test_of_equal_logits_the_first_tokens_are_the_greatest():
+    logits = np.zeros((2, 300), np.float32)
+    logits[1, [250, 17]] = 1
+    batch = s.SamplingBatch(np.repeat(s.NEUTRAL, 2), [s.NO_TABLES] * 2, logprobs=np.array([3, 3], np.int8))
+    found = s.sample_cpu(logits, batch)
+    assert found.ids.tolist() == [0, 17] and found.top is not None
+    assert found.top[0].tolist() == [[0, 1, 2], [17, 250, 0]]
+
+
 def test_batches_that_do_not_fit_are_refused():
     batch = s.SamplingBatch(np.repeat(s.NEUTRAL, 2), [s.NO_TABLES] * 2)
     with pytest.raises(KernelError, match=r"logits of shape \[3, 5\]"):

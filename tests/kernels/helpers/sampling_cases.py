@@ -53,7 +53,10 @@ def make_batch(rng: np.random.Generator, rows: int, vocabulary: int) -> tuple[np
         mask = rng.integers(0, 2**32, (rows, -(-vocabulary // 32)), dtype=np.uint32)
         mask[rng.random(mask.shape) < 0.5] = rng.choice([0, 2**32 - 1])
     logprobs = rng.integers(-1, 6, rows).astype(np.int8) if rng.random() < 0.5 else None
-    return logits, SamplingBatch(params, tables, mask, logprobs)
+    scored = None
+    if logprobs is not None and rng.random() < 0.5:
+        scored = np.where(rng.random(rows) < 0.5, rng.integers(vocabulary, size=rows), -1).astype(np.int32)
+    return logits, SamplingBatch(params, tables, mask, logprobs, scored=scored)
 
 
 def _make_tables(rng: np.random.Generator, vocabulary: int) -> RowTables:

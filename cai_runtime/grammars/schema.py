@@ -1,0 +1,231 @@
+"""Makes a JSON schema one that llguidance enforces whole, or says which node can't be.
+
+llguidance refuses most of what it can't enforce, without saying where. It takes some things that it does not enforce: those
+are refused here, or put in other words that it enforces. What is left is its own refusals, whose node is looked for.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from urllib.parse import unquote
+
+from cai_runtime.errors import GrammarError
+from cai_runtime.grammars.ecma import rust_regex
+from cai_runtime.grammars.string_formats import FORMATS, LABELS
+from cai_runtime.scalars import shown
+
+MAX_DEPTH = 64  # of schemas in schemas; references may go deeper
+# One space may follow a comma and a colon, as models write it; no other whitespace, for that could go on for ever.
+LAYOUT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+
+_MAPS = ("properties", "patternProperties", "$defs", "definitions")
+_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
+_SINGLE = ("items", "additionalProperties", "additionalItems")
+_PLAIN = (
+    "$ref", "const", "enum", "type", "minItems", "maxItems", "required", "minProperties", "maxProperties", "minLength",
+    "maxLength", "pattern", "format", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf",
+)  # fmt: skip
+_COUNTS = ("minItems", "maxItems", "minProperties", "maxProperties", "minLength", "maxLength")
+# Words about a value that constrain nothing. Only the first line's are known to llguidance.
+_KEPT_NOTES = ("$schema", "$comment", "title", "description", "default", "examples", "readOnly", "writeOnly")
+_NOTES = ("deprecated", "example", "discriminator", "externalDocs", "xml", "contentMediaType", "contentEncoding",
+          "contentSchema", "id", "$id", "$anchor")  # fmt: skip
+# Keywords whose neutral values ask for nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "uniqueItems": (False,), "unevaluatedItems": (True, {}), "unevaluatedProperties": (True, {}),
+    "propertyNames": (True, {}), "not": (False,), "dependentRequired": ({},), "dependentSchemas": ({},),
+    "dependencies": ({},), "nullable": (False,),
+}  # fmt: skip
+_REFUSED = (
+    "contains", "minContains", "maxContains", "if", "then", "else", "$dynamicRef", "$dynamicAnchor", "$recursiveRef",
+    "$recursiveAnchor", "$vocabulary",
+)  # fmt: skip
+_DRAFTS = ("draft/2020-12", "draft/2019-09", "draft-07", "draft-06", "draft-04")
+
+
+class SchemaError(GrammarError):
+    """A schema can't be enforced. `.pointer` is the JSON pointer of the node at fault."""
+
+    def __init__(self, reason: str, pointer: str):
+        self.pointer, self.reason = pointer, reason
+        super().__init__(f"the schema can't be enforced at {pointer!r} (a JSON pointer): {reason}")
+
+
+def enforceable(schema: Any) -> Any:
+    """The same schema in words that llguidance enforces.
+
+    Raises:
+        SchemaError: a node has what can't be enforced.
+    """
+    if not isinstance(schema, (bool, Mapping)):
+        raise SchemaError(f"a schema is an object or a boolean, got {shown(schema)}", "")
+    try:
+        copied = json.loads(json.dumps(schema, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SchemaError(f"the schema is no JSON: {error}", "") from error
+    _Walk(copied).check(copied, "", 0)
+    return copied
+
+
+class _Walk:
+    """Checks a document's schemas, and changes them in place."""
+
+    def __init__(self, root: Any):
+        self.root = copy.deepcopy(root)  # as it was, for references
+        self._seen: set[int] = set()
+        self.document = root
+        self._id = root.get("$id") if isinstance(root, dict) else None
+
+    def check(self, node: Any, pointer: str, depth: int) -> None:
+        if isinstance(node, bool):
+            return
+        if not isinstance(node, dict):
+            raise SchemaError(f"a schema is an object or a boolean, got {shown(node)}", pointer)
+        if id(node) in self._seen:
+            return
+        self._seen.add(id(node))
+        if depth > MAX_DEPTH:
+            raise SchemaError(f"schemas are nested more than {MAX_DEPTH} deep", pointer)
+        self._check_keywords(node, pointer)
+        self._check_properties_count(node, pointer)
+        for name, child in [*_children(node)]:
+            self.check(child, f"{pointer}/{name}", depth + 1)
+        if "$ref" in node:
+            self._check_reference(node["$ref"], pointer, depth)
+        if "format" in node:
+            _rewrite_format(node, pointer)
+
+    def _check_keywords(self, node: dict[str, Any], pointer: str) -> None:
+        for key in [*node]:
+            value, place = node[key], f"{pointer}/{_escaped(key)}"
+            if key in _MAPS:
+                if not isinstance(value, dict):
+                    raise SchemaError(f"must be an object of schemas, got {shown(value)}", place)
+                if key == "patternProperties":
+                    node[key] = {_rust_regex(pattern, place): child for pattern, child in value.items()}
+            elif key in _LISTS:
+                if not isinstance(value, list) or not value:
+                    raise SchemaError(f"must be a list of schemas, at least one, got {shown(value)}", place)
+            elif key == "$schema":
+                uri = str(value).removeprefix("http").removeprefix("s").removesuffix("#")
+                if uri not in [f"://json-schema.org/{draft}/schema" for draft in _DRAFTS]:
+                    raise SchemaError(f"the dialect {shown(value)} is not known", place)
+            elif key in ("$id", "$anchor") and node is not self.document:
+                raise SchemaError("a schema inside another has a name of its own: refer to it by '#/...'", place)
+            elif key in _NEUTRAL:
+                if not any(type(value) is type(neutral) and value == neutral for neutral in _NEUTRAL[key]):
+                    raise SchemaError(f"'{key}' can't be enforced while a text is generated: leave it out", place)
+                del node[key]
+            elif key in _REFUSED:
+                raise SchemaError(f"'{key}' can't be enforced while a text is generated: leave it out", place)
+            elif key in _NOTES or key.startswith("x-"):
+                del node[key]
+            elif key in _COUNTS and isinstance(value, float) and value.is_integer():
+                node[key] = int(value)
+            elif key == "pattern":
+                node[key] = _rust_regex(value, place)
+            elif key not in _SINGLE and key not in _PLAIN and key not in _KEPT_NOTES:
+                raise SchemaError(f"'{key}' is not a keyword that is known here, so it can't be enforced", place)
+
+    def _check_properties_count(self, node: dict[str, Any], pointer: str) -> None:
+        """Keys that `properties` does not name may come twice in a text, and count once in what it means."""
+        least = node.get("minProperties", 0)
+        if isinstance(least, (int, float)) and least > 1:
+            free = node.get("additionalProperties", True) is not False or node.get("patternProperties")
+            if free and least > len(set(map(str, node.get("required", ())))):
+                raise SchemaError(
+                    "a 'minProperties' above 1 can't be enforced where properties may have any name: name them in "
+                    "'required'",
+                    f"{pointer}/minProperties",
+                )
+
+    def _check_reference(self, target: Any, pointer: str, depth: int) -> None:
+        place = f"{pointer}/$ref"
+        if not isinstance(target, str):
+            raise SchemaError(f"must be a text, got {shown(target)}", place)
+        if self._id and target.startswith(self._id):
+            target = target[len(self._id) :] or "#"
+        if not target.startswith("#"):
+            raise SchemaError(f"{shown(target)} is in another document, and nothing is fetched: put it in here", place)
+        fragment = unquote(target[1:])
+        if fragment and not fragment.startswith("/"):
+            raise SchemaError(f"{shown(target)} is an anchor: refer to it by '#/...'", place)
+        node: Any = self.document
+        for part in fragment.split("/")[1:]:
+            part = part.replace("~1", "/").replace("~0", "~")
+            if isinstance(node, dict) and part in node:
+                node = node[part]
+            elif isinstance(node, list) and part.isdecimal() and int(part) < len(node):
+                node = node[int(part)]
+            else:
+                raise SchemaError(f"there is nothing at {shown(target)}", place)
+        self.check(node, fragment, depth + 1)
+
+
+def _rust_regex(pattern: Any, place: str) -> str:
+    if not isinstance(pattern, str):
+        raise SchemaError(f"must be a text, got {shown(pattern)}", place)
+    try:
+        return rust_regex(pattern)
+    except ValueError as error:
+        raise SchemaError(str(error), place) from error
+
+
+def _rewrite_format(node: dict[str, Any], pointer: str) -> None:
+    name = node.pop("format")
+    if not isinstance(name, str) or (name not in FORMATS and name not in LABELS):
+        known = ", ".join(sorted(FORMATS))
+        raise SchemaError(f"the format {shown(name)} can't be enforced; these can: {known}", f"{pointer}/format")
+    if name in LABELS:
+        return
+    patterns, most = FORMATS[name]
+    parts: list[dict[str, Any]] = [{"pattern": f"^(?:{pattern})$"} for pattern in patterns]
+    if most is not None:
+        parts.append({"maxLength": most})
+    node["allOf"] = [*node.get("allOf", ()), *parts]
+
+
+def _children(node: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The schemas in a schema, with their pointers from there."""
+    for key in _MAPS:
+        for name, child in node.get(key, {}).items():
+            yield f"{key}/{_escaped(name)}", child
+    for key in _LISTS:
+        for i, child in enumerate(node.get(key, ())):
+            yield f"{key}/{i}", child
+    for key in _SINGLE:
+        value = node.get(key)
+        if isinstance(value, list):  # `items` before draft 2020-12
+            for i, child in enumerate(value):
+                yield f"{key}/{i}", child
+        elif key in node:
+            yield key, value
+
+
+def _escaped(name: str) -> str:
+    return name.replace("~", "~0").replace("/", "~1")
+
+
+def node_at_fault(schema: Any, refusal: Callable[[Any], str | None]) -> SchemaError | None:
+    """The deepest schema that is refused alone. refusal: what is said against a schema, None for nothing."""
+    reason = refusal(schema)
+    if reason is None:
+        return None
+    pointer, node = "", schema
+    shared = {
+        key: schema[key] for key in ("$schema", "$defs", "definitions") if isinstance(schema, dict) and key in schema
+    }
+    while isinstance(node, dict):
+        for name, child in _children(node):
+            if not isinstance(child, dict):
+                continue
+            found = refusal({**shared, **child})
+            if found is not None:
+                pointer, node, reason = f"{pointer}/{name}", child, found
+                break
+        else:
+            break
+    return SchemaError(reason, pointer)
