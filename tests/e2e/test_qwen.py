@@ -1,4 +1,4 @@
-"""Qwen2.5-Coder-0.5B-Instruct, pulled in parts and converted from GGUF: its tokenizer is Qwen's, its greedy text transformers'."""
+"""Qwen2.5-Coder-0.5B-Instruct, pulled in parts and converted from GGUF: its tokenizer is Qwen's, its text transformers'."""
 
 from __future__ import annotations
 
