@@ -26,6 +26,15 @@ def smollm2_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def qwen_dir() -> Path:
+    """Qwen2.5-Coder-0.5B-Instruct as a Hugging Face directory (2.5 GB in fp32, from a GGUF of 490 MB where that is at hand).
+    For slow tests."""
+    from cai_runtime.convert.sources import pull
+
+    return pull("qwen2.5-coder-0.5b-instruct")
+
+
+@pytest.fixture(scope="session")
 def wikipedia_texts() -> list[str]:
     """Plain text of about a hundred English Wikipedia articles, in file order."""
     from cai_runtime.convert.texts import wikipedia_articles

@@ -93,7 +93,7 @@ def build_tokenizer(file: GGUFFile) -> Tokenizer:
         tokenizer = _sentencepiece(file, tokens, types)
     else:
         raise ConversionError(f"{file.path}: tokenizer {model!r} is not converted; known: gpt2, llama")
-    _add_special_tokens(tokenizer, tokens, types, _SHOWN.get(file.metadata.get("tokenizer.ggml.pre"), set()))
+    _add_special_tokens(tokenizer, tokens, types, _SHOWN.get(str(file.metadata.get("tokenizer.ggml.pre")), set()))
     if tokenizer.get_vocab_size() != len(set(tokens)):
         raise ConversionError(f"{file.path}: the tokenizer's special tokens don't match its vocabulary")
     _add_begin_and_end(file, tokenizer, tokens)

@@ -61,7 +61,9 @@ def test_fp32_model_comes_back_exactly(tiny_llama, write_gguf, tmp_path, options
     assert torch.equal(logits(found), logits(model))
 
 
-@pytest.mark.parametrize("kind", [TYPES.Q4_0, TYPES.Q8_0, TYPES.F16, TYPES.BF16], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind", [TYPES.Q4_0, TYPES.Q5_0, TYPES.Q8_0, TYPES.F16, TYPES.BF16], ids=lambda kind: kind.name
+)
 def test_every_tensor_type_equals_transformers_own_loading(tiny_llama, write_gguf, tmp_path, kind):
     path = write_gguf(tiny_llama(tie_word_embeddings=False), kind)
     out = gguf_to_hf(path, tmp_path / "out")

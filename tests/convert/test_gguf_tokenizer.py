@@ -75,6 +75,15 @@ def test_sentencepiece_begins_with_bos_and_falls_back_to_bytes():
     assert tokenizer.decode(encoded.ids, skip_special_tokens=True) == "dog ü fox"
 
 
+def test_qwens_tokenizer_normalizes_and_shows_the_tokens_of_infill():
+    tokens = ["a", "e", "Ì", "ģ", "Ã", "©", "Ã©", "<|fim_prefix|>", "<|im_end|>", "[PAD9]"]
+    file = described(model="gpt2", pre="qwen2", tokens=tokens, token_type=[1] * 7 + [3, 3, 5], merges=["Ã ©"])
+    tokenizer = build_tokenizer(file)
+    assert tokenizer.encode("e\u0301a").tokens == ["Ã©", "a"], "in normalization form C"
+    assert tokenizer.decode([7, 0, 8], skip_special_tokens=True) == "<|fim_prefix|>a"
+    assert tokenizer.get_vocab_size() == 9, "what fills the embedding up is no token"
+
+
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
