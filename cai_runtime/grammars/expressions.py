@@ -106,8 +106,13 @@ def choice(texts: Sequence[str]) -> str:
     if not texts:
         raise GrammarError("there must be at least one text to choose")
     check_size("".join(texts), "choice")
-    quoted = [json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f") for text in dict.fromkeys(texts)]
-    return _checked("(" + " | ".join(quoted) + ")", "the choice")
+    # One lexeme: as alternatives of a rule, each would be an item of the parser.
+    return _checked(f"/(?:{'|'.join(map(_literal, dict.fromkeys(texts)))})/", "the choice")
+
+
+def _literal(text: str) -> str:
+    """A regular expression of this text alone."""
+    return "".join(c if c.isalnum() and c.isascii() else f"\\x{{{ord(c):x}}}" for c in text)
 
 
 def _checked(expression: str, what: str) -> str:
