@@ -20,7 +20,8 @@ ROLES = ("user", "assistant", "system", "developer")
 _STATUSES = ("in_progress", "completed", "incomplete")
 # What a part of another type would need of the model.
 _CAPABILITIES = {"input_image": "image", "input_audio": "audio", "input_file": "file", **PART_CAPABILITIES}
-_IGNORED_KEYS = ("status", "created_by", "caller")  # of items that a reply or a listing has given
+# Of items that a reply or a listing has given, and of the `openai` package's `parse`.
+_IGNORED_KEYS = ("status", "created_by", "caller", "parsed_arguments")
 
 
 def new_id(prefix: str) -> str:
@@ -217,7 +218,7 @@ def _part_text(part: dict[str, Any], place: str) -> str:
         return text_field(part, "refusal", place)
     if kind not in ("input_text", "output_text", "text"):
         raise invalid(f"{place}.type", f"must be input_text or output_text, got {shown(kind)}")
-    mapping(part, place, ("type", "text", "annotations", "logprobs"))
+    mapping(part, place, ("type", "text", "annotations", "logprobs", "parsed"))
     return text_field(part, "text", place)
 
 

@@ -9,7 +9,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 import cai_runtime
-from cai_runtime import APIError, BadRequestError, InternalServerError
+from cai_runtime import APIError, APITimeoutError, BadRequestError, InternalServerError
 from cai_runtime.formats.events import ArgumentsEvent, EndEvent, MarkerEvent, ReasoningEvent, TextEvent, ToolCallEvent
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
@@ -320,6 +320,21 @@ def test_failure_in_the_stream(client, factory):
     assert client.responses.retrieve(failed.id) == failed
 
 
+def test_timeout_in_the_stream(client, factory):
+    factory.pause_before_step(10)
+    client.engine()  # loading counts, and may take longer
+    stream = client.responses.create(**ask(stream=True, ignore_eos=True, store=True), timeout=0.05)
+    seen = []
+    with pytest.raises(APITimeoutError):
+        for event in stream:
+            seen.append(event)  # noqa: PERF402
+    assert seen[-1].type == "response.failed" and "0.05 s" in seen[-1].response.error.message
+    assert client.responses.retrieve(seen[0].response.id).status == "failed"
+    factory.resume()
+    factory.engines[0].check_integrity()
+    assert factory.engines[0].stats().aborted == 1
+
+
 def test_leaving_a_stream_frees_the_request(client, factory):
     factory.pause_before_step(10)
     with client.responses.create(**ask(stream=True, ignore_eos=True, store=True)) as stream:
@@ -404,6 +419,24 @@ def test_async(async_client):
     asyncio.run(run())
 
 
+def test_async_failure(async_client, factory):
+    async def run():
+        stream = await async_client.responses.create(**ask(stream=True, ignore_eos=True, store=True))
+        seen = [await anext(stream) for _ in range(6)]
+        factory.runners[0].fail = RuntimeError("device on fire")
+        with pytest.raises(InternalServerError, match="on fire"):
+            async for event in stream:
+                seen.append(event)  # noqa: PERF401 - a list is wanted up to the failure
+        assert [event.sequence_number for event in seen] == list(range(len(seen)))
+        assert seen[-1].type == "response.failed" and seen[-2].type == "response.output_item.done"
+        with pytest.raises(InternalServerError, match="on fire"):
+            await async_client.responses.create(**ask(store=True))
+        assert len(async_client._responses) == 1  # the stream's alone
+
+    factory.pause_before_step(10, and_then=lambda: factory.resume())
+    asyncio.run(run())
+
+
 def test_module_function(factory, model_dir):
     cai_runtime.configure(model=model_dir, _engine_factory=factory)
     try:
@@ -417,7 +450,7 @@ def test_module_function(factory, model_dir):
 
 def test_the_reply_of_the_openai_types_goes_back(client, scripted):
     """Objects, dicts with every key, and JSON of an earlier output are all taken."""
-    scripted(CALL, *[ANSWER] * 3)
+    scripted(CALL, *[ANSWER] * 4)
     first = client.responses.create(input="Rome?", tools=[WEATHER])
     output = {"type": "function_call_output", "call_id": "call_1", "output": [{"type": "input_text", "text": "rain"}]}
     for given in (

@@ -1,7 +1,7 @@
 """The state machine: whatever a format says, the stream is well formed and its fold is the response."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai import omit
 from openai.lib.streaming.responses._responses import ResponseStreamState
@@ -113,6 +113,7 @@ def check_order(stream):
     assert item is None and part is None
 
 
+@settings(max_examples=200)
 @given(answers())
 def test_fold_of_the_stream_is_the_response(events):
     stream = stream_of(events, reply())
@@ -124,6 +125,7 @@ def test_fold_of_the_stream_is_the_response(events):
     assert without_ids(last) == without_ids(reply().fold([finished(events)]))
 
 
+@settings(max_examples=200)
 @given(answers())
 def test_openai_types_and_accumulator_take_every_stream(events):
     state = ResponseStreamState(input_tools=omit, text_format=omit)
