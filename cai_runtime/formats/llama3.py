@@ -10,6 +10,7 @@ Several are separated by semicolons. An object without the tag is a call only wh
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from cai_runtime.formats.conversation import Tool
 from cai_runtime.formats.marked import MarkedFormat, Turn
@@ -22,6 +23,11 @@ from cai_runtime.formats.parsing.stream import Parsing, Stream
 class Llama3Format(MarkedFormat):
     name = "llama3"
     openers = ("<|python_tag|>",)
+
+    def __init__(self, tokenizer: Any):
+        super().__init__(tokenizer)
+        # The tags are tokens in all published tokenizers; as text they would be a user's.
+        self.openers = tuple(filter(self.markers.is_token, self.openers))  # type: ignore[misc]
 
     def bare_calls(self, turn: Turn, stream: Stream) -> Parsing[None]:
         if (yield from stream.peek()) == "{":
@@ -42,5 +48,7 @@ class Llama3Format(MarkedFormat):
 
     def free_rule(self, rules: Rules, call: str, several: bool) -> str:
         """A text that begins with a bracket is calls."""
-        calls = self.calls_rule(rules, call, several)
-        return f"(/\\s*[^\\s{{\\[](?s:.*)/)? | {calls} | {rules.marker(self.openers[-1])} {calls}"
+        calls = rules.add("calls", self.calls_rule(rules, call, several))
+        text = rules.add("text", r"/\s*[^\s{\[](?s:.*)/")
+        tagged = "".join(f" | {text}? {rules.marker(opener)} {calls}" for opener in self.openers)
+        return f"{text}? | {calls}{tagged}"

@@ -9,7 +9,8 @@ read too. LFM 2 writes the same between markers of its own.
 from __future__ import annotations
 
 from cai_runtime.formats.conversation import Tool
-from cai_runtime.formats.marked import MarkedFormat, Turn
+from cai_runtime.formats.llama3 import Llama3Format
+from cai_runtime.formats.marked import Turn
 from cai_runtime.formats.parsing.grammar import ANY, Rules, enforced, literal
 from cai_runtime.formats.parsing.json_call import json_calls
 from cai_runtime.formats.parsing.member_rules import keywords, members_of
@@ -17,7 +18,7 @@ from cai_runtime.formats.parsing.python_call import python_calls
 from cai_runtime.formats.parsing.stream import Parsing, Stream
 
 
-class Llama4Format(MarkedFormat):
+class Llama4Format(Llama3Format):
     name = "llama4"
     openers = ("<|python_start|>", "<|python_tag|>")
     closers = ("<|python_end|>",)

@@ -51,6 +51,7 @@ class MarkedFormat:
     closers: ClassVar[tuple[str, ...]] = ()
     separator: ClassVar[str] = "\n"  # between two calls
     inner: ClassVar[tuple[str, ...]] = ()  # other markers that may be tokens
+    has_calls: ClassVar[bool] = True
     native_tools: ClassVar[bool] = True  # the template takes tools
     always_parsed: ClassVar[bool] = False  # its answers have markers even without thoughts and calls
 
@@ -66,7 +67,7 @@ class MarkedFormat:
     def capabilities(self) -> Capabilities:
         """What the model's template offers. Hold the tokenizer's lock. Raises ConversationError without a template."""
         forms = chat_template(self._tokenizer, for_tools=True).forms
-        tools = (forms.tools if self.native_tools else "generic") if self.openers else None
+        tools = (forms.tools if self.native_tools else "generic") if self.has_calls else None
         form = forms.reasoning
         return Capabilities(
             tools=tools,
@@ -77,7 +78,7 @@ class MarkedFormat:
         )
 
     def prepare(self, conversation: Conversation) -> Prepared:
-        if conversation.tools and conversation.tool_choice != "none" and not self.openers:
+        if conversation.tools and conversation.tool_choice != "none" and not self.has_calls:
             raise ConversationError(
                 f"The conversation format {self.name} has no tool calls: leave 'tools' out, or name another format with "
                 "Client(format=...).",

@@ -7,3 +7,4 @@ from cai_runtime.formats.marked import MarkedFormat
 
 class PlainFormat(MarkedFormat):
     name = "plain"
+    has_calls = False

@@ -9,12 +9,16 @@ from cai_runtime.formats.find import FORMATS
 ENDS = {"harmony": "<|return|>"}
 
 
+def _json(value):
+    return json.dumps(value, ensure_ascii=False)
+
+
 def hermes(calls):
-    return "\n".join(f'<tool_call>\n{{"name": "{n}", "arguments": {json.dumps(a)}}}\n</tool_call>' for n, a in calls)
+    return "\n".join(f'<tool_call>\n{{"name": "{n}", "arguments": {_json(a)}}}\n</tool_call>' for n, a in calls)
 
 
 def llama3(calls):
-    return "; ".join(f'{{"name": "{n}", "parameters": {json.dumps(a, ensure_ascii=False)}}}' for n, a in calls)
+    return "; ".join(f'{{"name": "{n}", "parameters": {_json(a)}}}' for n, a in calls)
 
 
 def python_tag(calls):
@@ -35,20 +39,22 @@ def lfm2(calls):
 
 
 def mistral_list(calls):
-    return "[TOOL_CALLS]" + json.dumps([{"name": n, "arguments": a, "id": "abcdef123"} for n, a in calls])
+    return "[TOOL_CALLS]" + json.dumps(
+        [{"name": n, "arguments": a, "id": "abcdef123"} for n, a in calls], ensure_ascii=False
+    )
 
 
 def mistral_named(calls):
-    return "".join(f"[TOOL_CALLS]{n}[ARGS]{json.dumps(a)}" for n, a in calls)
+    return "".join(f"[TOOL_CALLS]{n}[ARGS]{_json(a)}" for n, a in calls)
 
 
 def mistral_ids(calls):
-    return "".join(f"[TOOL_CALLS]{n}[CALL_ID]abcdef{i:03}[ARGS]{json.dumps(a)}" for i, (n, a) in enumerate(calls))
+    return "".join(f"[TOOL_CALLS]{n}[CALL_ID]abcdef{i:03}[ARGS]{_json(a)}" for i, (n, a) in enumerate(calls))
 
 
 def harmony(calls):
     return "<|start|>assistant".join(
-        f"<|channel|>commentary to=functions.{n} <|constrain|>json<|message|>{json.dumps(a)}<|call|>" for n, a in calls
+        f"<|channel|>commentary to=functions.{n} <|constrain|>json<|message|>{_json(a)}<|call|>" for n, a in calls
     )
 
 
@@ -111,7 +117,7 @@ FAMILIES = [
     Family("llama3", python_tag),
     Family("llama4", python_list, bare=True),
     Family("llama4", python_start),
-    Family("llama4", python_start, tokens=False),
+    Family("llama4", python_list, bare=True, tokens=False),
     Family("lfm2", lfm2),
     Family("mistral", mistral_list),
     Family("mistral", mistral_named),
