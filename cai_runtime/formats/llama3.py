@@ -10,7 +10,7 @@ Several are separated by semicolons. An object without the tag is a call only wh
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 from cai_runtime.formats.conversation import Tool
 from cai_runtime.formats.marked import MarkedFormat, Turn
@@ -22,7 +22,7 @@ from cai_runtime.formats.parsing.stream import Parsing, Stream
 
 class Llama3Format(MarkedFormat):
     name = "llama3"
-    openers = ("<|python_tag|>",)
+    openers: ClassVar[tuple[str, ...]] = ("<|python_tag|>",)
 
     def __init__(self, tokenizer: Any):
         super().__init__(tokenizer)

@@ -8,6 +8,8 @@ read too. LFM 2 writes the same between markers of its own.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from cai_runtime.formats.conversation import Tool
 from cai_runtime.formats.llama3 import Llama3Format
 from cai_runtime.formats.marked import Turn
@@ -20,8 +22,8 @@ from cai_runtime.formats.parsing.stream import Parsing, Stream
 
 class Llama4Format(Llama3Format):
     name = "llama4"
-    openers = ("<|python_start|>", "<|python_tag|>")
-    closers = ("<|python_end|>",)
+    openers: ClassVar[tuple[str, ...]] = ("<|python_start|>", "<|python_tag|>")
+    closers: ClassVar[tuple[str, ...]] = ("<|python_end|>",)
 
     def bare_calls(self, turn: Turn, stream: Stream) -> Parsing[None]:
         if (yield from stream.peek()) in ("[", "{"):

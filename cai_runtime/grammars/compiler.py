@@ -127,7 +127,7 @@ def new_matcher(lark: str, tokenizer: Any) -> Any:
     import llguidance
 
     grammar = llguidance.LLMatcher.grammar_from_lark(lark)
-    return llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=llguidance.LLParserLimits(**LIMITS))
+    return llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=llguidance.LLParserLimits(**LIMITS))  # type: ignore[arg-type]
 
 
 def check_size(text: str, name: str) -> None:

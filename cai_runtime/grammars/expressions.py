@@ -127,7 +127,7 @@ def refusal(grammar: str) -> str | None:
     """What llguidance says against a grammar; None if nothing. Special tokens pass: they are the model's."""
     import llguidance
 
-    limits = llguidance.LLParserLimits(**LIMITS)
+    limits = llguidance.LLParserLimits(**LIMITS)  # type: ignore[arg-type]
     is_error, messages = llguidance.LLMatcher.validate_grammar_with_warnings(
         llguidance.LLMatcher.grammar_from_lark(grammar), limits=limits
     )

@@ -27,7 +27,7 @@ TABLE = {
     "previous_response_id": ([None], [3, "", "resp_1"]),
     "text": ([{}, {"format": {"type": "text"}}, {"verbosity": "medium"}, {"format": {"type": "json_object"}}, None],
              [3, "x", []]),
-    "tools": ([[], (), [FUNCTION], iter([FUNCTION]), None], [3, "f", {"type": "function"}]),
+    "tools": ([[], (), [FUNCTION], {"f": FUNCTION}.values(), None], [3, "f", {"type": "function"}]),
     "tool_choice": (["auto", "none", None], ["required", "any", 3, []]),
     "parallel_tool_calls": ([True, False, None], [1, "no"]),
     "reasoning": ([{}, {"effort": "low"}, {"effort": None, "summary": None}, {"context": "auto", "mode": "standard"}, None],
