@@ -34,7 +34,7 @@ LIMITS = {
 
 @dataclass(frozen=True, eq=False)
 class CompiledGrammar:
-    """A compiled grammar: a `MaskFactory`. matcher: at the start, never moved. permitted: see `Vocabulary.permitted`."""
+    """A compiled grammar: a `MaskFactory`. matcher: at the start, never moved. permitted: see `Vocabulary.resolved`."""
 
     name: str
     matcher: Any
@@ -107,10 +107,14 @@ class Grammars:
     @staticmethod
     def _compiled(lark: str, name: str, vocabulary: Vocabulary) -> CompiledGrammar:
         check_size(lark, name)
-        matcher = new_matcher(lark, vocabulary.tokenizer)
+        try:
+            text, permitted = vocabulary.resolved(lark)
+        except GrammarError as error:
+            raise GrammarError(f"'{name}' can't be compiled: {error}", param=name) from error
+        matcher = new_matcher(text, vocabulary.tokenizer)
         if matcher.is_error():
             raise GrammarError(f"'{name}' can't be compiled: {readable(matcher.get_error())}", param=name)
-        compiled = CompiledGrammar(name, matcher, vocabulary.permitted(lark), vocabulary)
+        compiled = CompiledGrammar(name, matcher, permitted, vocabulary)
         row = np.full(-(-vocabulary.vocab_size // 32), 0xFFFFFFFF, np.uint32)
         first = compiled()
         try:

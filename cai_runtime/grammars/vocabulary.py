@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
+import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +16,8 @@ import numpy as np
 
 from cai_runtime.errors import GrammarError
 
-_NAMED = re.compile(r"<(\[[^<>\s]*\]|[^<>\s]+)>")
+# Of llguidance's lexer: strings, comments, regular expressions, and special tokens (the only group).
+_LEXEME = re.compile(r'"(?:\\.|[^"\\])*"|(?:#|//)[^\n]*|/(?:\\.|[^/\\])+/|(<[^<>\s]+>)', re.DOTALL)
 
 
 class Vocabulary:
@@ -40,11 +43,10 @@ class Vocabulary:
         if backend is None or not self.eos_ids:
             lacks = "token that ends a text" if backend is not None else "fast tokenizer (tokenizer.json)"
             raise GrammarError(f"this model can't be held to a grammar: it has no {lacks}")
-        backend = copy.copy(backend)
-        backend.no_padding()
-        backend.no_truncation()
+        self._names = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if _is_special(token)}
         try:
-            self.tokenizer = llguidance.LLTokenizer(backend.to_str(), n_vocab=vocab_size, eos_token=self.eos_ids)
+            stored = _without_names(backend, self._names)
+            self.tokenizer = llguidance.LLTokenizer(stored, n_vocab=vocab_size, eos_token=self.eos_ids)
         except BaseException as error:
             # Also a panic in its code, which is no Exception.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -52,9 +54,8 @@ class Vocabulary:
             raise GrammarError(
                 f"this model can't be held to a grammar: its tokenizer can't be read ({error})"
             ) from error
-        self._names: dict[str, int] = {}
-        for token_id, token in getattr(tokenizer, "added_tokens_decoder", {}).items():
-            self._names[str(token)] = token_id
+        if lost := [name for name, i in self._names.items() if not self.tokenizer.is_special_token(i)]:
+            raise GrammarError(f"this model can't be held to a grammar: {lost[0]!r} is not special in its tokenizer")
 
     @cached_property
     def _ordinary(self) -> np.ndarray:
@@ -63,17 +64,59 @@ class Vocabulary:
         ids = [i for i in ids if self.tokenizer.decode_bytes([i])]
         return _bits(ids, self.vocab_size)
 
-    def permitted(self, lark: str) -> np.ndarray:
-        """The tokens that a grammar may allow at all: those that stand for text, and the special ones that it names.
-        uint32 [words]. Without this, the negation of a regular expression would allow special tokens."""
+    def resolved(self, lark: str) -> tuple[str, np.ndarray]:
+        """A grammar with ids in place of the names of special tokens; and the tokens that it may allow at all, uint32
+        [words]: those that stand for text, and the special ones that it names. Without that, the negation of a regular
+        expression would allow special tokens.
+
+        Raises:
+            GrammarError: it names what is no special token.
+        """
         named: list[int] = []
-        for match in _NAMED.finditer(lark):
+
+        def by_id(match: re.Match[str]) -> str:
             name = match.group(1)
-            if name.startswith("["):
-                named += _ids(name[1:-1], self.vocab_size)
-            elif (token_id := self._names.get(f"<{name}>")) is not None:
-                named.append(token_id)
-        return self._ordinary | _bits(named, self.vocab_size) if named else self._ordinary
+            if name is None:
+                return match.group()
+            if name.startswith("<["):
+                named.extend(_ids(name[2:-2], self.vocab_size))
+                return name
+            if name not in self._names:
+                raise GrammarError(
+                    f"unknown special token {name}: this tokenizer has {', '.join(self._names) or 'none'}"
+                )
+            named.append(self._names[name])
+            return f"<[{self._names[name]}]>"
+
+        text = _LEXEME.sub(by_id, lark)
+        return text, self._ordinary | _bits(named, self.vocab_size) if named else self._ordinary
+
+
+def _is_special(token: Any) -> bool:
+    """Whether llguidance takes an added token for a special one."""
+    return token.special or (token.content.startswith("<") and token.content.endswith(">"))
+
+
+def _without_names(backend: Any, names: Mapping[str, int]) -> str:
+    """tokenizer.json with other names for the special tokens. llguidance tokenizes text that must come, and would find
+    special tokens in it by their names."""
+    backend = copy.copy(backend)
+    backend.no_padding()
+    backend.no_truncation()
+    stored, nonce = json.loads(backend.to_str()), secrets.token_hex(8)
+    new = {name: f"<{nonce}:{i}>" for name, i in names.items()}
+    for token in stored["added_tokens"]:
+        if token["content"] in new:
+            token |= {"content": new[token["content"]], "special": True}
+    model = stored["model"]
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {new.get(token, token): i for token, i in vocabulary.items()}
+    else:
+        model["vocab"] = [[new.get(token, token), score] for token, score in vocabulary]
+    if model.get("unk_token") in new:
+        model["unk_token"] = new[model["unk_token"]]
+    return json.dumps(stored)
 
 
 _lock = threading.Lock()

@@ -1,0 +1,160 @@
+"""Pieces of grammars: what they take, and what is refused with its place."""
+
+import datetime
+import ipaddress
+import json
+import random
+import re
+import urllib.parse
+import uuid
+
+import jsonschema
+import pytest
+
+from cai_runtime.errors import GrammarError
+from cai_runtime.grammars import expressions
+from cai_runtime.grammars.schema import SchemaError
+from cai_runtime.grammars.string_formats import FORMATS
+
+
+@pytest.mark.parametrize(
+    ("pattern", "good", "bad"),
+    [
+        ("[0-9]{3}", ["123"], ["12", "1234", "x123"]), ("", [""], ["a"]), ("a/b\nc", ["a/b\nc"], ["a/b c"]),
+        ("^x$|y", ["x", "y"], ["xy"]), ("(?i)ab", ["aB"], ["ac"]), (r"\d\s", ["1 "], ["a "]), ("é.", ["éx", "éé"], ["é\n"]),
+    ],
+)  # fmt: skip
+def test_regex(accepts, pattern, good, bad):
+    expression = expressions.regex(pattern)
+    assert all(accepts(expression, text) for text in good) and not any(accepts(expression, text) for text in bad)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [("(", "unclosed group"), ("(?=a)", "look-around"), (r"(a)\1", "backreferences"), (r"a\b", "lookarounds")],
+)
+def test_a_regex_that_can_not_be_used(pattern, message):
+    with pytest.raises(GrammarError, match=message):
+        expressions.regex(pattern)
+
+
+def test_choice(accepts):
+    texts = ["yes", "no", 'a "quoted" \\ one', "line\nbreak\x7f", "é/<|im_end|>", "", "a|b", "(x)*"]
+    expression = expressions.choice(texts)
+    assert all(accepts(expression, text) for text in texts)
+    assert not any(accepts(expression, text) for text in ("yesno", "a", "b", "x", "()", "ye"))
+    with pytest.raises(GrammarError, match="at least one"):
+        expressions.choice([])
+
+
+def test_a_users_rules_are_in_a_scope_of_their_own(accepts):
+    inner = expressions.lark('start: rule // with a comment at its end\nrule: "b" rule | "c"')
+    assert accepts(f'rule {inner}\nrule: "a"', "abbc") and not accepts(f'rule {inner}\nrule: "a"', "ba")
+    for bad, message in [
+        ('start: "a" }\nevil: %lark { start: "b"', "malformed"), ("rule: /a/", "malformed"), ("start: x", "unknown name"),
+        ('start: x\nx[max_tokens=3]: /a+/', "max_tokens"), ('start: x "b"\nx[stop="c"]: /a+/', "stop"),
+    ]:  # fmt: skip
+        with pytest.raises(GrammarError, match=message):
+            expressions.lark(bad)
+    assert expressions.lark('start: "[stop]: max_tokens"'), "in quotes it is text"
+
+
+def test_whitespace_is_bounded(accepts):
+    expression = expressions.json_schema({"type": "object", "properties": {"a": {"type": "array"}}})
+    for text in ('{"a":[1,2]}', '{"a": [1, 2]}', '{"a": [1,2], "b":{}}', "{}"):
+        assert accepts(expression, text)
+    for text in ('{"a":  1}', '{ "a":[]}', '{"a":[] }', '{\n"a":[]}', ' {"a":[]}', '{"a":[]}\n', '{"a" :[]}', "[]"):
+        assert not accepts(expression, text)
+    assert accepts(expressions.json_object(), '{"x": [{"y": null}]}') and not accepts(expressions.json_object(), "[1]")
+
+
+@pytest.mark.parametrize(
+    ("schema", "pointer", "message"),
+    [
+        ({"properties": {"a": {"items": {"not": {}}}}}, "/properties/a/items/not", "'not' can't be enforced"),
+        ({"properties": {"x/y~": {"format": "hostnam"}}}, "/properties/x~1y~0/format", "the format 'hostnam'"),
+        ({"anyOf": [{}, {"uniqueItems": True}]}, "/anyOf/1/uniqueItems", "'uniqueItems'"),
+        ({"type": "string", "minLenght": 3}, "/minLenght", "not a keyword that is known"),
+        ({"type": "string", "pattern": "(?=a)"}, "/pattern", "lookahead"),
+        ({"type": "string", "pattern": "a\\b"}, "/pattern", "escape"),
+        ({"$ref": "other.json"}, "/$ref", "another document"), ({"$ref": "#/nowhere"}, "/$ref", "nothing at"),
+        ({"$ref": "#"}, "", "refers to itself"), ({"minProperties": 2}, "/minProperties", "can't be enforced where"),
+        ({"$defs": {"d": {"oneOf": [{"type": "string"}, {"const": "a"}]}}, "$ref": "#/$defs/d"}, "/$defs/d", "may overlap"),
+        ({"type": "object", "properties": {"a": {"minimum": 5, "maximum": 2, "type": "integer"}}, "required": ["a"]}, "/properties/a", "greater than"),
+        ({"items": 3}, "/items", "an object or a boolean"), ({"properties": []}, "/properties", "an object of schemas"),
+        ({"$schema": "http://example.com/x"}, "/$schema", "dialect"), ([], "", "an object or a boolean"),
+        ({"const": float("nan")}, "", "no JSON"),
+    ],
+)  # fmt: skip
+def test_what_can_not_be_enforced_is_refused_with_its_place(schema, pointer, message):
+    with pytest.raises(SchemaError, match=message) as caught:
+        expressions.json_schema(schema)
+    assert caught.value.pointer.startswith(pointer) and f"at {caught.value.pointer!r}" in str(caught.value)
+
+
+def test_deep_schemas_are_refused():
+    schema = {"type": "string"}
+    for _ in range(2000):
+        schema = {"items": schema}
+    with pytest.raises(SchemaError, match="no JSON|nested"):
+        expressions.json_schema(schema)
+
+
+def test_words_that_ask_for_nothing(takes):
+    schema = {
+        "type": "object", "title": "T", "x-more": 1, "deprecated": True, "uniqueItems": False, "additionalProperties": False,
+        "properties": {"id": {"type": "integer", "examples": [1]}, "not": {"type": "string", "format": "password"}},
+    }  # fmt: skip
+    expression = expressions.json_schema(schema)
+    assert takes(expression, {"id": 3, "not": "x"}) and not takes(expression, {"id": "3"})
+
+
+def label_ok(name):
+    return all(0 < len(label) < 64 and label.strip("-") == label for label in name.split(".")) and len(name) < 254
+
+
+CHECKS = {
+    "date": datetime.date.fromisoformat, "time": datetime.time.fromisoformat, "date-time": datetime.datetime.fromisoformat,
+    "duration": lambda text: re.fullmatch(r"P(?=.)(\d+Y)?(\d+M)?(\d+W)?(\d+D)?(T(?=.)(\d+H)?(\d+M)?(\d+S)?)?", text)[0],
+    "email": lambda text: 1 / (len(text.split("@")[0]) <= 64 and label_ok(text.split("@")[1])),
+    "hostname": lambda text: 1 / label_ok(text), "ipv4": ipaddress.IPv4Address, "ipv6": ipaddress.IPv6Address,
+    "uuid": uuid.UUID, "uri": lambda text: 1 / len(urllib.parse.urlsplit(text).scheme),
+    "json-pointer": lambda text: 1 / (text == "" or text[0] == "/"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats(write, name):
+    """Texts that no model would write, held against other judges."""
+    rng = random.Random(1)
+    expression = expressions.json_schema({"type": "string", "format": name})
+    texts = {write(expression, rng) for _ in range(60)} - {None}
+    assert len(texts) > 15
+    for text in texts:
+        assert CHECKS[name](json.loads(text)) is not None, text
+
+
+def test_leap_years():
+    (pattern,), _ = FORMATS["date"]
+    for year in range(1, 10000):
+        leap = year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
+        assert bool(re.fullmatch(pattern, f"{year:04}-02-29")) == leap
+    assert not re.fullmatch(pattern, "0000-01-01")
+
+
+def test_random_texts_of_random_schemas_are_valid(schema_of, write):
+    refused = valid = 0
+    for seed in range(250):
+        rng = random.Random(seed)
+        schema = schema_of(rng)
+        try:
+            expression = expressions.json_schema(schema)
+        except SchemaError:
+            refused += 1
+            continue
+        text = write(expression, rng)
+        if text is not None:
+            checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
+            jsonschema.Draft202012Validator(schema, format_checker=checker).validate(json.loads(text))
+            valid += 1
+    assert valid > 180 and refused < 70
