@@ -28,7 +28,7 @@ from cai_runtime.convert.named import NAMED
 from cai_runtime.convert.sources import pulled
 from cai_runtime.errors import OptionTypeError, OptionValueError
 from cai_runtime.formats.base import Format
-from cai_runtime.formats.plain import PlainFormat
+from cai_runtime.formats.find import find_format
 from cai_runtime.grammars import Grammars
 from cai_runtime.home import cai_home, existing
 from cai_runtime.models.catalog import catalog
@@ -76,7 +76,7 @@ class OpenModel:
     @cached_property
     def format(self) -> Format:
         """How this model converses. Found at the first chat; hold `tokenizer_lock`."""
-        return PlainFormat(self.tokenizer)
+        return find_format(self.tokenizer)
 
     @cached_property
     def grammars(self) -> Grammars:

@@ -31,9 +31,8 @@ _SIGNS: tuple[tuple[type[MarkedFormat], tuple[str, ...]], ...] = (
     (Llama3Format, ("<|python_tag|>", 'format {"name": function name, "parameters"')),
     (HermesFormat, ("<tool_call>",)),
 )
-FORMATS: dict[str, type[MarkedFormat]] = {
-    cls.name: cls for cls in (PlainFormat, GenericFormat, *(found for found, _ in _SIGNS))
-}
+_ALL: list[type[MarkedFormat]] = [PlainFormat, GenericFormat, *(found for found, _ in _SIGNS)]
+FORMATS = {cls.name: cls for cls in _ALL}
 
 
 def find_format(tokenizer: Any, config: Mapping[str, Any] | None = None, name: str | None = None) -> Format:

@@ -27,7 +27,7 @@ _RECIPIENT = re.compile(r"\bto=([^\s<]+)")
 
 class HarmonyFormat(MarkedFormat):
     name = "harmony"
-    openers = (START, CHANNEL)
+    openers: tuple[str, ...] = (START, CHANNEL)
     inner = (CONSTRAIN, MESSAGE, *ENDS)
     always_parsed = True
 

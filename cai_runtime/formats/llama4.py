@@ -8,6 +8,8 @@ read too. LFM 2 writes the same between markers of its own.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from cai_runtime.formats.conversation import Tool
 from cai_runtime.formats.llama3 import Llama3Format
 from cai_runtime.formats.marked import Turn
@@ -20,8 +22,8 @@ from cai_runtime.formats.parsing.stream import Parsing, Stream
 
 class Llama4Format(Llama3Format):
     name = "llama4"
-    openers = ("<|python_start|>", "<|python_tag|>")
-    closers = ("<|python_end|>",)
+    openers: tuple[str, ...] = ("<|python_start|>", "<|python_tag|>")
+    closers: ClassVar[tuple[str, ...]] = ("<|python_end|>",)
 
     def bare_calls(self, turn: Turn, stream: Stream) -> Parsing[None]:
         if (yield from stream.peek()) in ("[", "{"):
@@ -60,8 +62,8 @@ class Llama4Format(Llama3Format):
 
 class Lfm2Format(Llama4Format):
     name = "lfm2"
-    openers = ("<|tool_call_start|>",)
-    closers = ("<|tool_call_end|>",)
+    openers: tuple[str, ...] = ("<|tool_call_start|>",)
+    closers: ClassVar[tuple[str, ...]] = ("<|tool_call_end|>",)
 
     def bare_calls(self, turn: Turn, stream: Stream) -> Parsing[None]:
         yield from ()

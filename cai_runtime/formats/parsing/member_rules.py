@@ -31,7 +31,7 @@ def members_of(tool: Tool, place: str) -> list[tuple[str, Mapping[str, Any], boo
         if name not in properties:
             raise refusal(place, f"/required/{i}", f"{name!r} is required and is no property")
     definitions = {key: schema[key] for key in _DEFINITIONS if key in schema}
-    found = []
+    found: list[tuple[str, Mapping[str, Any], bool]] = []
     for name, part in properties.items():
         if part is False:
             continue
