@@ -10,6 +10,8 @@ A string is written as it is, everything else as JSON: its type is that of the f
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from cai_runtime.formats.conversation import Tool
 from cai_runtime.formats.marked import MarkedFormat, Turn
 from cai_runtime.formats.parsing.grammar import Rules, literal
@@ -26,8 +28,8 @@ NEWLINE = literal("\n")
 
 class GlmFormat(MarkedFormat):
     name = "glm"
-    openers = ("<tool_call>",)
-    closers = (END,)
+    openers: tuple[str, ...] = ("<tool_call>",)
+    closers: ClassVar[tuple[str, ...]] = (END,)
     inner = (KEY, END_KEY, VALUE, END_VALUE)
 
     def call(self, turn: Turn, stream: Stream, opener: str) -> Parsing[None]:

@@ -20,13 +20,14 @@ from cai_runtime.formats.parsing.stream import Parsing, Stream
 
 START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
 ENDS = ("<|end|>", "<|call|>", "<|return|>")
+RECIPIENT = "to="
 _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
 _RECIPIENT = re.compile(r"\bto=([^\s<]+)")
 
 
 class HarmonyFormat(MarkedFormat):
     name = "harmony"
-    openers = (START, CHANNEL)
+    openers: tuple[str, ...] = (START, CHANNEL)
     inner = (CONSTRAIN, MESSAGE, *ENDS)
     always_parsed = True
 
@@ -39,8 +40,10 @@ class HarmonyFormat(MarkedFormat):
 
     def parse(self, turn: Turn, stream: Stream) -> Parsing[None]:
         while not stream.ended:
-            marker = yield from stream.content(*self.openers, *ENDS)  # what is in no message is content
-            if marker in self.openers:
+            # A recipient may come before the channel. What is in no message is content.
+            marker = yield from stream.begins((RECIPIENT,))
+            marker = marker or (yield from stream.content(*self.openers, *ENDS))
+            if marker in (RECIPIENT, *self.openers):
                 yield from self._message(turn, stream, marker)
 
     def _message(self, turn: Turn, stream: Stream, header: str) -> Parsing[None]:

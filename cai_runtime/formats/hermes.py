@@ -10,6 +10,7 @@ Written by Qwen 2.5, Qwen 3, Hermes 2 Pro and many others.
 from __future__ import annotations
 
 import json
+from typing import ClassVar
 
 from cai_runtime.formats.conversation import Tool
 from cai_runtime.formats.marked import MarkedFormat, Turn
@@ -27,8 +28,8 @@ def head(tool: Tool) -> str:
 
 class HermesFormat(MarkedFormat):
     name = "hermes"
-    openers = ("<tool_call>",)
-    closers = ("</tool_call>",)
+    openers: tuple[str, ...] = ("<tool_call>",)
+    closers: ClassVar[tuple[str, ...]] = ("</tool_call>",)
 
     def call(self, turn: Turn, stream: Stream, opener: str) -> Parsing[None]:
         yield from json_calls(stream)

@@ -22,7 +22,7 @@ from cai_runtime.formats.parsing.stream import Parsing, Stream
 
 class Llama4Format(Llama3Format):
     name = "llama4"
-    openers: ClassVar[tuple[str, ...]] = ("<|python_start|>", "<|python_tag|>")
+    openers: tuple[str, ...] = ("<|python_start|>", "<|python_tag|>")
     closers: ClassVar[tuple[str, ...]] = ("<|python_end|>",)
 
     def bare_calls(self, turn: Turn, stream: Stream) -> Parsing[None]:
@@ -62,8 +62,8 @@ class Llama4Format(Llama3Format):
 
 class Lfm2Format(Llama4Format):
     name = "lfm2"
-    openers = ("<|tool_call_start|>",)
-    closers = ("<|tool_call_end|>",)
+    openers: tuple[str, ...] = ("<|tool_call_start|>",)
+    closers: ClassVar[tuple[str, ...]] = ("<|tool_call_end|>",)
 
     def bare_calls(self, turn: Turn, stream: Stream) -> Parsing[None]:
         yield from ()

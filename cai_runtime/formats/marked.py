@@ -46,8 +46,8 @@ class MarkedFormat:
     tokenizer: transformers' tokenizer of the checkpoint.
     """
 
-    name: ClassVar[str]
-    openers: ClassVar[tuple[str, ...]] = ()
+    name: str
+    openers: tuple[str, ...] = ()  # in the order of preference; grammars write the first
     closers: ClassVar[tuple[str, ...]] = ()
     separator: ClassVar[str] = "\n"  # between two calls
     inner: ClassVar[tuple[str, ...]] = ()  # other markers that may be tokens

@@ -25,7 +25,7 @@ _NAME = re.compile(r"[\w.-]{1,256}")
 
 class MistralFormat(MarkedFormat):
     name = "mistral"
-    openers = ("[TOOL_CALLS]",)
+    openers: tuple[str, ...] = ("[TOOL_CALLS]",)
     inner = (CALL_ID, ARGS)
 
     def call(self, turn: Turn, stream: Stream, opener: str) -> Parsing[None]:

@@ -13,6 +13,8 @@ A value is text: its type is that of the function's schema. One line break at it
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from cai_runtime.formats.conversation import Tool
 from cai_runtime.formats.marked import MarkedFormat, Turn
 from cai_runtime.formats.parsing.grammar import Rules, literal
@@ -26,8 +28,8 @@ NEWLINE = "\n"
 
 class QwenCoderFormat(MarkedFormat):
     name = "qwen_coder"
-    openers = ("<tool_call>",)
-    closers = ("</tool_call>",)
+    openers: tuple[str, ...] = ("<tool_call>",)
+    closers: ClassVar[tuple[str, ...]] = ("</tool_call>",)
 
     def call(self, turn: Turn, stream: Stream, opener: str) -> Parsing[None]:
         if (yield from stream.peek()) != "<":

