@@ -121,7 +121,7 @@ def timed_filling() -> Iterator[list[float]]:
         finally:
             seconds.append(time.perf_counter() - begin)
 
-    loop.fill_masks = timed
+    loop.fill_masks = timed  # type: ignore[assignment]
     try:
         yield seconds
     finally:
