@@ -21,7 +21,7 @@ MAX_KEPT_CHARACTERS = 4 << 20  # of their texts
 
 # What one grammar may take, about 200 MB and 2 seconds to compile and 20 ms a token; llguidance counts it, so that a refusal
 # does not depend on the machine. A unit of fuel takes 20 to 70 ns, an item 50 ns, a lexer's state 1 to 2 kB.
-LIMITS = {
+LIMITS: dict[str, Any] = {
     "max_items_in_row": 2_000,
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 200_000,

@@ -80,10 +80,8 @@ def test_whitespace_is_bounded(accepts):
         ({"$ref": "other.json"}, "/$ref", "another document"), ({"$ref": "#/nowhere"}, "/$ref", "nothing at"),
         ({"$ref": "#"}, "", "refers to itself"), ({"minProperties": 2}, "/minProperties", "can't be enforced where"),
         ({"$defs": {"d": {"oneOf": [{"type": "string"}, {"const": "a"}]}}, "$ref": "#/$defs/d"}, "/$defs/d", "may overlap"),
-        (
-            {"type": "object", "properties": {"a": {"minimum": 5, "maximum": 2, "type": "integer"}}, "required": ["a"]},
-            "/properties/a", "greater than",
-        ),
+        ({"type": "object", "properties": {"a": {"minimum": 5, "maximum": 2, "type": "integer"}}, "required": ["a"]},
+         "/properties/a", "greater than"),
         ({"items": 3}, "/items", "an object or a boolean"), ({"properties": []}, "/properties", "an object of schemas"),
         ({"$schema": "http://example.com/x"}, "/$schema", "dialect"), ([], "", "an object or a boolean"),
         ({"const": float("nan")}, "", "no JSON"),
