@@ -161,3 +161,40 @@ def test_echo_and_answer_join_in_a_sentencepiece_vocabulary(client, factory):
             text = client.completions.create(**ask).choices[0].text
             assert text == ("" if not echo else prompt if isinstance(prompt, str) else "on") + " a a"
             assert "".join(c.choices[0].text for c in client.completions.create(**ask, stream=True)) == text
+
+
+def add_infill_tokens(tokenizer):
+    tokenizer.add_tokens(["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|fim_pad|>"], special_tokens=True)
+    return tokenizer.convert_tokens_to_ids(["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|fim_pad|>"])
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_suffix(client, factory, tokenizer, tokens):
+    *triple, pad = add_infill_tokens(tokenizer)
+    fed = []
+
+    def prepare(runner):
+        run = runner.run
+        runner.run = lambda step: fed.extend(list(s.token_ids) for s in step) or run(step)
+        runner.next_token[tokenizer.convert_tokens_to_ids("c")] = pad
+
+    factory.prepare = prepare
+    prompt = tokenizer.encode("ab") if tokens else "ab"
+    told = client.completions.create(prompt=[prompt], suffix="<|fim_middle|>d", temperature=0)
+    assert (told.choices[0].text, told.choices[0].finish_reason) == ("abc", "stop"), "until the model is done"
+    spelled = [tokenizer.convert_tokens_to_ids(character) for character in "<|fim_middle|>d"]
+    first = [triple[0], *tokenizer.encode("ab"), triple[1], *spelled, triple[2]]
+    assert [token for part in fed for token in part][: len(first)] == first
+    assert told.usage.prompt_tokens == len(first)
+    on = client.completions.create(prompt=prompt, suffix="d", temperature=0, ignore_eos=True, max_tokens=5)
+    assert on.usage.completion_tokens == 5
+
+
+def test_suffix_is_refused(client, tokenizer):
+    with pytest.raises(BadRequestError, match="no infill tokens") as caught:
+        client.completions.create(prompt="a", suffix="b")
+    assert (caught.value.param, caught.value.code) == ("suffix", "unsupported_parameter")
+    with pytest.raises(BadRequestError, match="echo") as caught:
+        client.completions.create(prompt="a", suffix="b", echo=True)
+    assert caught.value.param == "suffix"
+    assert client.completions.create(prompt="w", suffix="", temperature=0).choices[0].text == "xyz"
