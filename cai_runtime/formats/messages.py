@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from cai_runtime.errors import ConversationError
 from cai_runtime.formats.traced_text import content, own
+from cai_runtime.scalars import shown
 
 ContentForm = Literal["text", "parts", "both"]
 ROLES = ("system", "user", "assistant")
@@ -69,7 +70,8 @@ def parse_messages(messages: Any) -> list[Message]:
 
 
 def _parse_message(message: Any, place: str) -> Message:
-    if hasattr(message, "model_dump"):  # a reply's message, put back into the conversation
+    # A reply's message, put back into the conversation; not its class.
+    if hasattr(message, "model_dump") and not isinstance(message, type):
         message = message.model_dump(exclude_none=True)
     if not isinstance(message, Mapping):
         raise ConversationError(f"'{place}' must be an object with role and content.", param=place)
@@ -77,6 +79,11 @@ def _parse_message(message: Any, place: str) -> Message:
     role = fields.get("role")
     if role is None:
         raise ConversationError(f"Missing required parameter: '{place}.role'.", param=f"{place}.role")
+    if not isinstance(role, str):  # such as an array, which compares element by element
+        raise ConversationError(
+            f"'{place}.role' must be one of {', '.join(ROLES)}, got {shown(role)}.", param=f"{place}.role"
+        )
+    role = str.__str__(role)  # a subclass might compare as it likes
     if role in ("tool", "function"):
         raise ConversationError(
             f"'{place}.role': {role} messages are not supported yet.", param=f"{place}.role", capability="tools"
@@ -89,7 +96,7 @@ def _parse_message(message: Any, place: str) -> Message:
         )
     for key in fields:
         if key in _LATER_FIELDS:
-            if fields[key] != []:
+            if not (isinstance(fields[key], (list, tuple)) and not fields[key]):
                 raise ConversationError(
                     f"'{place}.{key}' is not supported yet.", param=f"{place}.{key}", capability=_LATER_FIELDS[key]
                 )
