@@ -112,7 +112,7 @@ class _BaseClient:
             raise OptionTypeError(f"model must be a name or a directory, got {shown(model)}")
         if models is not None and not (isinstance(models, Mapping) and all(isinstance(n, str) and n for n in models)):
             raise OptionTypeError(f"models must map names to checkpoint directories, got {shown(models)}")
-        if generation_config not in GENERATION_CONFIG:
+        if not isinstance(generation_config, str) or generation_config not in GENERATION_CONFIG:
             raise OptionValueError(f'generation_config must be "model" or "none", got {shown(generation_config)}')
         if format is not None and not isinstance(format, str):
             raise OptionTypeError(f"format must be a conversation format's name, got {shown(format)}")

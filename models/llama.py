@@ -24,7 +24,7 @@ from cai_runtime.kernels.slim_linear import PreparedLinear
 from cai_runtime.layers.linear import WeightLoader
 from cai_runtime.layers.ops import Attention, Compiled, Ops, make_ops
 from cai_runtime.layers.rotary import RopeConfig, cos_sin_table
-from cai_runtime.models.config import flag, number, whole
+from cai_runtime.models.config import MOST_LAYERS, flag, number, whole
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,15 @@ class LlamaConfig:
             vocab_size=whole(config, "vocab_size"),
             hidden_size=hidden,
             intermediate_size=whole(config, "intermediate_size"),
-            layers=whole(config, "num_hidden_layers"),
+            layers=(layers := whole(config, "num_hidden_layers", most=MOST_LAYERS)),
             heads=HeadLayout(query_heads, kv_heads, head_dim, rope.rotary_dim),
-            norm_eps=number(config, "rms_norm_eps", 1e-6),
+            norm_eps=number(config, "rms_norm_eps", 1e-6, least=0),
             rope=rope,
             tied=flag(config, "tie_word_embeddings"),
             qkv_bias=flag(config, "attention_bias"),
             output_bias=flag(config, "attention_bias"),
             mlp_bias=flag(config, "mlp_bias"),
-            windows=(None,) * whole(config, "num_hidden_layers"),
+            windows=(None,) * layers,
         )
 
 

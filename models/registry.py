@@ -68,7 +68,7 @@ def build_model(loader: WeightLoader, on_layer: Callable[[], object] = lambda: N
     Raises UnsupportedModelError for a model_type that has no definition here.
     """
     model_type = loader.checkpoint.config.get("model_type")
-    if model_type not in MODELS:
+    if not isinstance(model_type, str) or model_type not in MODELS:
         known = ", ".join(sorted(MODELS))
         raise UnsupportedModelError(
             f"model_type {model_type!r} of {loader.checkpoint.path} has no definition; known: {known}"

@@ -44,7 +44,7 @@ STRICT = ConfigDict(strict=True, extra="forbid")
 class StreamOptions(TypedDict, total=False):
     """`include_usage`: one more chunk at the end, with `choices: []` and the usage."""
 
-    include_usage: bool | None
+    include_usage: Flag | None
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -307,6 +307,8 @@ def _with_extra_body(params: Mapping[str, Any]) -> dict[str, Any]:
             param="extra_body",
             code="invalid_type",
         )
+    if not _is_unset(extra.get("extra_body")):
+        raise BadRequestError("'extra_body' can't hold an 'extra_body'.", param="extra_body", code="invalid_value")
     if twice := [key for key in extra if not _is_unset(merged.get(key))]:
         raise BadRequestError(
             f"'{twice[0]}' is given twice, as an argument and in 'extra_body'.", param=twice[0], code="invalid_value"

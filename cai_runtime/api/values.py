@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,7 +72,9 @@ def _stop_list(value: Any) -> list[str]:
 
 
 def _token_ids(value: Any) -> list[int]:
-    if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__len__"):
+    if hasattr(value, "tolist") and hasattr(value, "shape"):  # NumPy's and torch's arrays, of any number of dimensions
+        value = value.tolist()
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Collection):
         raise PydanticCustomError("list_type", "must be a list of token ids")
     ids = [as_integer(item) for item in value]
     if any(token is None or token < 0 for token in ids):
@@ -115,7 +117,7 @@ def surrogate_place(value: Any, place: str, depth: int = _DEPTH) -> str | None:
             value.encode()
         except UnicodeEncodeError:
             return place
-    elif depth and hasattr(value, "model_dump"):
+    elif depth and hasattr(value, "model_dump") and not isinstance(value, type):
         return surrogate_place(vars(value), place, depth - 1)
     elif depth and isinstance(value, Mapping):
         for key, item in value.items():

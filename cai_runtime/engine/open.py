@@ -101,7 +101,7 @@ def load_runner(
     place, kernels = resolve_place(options)
     with Checkpoint.open(path, keep=options.keep) as checkpoint:
         config = checkpoint.config
-        _check_context(options.max_context, config.get("max_position_embeddings"))
+        _check_context(options.max_context, _stated_positions(config))  # before the weights are loaded
         weights = choose_dtype(options.dtype, config, kernels)
         loader = WeightLoader(checkpoint, place, weights, kernels, int8_activations=options.int8_activations)
         layers = int(config.get("num_hidden_layers") or 0)
@@ -152,9 +152,19 @@ def load_runner(
     return runner, config
 
 
-def _check_context(wanted: int | None, most: Any) -> None:
-    """Raise MemoryBudgetError for a `max_context` beyond the model's. most: the model's; if it is no integer, no limit."""
-    if wanted is not None and isinstance(most, int) and wanted > most:
+def _stated_positions(config: dict[str, Any]) -> int | None:
+    """The context that config.json states. None if only the model can tell: dynamic RoPE has more positions than
+    max_position_embeddings says, and an impossible value is the model's to refuse."""
+    for key in ("rope_scaling", "rope_parameters"):
+        if isinstance(rope := config.get(key), dict) and "dynamic" in (rope.get("rope_type"), rope.get("type")):
+            return None
+    positions = config.get("max_position_embeddings")
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
+def _check_context(wanted: int | None, most: int | None) -> None:
+    """Raise MemoryBudgetError for a `max_context` beyond the model's. most: the model's; None: unknown."""
+    if wanted is not None and most is not None and wanted > most:
         raise MemoryBudgetError(f"max_context {wanted} is more than the model's {most} positions: give at most {most}")
 
 

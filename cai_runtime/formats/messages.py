@@ -9,6 +9,7 @@ from typing import Any
 
 from cai_runtime.errors import ConversationError
 from cai_runtime.formats.traced_text import plain
+from cai_runtime.scalars import shown
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # What a part of another type would need, for the error.
@@ -129,7 +130,7 @@ def _refuse_constant(name: str) -> Any:
 
 def _as_mapping(value: Any, place: str, what: str) -> dict[str, Any]:
     """The fields that are given of an object, which may be one of the `openai` package's."""
-    if hasattr(value, "model_dump"):
+    if hasattr(value, "model_dump") and not isinstance(value, type):  # an object of it, not its class
         value = value.model_dump(exclude_none=True)
     if not isinstance(value, Mapping):
         raise ConversationError(f"'{place}' must be an object with {what}.", param=place)
@@ -141,6 +142,11 @@ def _parse_message(message: Any, place: str) -> Message:
     role = fields.pop("role", None)
     if role is None:
         raise ConversationError(f"Missing required parameter: '{place}.role'.", param=f"{place}.role")
+    if not isinstance(role, str):  # such as an array, which compares element by element
+        raise ConversationError(
+            f"'{place}.role' must be one of {', '.join(ROLES)}, got {shown(role)}.", param=f"{place}.role"
+        )
+    role = str.__str__(role)  # a subclass might compare as it likes
     if role == "function":
         raise ConversationError(f"'{place}.role': the role 'function' {_DEPRECATED}", param=f"{place}.role")
     if role not in ROLES:
@@ -156,7 +162,7 @@ def _parse_message(message: Any, place: str) -> Message:
             raise ConversationError(f"'{place}.function_call' {_DEPRECATED}", param=f"{place}.function_call")
         if key not in _UNSERVED_FIELDS:
             raise ConversationError(f"Unknown parameter: '{place}.{key}'.", param=f"{place}.{key}")
-        if value != []:
+        if not (isinstance(value, (list, tuple)) and not value):
             raise ConversationError(
                 f"'{place}.{key}' is not supported.", param=f"{place}.{key}", capability=_UNSERVED_FIELDS[key]
             )

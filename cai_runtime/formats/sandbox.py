@@ -40,8 +40,8 @@ class _TracingCodeGenerator(CodeGenerator):
 
     def visit_Const(self, node: nodes.Const, frame: Any) -> None:
         value = node.as_const(frame.eval_ctx)
-        if type(value) is str:
-            self.write(f"environment.own({value!r})")
+        if type(value) in (str, list, tuple, dict):
+            self.write(_own_literal(value))
         else:
             super().visit_Const(node, frame)
 
@@ -54,6 +54,20 @@ class _TracingCodeGenerator(CodeGenerator):
             self.visit(part, frame)
             self.write(", ")
         self.write("))")
+
+
+def _own_literal(value: Any) -> str:
+    """Python source of a constant whose texts are the template's own. Jinja makes one constant of a literal list or dict
+    of constants, such as a table of each role's marker."""
+    if type(value) is str:
+        return f"environment.own({value!r})"
+    if type(value) is list:
+        return f"[{', '.join(map(_own_literal, value))}]"
+    if type(value) is tuple:
+        return f"({''.join(_own_literal(item) + ',' for item in value)})"
+    if type(value) is dict:
+        return f"{{{', '.join(f'{_own_literal(key)}: {_own_literal(item)}' for key, item in value.items())}}}"
+    return repr(value)
 
 
 class _GenerationTag(Extension):

@@ -114,6 +114,9 @@ def _without_names(backend: Any, names: Mapping[str, int]) -> str:
         model["vocab"] = {new.get(token, token): i for token, i in vocabulary.items()}
     else:
         model["vocab"] = [[new.get(token, token), score] for token, score in vocabulary]
+    if merges := model.get("merges"):  # a merge can't make what is not in the vocabulary
+        pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in merges]
+        model["merges"] = [pair for pair in pairs if not new.keys() & {*pair, "".join(pair)}]
     if model.get("unk_token") in new:
         model["unk_token"] = new[model["unk_token"]]
     return json.dumps(stored)

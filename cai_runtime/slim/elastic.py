@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cai_runtime.errors import CheckpointError, InvalidConfigError, KeepError, UnknownVersionError
-from cai_runtime.scalars import as_integer, as_number
+from cai_runtime.scalars import as_integer, as_number, shown
 from cai_runtime.slim.spec import STORES, ModuleSpec
 
 TABLE_VERSION = 1
@@ -204,9 +204,9 @@ class ElasticTable:
 def checked_keep(keep: object) -> float:
     """`keep` as it can be asked of any checkpoint: a number in (0, 1]. Raises TypeError, KeepError."""
     if not isinstance(keep, (int, float)) or isinstance(keep, bool):
-        raise TypeError(f"keep must be a number in (0, 1], is {keep!r}")
+        raise TypeError(f"keep must be a number in (0, 1], is {shown(keep)}")
     if not 0 < keep <= 1:  # NaN fails both
-        raise KeepError(f"keep must be in (0, 1], is {keep!r}")
+        raise KeepError(f"keep must be in (0, 1], is {shown(keep)}")
     return float(keep)
 
 

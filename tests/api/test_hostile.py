@@ -149,6 +149,26 @@ def test_half_a_character_is_refused_where_it_is(client, endpoint, params, param
     assert (error.status_code, error.param) == (400, param)
 
 
+@pytest.mark.parametrize(("value", "taken"), [
+    (np.array(1), False), (np.array([[1, 2]]), False), (np.array([0.5]), False), (np.array([1, 2]), True), ({1, 2}, True),
+])  # fmt: skip
+def test_token_ids_of_arrays(client, value, taken):
+    error = answer(client, completions, {"prompt": "hi", "stop_token_ids": value})
+    assert (
+        not isinstance(error, openai.APIError) if taken else (error.status_code, error.param) == (400, "stop_token_ids")
+    )
+
+
+def test_numpy_flags(client):
+    ask = {"prompt": "hi", "stream": np.True_, "stream_options": {"include_usage": np.True_}, "echo": np.False_}
+    assert list(client.completions.create(**ask))[-1].usage is not None
+
+
+def test_an_extra_body_in_an_extra_body_is_not_dropped(client):
+    error = answer(client, completions, {"prompt": "hi", "extra_body": {"extra_body": {"top_k": 1}}})
+    assert (error.status_code, error.param) == (400, "extra_body")
+
+
 @pytest.mark.parametrize("endpoint", [chat, completions], ids=ids)
 def test_megabytes_are_refused_by_their_characters(client, endpoint):
     """Before they are tokenized: that takes seconds, in which the model's other requests wait."""

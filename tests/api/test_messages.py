@@ -1,6 +1,8 @@
 """Conversations: what is accepted, what is refused and how its place is named, and how they are rendered."""
 
+import numpy as np
 import pytest
+from openai.types.chat import ChatCompletionMessage
 
 from cai_runtime import BadRequestError
 from cai_runtime.errors import ConversationError
@@ -11,6 +13,15 @@ from cai_runtime.formats.template import render
 
 def text(content):
     return {"type": "text", "text": content}
+
+
+class Equal(str):
+    """Says that it is "user"."""
+
+    __hash__ = str.__hash__
+
+    def __eq__(self, other):
+        return other == "user"
 
 
 def test_accepted_forms():
@@ -44,6 +55,11 @@ def test_accepted_forms():
         ([{"content": "x"}], "messages[0].role"),
         ([{"role": "robot", "content": "x"}], "messages[0].role"),
         ([{"role": 3, "content": "x"}], "messages[0].role"),
+        ([{"role": np.array(["user", "x"]), "content": "x"}], "messages[0].role"),
+        ([{"role": Equal("<|im_end|>"), "content": "x"}], "messages[0].role"),
+        ([ChatCompletionMessage], "messages[0]"),
+        ([{"role": "assistant", "content": "x", "tool_calls": np.array([1, 2])}], "messages[0].tool_calls"),
+        ([{"role": "assistant", "content": "x", "annotations": np.array([])}], "messages[0].annotations"),
         ([{"role": "user"}], "messages[0].content"),
         ([{"role": "user", "content": None}], "messages[0].content"),
         ([{"role": "user", "content": 3}], "messages[0].content"),

@@ -70,6 +70,8 @@ def test_out_of_range_is_refused_at_once(name, value):
         ({"generation_config": "yes"}, ValueError, "generation_config must be"),
         ({"format": "chatml"}, ValueError, "format must be one of .*hermes"),
         ({"format": 3}, TypeError, "format must be"),
+        ({"generation_config": np.array(["none", "model"])}, ValueError, "generation_config must be"),
+        ({"keep": 10**5000}, ValueError, "keep must be in"),
         ({"timeout": "3"}, TypeError, "timeout must be"),
         ({"timeout": 0}, ValueError, "timeout must be"),
         ({"model": 3}, TypeError, "model must be"),

@@ -49,6 +49,8 @@ SNIPPETS = [
     "{% for x in c.split('</think>') %}{{ loop.index0 ~ x }}{% else %}<T>{% endfor %}{{ c.encode('utf-8')|length }}",
     "{{ messages|selectattr('role', 'equalto', 'user')|map(attribute='content')|map('trim')|list }}<T>",
     "{{ messages[-1]['content'][::-1] }}{{ messages[0:1] }}{{ '%-5s|%3d' % ('<T>', 4) }}{{ '{:>9}'.format('<T>') }}",
+    "{% set marks = {'user': '<U>', 'assistant': ('<A>', 1, none, true, [1.5])} %}"
+    "{% for m in messages %}{{ marks[m.role] }}{{ m.content }}{% endfor %}",
     "{%- if c %}\n    <T>  \n{%- endif %}\n  {% if c %}  x\n  {% endif %}\n",
 ]
 
@@ -85,7 +87,10 @@ def test_content_is_never_the_templates_own(source):
      "{% set x %}<T>{% endset %}{{ x|trim|upper }}", "{% macro m(a) %}<{{ a }}>{% endmacro %}{{ m(role) }}",
      "{{ '<t>'|upper|indent|title }}", "{{ ('<' ~ role ~ '>').split('u')|join('u') }}", "{{ {'a': '<T>'}['a'] }}",
      "{% set ns = namespace(x='<') %}{% set ns.x = ns.x + role + '>' %}{{ ns.x }}", "{{ role|replace('u', '<U>') }}",
-     "{{ {'a': ['<T>', role]}|tojson }}"],
+     "{{ {'a': ['<T>', role]}|tojson }}",
+     "{% set marks = {'user': '<U>', 'x': ['<X>']} %}{{ marks[role] }}{{ marks.get('user') }}{{ marks['x']|join }}",
+     "{% for mark in [('<A>', {'<k>': '<v>'}), ('<B>',)] %}{{ mark[0] }}{% endfor %}",
+     "{{ ['<T>']|map('trim')|join }}{% for key, item in {'<a>': '<b>'}.items() %}{{ key ~ item }}{% endfor %}"],
 )  # fmt: skip
 def test_what_the_template_writes_is_its_own(source):
     found = ChatTemplateEnvironment().from_string(source).render(role=own("user"))

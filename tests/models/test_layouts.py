@@ -12,7 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_llama import MISSING, change_config, open_runner, same_as_transformers, tiny_model
 
-from cai_runtime.errors import CheckpointError, InvalidConfigError, TensorMissingError
+from cai_runtime.errors import (
+    CheckpointError,
+    InvalidConfigError,
+    MemoryBudgetError,
+    TensorMissingError,
+    UnsupportedModelError,
+)
 from cai_runtime.layers.rotary import RopeConfig, cos_sin_table
 
 Tensors = dict[str, torch.Tensor]
@@ -64,14 +70,35 @@ def test_configs(tmp_path: Path, change: dict[str, Any]):
         {"max_position_embeddings": "long"}, {"max_position_embeddings": float("nan")}, {"rms_norm_eps": float("inf")},
         {"tie_word_embeddings": "false"}, {"attention_bias": 1}, {"head_dim": 0}, {"head_dim": 15},
         {"rope_parameters": {"rope_type": "linear"}}, {"rope_parameters": {"rope_type": "linear", "factor": "2"}},
+        {"max_position_embeddings": 0}, {"max_position_embeddings": -1}, {"rms_norm_eps": -1.0},
+        {"num_hidden_layers": 10**12},
     ],
 )  # fmt: skip
-def test_a_value_that_can_not_be_is_named(tmp_path: Path, change: dict[str, Any]):
+@pytest.mark.parametrize("max_context", [None, 16])
+def test_a_value_that_can_not_be_is_named(tmp_path: Path, change: dict[str, Any], max_context: int | None):
     tiny_model(tmp_path)
     change_config(tmp_path, **change)
-    with pytest.raises(InvalidConfigError, match=r"rope|rotated|factor|position|eps|tie|bias|head_dim") as caught:
-        open_runner(tmp_path)
+    named = r"rope|rotated|factor|position|eps|tie|bias|head_dim|layers"
+    with pytest.raises(InvalidConfigError, match=named) as caught:
+        open_runner(tmp_path, max_context=max_context)
     assert caught.value.file is not None
+
+
+@pytest.mark.parametrize("model_type", [None, 5, ["llama"], {}])
+def test_a_model_type_that_is_no_text_is_unknown(tmp_path: Path, model_type: Any):
+    tiny_model(tmp_path)
+    change_config(tmp_path, model_type=model_type)
+    with pytest.raises(UnsupportedModelError, match="model_type"):
+        open_runner(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_max_context_may_reach_what_dynamic_rope_adds(tmp_path: Path, key: str):
+    tiny_model(tmp_path)
+    change_config(tmp_path, max_position_embeddings=32, **{key: {"rope_type": "dynamic", "factor": 4.0}})
+    assert open_runner(tmp_path, max_context=100).max_context == 100
+    with pytest.raises(MemoryBudgetError, match="128 positions"):
+        open_runner(tmp_path, max_context=129)
 
 
 def without_prefix(tensors: Tensors) -> Tensors:
