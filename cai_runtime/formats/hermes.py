@@ -43,3 +43,6 @@ class GenericFormat(HermesFormat):
 
     name = "generic"
     native_tools = False
+
+
+MarkedFormat.generic_kind = GenericFormat

@@ -49,6 +49,7 @@ class MarkedFormat:
     name: str
     openers: tuple[str, ...] = ()  # in the order of preference; grammars write the first
     closers: ClassVar[tuple[str, ...]] = ()
+    generic_kind: ClassVar[type[MarkedFormat]]  # `hermes.GenericFormat`, which enters itself here
     separator: ClassVar[str] = "\n"  # between two calls
     inner: ClassVar[tuple[str, ...]] = ()  # other markers that may be tokens
     has_calls: ClassVar[bool] = True
@@ -116,9 +117,7 @@ class MarkedFormat:
 
     def generic(self) -> MarkedFormat:
         """The format of calls where the template shows no tools, so that they were put to the model as text."""
-        from cai_runtime.formats.hermes import GenericFormat
-
-        return GenericFormat(self._tokenizer)
+        return self.generic_kind(self._tokenizer)
 
     def is_thinking(self, opening: str) -> bool:
         """Whether a prompt that ends like this has opened a thought."""

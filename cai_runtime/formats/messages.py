@@ -167,7 +167,8 @@ def _parse_message(message: Any, place: str) -> Message:
                 f"'{place}.{key}' is not supported.", param=f"{place}.{key}", capability=_UNSERVED_FIELDS[key]
             )
     for key, value in (("tool_calls", calls), ("reasoning_content", reasoning)):
-        if value and role != "assistant":
+        is_empty = value is None or (isinstance(value, (str, list, tuple)) and not value)
+        if not is_empty and role != "assistant":
             raise ConversationError(f"'{place}.{key}': only messages of the assistant have it.", param=f"{place}.{key}")
     if call_id is not None and role != "tool":
         raise ConversationError(
