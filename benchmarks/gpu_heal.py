@@ -32,10 +32,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from gpu import environment
 from gpu.report import write_json
 
-INDEX, TEXT = "model.json", "test_text.json"  # of gpu_prepare.py
-FIRST_CHECKPOINT = 65_536  # tokens
-CHAT_SHARE = 0.25
-TEXT_SHARE = 0.2  # share of the time for writing the text
+INDEX, TEXT = "model.json", "test_text.json"  # files that gpu_prepare.py writes
+FIRST_CHECKPOINT = 65_536  # tokens after which the perplexity is first measured
+CHAT_SHARE = 0.25  # of the sequences
+TEXT_SHARE = 0.2  # of the time, for writing the text
 RESERVE = 25.0  # seconds per keep for everything but healing: calibration, decomposition, the checkpoint
 
 
@@ -59,6 +59,7 @@ def assemble(prepared: Path, into: Path) -> Path:
 
 
 def test_windows(prepared: Path) -> list[list[int]]:
+    """Token ids of the windows on which perplexity is measured."""
     return json.loads((prepared / "model-0" / TEXT).read_text())["windows"]
 
 
@@ -69,8 +70,8 @@ def test_windows(prepared: Path) -> list[list[int]]:
 class TextWriter:
     """Writes the model's own text with the engine, in sequences of `length` tokens.
 
-    Documents begin with their start token and are concatenated. A conversation is a sequence of turns. Control tokens that
-    no text may contain are banned, as in `compressor.data.self_text`."""
+    Documents begin with their start token and are concatenated. A conversation fills a sequence with turns. Control tokens
+    that text must not contain are banned, as in `compressor.data.self_text`."""
 
     path: Path
     device: str
@@ -102,10 +103,10 @@ class TextWriter:
                 missing = count - len(chats) - len(documents) // self.length
                 if missing <= 0:
                     break
-                some = max(1, min(4 * self.lanes, missing * 2))  # more requests than lanes, so that none is idle
-                chat = min(some // 4, wanted_chats - len(chats)) if wanted_chats else 0
+                requests = max(1, min(4 * self.lanes, missing * 2))  # more than lanes, so that no lane is idle
+                chat = min(requests // 4, wanted_chats - len(chats)) if wanted_chats else 0
                 chats += self._chats(chat)[: max(wanted_chats - len(chats), 0)]
-                documents += self._documents(some - chat)
+                documents += self._documents(requests - chat)
         cut = range(0, len(documents) - self.length + 1, self.length)
         rows = [documents[i : i + self.length] for i in cut][: count - len(chats)] + chats
         if not rows:
@@ -113,7 +114,7 @@ class TextWriter:
         return torch.tensor(rows, dtype=torch.int64)
 
     def _continued(self, prompts: Sequence[Sequence[int]], ends: Sequence[int], most: int) -> list[list[int]]:
-        """The model's continuation of each prompt, without the end token."""
+        """The model's continuation of each prompt, without its end token. ends: end tokens. most: tokens, at most."""
         from cai_runtime.engine.request import Request, SamplingParams
 
         requests = []
@@ -161,7 +162,9 @@ class TextWriter:
 
 @dataclass
 class Progress:
-    """The results of healing at one keep. `write` writes them to the results' file."""
+    """The results of healing at one keep.
+
+    entry: the keep's object in the results. windows: see `test_windows`. write: writes the results to their file."""
 
     entry: dict[str, Any]
     windows: list[list[int]]
@@ -212,7 +215,7 @@ def timed_healer(progress: Progress, per_step: int) -> type:
             super().run()
             self._note()
 
-        def _after_step(self) -> None:
+        def _after_step(self) -> None:  # of training
             if len(self.losses) * self._tokens >= self._next:
                 self._next *= 2
                 self._note()

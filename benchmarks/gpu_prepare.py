@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from gpu.environment import KIT, LIBRARIES, PREPARED, ROOT, commit, sources_digest
 
-WHEELS = ("platformdirs", "gguf")  # and apache-tvm-ffi
+WHEELS = ("platformdirs", "gguf")  # in their newest versions; apache-tvm-ffi in this machine's
 # pip matches a platform tag exactly, so this lists all tags that a wheel may have.
 PLATFORMS = [f"manylinux_2_{n}_x86_64" for n in (17, 24, 26, 27, 28, 31, 34)] + ["manylinux2014_x86_64"]
 LIMIT = 60 << 20  # bytes of one transfer: 64 MiB, less the repository
@@ -49,7 +49,7 @@ def run(command: Sequence[str], **settings: str) -> None:
 
 
 def unpack_wheels(python: str, into: Path) -> None:
-    """Download the wheels and unpack them. A wheel without scripts then is installed."""
+    """Download the wheels and unpack them. For wheels without scripts, unpacking is all of an installation."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable,
@@ -64,7 +64,7 @@ def unpack_wheels(python: str, into: Path) -> None:
         command += ["--implementation", "cp", "-d", folder, "-q"]
         for name in PLATFORMS:
             command += ["--platform", name]
-        # tvm-ffi in the version that the libraries are built with, the others in the newest.
+        # apache-tvm-ffi must have the version that the libraries are built with.
         run([*command, f"apache-tvm-ffi=={importlib.metadata.version('apache-tvm-ffi')}", *WHEELS])
         for wheel in sorted(Path(folder).glob("*.whl")):
             with zipfile.ZipFile(wheel) as archive:
@@ -77,7 +77,7 @@ def build_libraries(archs: str, into: Path) -> None:
     if platform.machine() not in ("x86_64", "AMD64"):
         raise RuntimeError(f"the GPU machine is x86-64, this one is {platform.machine()}: its libraries would not load")
     into.mkdir(parents=True)
-    with tempfile.TemporaryDirectory() as folder:  # leaves the package's own libraries alone
+    with tempfile.TemporaryDirectory() as folder:  # so that the package's own libraries stay as they are
         built = [f"--build-lib={folder}/lib", f"--build-temp={folder}/temp"]
         run([sys.executable, "setup.py", "-q", "build_ext", *built], CAI_CUDA_ARCHS=archs)
         for name in LIBRARIES:
@@ -118,6 +118,7 @@ def write_test_text(path: Path) -> None:
 
 
 def prepare_model() -> None:
+    """Write .gpu/model-0 and model-1."""
     from cai_runtime.convert.named import NAMED
     from cai_runtime.convert.sources import fetch_file
 
@@ -143,9 +144,9 @@ def check_size(folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--python", default="3.12", help="the GPU machine's (default: 3.12)")
+    parser.add_argument("--python", default="3.12", help="Python version of the GPU machine (default: 3.12)")
     parser.add_argument("--archs", default="9.0a", help="the GPU's architecture (default: 9.0a, Hopper)")
-    parser.add_argument("--no-heal", action="store_true", help="without what gpu_heal.py needs")
+    parser.add_argument("--no-heal", action="store_true", help="leave out the input of gpu_heal.py")
     args = parser.parse_args(argv)
     shutil.rmtree(KIT, ignore_errors=True)
     KIT.mkdir(parents=True)

@@ -6,8 +6,8 @@
 
 Each section runs in a process of its own with a time limit. A hang, or an error that makes the GPU unusable, ends only that
 section. FOLDER/gpu_suite_<call>_<device>_<date>.json is written after every section, with all findings up to a failure.
-Beside it are the sections' whole output (.log), timeline.json, ncu.csv and the tuned tiles, fewer than eight files. Each
-figure stands beside its prediction (gpu/predicted.json).
+FOLDER also gets the sections' whole output (.log), timeline.json, ncu.csv and the tuned tiles: fewer than eight files.
+Figures come with their predictions of gpu/predicted.json.
 
 A bare machine takes missing packages and libraries from .gpu/kit, which gpu_prepare.py makes. Without the kit the CUDA
 library is built, if apache-tvm-ffi is installed. Without a GPU, or with --dry-run, the CPU rehearses the sections at tiny
@@ -42,6 +42,7 @@ def unused(path: Path) -> Path:
 
 
 def context_of(args: argparse.Namespace) -> Context:
+    """The sizes and the device to run at. In a dry run, also prepares the rehearsal."""
     if args.dry_run:
         from gpu import rehearsal
 
@@ -65,7 +66,7 @@ def run_section(args: argparse.Namespace) -> int:
 
 
 def run_program(args: argparse.Namespace) -> int:
-    """Run one of the programs that sections start, alone or under a tool."""
+    """Run a program that a section starts in a process of its own, such as under ncu."""
     from gpu import counters, decode
 
     name, *details = args.program.split(",")
@@ -85,7 +86,7 @@ def gpu_name() -> str | None:
     return done.stdout.strip().replace(" ", "-") or None
 
 
-def tables(report: Report) -> None:
+def print_tables(report: Report) -> None:
     from gpu import decode, linears
 
     for name, table in (("many", linears.table), ("linears", linears.table), ("decode", decode.table)):
@@ -117,10 +118,10 @@ def run_suite(args: argparse.Namespace, names: list[str], gpu: str | None) -> in
         report.section(name, SECTIONS[name].limit * (10 if args.dry_run else 1), command)
         report.sections[name]["gpu"] = {"before": before, "after": environment.gpu_state()}
         report.write()
-    tables(report)
+    print_tables(report)
     print(f"\nwritten to {path}\nfailed: {', '.join(report.failed) or 'nothing'}")
     if gpu is None:
-        print("this was a rehearsal on the CPU: its figures say nothing", file=sys.stderr)
+        print("this was a rehearsal on the CPU: its figures mean nothing", file=sys.stderr)
         return 1 if report.failed else 2
     return 1 if report.failed else 0
 

@@ -30,9 +30,12 @@ from cai_runtime.api.completions import CompletionChunk, CompletionParams
 from cai_runtime.api.generation import AsyncStream, Stream
 from cai_runtime.api.host import EngineFactory, ModelHost
 from cai_runtime.api.models import list_models, retrieve_model
+from cai_runtime.api.responses.methods import AsyncResponses, Responses
+from cai_runtime.api.responses.store import ResponseStore
 from cai_runtime.api.serving import acreate, create
 from cai_runtime.api.values import timeout_seconds
 from cai_runtime.errors import OptionTypeError, OptionValueError
+from cai_runtime.formats.find import FORMATS
 from cai_runtime.options import EngineOptions
 from cai_runtime.scalars import shown
 
@@ -66,6 +69,7 @@ class _BaseClient:
         cuda_graphs: bool | None = None,
         progress: bool | None = None,
         generation_config: str = "model",
+        format: str | None = None,
         timeout: float | Timeout | None = None,
         _engine_factory: EngineFactory | None = None,
     ):
@@ -95,6 +99,8 @@ class _BaseClient:
             generation_config: "model": a request that names no temperature, top_k, top_p, min_p or repetition_penalty
                 gets that of the checkpoint's generation_config.json, see `GenerationDefaults`. "none": OpenAI's
                 defaults, whatever the checkpoint says.
+            format: how the models write thoughts and tool calls, such as "hermes" or "generic"; see
+                `cai_runtime.formats.find`. Default: found by each checkpoint's chat template.
             timeout: seconds that a request may take, see `create`. Default: no limit.
 
         Raises:
@@ -108,6 +114,10 @@ class _BaseClient:
             raise OptionTypeError(f"models must map names to checkpoint directories, got {shown(models)}")
         if generation_config not in GENERATION_CONFIG:
             raise OptionValueError(f'generation_config must be "model" or "none", got {shown(generation_config)}')
+        if format is not None and not isinstance(format, str):
+            raise OptionTypeError(f"format must be a conversation format's name, got {shown(format)}")
+        if format is not None and format not in FORMATS:
+            raise OptionValueError(f"format must be one of {', '.join(FORMATS)}, got {shown(format)}")
         options = EngineOptions.of(
             device=device,
             dtype=dtype,
@@ -126,17 +136,21 @@ class _BaseClient:
             progress=progress,
         )
         self._timeout = _checked_timeout(timeout)
+        self._responses = ResponseStore()
         self._host = ModelHost(
             default=None if model is None else str(model),
             models=models or {},
             open_engine=_engine_factory or _open_engine,
             options=options,
             own_defaults=generation_config == "model",
+            format_name=format,
         )
         # What makes this client again, in another process too.
         self._made_from = {"model": model, "models": None if models is None else dict(models), **options.given()}
         if generation_config != "model":
             self._made_from["generation_config"] = generation_config
+        if format is not None:
+            self._made_from["format"] = format
         if _engine_factory is not None:
             self._made_from["_engine_factory"] = _engine_factory
 
@@ -146,7 +160,7 @@ class _BaseClient:
         max_retries: accepted for programs that were written for the `openai` client; nothing here is retried.
         """
         other = object.__new__(type(self))
-        other._host, other._made_from = self._host, self._made_from
+        other._host, other._made_from, other._responses = self._host, self._made_from, self._responses
         other._timeout = self._timeout if isinstance(timeout, (NotGiven, Omit)) else _checked_timeout(timeout)
         return other
 
@@ -181,7 +195,8 @@ def _open_engine(path: Path, **options: Any) -> Any:
 
 
 class Client(_BaseClient):
-    """An in-process client: `chat.completions`, `completions` and `models`, as in the `openai` package. Thread-safe."""
+    """An in-process client: `chat.completions`, `completions`, `responses` and `models`, as in the `openai` package.
+    Thread-safe."""
 
     @cached_property
     def chat(self) -> Chat:
@@ -190,6 +205,10 @@ class Client(_BaseClient):
     @cached_property
     def completions(self) -> Completions:
         return Completions(self._host, self._timeout)
+
+    @cached_property
+    def responses(self) -> Responses:
+        return Responses(self._host, self._timeout, self._responses)
 
     @cached_property
     def models(self) -> Models:
@@ -204,6 +223,7 @@ class Client(_BaseClient):
 
     def close(self) -> None:
         """Close every model and give all memory back. Idempotent; running requests fail, and so do later ones."""
+        self._responses.clear()
         self._host.close()
 
     def __enter__(self) -> Self:
@@ -225,6 +245,10 @@ class AsyncClient(_BaseClient):
         return AsyncCompletions(self._host, self._timeout)
 
     @cached_property
+    def responses(self) -> AsyncResponses:
+        return AsyncResponses(self._host, self._timeout, self._responses)
+
+    @cached_property
     def models(self) -> AsyncModels:
         return AsyncModels(self._host)
 
@@ -234,6 +258,7 @@ class AsyncClient(_BaseClient):
 
     async def close(self) -> None:
         """Close every model and give all memory back. Idempotent; running requests fail, and so do later ones."""
+        self._responses.clear()
         await asyncio.to_thread(self._host.close)
 
     async def __aenter__(self) -> Self:

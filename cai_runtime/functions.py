@@ -70,6 +70,16 @@ def complete(prompt: Any, **params: Any) -> Any:
     return client().completions.create(prompt=prompt, **params)
 
 
+def respond(input: Any, **params: Any) -> Any:
+    """Respond to a text or to a list of items: `Client.responses.create` on the shared client.
+
+    Args:
+        input: a question, or a list of items.
+        params: as for `create`, such as `model`, `instructions`, `stream`, `previous_response_id`.
+    """
+    return client().responses.create(input=input, **params)
+
+
 def list_models() -> SyncPage[Model]:
     """The models there are: `Client.models.list` on the shared client."""
     return client().models.list()

@@ -1,4 +1,4 @@
-"""Rotary embedding with the KV cache write, and causal attention over a paged KV cache (Kwon et al. 2023).
+"""Norms of heads, rotary embedding, the KV cache write, and causal attention over a paged KV cache (Kwon et al. 2023).
 
 A cache belongs to a backend: the reference and the GPU kernels keep keys as [pages, kv_heads, page_size, head_dim]; the CPU
 kernels keep them as [pages, kv_heads, head_dim, page_size], so that one vector holds one dimension of many keys.
@@ -15,6 +15,7 @@ from cai_runtime.errors import KernelError
 from cai_runtime.kernels import cpu_library
 from cai_runtime.kernels.batch import FULL, AttentionBatch
 from cai_runtime.kernels.cpu_library import check_rows
+from cai_runtime.kernels.norm import rms_norm_reference
 from cai_runtime.kernels.program import Value
 
 
@@ -40,6 +41,22 @@ class HeadLayout:
     @property
     def query_width(self) -> int:
         return self.query_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class HeadNorms:
+    """RMSNorm of each head of queries and keys before the rotation (Henry et al. 2020, query-key normalization).
+
+    weight: [2, head_dim] in the activations' dtype, on the model's device: of query heads, of key heads.
+    """
+
+    weight: torch.Tensor
+    eps: float
+
+    def check(self, heads: HeadLayout) -> None:
+        """Raises KernelError where the weight does not fit the heads."""
+        if tuple(self.weight.shape) != (2, heads.head_dim):
+            raise KernelError(f"the norms of heads have weights [2, {heads.head_dim}], not {list(self.weight.shape)}")
 
 
 # ------------------------------------------------------------------------------------------------------ reference
@@ -82,9 +99,13 @@ def rope_kv_write_reference(
     heads: HeadLayout,
     cache: ReferenceKVCache,
     group: str = FULL,
+    norms: HeadNorms | None = None,
 ) -> torch.Tensor:
-    """qkv [T, (Hq + 2 Hkv) D] -> the rotated queries [T, Hq, D]; rotated keys and values go to their slots of `group`."""
+    """qkv [T, (Hq + 2 Hkv) D] -> the rotated queries [T, Hq, D]; rotated keys and values go to their slots of `group`.
+    norms: of queries and keys, before the rotation."""
     q, k, v = qkv.view(len(qkv), -1, heads.head_dim).split([heads.query_heads, heads.kv_heads, heads.kv_heads], dim=1)
+    if norms is not None:
+        q, k = (rms_norm_reference(x, w, norms.eps) for x, w in zip((q, k), norms.weight, strict=True))
     slots = batch.tables[group].slots.long()
     page, offset = slots // cache.page_size, slots % cache.page_size
     cache.k[page, :, offset] = rotate_reference(k, batch.positions, cos_sin).to(cache.k.dtype)
@@ -179,12 +200,22 @@ class CpuKVCache:
 
 
 class CpuAttention:
-    """Both operations for one layer's heads, in one call. sinks: see `paged_attention_reference`. group: of the cache."""
+    """Both operations for one layer's heads, in one call. sinks: see `paged_attention_reference`. group: of the cache.
+    norms: of queries and keys, if any."""
 
     def __init__(
-        self, heads: HeadLayout, cache: CpuKVCache, sinks: torch.Tensor | None = None, group: str = FULL
+        self,
+        heads: HeadLayout,
+        cache: CpuKVCache,
+        sinks: torch.Tensor | None = None,
+        group: str = FULL,
+        norms: HeadNorms | None = None,
     ) -> None:
         self.heads, self.cache, self.group = heads, cache, group
+        self.norms = None
+        if norms is not None:
+            norms.check(heads)
+            self.norms = HeadNorms(norms.weight.to("cpu", torch.float32).contiguous().clone(), norms.eps)
         self._sinks = None
         if sinks is not None:
             if tuple(sinks.shape) != (heads.query_heads,):
@@ -195,7 +226,7 @@ class CpuAttention:
         self._run = cpu_library.operation("attention")
 
     def __call__(self, qkv: Any, batch: Any, cos_sin: torch.Tensor, scale: float) -> Any:
-        """qkv fp32 [T, (Hq + 2 Hkv) D], which may be overwritten by its rotation -> [T, Hq D]. Or a Value, and no batch yet.
+        """qkv fp32 [T, (Hq + 2 Hkv) D], which may be overwritten -> [T, Hq D]. Or a Value, and no batch yet.
 
         cos_sin: fp32 [positions, rotary_dim]. Raises KernelError for a batch that does not fit cache or table.
         """
@@ -204,17 +235,21 @@ class CpuAttention:
             bindings = {"heads": self._heads, "k_cache": cache.k, "v_cache": cache.v, "cos_sin": cos_sin}
             if self._sinks is not None:
                 bindings["sinks"] = self._sinks
+            if self.norms is not None:
+                bindings["head_norms"] = self.norms.weight
             group = qkv.recorder.group(self.group)
             attributes: dict[str, int | float | str] = {"scale": scale, "pages": cache.pages, "group": group}
+            attributes["norm_eps"] = 0.0 if self.norms is None else self.norms.eps
             return qkv.recorder.note(
                 "attention", [qkv], heads.query_width, attributes=attributes, bindings=bindings, keep=self
             )
         qkv = check_rows(qkv, heads.qkv_width, "attention").contiguous()
         out = cpu_library.empty(qkv.shape[0], heads.query_width)
-        table = batch.tables[self.group]
+        table, norms = batch.tables[self.group], self.norms
         self._run(
             qkv, batch.positions, table.slots, batch.query_start, batch.context_len, table.pages, cos_sin, self._heads,
-            scale, cache.k, cache.v, cache.pages, self._sinks, out,
+            scale, cache.k, cache.v, cache.pages, self._sinks,
+            None if norms is None else norms.weight, 0.0 if norms is None else norms.eps, out,
         )  # fmt: skip
         return out
 
@@ -223,10 +258,17 @@ class ReferenceAttention:
     """Both operations by the reference."""
 
     def __init__(
-        self, heads: HeadLayout, cache: ReferenceKVCache, sinks: torch.Tensor | None = None, group: str = FULL
+        self,
+        heads: HeadLayout,
+        cache: ReferenceKVCache,
+        sinks: torch.Tensor | None = None,
+        group: str = FULL,
+        norms: HeadNorms | None = None,
     ) -> None:
-        self.heads, self.cache, self.sinks, self.group = heads, cache, sinks, group
+        if norms is not None:
+            norms.check(heads)
+        self.heads, self.cache, self.sinks, self.group, self.norms = heads, cache, sinks, group, norms
 
     def __call__(self, qkv: torch.Tensor, batch: AttentionBatch, cos_sin: torch.Tensor, scale: float) -> torch.Tensor:
-        q = rope_kv_write_reference(qkv, batch, cos_sin, self.heads, self.cache, self.group)
+        q = rope_kv_write_reference(qkv, batch, cos_sin, self.heads, self.cache, self.group, self.norms)
         return paged_attention_reference(q, batch, scale, self.heads, self.cache, self.sinks, self.group)

@@ -7,7 +7,7 @@ The reference in any float dtype (float64 judges the others) and the CPU backend
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -286,6 +286,14 @@ def as_dense(core: Core) -> LinearWeights:
     return LinearWeights("dense", cols, rows, (core,))
 
 
+def side_by_side(
+    parts: Iterable[Callable[..., torch.Tensor]], x: torch.Tensor, prologue: Prologue, residual: torch.Tensor | None
+) -> torch.Tensor:
+    """Call linears with one input, each with the prologue, and concatenate their outputs."""
+    y = torch.cat([part(x, norm=prologue.norm, swiglu=prologue.swiglu) for part in parts], dim=1)
+    return y if residual is None else y + residual
+
+
 class SideBySide(Linear):
     """Prepared linears over one input whose outputs are concatenated; for members that no single call can serve."""
 
@@ -295,13 +303,9 @@ class SideBySide(Linear):
         self.out_features = sum(p.out_features for p in parts)
 
     def _run(self, x: torch.Tensor, prologue: Prologue, residual: torch.Tensor | None) -> torch.Tensor:
-        y = torch.cat([p(x, norm=prologue.norm, swiglu=prologue.swiglu) for p in self.parts], dim=1)
-        return y if residual is None else y + residual
+        return side_by_side(self.parts, x, prologue, residual)
 
 
 def cpu_mpo(w: LinearWeights, arena: Arena | None = None, *, int8_activations: bool = False) -> MpoLinear:
     cores = [CpuLinear([as_dense(c)], arena, int8_activations=int8_activations) for c in w.cores]
     return MpoLinear(w, cores, rms_norm_cpu, swiglu_cpu, lambda x, columns: check_rows(x, columns, "slim_linear"))
-
-
-# ------------------------------------------------------------------------------------------------------- dispatch

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from cai_runtime.errors import InvalidConfigError, KernelError, UnsupportedModelError
-from cai_runtime.kernels.attention import HeadLayout
+from cai_runtime.kernels.attention import HeadLayout, HeadNorms
 from cai_runtime.kernels.batch import FULL, WINDOW, AttentionBatch, GivenEmbeddings
 from cai_runtime.kernels.cache_groups import CacheGroup, pools
 from cai_runtime.kernels.norm import RmsNorm
@@ -39,11 +39,13 @@ class LlamaConfig:
     norm_eps: float
     rope: RopeConfig
     tied: bool
-    attention_bias: bool  # of all four projections
+    qkv_bias: bool
+    output_bias: bool
     mlp_bias: bool
     windows: tuple[
         int | None, ...
     ]  # of each layer: positions of its sliding window; None: it sees all. One size at most
+    head_norms: bool = False  # of queries and keys, see `HeadNorms`
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> LlamaConfig:
@@ -70,7 +72,8 @@ class LlamaConfig:
             norm_eps=number(config, "rms_norm_eps", 1e-6),
             rope=rope,
             tied=flag(config, "tie_word_embeddings"),
-            attention_bias=flag(config, "attention_bias"),
+            qkv_bias=flag(config, "attention_bias"),
+            output_bias=flag(config, "attention_bias"),
             mlp_bias=flag(config, "mlp_bias"),
             windows=(None,) * whole(config, "num_hidden_layers"),
         )
@@ -87,6 +90,7 @@ class Block:
     gate_up: PreparedLinear
     down: PreparedLinear
     window: int | None  # see `HeadLayout`
+    head_norms: HeadNorms | None
     attention: Attention | None = None  # given by `allocate`
 
     @property
@@ -120,15 +124,16 @@ class Llama:
                     loader.linear(
                         [at + "q_proj", at + "k_proj", at + "v_proj"],
                         [(q, hidden), (kv, hidden), (kv, hidden)],
-                        bias=c.attention_bias,
+                        bias=c.qkv_bias,
                     ),
-                    loader.linear([at + "o_proj"], [(hidden, q)], bias=c.attention_bias),
+                    loader.linear([at + "o_proj"], [(hidden, q)], bias=c.output_bias),
                     RmsNorm(loader.vector(f"model.layers.{i}.post_attention_layernorm.weight", hidden), c.norm_eps),
                     loader.linear(
                         [mlp + "gate_proj", mlp + "up_proj"], [(wide, hidden), (wide, hidden)], bias=c.mlp_bias
                     ),
                     loader.linear([mlp + "down_proj"], [(hidden, wide)], bias=c.mlp_bias),
                     c.windows[i],
+                    self._head_norms(loader, at) if c.head_norms else None,
                 )
             )
             on_layer()
@@ -143,6 +148,12 @@ class Llama:
     def read_config(config: Mapping[str, Any]) -> LlamaConfig:
         """Raises as `LlamaConfig.from_config` does."""
         return LlamaConfig.from_config(config)
+
+    def _head_norms(self, loader: WeightLoader, at: str) -> HeadNorms:
+        """Of the layer whose attention's names begin with `at`."""
+        size = self.config.heads.head_dim
+        query, key = (loader.vector(f"{at}{part}_norm.weight", size) for part in "qk")
+        return HeadNorms(torch.stack([query, key]), self.config.norm_eps)
 
     def _layers(self, group: str) -> list[Block]:
         return [block for block in self.blocks if block.group == group]
@@ -168,7 +179,7 @@ class Llama:
                 cache = self.ops.kv_cache(self.config.heads, counts[pool[0].name], page_size, dtype)
                 for block in layers:
                     heads = replace(self.config.heads, window=block.window)
-                    block.attention = self.ops.attention(heads, cache, group=block.group)
+                    block.attention = self.ops.attention(heads, cache, group=block.group, norms=block.head_norms)
         ids, wanted = Input(Axis.TOKENS, 1, torch.int32), Input(Axis.WANTED, 1, torch.int32)
         x = Input(Axis.TOKENS, self.config.hidden_size)
         self.compiled_forward = self.ops.compile(lambda ids: self.hidden_states(self.embed(ids), None), {"ids": ids})

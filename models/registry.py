@@ -20,6 +20,8 @@ MODELS = {
     "llama": ("llama", "Llama"),
     "ministral": ("mistral", "Mistral"),
     "mistral": ("mistral", "Mistral"),
+    "qwen2": ("qwen2", "Qwen2"),
+    "qwen3": ("qwen3", "Qwen3"),
 }
 
 

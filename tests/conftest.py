@@ -26,11 +26,28 @@ def smollm2_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def qwen_dir() -> Path:
+    """Qwen2.5-Coder-0.5B-Instruct as a Hugging Face directory (2.5 GB in fp32, from a GGUF of 490 MB where that is at hand).
+    For slow tests."""
+    from cai_runtime.convert.sources import pull
+
+    return pull("qwen2.5-coder-0.5b-instruct")
+
+
+@pytest.fixture(scope="session")
 def wikipedia_texts() -> list[str]:
     """Plain text of about a hundred English Wikipedia articles, in file order."""
     from cai_runtime.convert.texts import wikipedia_articles
 
     return wikipedia_articles()
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty CAI_HOME: no model but those that the test puts there."""
+    path = tmp_path / "home"
+    monkeypatch.setenv("CAI_HOME", str(path))
+    return path
 
 
 TEMPLATE = "{% for m in messages %}{{ m.role + ':' + m.content + '\\n' }}{% endfor %}assistant:\n"
@@ -230,13 +247,12 @@ class Hub:
 
 
 @pytest.fixture
-def serve_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def serve_hub(home: Path, monkeypatch: pytest.MonkeyPatch):
     """Starts a `Hub` for a repository, with HF_ENDPOINT set to it and an empty CAI_HOME."""
     started = []
 
     def serve(repository: str) -> Hub:
         started.append(Hub(repository))
-        monkeypatch.setenv("CAI_HOME", str(tmp_path / "home"))
         monkeypatch.setenv("HF_ENDPOINT", started[-1].url)
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
         return started[-1]

@@ -1,1 +1,1 @@
-"""The parts of ../gpu_suite.py: each question that only a GPU can answer has a module."""
+"""The parts of ../gpu_suite.py: one module for each question that needs a GPU, and what they share."""

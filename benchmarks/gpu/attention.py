@@ -1,5 +1,6 @@
-"""Paged attention with Llama-3.1-8B's heads beside torch's own over contiguous keys: decode of one token each, and the chunk
-of a prompt. Checked against float64 first."""
+"""Times paged attention with Llama-3.1-8B's heads beside torch's attention over contiguous keys.
+
+Cases are decode (one token per sequence) and prefill (a chunk of one prompt). Each result is first compared with float64."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from gpu.context import PAGE_SIZE, Context
 from gpu.report import Findings
 from gpu.timing import graph_seconds, release, sets_needed
 
-TOLERANCE = 1e-2
+TOLERANCE = 1e-2  # relative error against float64
 
 
 def run(findings: Findings, context: Context) -> None:
@@ -40,7 +41,7 @@ def _ints(values: list[int], device: str) -> Any:
 
 
 def _caches(context: Context, sequences: int, positions: int, count: int) -> tuple[list[Any], Any]:
-    """`count` pairs of caches of random keys and values, and a table of shuffled pages."""
+    """`count` caches (keys, values) of random bf16, and a page table int32 [sequences, pages] in random order."""
     import torch
 
     _, kv_heads, dim = _heads(context)
@@ -54,7 +55,7 @@ def _caches(context: Context, sequences: int, positions: int, count: int) -> tup
 
 
 def _gathered(cache: Any, table: Any, positions: int) -> Any:
-    """[sequences, heads, positions, dim], as torch's attention takes keys and values."""
+    """The cache's rows as torch's attention takes keys and values: [sequences, heads, positions, dim]."""
     sequences, (_, heads, _, dim) = table.shape[0], cache.shape
     return cache[table.long()].transpose(2, 3).reshape(sequences, -1, heads, dim)[:, :positions].transpose(1, 2)
 
@@ -90,7 +91,7 @@ def _decode(findings: Findings, context: Context, positions: int, sequences: int
 
 
 def _prefill(findings: Findings, context: Context, before: int, new: int) -> None:
-    """A chunk of `new` tokens whose sequence has `before` tokens already."""
+    """Prefill of `new` tokens of a sequence whose cache holds `before` tokens."""
     import torch
     from torch.nn.attention.bias import causal_lower_right
     from torch.nn.functional import scaled_dot_product_attention
@@ -106,26 +107,27 @@ def _prefill(findings: Findings, context: Context, before: int, new: int) -> Non
     def ours() -> Any:
         return paged_attention(q, k, v, starts, lengths, table, dim**-0.5)
 
-    # torch's fused kernels take the lower right triangle only with as many heads of keys as of queries.
+    # torch's fused kernels take a lower right causal mask only if there are as many key heads as query heads.
     flat = [_gathered(t, table, positions).repeat_interleave(heads // kv_heads, 1).contiguous() for t in (k, v)]
     query = q.transpose(0, 1)[None]
     bias = causal_lower_right(new, positions)
-    some = slice(max(new - 64, 0), new)  # in float64 the last rows do
-    mask = torch.ones(new, positions, dtype=torch.bool, device=context.device).tril(before)[some]
-    wanted = scaled_dot_product_attention(query[:, :, some].double(), *(t.double() for t in flat), attn_mask=mask)
-    error = _error(ours()[some], wanted[0].transpose(0, 1).reshape(-1, heads * dim))
+    checked = slice(max(new - 64, 0), new)  # float64 is slow: compare the last 64 rows
+    mask = torch.ones(new, positions, dtype=torch.bool, device=context.device).tril(before)[checked]
+    wanted = scaled_dot_product_attention(query[:, :, checked].double(), *(t.double() for t in flat), attn_mask=mask)
+    error = _error(ours()[checked], wanted[0].transpose(0, 1).reshape(-1, heads * dim))
     flops = 4 * heads * dim * new * (before + new / 2)
     seconds = graph_seconds([ours])
     entry = {"what": "prefill", "before": before, "new": new, "seconds": seconds, "error": error}
     entry["flops_per_second"] = flops / seconds
     try:
         entry["sdpa_seconds"] = graph_seconds([lambda: scaled_dot_product_attention(query, *flat, attn_mask=bias)])
-    except (RuntimeError, NotImplementedError) as sdpa:  # a comparison; what it can't do is no fault of ours
+    except (RuntimeError, NotImplementedError) as sdpa:  # torch's kernel can't run this case: not our fault
         entry["sdpa"] = str(sdpa)[:200]
     findings.add(**entry)
 
 
 def _error(got: Any, wanted: Any) -> float:
+    """The relative error of a result. Raises RuntimeError above TOLERANCE."""
     error = float((got.double() - wanted).norm() / wanted.norm())
     if not error < TOLERANCE:
         raise RuntimeError(f"relative error {error:.2e} against float64")

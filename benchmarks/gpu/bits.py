@@ -1,8 +1,8 @@
-"""Whether a tile's matrix instruction decides on the bits of a product.
+"""Compares the bits of one product between tiles, and so between matrix instructions.
 
-Tiles of at least 64 rows and 4 warps become wgmma on Hopper, the others mma.sync; the library keeps to the latter, as a
-row's bits must not depend on its batch. If all agree, prefill may use the large ones. The same inputs go through each
-tile; a difference is counted in units in the last place of the result."""
+On Hopper, Triton compiles tiles of at least 64 rows and 4 warps to wgmma, smaller ones to mma.sync. The library uses only
+tiles of mma.sync, since the bits of a row must not depend on its batch. If all tiles give the same bits, prefill may use the
+large ones. Differences are counted in units in the last place (ulp) of the result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 from gpu.context import Context
 from gpu.report import Findings
 
-BASE = (16, 16, 2, 4)  # of decode
+# block_m, block_n, num_warps, num_stages
+BASE = (16, 16, 2, 4)  # the tile of decode
 TILES = ((16, 16, 2, 4), (32, 128, 4, 2), (64, 128, 4, 3), (128, 128, 8, 3), (128, 256, 8, 3))
 STORES = ("bf16", "fp16", "int8", "int4")
 
@@ -70,11 +71,11 @@ def _compare(findings: Findings, store: str, kernel: str, y: Any, base: Any, jud
 
 
 def ulp_distance(a: Any, b: Any) -> Any:
-    """How many floats lie between the elements of two tensors of one 16-bit dtype, int32."""
+    """The distance between elements of two tensors of the same 16-bit float dtype, in representable values; int32."""
     import torch
 
-    def place(t: Any) -> Any:
+    def rank(t: Any) -> Any:  # of each value among all values of the dtype
         bits = t.contiguous().view(torch.int16).to(torch.int32)
         return torch.where(bits < 0, -(bits & 0x7FFF), bits)
 
-    return (place(a) - place(b)).abs()
+    return (rank(a) - rank(b)).abs()

@@ -1,4 +1,5 @@
-"""Engines on the device: transformers' tokens in float32, the reference backend's in bf16, and graphs that change no bit."""
+"""Checks engines on the device: in float32 against transformers' tokens, in bf16 against the reference backend's logits.
+Checks also that CUDA graphs and batches change no bit."""
 
 from __future__ import annotations
 
@@ -11,14 +12,14 @@ from gpu.context import PAGE_SIZE, Context
 from gpu.models import open_step, word_tokenizer
 from gpu.report import Findings
 
-NEW, PROMPTS = 24, (1, 5, 17, 40, 130)  # tokens of a reply, of the prompts
+NEW, PROMPTS = 24, (1, 5, 17, 40, 130)  # tokens of each reply, and of each prompt
 REHEARSED_NEW, REHEARSED_PROMPTS = 2, (1, 5)
-MARGIN = 0.1  # of the logits' deviation: a token may be chosen whose logit is less than so much below the greatest
-FAR = 0.05  # relative distance of logits from the reference's
+MARGIN = 0.1  # standard deviations of a row's logits: how far a chosen token's logit may lie below the greatest
+FAR = 0.05  # largest relative error of the logits against the reference
 
 
 def run(findings: Findings, context: Context) -> None:
-    """Bits of graphs; engines in bf16 with every variant; engines in float32 beside transformers."""
+    """Run `check_bits` and `check_bf16` on every variant and backend, `check_float32` with and without graphs."""
     for kind, store in context.scale.variants:
         for backend in context.backends:
             what = f"{kind} {store} {backend}"
@@ -33,8 +34,9 @@ def run(findings: Findings, context: Context) -> None:
 
 
 def check_bits(findings: Findings, context: Context, kind: str, store: str, backend: str) -> None:
-    """A tiny model in bf16: a recorded step has the bits of a plain one, each row those that it has alone, and both are
-    near the reference's. Raises RuntimeError that names what is not so."""
+    """Compare the logits of one step of a tiny bf16 model: by a CUDA graph, by plain launches, and of each row alone.
+
+    Raises RuntimeError unless all have the same bits and a relative error below FAR against the reference."""
     import torch
 
     config = context.scale.checked
@@ -60,7 +62,7 @@ def check_bits(findings: Findings, context: Context, kind: str, store: str, back
 
 
 def prompts_of(vocab_size: int, context: Context) -> tuple[list[list[int]], int]:
-    """Prompts of different lengths, and how many tokens their replies have."""
+    """Random prompts of different lengths, and the number of tokens to generate for each."""
     import torch
 
     draw = torch.Generator().manual_seed(0)
@@ -69,7 +71,7 @@ def prompts_of(vocab_size: int, context: Context) -> tuple[list[list[int]], int]
 
 
 def greedy_tokens(runner: Any, prompts: list[list[int]], new: int) -> tuple[list[list[int]], list[list[int]]]:
-    """The engine's replies: one prompt after the other, and all side by side. Closes the runner."""
+    """The engine's greedy replies: to one prompt at a time, and to all prompts in one batch. Closes the runner."""
     from cai_runtime.engine.engine import Engine
     from cai_runtime.engine.request import Request, SamplingParams
 
@@ -82,8 +84,9 @@ def greedy_tokens(runner: Any, prompts: list[list[int]], new: int) -> tuple[list
 
 
 def check_bf16(findings: Findings, context: Context, kind: str, store: str, backend: str) -> None:
-    """Greedy replies of an engine in bf16 with graphs, judged by the reference backend in float32 that is fed the same
-    tokens: each chosen token's logit is the greatest, or less than MARGIN below it. On Triton, a batch changes no
+    """Judge greedy replies of a bf16 engine with graphs by the reference backend's float32 logits for the same tokens.
+
+    Raises RuntimeError if a chosen token's logit is MARGIN or more below the greatest, or if on Triton a batch changes a
     token."""
     import torch
 
@@ -114,13 +117,15 @@ def check_bf16(findings: Findings, context: Context, kind: str, store: str, back
     )  # fmt: skip
     if not worst < MARGIN:
         raise RuntimeError(f"a token was chosen whose logit is {worst:.2f} deviations below the reference's greatest")
-    # The CUDA kernels' sums are not Triton's, through which a batch with prompts goes.
+    # With the CUDA backend, steps with prompts run on Triton, which sums in another order.
     if backend == "triton" and same != len(prompts):
         raise RuntimeError(f"{len(prompts) - same} of {len(prompts)} prompts give other tokens in a batch")
 
 
 def check_float32(findings: Findings, context: Context, backend: str, *, graphs: bool) -> None:
-    """A tiny random llama, greedy: our engine's tokens one by one, batched, and transformers' own, in float32."""
+    """Compare greedy tokens of a tiny random llama in float32: our engine alone and batched, and transformers.
+
+    Raises RuntimeError unless all replies are equal."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

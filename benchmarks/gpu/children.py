@@ -1,4 +1,4 @@
-"""Processes with a time limit: a hang costs what it was given, and no more."""
+"""Runs child processes with a time limit, and reads the results of tests and builds from their output."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ from typing import IO
 
 from gpu.environment import ROOT
 
-GRACE = 5.0  # seconds from the interrupt, on which pytest says what failed so far, to the kill
+GRACE = 5.0  # seconds between SIGINT, after which pytest prints the failures so far, and SIGKILL
 
 
 def child_environment() -> dict[str, str]:
-    """This process's packages, also where the repository is not installed: the working folder stays off the path, whose
-    cai_runtime has neither kernels nor models in it."""
+    """An environment in which children import the same packages as this process, installed or not.
+
+    PYTHONSAFEPATH keeps the working folder off the path: its cai_runtime has no kernels and no models."""
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
-        "COLUMNS": "300",  # else pytest cuts the reasons off its summary
+        "COLUMNS": "300",  # in narrower summaries pytest omits the reasons of failures
     }
 
 
 def _scratch_file() -> IO[str]:
-    return tempfile.TemporaryFile("w+", errors="replace")  # open as long as its child
+    return tempfile.TemporaryFile("w+", errors="replace")  # deleted when the child's object is
 
 
 @dataclass
 class Child:
-    """A process in a session of its own, which ends with all that it started; its output goes to a file."""
+    """A process in a new session. Its output goes to a file. late: whether it ran into its time limit."""
 
     command: list[str]
     output: IO[str] = field(default_factory=_scratch_file)
@@ -50,7 +51,8 @@ class Child:
         )  # fmt: skip
 
     def wait(self, until: float) -> int:
-        """Until it ends, or `until` by time.monotonic: then it is interrupted, and after `GRACE` killed."""
+        """Wait until it ends, and return its exit status. until: by time.monotonic(); then it is interrupted, and killed
+        after `GRACE`. In the end all processes of its session are killed."""
         try:
             self.process.wait(max(until - time.monotonic(), 0.01))
         except subprocess.TimeoutExpired:
@@ -58,7 +60,7 @@ class Child:
             self._send(signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(GRACE)
-        self._send(signal.SIGKILL)  # what it left running holds the GPU
+        self._send(signal.SIGKILL)  # processes that it left running would hold GPU memory
         return self.process.wait()
 
     def text(self) -> str:
@@ -71,7 +73,8 @@ class Child:
 
 
 def run_child(command: list[str], limit: float) -> str:
-    """The child's output. A failure, or more than `limit` seconds, raises RuntimeError with its end."""
+    """Run a command and return its output. Raises RuntimeError, with the end of the output, if it fails or takes more than
+    `limit` seconds."""
     child = Child(command)
     status = child.wait(time.monotonic() + limit)
     if child.late:
@@ -83,7 +86,7 @@ def run_child(command: list[str], limit: float) -> str:
 
 @dataclass(frozen=True)
 class Tests:
-    """What a run of pytest came to. failures: one line for each."""
+    """The result of a pytest run. failures: one line each. finished: whether it was not cut off."""
 
     passed: int
     failed: int
@@ -92,7 +95,7 @@ class Tests:
 
     @property
     def ok(self) -> bool:
-        """Nothing failed, and something was checked."""
+        """Whether at least one test passed and none failed."""
         return not self.failed and self.passed > 0
 
 
@@ -104,32 +107,31 @@ def pytest_command(files: list[str], workers: int) -> list[str]:
 
 
 def read_tests(output: str, *, finished: bool) -> Tests:
-    """From the output of `pytest -v`, also of a run that was cut off: a line for each test, and the summary's lines of those
-    that failed."""
-    # "[gw0] [ 10%] PASSED name" where tests run side by side, else "name PASSED [ 10%]".
+    """Parse the output of `pytest -v`, whole or cut off: the line of each test, and the summary's lines of failures."""
+    # With pytest-xdist a test's line is "[gw0] [ 10%] PASSED name", else "name PASSED [ 10%]".
     seen = re.findall(r"^\[gw\d+\].*? (PASSED|FAILED|ERROR) (.+)$", output, re.M)
     seen += [(verdict, name) for name, verdict in re.findall(r"^(\S+::.+?) (PASSED|FAILED|ERROR)\b", output, re.M)]
     passed = sum(verdict == "PASSED" for verdict, _ in seen)
-    summary = re.findall(
-        r"^(?:FAILED|ERROR) (\S+::.*)$", output, re.M
-    )  # has the reasons; a run that was killed has none
+    # The summary has the reasons of failures. A run that was killed has no summary.
+    summary = re.findall(r"^(?:FAILED|ERROR) (\S+::.*)$", output, re.M)
     names = summary or [name.strip() for verdict, name in seen if verdict != "PASSED"]
     failures = list(dict.fromkeys(names))
     return Tests(passed, len(failures), failures, finished)
 
 
 def triton_tests() -> list[str]:
-    """Every test file of the Triton kernels that runs on a GPU: not those that interpret, or execute PTX on the CPU."""
-    apart = ("interpreted", "compiled", "tuning")
+    """The test files of the Triton kernels that run on a GPU. The others interpret Triton, or execute PTX, on the CPU."""
+    on_cpu = ("interpreted", "compiled", "tuning")
     found = sorted((ROOT / "tests/kernels").glob("test_triton_*.py"))
-    return [str(p.relative_to(ROOT)) for p in found if not any(word in p.name for word in apart)]
+    return [str(p.relative_to(ROOT)) for p in found if not any(word in p.name for word in on_cpu)]
 
 
 CUDA_TESTS = ["tests/kernels/test_cuda_gpu.py"]
 
 
 def build(limit: float) -> dict[str, int]:
-    """The native libraries, in place: CUDA for the GPU that is there. Registers and spills of its kernels, by ptxas."""
+    """Build the native libraries in place, CUDA for this machine's GPU. Returns the library's size, its kernels, and their
+    most registers, as ptxas reports them. Raises RuntimeError if the build fails or a kernel spills registers."""
     import importlib.util
 
     if importlib.util.find_spec("tvm_ffi") is None:

@@ -1,5 +1,5 @@
-"""How large a section's cases are, and where they run: on the GPU at Llama-3.1-8B's shapes; in a rehearsal tiny, on the
-CPU."""
+"""The sizes of the sections' cases and the device: Llama-3.1-8B's shapes on the GPU, or tiny ones on the CPU in a rehearsal.
+Also the predicted times of predicted.json."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ TINY: dict[str, Any] = LLAMA_8B | {
     "hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 256,
 }  # fmt: skip
-SMALLEST: dict[str, Any] = TINY | {  # an interpreter takes milliseconds for a program
+SMALLEST: dict[str, Any] = TINY | {  # Triton's interpreter takes milliseconds per program instance
     "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 64,
 }  # fmt: skip
 KEEP = 0.5
 INT4_GROUP = 128
 PAGE_SIZE = 16
-# Kind and store of the layers' linears. The head and the embedding are dense bf16 throughout.
+# Kind and store of the layers' linears. Head and embedding are dense bf16 in all variants.
 VARIANTS = (
     ("interpolative", "bf16"), ("dense", "bf16"), ("interpolative", "int4"), ("interpolative", "int8"), ("dense", "int4"),
 )  # fmt: skip
@@ -32,11 +32,11 @@ VARIANTS = (
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes of the cases. groups: the linears of one layer that run as one call: in, and the out of each member."""
+    """The sizes of the cases."""
 
     config: dict[str, Any]
-    checked: dict[str, Any]  # of the models that are checked rather than timed
-    variants: tuple[tuple[str, str], ...]  # checked; dense int4 is not timed as a whole
+    checked: dict[str, Any]  # config of models whose results are checked, while those of `config` are timed
+    variants: tuple[tuple[str, str], ...]  # to check; `timed` are those of which whole models are timed
     context: int  # positions in the cache before a decode step
     decode_rows: tuple[int, ...]
     prefill_rows: tuple[int, ...]
@@ -44,8 +44,8 @@ class Scale:
     linear_rows: tuple[int, ...]
     serve_tokens: int
     copy_bytes: int
-    attention: tuple[tuple[int, int], ...]  # decode: context, sequences
-    prompts: tuple[tuple[int, int], ...]  # prefill attention: tokens before, tokens new
+    attention: tuple[tuple[int, int], ...]  # cases of decode attention: (context, sequences)
+    prompts: tuple[tuple[int, int], ...]  # cases of prefill attention: (tokens in the cache, new tokens)
 
     @property
     def timed(self) -> tuple[tuple[str, str], ...]:
@@ -53,6 +53,7 @@ class Scale:
 
     @property
     def groups(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """The linears of one layer that run as one call: (in_features, out_features of each member) by name."""
         c = self.config
         hidden, wide = c["hidden_size"], c["intermediate_size"]
         kv = hidden // c["num_attention_heads"] * c["num_key_value_heads"]
@@ -76,8 +77,7 @@ REHEARSAL = Scale(
 
 @dataclass(frozen=True)
 class Context:
-    """device: of every tensor. report: the results so far, which later sections are held to. out: where files go that are
-    results of their own."""
+    """device: of all tensors. report: file of the suite's results so far. out: folder for further files of results."""
 
     scale: Scale
     device: str
@@ -90,7 +90,7 @@ class Context:
 
     @cached_property
     def backends(self) -> list[str]:
-        """The default one first; "cuda" where its library can be loaded. Says why not otherwise."""
+        """Backends to test, the default one first. Without a loadable library, "cuda" is missing, and the reason printed."""
         from cai_runtime.errors import KernelError
         from cai_runtime.kernels import cuda
 
@@ -103,7 +103,7 @@ class Context:
 
     @cached_property
     def bandwidth(self) -> float:
-        """Bytes a second of a copy, as the section `roofs` found it, else measured now."""
+        """Bytes per second of a copy on the device: from the results of section `roofs`, else measured now."""
         from gpu.roofs import copy_bandwidth
 
         found = json.loads(self.report.read_text()) if self.report.exists() else {}
@@ -114,16 +114,16 @@ class Context:
 
 
 def predicted_step(backend: str, weights: str, rows: int) -> float | None:
-    """Modelled milliseconds of a decode step; see predicted.json."""
-    return next((e["milliseconds"] for e in _predicted()["steps"] if _is(e, backend, weights, rows)), None)
+    """Predicted milliseconds of a decode step; None: no prediction."""
+    return next((e["milliseconds"] for e in _predicted()["steps"] if _matches(e, backend, weights, rows)), None)
 
 
 def predicted_launches(backend: str, weights: str, rows: int) -> dict[str, float]:
-    """Modelled microseconds of each core's launch, by group and stage ("q/k/v 0"); empty where there are none."""
-    return next((e["microseconds"] for e in _predicted()["launches"] if _is(e, backend, weights, rows)), {})
+    """Predicted microseconds of each core's launch, by group and stage ("q/k/v 0"). Empty: no prediction."""
+    return next((e["microseconds"] for e in _predicted()["launches"] if _matches(e, backend, weights, rows)), {})
 
 
-def _is(entry: dict[str, Any], backend: str, weights: str, rows: int) -> bool:
+def _matches(entry: dict[str, Any], backend: str, weights: str, rows: int) -> bool:
     return (entry["backend"], entry["weights"], entry["rows"]) == (backend, weights, rows)
 
 

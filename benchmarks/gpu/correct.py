@@ -1,6 +1,7 @@
-"""The kernels' own tests, compiled and on the GPU, and beside them engines (see checks.py) and models of one layer that
-fill Triton's cache on disk. This process only starts others and waits: what each came to is kept also where one was cut
-off."""
+"""Runs the kernels' tests, compiled, on the GPU. Beside them run the checks of checks.py, and models of one layer that fill
+Triton's cache on disk.
+
+Each runs in a process of its own, and this process only waits. So the results of one are kept if another is cut off."""
 
 from __future__ import annotations
 
@@ -14,11 +15,11 @@ from gpu.children import CUDA_TESTS, Child, pytest_command, read_tests, triton_t
 from gpu.context import VARIANTS, Context
 from gpu.report import Findings
 
-SLOWEST = 3  # lines of a warm-up's output that are kept where it fails
+KEPT_LINES = 3  # of a failed warm-up's output
 
 
 def run(findings: Findings, context: Context, *, until: float, warm: bool) -> None:
-    """until: by time.monotonic(). warm: whether engines are checked and models compiled beside the tests."""
+    """until: by time.monotonic(). warm: also check engines, and compile the kernels of all variants."""
     processors = os.cpu_count() or 1
     engine = context.out / ".engine.json"
     started = {"tests triton": Child(pytest_command(triton_tests(), min(8, processors)))}
@@ -47,7 +48,7 @@ def run(findings: Findings, context: Context, *, until: float, warm: bool) -> No
         if name.startswith("warm"):
             findings.add(f"{name}: {status}", what=name, ok=status == 0, seconds=seconds)
             if status != 0:
-                findings.problem(f"{name}: {' | '.join(output.strip().splitlines()[-SLOWEST:])}")
+                findings.problem(f"{name}: {' | '.join(output.strip().splitlines()[-KEPT_LINES:])}")
             continue
         tests = read_tests(output, finished=not child.late)
         findings.add(
@@ -62,7 +63,7 @@ def run(findings: Findings, context: Context, *, until: float, warm: bool) -> No
 
 
 def _take_over(findings: Findings, path: Path, status: int) -> None:
-    """What another section found becomes this one's."""
+    """Add the findings of section "engine", which its process wrote to `path`, and delete the file."""
     found = json.loads(path.read_text()) if path.exists() else {"items": [], "problems": []}
     path.unlink(missing_ok=True)
     for item in found["items"]:

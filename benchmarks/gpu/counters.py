@@ -1,5 +1,6 @@
-"""Kernels under the vendor's tools, each in a process of its own: hardware counters by ncu, memory errors and races by
-compute-sanitizer. Where a tool is missing, the section says so and fails."""
+"""Runs kernels under NVIDIA's tools: ncu for hardware counters, compute-sanitizer for memory errors and races.
+
+Each tool runs a program of this file in a process of its own. A section fails if its tool is missing."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from gpu.children import run_child
 from gpu.context import INT4_GROUP, KEEP, Context
 from gpu.report import Findings
 
-# What is counted: groups of one row by backend and weights.
+# Linears whose counters are read, with one row: group, kind, store.
 COUNTED = (
     ("q/k/v", "interpolative", "bf16"), ("o", "interpolative", "bf16"), ("gate/up", "interpolative", "bf16"),
     ("down", "interpolative", "bf16"), ("gate/up", "interpolative", "int4"),
@@ -34,8 +35,8 @@ METRICS = (
 STORES = ("bf16", "int8", "int4")
 
 
-def own(program: str) -> list[str]:
-    """This suite's command for one of the programs below."""
+def suite_command(program: str) -> list[str]:
+    """The command that runs `counted` or `small` below."""
     return [sys.executable, str(Path(__file__).parents[1] / "gpu_suite.py"), "--program", program]
 
 
@@ -50,7 +51,7 @@ def _ncu(findings: Findings, context: Context) -> None:
     sections = [part for name in NCU_SECTIONS for part in ("--section", name)]
     command = [
         ncu, "--clock-control", "none", "--profile-from-start", "off", *sections, "--csv", "--page", "details",
-        *own("counted"),
+        *suite_command("counted"),
     ]  # fmt: skip
     output = run_child(command, 100)
     (context.out / "ncu.csv").write_text(output)
@@ -59,7 +60,7 @@ def _ncu(findings: Findings, context: Context) -> None:
 
 
 def read_ncu(output: str) -> list[dict[str, Any]]:
-    """A kernel's metrics of `METRICS`, from ncu's CSV, which follows the program's own lines."""
+    """The `METRICS` of each kernel, from ncu's CSV table, which follows the program's own output."""
     lines = output.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if start is None:
@@ -81,12 +82,13 @@ def _sanitize(findings: Findings, tool: str) -> None:
     found = shutil.which("compute-sanitizer")
     if found is None:
         raise RuntimeError("compute-sanitizer is not on the path")
-    output = run_child([found, "--tool", tool, "--error-exitcode", "9", *own("small")], 90)
+    output = run_child([found, "--tool", tool, "--error-exitcode", "9", *suite_command("small")], 90)
     findings.add(what=tool, says=output.strip().splitlines()[-1])
 
 
 def counted(context: Context) -> None:
-    """The program that ncu watches: each case of `COUNTED` fused as in the model, once, and one attention."""
+    """The program under ncu: calls each case of `COUNTED` once on every backend, with the norm, gate and residual of the
+    model. A first round of calls compiles and is not profiled."""
     import torch
 
     from cai_runtime.bench.factors import Factorization, RandomWeights
@@ -96,7 +98,7 @@ def counted(context: Context) -> None:
     calls = []
     for name, kind, store in COUNTED:
         inp, outs = context.scale.groups[name]
-        case = Case(None, context, name, inp, outs, (1,))  # type: ignore[arg-type]  # nothing is found here
+        case = Case(None, context, name, inp, outs, (1,))  # type: ignore[arg-type]  # no findings are added
         weights = RandomWeights(context.device, group=INT4_GROUP).group_of(inp, outs, Factorization(kind, KEEP), store)
         arguments = case._arguments(1, "fused")[0]
         calls += [partial(prepare_linear(weights, b), **arguments) for b in context.backends]
@@ -113,8 +115,8 @@ def counted(context: Context) -> None:
 
 
 def small(context: Context) -> None:
-    """The program that the sanitizer watches: a small interpolative linear of each store, of 1, 3 and 20 rows. Raises
-    RuntimeError where one is wrong."""
+    """The program under compute-sanitizer: a small interpolative linear of each store, with 1, 3 and 20 rows. Raises
+    RuntimeError for a wrong result."""
     import torch
 
     from cai_runtime.bench.factors import Factorization, RandomWeights

@@ -1,4 +1,4 @@
-"""A whole decode step of a model of Llama-3.1-8B's shape with random weights, as the engine runs it, and its prefill."""
+"""Times whole decode steps and prefills of a model with Llama-3.1-8B's shape and random weights, as the engine runs them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from gpu.models import Step, open_step
 from gpu.report import Findings
 from gpu.timing import median_seconds, release
 
-TARGETS = {"interpolative bf16": 1.6, "interpolative int4": 3.5}  # times dense bf16 of the same kernels, batch 1
+TARGETS = {"interpolative bf16": 1.6, "interpolative int4": 3.5}  # speed over dense bf16 on the same backend, batch 1
 
 
 def run(findings: Findings, context: Context) -> None:
-    """Every variant on every backend: decode at every number of rows, CUDA's options at one row, prefill."""
+    """Time every variant on every backend: decode at all batch sizes, CUDA's options at batch 1, and prefill."""
     for kind, store in context.scale.timed:
         for backend in context.backends:
             what = f"{kind} {store} {backend}"
@@ -23,7 +23,7 @@ def run(findings: Findings, context: Context) -> None:
 
 
 def warm(findings: Findings, context: Context, kind: str, store: str, backend: str) -> None:
-    """Compile what `run` will need of a variant, by a model of one layer: it fills Triton's cache on disk."""
+    """Compile the kernels that `run` needs for a variant into Triton's cache on disk, with a model of one layer."""
     scale = context.scale
     config = scale.config | {"num_hidden_layers": 1}
     step = open_step(
@@ -75,7 +75,7 @@ def _variant(findings: Findings, context: Context, kind: str, store: str, backen
 
 
 def _parameters(step: Step, kind: str, store: str) -> float:
-    """Of the layers' linears: what a token multiplies."""
+    """Weights of the layers' linears: multiply-adds per token."""
     return step.loader.layer_bytes / {"bf16": 2, "int8": 1, "int4": 0.5 + 2 / 128}[store]
 
 
@@ -111,7 +111,7 @@ def _measure(
 
 
 def _host_seconds(run: Callable[[], Any], repeats: int) -> float:
-    """The median by the host's clock: of a step with its inputs and its sampling."""
+    """The median duration of `run` by the host's clock."""
     import time
 
     times = []
@@ -123,7 +123,7 @@ def _host_seconds(run: Callable[[], Any], repeats: int) -> float:
 
 
 def table(items: list[dict[str, Any]]) -> str:
-    """Times, ratios to dense bf16 of the same kernels, and to what was predicted."""
+    """A table of times, ratios to dense bf16 on the same backend, and predictions, then a line for each target."""
     header = (
         f"{'weights':<20}{'backend':<8}{'option':<22}{'rows':>5}{'ms':>9}{'tok/s':>9}{'of floor':>10}{'vs dense':>10}"
     )

@@ -1,4 +1,4 @@
-"""What a run stands on: the package made importable, what gpu_prepare.py gathered, and a description of the machine."""
+"""Prepares a run: makes the package importable, uses the kit of gpu_prepare.py, and describes the machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PREPARED = ROOT / ".gpu"
-KIT = PREPARED / "kit"  # site: unpacked wheels. lib: the native libraries. manifest.json: what they are
+KIT = PREPARED / "kit"  # site: unpacked wheels. lib: native libraries. manifest.json: their commit and sources
 LIBRARIES = ("libcai_cpu.so", "libcai_cuda.so")
 PACKAGES = (
     "torch", "triton", "transformers", "apache-tvm-ffi", "numpy", "safetensors", "tokenizers", "platformdirs", "gguf",
@@ -30,7 +30,7 @@ SMI_FIELDS = (
 
 
 def sources_digest() -> str:
-    """SHA-256 of what the native libraries are built from."""
+    """SHA-256 of the sources of the native libraries."""
     digest = hashlib.sha256()
     for path in sorted([*(ROOT / "csrc").rglob("*"), ROOT / "setup.py"]):
         if path.is_file():
@@ -39,19 +39,19 @@ def sources_digest() -> str:
 
 
 def manifest() -> dict[str, Any]:
-    """What gpu_prepare.py wrote of its kit; empty without one."""
+    """manifest.json of the kit; empty without a kit."""
     path = KIT / "manifest.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def use_kit() -> list[str]:
-    """Put the prepared packages on the path and the prepared libraries into the package. Says what it did, and why not.
+    """Append the kit's packages to the path, and copy its libraries into the package. Returns a sentence for each.
 
-    A library of other sources than those that lie here is left alone: `build` makes it again."""
+    A prepared library whose sources differ from the repository's is not copied: section `build` builds it."""
     said = []
     site = KIT / "site"
     if site.exists() and importlib.util.find_spec("tvm_ffi") is None:
-        # At the end: what the machine has goes before, and of it only what is missing is taken.
+        # At the end of the path, so that the machine's own packages go first.
         sys.path.append(str(site))
         importlib.invalidate_caches()
         said.append(f"packages of {site.relative_to(ROOT)} are used")
@@ -59,7 +59,7 @@ def use_kit() -> list[str]:
     for name in LIBRARIES:
         prepared = KIT / "lib" / name
         if (there / name).exists() or not prepared.exists() or shutil.which("nvidia-smi") is None:
-            continue  # where they were prepared, the package's own folder stays as it is
+            continue  # without a GPU, such as where the kit was made, the package's folder stays as it is
         if manifest().get("sources") != sources_digest():
             said.append(f"the prepared {name} is of other sources: it is built here")
         else:
@@ -69,7 +69,7 @@ def use_kit() -> list[str]:
 
 
 def make_importable(folder: Path) -> None:
-    """Lay the package out under `folder` with links, for this process and the ones it starts, unless it is installed."""
+    """Unless cai_runtime is installed, link its parts into `folder`, for imports of this process and its children."""
     if importlib.util.find_spec("cai_runtime") and importlib.util.find_spec("cai_runtime.kernels"):
         return
     package = folder / "cai_runtime"
@@ -85,13 +85,13 @@ def make_importable(folder: Path) -> None:
 
 
 def name_a_cache() -> None:
-    """Tuned tiles are looked for in the user's cache, which platformdirs finds; without it the place is stated."""
+    """Set CAI_HOME if platformdirs is missing, which otherwise finds the user's cache, where tuned tiles lie."""
     if importlib.util.find_spec("platformdirs") is None:
         os.environ.setdefault("CAI_HOME", str(Path.home() / ".cache/cai_runtime"))
 
 
 def _output(command: list[str]) -> str | None:
-    """What a program prints; None where it is missing or fails."""
+    """The output of a command; None if the program is missing or fails."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -100,7 +100,7 @@ def _output(command: list[str]) -> str | None:
 
 
 def commit() -> dict[str, Any]:
-    """Of the repository, or where it travelled without its history, of what was prepared."""
+    """The repository's commit, and whether files are changed. Without a git history, those of the kit's manifest."""
     head = _output(["git", "rev-parse", "HEAD"])
     if head is not None:
         return {"commit": head, "changed": bool(_output(["git", "status", "--porcelain"]))}
@@ -109,13 +109,13 @@ def commit() -> dict[str, Any]:
 
 
 def gpu_state() -> dict[str, str] | None:
-    """Driver, clocks, power and temperature as nvidia-smi reads them; None without it."""
+    """The SMI_FIELDS (driver, clocks, power, temperature) from nvidia-smi; None without it."""
     line = _output(["nvidia-smi", f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader"])
     return dict(zip(SMI_FIELDS, line.splitlines()[0].split(", "), strict=False)) if line else None
 
 
 def describe() -> dict[str, Any]:
-    """Commit, packages, tools and the GPU; plain values for the results' file. Imports no torch."""
+    """Commit, packages, tools and GPU, as JSON values for the results. Does not import torch."""
     packages: dict[str, str | None] = {}
     for name in PACKAGES:
         try:

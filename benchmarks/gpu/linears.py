@@ -1,8 +1,8 @@
-"""The linears of one layer of Llama-3.1-8B one by one, beside cuBLAS and torch's int4 kernel.
+"""Times each linear of one layer of Llama-3.1-8B, beside cuBLAS and torch's int4 kernel.
 
-Cores are interpolative at keep 0.5. Times are those of CUDA graphs that walk through several sets of weights, larger
-together than the L2 cache, so that every call reads memory. `bare` is the linear alone; `fused` has the norm or the gate
-before it and the residual after it, as the model runs it: other instances of the kernels."""
+Cores are interpolative at keep 0.5. A CUDA graph calls several sets of weights in turn. Together they exceed the L2 cache,
+so every call reads memory. Form `bare` is the linear alone. Form `fused` adds the model's norm or gate before it and the
+residual after it, which run other instances of the kernels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from gpu.report import Findings
 from gpu.timing import graph_seconds, release, sets_needed
 
 WEIGHTS = (("interpolative", "bf16"), ("interpolative", "int8"), ("interpolative", "int4"), ("dense", "int4"))
-TOLERANCE = 1.5e-2  # relative, against float64, with bf16 activations: a few 1e-3, but 1e-2 for one row of a rehearsal
+# Relative error against float64, with bf16 activations. It is a few 1e-3, but 1e-2 for one row of a rehearsal.
+TOLERANCE = 1.5e-2
 FUSED = {
     "q/k/v": {"norm": True}, "o": {"residual": True}, "gate/up": {"norm": True},
     "down": {"swiglu": True, "residual": True},
@@ -25,12 +26,12 @@ EPS = 1e-5
 
 
 def run(findings: Findings, context: Context) -> None:
-    """At decode: bare and fused, beside cuBLAS and tinygemm."""
+    """Decode: 1 to 16 rows, bare and fused, beside cuBLAS and torch's int4 kernel (tinygemm)."""
     _groups(findings, context, context.scale.linear_rows, ("bare", "fused"), WEIGHTS, tinygemm=not context.rehearsal)
 
 
 def run_many(findings: Findings, context: Context) -> None:
-    """Of many rows: ours, bare, beside cuBLAS on the dense matrix and cuBLAS on the factors."""
+    """Prefill: 64 to 4096 rows, bare, beside cuBLAS on the dense matrix and cuBLAS on the factors."""
     _groups(findings, context, context.scale.many_rows, ("bare",), WEIGHTS[:3], twice=True)
 
 
@@ -101,8 +102,8 @@ class Case:
             self.measure("cublas", "dense bf16", m, nbytes, calls)
 
     def cublas_twice(self) -> None:
-        """The factors as the library would multiply them: first cores of all members in one product, second ones apart. The
-        order of the outputs is left to what follows."""
+        """The factors by cuBLAS: the first cores of all members in one product, then each second core in one of its own.
+        Leaves out the permutation of the outputs by the pivots."""
         import torch
 
         from cai_runtime.bench.factors import Factorization
@@ -145,7 +146,7 @@ class Case:
             self.measure("tinygemm", "dense int4", m, nbytes, calls)
 
     def ours(self, kind: str, store: str, forms: tuple[str, ...]) -> None:
-        """By every backend, first against float64: the reference in bf16's precision at 1 to 16 rows of the inputs."""
+        """Compare each backend's result with float64, then time it."""
         from cai_runtime.bench.factors import Factorization, RandomWeights
         from cai_runtime.kernels.gpu import prepare_linear
 
@@ -158,7 +159,7 @@ class Case:
             prepared = [prepare_linear(g, backend) for g in groups]
             for form in forms:
                 if backend == "cuda" and min(self.rows) > 16:
-                    continue  # those rows go through Triton there, too
+                    continue  # the CUDA backend runs more than 16 rows on Triton
                 self.findings.attempt(
                     f"{self.name} {kind} {store} {backend} {form}",
                     lambda p=prepared, b=backend, f=form: self._ours(first, p, f"{kind} {store}", nbytes, b, f),
@@ -177,7 +178,7 @@ class Case:
             self.measure(backend, weights, m, nbytes, calls, form)
 
     def _arguments(self, rows: int, form: str) -> list[dict[str, Any]]:
-        """What the linear is called with: inputs and, fused, the norm, the gate and the residual of its place."""
+        """Arguments of the linear's calls: the inputs and, if fused, the model's norm, gate and residual."""
         import torch
 
         from cai_runtime.kernels.norm import RmsNorm
@@ -195,7 +196,7 @@ class Case:
 
 
 def expected(members: Any, arguments: dict[str, Any]) -> Any:
-    """In float64; a prologue's result is rounded to bf16 where the kernels round it."""
+    """The group's result in float64, computed from the same arguments without rounding in between."""
     import torch
 
     from cai_runtime.kernels.activation import swiglu_reference
@@ -212,7 +213,7 @@ def expected(members: Any, arguments: dict[str, Any]) -> Any:
 
 
 def _tinygemm_weights(out: int, inp: int) -> tuple[Any, Any]:
-    """A random int4 matrix as torch's own int4 kernel takes it: packed codes, and bf16 scales with zero points."""
+    """A random matrix for torch's int4 kernel: packed codes, and bf16 scales with zero points [groups, out, 2]."""
     import torch
 
     codes = torch.randint(0, 256, (out, inp // 2), dtype=torch.uint8, device="cuda")

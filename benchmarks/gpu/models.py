@@ -1,4 +1,4 @@
-"""Models of random weights, drawn on the device: a step of one as the engine runs it, without a checkpoint."""
+"""Models with random weights, drawn on the device without a checkpoint, and their steps as the engine runs them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gpu.context import INT4_GROUP, KEEP, PAGE_SIZE
 
 
 class _RandomCheckpoint:
-    """What of a checkpoint a model definition asks for beside weights."""
+    """Stands in for a `Checkpoint`: the attributes that model definitions use, except weights."""
 
     def __init__(self, config: dict[str, Any]):
         self.config, self.path = config, Path("random")
@@ -29,10 +29,10 @@ class _RandomCheckpoint:
 
 
 def random_loader(config: dict[str, Any], device: str, dtype: Any, backend: str, kind: str, store: str) -> Any:
-    """A `WeightLoader` that draws what it is asked for: the layers' linears in one kind and store, head and embedding dense
-    bf16, norms of ones. Equal arguments draw equal weights, whatever the backend and dtype.
+    """A `WeightLoader` that draws random weights: the layers' linears in `kind` and `store`, head and embedding in dense
+    bf16. Norm weights are ones. The weights do not depend on the backend or the dtype.
 
-    It has two attributes more: `layer_bytes`, and `head_bytes`, of the head alone."""
+    It adds two attributes: `layer_bytes`, of all layers' linears, and `head_bytes`, of the head."""
     import torch
 
     from cai_runtime.bench.factors import Factorization, RandomWeights
@@ -48,7 +48,7 @@ def random_loader(config: dict[str, Any], device: str, dtype: Any, backend: str,
             end = "layers" not in name
             w = draw.linear(inp, out, Factorization("dense" if end else kind, KEEP), "bf16" if end else store)
             if end:
-                self.head_bytes = w.nbytes  # the embedding's twin: a step reads one row of that
+                self.head_bytes = w.nbytes  # the embedding is as large, but a step reads one row of it per token
             else:
                 self.layer_bytes += w.nbytes
             return w
@@ -61,7 +61,7 @@ def random_loader(config: dict[str, Any], device: str, dtype: Any, backend: str,
 
 @dataclass
 class Step:
-    """An open model whose sequences stand at `context` positions, about to decode one token each."""
+    """An open model whose sequences have `context` positions in the cache and decode one token each."""
 
     runner: Any
     loader: Any  # see `random_loader`
@@ -81,24 +81,24 @@ class Step:
         ]
 
     def prompt(self, tokens: int) -> list[Any]:
-        """One sequence that begins with `tokens` tokens. It takes as many of all pages as it needs."""
+        """A prefill of one sequence of `tokens` tokens, on the first pages of the cache."""
         from cai_runtime.engine.runner import ScheduledSequence
 
         ids = [(7919 * i + 1) % self.config["vocab_size"] for i in range(tokens)]
         return [ScheduledSequence(ids, 0, list(range(-(-tokens // PAGE_SIZE))), True)]
 
     def floor_bytes(self, batch: int) -> int:
-        """What a step must read: the layers' weights, the head, the keys and values of every sequence."""
+        """Bytes that a step must read: the layers' weights, the head, the keys and values of every sequence."""
         heads, layers = self.config["num_key_value_heads"], self.config["num_hidden_layers"]
         dim = self.config["hidden_size"] // self.config["num_attention_heads"]
         return self.loader.layer_bytes + self.loader.head_bytes + batch * self.context * 2 * 2 * heads * dim * layers
 
     def graph(self, sequences: list[Any]) -> Callable[[], Any]:
-        """The recorded pass of a decode step, its inputs written; returns the logits on the device."""
+        """A function that replays the recorded decode step with these sequences as inputs. It returns device logits."""
         return self.runner.recorded(sequences)
 
     def without_graphs(self, sequences: list[Any]) -> Any:
-        """A step's logits by plain launches."""
+        """The step's logits by plain launches, without a CUDA graph."""
         graphs, self.runner._graphs = self.runner._graphs, None
         try:
             return self.runner.run(sequences)
@@ -106,7 +106,8 @@ class Step:
             self.runner._graphs = graphs
 
     def record_again(self, sequences: list[Any], then: Callable[[], Any]) -> Any:
-        """`then` with graphs that are recorded anew, as options of launches need it; afterwards all is as before."""
+        """Call `then` without the graphs recorded so far: launch options take effect when a graph is recorded. Restores
+        the old graphs afterwards."""
         graphs = self.runner._graphs
         recorded, graphs._recorded = graphs._recorded, {}
         try:
@@ -116,7 +117,7 @@ class Step:
 
 
 class _NoCapture:
-    """In the place of CUDA graphs where there is no GPU: the pass runs each time, into one place."""
+    """Stands in for the capture of CUDA graphs on a CPU: each replay runs the pass and copies into the same output."""
 
     def __call__(self, forward: Callable[[], Any]) -> Callable[[], Any]:
         import torch
@@ -144,7 +145,8 @@ def open_step(
     dtype: Any = None,
     least_pages: int = 0,
 ) -> Step:
-    """dtype: of the activations and the cache (None: bf16). least_pages: of the cache, where prompts need more."""
+    """A `Step` on a model with random weights. config: a Llama config. kind, store: of the layers' linears. context: see
+    `Step`. dtype: of the activations and the cache (None: bf16). least_pages: fewest pages of the cache, for prompts."""
     import torch
 
     from cai_runtime.engine.model_runner import ModelRunner
@@ -163,7 +165,7 @@ def open_step(
 
 
 def word_tokenizer(vocab_size: int) -> Any:
-    """A tokenizer with a word for each id, for engines whose text nobody reads."""
+    """A tokenizer with one word per id, for engines whose text is not read."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

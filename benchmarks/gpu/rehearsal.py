@@ -1,5 +1,5 @@
-"""Sections on the CPU: Triton interpreted, the CUDA library emulated where it can be built, everything tiny. The code of the
-sections is the one that runs on a GPU; figures of a rehearsal say nothing."""
+"""Lets the sections run on a CPU, at tiny shapes: Triton is interpreted, the CUDA library emulated if it can be built. The
+sections' code is the same as on a GPU. The figures of a rehearsal mean nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EMULATED = ROOT / "build/libcai_cuda_emulated.so"
 
 
 def prepare(*, emulate_cuda: bool) -> None:
-    """Before triton is imported. Puts the emulated CUDA library in the place of the real one, or none at all."""
+    """Replace the CUDA library by the emulated one, or by none. Call this before triton is imported."""
     os.environ["TRITON_INTERPRET"] = "1"
     from cai_runtime.errors import KernelError
     from cai_runtime.kernels import backend, cuda
@@ -30,13 +30,13 @@ def prepare(*, emulate_cuda: bool) -> None:
 
     cuda.library = load
     cuda.CudaLinear.device_type = "cpu"
-    # Whoever imports `resolve_backend` after this has the one that takes "cuda" on a CPU.
+    # Modules that import `resolve_backend` after this get one that accepts "cuda" on a CPU.
     resolve = backend.resolve_backend
     backend.resolve_backend = lambda name, device: name if name == "cuda" else resolve(name, device)
 
 
 def emulated_library() -> Any:
-    """The CUDA kernels compiled for the CPU with the tests' emulated device; None without nvcc, whose headers it needs."""
+    """The CUDA kernels, compiled for the CPU with the tests' emulated device. None without nvcc, whose headers they need."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         print("no emulated CUDA kernels: nvcc is missing", flush=True)

@@ -1,5 +1,5 @@
-"""Results, written as they come: by each section's own process to a file of its own, and by the suite to the one that
-stays."""
+"""The files of results. Each section's process writes its findings to a file after every item. The suite's process collects
+them in the final file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gpu.children import Child
 
 
 def write_json(path: Path, found: Any) -> None:
-    """Whole or not at all: a run that is cut off leaves the last whole file."""
+    """Replace the file in one step, so that an interrupted run leaves the last complete one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(found, indent=1) + "\n")
@@ -23,9 +23,9 @@ def write_json(path: Path, found: Any) -> None:
 
 
 class Findings:
-    """What one section finds: items, and what went wrong with others. Written to `path` after each.
+    """The results of one section: items (JSON objects) and problems (sentences). Written to `path` after each.
 
-    until: by time.time(): from then on `attempt` begins nothing.
+    until: by time.time(); `attempt` starts nothing later.
     """
 
     def __init__(self, path: Path, until: float):
@@ -34,19 +34,19 @@ class Findings:
         self.problems: list[str] = []
 
     def add(self, say: str = "", **item: Any) -> None:
-        """Keep an item; print it, or what to `say` of it."""
+        """Add an item. say: printed in its place."""
         self.items.append(item)
         print(say or ", ".join(f"{k} {v}" for k, v in item.items()), flush=True)
         self.write()
 
     def attempt(self, what: str, run: Callable[[], Any]) -> None:
-        """Run one part of a section. A failure is a problem; the next part is still wanted."""
+        """Run one part of a section, and note a failure as a problem, so that the next part still runs."""
         if time.time() >= self._until:
             self.problem(f"{what}: not run: the time was used up")
             return
         try:
             run()
-        except Exception as error:  # noqa: BLE001  # whatever it is, the others' numbers are wanted
+        except Exception as error:  # noqa: BLE001  # noted, so that the next part still runs
             traceback.print_exc()
             self.problem(f"{what}: {type(error).__name__}: {str(error)[:600]}")
 
@@ -61,9 +61,8 @@ class Findings:
 
 @dataclass
 class Report:
-    """The results of a run. deadline: by time.monotonic(); no section begins later.
-
-    log: the file to which the output of every section's process goes, whole."""
+    """The results of a run. deadline: by time.monotonic(); no section begins later. log: file for the whole output of every
+    section's process."""
 
     path: Path
     deadline: float
@@ -85,9 +84,9 @@ class Report:
         write_json(self.path, found)
 
     def section(self, name: str, limit: float, command: Callable[[Path, float], list[str]]) -> None:
-        """Run one section in a process of its own, for `limit` seconds or what is left of the time.
+        """Run one section in a process of its own, for at most `limit` seconds and not past the deadline.
 
-        command: from the file for findings and the time (by time.time()) until which it may run."""
+        command: makes the section's command from the file for its findings and its end by time.time()."""
         limit = min(limit, self.seconds_left)
         print(f"\n== {name} (up to {limit:.0f} s, {self.seconds_left:.0f} s left)", flush=True)
         if limit < 1:
@@ -105,7 +104,7 @@ class Report:
         findings = self.path.with_name(f".{self.path.stem}-{name}.json")
         findings.unlink(missing_ok=True)
         began = time.monotonic()
-        # Within the section the time is up a little earlier, so that it ends by itself.
+        # The section's own end is a little earlier, so that it stops by itself.
         child = Child(command(findings, time.time() + limit * 0.95 - 2))
         status = child.wait(began + limit)
         output = child.text()

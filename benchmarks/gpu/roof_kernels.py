@@ -19,7 +19,7 @@ def nothing_dependent(x):
 
 @triton.jit
 def read(x, out, steps, BLOCK: tl.constexpr):
-    """Each program adds up `steps` blocks that lie side by side with the others'."""
+    """Each program sums `steps` blocks; in each step, the blocks of all programs are adjacent in memory."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     stride = tl.num_programs(0) * BLOCK
     total = tl.zeros((BLOCK,), dtype=tl.int32)
@@ -31,7 +31,7 @@ def read(x, out, steps, BLOCK: tl.constexpr):
 
 @triton.jit
 def barriers(counter, programs, rounds):
-    """All programs must be resident at once."""
+    """Runs `rounds` barriers across all programs, which must be resident at once."""
     for i in range(rounds):
         tl.debug_barrier()
         tl.atomic_add(counter, 1, sem="acq_rel")

@@ -1,5 +1,7 @@
-"""What the machine can do: the constants of every estimate. Copy and read bandwidth, what a launch in a graph costs, with
-and without programmatic dependence, reading by few or many programs, a barrier across all multiprocessors."""
+"""Measures the machine's limits, which predictions build on.
+
+Bandwidth of copies and of reads, also of reads by few or many programs; bf16 matrix products; the time of a launch in a
+graph, with and without programmatic dependent launch; a barrier across all multiprocessors."""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ from gpu.context import Context
 from gpu.report import Findings
 from gpu.timing import graph_seconds, median_seconds
 
-LAUNCHES = 200  # in a graph
-BARRIERS = 200
+LAUNCHES = 200  # in one graph
+BARRIERS = 200  # in one launch
 
 
 def run(findings: Findings, context: Context) -> None:
@@ -19,12 +21,12 @@ def run(findings: Findings, context: Context) -> None:
     findings.attempt("matmul", lambda: findings.add(**matmul(context)))
     findings.attempt("launches", lambda: _launches(findings, context))
     findings.attempt("read by programs", lambda: _reads(findings, context))
-    if not context.rehearsal:  # an interpreter runs programs one after the other: the first would wait for ever
+    if not context.rehearsal:  # the interpreter runs programs in turn: the first would wait for ever
         findings.attempt("barrier", lambda: _barrier(findings))
 
 
 def copy_bandwidth(context: Context) -> dict[str, Any]:
-    """Bytes a second of a copy on the device, read plus written: the ceiling that everything is held to."""
+    """Bytes per second of a copy on the device, read plus written. Other bandwidths are given as fractions of it."""
     import torch
 
     size = context.scale.copy_bytes
@@ -34,7 +36,7 @@ def copy_bandwidth(context: Context) -> dict[str, Any]:
 
 
 def read_bandwidth(context: Context) -> dict[str, Any]:
-    """Of reading alone, by a sum, which a GEMV is closer to."""
+    """Bytes per second of a sum, which only reads, as a matrix-vector product nearly does."""
     import torch
 
     words = torch.randn(context.scale.copy_bytes // 4, device=context.device)
@@ -42,7 +44,7 @@ def read_bandwidth(context: Context) -> dict[str, Any]:
 
 
 def matmul(context: Context) -> dict[str, Any]:
-    """The library's bf16 matrix product, square, on random data."""
+    """Operations per second of cuBLAS's square bf16 matrix product, on random data."""
     import torch
 
     n = 64 if context.rehearsal else 8192
@@ -51,7 +53,7 @@ def matmul(context: Context) -> dict[str, Any]:
 
 
 def _launches(findings: Findings, context: Context) -> None:
-    """Microseconds from launch to launch of kernels that do nothing, in a graph."""
+    """Microseconds from one launch to the next, of empty kernels in a graph."""
     import torch
 
     from gpu.roof_kernels import nothing, nothing_dependent
@@ -66,7 +68,7 @@ def _launches(findings: Findings, context: Context) -> None:
 
 
 def _reads(findings: Findings, context: Context) -> None:
-    """Bandwidth by programs and bytes that each asks for at once: what a kernel with few programs can reach."""
+    """Read bandwidth by the number of programs and the bytes that each requests at once."""
     import torch
 
     from gpu.roof_kernels import read
@@ -87,7 +89,7 @@ def _reads(findings: Findings, context: Context) -> None:
 
 
 def _barrier(findings: Findings) -> None:
-    """Microseconds of a barrier among programs that are all resident, by an atomic counter."""
+    """Microseconds of a barrier by an atomic counter, with one program per multiprocessor."""
     import torch
 
     from gpu.roof_kernels import barriers

@@ -1,4 +1,4 @@
-"""The sections in the order of their worth, how long each may take, and the call that each belongs to."""
+"""The sections, the most important first, with their time limits and the calls that they belong to."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from gpu.report import Findings
 
 @dataclass(frozen=True)
 class Section:
-    """run: from the findings, the context and the time (by time.time()) at which it should be done. limit: seconds.
-    rehearsed: whether it can run on a CPU."""
+    """run: called with the findings, the context and the section's end by time.time(). limit: seconds. calls: the calls that
+    run it. asks: its question. rehearsed: whether it can run on a CPU."""
 
     run: Callable[[Findings, Context, float], None]
     limit: float

@@ -1,4 +1,4 @@
-"""Tokens a second of an open engine: what a user gets, with the scheduler, sampling and detokenizing around the step."""
+"""Tokens per second of a whole engine, with scheduling, sampling and detokenizing, by batch size and sampling parameters."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _engine(findings: Findings, context: Context, kind: str, store: str, backend
 
         for rows in scale.decode_rows[:1] if context.rehearsal else scale.decode_rows:
             for name, options in SAMPLING.items():
-                seconds(rows, options, 2)  # compiles what these options need, records the graph
+                seconds(rows, options, 2)  # compiles the kernels of these options, and records the graph
                 took = seconds(rows, options)
                 findings.add(
                     f"{kind} {store} {backend}, {rows} rows, {name}: {rows * new / took:.0f} tokens/s",

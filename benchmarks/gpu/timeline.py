@@ -1,6 +1,7 @@
-"""Where the time of a decode step goes: the kernels of three replays in their order, each with its duration and the gap
-to the next, by torch's profiler. Everything goes to a file of its own; the findings have the kernels by name, and a
-layer's launches beside what was predicted of them."""
+"""Profiles the kernels of three replays of a decode step with torch's profiler: their durations and the gaps between them.
+
+timeline.json gets all kernels in order. The findings get sums by kernel name, and each launch of a layer with its predicted
+time."""
 
 from __future__ import annotations
 
@@ -83,8 +84,8 @@ def _profile(replay: Any, context: Context) -> list[Kernel]:
 
 
 def by_name(kernels: list[Kernel]) -> dict[str, dict[str, float]]:
-    """Of each name: how many, their microseconds in all and the median, and the mean gap to the kernel after. A gap is
-    negative where the next began before the end."""
+    """By kernel name: count, total and median microseconds, and the mean gap to the next kernel. A gap is negative if the
+    next kernel began before this one's end."""
     gathered: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for this, following in zip(kernels, [*kernels[1:], None], strict=True):
         gap = following[1] - this[1] - this[2] if following else 0.0
@@ -101,19 +102,20 @@ def by_name(kernels: list[Kernel]) -> dict[str, dict[str, float]]:
 
 
 def layer_launches(kernels: list[Kernel], layers: int) -> list[dict[str, Any]]:
-    """The launches from one attention to the next, the median over all layers and replays: name, microseconds, gap. A
-    linear's are named by group and stage. Empty where the sequence is not the same in each layer."""
+    """The launches from one attention to the next: name, microseconds and gap, medians over all layers and replays.
+
+    Launches of linears are named by group and stage ("q/k/v 0"). Empty if the layers' sequences of launches differ."""
     starts = [i for i, (name, _, _) in enumerate(kernels) if "paged_attention_kernel" in name]
     if layers < 2 or len(starts) != REPLAYS * layers:
         return []
-    # From the last attention of a replay to the next one's first lie the head and the embedding.
+    # Between the last attention of one replay and the first of the next run the head and the embedding: no layer.
     spans = [(a, b) for k, (a, b) in enumerate(pairwise(starts), 1) if k % layers]
     if len({b - a for a, b in spans}) != 1:
         return []
     rows = [kernels[a : b + 1] for a, b in spans]
     names = [name for name, _, _ in rows[0][:-1]]
     linears = [i for i, name in enumerate(names) if PRODUCTS in name]
-    groups = ("o", "gate/up", "down", "q/k/v")  # what follows attention, in order
+    groups = ("o", "gate/up", "down", "q/k/v")  # in the order in which they follow attention
     stages = len(linears) // len(groups)
     labels = {}
     if stages and len(linears) == stages * len(groups):

@@ -1,5 +1,5 @@
-"""Timing on a GPU: device events, and CUDA graphs over inputs larger than the caches. On the CPU, in a rehearsal, each
-call is made once and timed by the clock; such figures say nothing."""
+"""Times calls on a GPU by device events, and by CUDA graphs over inputs larger than the caches. On the CPU, in a rehearsal,
+each call is made once and timed by the clock. Such figures mean nothing."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-L2_FACTOR = 4  # sets of inputs together hold this many times the L2 cache
-WARM_SECONDS = 0.03  # of work before any that counts: an idle GPU takes milliseconds to raise its clock
-WAIT_CYCLES = 500_000  # about a quarter of a millisecond, longer than the host takes to launch a graph
+L2_FACTOR = 4  # all sets of inputs together are this many times as large as the L2 cache
+WARM_SECONDS = 0.03  # of untimed work first: an idle GPU takes milliseconds to raise its clock
+WAIT_CYCLES = 500_000  # about a quarter of a millisecond: longer than the host takes to launch a graph
 
 
 def _on_gpu() -> bool:
@@ -20,7 +20,7 @@ def _on_gpu() -> bool:
 
 
 def sets_needed(nbytes: int) -> int:
-    """How many inputs of `nbytes` to walk through, so that none is still in the L2 cache when its turn comes."""
+    """How many sets of inputs of `nbytes` to use in turn, so that none is still in the L2 cache when it is used again."""
     import torch
 
     if not _on_gpu():
@@ -30,10 +30,10 @@ def sets_needed(nbytes: int) -> int:
 
 
 def median_seconds(run: Callable[[], Any], repeats: int) -> float:
-    """Of `run` on the GPU, by events, after WARM_SECONDS of runs that don't count.
+    """The median seconds of `run` on the GPU, by events, after WARM_SECONDS of untimed runs.
 
-    A kernel that does nothing but wait goes before each, so that all of `run` is queued when the first event passes: else
-    the host's time for a launch, microseconds, would count as the GPU's."""
+    A waiting kernel precedes each run, so that all of `run` is queued when the first event passes. Otherwise the host's time
+    for launches, microseconds each, would count as the GPU's."""
     import torch
 
     if not _on_gpu():
@@ -58,7 +58,7 @@ def median_seconds(run: Callable[[], Any], repeats: int) -> float:
 
 
 def graph_seconds(calls: Sequence[Callable[[], Any]], repeats: int = 20) -> float:
-    """Seconds per call, of a CUDA graph that makes all of them in turn; every call reads memory of its own."""
+    """Seconds per call of a CUDA graph that makes all calls in turn. Each call should read inputs of its own."""
     import torch
 
     if not _on_gpu():
@@ -77,7 +77,7 @@ def graph_seconds(calls: Sequence[Callable[[], Any]], repeats: int = 20) -> floa
 
 
 def release() -> None:
-    """Give the allocator's unused memory back, between models."""
+    """Free the memory of a model that is no longer used, before the next is opened."""
     import gc
 
     import torch

@@ -1,4 +1,4 @@
-"""Tiles of the Triton products, measured: the file that the package would ship is copied beside the results."""
+"""Tunes the tiles of the Triton products. The file of tuned tiles, which the package may ship, is copied to the results."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import asdict
 from gpu.context import Context
 from gpu.report import Findings
 
-# Cores of Llama-3.1-8B at keep 0.5 by what a step spends on them, columns x features: gate/up, down, q/k/v and o.
+# (columns, features) of Llama-3.1-8B's cores at keep 0.5, the most expensive ones first: gate/up, down, q/k/v, o.
 SHAPES = ((12576, 1760), (1760, 14336), (1760, 4096), (1184, 4096), (2912, 1184))
 STORES = ("bf16", "int4/128", "int8")
 
 
 def run(findings: Findings, context: Context) -> None:
-    """One store after the other: what there was time for is kept."""
+    """Tune one store after the other. An interrupted run keeps the stores that it finished."""
     for store in STORES:
         findings.attempt(store, lambda s=store: _store(findings, context, s))
 

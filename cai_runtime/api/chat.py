@@ -45,6 +45,7 @@ from cai_runtime.engine.detokenizer import TokenDecoder
 from cai_runtime.engine.masks import MaskFactory
 from cai_runtime.engine.request import Finished, Request
 from cai_runtime.errors import ConversationError
+from cai_runtime.formats.budget import budgeted
 from cai_runtime.formats.conversation import Conversation, Prepared, Reasoning
 from cai_runtime.formats.events import (
     ArgumentsEvent,
@@ -177,7 +178,7 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
 def prepare_conversation(
     conversation: Conversation, reasons: bool, name: str, opened: OpenModel, grammar_param: str
 ) -> tuple[Prepared, MaskFactory | None]:
-    """What the model's format makes of a conversation, and the mask of its grammar.
+    """What the model's format makes of a conversation, and the mask of its grammar and of the thought's budget.
 
     Args:
         reasons: whether the model was named as one that reasons by default.
@@ -201,7 +202,7 @@ def prepare_conversation(
             raise ConversationError(message, param="model", capability=error.capability) from error
         # Without the lock: a grammar takes up to seconds.
         mask = None if prepared.grammar is None else opened.grammars.mask(prepared.grammar, grammar_param)
-    return prepared, mask
+    return prepared, budgeted(prepared.budget, mask)
 
 
 def _characters(conversation: Conversation) -> int:
@@ -270,7 +271,8 @@ def _delta(event: TextEvent | ReasoningEvent | ToolCallEvent | ArgumentsEvent) -
         case TextEvent():
             return ChoiceDelta(content=event.text)
         case ReasoningEvent():
-            return ChoiceDelta(reasoning_content=event.text)
+            thought: dict[str, Any] = {"reasoning_content": event.text}  # beyond OpenAI's fields, as elsewhere
+            return ChoiceDelta(**thought)
         case ToolCallEvent():
             function = ChoiceDeltaToolCallFunction(name=event.name, arguments="")
             call = ChoiceDeltaToolCall(index=event.index, id=event.call_id, type="function", function=function)
@@ -284,12 +286,13 @@ def _fold_choice(index: int, events: Sequence[ChatEvent]) -> Choice:
     thought = "".join(event.text for event in events if isinstance(event, ReasoningEvent))
     calls = fold_calls(events)
     (end,) = (event for event in events if isinstance(event, EndEvent))
+    more: dict[str, Any] = {"reasoning_content": thought or None}
     message = ChatCompletionMessage(
         role="assistant",
         content=None if not text and (thought or calls) else text,
         refusal=None,
         tool_calls=calls or None,
-        **({"reasoning_content": thought} if thought else {}),
+        **more,
     )
     return Choice(index=index, message=message, finish_reason=end.finish_reason, logprobs=None)
 

@@ -130,7 +130,7 @@ class Running(Generic[Chunk, Whole]):
         try:
             yield
         except BaseException:
-            self.abort()
+            self._group.abort()
             raise
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -28,8 +29,8 @@ from cai_runtime.convert.named import NAMED
 from cai_runtime.convert.sources import pulled
 from cai_runtime.errors import OptionTypeError, OptionValueError
 from cai_runtime.formats.base import Format
+from cai_runtime.formats.find import find_format
 from cai_runtime.formats.infill import Infill
-from cai_runtime.formats.plain import PlainFormat
 from cai_runtime.grammars import Grammars
 from cai_runtime.home import cai_home, existing
 from cai_runtime.models.catalog import catalog
@@ -56,13 +57,17 @@ class ResolvedModel:
 class OpenModel:
     """An engine and what the API needs beside it. One for each directory, under whatever names it is asked for.
 
-    `defaults`: the sampling parameters of requests that name none. `process`: where it was opened.
+    `defaults`: the sampling parameters of requests that name none. `process`: where it was opened. `path`: of the
+    checkpoint.
+    `format_name`: of its conversations; None: found by its files.
     """
 
     engine: Any
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     tokenizer_lock: threading.Lock = field(default_factory=threading.Lock)  # a tokenizer is not for several threads
     process: int = field(default_factory=os.getpid)
+    path: Path | None = None
+    format_name: str | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -77,7 +82,7 @@ class OpenModel:
     @cached_property
     def format(self) -> Format:
         """How this model converses. Found at the first chat; hold `tokenizer_lock`."""
-        return PlainFormat(self.tokenizer)
+        return find_format(self.tokenizer, _config(self.path), self.format_name)
 
     @cached_property
     def infill(self) -> Infill | None:
@@ -132,6 +137,7 @@ class ModelHost:
         open_engine: opens one; called with the directory and the options as keywords.
         options: device, dtype, KV cache budget and so on, for every model.
         own_defaults: whether a request's missing sampling parameters are the checkpoint's own.
+        format_name: of every model's conversations; None: found by each checkpoint's files.
     """
 
     def __init__(
@@ -142,6 +148,7 @@ class ModelHost:
         open_engine: EngineFactory,
         options: EngineOptions,
         own_defaults: bool = True,
+        format_name: str | None = None,
     ):
         self.default = default
         self.registered = {name: _registered(name, path) for name, path in models.items()}
@@ -149,6 +156,7 @@ class ModelHost:
         self._open_engine = open_engine
         self._options = options
         self._own_defaults = own_defaults
+        self._format_name = format_name
         self._lock = threading.Lock()  # guards _slots and _closed; never held while a model loads
         self._slots: dict[Path, _Slot] = {}
         self._closed = False
@@ -244,7 +252,8 @@ class ModelHost:
             if slot.opened is None:
                 with as_api_errors():
                     defaults = GenerationDefaults.read(model.path) if self._own_defaults else GenerationDefaults()
-                    slot.opened = OpenModel(self._open_engine(model.path, **self._options.given()), defaults)
+                    engine = self._open_engine(model.path, **self._options.given())
+                    slot.opened = OpenModel(engine, defaults, path=model.path, format_name=self._format_name)
             return slot.opened
 
     async def aopen(self, model: ResolvedModel) -> OpenModel:
@@ -339,6 +348,15 @@ def _close_dead(slot: _Slot) -> None:
     if opened is not None:
         with contextlib.suppress(Exception):  # what ended it was raised in its requests
             opened.engine.close()
+
+
+def _config(path: Path | None) -> dict[str, Any]:
+    """A checkpoint's config.json; empty if there is none that can be read, which opening it complains of."""
+    with contextlib.suppress(OSError, ValueError):
+        config = json.loads(path.joinpath("config.json").read_text("utf-8")) if path is not None else None
+        if isinstance(config, dict):
+            return config
+    return {}
 
 
 def model_name(name: Any) -> str:

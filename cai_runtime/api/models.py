@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,13 @@ from openai.types import Model
 from cai_runtime.api.errors import BadRequestError, NotFoundError
 from cai_runtime.api.host import ModelHost, ResolvedModel, model_name
 from cai_runtime.errors import CaiError
+from cai_runtime.formats.find import tools_of
+from cai_runtime.formats.template import template_of
 from cai_runtime.models.catalog import Capabilities, CatalogEntry, catalog, format_parameters
 from cai_runtime.scalars import shown
 from cai_runtime.slim.reader import Checkpoint
 
 UNKNOWN = "unknown"
-_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 
 def list_models(host: ModelHost) -> list[Model]:
@@ -27,7 +27,7 @@ def list_models(host: ModelHost) -> list[Model]:
     own = [name for name in host.registered if name not in catalog()]
     if host.default is not None and host.default not in (*own, *catalog()) and host.directory(host.default):
         own.append(host.default)
-    return [_as_model(entry) for entry in catalog().values()] + [_as_model(_local_entry(host, name)) for name in own]
+    return [_as_model(entry) for entry in catalog().values()] + [_local_model(host, name) for name in own]
 
 
 def retrieve_model(host: ModelHost, name: Any) -> Model:
@@ -49,7 +49,7 @@ def retrieve_model(host: ModelHost, name: Any) -> Model:
             param="model",
             code="model_not_found",
         )
-    return _as_model(_local_entry(host, name))
+    return _local_model(host, name)
 
 
 def require_text(model: ResolvedModel) -> None:
@@ -72,35 +72,30 @@ def _as_model(entry: CatalogEntry) -> Model:
     return Model(**dataclasses.asdict(entry))
 
 
-def _local_entry(host: ModelHost, name: str) -> CatalogEntry:
+def _local_model(host: ModelHost, name: str) -> Model:
+    """With one field more than the API has: `tools`, "native" if the chat template takes them, "generic" if they are put to
+    the model as text; None if it can't chat."""
     path = host.registered.get(name) or host.directory(name)
     assert path is not None, "the caller has looked"
+    tools, chats = tools_of(path), bool(template_of(path)[0])
     capabilities = Capabilities(
         supports_audio=False,
         supports_image=False,
-        supports_function_calling=False,
-        support_chat_completion=_has_template_file(path),
-        supports_responses=False,
+        supports_function_calling=tools is not None,
+        support_chat_completion=chats,
+        supports_responses=chats,
     )
     try:
         created = int((path / "config.json").stat().st_mtime)
     except OSError:  # registered, but not there: it stays listed, and opening it says what is wrong
         created = 0
-    return CatalogEntry(name, created, "local", _parameters_number(path, host.keep), capabilities)
+    entry = CatalogEntry(name, created, "local", _parameters_number(path, host.keep), capabilities)
+    fields: dict[str, Any] = {**dataclasses.asdict(entry), "tools": tools}
+    return Model(**fields)
 
 
 def _is_checkpoint(path: Path | None) -> bool:
     return path is not None and (path / "config.json").is_file()
-
-
-def _has_template_file(path: Path) -> bool:
-    """Whether the checkpoint brings a chat template, without loading its tokenizer."""
-    if any((path / file).is_file() for file in _TEMPLATE_FILES):
-        return True
-    try:
-        return bool(json.loads((path / "tokenizer_config.json").read_text("utf-8")).get("chat_template"))
-    except (OSError, ValueError, AttributeError):  # no such file, or not a JSON object
-        return False
 
 
 def _parameters_number(path: Path, keep: float | None) -> str:

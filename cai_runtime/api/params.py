@@ -47,15 +47,13 @@ class StreamOptions(TypedDict, total=False):
     include_usage: bool | None
 
 
-class GenerationParams(TypedDict, total=False):
-    """What chat and text completions have in common.
+class SamplingOptions(TypedDict, total=False):
+    """What every endpoint that generates text has in common.
 
     model: a name given with `Client(models=...)`, a checkpoint directory, or a catalogue id. Default: the client's.
     temperature: 0 to 2, default 1; 0 is greedy. Where the checkpoint's generation_config.json has a temperature, top_p,
         top_k, min_p or repetition_penalty, that is the default, unless `Client(generation_config="none")`.
     top_p: 0 < p <= 1, default 1; an explicit 0 means "not given", as in the CompactifAI API.
-    max_tokens, max_completion_tokens: at least 1; the latter wins. Default: 16 for text completions, the rest of the
-        context for chat.
     min_tokens: until then neither the model's end of text nor a stop string ends the answer. Default 0.
     stop: up to 16 strings; the text ends before the first that appears. The text of a special token, such as
         "<|im_end|>", stands for that token.
@@ -67,10 +65,8 @@ class GenerationParams(TypedDict, total=False):
     min_p: 0 to 1, default 0; keep the tokens at least this likely relative to the likeliest.
     seed: the same seed gives the same text, alone or in a batch. Default: drawn for each choice. Choice 0 uses the seed
         itself, choice i > 0 one derived from it.
-    n: 1 to 128 choices for each prompt, default 1, each sampled on its own.
     ignore_eos: the end-of-text token is an ordinary token. Default false.
-    user, metadata, safety_identifier, prompt_cache_key: accepted for compatibility; labels with no effect.
-    stream_options: `{"include_usage": bool}`, with `stream=True` only.
+    user, safety_identifier, prompt_cache_key: accepted for compatibility; labels with no effect.
     timeout: seconds, or the `openai` package's Timeout, whose `read` counts; the client's by default, and None is no
         limit. A whole reply must be done, and each chunk of a stream must come, within it.
     extra_headers, extra_query: accepted for compatibility; no HTTP request is sent that could carry them.
@@ -80,8 +76,6 @@ class GenerationParams(TypedDict, total=False):
     model: ModelName | None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None
     top_p: Annotated[Number, Field(ge=0, le=1)] | None
-    max_tokens: Annotated[Whole, Field(ge=1)] | None
-    max_completion_tokens: Annotated[Whole, Field(ge=1)] | None
     min_tokens: Annotated[Whole, Field(ge=0)] | None
     stop: Stop | None
     stop_token_ids: TokenIds | None
@@ -92,17 +86,31 @@ class GenerationParams(TypedDict, total=False):
     top_k: Annotated[Whole, Field(ge=-1)] | None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None
     seed: Annotated[Whole, Field(ge=SEED_MIN, le=SEED_MAX)] | None
-    n: Annotated[Whole, Field(ge=1, le=MAX_CHOICES)] | None
     ignore_eos: Flag | None
     user: str | None
-    metadata: Ignored | None
     safety_identifier: str | None
     prompt_cache_key: str | None
-    stream_options: StreamOptions | None
     timeout: Seconds | None
     extra_headers: Ignored | None
     extra_query: Ignored | None
     extra_body: dict[str, Any] | None
+
+
+class GenerationParams(SamplingOptions, total=False):
+    """What chat and text completions have in common beyond SamplingOptions.
+
+    max_tokens, max_completion_tokens: at least 1; the latter wins. Default: 16 for text completions, the rest of the
+        context for chat.
+    n: 1 to 128 choices for each prompt, default 1, each sampled on its own.
+    metadata: accepted for compatibility; a label with no effect.
+    stream_options: `{"include_usage": bool}`, with `stream=True` only.
+    """
+
+    max_tokens: Annotated[Whole, Field(ge=1)] | None
+    max_completion_tokens: Annotated[Whole, Field(ge=1)] | None
+    n: Annotated[Whole, Field(ge=1, le=MAX_CHOICES)] | None
+    metadata: Ignored | None
+    stream_options: StreamOptions | None
 
 
 class AnswerParams(GenerationParams, total=False):
@@ -211,7 +219,7 @@ def sampling_params(
     defaults = defaults or GenerationDefaults()
     room = context - prompt_tokens
     limit = context_limit or f"the model's context holds {context} positions"
-    limit_name = "max_completion_tokens" if "max_completion_tokens" in params else "max_tokens"
+    limit_name = next((name for name in _LIMITS if name in params), "max_tokens")
     max_tokens = params.get(limit_name)
     if room < 1 and not (room == 0 == max_tokens):
         raise BadRequestError(
@@ -260,6 +268,9 @@ def sampling_params(
         stop_token_ids=stop_token_ids,
         ignore_eos=params.get("ignore_eos", False),
     )
+
+
+_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")  # the first that is given counts
 
 
 def choice_seed(seed: int | None, index: int) -> int | None:

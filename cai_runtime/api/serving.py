@@ -6,21 +6,32 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Mapping
-from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 from cai_runtime.api.errors import InternalServerError
-from cai_runtime.api.generation import AsyncStream, Running, Stream
-from cai_runtime.api.host import ModelHost, ResolvedModel
+from cai_runtime.api.generation import AsyncStream, Generation, Running, Stream
+from cai_runtime.api.host import ModelHost, OpenModel, ResolvedModel
 from cai_runtime.api.models import require_text
 from cai_runtime.api.timeouts import timed_out
 
 
-def create(endpoint: ModuleType, host: ModelHost, params: Mapping[str, Any], timeout: float | None) -> Any:
+class Endpoint(Protocol):
+    """A module, or an object, that makes a reply's sequences of a call's keyword arguments."""
+
+    def parse(self, params: Mapping[str, Any], /) -> Any:
+        """The checked call, with `.model`, `.params` and `.stream`, before anything is loaded. Raises BadRequestError."""
+        ...
+
+    def prepare(self, request: Any, name: str, opened: OpenModel, /) -> Generation[Any, Any]:
+        """What to run for it. `name`: the model as the request names it. Raises BadRequestError."""
+        ...
+
+
+def create(endpoint: Endpoint, host: ModelHost, params: Mapping[str, Any], timeout: float | None) -> Any:
     """The reply to a call of `create`, or its stream.
 
     Args:
-        endpoint: the module that parses and prepares the request: `api.chat` or `api.completions`.
+        endpoint: parses and prepares the request: `api.chat`, `api.completions`, a ResponsesEndpoint.
         params: the keyword arguments as they came.
         timeout: seconds, of a request that names none.
     """
@@ -42,7 +53,7 @@ def create(endpoint: ModuleType, host: ModelHost, params: Mapping[str, Any], tim
     return Stream(running) if request.stream else running.whole(_left(end))
 
 
-async def acreate(endpoint: ModuleType, host: ModelHost, params: Mapping[str, Any], timeout: float | None) -> Any:
+async def acreate(endpoint: Endpoint, host: ModelHost, params: Mapping[str, Any], timeout: float | None) -> Any:
     """`create` without blocking the event loop."""
     request = endpoint.parse(params)
     seconds = _timeout_of(params, request, timeout)
@@ -60,7 +71,7 @@ async def acreate(endpoint: ModuleType, host: ModelHost, params: Mapping[str, An
     return AsyncStream(running)
 
 
-async def _start(endpoint: ModuleType, host: ModelHost, request: Any, model: ResolvedModel) -> Running[Any, Any]:
+async def _start(endpoint: Endpoint, host: ModelHost, request: Any, model: ResolvedModel) -> Running[Any, Any]:
     opened = await host.aopen(model)
     generation = await asyncio.to_thread(endpoint.prepare, request, model.name, opened)
     try:

@@ -34,7 +34,12 @@ DEMO_VERSION = 3  # part of the cache entry's identity: raise it when the entry'
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from cai_runtime.slim.spec import STORES
 
-    parser.add_argument("--model", default=MODEL, metavar="SOURCE", help=f"as for `cai pull`; default: {MODEL}")
+    parser.add_argument(
+        "--model",
+        default=MODEL,
+        metavar="SOURCE",
+        help=f"as for `cai pull`, such as qwen2.5-coder-0.5b-instruct (a quarter of an hour); default: {MODEL}",
+    )
     parser.add_argument(
         "--keep", type=float, default=KEEP, help=f"parameters kept of the linear layers' count; default: {KEEP}"
     )

@@ -11,12 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from cai_runtime.convert.cache import tqdm_disable
-from cai_runtime.convert.gguf_config import ROPE_FREQS, generation_config, llama_config
+from cai_runtime.convert.gguf_config import ARCHITECTURES, ROPE_FREQS, architecture_of, generation_config, model_config
 from cai_runtime.convert.gguf_file import GGUFFile, GGUFTensor
 from cai_runtime.convert.safetensors_stream import DTYPES, Declared, encode, write_shards
 from cai_runtime.errors import ConversionError
-
-ARCHITECTURES = ("llama",)
 
 # Most bytes of fp32 values held at once.
 _CHUNK_BYTES = 32 << 20
@@ -32,6 +30,8 @@ _LAYER_NAMES = {
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
@@ -50,8 +50,8 @@ def gguf_to_hf(
     blocks are decoded to the values that they stand for. `out_dir` must not exist or be empty; it appears whole or not
     at all. Memory: a few chunks of 32 MiB and the vocabulary. `progress`: a bar on stderr, None on a terminal only.
 
-    Raises ConversionError naming the file and the part: not GGUF, truncated, damaged, an architecture other than llama,
-    or an option of it that the layout can't express.
+    Raises ConversionError naming the file and the part: not GGUF, truncated, damaged, an architecture that is not
+    converted, or an option of one that the layout can't express.
     """
     path, out = Path(gguf_path), Path(out_dir)
     if dtype != "auto" and dtype not in DTYPES:
@@ -60,11 +60,7 @@ def gguf_to_hf(
         raise ConversionError(f"{out} already exists and is not an empty directory")
     partial = out.with_name(f".{out.name}.converting")
     with GGUFFile(path) as file:
-        architecture = file.metadata.get("general.architecture")
-        if architecture not in ARCHITECTURES:
-            raise ConversionError(
-                f"{path}: architecture {architecture!r} is not converted yet; known: {', '.join(ARCHITECTURES)}"
-            )
+        architecture_of(file)
         if (parts := file.metadata.get("split.count", 0)) > 1:
             raise ConversionError(f"{path}: one of {parts} parts; merge them first (llama-gguf-split --merge)")
         try:
@@ -85,7 +81,7 @@ def _write(file: GGUFFile, directory: Path, dtype: str, progress: bool | None) -
     from cai_runtime.convert.gguf_tokenizer import write_tokenizer
 
     keep_exact = dtype == "auto"
-    config = llama_config(file, _dtype_of(file) if keep_exact else dtype)
+    config = model_config(file, _dtype_of(file) if keep_exact else dtype)
     _check_tensors(file, config)
     write_tokenizer(file, directory, vocab_size=config["vocab_size"])
     _write_weights(file, directory, config, keep_exact, progress)
@@ -94,7 +90,7 @@ def _write(file: GGUFFile, directory: Path, dtype: str, progress: bool | None) -
 
 
 def hf_name(name: str) -> str | None:
-    """The Hugging Face name of a llama GGUF tensor; None when there is none."""
+    """The Hugging Face name of a GGUF tensor; None when there is none."""
     if name in _TOP_NAMES:
         return _TOP_NAMES[name]
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
@@ -106,7 +102,7 @@ def hf_name(name: str) -> str | None:
 def undo_permutation(rows: np.ndarray, head_dim: int) -> np.ndarray:
     """Rows of a query or key projection, whole heads, from GGUF's rotary order to Hugging Face's.
 
-    llama.cpp rotates neighbouring pairs (0, 1), (2, 3), ...; transformers rotates halves (0, d/2), (1, d/2+1), ... .
+    llama.cpp rotates neighbouring pairs (0, 1), (2, 3), ... of llama; transformers halves (0, d/2), (1, d/2+1), ... .
     Each head stands alone, so grouped queries need no special case. rows [n * head_dim, ...] or a bias [n * head_dim].
     """
     pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
@@ -138,16 +134,20 @@ def _expected_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     }
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (config["vocab_size"], hidden)
-    linears = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)}
-    linears = {f"self_attn.{name}": shape for name, shape in linears.items()}
-    mlp = {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+    attention = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)}
+    mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    architecture = ARCHITECTURES[config["model_type"]]
+    biased = set(attention) if config.get("attention_bias") else set()
+    biased |= {"q_proj", "k_proj", "v_proj"} if architecture.qkv_bias else set()
+    biased |= set(mlp) if config.get("mlp_bias") else set()
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         shapes |= {f"{prefix}{norm}.weight": (hidden,) for norm in ("input_layernorm", "post_attention_layernorm")}
-        for group, biased in ((linears, config["attention_bias"]), (mlp, config["mlp_bias"])):
-            shapes |= {f"{prefix}{name}.weight": shape for name, shape in group.items()}
-            if biased:
-                shapes |= {f"{prefix}{name}.bias": shape[:1] for name, shape in group.items()}
+        if architecture.head_norms:
+            shapes |= {f"{prefix}self_attn.{norm}.weight": (head,) for norm in ("q_norm", "k_norm")}
+        for part, group in (("self_attn", attention), ("mlp", mlp)):
+            shapes |= {f"{prefix}{part}.{name}.weight": shape for name, shape in group.items()}
+            shapes |= {f"{prefix}{part}.{name}.bias": shape[:1] for name, shape in group.items() if name in biased}
     return shapes
 
 
@@ -160,13 +160,16 @@ def _check_tensors(file: GGUFFile, config: dict) -> None:
             continue
         target = hf_name(name)
         if target is None or target not in expected:
-            raise ConversionError(f"{file.path}: tensor {name} has no place in a llama model of this configuration")
+            model_type = config["model_type"]
+            raise ConversionError(
+                f"{file.path}: tensor {name} has no place in a {model_type} model of this configuration"
+            )
         if tensor.shape != expected[target]:
             raise ConversionError(
                 f"{file.path}: tensor {name} has shape {list(tensor.shape)}, expected {list(expected[target])}"
             )
         found.add(target)
-    # A bias of one projection only: transformers' attention_bias and mlp_bias mean all of them, so zeros stand in.
+    # transformers' attention_bias, mlp_bias and qwen2 mean biases of all projections: zeros stand in for one that lacks.
     missing = sorted(name for name in set(expected) - found if not name.endswith(".bias"))
     if missing:
         raise ConversionError(f"{file.path}: {len(missing)} weights are missing, the first is {missing[0]}")
@@ -176,7 +179,7 @@ def _write_weights(file: GGUFFile, directory: Path, config: dict, keep_exact: bo
     from tqdm import tqdm
 
     sources = {hf_name(name): tensor for name, tensor in file.tensors.items() if name != ROPE_FREQS}
-    head_dim, dtype = config["head_dim"], config["dtype"]
+    head_dim, dtype, architecture = config["head_dim"], config["dtype"], architecture_of(file)
     total = sum(tensor.nbytes for tensor in file.tensors.values())
     with tqdm(
         desc=f"convert {file.path.name}", total=total, unit="B", unit_scale=True, disable=tqdm_disable(progress)
@@ -186,7 +189,7 @@ def _write_weights(file: GGUFFile, directory: Path, config: dict, keep_exact: bo
             if tensor is None:
                 yield encode(np.zeros(declared.shape, np.float32), declared.dtype)
                 return
-            permuted = ".q_proj." in declared.name or ".k_proj." in declared.name
+            permuted = architecture.permuted and (".q_proj." in declared.name or ".k_proj." in declared.name)
             row_values = int(np.prod(tensor.shape[1:], dtype=np.int64))
             # Whole heads in every chunk.
             rows = max(1, _CHUNK_BYTES // (4 * row_values * head_dim)) * head_dim

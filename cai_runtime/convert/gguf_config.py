@@ -1,8 +1,9 @@
-"""config.json and generation_config.json from a GGUF file's metadata (architecture llama)."""
+"""config.json and generation_config.json from a GGUF file's metadata."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,40 +14,81 @@ from cai_runtime.errors import ConversionError
 ROPE_FREQS = "rope_freqs.weight"
 
 
-def llama_config(file: GGUFFile, dtype: str) -> dict[str, Any]:
-    """The config.json of a llama GGUF, for weights of `dtype` ("float32", ...).
+@dataclass(frozen=True)
+class Architecture:
+    """A `general.architecture`, and what sets its model apart from llama. Its name is the `model_type` too."""
+
+    name: str
+    model_class: str
+    permuted: bool = False
+    """Whether the rows of queries and keys lie in llama.cpp's rotary order, as in llama alone."""
+    qkv_bias: bool = False
+    """Whether queries, keys and values always have biases, and the output never."""
+    head_norms: bool = False
+    """Whether queries and keys are normalized, each head by one weight of its size."""
+    windows: bool = False
+    """Whether config.json says by `use_sliding_window` that there are windows."""
+    ends: tuple[str, ...] = ()
+    """Control tokens that end a text beside those that the metadata names."""
+
+
+# GGUF names no second end of a text for Qwen. Qwen's own generation_config.json lists <|endoftext|> after <|im_end|>.
+_QWEN_ENDS = ("<|endoftext|>",)
+ARCHITECTURES = {
+    each.name: each
+    for each in (
+        Architecture("llama", "LlamaForCausalLM", permuted=True),
+        Architecture("qwen2", "Qwen2ForCausalLM", qkv_bias=True, windows=True, ends=_QWEN_ENDS),
+        Architecture("qwen3", "Qwen3ForCausalLM", head_norms=True, windows=True, ends=_QWEN_ENDS),
+    )
+}
+
+
+def architecture_of(file: GGUFFile) -> Architecture:
+    """Raises ConversionError for an architecture that is not converted."""
+    name = file.metadata.get("general.architecture")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ConversionError(f"{file.path}: architecture {name!r} is not converted yet; known: {known}")
+    return ARCHITECTURES[name]
+
+
+def model_config(file: GGUFFile, dtype: str) -> dict[str, Any]:
+    """The config.json of a GGUF file, for weights of `dtype` ("float32", ...).
 
     What the weights show is taken from them (vocabulary size, tied head, biases), the rest from the metadata.
-    Raises ConversionError for a missing key and for options that a llama model in Hugging Face layout can't express.
+    Raises ConversionError for a missing key and for options that the architecture's config.json can't express.
     """
-    meta, tensors = file.metadata, file.tensors
+    meta, tensors, architecture = file.metadata, file.tensors, architecture_of(file)
+    arch = architecture.name
 
     def need(key: str) -> Any:
-        if (value := meta.get(f"llama.{key}")) is None:
-            raise ConversionError(f"{file.path}: metadata key llama.{key} is missing")
+        if (value := meta.get(f"{arch}.{key}")) is None:
+            raise ConversionError(f"{file.path}: metadata key {arch}.{key} is missing")
         if isinstance(value, list):
-            raise ConversionError(f"{file.path}: llama.{key} differs by layer, which llama's config.json can't express")
+            raise ConversionError(
+                f"{file.path}: {arch}.{key} differs by layer, which {arch}'s config.json can't express"
+            )
         return value
 
     for key in ("expert_count", "attention.sliding_window", "attention.temperature_length", "attention.scale"):
-        if meta.get(f"llama.{key}"):
-            raise ConversionError(f"{file.path}: llama.{key} is set; this option is not converted")
+        if meta.get(f"{arch}.{key}"):
+            raise ConversionError(f"{file.path}: {arch}.{key} is set; this option is not converted")
     if "token_embd.weight" not in tensors or len(tensors["token_embd.weight"].shape) != 2:
         raise ConversionError(f"{file.path}: tensor token_embd.weight is missing or no matrix")
 
     hidden, heads = need("embedding_length"), need("attention.head_count")
-    kv_heads = need("attention.head_count_kv") if "llama.attention.head_count_kv" in meta else heads
+    kv_heads = need("attention.head_count_kv") if f"{arch}.attention.head_count_kv" in meta else heads
     if min(hidden, heads, kv_heads) <= 0 or heads % kv_heads:
         raise ConversionError(f"{file.path}: {heads} heads, {kv_heads} key/value heads, width {hidden} can't be")
-    rotary = meta.get("llama.rope.dimension_count")
-    head_dim = meta.get("llama.attention.key_length") or rotary or hidden // heads
-    if rotary not in (None, head_dim) or meta.get("llama.attention.value_length", head_dim) != head_dim:
+    rotary = meta.get(f"{arch}.rope.dimension_count")
+    head_dim = meta.get(f"{arch}.attention.key_length") or rotary or hidden // heads
+    if rotary not in (None, head_dim) or meta.get(f"{arch}.attention.value_length", head_dim) != head_dim:
         raise ConversionError(f"{file.path}: partial rotary embedding or unequal key and value sizes are not converted")
 
     config: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "attention_bias": any(name.endswith(("attn_q.bias", "attn_output.bias")) for name in tensors),
+        "architectures": [architecture.model_class],
+        "model_type": arch,
         "attention_dropout": 0.0,
         "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
         "dtype": dtype,
@@ -57,7 +99,6 @@ def llama_config(file: GGUFFile, dtype: str) -> dict[str, Any]:
         "initializer_range": 0.02,
         "intermediate_size": need("feed_forward_length"),
         "max_position_embeddings": need("context_length"),
-        "mlp_bias": any(name.endswith(("ffn_gate.bias", "ffn_up.bias", "ffn_down.bias")) for name in tensors),
         "num_attention_heads": heads,
         "num_hidden_layers": need("block_count"),
         "num_key_value_heads": kv_heads,
@@ -68,17 +109,29 @@ def llama_config(file: GGUFFile, dtype: str) -> dict[str, Any]:
         "use_cache": True,
         "vocab_size": tensors["token_embd.weight"].shape[0],
     }
+    if not architecture.qkv_bias:
+        config["attention_bias"] = _any_bias(file, "attn_q", "attn_output")
+    if arch == "llama":
+        config["mlp_bias"] = _any_bias(file, "ffn_gate", "ffn_up", "ffn_down")
+    if architecture.windows:
+        config["use_sliding_window"] = False
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if config[key] is not None and not 0 <= config[key] < config["vocab_size"]:
             raise ConversionError(f"{file.path}: {key} {config[key]} is outside the {config['vocab_size']} tokens")
     return config
 
 
+def _any_bias(file: GGUFFile, *parts: str) -> bool:
+    return any(name.endswith(tuple(f"{part}.bias" for part in parts)) for name in file.tensors)
+
+
 def generation_config(file: GGUFFile) -> dict[str, Any]:
     """generation_config.json: the token ids that begin, pad and end a text. The end of a turn (eot) and of a message that
     calls a tool (eom) end it too. Raises ConversionError for an id that is no token."""
-    meta, size = file.metadata, len(file.metadata.get("tokenizer.ggml.tokens") or ())
+    meta, tokens = file.metadata, file.metadata.get("tokenizer.ggml.tokens") or []
+    size = len(tokens)
     ends = [meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ends += [tokens.index(token) for token in architecture_of(file).ends if token in tokens]
     ends = list(dict.fromkeys(end for end in ends if end is not None))
     for end in ends:
         if not isinstance(end, int) or not 0 <= end < size:
@@ -97,11 +150,11 @@ def rope_parameters(file: GGUFFile, head_dim: int) -> dict[str, Any]:
     GGUF states linear and YaRN scaling in its metadata, and llama3's scaling as a tensor of per-frequency divisors.
     Raises ConversionError for other scalings.
     """
-    meta = file.metadata
-    theta = shortest_float(meta.get("llama.rope.freq_base", 10000.0))
-    kind = meta.get("llama.rope.scaling.type")
-    factor = meta.get("llama.rope.scaling.factor")
-    if kind is None and (old := meta.get("llama.rope.scale_linear")):  # the key's name before 2023-10
+    meta, prefix = file.metadata, f"{architecture_of(file).name}.rope."
+    theta = shortest_float(meta.get(f"{prefix}freq_base", 10000.0))
+    kind = meta.get(f"{prefix}scaling.type")
+    factor = meta.get(f"{prefix}scaling.factor")
+    if kind is None and (old := meta.get(f"{prefix}scale_linear")):  # the key's name before 2023-10
         kind, factor = "linear", old
     rope: dict[str, Any] = {"rope_theta": theta}
     for name in file.tensors:
@@ -111,7 +164,7 @@ def rope_parameters(file: GGUFFile, head_dim: int) -> dict[str, Any]:
         if kind not in (None, "none"):
             raise ConversionError(f"{file.path}: both {ROPE_FREQS} and {kind} rope scaling are given")
         divisors = file.array(file.tensors[ROPE_FREQS]).astype(np.float64).ravel()
-        original = meta.get("llama.rope.scaling.original_context_length")
+        original = meta.get(f"{prefix}scaling.original_context_length")
         found = llama3_scaling(divisors, theta, head_dim, original)
         if found is None:
             raise ConversionError(f"{file.path}: the divisors in {ROPE_FREQS} don't follow llama3's rule")
@@ -122,12 +175,11 @@ def rope_parameters(file: GGUFFile, head_dim: int) -> dict[str, Any]:
     if kind == "linear":
         return rope | {"rope_type": "linear", "factor": factor}
     if kind == "yarn":
-        return rope | {"rope_type": "yarn", "factor": factor} | _yarn(meta, factor)
+        return rope | {"rope_type": "yarn", "factor": factor} | _yarn(meta, f"{prefix}scaling.", factor)
     raise ConversionError(f"{file.path}: rope scaling {kind!r} is not converted")
 
 
-def _yarn(meta: dict[str, Any], factor: float) -> dict[str, Any]:
-    prefix = "llama.rope.scaling."
+def _yarn(meta: dict[str, Any], prefix: str, factor: float) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if (original := meta.get(prefix + "original_context_length")) is not None:
         options["original_max_position_embeddings"] = original

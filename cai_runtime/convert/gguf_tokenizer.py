@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 # Token types of the metadata.
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -43,6 +43,12 @@ _SPLITS = {
 }
 # Words that are whole in the vocabulary are not cut into merges, even where no merge leads to them.
 _IGNORE_MERGES = {"llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken"}
+# Text is put into Unicode's normalization form C, which llama.cpp leaves out.
+_NFC = {"qwen2"}
+# llama.cpp's converter calls every token of the form <|...|> a control token; Qwen's tokenizer.json shows these in texts.
+_SHOWN = {
+    "qwen2": {f"<|{name}|>" for name in ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad", "repo_name", "file_sep")}
+}
 
 
 def write_tokenizer(file: GGUFFile, directory: Path, *, vocab_size: int) -> None:
@@ -78,13 +84,16 @@ def build_tokenizer(file: GGUFFile) -> Tokenizer:
     types = file.metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     if len(types) != len(tokens):
         raise ConversionError(f"{file.path}: {len(tokens)} tokens but {len(types)} token types")
+    # Fillers for the embedding's last rows are no tokens of the model: nothing may spell them.
+    used = max((i + 1 for i, kind in enumerate(types) if kind != _UNUSED), default=0)
+    tokens, types = tokens[:used], types[:used]
     if model == "gpt2":
         tokenizer = _byte_level(file, tokens)
     elif model == "llama":
         tokenizer = _sentencepiece(file, tokens, types)
     else:
         raise ConversionError(f"{file.path}: tokenizer {model!r} is not converted; known: gpt2, llama")
-    _add_special_tokens(tokenizer, tokens, types)
+    _add_special_tokens(tokenizer, tokens, types, _SHOWN.get(str(file.metadata.get("tokenizer.ggml.pre")), set()))
     if tokenizer.get_vocab_size() != len(set(tokens)):
         raise ConversionError(f"{file.path}: the tokenizer's special tokens don't match its vocabulary")
     _add_begin_and_end(file, tokenizer, tokens)
@@ -93,7 +102,7 @@ def build_tokenizer(file: GGUFFile) -> Tokenizer:
 
 def _byte_level(file: GGUFFile, tokens: list[str]) -> Tokenizer:
     """Byte-level BPE. GPT-2: https://cdn.openai.com/better-language-models/language_models_are_unsupervised.pdf"""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     name = file.metadata.get("tokenizer.ggml.pre")
     split = _SPLITS.get(name) if isinstance(name, str) else None
@@ -113,6 +122,8 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> Tokenizer:
     except Exception as e:
         raise ConversionError(f"{file.path}: the merges don't fit the vocabulary: {e}") from e
     tokenizer = Tokenizer(model)
+    if name in _NFC:
+        tokenizer.normalizer = normalizers.NFC()  # type: ignore[assignment]
     if split in (_GPT2, _DIGITS_GPT2):
         steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if split == _DIGITS_GPT2 else []
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True))
@@ -165,16 +176,16 @@ def merges_from_scores(tokens: list[str], scores: list[float]) -> list[tuple[str
     return [(left, right) for *_, left, right in sorted(ranked)]
 
 
-def _add_special_tokens(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> None:
-    """Control tokens stay whole and vanish from decoded text; user-defined ones stay whole."""
+def _add_special_tokens(tokenizer: Tokenizer, tokens: list[str], types: list[int], shown: set[str]) -> None:
+    """Control tokens stay whole and vanish from decoded text; user-defined ones, and those of `shown`, stay whole."""
     from tokenizers import AddedToken
 
-    def of_type(*kinds: int) -> list[str]:
-        return [token for token, kind in zip(tokens, types, strict=True) if kind in kinds and token]
-
-    special = [AddedToken(token, normalized=False, special=True) for token in of_type(_CONTROL, _UNKNOWN)]
-    tokenizer.add_special_tokens(special)
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in of_type(_USER_DEFINED)])
+    kinds = {_CONTROL: True, _UNKNOWN: True, _USER_DEFINED: False}
+    for kind, special in kinds.items():
+        found = [token for token, of in zip(tokens, types, strict=True) if of == kind and token]
+        tokenizer.add_tokens(
+            [AddedToken(token, normalized=False, special=special and token not in shown) for token in found]
+        )
 
 
 def _add_begin_and_end(file: GGUFFile, tokenizer: Tokenizer, tokens: list[str]) -> None:
@@ -221,7 +232,7 @@ def _tokenizer_config(file: GGUFFile, tokens: list[str]) -> dict[str, Any]:
         # The class that takes tokenizer.json as it is, whatever the model type.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "model_max_length": file.metadata.get("llama.context_length"),
+        "model_max_length": file.metadata.get(f"{file.metadata.get('general.architecture')}.context_length"),
         "bos_token": _token(file, tokens, "bos"),
         "eos_token": _token(file, tokens, "eos"),
         "unk_token": _token(file, tokens, "unknown"),

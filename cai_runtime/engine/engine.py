@@ -113,7 +113,7 @@ class Engine:
     @property
     def alive(self) -> bool:
         """Whether it takes requests: it was not closed, did not stop on an internal error, and this is its process."""
-        return not self._loop.closed and os.getpid() == self._process
+        return not self._loop.inbox.closed and os.getpid() == self._process
 
     def submit(self, request: Request) -> Handle:
         """Queue a request; returns at once. May be called from any thread.
@@ -140,7 +140,7 @@ class Engine:
                 sequence.log,
                 request_id=sequence.request.request_id or "",
                 prompt_tokens=sequence.num_prompt,
-                abort=partial(self._loop.inbox.put, partial(self._loop.abort, sequence.log)),
+                abort=partial(self._loop.inbox.queue.put, partial(self._loop.abort, sequence.log)),
                 keep_alive=self,
             )
             for sequence in sequences
@@ -225,7 +225,7 @@ class Engine:
         check_same_process(self._process)
         future: Future[None] = Future()
         try:
-            self._loop.send(partial(_answer, future, self._loop.scheduler.check_integrity))
+            self._loop.inbox.send(partial(_answer, future, self._loop.scheduler.check_integrity))
         except EngineClosedError:
             self._thread.join()
             self._loop.scheduler.check_integrity()
@@ -235,7 +235,7 @@ class Engine:
     def close(self) -> None:
         """End the engine after the step it is in: every unfinished request fails with EngineClosedError, the model's
         and the cache's memory is given back. Idempotent; raises what the runner's own `close` raised."""
-        self._loop.inbox.put(None)
+        self._loop.inbox.stop()
         if self._thread is not threading.current_thread():  # garbage collection may run anywhere
             self._thread.join()
         error, self._loop.close_error = self._loop.close_error, None
@@ -250,7 +250,7 @@ class Engine:
 
     def __del__(self) -> None:
         if hasattr(self, "_loop"):
-            self._loop.inbox.put(None)
+            self._loop.inbox.stop()
 
 
 def _answer(future: Future[None], ask: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""A step under way: what was launched, and what its sequences take of it."""
+"""A step under way: its passes, the tokens that its sequences take, and the errors of the runner."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ from cai_runtime.engine.scheduler import Planned
 from cai_runtime.engine.sequence import Sequence
 from cai_runtime.kernels.sampling import NOTHING_ALLOWED, Sampled
 
+# After these errors every call of CUDA fails in this process.
+LOST_DEVICE = (
+    "illegal memory access", "misaligned address", "device-side assert", "unspecified launch failure",
+    "illegal instruction", "hardware stack error", "uncorrectable ECC error",
+)  # fmt: skip
+
 
 @dataclass(slots=True)
 class Launched:
-    """A pass under way, with the sampling behind it."""
+    """A pass under way, and its sampling."""
 
     part: list[Planned]
     made: Pass | None = None
@@ -30,8 +36,7 @@ class Launched:
     found: Sampled | None = None  # once it was waited for, where rows want logprobs
 
     def wait(self) -> list[int | Exception]:
-        """For each row the sampled token, or the error that its sequence alone fails with. Raises what the pass failed
-        with."""
+        """For each row the sampled token, or an error that ends only its sequence. Raises the error of a failed pass."""
         if self.error is not None:
             raise self.error
         assert self.made is not None
@@ -44,7 +49,7 @@ class Launched:
             tokens = tokens_or_errors(sampled, self.positions)
             return self._with_mask_errors(sampled, tokens) if self.masked else tokens
         except Exception as error:  # noqa: BLE001 - such as a device out of memory
-            self.made.wait()  # raises if it was the pass that failed
+            self.made.wait()  # raises if the pass failed, and not the sampling
             forget_frames(error)
             return [error] * len(self.positions)
 
@@ -61,7 +66,7 @@ class Launched:
 
 @dataclass(slots=True)
 class Flight:
-    """A step under way. begin: when it was launched."""
+    """A step under way. begin: time of its launch."""
 
     parts: list[Launched]
     begin: float
@@ -116,8 +121,20 @@ def append_sampled(
 
 
 def forget_frames(error: BaseException) -> None:
-    """Let go of the local variables (activations, weights) of the frames that an exception went through."""
+    """Release the local variables (activations, weights) of the frames that an exception passed through."""
     seen: BaseException | None = error
     while seen is not None:
         traceback.clear_frames(seen.__traceback__)
         seen = seen.__cause__ or seen.__context__
+
+
+def lost_the_device(error: Exception) -> bool:
+    """Whether no later step can succeed in this process."""
+    said = str(error)
+    return any(text in said for text in LOST_DEVICE)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return (
+        isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "OutOfMemory" in type(error).__name__
+    )

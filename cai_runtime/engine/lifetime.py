@@ -58,4 +58,4 @@ def _close_at_exit() -> None:
     with _watcher_lock:
         loops = list(_open_loops)
     for loop in loops:
-        loop.inbox.put(None)
+        loop.inbox.stop()

@@ -1,17 +1,23 @@
-"""The step loop: the engine's thread feeds the model, samples, and hands the tokens out."""
+"""The step loop: the engine's thread feeds the model, samples, and delivers the tokens."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import queue
-import threading
 from collections.abc import Callable
 from functools import partial
 
 from cai_runtime.engine.cache import CacheManager
 from cai_runtime.engine.cache_groups import groups_of
-from cai_runtime.engine.flight import Flight, Launched, forget_frames, take_rows
+from cai_runtime.engine.flight import (
+    Flight,
+    Launched,
+    forget_frames,
+    is_out_of_memory,
+    lost_the_device,
+    take_rows,
+)
+from cai_runtime.engine.inbox import Inbox
 from cai_runtime.engine.masks import MaskedRow, fill_masks
 from cai_runtime.engine.outbox import TokenLog, deliver
 from cai_runtime.engine.pacing import PrefillPace, StepLimits
@@ -26,21 +32,12 @@ from cai_runtime.engine.stats import EngineStats
 from cai_runtime.engine.step import Step
 from cai_runtime.errors import (
     CaiError,
-    EngineClosedError,
     EngineError,
-    InvalidRequestError,
-    QueueFullError,
     RequestAbortedError,
     RunnerError,
 )
 
 logger = logging.getLogger("cai_runtime.engine")
-
-# After these errors every call of CUDA fails in this process.
-LOST_DEVICE = (
-    "illegal memory access", "misaligned address", "device-side assert", "unspecified launch failure",
-    "illegal instruction", "hardware stack error", "uncorrectable ECC error",
-)  # fmt: skip
 
 
 class EngineLoop:
@@ -61,8 +58,7 @@ class EngineLoop:
         clock: Callable[[], float],
         proposer: Proposer | None = None,
     ):
-        # SimpleQueue.put is reentrant: finalizers put here, in whatever thread the garbage collector runs.
-        self.inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.inbox = Inbox(max_batch=max_batch, max_waiting=max_waiting)
         self.stats = EngineStats()
         cache = CacheManager(*groups_of(runner), prefix_cache=prefix_cache)
         draft = None if proposer is None else partial(checked_draft, proposer, vocab_size=runner.vocab_size)
@@ -74,46 +70,17 @@ class EngineLoop:
         self._runner: Runner | None = launching(runner)
         self._sequences: dict[TokenLog, Sequence] = {}
         self._flight: Flight | None = None  # the step under way
-        self._texts: list[tuple[Sequence, float]] = []  # have tokens whose text is not made yet, and when they came
+        self._texts: list[tuple[Sequence, float]] = []  # with tokens that have no text yet, and the tokens' time
         self._outputs: list[tuple[TokenLog, Delta]] = []  # not delivered yet
-        self._gate = threading.Lock()  # guards `closed` and `_places`
-        self._places = 0  # requests that were sent and have not ended
-        self._most_places = None if max_waiting is None else max_batch + max_waiting
-        self.closed = False
-        self._crash: BaseException | None = None  # an error of the engine itself, which ended it
-
-    # Any thread
-
-    def send(self, command: Callable[[], None]) -> None:
-        """Have the engine's thread call `command` between two steps. Raises EngineClosedError."""
-        with self._gate:
-            if self.closed:
-                raise self._closed_error()
-            self.inbox.put(command)
 
     def send_requests(self, sequences: list[Sequence]) -> None:
-        """Queue sequences, all or none. Raises EngineClosedError, QueueFullError, and InvalidRequestError for more at once
-        than there are seats and places to wait."""
-        count, most = len(sequences), self._most_places
-        with self._gate:
-            if self.closed:
-                raise self._closed_error()
-            if most is not None and count > most:
-                raise InvalidRequestError(
-                    f"{count} sequences at once never fit max_batch {self.scheduler.max_batch} and max_waiting "
-                    f"{most - self.scheduler.max_batch}: ask for fewer, or raise one of them"
-                )
-            if most is not None and self._places + count > most:
-                raise QueueFullError(
-                    f"{self._places} requests run or wait already, and {most} may: try again later, or raise max_waiting"
-                )
-            self._places += count
-            self.inbox.put(partial(self._add, sequences))
+        """Queue sequences, all or none; from any thread. Raises what `Inbox.send` raises."""
+        self.inbox.send(partial(self._add, sequences), requests=len(sequences))
 
     # The engine's thread
     #
-    # While the model computes a step, this thread works on the one before: text, stop strings, delivery. What the next
-    # step depends on comes first: its tokens, and the ends that tokens alone tell.
+    # While the model computes a step, this thread works on the step before: text, stop strings, delivery. Before the next
+    # launch it does only what that step depends on: taking the tokens, and ending sequences by token ids.
 
     def run(self) -> None:
         """The step loop."""
@@ -134,23 +101,23 @@ class EngineLoop:
                     launched.wait()  # nobody wants its tokens, but the runner is closed next
         except BaseException as error:  # noqa: BLE001 - raised in every caller, so that none of them waits for ever
             forget_frames(error)
-            self._crash = error
+            self.inbox.crash = error
             logger.error("the engine stopped on an internal error: %r", error)
         self._shut_down()
 
     def _receive(self) -> bool:
-        """Carry out what was sent; wait for more while there is nothing to run. False when the engine is to close."""
+        """Call the commands of the inbox; wait for more while there is nothing to run. False: the engine shall stop."""
         while True:
-            if self.inbox.empty() and (self._flight is not None or self.scheduler.has_work):
+            if self.inbox.queue.empty() and (self._flight is not None or self.scheduler.has_work):
                 return True
-            command = self.inbox.get()
+            command = self.inbox.queue.get()
             if command is None:
                 return False
             command()
 
     def _launch(self) -> None:
-        """Schedule a step and launch it. At most as many sequences as the runner takes lately go to it at once: a row's
-        logits do not depend on that."""
+        """Schedule a step and launch it, in several passes if the runner lately failed on this many sequences. A row's
+        logits do not depend on the number of passes."""
         begin = self.clock()
         budget = self._pace.budget(decoding=self.scheduler.is_decoding)
         step = self.scheduler.schedule(min(budget, self._limits.prompt_tokens or budget))
@@ -200,7 +167,7 @@ class EngineLoop:
                 positions.append(end - feed.wanted + planned.scored + i + 1)
         try:
             launched.made = self._runner.launch(step)
-        except Exception as error:  # noqa: BLE001 - as if the pass had failed later
+        except Exception as error:  # noqa: BLE001 - raised by Launched.wait, like a failure of the pass
             launched.error = error
             return launched
         if samplers and not (ahead and launched.masked):
@@ -220,8 +187,8 @@ class EngineLoop:
             launched.tokens = [error] * len(samplers)
 
     def _complete(self, ahead: Flight | None = None) -> None:
-        """Wait for the step under way, take its tokens, and learn from its duration. ahead: the one behind it, which is
-        under way from then on; if this one fails, what follows from it is wrong."""
+        """Wait for the step under way, take its tokens, and note its duration. ahead: the step that was launched after it,
+        which is then under way. It is dropped if this step fails, since its inputs were wrong."""
         flight, self._flight = self._flight, None
         if flight is None:
             return
@@ -232,7 +199,7 @@ class EngineLoop:
             self._pace.observe(flight.prompt_tokens, self.clock() - flight.begin)
             self._limits.relax(most_sequences=self.scheduler.max_batch, most_tokens=self._pace.most)
             if ahead is not None:
-                ahead.begin = self.clock()  # before, the device was at this one
+                ahead.begin = self.clock()  # until now the device was busy with this step
                 self._flight = ahead
                 for launched in ahead.parts:
                     if launched.masked and launched.error is None:  # a row for each sequence: no drafts are fed ahead
@@ -241,16 +208,15 @@ class EngineLoop:
                         self._sample(launched)
 
     def _settle(self, launched: Launched) -> bool:
-        """Wait for a pass. If the model fails on it, run it again in halves, until the failure is that of one sequence
-        alone. That one is fed without its draft, and if it lacks memory in halves of its tokens; any other failure ends
-        its request.
+        """Wait for a pass. If the model fails, run the pass again in halves, until only one sequence fails. That sequence is
+        fed without its draft, and after a lack of memory in halves of its tokens. Any other failure ends its request.
 
-        Returns False if one sequence was to blame. Otherwise their number was, and the one that worked is remembered."""
+        Returns False if one sequence caused the failure. Otherwise their number did: the number that worked is kept."""
         try:
             tokens = launched.wait()
         except Exception as error:
             forget_frames(error)
-            if any(text in str(error) for text in LOST_DEVICE):
+            if lost_the_device(error):
                 raise RunnerError(
                     f"the GPU can't be used in this process any more ({error}): open the model in a new process"
                 ) from error
@@ -258,7 +224,7 @@ class EngineLoop:
             if not part:
                 return True
             only = part[0] if len(part) == 1 and not part[0].draft else None
-            if only is not None and (len(only.feed.ids) == 1 or not _is_out_of_memory(error)):
+            if only is not None and (len(only.feed.ids) == 1 or not is_out_of_memory(error)):
                 self._fail(only.sequence, RunnerError, "the model failed on this request", error)
                 return False
             self.stats.retries += 1
@@ -291,7 +257,7 @@ class EngineLoop:
         return False
 
     def _is_alive(self, sequence: Sequence) -> bool:
-        """Whether its request has not ended, such as by a stop string or an abort while a step was under way."""
+        """Whether the request is unfinished. It may end while its step is under way: by a stop string, by an abort."""
         return sequence.log in self._sequences
 
     def _take(self, launched: Launched, tokens: list[int | Exception]) -> None:
@@ -325,7 +291,7 @@ class EngineLoop:
                     self._end_with(sequence, error)
 
     def _hand_out(self) -> None:
-        """Make the text of the step before the one under way, and deliver it."""
+        """Make the text of the tokens taken so far, and deliver all outputs."""
         texts, self._texts = self._texts, []
         try:
             for sequence, now in texts:
@@ -359,7 +325,7 @@ class EngineLoop:
             self._fail(sequence, EngineError, "the engine failed on this request", error)
 
     def _finish(self, sequence: Sequence, now: float) -> None:
-        """Free what a sequence holds, and note how long it took."""
+        """Free the seat and the pages of a finished sequence, and note its times."""
         self._forget(sequence)
         assert sequence.first_token_at is not None
         times, decoding = sequence.log.times, now - sequence.first_token_at
@@ -386,7 +352,7 @@ class EngineLoop:
         self._end(sequence, error)
 
     def _end(self, sequence: Sequence, error: CaiError) -> None:
-        """Free what a sequence holds, then tell its consumer."""
+        """Free the seat and the pages of a failed sequence, then deliver the error."""
         self._forget(sequence)
         if isinstance(error, RequestAbortedError):
             self.stats.aborted += 1
@@ -397,31 +363,22 @@ class EngineLoop:
 
     def _forget(self, sequence: Sequence) -> None:
         del self._sequences[sequence.log]
-        with self._gate:
-            self._places -= 1
+        self.inbox.end_request()
         self.scheduler.remove(sequence)
 
-    def _closed_error(self) -> EngineClosedError:
-        crash = self._crash
-        said = str(crash) if isinstance(crash, CaiError) else f"the engine stopped on an internal error: {crash!r}"
-        error = EngineClosedError("the engine was closed" if crash is None else said)
-        error.__cause__ = crash
-        return error
-
     def _shut_down(self) -> None:
-        with self._gate:
-            self.closed = True  # nothing is sent from here on
+        self.inbox.close()
         with contextlib.suppress(Exception):
             self._hand_out()  # the last texts of requests that ended before a crash
-        while not self.inbox.empty():
-            command = self.inbox.get()
+        while not self.inbox.queue.empty():
+            command = self.inbox.queue.get()
             if command is not None:
                 command()
         for sequence in list(self._sequences.values()):
             with contextlib.suppress(Exception):  # a crash may have left the books in disorder; the caller must wake up
                 self._forget(sequence)
             self.stats.failed += 1
-            deliver([(sequence.log, self._closed_error())])
+            deliver([(sequence.log, self.inbox.closed_error())])
         runner, self._runner = self._runner, None
         try:
             if runner is not None:
@@ -433,12 +390,6 @@ class EngineLoop:
             self.stats.finished, self.stats.failed, self.stats.preemptions, self.stats.retries,
             1000 * self.stats.worst_token_gap,
         )  # fmt: skip
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return (
-        isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "OutOfMemory" in type(error).__name__
-    )
 
 
 def _size(part: list[Planned]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cai_runtime.engine.tokenizer import load_tokenizer as load_tokenizer  # others import it from here
+from cai_runtime.engine.tokenizer import load_tokenizer as load_tokenizer  # exported from here
 from cai_runtime.engine.turn_ends import end_of_sequence_ids
 from cai_runtime.errors import InvalidConfigError, KernelError, MemoryBudgetError
 from cai_runtime.options import DTYPES, PREFILL_CHUNK, EngineOptions
@@ -27,20 +27,19 @@ PAGE_SIZE = 16
 def open_engine(path: str | Path, options: EngineOptions | None = None, /, **more: Any) -> Engine:
     """Open a dense or slim checkpoint directory and start its engine.
 
-    Whatever can be checked without the weights is checked before they are loaded: the options, the device, the
-    configuration, the tokenizer.
+    Options, device, configuration and tokenizer are checked before the weights are loaded.
 
     Args:
         path: the checkpoint directory.
         options: see `EngineOptions`; the same as keywords: `open_engine(path, max_batch=8)`.
 
     Raises:
-        OptionTypeError, OptionValueError, KeepError: an option is wrong in itself, or the checkpoint is not elastic, or
-            does not open at `keep`.
+        OptionTypeError, OptionValueError: an option has a wrong type or value.
+        KeepError: the checkpoint is not elastic, or `keep` is outside its range.
         CheckpointError: the checkpoint is damaged or lacks its tokenizer.
         UnsupportedModelError: this version does not run its architecture.
-        KernelError: the device or the backend is not there.
-        MemoryBudgetError: not one sequence fits.
+        KernelError: the device or the backend is not available.
+        MemoryBudgetError: `max_context` is beyond the model's, or the KV cache is too small or can't be allocated.
         EngineClosedError: this process was forked from one with an engine.
     """
     from cai_runtime.engine.lifetime import enter_process
@@ -59,7 +58,7 @@ def open_engine(path: str | Path, options: EngineOptions | None = None, /, **mor
 
 
 def start_engine(runner: ModelRunner, tokenizer: Any, options: EngineOptions, **more: Any) -> Engine:
-    """An `Engine` over `runner`, which is closed if the engine can't start. more: further arguments of `Engine`."""
+    """An `Engine` over `runner`. Closes the runner if the engine can't start. more: further arguments of `Engine`."""
     from cai_runtime.engine.engine import Engine
 
     try:
@@ -70,7 +69,7 @@ def start_engine(runner: ModelRunner, tokenizer: Any, options: EngineOptions, **
 
 
 def resolve_place(options: EngineOptions) -> tuple[torch.device, str]:
-    """The device and the kernels' backend. Raises KernelError if one is not there."""
+    """The device and the kernels' backend. Raises KernelError if one is not available."""
     from cai_runtime.kernels.backend import resolve_backend
 
     place = choose_device(options.device)
@@ -80,10 +79,10 @@ def resolve_place(options: EngineOptions) -> tuple[torch.device, str]:
 def load_runner(
     path: Path, options: EngineOptions | None = None, /, *, keep_all: bool = False, **more: Any
 ) -> tuple[ModelRunner, dict[str, Any]]:
-    """The model of a checkpoint with its KV cache, and its config.json (at `keep`: that of the smaller checkpoint, whose
-    modules are the ones in use). Arguments and errors as of `open_engine`.
+    """The model of a checkpoint with its KV cache, and its config.json. With `keep`, the config is that of the checkpoint's
+    size at that keep. Arguments and errors as of `open_engine`.
 
-    keep_all: sliding windows keep the pages of all positions, for callers that name a sequence's pages themselves."""
+    keep_all: sliding windows keep the pages of all positions, for callers that choose a sequence's pages themselves."""
     import torch
 
     from cai_runtime.byte_sizes import format_bytes
@@ -146,7 +145,7 @@ def load_runner(
         path, time.monotonic() - begin, place, kernels, format_bytes(bytes_held(groups, counts)), held,
     )  # fmt: skip
     try:
-        runner.record_graphs(options.progress)  # now, and not in the middle of serving
+        runner.record_graphs(options.progress)  # now, so that no request waits for it
     except BaseException:
         runner.close()
         raise
@@ -154,7 +153,7 @@ def load_runner(
 
 
 def _check_context(wanted: int | None, most: Any) -> None:
-    """Refuse a `max_context` beyond the model's. most: what is known of that; anything but an integer is no limit."""
+    """Raise MemoryBudgetError for a `max_context` beyond the model's. most: the model's; if it is no integer, no limit."""
     if wanted is not None and isinstance(most, int) and wanted > most:
         raise MemoryBudgetError(f"max_context {wanted} is more than the model's {most} positions: give at most {most}")
 
@@ -184,7 +183,7 @@ def named_dtype(name: str) -> torch.dtype:
 
 
 def choose_dtype(dtype: str, config: dict[str, Any], backend: str) -> torch.dtype | None:
-    """Float weights' dtype; None keeps them as stored."""
+    """The dtype of float weights. None: as stored."""
     if dtype != "auto":
         return named_dtype(dtype)
     if backend == "cpu":

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from cai_runtime.formats.conversation import Conversation, Prepared
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a model's format and template offer.
+
+    tools: "native", the template describes them; "generic", this library does, in the system message; None, no calls.
+    parallel: several calls in one answer. reasoning: answers may hold thoughts. switch: the template's variable that
+    turns them on and off. efforts: the levels of `reasoning_effort`.
+    """
+
+    tools: Literal["native", "generic"] | None = None
+    parallel: bool = True
+    reasoning: bool = False
+    switch: str | None = None
+    efforts: tuple[str, ...] = ()
 
 
 class Format(Protocol):
@@ -14,7 +31,11 @@ class Format(Protocol):
     name: as in `Client(format=...)` and in `client.models.retrieve(...)`.
     """
 
-    name: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def capabilities(self) -> Capabilities: ...
 
     def prepare(self, conversation: Conversation) -> Prepared:
         """Render the conversation, and settle what turns the answer's tokens into events.

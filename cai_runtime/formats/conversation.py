@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cai_runtime.engine.output import OutputFactory
+from cai_runtime.formats.budget import ThoughtBudget
 from cai_runtime.formats.messages import Message
 
 
@@ -58,8 +59,10 @@ class Conversation:
 @dataclass(frozen=True)
 class Prepared:
     """prompt_ids: ends where the answer begins. output: makes events of `formats.events`. grammar: what the whole
-    generated text must be, its markers included, in llguidance's dialect of Lark with `start`; None: anything."""
+    generated text must be, its markers included, in llguidance's dialect of Lark with `start`; None: anything. budget:
+    closes the thought in time, where the request says when."""
 
     prompt_ids: list[int]
     output: OutputFactory
     grammar: str | None = None
+    budget: ThoughtBudget | None = None

@@ -7,9 +7,12 @@ what the template wrote and what callers wrote (`traced_text`), so that content 
 
 from __future__ import annotations
 
+import contextlib
+import json
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cai_runtime.errors import ConversationError
@@ -30,9 +33,39 @@ _made: weakref.WeakKeyDictionary[Any, tuple[Any, dict[str, ChatTemplate]]] = wea
 _lock = threading.Lock()  # guards _made
 
 
+def template_text(tokenizer: Any) -> str:
+    """The source of the checkpoint's chat templates; "" if it has none."""
+    stored = getattr(tokenizer, "chat_template", None) or ""
+    return "\n".join(map(str, stored.values())) if isinstance(stored, Mapping) else str(stored)
+
+
 def has_template(tokenizer: Any) -> bool:
     """Whether the checkpoint came with a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
+
+
+def template_of(checkpoint: Path) -> tuple[Any, dict[str, str]]:
+    """A checkpoint's chat template, or its templates by name, and its special tokens, without loading its tokenizer. None
+    and no tokens if it has none, or its files can't be read."""
+    config: Any = _json(checkpoint / "tokenizer_config.json")
+    config = config if isinstance(config, dict) else {}
+    stored = config.get("chat_template")
+    if isinstance(stored, list):  # as transformers writes several
+        stored = {one.get("name"): one.get("template") for one in stored if isinstance(one, dict)}
+    legacy = _json(checkpoint / "chat_template.json")
+    if isinstance(legacy, dict) and legacy.get("chat_template"):
+        stored = legacy["chat_template"]
+    with contextlib.suppress(OSError, ValueError):
+        stored = (checkpoint / "chat_template.jinja").read_text("utf-8")
+    tokens = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()}
+    return stored, {key: value for key, value in tokens.items() if key.endswith("_token") and isinstance(value, str)}
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def render(tokenizer: Any, messages: Sequence[Message], name: str | None = None) -> list[int]:

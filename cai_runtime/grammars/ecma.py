@@ -7,7 +7,16 @@ from __future__ import annotations
 
 import re
 
-_SPACE = r"\t\n\x0b\x0c\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
+# What `\s` and the like stand for: in JavaScript, where `\d` and `\w` know ASCII alone, and in Python, where they know
+# Unicode. A class allows what both do: the first of a pair has what is in both, the second what is in either.
+_CLASSES = {
+    "s": (
+        r"\t\n\x0b\x0c\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000",
+        r"\t\n\x0b\x0c\r\x1c-\x20\x85\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff",
+    ),
+    "d": ("0-9", r"\p{Nd}"),
+    "w": ("0-9A-Za-z_", r"\p{L}\p{M}\p{N}_"),
+}
 _DOT = r"[^\n\r\u2028\u2029]"
 _ESCAPE = re.compile(
     r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|u\{[0-9a-fA-F]+\}|[pP]\{[^}]*\}|[dDwWsStnrfv]|[^a-zA-Z0-9])", re.DOTALL
@@ -22,7 +31,7 @@ def rust_regex(pattern: str) -> str:
         ValueError: it has something that Rust's syntax or a mask does not know; the message names it.
     """
     out: list[str] = []
-    at, in_class = 0, False
+    at, in_class, negated = 0, False, False
     while at < len(pattern):
         char = pattern[at]
         if char == "\\":
@@ -30,13 +39,18 @@ def rust_regex(pattern: str) -> str:
             if found is None:
                 raise ValueError(f"the escape {pattern[at : at + 2]!r} is not supported in a regular expression")
             text = found.group()
-            space = {r"\s": f"[{_SPACE}]", r"\S": f"[^{_SPACE}]"}.get(text)
-            out.append(space or text)
+            if text[1].lower() in _CLASSES and len(text) == 2:
+                both, either = _CLASSES[text[1].lower()]
+                if text[1].islower():
+                    text = f"[{either if negated else both}]"
+                else:
+                    text = f"[^{both if negated else either}]"
+            out.append(text)
             at = found.end()
             continue
         if in_class:
             if char == "]":
-                in_class = False
+                in_class = negated = False
             elif char in "[&~" or (char == "-" and pattern.startswith("--", at)):
                 char = "\\" + char  # an operator of Rust's, alone or doubled
         elif char == "[":
@@ -45,7 +59,7 @@ def rust_regex(pattern: str) -> str:
             if start[:1] == "]" or start == "^]":
                 raise ValueError("an empty class is not supported in a regular expression")
             if start[:1] == "^":
-                char, at = "[^", at + 1
+                char, at, negated = "[^", at + 1, True
         elif char == ".":
             char = _DOT
         elif char == "(" and pattern.startswith(_ASSERTIONS, at):

@@ -106,8 +106,13 @@ def choice(texts: Sequence[str]) -> str:
     if not texts:
         raise GrammarError("there must be at least one text to choose")
     check_size("".join(texts), "choice")
-    quoted = [json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f") for text in dict.fromkeys(texts)]
-    return _checked("(" + " | ".join(quoted) + ")", "the choice")
+    # One lexeme: as alternatives of a rule, each would be an item of the parser.
+    return _checked(f"/(?:{'|'.join(map(_literal, dict.fromkeys(texts)))})/", "the choice")
+
+
+def _literal(text: str) -> str:
+    """A regular expression of this text alone."""
+    return "".join(c if c.isalnum() and c.isascii() else f"\\x{{{ord(c):x}}}" for c in text)
 
 
 def _checked(expression: str, what: str) -> str:
@@ -122,7 +127,7 @@ def refusal(grammar: str) -> str | None:
     """What llguidance says against a grammar; None if nothing. Special tokens pass: they are the model's."""
     import llguidance
 
-    limits = llguidance.LLParserLimits(**LIMITS)
+    limits = llguidance.LLParserLimits(**LIMITS)  # type: ignore[arg-type]
     is_error, messages = llguidance.LLMatcher.validate_grammar_with_warnings(
         llguidance.LLMatcher.grammar_from_lark(grammar), limits=limits
     )

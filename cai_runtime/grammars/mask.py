@@ -82,6 +82,8 @@ class GrammarMask:
 
     def _error(self) -> GrammarError:
         reason = self._matcher.get_error().strip().partition("\n")[0]
+        if reason.startswith("NoExtension"):
+            reason = "no text that fits it begins like this one"
         return GrammarError(f"'{self.name}' can't be followed any further: {reason}", param=self.name)
 
 

@@ -6,7 +6,6 @@ are refused here, or put in other words that it enforces. What is left is its ow
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -66,7 +65,9 @@ def enforceable(schema: Any) -> Any:
         copied = json.loads(json.dumps(schema, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise SchemaError(f"the schema is no JSON: {error}", "") from error
-    _Walk(copied).check(copied, "", 0)
+    walk = _Walk(copied)
+    walk.check(copied, "", 0)
+    walk.check_circles()
     return copied
 
 
@@ -74,8 +75,8 @@ class _Walk:
     """Checks a document's schemas, and changes them in place."""
 
     def __init__(self, root: Any):
-        self.root = copy.deepcopy(root)  # as it was, for references
-        self._seen: set[int] = set()
+        self._pointers: dict[int, str] = {}  # by the id() of the schemas that were checked
+        self._same: dict[int, list[int]] = {}  # the schemas that the same value must fit: id() -> id()s
         self.document = root
         self._id = root.get("$id") if isinstance(root, dict) else None
 
@@ -84,17 +85,20 @@ class _Walk:
             return
         if not isinstance(node, dict):
             raise SchemaError(f"a schema is an object or a boolean, got {shown(node)}", pointer)
-        if id(node) in self._seen:
+        if id(node) in self._pointers:
             return
-        self._seen.add(id(node))
+        self._pointers[id(node)] = pointer
         if depth > MAX_DEPTH:
             raise SchemaError(f"schemas are nested more than {MAX_DEPTH} deep", pointer)
         self._check_keywords(node, pointer)
         self._check_properties_count(node, pointer)
+        same = self._same[id(node)] = []
         for name, child in [*_children(node)]:
             self.check(child, f"{pointer}/{name}", depth + 1)
+            if name.startswith(("allOf/", "anyOf/", "oneOf/")):
+                same.append(id(child))
         if "$ref" in node:
-            self._check_reference(node["$ref"], pointer, depth)
+            same.append(id(self._check_reference(node["$ref"], pointer, depth)))
         if "format" in node:
             _rewrite_format(node, pointer)
 
@@ -142,7 +146,27 @@ class _Walk:
                     f"{pointer}/minProperties",
                 )
 
-    def _check_reference(self, target: Any, pointer: str, depth: int) -> None:
+    def check_circles(self) -> None:
+        """Refuse a schema that asks of a value that it fits this very schema: that says nothing."""
+        done: set[int] = set()
+        for start in self._same:
+            way = [(start, iter(self._same[start]))]
+            under_way = {start}
+            while way:
+                node, left = way[-1]
+                following = next((n for n in left if n in self._same and n not in done), None)
+                if following is None:
+                    done.add(node)
+                    under_way.discard(node)
+                    way.pop()
+                elif following in under_way:
+                    raise SchemaError("the schema refers to itself for the same value", self._pointers[following])
+                else:
+                    under_way.add(following)
+                    way.append((following, iter(self._same[following])))
+
+    def _check_reference(self, target: Any, pointer: str, depth: int) -> Any:
+        """The schema that a `$ref` leads to."""
         place = f"{pointer}/$ref"
         if not isinstance(target, str):
             raise SchemaError(f"must be a text, got {shown(target)}", place)
@@ -163,6 +187,7 @@ class _Walk:
             else:
                 raise SchemaError(f"there is nothing at {shown(target)}", place)
         self.check(node, fragment, depth + 1)
+        return node
 
 
 def _rust_regex(pattern: Any, place: str) -> str:

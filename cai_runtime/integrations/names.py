@@ -1,4 +1,4 @@
-"""What the tensors of a checkpoint are called in transformers' model, which renames and fuses some while it loads."""
+"""Maps names of a checkpoint's tensors to names in transformers' model: transformers renames and fuses some at load."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Names:
-    """The names of one model, resident or on the meta device."""
+    """The names in one model, whose weights may be on the meta device."""
 
     def __init__(self, model: Any):
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -23,8 +23,8 @@ class Names:
         self._own |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
 
     def in_model(self, name: str) -> str | None:
-        """The name of a stock tensor in the model; None for one that is converted: fused with others, or permuted. A name
-        that the model does not have comes back as transformers would look for it."""
+        """The name of a stock tensor in the model; None if transformers converts it (fuses or permutes). For a tensor that
+        the model does not have, the name that transformers would look for."""
         renamed = self._renamed(name)
         if renamed is None or self._prefix is None or renamed in self._own:
             return renamed
@@ -34,8 +34,8 @@ class Names:
         return renamed
 
     def module_in_model(self, name: str, parts: Sequence[str]) -> str | None:
-        """The name of a linear module or an embedding in the model; None if its weight is converted, or if `parts`, the
-        names of its cores, would not be renamed as its weight is."""
+        """The name of a linear module or an embedding in the model. None if transformers converts its weight, or renames its
+        cores in another way than the weight. parts: names of the cores' tensors, without the module's."""
         weight, found = self._renamed(f"{name}.weight"), self.in_model(f"{name}.weight")
         if weight is None or found is None:
             return None

@@ -37,7 +37,7 @@ CONFIG_FILE = "config.json"
 
 
 def register() -> None:
-    """Put the method into transformers' tables. Idempotent."""
+    """Add the quantization method to transformers' registries. Idempotent."""
     if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(QUANT_METHOD)(SlimQuantizationConfig)
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
@@ -45,12 +45,12 @@ def register() -> None:
 
 
 class SlimQuantizationConfig(QuantizationConfigMixin):
-    """`quantization_config` of a slim checkpoint, kept as it was read and checked as the reader checks it.
+    """`quantization_config` of a slim checkpoint, with the checks of the reader. Keeps all entries as they were read.
 
-    Of an elastic checkpoint transformers takes the largest size. The lowrank forms that some of its dense modules have
-    besides are not loaded; a model that lacks them is no longer elastic, and `to_dict` doesn't say that it is.
+    Of an elastic checkpoint, transformers loads the largest size. It does not load the second, lowrank form of a dense
+    module. A model without second forms is not elastic, so `to_dict` leaves out the table.
 
-    Raises InvalidConfigError and its kin, see `SlimConfig.from_config`.
+    Raises what `SlimConfig.from_config` raises, such as InvalidConfigError.
     """
 
     quant_method: Any = QUANT_METHOD
@@ -81,9 +81,11 @@ class SlimQuantizationConfig(QuantizationConfigMixin):
 
 
 class SlimQuantizer(HfQuantizer):
-    """Puts modules that hold cores where the checkpoint lists them, before transformers loads the tensors by name."""
+    """Replaces the modules that the checkpoint lists by modules with cores. transformers then loads the tensors by name."""
 
-    requires_calibration = True  # a dense model isn't made slim while it is loaded: `cai compress` does that
+    requires_calibration = (
+        True  # transformers must not compress a dense model while loading it: `cai compress` does that
+    )
     quantization_config: SlimQuantizationConfig
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -95,11 +97,11 @@ class SlimQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        # torch.compile works, on the plain torch path. `generate` must not switch to it by itself: kernels are faster.
+        # torch.compile works, on the plain torch path. `generate` must not compile by itself: the kernels are faster.
         return False
 
-    # transformers calls both of these after it has read the config and before it looks for the weights' files, which is
-    # when the guard must go. Which of them it calls depends on its version.
+    # transformers calls some of these hooks, by version, after it has read the config and before it looks for the weights'
+    # files. The guard must be removed in between.
     def update_tp_plan(self, config: Any) -> Any:
         return _without_guard(config)
 
@@ -120,7 +122,7 @@ class SlimQuantizer(HfQuantizer):
         _untie_what_differs(model, self.quantization_config.modules, stored, names)
         for name, spec in self.quantization_config.modules.items():
             if spec.kind == "dense" and STORES[spec.store[0]].scale is None:
-                continue  # a stock module, in the dtype that was asked for
+                continue  # stays a stock module, in the requested dtype
             found = _name_in(model, name, spec, names)
             if found is not None:
                 _put(model, found, spec, dtype or model.dtype)
@@ -129,7 +131,7 @@ class SlimQuantizer(HfQuantizer):
             for name, spec in self.quantization_config.second_forms.items()
             for tensor in spec.tensors(name)
         }
-        if unused:  # not worth transformers' report of unexpected tensors
+        if unused:  # so that transformers does not report them as unexpected
             model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *unused}
         return model
 
@@ -143,7 +145,7 @@ class SlimQuantizer(HfQuantizer):
             module.check(name)
             module.arrange()
         heads_first = sorted(modules.values(), key=lambda module: not isinstance(module, TiedLinear))
-        for module in heads_first:  # a tied head protects the weight for its embedding, too
+        for module in heads_first:  # a tied head also protects its embedding's weight
             module.protect()
         _guard_saves(model)
         _guard_resizing(model)
@@ -152,7 +154,7 @@ class SlimQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(
         self, model: Any, *_: Any, **__: Any
     ) -> tuple[dict[str, torch.Tensor] | None, dict]:
-        """What `save_pretrained` writes: the model's state, its listed dense modules in their float stores again."""
+        """The state dict that `save_pretrained` writes: listed dense modules are cast back to their float stores."""
         import torch
 
         from cai_runtime.slim.shard import DTYPES
@@ -175,7 +177,7 @@ class SlimQuantizer(HfQuantizer):
                 changed[weight.data_ptr()] = weight.to(stored)
         if not changed:
             return None, {}
-        # By address: tied weights stay one tensor, of which transformers keeps one name.
+        # `changed` is by address, so that tied weights stay one tensor, which transformers saves once.
         return {name: changed.get(tensor.data_ptr(), tensor) for name, tensor in state.items()}, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -191,8 +193,8 @@ class SlimQuantizer(HfQuantizer):
 
 
 def _checked_tensors(checkpoint_files: list[str] | None) -> set[str]:
-    """Names of the checkpoint's tensors, after checking that they are what its config says. transformers itself would draw a
-    missing core at random. Nothing to check where the tensors were given as a state_dict."""
+    """Names of the checkpoint's tensors, after checking them against its config: transformers would draw a missing core at
+    random. Empty if the tensors were given as a state_dict."""
     from cai_runtime.slim.reader import Checkpoint
 
     if not checkpoint_files:
@@ -205,11 +207,12 @@ def _checked_tensors(checkpoint_files: list[str] | None) -> set[str]:
 
 
 def _untie_what_differs(model: Any, modules: dict[str, ModuleSpec], stored: set[str], names: Names) -> None:
-    """Where config.json ties two weights and the checkpoint holds both, let each keep its own.
+    """Untie two weights that config.json ties, if the checkpoint holds both and one of them is slim.
 
-    transformers does so for stock weights that differ, and slim ones it can't compare.
+    transformers unties stock weights that differ, but it can't compare slim ones.
 
-    Raises UnsupportedModelError where a packed weight would have to be shared with a module that comes before it.
+    Raises UnsupportedModelError if the checkpoint has the cores of a tie's target but not its source: transformers loads
+    the source.
     """
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     held = {names.in_model(name) for name in stored | {f"{module}.weight" for module in modules}}
@@ -229,7 +232,7 @@ def _untie_what_differs(model: Any, modules: dict[str, ModuleSpec], stored: set[
 
 
 def _name_in(model: Any, name: str, spec: ModuleSpec, names: Names) -> str | None:
-    """The module's name in this class of model, which may be the base model alone, or have another head."""
+    """The module's name in this class of model. None if the class lacks it: a base model has no head."""
     parts = [tensor.removeprefix(".") for tensor in spec.tensors("")]
     found = names.module_in_model(name, parts)
     if found is not None:
@@ -238,7 +241,7 @@ def _name_in(model: Any, name: str, spec: ModuleSpec, names: Names) -> str | Non
         if not found.startswith(f"{model.base_model_prefix}.") and found.split(".")[0] not in dict(
             model.named_children()
         ):
-            return None  # of a head that this class doesn't have
+            return None  # part of a head that this class doesn't have
     raise UnsupportedModelError(
         f"{type(model).__name__} has no module {name}, which the checkpoint stores as cores: transformers fuses or renames "
         "it in this architecture. Use cai_runtime.Client, or `cai export --dense`"
@@ -246,7 +249,7 @@ def _name_in(model: Any, name: str, spec: ModuleSpec, names: Names) -> str | Non
 
 
 def _put(model: Any, name: str, spec: ModuleSpec, dtype: torch.dtype) -> None:
-    """Replace a stock module by one that holds the cores, and what is tied to it."""
+    """Replace a stock module, and a head tied to it, by modules that hold the cores."""
     from torch import nn
 
     from cai_runtime.integrations.embedding import SlimEmbedding
@@ -288,7 +291,7 @@ def _check_shape(name: str, spec: ModuleSpec, wanted: tuple[int, int]) -> None:
 
 
 def _without_guard(config: Any) -> Any:
-    """The checkpoint is about to be read as what it is: look for its weights under their own name."""
+    """Remove the guard from the config, so that transformers looks for the weights under their own name."""
     from cai_runtime.slim.writer import GUARD, GUARD_KEY
 
     if getattr(config, GUARD_KEY, None) == GUARD:
@@ -297,12 +300,13 @@ def _without_guard(config: Any) -> Any:
 
 
 def _guard_saves(model: nn.Module) -> None:
-    """Let the model's `save_pretrained` leave the guard in config.json, from where transformers takes it."""
+    """Let the model's `save_pretrained` add the guard to config.json: transformers removes it when it saves."""
     model.__dict__["save_pretrained"] = partial(_save_pretrained, model)  # copied and pickled with the model
 
 
 def _save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-    """`PreTrainedModel.save_pretrained`; without `push_to_hub=True`, for which there is `model.push_to_hub`."""
+    """`PreTrainedModel.save_pretrained` with the guard. Raises CheckpointWriteError for `push_to_hub=True`: it would upload
+    config.json without the guard."""
     if kwargs.get("push_to_hub"):
         raise CheckpointWriteError("save_pretrained can't upload a slim checkpoint; use model.push_to_hub(...)")
     type(self).save_pretrained(self, save_directory, *args, **kwargs)
@@ -312,7 +316,7 @@ def _save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, *
 
 
 def _guard_resizing(model: nn.Module) -> None:
-    """Let the model's `resize_token_embeddings` name what can't be resized, instead of what it then stumbles over."""
+    """Let the model's `resize_token_embeddings` raise an error that names the slim module that can't be resized."""
     if isinstance(getattr(model, "resize_token_embeddings", None), MethodType):
         model.__dict__["resize_token_embeddings"] = partial(_resize_token_embeddings, model)
 
@@ -320,8 +324,8 @@ def _guard_resizing(model: nn.Module) -> None:
 def _resize_token_embeddings(
     self: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
 ) -> Any:
-    """`PreTrainedModel.resize_token_embeddings`. Raises UnsupportedModelError where embedding or head is a slim module,
-    which has as many rows as its checkpoint says, unless nothing would change."""
+    """`PreTrainedModel.resize_token_embeddings`. Raises UnsupportedModelError if the number of rows would change, but
+    embedding or head is a slim module."""
     from cai_runtime.integrations.dense import slim_modules
 
     rows = self.get_input_embeddings().weight.shape[0]
@@ -337,7 +341,7 @@ def _resize_token_embeddings(
 
 
 def add_guard(file: Path) -> None:
-    """Put the guard into a config.json whose checkpoint is slim, in one step."""
+    """Add the guard to the config.json of a slim checkpoint, in one step. Raises InvalidConfigError for another config."""
     from cai_runtime.slim.writer import GUARD, GUARD_KEY
 
     config = json.loads(file.read_text(encoding="utf-8"))
@@ -349,4 +353,4 @@ def add_guard(file: Path) -> None:
     new.replace(file)
 
 
-register()  # also where this module, imported first, is what imports transformers
+register()  # `registration` leaves it to this module if its import is what imports transformers

@@ -1,9 +1,9 @@
-"""Registers the slim format with transformers, now or when transformers is imported. No torch, no transformers here.
+"""Registers the slim format with transformers, now or when transformers is imported. Imports neither torch nor transformers.
 
-transformers keeps its quantization methods in tables of `transformers.quantizers.auto` and reads no entry points, so
-somebody has to call `register_quantizer` in the process. Importing that module costs seconds and brings in torch, which
-`import cai_runtime` must not; where it is not loaded yet, a finder at the head of `sys.meta_path` waits for that one name,
-registers behind it and takes itself out again.
+transformers keeps its quantization methods in tables of `transformers.quantizers.auto` and reads no entry points, so each
+process must call `register_quantizer`. Importing that module takes seconds and imports torch, which `import cai_runtime`
+must not do. If it is not loaded yet, a finder at the head of `sys.meta_path` waits for that one name. It removes itself
+when the module is imported, and registers after it.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ QUANTIZER = "cai_runtime.integrations.quantizer"
 def install() -> None:
     """Register with transformers as soon as it can be used: at once if it is loaded. Idempotent; never raises."""
     if WATCHED in sys.modules:
-        import_module(WATCHED)  # waits where another thread is in the middle of it
+        import_module(WATCHED)  # waits if another thread is importing it
         _register()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
 def _register() -> None:
-    """A failure is a warning: it must not break an `import transformers` that never meets a slim checkpoint, and
-    without a registration a slim checkpoint does not load (`cai_runtime.slim.writer.GUARD`)."""
+    """A failure is a warning, so that `import transformers` works for programs without slim checkpoints. A slim checkpoint
+    does not load without the registration: see `cai_runtime.slim.writer.GUARD`."""
     quantizer = sys.modules.get(QUANTIZER)
     if quantizer is not None and not hasattr(quantizer, "register"):
-        return  # it is being imported, and imports transformers: it registers at its end
+        return  # its own import is importing transformers: it registers at its end
     try:
         import_module(QUANTIZER).register()
     except Exception as e:  # noqa: BLE001
@@ -45,7 +45,7 @@ def _register() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds `WATCHED` as the other finders do, with a loader that registers behind it. Used once."""
+    """Finds `WATCHED` by the other finders, and wraps its loader so that it registers afterwards. Used once."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -61,7 +61,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    """The module's own loader, and a registration once the module is there."""
+    """Runs the module's own loader, then registers."""
 
     def __init__(self, loader: Loader):
         self._loader = loader
@@ -71,7 +71,7 @@ class _Loader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         if module.__spec__ is not None:
-            module.__spec__.loader = self._loader  # what tools that look at a module expect
+            module.__spec__.loader = self._loader  # as tools that inspect modules expect
         module.__loader__ = self._loader
         self._loader.exec_module(module)
         _register()

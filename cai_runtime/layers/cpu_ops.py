@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cai_runtime.kernels.activation import swiglu_cpu
-from cai_runtime.kernels.attention import CpuAttention, CpuKVCache, HeadLayout
+from cai_runtime.kernels.attention import CpuAttention, CpuKVCache, HeadLayout, HeadNorms
 from cai_runtime.kernels.batch import FULL
 from cai_runtime.kernels.cpu_library import Arena
 from cai_runtime.kernels.embedding import CpuEmbedding, take_rows
@@ -34,9 +34,14 @@ class CpuOps:
         return CpuKVCache(pages, page_size, heads, dtype)
 
     def attention(
-        self, heads: HeadLayout, cache: CpuKVCache, sinks: torch.Tensor | None = None, group: str = FULL
+        self,
+        heads: HeadLayout,
+        cache: CpuKVCache,
+        sinks: torch.Tensor | None = None,
+        group: str = FULL,
+        norms: HeadNorms | None = None,
     ) -> CpuAttention:
-        return CpuAttention(heads, cache, sinks, group)
+        return CpuAttention(heads, cache, sinks, group, norms)
 
     def embedding_and_head(
         self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cai_runtime.kernels.attention import HeadLayout, ReferenceKVCache
+from cai_runtime.kernels.attention import HeadLayout, HeadNorms, ReferenceKVCache
 from cai_runtime.kernels.batch import FULL, AttentionBatch
 from cai_runtime.kernels.cpu_library import Arena
 from cai_runtime.kernels.embedding import embedding_reference, take_rows
@@ -20,22 +20,27 @@ from cai_runtime.kernels.weights import LinearWeights
 class GpuAttention:
     """RoPE with the cache write, then attention over pages [pages, kv_heads, page_size, head_dim].
 
-    sinks: fp32 [query_heads] on the model's device, or None. group: of the cache.
+    sinks: fp32 [query_heads] on the model's device, or None. group: of the cache. norms: of queries and keys, if any.
     """
 
     def __init__(
-        self, heads: HeadLayout, cache: ReferenceKVCache, sinks: torch.Tensor | None = None, group: str = FULL
+        self,
+        heads: HeadLayout,
+        cache: ReferenceKVCache,
+        sinks: torch.Tensor | None = None,
+        group: str = FULL,
+        norms: HeadNorms | None = None,
     ) -> None:
-        self.heads, self.cache, self.sinks, self.group = heads, cache, sinks, group
+        self.heads, self.cache, self.sinks, self.group, self.norms = heads, cache, sinks, group, norms
 
     def __call__(self, qkv: torch.Tensor, batch: AttentionBatch, cos_sin: torch.Tensor, scale: float) -> torch.Tensor:
-        """qkv [T, (Hq + 2 Hkv) D], whose queries and keys are rotated in place -> [T, Hq D]."""
+        """qkv [T, (Hq + 2 Hkv) D], whose queries and keys are normalized and rotated in place -> [T, Hq D]."""
         from cai_runtime.kernels.triton import paged_attention, rope_kv_write
 
         heads, cache, table = self.heads, self.cache, batch.tables[self.group]
         rope_kv_write(
             qkv, batch.positions, cos_sin, cache.k, cache.v, table.slots, heads.query_heads, heads.kv_heads,
-            heads.head_dim,
+            heads.head_dim, norms=self.norms,
         )  # fmt: skip
         q = qkv[:, : heads.query_width].view(-1, heads.query_heads, heads.head_dim)
         return paged_attention(
@@ -67,9 +72,14 @@ class GpuOps:
         return ReferenceKVCache(pages, page_size, heads, dtype, self._device)
 
     def attention(
-        self, heads: HeadLayout, cache: ReferenceKVCache, sinks: torch.Tensor | None = None, group: str = FULL
+        self,
+        heads: HeadLayout,
+        cache: ReferenceKVCache,
+        sinks: torch.Tensor | None = None,
+        group: str = FULL,
+        norms: HeadNorms | None = None,
     ) -> GpuAttention:
-        return GpuAttention(heads, cache, sinks, group)
+        return GpuAttention(heads, cache, sinks, group, norms)
 
     def embedding_and_head(
         self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from cai_runtime.kernels.attention import HeadLayout
+from cai_runtime.kernels.attention import HeadLayout, HeadNorms
 from cai_runtime.kernels.batch import FULL, AttentionBatch
 from cai_runtime.kernels.cpu_library import Arena
 from cai_runtime.kernels.program import Input
@@ -35,7 +35,7 @@ class KVCache(Protocol):
 
 
 class Attention(Protocol):
-    """Attention of one layer over its pages; rotates, writes keys and values, attends."""
+    """Attention of one layer over its pages; normalizes heads, rotates, writes keys and values, attends."""
 
     @property
     def cache(self) -> KVCache: ...
@@ -59,10 +59,15 @@ class Ops(Protocol):
         ...
 
     def attention(
-        self, heads: HeadLayout, cache: Any, sinks: torch.Tensor | None = None, group: str = FULL
+        self,
+        heads: HeadLayout,
+        cache: Any,
+        sinks: torch.Tensor | None = None,
+        group: str = FULL,
+        norms: HeadNorms | None = None,
     ) -> Attention:
         """One layer's attention over its pages. cache: what `kv_cache` made. sinks: fp32 [query_heads], see
-        `paged_attention_reference`. group: the cache group whose page table it reads."""
+        `paged_attention_reference`. group: the cache group whose page table it reads. norms: of queries and keys."""
         ...
 
     def page_bytes(self, page_size: int, heads: HeadLayout, dtype: torch.dtype) -> int:

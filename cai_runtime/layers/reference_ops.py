@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cai_runtime.kernels.activation import swiglu_reference
-from cai_runtime.kernels.attention import HeadLayout, ReferenceAttention, ReferenceKVCache
+from cai_runtime.kernels.attention import HeadLayout, HeadNorms, ReferenceAttention, ReferenceKVCache
 from cai_runtime.kernels.batch import FULL
 from cai_runtime.kernels.cpu_library import Arena
 from cai_runtime.kernels.embedding import embedding_reference, take_rows
@@ -34,9 +34,14 @@ class ReferenceOps:
         return ReferenceKVCache(pages, page_size, heads, dtype, self._device)
 
     def attention(
-        self, heads: HeadLayout, cache: ReferenceKVCache, sinks: torch.Tensor | None = None, group: str = FULL
+        self,
+        heads: HeadLayout,
+        cache: ReferenceKVCache,
+        sinks: torch.Tensor | None = None,
+        group: str = FULL,
+        norms: HeadNorms | None = None,
     ) -> ReferenceAttention:
-        return ReferenceAttention(heads, cache, sinks, group)
+        return ReferenceAttention(heads, cache, sinks, group, norms)
 
     def embedding_and_head(
         self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype

@@ -1,5 +1,5 @@
-"""Opens a checkpoint directory, slim or plain dense: everything that can be checked without reading the weights is
-checked in `Checkpoint.open`, and tensors are handed out as views of the mapped files."""
+"""Opens a checkpoint directory, slim or plain dense. `Checkpoint.open` checks everything that can be checked without reading
+the weights. Tensors are views of the mapped files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ REPORT_FILE = "slim_report.json"
 
 
 class _Part(NamedTuple):
-    """Which of a core's tensors one is."""
+    """The role of a tensor in a core: its codes, scales or zero points."""
 
     suffix: str  # see `StoreType.tensors`
     store: str
@@ -58,12 +58,11 @@ class Checkpoint:
         is_slim: whether there is a slim `quantization_config`.
         nbytes: bytes of all tensors.
         elastic: the table of an elastic checkpoint, otherwise None.
-        keep: of an elastic checkpoint: the share of its table's parameters that is in use, at most what was asked for.
+        keep: of an elastic checkpoint: the share of its table's parameters in use, at most the `keep` given to `open`.
 
-    An elastic checkpoint that is opened at some `keep` looks like the smaller checkpoint that it holds: `modules`,
-    `tensors`, `nbytes` and everything that is read are that one's, and so is `config`, which is no longer elastic. Only
-    `TensorInfo.start` and `.file` tell where the larger tensor lies. Opened without, it is at its largest keep, and
-    `config` is as it is on disk.
+    An elastic checkpoint opened at some `keep` looks like the ordinary checkpoint of that size: `config`, `modules`,
+    `tensors`, `nbytes` and all reads. Only `TensorInfo.start` and `.file` say where the larger tensor lies. Opened without
+    `keep`, the checkpoint has its largest size, and `config` is as on disk.
 
     Reading from several threads is fine. The files must not be changed while they are open.
     """
@@ -84,13 +83,13 @@ class Checkpoint:
         self.elastic = slim.elastic if slim is not None else None
         self.keep: float | None = None
         self._closed = False
-        # As `quantization_config` lists them, each with the second form of an elastic module that has two.
+        # By module: the form that `quantization_config` lists, then the second form of an elastic module, if it has one.
         seconds = {m.name: m.second for m in self.elastic.modules if m.second} if self.elastic is not None else {}
         self._forms = {
             name: [spec, seconds[name]] if name in seconds else [spec] for name, spec in self.modules.items()
         }
         self._on_disk = tensors
-        self._tensors = tensors  # those in use, in the shape in use
+        self._tensors = tensors  # those in use at this keep, with their shapes at this keep
         self._maps = {file: MappedFile(file) for file in {info.file for info in tensors.values()}}
         if self.elastic is not None:
             self._take(self.elastic, keep)
@@ -104,16 +103,16 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path, keep: float | None = None) -> Checkpoint:
-        """Open and check a directory. No weight is read; the pivots of interpolative modules are.
+        """Open and check a directory. Reads no weights, but the pivots of interpolative modules.
 
-        keep: of an elastic checkpoint: the share of parameters to use, at most, in the range that its table spans; None: the
-        largest.
+        keep: of an elastic checkpoint: the largest share of parameters to use, in the range of its table; None: the largest
+        of the table.
 
         Raises:
-            KeepError: the checkpoint is not elastic, or does not go as low or as high. TypeError: `keep` is no number.
-            MissingFileError: the directory, config.json, or a shard is not there.
+            KeepError: the checkpoint is not elastic, or `keep` is outside its range. TypeError: `keep` is no number.
+            MissingFileError: the directory, config.json, or a shard is missing.
             InvalidConfigError: config.json or the index is malformed, or contradicts itself or the files.
-            UnknownVersionError, UnknownKindError, UnknownStoreError: written by a version this one does not know.
+            UnknownVersionError, UnknownKindError, UnknownStoreError: the checkpoint is of a newer version.
             TruncatedFileError, CorruptFileError: a shard is cut short, or its header contradicts itself; a file is a Git
                 LFS pointer.
             TensorMissingError, TensorShapeError, TensorDtypeError: a tensor is not what its module's entry implies.
@@ -134,7 +133,7 @@ class Checkpoint:
         return checkpoint
 
     def tensors(self) -> dict[str, TensorInfo]:
-        """The place of every tensor in use, by name. The other forms of an elastic checkpoint's modules are not in use."""
+        """The place of every tensor in use, by name. Forms that an elastic checkpoint's keep leaves out are not in use."""
         return dict(self._tensors)
 
     def __contains__(self, name: object) -> bool:
@@ -145,7 +144,7 @@ class Checkpoint:
         return name in self.modules or f"{name}.weight" in self._tensors
 
     def spec(self, name: str) -> ModuleSpec:
-        """The module's spec: its entry, or what its `weight` implies when it has none (kind dense).
+        """The module's spec: its entry in `modules`, or without one a dense spec from its `weight`.
 
         Raises:
             TensorMissingError, TensorShapeError, TensorDtypeError: no entry and no 2-D fp32, bf16 or fp16
@@ -168,8 +167,8 @@ class Checkpoint:
         return ModuleSpec("dense", info.shape[0], info.shape[1], None, (store,))
 
     def tensor(self, name: str, check_finite: bool = True) -> torch.Tensor:
-        """The tensor as a view of the mapped file (do not write to it); a copy, where an elastic checkpoint's core is read
-        in part. It stays valid after `release` and `close`.
+        """The tensor as a view of the mapped file: do not write to it. If only part of an elastic checkpoint's core is read,
+        a copy. It stays valid after `release` and `close`.
 
         Raises:
             TensorMissingError: no such tensor.
@@ -180,11 +179,11 @@ class Checkpoint:
     def module(self, name: str, check_finite: bool = True) -> ModuleWeights:
         """All tensors of one linear module, as views of the mapped files.
 
-        check_finite: read every value once: no NaN, no infinity, and what `damage` knows of.
+        check_finite: read every value once, and check it for NaN, infinity and the faults that `damage` finds.
 
         Raises:
             CorruptFileError: a scale is not positive, a zero point above 15, an unused half byte not zero.
-            Besides, what `tensor` and `spec` raise.
+            What `tensor` and `spec` raise.
         """
         from cai_runtime.slim.module import ModuleWeights
         from cai_runtime.slim.stores import CoreData
@@ -202,20 +201,20 @@ class Checkpoint:
         return ModuleWeights(name, spec, cores, pivot, bias)
 
     def module_tensors(self, name: str) -> list[str]:
-        """Names of all tensors of a module, its bias among them if it has one: what to `release` after copying it."""
+        """Names of all tensors of a module, its bias included: those to `release` after copying it."""
         bias = f"{name}.bias"
         return [*self.spec(name).tensors(name), *([bias] if bias in self._tensors else [])]
 
     def release(self, names: str | Iterable[str]) -> None:
-        """Drop the resident pages of these tensors: a loader that copies a tensor and releases it holds one copy."""
+        """Let the system drop the mapped pages of these tensors, so that a loader that copied them holds one copy."""
         for name in [names] if isinstance(names, str) else names:
             self._info(name)
             info = self._on_disk[name]
             self._maps[info.file].release(info.start, info.nbytes)
 
     def verify(self, progress: bool | None = None) -> None:
-        """Read everything once, in use or not: no NaN, no infinity, every scale positive, zero points and unused half bytes
-        as they must be. Raises for the first tensor that fails.
+        """Read all tensors once, in use or not, and check them for NaN, infinity, and invalid scales, zero points and unused
+        half bytes. Raises NonFiniteTensorError or CorruptFileError for the first that fails.
 
         progress: show a bar (None: only when stderr is a terminal).
         """
@@ -240,7 +239,7 @@ class Checkpoint:
         return read_json(file) if file.exists() else None
 
     def close(self) -> None:
-        """Unmap the files. Idempotent. Memory of a file goes with the last tensor that still looks at it."""
+        """Close the files. Idempotent. A file stays mapped until the last tensor that views it is gone."""
         self._closed = True
         for mapped in self._maps.values():
             mapped.close()
@@ -260,7 +259,7 @@ class Checkpoint:
         return info
 
     def _read(self, info: TensorInfo, check: bool, part: _Part | None = None) -> torch.Tensor:
-        """A tensor in the shape of `info`. Its values are checked for what it is part of, too."""
+        """A tensor in the shape of `info`. check: check its values; with `part`, also as codes, scales or zero points."""
         from cai_runtime.slim.stores import all_finite, damage
 
         if self._closed:
@@ -276,7 +275,7 @@ class Checkpoint:
         return tensor
 
     def _take(self, elastic: ElasticTable, keep: float | None) -> None:
-        """From now on, let `modules`, `tensors` and all reads be those of the checkpoint's size at this keep."""
+        """Restrict `modules`, `tensors` and all reads to the checkpoint's size at this keep."""
         try:
             view = elastic.at(self.modules, keep)
         except KeepError as e:
@@ -286,7 +285,7 @@ class Checkpoint:
         used = {tensor: size for name, spec in view.modules.items() for tensor, size in spec.tensors(name).items()}
         self._tensors = {name: info for name, info in self._on_disk.items() if name not in unused}
         for name, (dtype, shape) in used.items():
-            if name in self._on_disk:  # what is missing is found and named when all modules are checked
+            if name in self._on_disk:  # check_modules finds and names missing tensors later
                 nbytes = math.prod(shape) * DTYPES[dtype][1]
                 self._tensors[name] = replace(self._on_disk[name], shape=shape, nbytes=nbytes)
         if keep is not None:
@@ -294,7 +293,7 @@ class Checkpoint:
 
 
 def _read_tensors(path: Path) -> dict[str, TensorInfo]:
-    """Headers of all shards. model.safetensors goes before an index (as in transformers) that does not name it."""
+    """Headers of all shards. As in transformers, model.safetensors takes precedence over an index that does not name it."""
     index_file = path / INDEX_FILE
     weight_map = _read_index(index_file) if index_file.exists() else {}
     if (path / SINGLE_FILE).exists() and SINGLE_FILE not in weight_map.values():
@@ -314,8 +313,8 @@ def _read_tensors(path: Path) -> dict[str, TensorInfo]:
             if name in tensors:
                 raise InvalidConfigError(f"the tensor is also in {tensors[name].file.name}", file=shard, tensor=name)
             tensors[name] = info
-    # As in transformers the shards decide. An index may list a tensor that none of them has: buffers that old writers
-    # left out (rotary_emb.inv_freq). One that the model needs is found missing when it is read.
+    # As in transformers, the shards decide. The index may list tensors that no shard has: old writers left out some buffers
+    # (rotary_emb.inv_freq). If the model needs such a tensor, reading it raises TensorMissingError.
     return tensors
 
 

@@ -98,7 +98,7 @@ inline void merge(State& total, float maximum, float sum, const float* acc, int6
     Simd::store(total.acc + d, Simd::fma(factor, Simd::load(acc + d), Simd::load(total.acc + d)));
 }
 
-// The result of a head: the sink, a logit without a value, joins the softmax last.
+// Writes the result of a head. The sink, a logit without a value, joins the softmax last.
 inline void finish(State& s, const float* sinks, int64_t head, int64_t D, int64_t DV, float* out) {
   if (sinks) {
     const float top = greater(s.maximum, sinks[head]);
@@ -178,7 +178,7 @@ inline void add_all_values(State* const* states, const float* const* weights, in
   for (; d < DV; d += kW) add_values<T, NQ, 1>(states, weights, from, to, page, DV, d);
 }
 
-// One page of keys and values into the state of each query of the tile. Pages come in order of position.
+// Adds one page of keys and values to the state of each query of the tile. Pages come in order of position.
 template <class T>
 inline void attend_page(QueryTile& t, int64_t first_key, const Page<T>& page, const AttentionShape& s) {
   const int64_t DV = round_up(s.head_dim, 16), P = s.page_size;
@@ -186,7 +186,7 @@ inline void attend_page(QueryTile& t, int64_t first_key, const Page<T>& page, co
   int64_t j = 0;
   for (; j + 2 * kW <= P; j += 2 * kW) score_keys<T, 2>(t, page, s, j, weight);
   for (; j < P; j += kW) score_keys<T, 1>(t, page, s, j, weight);
-  // The keys that all queries see are added for all at once: their values are read once.
+  // Keys that all queries see are added for all queries at once, so that their values are read once.
   int64_t from[kTileQ], to[kTileQ], common_from = 0, common_to = P;
   State* states[kTileQ];
   const float* weights[kTileQ];

@@ -1,9 +1,9 @@
-// Rotary embedding, the write to the KV cache and attention, as one operation.
+// Norms of heads, rotary embedding, the write to the KV cache and attention, as one operation.
 //
-// A decode step takes one phase. The thread that attends a sequence's KV head also rotates its query heads and its new
-// key, and writes that key and value. With fewer (sequence, KV head) pairs than the threads need, the splits of their
-// keys are separate pieces, and a second phase merges them. Prompts take two phases, since a row may see keys of rows
-// that another thread writes.
+// A decode step takes one phase. The thread that attends a sequence's KV head also turns its query heads and its new key
+// (norm and rotation), and writes that key and value. With fewer (sequence, KV head) pairs than the threads need, the
+// splits of their keys are separate pieces, and a second phase merges them. Prompts take two phases, since a row may see
+// keys of rows that another thread writes.
 #include <tvm/ffi/tvm_ffi.h>
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 namespace cai {
 namespace {
 
-// Rows of one sequence and one KV head of a prompt that are attended together.
+// Query rows of a prompt, of one KV head, in one piece of work.
 constexpr Int kRowsPerTask = 16;
 
 Int qkv_width(const AttentionShape& s) { return (s.query_heads + 2 * s.kv_heads) * s.head_dim; }
@@ -49,18 +49,33 @@ Int splits_of(const AttentionShape& s, Int context) {
   return (context + keys - 1) / keys;
 }
 
+enum class Part { kQuery = 0, kKey = 1 };
+
+// `heads` heads of one row, next to each other, from x to out (which may be x): normalized where the model does so, and
+// rotated for their position.
+void turn(const AttentionLayer& layer, Part part, const float* x, Int heads, Int position, float* out) {
+  const KernelTable& k = kernels();
+  const Int D = layer.shape.head_dim;
+  if (layer.head_norms) {
+    const float* weight = layer.head_norms + static_cast<Int>(part) * D;
+    k.rms_norm(x, nullptr, weight, layer.norm_eps, D, 0, heads, nullptr, out);
+    x = out;
+  }
+  k.rotate(x, heads, D, layer.cos_sin + position * layer.rotary_dim, layer.rotary_dim, out);
+}
+
 // One sequence's new token, for one KV head and the splits [split0, split1).
 void decode_head(const AttentionCall& c, Int sequence, Int head, Int split0, Int split1, float* partial) {
   const AttentionShape& s = c.layer.shape;
   const KernelTable& k = kernels();
   const Int D = s.head_dim, group = s.query_heads / s.kv_heads, context = c.batch.context_len[sequence];
   const float* row = c.qkv + sequence * qkv_width(s);
-  const float* cos_sin = c.layer.cos_sin + c.batch.positions[sequence] * c.layer.rotary_dim;
+  const Int position = c.batch.positions[sequence];
   float* q = static_cast<float*>(private_memory(Private::kQuery, (group + 1) * D * Int(sizeof(float))));
-  k.rotate(row + head * group * D, group, D, cos_sin, c.layer.rotary_dim, q);
+  turn(c.layer, Part::kQuery, row + head * group * D, group, position, q);
   if (split1 == splits_of(s, context)) {  // the split that holds the new key; no other split reads it
     float* key = q + group * D;
-    k.rotate(row + (s.query_heads + head) * D, 1, D, cos_sin, c.layer.rotary_dim, key);
+    turn(c.layer, Part::kKey, row + (s.query_heads + head) * D, 1, position, key);
     k.write_kv(key, row + (s.query_heads + s.kv_heads + head) * D, c.batch.slots[sequence], head, s, c.layer.k_cache, c.layer.v_cache);
   }
   // The kernel finds a head's queries at head * D.
@@ -96,14 +111,16 @@ void attend_rows(Team& team, const AttentionCall& c) {
   const AttentionShape& s = c.layer.shape;
   const KernelTable& k = kernels();
   const Batch& b = c.batch;
-  const Int D = s.head_dim, width = qkv_width(s), rotated = s.query_heads + s.kv_heads;
+  const Int D = s.head_dim, width = qkv_width(s), turned = s.query_heads + s.kv_heads;
   const Int piece = std::max<Int>(1, c.M / (team.threads() * 4));
   team.deal((c.M + piece - 1) / piece, [&](Int p) {
     for (Int i = p * piece; i < std::min(c.M, (p + 1) * piece); ++i) {
       float* row = c.qkv + i * width;
-      k.rotate(row, rotated, D, c.layer.cos_sin + b.positions[i] * c.layer.rotary_dim, c.layer.rotary_dim, row);
+      float* keys = row + s.query_heads * D;
+      turn(c.layer, Part::kQuery, row, s.query_heads, b.positions[i], row);
+      turn(c.layer, Part::kKey, keys, s.kv_heads, b.positions[i], keys);
       for (Int h = 0; h < s.kv_heads; ++h)
-        k.write_kv(row + (s.query_heads + h) * D, row + (rotated + h) * D, b.slots[i], h, s, c.layer.k_cache, c.layer.v_cache);
+        k.write_kv(keys + h * D, row + (turned + h) * D, b.slots[i], h, s, c.layer.k_cache, c.layer.v_cache);
     }
   });
   team.sync();
@@ -162,14 +179,18 @@ void attention(Team& team, const AttentionCall& c) {
 
 namespace {
 
-// input: qkv, which may be overwritten by its rotation. attributes: scale, pages, group. bindings: heads, k_cache, v_cache,
-// cos_sin, sinks (if any); see checked_layer.
+MaybeTensor maybe(const Noted& n, const char* name) {
+  return n.has_binding(name) ? MaybeTensor(n.tensor(name)) : MaybeTensor();
+}
+
+// input: qkv, which may be overwritten. attributes: scale, pages, group, norm_eps. bindings: heads, k_cache, v_cache, cos_sin,
+// sinks and head_norms (if any); see checked_layer.
 class RecordedAttention : public OperationOf<AttentionCall, kAttentionPhases> {
  public:
   explicit RecordedAttention(const Noted& n)
       : layer_(checked_layer(n.tensor("heads"), n.number("scale"), n.tensor("cos_sin"), n.tensor("k_cache"),
-                             n.tensor("v_cache"), n.integer("pages"),
-                             n.has_binding("sinks") ? MaybeTensor(n.tensor("sinks")) : MaybeTensor())),
+                             n.tensor("v_cache"), n.integer("pages"), maybe(n, "sinks"), maybe(n, "head_norms"),
+                             n.number("norm_eps"))),
         group_(n.group()),
         qkv_(n.input(0, qkv_width(layer_.shape))),
         out_(n.checked_output(layer_.shape.query_heads * layer_.shape.head_dim)) {

@@ -30,7 +30,7 @@ std::vector<const KernelTable*> supported() {
   if (has_avx512()) tables.push_back(kernels_avx512());
   if (has_avx2()) tables.push_back(kernels_avx2());
 #elif defined(__aarch64__)
-  tables.push_back(kernels_neon());  // part of the architecture: nothing to ask for
+  tables.push_back(kernels_neon());  // every processor of this architecture has it
 #endif
   tables.push_back(kernels_generic());
   return tables;
@@ -114,8 +114,8 @@ void gather_alone(Tensor matrix, Tensor ids, Tensor out) {
 // heads, pages: see checked_layer. The tensors from positions to page_table are of an AttentionBatch.
 void attention_alone(Tensor qkv, Tensor positions, Tensor slots, Tensor query_start, Tensor context_len, Tensor page_table,
                      Tensor cos_sin, Tensor heads, double scale, Tensor k_cache, Tensor v_cache, Int pages,
-                     MaybeTensor sinks, Tensor out) {
-  const AttentionLayer layer = checked_layer(heads, scale, cos_sin, k_cache, v_cache, pages, sinks);
+                     MaybeTensor sinks, MaybeTensor head_norms, double norm_eps, Tensor out) {
+  const AttentionLayer layer = checked_layer(heads, scale, cos_sin, k_cache, v_cache, pages, sinks, head_norms, norm_eps);
   const AttentionShape& s = layer.shape;
   AttentionCall c{};
   c.M = rows_of(qkv, "qkv");

@@ -1,11 +1,11 @@
 // int4: codes of four bits with a scale, and maybe a zero point, per group of columns. Part of kernels.inl.
 //
-// The lanes of a vector are rows of the weights, and a column of x is spread over them. Over a unit of 32 columns the codes
-// themselves are summed, and the unit's scale is taken once:
+// The lanes of a vector are rows of the weights; an element of x is broadcast to all lanes. Over a unit of 32 columns the
+// kernel sums products with the codes themselves, then applies the unit's scale once:
 //   y += scale * (sum of code * x  -  zero * sum of x)
-// with the sums of x made once for all rows of weights. That is one multiply-add per weight, where making the element
-// (code - zero) * scale first takes two, and a step per unit. Many rows of x come a few at a time and read the codes again:
-// taking them out of their words costs less than reading them as floats from a panel.
+// The sums of x are computed once for all rows of weights. So a weight takes one multiply-add, where (code - zero) * scale
+// would take a second one. Many rows of x are processed a few at a time, and each time the codes are extracted from their
+// words again: that costs less than reading a panel of floats.
 
 constexpr int kParts = kInt4Rows / kW;  // vectors across a block
 
@@ -22,7 +22,7 @@ class Int4Groups {
   // The next block's scales follow this block's in memory, so one distance serves both.
   void fetch_ahead(int64_t unit) const { Simd::prefetch(reinterpret_cast<const char*>(scale_ + place(unit, 0)) + 1024); }
   V scale(int64_t unit, int part) const { return Simd::load(scale_ + place(unit, part)); }
-  // The symmetric correction (zero point 8) times this, zero / 8, is the correction of this group.
+  // zero / 8. The symmetric correction (zero point 8) times this is the correction of this group.
   V eighths(int64_t unit, int part) const { return Simd::mul(Simd::load(zero_ + place(unit, part)), Simd::set1(0.125f)); }
   bool symmetric() const { return zero_ == nullptr; }
 
@@ -57,7 +57,7 @@ constexpr float kHalfByteUnit[16] = {1, 0x1p-4f, 0x1p-8f, 0x1p-12f, 0x1p-16f, 0x
 constexpr float kMinusInverse[16] = {-1, -0x1p4f, -0x1p8f, -0x1p12f, -0x1p16f, -0x1p20f, -0x1p24f, -1,
                                      -1, -0x1p4f, -0x1p8f, -0x1p12f, -0x1p16f, -0x1p20f, -0x1p24f, -1};
 
-// Rows of x as the products read them.
+// Rows of x, prepared for int4 weights.
 struct Int4Rows {
   float* x;       // [M, ld]: column k times kHalfByteUnit[k % 8], zeros up to a whole unit
   float* shares;  // [M, ld_shares]
@@ -135,8 +135,8 @@ inline void int4_columns(const float* x, int64_t ldx, const Simd::Words (&words)
   if constexpr (J < 7) int4_columns<J + 1, M, U, kScaled>(x, ldx, words, acc);
 }
 
-// The units [unit, end) of one block, U at a time, added to y: each has a chain of multiply-adds of its own. Not inlined:
-// the registers are for the sums.
+// The units [unit, end) of one block, U at a time, added to y: each has a chain of multiply-adds of its own. Not inlined,
+// so that the registers hold the sums.
 template <int M, int U, bool kScaled>
 __attribute__((noinline)) void int4_units(const Int4Rows& x, int64_t unit, int64_t end, const uint32_t* codes,
                                           const Int4Groups groups, const Ahead ahead, float (*y)[kInt4Rows]) {
@@ -186,7 +186,7 @@ inline void write_int4(const PackedMatrix& w, const Epilogue& e, int64_t block, 
     write_block(w, e, (block * kInt4Rows + i) / kBlockRows, m, 1, dot + i);
 }
 
-// M prepared rows, the first of them row m0 of the result.
+// M prepared rows of x. The first of them is row m0 of the result.
 template <int M, bool kScaled>
 inline void int4_blocks(const Int4Rows& x, const PackedMatrix& w, int64_t block0, int64_t block1, int64_t m0,
                         const Epilogue& e, const Ahead& ahead) {
@@ -218,7 +218,7 @@ void linear_int4(Int4Input& x, int64_t M, const PackedMatrix& w, int64_t block0,
     return;
   }
   int64_t m0 = 0;
-  for (int64_t tiles = (M + MT - 1) / MT; tiles > 0; --tiles) {  // as even as can be
+  for (int64_t tiles = (M + MT - 1) / MT; tiles > 0; --tiles) {  // of nearly equal size
     const int64_t rows = (M - m0 + tiles - 1) / tiles;
     int4_blocks_of<MT>(rows, prepared.row(m0), w, block0, block1, m0, e, ahead);
     m0 += rows;

@@ -27,8 +27,8 @@ void quantize_rows(const float* x, int64_t ldx, int64_t K, int64_t row0, int64_t
   }
 }
 
-// MT rows of x against NB blocks of four weight rows: sums[(b * MT + m) * 4 + r]. The pragmas: without them GCC unrolls too
-// late to keep the sums in registers.
+// MT rows of x against NB blocks of four weight rows: sums[(b * MT + m) * 4 + r]. Without the pragmas GCC unrolls too late to
+// keep the sums in registers.
 template <int MT, int NB, bool kFetch>
 inline void int8_tile(const int8_t* x, int64_t ldx, const int8_t* w, int64_t block_stride, int64_t cols,
                       const Ahead& ahead, int32_t* sums) {
@@ -65,7 +65,7 @@ inline void int8_tile_and_write(const Int8Rows& x, const PackedMatrix& w, int64_
   float dot[NB * MT * 4];
   for (int b = 0; b < NB; ++b) {
     const int64_t row0 = (block + b) * kBlockRows, rows = lesser(kBlockRows, w.rows - row0);
-    I4 correction = {};  // where the instruction takes x without a sign, its codes went in 128 higher
+    I4 correction = {};  // the instruction may need unsigned codes of x, which are then 128 too high
     if (Simd::kInt8Shifted) std::memcpy(&correction, w.row_sum + row0, rows * sizeof(int32_t));
     correction *= 128;
     for (int m = 0; m < MT; ++m) {

@@ -2,10 +2,10 @@
 // (linear_ops.cpp, row_ops.cpp, attention_ops.cpp) divide the rows among the threads.
 //
 // Order of reduction. A dot product over K columns is one vector accumulator of the instruction set's width, filled from
-// column 0 upwards, then summed by one fixed tree (Simd::sum4); of int4 weights, sums over 32 columns each, from column 0
-// upwards, that are scaled and added from the first upwards (int4.inl). It does not depend on how many rows of x are in a tile, on
-// the number of tiles or on the thread, so a row of the result is the same bits alone and in a batch. With int8 activations
-// the sums are of integers, exact in any order.
+// column 0 upwards, then summed by one fixed tree (Simd::sum4). With int4 weights, each unit of 32 columns is summed from
+// its first column upwards; the units' sums are scaled and added from the first unit upwards (int4.inl). The order does not
+// depend on the rows of x in a tile, the number of tiles or the thread. So a row of the result has the same bits alone and
+// in a batch. With int8 activations the sums are of integers, exact in any order.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ enum class Store : int64_t { kFp32 = 0, kBf16 = 1, kFp16 = 2, kInt8 = 3, kInt4 =
 constexpr int64_t kBlockRows = 4;   // rows of a packed matrix that lie interleaved
 constexpr int64_t kBlockCols = 16;  // columns of one row that lie together
 constexpr int64_t kInt4Rows = 16;   // rows of a packed int4 matrix that lie interleaved
-constexpr int64_t kInt4Cols = 32;   // columns that are padded to, and that a sum of int4 codes runs over
+constexpr int64_t kInt4Cols = 32;   // columns of a unit of int4 codes; columns are padded to whole units
 
 // A matrix packed for streaming, so that a block of four rows (sixteen of int4) is one sequential stream of whole cache lines:
 //   [ceil(rows/4)][ceil(cols/16)][4][16] elements, padded with zeros;
@@ -36,7 +36,7 @@ struct PackedMatrix {
   int64_t group;           // int4: columns that share a scale: 32, 64 or 128
   const int32_t* row_sum;  // [rows]: sums of the codes, where int8 activations are wanted; else null
 };
-static_assert(sizeof(PackedMatrix) == 64 && sizeof(void*) == 8, "read where Python wrote it, as eight 64-bit fields");
+static_assert(sizeof(PackedMatrix) == 64 && sizeof(void*) == 8, "Python writes it as eight 64-bit fields");
 
 inline int64_t block_rows(const PackedMatrix& w) { return w.store == Store::kInt4 ? kInt4Rows : kBlockRows; }
 inline int64_t blocks_of(const PackedMatrix& w) { return (w.rows + block_rows(w) - 1) / block_rows(w); }
@@ -49,8 +49,8 @@ inline int64_t block_bytes(const PackedMatrix& w) {
   return (w.cols + kBlockCols - 1) / kBlockCols * kBlockCols * kBlockRows * kSize[static_cast<int64_t>(w.store)];
 }
 
-// Where a row's result is stored: out[m * ld + (index ? index[row] : row)], with the residual of the same place added.
-// `copy` gets it again in row order, as the next core's input.
+// Where a row's result is stored: out[m * ld + (index ? index[row] : row)], plus the residual at the same place.
+// `copy` gets the result again, in row order, as the next core's input.
 struct Epilogue {
   float* out;              // may be null when only `copy` is wanted
   int64_t ld_out;
@@ -103,7 +103,7 @@ struct AttentionShape {
   Store store;  // of the cache
 };
 
-// Sampling. Tokens of the vocabulary are looked at in blocks of this many.
+// Sampling processes the vocabulary in blocks of this many tokens.
 constexpr int64_t kSampleBlock = 128;
 
 struct KernelTable {
@@ -134,8 +134,8 @@ struct KernelTable {
   void (*write_kv)(const float* k, const float* v, int64_t slot, int64_t kv_head, const AttentionShape& shape,
                    void* k_cache, void* v_cache);
   // Causal attention of `count` query rows of one sequence, the first at absolute position `position`, for one KV head, over
-  // the splits [split0, split1) of the keys. Without `partial` those must be all that the rows see: the result goes to out.
-  // With it (one split) the state of every row and head goes there: see attention.inl.
+  // the splits [split0, split1) of the keys. If `partial` is null, the splits must hold all keys that the rows see, and the
+  // result goes to out. Otherwise there is one split, and `partial` gets the state of every row and head (attention.inl).
   void (*attention)(const float* q, int64_t ldq, int64_t position, int64_t count, int64_t kv_head,
                     const int32_t* pages, const void* k_cache, const void* v_cache, const AttentionShape& shape,
                     int64_t split0, int64_t split1, float* partial, float* out, int64_t ldo);
@@ -150,22 +150,22 @@ struct KernelTable {
   // Weights of a block of tokens: e^((logit - greatest) * inverse_temperature) in units of 2^-30, 0 to 2^30. Writes
   // kSampleBlock of them, zeros beyond `count`.
   void (*token_weights)(const float* logits, int64_t count, float greatest, float inverse_temperature, int32_t* weights);
-  // Each block's sum of weights. peaks: of the blocks, from logit_peaks. Where `ids` is not null: also the tokens of at least
-  // the weight `lowest`, which is above 0, numbered from first_id, with their weights; returns how many. These two outputs
-  // need room for whole blocks.
+  // Writes each block's sum of weights. peaks: of the blocks, from logit_peaks. If `ids` is not null, also writes the tokens of
+  // weight `lowest` (above 0) or more, numbered from first_id, with their weights, and returns their count. These two
+  // outputs need room for whole blocks.
   int64_t (*weight_blocks)(const float* logits, int64_t count, const float* peaks, float greatest,
                            float inverse_temperature, int64_t* sums, int32_t lowest, int32_t first_id, int32_t* ids,
                            int32_t* kept);
   // The sum of the weights of at least `lowest`.
   int64_t (*sum_from)(const int32_t* weights, int64_t count, int32_t lowest);
-  // Of values of tokens, those of at least `lowest`, with the tokens' numbers. Returns how many there are. Both outputs need
-  // room for `count`, and may be the inputs.
+  // Copies the values of at least `lowest` and the numbers of their tokens. Returns their count. Both outputs need room for
+  // `count` elements, and may be the inputs.
   int64_t (*collect)(const int32_t* values, const int32_t* numbers, int64_t count, int32_t lowest, int32_t* ids,
                      int32_t* kept);
 };
 
-// Keys that one split covers, summed as one chain. Splits begin at multiples of this from position 0, so neither the
-// batch nor the thread count moves them. In pages:
+// Pages of keys in one split, which is summed as one chain. Splits begin at multiples of this from position 0, so neither
+// the batch nor the thread count moves them.
 inline int64_t split_pages(int64_t page_size) { return 256 / page_size > 0 ? 256 / page_size : 1; }
 
 // Floats of the state of one query head: maximum, sum, and the weighted values, padded.

@@ -14,8 +14,8 @@ inline void fetch_ahead(const char* at, int64_t bytes, const Ahead& ahead) {
   for (int64_t line = 0; line < bytes; line += 64) Simd::prefetch(from + line);
 }
 
-// MT rows of x against a block of four weight rows. dot[m * 4 + r]. Four sums in flight hide the latency of the multiply-add
-// well enough for one row at the speed of memory, and one stream of weights is read faster than two.
+// Multiplies MT rows of x with a block of four weight rows, into dot[m * 4 + r]. For one row of x, four sums hide enough of
+// the multiply-add's latency to keep up with memory, and one stream of weights is read faster than two.
 template <class T, int MT, bool kFetch>
 inline void tile(const float* x, int64_t ldx, const T* w, int64_t cols, const Ahead& ahead, float* dot) {
   V acc[MT][4];

@@ -67,10 +67,10 @@ const char* own_begin(const Team& team, const LinearGroup& group, const Pieces& 
 Ahead ahead_of(const Team& team, const LinearGroup& group, const Pieces& pieces, int core, Int piece, const char* after) {
   const Int begin = team.own_begin(pieces.total()), end = team.own_end(pieces.total());
   const char* unlimited = reinterpret_cast<const char*>(UINTPTR_MAX);
-  if (piece < begin || piece >= end) return {unlimited, nullptr};  // another thread's run: it ends soon
+  if (piece < begin || piece >= end) return {unlimited, nullptr};  // of another thread's run, which ends soon
   const Int i = pieces.member_of(piece), last = std::min(end, pieces.first[i + 1]);
   const PackedMatrix& w = group[i].core[core];
-  if (pieces.chunks(w) > 1) return {unlimited, nullptr};  // read from a cache for most chunks
+  if (pieces.chunks(w) > 1) return {unlimited, nullptr};  // most chunks find the weights in a cache
   const char* limit = address(w, pieces.place(w, i, last - 1).block1);
   const char* next = after;
   if (last < end) {
@@ -83,7 +83,7 @@ Ahead ahead_of(const Team& team, const LinearGroup& group, const Pieces& pieces,
 
 Int padded16(Int n) { return (n + 15) / 16 * 16; }
 
-// Up to this many elements, every thread computes the whole input itself: that is faster than a phase of its own.
+// Up to this many elements, every thread computes the whole input itself: that is faster than sharing the work in a phase.
 constexpr Int kPrivateNorm = 8192, kPrivateSwiglu = 4096, kPrivateCodes = 8192;
 
 void apply_prologue(const LinearCall& c, Int row0, Int row1, float* to) {
@@ -268,7 +268,8 @@ void linear_group(Team& team, const LinearCall& c, const char* after) {
   if (!two) return;
   team.sync(Fetcher(second));
 
-  // The intermediates, rounded for the members whose core 1 takes codes: behind the input's in the scratch, or this thread's own.
+  // z rounded to int8, for members whose core 1 multiplies codes: in the scratch after the input's codes, or in this
+  // thread's own memory.
   const bool coded = takes_codes(group, 1), apart = coded && c.M * group.z_columns > kPrivateCodes;
   Codes codes[kMaxMembers] = {};
   bool made[kMaxMembers] = {};

@@ -124,22 +124,24 @@ struct AttentionLayer {
   void *k_cache, *v_cache;
   const float* cos_sin;  // [positions, rotary_dim]: cosines, then sines
   Int positions, rotary_dim;
+  const float* head_norms;  // weights [2, head_dim] of the RMSNorm of query heads and of key heads, or null
+  float norm_eps;
 };
 
 struct AttentionCall {
   AttentionLayer layer;
   Batch batch;
-  float* qkv;  // [M, (query_heads + 2 kv_heads) head_dim]; may be overwritten by its rotation
+  float* qkv;  // [M, (query_heads + 2 kv_heads) head_dim]; may be overwritten
   Int M;
   float* out;  // [M, query_heads * head_dim]
   // Set by plan_attention:
   bool decode;  // one row of each sequence
-  Int splits;   // of the longest sequence, where they are dealt apart; else 1
-  // Set by the caller, for `partial_floats` of the plan: the states of the splits.
+  Int splits;   // of the longest sequence, if splits are separate pieces of work; else 1
+  // Set by the caller: memory for the splits' states, as many floats as plan_attention returned.
   float* partial;
 };
-// Checks the batch against the layer and decides how the work is cut. Returns the floats that `partial` needs. Raises
-// IndexError for a slot, page or position out of range. To be called before the region.
+// Checks the batch against the layer and decides how to divide the work. Returns the floats that `partial` needs. Raises
+// IndexError for a slot, page or position out of range. Call this before the region.
 Int plan_attention(AttentionCall& call, const AttentionLayer& layer, int threads);
 void attention(Team& team, const AttentionCall& call);
 constexpr Int kAttentionPhases = 2;

@@ -1,7 +1,7 @@
-// Making a program of noted operations, and running it.
+// Makes a program of recorded operations, and runs it.
 //
-// All operations run in one region of the thread pool: between two of them the threads only wait for each other's last
-// pieces, and fetch the next weights meanwhile.
+// All operations run in one region of the thread pool. Between two of them the threads only wait for each other's last
+// pieces, and prefetch the next weights while they wait.
 #include "program.h"
 
 #include <algorithm>

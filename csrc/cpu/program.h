@@ -20,8 +20,8 @@
 
 namespace cai {
 
-// What the rows of a value are: its tokens, its sequences, the rows whose logits are wanted, positions of an encoder, rows
-// dealt to experts. Shared with kernels/program.py.
+// What the rows of a value are: tokens, sequences, rows whose logits are wanted, positions of an encoder, or rows dealt to
+// experts. The values are shared with kernels/program.py.
 enum class Axis : Int { kTokens = 0, kSequences = 1, kWanted = 2, kEncoder = 3, kExpert = 4, kCount = 5 };
 constexpr Int kAxes = static_cast<Int>(Axis::kCount);
 
@@ -51,7 +51,7 @@ class Step {
   int threads = 1;
 };
 
-// What Python noted of one operation. Its getters raise ValueError, naming the operation.
+// An operation as Python recorded it. The getters raise ValueError, naming the operation.
 class Noted {
  public:
   Noted(std::string name, std::vector<Int> inputs, Int output, tvm::ffi::Map<tvm::ffi::String, tvm::ffi::Any> attributes,
@@ -94,20 +94,20 @@ class Noted {
   const std::vector<std::string>& groups_;
 };
 
-// A recorded operation: immutable, so that a program may run in several threads. What one run needs is its call, a plain
+// A recorded operation: immutable, so that a program may run in several threads. The state of one run is its call, a plain
 // structure of `call_bytes` that `prepare` makes and `run` reads.
 class Operation {
  public:
   virtual ~Operation() = default;
   virtual Int call_bytes() const = 0;
-  virtual Int phases() const = 0;  // at most, see thread_pool.h
-  // Before the region. Raises IndexError or ValueError for a step that does not fit. Returns the floats of memory that the
-  // call wants for itself, which `give` brings.
+  virtual Int phases() const = 0;  // most phases of one run, see thread_pool.h
+  // Called before the region. Raises IndexError or ValueError for a step that does not fit. Returns the floats of memory
+  // that the call needs, which `give` then passes to it.
   virtual Int prepare(const Step& step, void* call) const = 0;
   virtual void give(void* /*call*/, float* /*memory*/) const {}
-  // In the region, on every thread. after: where this thread will read weights next, or null.
+  // Called in the region, on every thread. after: the weights that this thread reads next, to be prefetched; or null.
   virtual void run(Team& team, const void* call, const char* after) const = 0;
-  // Whether it streams weights, and where a thread begins to.
+  // Whether it streams weights, and the first ones that a thread reads.
   virtual bool has_weights() const { return false; }
   virtual const char* first_weights(const Team& /*team*/) const { return nullptr; }
   virtual Int scratch_floats(const Step& /*step*/) const { return 0; }

@@ -1,12 +1,12 @@
 // Passes over rows of logits for sampling. Part of kernels.inl. The definition of every number is in kernels/sampling.py.
 //
-// Every float is made by separate IEEE operations, or by a fused one whose product is exact, and sums are of integers: so the
-// results are the same bits with every instruction set.
+// Floats are computed by separate IEEE operations, or by a fused one whose product is exact, and sums are of integers. So the
+// results have the same bits with every instruction set.
 
 bool logit_peaks(const float* logits, int64_t count, float* peaks) {
   constexpr int kChains = kSampleBlock / kW;
   constexpr float kLowest = -std::numeric_limits<float>::infinity();
-  // The sums of a row are NaN where a logit is, or where infinities meet: only then are the logits looked at one by one.
+  // A row's sums are NaN if a logit is NaN or infinities meet. Only then does the loop look for NaN logit by logit.
   V sums[kChains];
   for (V& sum : sums) sum = Simd::zero();
   const auto peak_of = [&](const float* block) {
@@ -47,12 +47,12 @@ void mask_logits(float* logits, int64_t count, const uint32_t* mask) {
   }
 }
 
-// Of N vectors, step by step together: one alone is a chain of thirty instructions, each of which waits for the one before,
-// and a processor does not look far enough ahead to find the next chains by itself.
+// Weights of N vectors, one step for all vectors after the other. A single vector is a chain of thirty dependent
+// instructions, and the processor does not look far enough ahead to overlap the next chains by itself.
 template <int N>
 inline void weights_of(const V (&logits)[N], V greatest, V inverse_temperature, Simd::Whole* weights) {
-  // Adding 1.5 x 2^23 rounds to a whole number n, which then stands in the lowest bits. 30 on top of it (a weight's unit is
-  // 2^-30) moves no rounding, as it is even.
+  // Adding 1.5 x 2^23 rounds to a whole number n and leaves n in the lowest bits. Adding 30 as well (a weight's unit is
+  // 2^-30) does not change the rounding, since 30 is even.
   const V rounding = Simd::set1(12582912.0f + 30.0f);
   const float factors[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
   V r[N], n[N], p[N];
@@ -60,7 +60,7 @@ inline void weights_of(const V (&logits)[N], V greatest, V inverse_temperature, 
   for (int i = 0; i < N; ++i) r[i] = Simd::max(r[i], Simd::set1(-22.0f));
   for (int i = 0; i < N; ++i) n[i] = Simd::add(Simd::mul(r[i], Simd::set1(1.44269504f)), rounding);
   for (int i = 0; i < N; ++i) p[i] = Simd::sub(n[i], rounding);
-  // Fused or not is the same here: n has five bits and the factor nine.
+  // The product is exact, fused or not: n has five bits and the factor nine.
   for (int i = 0; i < N; ++i) r[i] = Simd::fma(p[i], Simd::set1(-0.693359375f), r[i]);
   for (int i = 0; i < N; ++i) r[i] = Simd::add(r[i], Simd::mul(p[i], Simd::set1(2.12194440e-4f)));
   for (int i = 0; i < N; ++i) p[i] = Simd::set1(1.9875691500e-4f);
@@ -146,7 +146,7 @@ int64_t collect(const int32_t* values, const int32_t* numbers, int64_t count, in
     const Simd::Whole w = Simd::load_whole(values + i);
     if (Simd::any_from(w, least)) found += Simd::keep_from(w, least, Simd::load_whole(numbers + i), ids + found, kept + found);
   }
-  for (; i < count; ++i) {  // without a branch: which ones are kept is not foreseeable
+  for (; i < count; ++i) {  // without a branch, which would be mispredicted
     const int32_t id = numbers[i], value = values[i];
     ids[found] = id;
     kept[found] = value;

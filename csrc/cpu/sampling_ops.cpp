@@ -1,5 +1,5 @@
-// Sampling over the threads: rows of logits to tokens, and the logarithms of the greatest probabilities. The definition is
-// kernels/sampling.py's. Sums are of integers, so neither threads nor pieces move a token.
+// Sampling over the threads: rows of logits to tokens, and the logarithms of the greatest probabilities. kernels/sampling.py
+// has the definition. Sums are of integers, so neither the threads nor the pieces change a token.
 #include "sampling.h"
 
 #include <algorithm>
@@ -53,7 +53,8 @@ struct Cut {
   int32_t weight = 0;
   int64_t ties = std::numeric_limits<int64_t>::max();
 };
-// By digits of the weight, from the highest, without sorting. All of the candidates where they don't reach the target.
+// Selects by digits of the weight, from the highest, without sorting. If all candidates together don't reach the target,
+// takes all.
 Cut find_cut(const Candidates& c, int64_t target) {
   constexpr int kDigit = 10, kBins = (1 << kDigit) + 1;  // 2^30 has the first digit 1024
   int64_t sums[kBins];
@@ -95,13 +96,12 @@ int32_t choose_of(Candidates& c, const SampleRow& row, int64_t target) {
 
 bool limits_top_k(const SampleRow& row, Int vocabulary) { return 0 < row.top_k && row.top_k < vocabulary; }
 constexpr int64_t kOne = Int(1) << 30;  // the weight of the greatest logit
-// What a token must weigh at least to be chosen, when the weights of all are known to sum to `total` or more; 0 where any may
-// be.
+// The least weight of a token that may be chosen, if all weights sum to `total` or more. 0: any token may be chosen.
 int32_t least_weight(const SampleRow& row, Int vocabulary, int64_t total) {
   int64_t lowest = row.min_weight;
   if (row.top_p < 1.0) {
-    // top_p leaves out at least this much (4 for the rounding of the products). Tokens below their even share of it do not
-    // weigh more together.
+    // top_p excludes the lightest tokens up to a sum of `spare` (4 less, for the rounding of the products). All tokens that
+    // weigh no more than spare / vocabulary are among them: their sum is at most `spare`.
     total = std::max(total, kOne);
     const int64_t spare = std::max<int64_t>(total - nucleus_target(row.top_p, total) - 4, 0);
     lowest = std::max(lowest, spare / vocabulary + 1);
@@ -112,7 +112,7 @@ bool weighs_all(const SampleRow& row, Int vocabulary) {
   return row.inverse_temperature > 0 && !limits_top_k(row, vocabulary);
 }
 
-// After look(), and after weigh() where weighs_all().
+// Called after look(), and if weighs_all() also after weigh().
 int32_t choose(const Row& looked, const SampleRow& row, Int vocabulary) {
   if (!(row.inverse_temperature > 0)) return looked.best();
   const bool nucleus = row.top_p < 1.0;
@@ -137,7 +137,8 @@ int32_t choose(const Row& looked, const SampleRow& row, Int vocabulary) {
   return choose_of(c, row, target);
 }
 
-// Penalties, bias and bans of a row, put in place; `saved` keeps what they change. False for a token outside the vocabulary.
+// Applies a row's penalties, bias and bans to its logits; `saved` gets the logits that change. False for a token outside the
+// vocabulary.
 bool apply_tables(const SampleRow& row, float* logits, Int vocabulary, float* saved) {
   const auto outside = [&](int32_t token) { return token < 0 || token >= vocabulary; };
   if (std::any_of(row.penalty_token, row.penalty_token + row.penalties, outside) ||
@@ -247,7 +248,7 @@ void sample_tokens(SampleCall c) {
 
 void top_logits(Team& team, const TopLogitsCall& c) {
   team.deal(c.count, [&](Int r) {
-    // Nothing is written to the logits: there is no mask.
+    // Without a mask, look() does not write to the logits.
     Row passes(const_cast<float*>(c.logits) + c.which[r] * c.vocabulary, c.vocabulary,
                private_memory(Private::kSampling, Row::bytes(c.vocabulary)));
     for (Int p = 0; p < passes.pieces(); ++p) passes.look(p, nullptr);

@@ -11,7 +11,7 @@
 
 namespace cai {
 
-constexpr Int kPieceBlocks = 32;  // blocks that a thread looks at together where a row is shared: 4096 tokens
+constexpr Int kPieceBlocks = 32;  // blocks (4096 tokens) of a piece, the unit of work when threads share a row
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // A logit's bits as an integer of the same order, +0 and -0 the same one.
@@ -34,7 +34,7 @@ struct Candidates {
     values = ids + vocabulary + 1;
     spare = values + vocabulary + 1;
   }
-  void add(Int id, int32_t value, bool wanted) {  // without a branch: `wanted` is seldom foreseeable
+  void add(Int id, int32_t value, bool wanted) {  // without a branch, which would be mispredicted
     ids[count] = static_cast<int32_t>(id);
     values[count] = value;
     count += wanted;
@@ -56,7 +56,7 @@ struct Candidates {
   }
 };
 
-// The passes over one row of logits and what they leave behind.
+// The passes over one row of logits, and their results.
 class Row {
  public:
   static Int bytes(Int vocabulary) {
@@ -83,7 +83,7 @@ class Row {
     piece_nan_[piece] = kernels().logit_peaks(logits_ + s.token, s.tokens, peaks_ + s.block);
     piece_peaks_[piece] = *std::max_element(peaks_ + s.block, peaks_ + s.block + s.blocks);
   }
-  // Afterwards:
+  // To be called after look() of all pieces:
   float greatest() const { return *std::max_element(piece_peaks_, piece_peaks_ + pieces()); }
   SampleStatus status() const {
     if (std::any_of(piece_nan_, piece_nan_ + pieces(), [](bool nan) { return nan; })) return SampleStatus::kNotFinite;
@@ -91,8 +91,8 @@ class Row {
     return greatest() == -kInfinity ? SampleStatus::kNothingAllowed : SampleStatus::kOk;
   }
 
-  // Second pass over a piece: sums of weights, and the tokens of at least `lowest` for collect_weights(); 0: none of them.
-  // Returns the sum of all.
+  // Second pass over a piece: sums of weights, and for collect_weights() the tokens of weight `lowest` or more (0: none).
+  // Returns the sum of all weights of the piece.
   int64_t weigh(Int piece, float inverse_temperature, int32_t lowest) {
     const Span s = span(piece);
     piece_found_[piece] = static_cast<int32_t>(kernels().weight_blocks(
@@ -102,7 +102,7 @@ class Row {
   }
   int64_t total() const { return std::accumulate(sums_, sums_ + blocks_, int64_t(0)); }
 
-  // The first token of the greatest logit.
+  // The first token with the greatest logit.
   int32_t best() const {
     const float peak = greatest();
     Int token = (std::find(peaks_, peaks_ + blocks_, peak) - peaks_) * kSampleBlock;
@@ -110,7 +110,7 @@ class Row {
     return static_cast<int32_t>(token);
   }
 
-  // Tokens of the k greatest logits and all that tie with the k-th, with their keys.
+  // The tokens of the k greatest logits and all that tie with the k-th, with the logits' keys as values.
   void collect_top_k(Int k, Candidates& found) const {
     int32_t lowest = std::numeric_limits<int32_t>::min();
     if (blocks_ > k) {  // the k-th greatest of the blocks' peaks is no greater than the k-th greatest logit
@@ -128,7 +128,7 @@ class Row {
     }
     found.keep_from(found.greatest(k));
   }
-  // Their weights in place of their keys.
+  // Replaces the candidates' keys by their weights.
   void weigh(Candidates& c, float inverse_temperature) const {
     const float peak = greatest();
     for (Int begin = 0; begin < c.count; begin += kSampleBlock) {
@@ -140,8 +140,9 @@ class Row {
       std::copy(weights, weights + n, c.values + begin);
     }
   }
-  // A weight of at least `low` such that all lighter tokens together weigh no more than `spare`, and not far below the
-  // greatest such weight: the fewer candidates are left. Where even `low` is not light enough: `low`. weigh() had the same.
+  // A weight such that all lighter tokens together weigh at most `spare`: at least `low`, and near the greatest such weight,
+  // so that few candidates remain. Returns `low` if the tokens lighter than it weigh more. weigh() must have had the same
+  // `low`.
   int64_t light(int64_t low, int64_t total, int64_t spare) const {
     int64_t high = Int(1) << 30;
     for (int shift = 1; (low << 1) < high; shift = 1) {
@@ -154,7 +155,7 @@ class Row {
     }
     return low;
   }
-  // Tokens of at least this weight, which is no less than what weigh() was given.
+  // The tokens of weight `lowest` or more. weigh() must have had no higher one.
   void collect_weights(int64_t lowest, Candidates& found) const {
     for (Int p = 0; p < pieces(); ++p) {
       const Int token = span(p).token;
@@ -186,7 +187,7 @@ class Row {
 
   float* logits_;
   Int vocabulary_, blocks_;
-  int32_t *ids_, *weights_;  // of tokens that weigh() kept: those of a piece from the place of its first token on
+  int32_t *ids_, *weights_;  // tokens that weigh() kept, each piece's at the index of its first token
   int64_t* sums_;
   float *peaks_, *piece_peaks_;
   int32_t* piece_found_;

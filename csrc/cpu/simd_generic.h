@@ -110,7 +110,7 @@ struct Simd {
   // Writes the lanes of w that are at least `lowest`, and their ids; returns how many. Both outputs have room for all.
   static int keep_from(Whole w, Whole lowest, Whole id, int32_t* ids, int32_t* kept) {
     int found = 0;
-    for (int i = 0; i < 8; ++i) {  // without a branch: which ones are kept is not foreseeable
+    for (int i = 0; i < 8; ++i) {  // without a branch, which would be mispredicted
       ids[found] = id[i];
       kept[found] = w[i];
       found += w[i] >= lowest[i];
@@ -136,7 +136,7 @@ struct Simd {
     return __builtin_convertvector(wide, V);
   }
   // int4: words of eight half bytes (see int4.inl).
-  static constexpr int kInt4Chains = 4;  // of multiply-adds at once, for one row of x
+  static constexpr int kInt4Chains = 4;  // independent multiply-adds, for one row of x
   static constexpr int kInt4Units = 2;   // units at once, at most
   static constexpr int kInt4TileM = 2;   // rows of x at once
   using Words = I;

@@ -51,7 +51,7 @@ struct Simd {
     vst1q_s32(numbers, id);
     vst1q_u32(keep, vshrq_n_u32(vcgeq_s32(w, lowest), 31));
     uint32_t found = 0;
-    for (int i = 0; i < 4; ++i) {  // without a branch: which ones are kept is not foreseeable
+    for (int i = 0; i < 4; ++i) {  // without a branch, which would be mispredicted
       ids[found] = numbers[i];
       kept[found] = values[i];
       found += keep[i];

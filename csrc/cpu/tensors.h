@@ -107,9 +107,10 @@ inline Batch checked_batch(const Tensor& positions, const Tensor& slots, const T
 }
 
 // `heads`: query_heads, kv_heads, head_dim, page_size, window (0: none). k_cache and v_cache hold `pages` pages in the layout
-// of attention.inl. sinks: float32 [query_heads] or none.
+// of attention.inl. sinks: float32 [query_heads] or none. head_norms: float32 [2, head_dim] or none.
 inline AttentionLayer checked_layer(const Tensor& heads, double scale, const Tensor& cos_sin, const Tensor& k_cache,
-                                    const Tensor& v_cache, Int pages, const MaybeTensor& sinks) {
+                                    const Tensor& v_cache, Int pages, const MaybeTensor& sinks,
+                                    const MaybeTensor& head_norms, double norm_eps) {
   const Int* h = checked_array<const Int>(heads, "heads", kInt64, 5);
   AttentionLayer layer{};
   AttentionShape& s = layer.shape;
@@ -133,6 +134,9 @@ inline AttentionLayer checked_layer(const Tensor& heads, double scale, const Ten
   if (layer.rotary_dim > s.head_dim || layer.rotary_dim % 2)
     TVM_FFI_THROW(ValueError) << "cos_sin rotates an even number of dimensions up to head_dim, not " << layer.rotary_dim;
   if (sinks.has_value()) s.sinks = checked_array<float>(sinks.value(), "sinks", kFloat, s.query_heads);
+  if (head_norms.has_value())
+    layer.head_norms = checked_matrix<float>(head_norms.value(), "the norms of heads", kFloat, 2, s.head_dim);
+  layer.norm_eps = static_cast<float>(norm_eps);
   return layer;
 }
 

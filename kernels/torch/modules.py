@@ -24,6 +24,7 @@ from cai_runtime.kernels.attention import (
     CpuAttention,
     CpuKVCache,
     HeadLayout,
+    HeadNorms,
     ReferenceAttention,
     ReferenceKVCache,
 )
@@ -41,6 +42,7 @@ from cai_runtime.kernels.slim_linear import (
     SideBySide,
     as_dense,
     contract_mpo,
+    side_by_side,
 )
 from cai_runtime.kernels.torch import ops
 from cai_runtime.kernels.torch.frozen import Frozen, as_text, freeze, freeze_core, freeze_members
@@ -101,7 +103,7 @@ class Linear(TensorsModule, LinearModule):
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
         return ops.slim_linear(
             x, residual, weight, eps, prologue.swiglu, self.tensors(), self._layout, self.in_features, self.out_features,
-            self.backend,
+            self.backend, self.head_norms, self._norm_eps,
         )  # fmt: skip
 
 
@@ -127,8 +129,8 @@ class Mpo(LinearModule):
         return y if residual is None else y + residual
 
 
-class Beside(LinearModule):
-    """Linears over one input whose outputs are concatenated."""
+class SideBySideModule(LinearModule):
+    """A `SideBySide` as a module."""
 
     def __init__(self, parts: Sequence[LinearModule]):
         super().__init__()
@@ -137,15 +139,14 @@ class Beside(LinearModule):
         self.out_features = sum(p.out_features for p in parts)
 
     def _run(self, x: torch.Tensor, prologue: Prologue, residual: torch.Tensor | None) -> torch.Tensor:
-        y = torch.cat([p(x, norm=prologue.norm, swiglu=prologue.swiglu) for p in self.parts], dim=1)
-        return y if residual is None else y + residual
+        return side_by_side(self.parts, x, prologue, residual)
 
 
 class Attention(torch.nn.Module):
     """One layer's attention over its pages; called like the attention of a backend, but leaves qkv as it is.
 
     cache: of the backend, shared; its k and v are buffers of the module, changed by every call. sinks: fp32 [query_heads].
-    group: the cache's, of the batch's page tables.
+    group: the cache's, of the batch's page tables. norms: of queries and keys, if any.
     """
 
     def __init__(
@@ -156,6 +157,7 @@ class Attention(torch.nn.Module):
         *,
         backend: str | None = None,
         group: str = FULL,
+        norms: HeadNorms | None = None,
     ):
         super().__init__()
         self.heads, self._page_size, self.group = heads, cache.page_size, group
@@ -165,6 +167,8 @@ class Attention(torch.nn.Module):
         self.register_buffer("k", cache.k, persistent=False)
         self.register_buffer("v", cache.v, persistent=False)
         self.register_buffer("sinks", sinks, persistent=False)
+        self.register_buffer("head_norms", None if norms is None else norms.weight, persistent=False)
+        self._norm_eps = 0.0 if norms is None else norms.eps
 
     def forward(self, qkv: torch.Tensor, batch: AttentionBatch, cos_sin: torch.Tensor, scale: float) -> torch.Tensor:
         """qkv [T, (Hq + 2 Hkv) D], cos_sin fp32 [positions, rotary_dim] -> [T, Hq D]."""
@@ -172,7 +176,7 @@ class Attention(torch.nn.Module):
         return ops.rope_paged_attention(
             qkv, batch.positions, table.slots, batch.query_start, batch.context_len, table.pages, cos_sin, scale,
             self.k, self.v, self.sinks, self.heads.query_heads, self.heads.kv_heads, self._page_size, self.heads.window,
-            self.backend,
+            self.backend, self.head_norms, self._norm_eps,
         )  # fmt: skip
 
 
@@ -204,9 +208,18 @@ def torch_module(prepared: Any) -> LinearModule | Attention | Embedding:
     """A module over what the reference or the CPU kernels have ready: a prepared group of linears, an attention object, an
     embedding (`CpuEmbedding`, or a table as a `Core`). Raises KernelError for anything else."""
     if isinstance(prepared, CpuAttention):
-        return Attention(prepared.heads, prepared.cache, prepared._sinks, backend="cpu")
+        return Attention(
+            prepared.heads, prepared.cache, prepared._sinks, backend="cpu", group=prepared.group, norms=prepared.norms
+        )
     if isinstance(prepared, ReferenceAttention):
-        return Attention(prepared.heads, prepared.cache, prepared.sinks, backend="reference")
+        return Attention(
+            prepared.heads,
+            prepared.cache,
+            prepared.sinks,
+            backend="reference",
+            group=prepared.group,
+            norms=prepared.norms,
+        )
     if isinstance(prepared, CpuEmbedding | Core):
         return Embedding(prepared)
     return linear_module(prepared)
@@ -214,7 +227,7 @@ def torch_module(prepared: Any) -> LinearModule | Attention | Embedding:
 
 def linear_module(prepared: PreparedLinear) -> LinearModule:
     if isinstance(prepared, SideBySide):
-        return Beside([linear_module(p) for p in prepared.parts])
+        return SideBySideModule([linear_module(p) for p in prepared.parts])
     if isinstance(prepared, MpoLinear):
         return Mpo(prepared.shape, [Linear(freeze(c)) for c in prepared.cores], prepared.bias)
     return Linear(freeze(prepared))
@@ -236,6 +249,6 @@ def prepare_module(
         return Linear(freeze_members(members, name, prepared, int8_activations=int8_activations))
     alone = partial(prepare_module, backend=name, int8_activations=int8_activations)
     if len(members) > 1:
-        return Beside([alone([w]) for w in members])
+        return SideBySideModule([alone([w]) for w in members])
     cores = [cast(Linear, alone([as_dense(c)])) for c in members[0].cores]
     return Mpo(members[0], cores, members[0].bias)

@@ -27,6 +27,7 @@ from cai_runtime.kernels.attention import (
     CpuAttention,
     CpuKVCache,
     HeadLayout,
+    HeadNorms,
     ReferenceAttention,
     ReferenceKVCache,
 )
@@ -201,7 +202,7 @@ class BorrowedCache(ReferenceKVCache):
     schema=(
         "(Tensor qkv, Tensor positions, Tensor slots, Tensor query_start, Tensor context_len, Tensor page_table, "
         "Tensor cos_sin, float scale, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? sinks, int query_heads, "
-        "int kv_heads, int page_size, int? window, str backend) -> Tensor"
+        "int kv_heads, int page_size, int? window, str backend, Tensor? head_norms=None, float norm_eps=0.0) -> Tensor"
     ),
 )
 def rope_paged_attention(
@@ -221,8 +222,11 @@ def rope_paged_attention(
     page_size: int,
     window: int | None,
     backend: str,
+    head_norms: torch.Tensor | None = None,
+    norm_eps: float = 0.0,
 ) -> torch.Tensor:
-    """qkv [T, (Hq + 2 Hkv) D] -> [T, Hq D]: rotate, write keys and values to their slots, attend. qkv stays as it is.
+    """qkv [T, (Hq + 2 Hkv) D] -> [T, Hq D]: normalize heads (where `head_norms` [2, D] are), rotate, write keys and values
+    to their slots, attend. qkv stays as it is.
 
     positions to page_table: of an `AttentionBatch`. cos_sin fp32 [positions, rotary_dim]. sinks: fp32 [Hq]. k_cache,
     v_cache: in the backend's layout, changed in place; "cuda" is "triton" here. In a graph, a compiler that doesn't reuse
@@ -231,16 +235,18 @@ def rope_paged_attention(
     head_dim = qkv.shape[1] // (query_heads + 2 * kv_heads)
     heads = HeadLayout(query_heads, kv_heads, head_dim, cos_sin.shape[1], window)
     batch = AttentionBatch.of(positions, slots, query_start, context_len, page_table)
+    norms = None if head_norms is None else HeadNorms(head_norms, norm_eps)
     qkv = qkv.clone(memory_format=torch.contiguous_format)
     match resolve_backend(backend, qkv.device):
         case "cpu":
             cache = BorrowedCpuCache(k_cache, v_cache, page_size, heads)
-            return CpuAttention(heads, cache, sinks)(qkv, batch, cos_sin, scale)
+            return CpuAttention(heads, cache, sinks, norms=norms)(qkv, batch, cos_sin, scale)
         case "reference":
-            return ReferenceAttention(heads, BorrowedCache(k_cache, v_cache), sinks)(qkv, batch, cos_sin, scale)
+            attention = ReferenceAttention(heads, BorrowedCache(k_cache, v_cache), sinks, norms=norms)
+            return attention(qkv, batch, cos_sin, scale)
     from cai_runtime.kernels import triton
 
-    triton.rope_kv_write(qkv, positions, cos_sin, k_cache, v_cache, slots, query_heads, kv_heads, head_dim)
+    triton.rope_kv_write(qkv, positions, cos_sin, k_cache, v_cache, slots, query_heads, kv_heads, head_dim, norms)
     q = qkv[:, : heads.query_width].view(-1, query_heads, head_dim)
     return triton.paged_attention(
         q, k_cache, v_cache, query_start, context_len, page_table, scale, window=window, sinks=sinks
@@ -250,6 +256,6 @@ def rope_paged_attention(
 @rope_paged_attention.register_fake
 def _(
     qkv, positions, slots, query_start, context_len, page_table, cos_sin, scale, k_cache, v_cache, sinks, query_heads,
-    kv_heads, page_size, window, backend,
+    kv_heads, page_size, window, backend, head_norms=None, norm_eps=0.0,
 ):  # fmt: skip
     return qkv.new_empty(qkv.shape[0], qkv.shape[1] // (query_heads + 2 * kv_heads) * query_heads)

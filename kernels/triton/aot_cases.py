@@ -175,10 +175,11 @@ def cases() -> Iterator[Case]:
     types = {"gate_up": b, "out": b} | dict.fromkeys(("width", "ldg", "ldo"), "i32!")
     yield Case("swiglu", swiglu_kernel, types, {"BLOCK": 1024}, 4, decode=True, products=False)
     types = {"qkv": b, "cos_sin": "*fp32!", "k_cache": b, "v_cache": b, "positions": "*i32!", "slots": "*i32!"}
+    types |= {"eps": "fp32"}
     numbers = ("ldq", "ldc", "page_size", "k_page", "k_head", "k_slot", "v_page", "v_head", "v_slot")
     types |= dict.fromkeys(numbers, "i32!")
-    for rotary in (128, 64):
-        heads = {
+    for rotary, normed in ((128, False), (64, False), (128, True)):
+        heads: dict[str, Any] = {
             "Q_HEADS": 32,
             "KV_HEADS": 8,
             "DIM": 128,
@@ -186,8 +187,10 @@ def cases() -> Iterator[Case]:
             "BLOCK_HALF": rotary // 2,
             "BLOCK_DIM": 128,
         }
-        name = f"rope_kv_write {rotary} of 128"
-        yield Case(name, rope_kv_write_kernel, types, heads, 1, decode=True, products=False)
+        heads |= {} if normed else {"norms": None}
+        name = f"rope_kv_write {rotary} of 128" + (" normed" if normed else "")
+        its = types | ({"norms": b} if normed else {})
+        yield Case(name, rope_kv_write_kernel, its, heads, 1, decode=True, products=False)
     for masked in (False, True):
         yield _sampling_case(masked)
 

@@ -1,4 +1,5 @@
-"""Rotary position embedding (Su et al. 2021, the rotate-half layout) and the write of k and v to the paged cache."""
+"""Rotary position embedding (Su et al. 2021, the rotate-half layout), after the norms of heads where a model has them, and
+the write of k and v to the paged cache."""
 
 from __future__ import annotations
 
@@ -6,19 +7,21 @@ import torch
 import triton
 import triton.language as tl
 
+from cai_runtime.kernels.attention import HeadNorms
 from cai_runtime.kernels.triton.checks import ACTIVATIONS, check_tensor, require
 from cai_runtime.kernels.triton.launch import on_device
 
 
 @triton.jit
 def rope_kv_write_kernel(
-    qkv, positions, cos_sin, k_cache, v_cache, slots,
+    qkv, positions, cos_sin, k_cache, v_cache, slots, norms, eps,
     ldq, ldc, page_size, k_page, k_head, k_slot, v_page, v_head, v_slot,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr,
     BLOCK_HALF: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """One head of one row per program: the first ROTARY dimensions of q heads are rotated in place, k heads also written to
-    the cache, v heads only written. Grid: (rows, Q_HEADS + 2 KV_HEADS)."""
+    """One head of one row per program: q heads are normalized, and their first ROTARY dimensions rotated, in place; k heads
+    are also written to the cache, v heads only written. norms: weights [2, DIM] of q and of k heads, or None. Grid: (rows,
+    Q_HEADS + 2 KV_HEADS)."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     HALF: tl.constexpr = ROTARY // 2
@@ -37,6 +40,18 @@ def rope_kv_write_kernel(
         sin = tl.load(angle + HALF + at, mask=ok, other=0.0)
         x = low.to(tl.float32)
         y = high.to(tl.float32)
+        rest = (whole >= ROTARY) & (whole < DIM)
+        unturned = tl.load(source + whole, mask=rest, other=0)
+        if norms is not None:
+            gain = norms + (head >= Q_HEADS) * DIM
+            v = tl.load(source + whole, mask=whole < DIM, other=0).to(tl.float32)
+            factor = tl.rsqrt(tl.sum(v * v, axis=0) / DIM + eps)
+            x = x * factor * tl.load(gain + at, mask=ok, other=0).to(tl.float32)
+            y = y * factor * tl.load(gain + HALF + at, mask=ok, other=0).to(tl.float32)
+            if ROTARY < DIM:
+                scaled = v * factor * tl.load(gain + whole, mask=rest, other=0).to(tl.float32)
+                unturned = scaled.to(unturned.dtype)
+                tl.store(source + whole, unturned, mask=rest)
         low = (x * cos - y * sin).to(low.dtype)
         high = (y * cos + x * sin).to(high.dtype)
         tl.store(source + at, low, mask=ok)
@@ -46,8 +61,6 @@ def rope_kv_write_kernel(
             tl.store(kept + at, low.to(k_cache.dtype.element_ty), mask=ok)
             tl.store(kept + HALF + at, high.to(k_cache.dtype.element_ty), mask=ok)
             if ROTARY < DIM:
-                rest = (whole >= ROTARY) & (whole < DIM)
-                unturned = tl.load(source + whole, mask=rest, other=0)
                 tl.store(kept + whole, unturned.to(k_cache.dtype.element_ty), mask=rest)
     else:
         if slot >= 0:
@@ -66,8 +79,9 @@ def rope_kv_write(
     Hq: int,
     Hkv: int,
     D: int,
+    norms: HeadNorms | None = None,
 ) -> None:
-    """Rotate q and k of `qkv` in place; write the rotated k and v to their slots of the cache.
+    """Normalize and rotate q and k of `qkv` in place; write that k, and v, to their slots of the cache.
 
     Args:
         qkv: [M, (Hq + 2 Hkv) D]: q heads, k heads, v heads; float32, bfloat16 or float16; rows may lie apart.
@@ -77,6 +91,7 @@ def rope_kv_write(
         k_cache, v_cache: [pages, Hkv, page_size, D], any activation dtype, contiguous in D.
         slots: int32 [M]: page * page_size + offset, where each row goes; negative: nowhere (padding).
         Hq, Hkv, D: query heads, key/value heads, head dimension.
+        norms: of q and k heads before the rotation, or None; the weights contiguous, in any activation dtype.
 
     Raises:
         KernelError: a shape, dtype or device is not as above; names the argument.
@@ -95,11 +110,16 @@ def rope_kv_write(
     require(rotary % 2 == 0 and 2 <= rotary <= D, f"cos_sin must have an even 2 to D = {D} columns, has {rotary}")
     check_tensor("k_cache", k_cache, shape=(None, Hkv, None, D), device=device, dtypes=ACTIVATIONS)
     check_tensor("v_cache", v_cache, shape=tuple(k_cache.shape), device=device, dtypes=ACTIVATIONS)
+    weight = None
+    if norms is not None:
+        weight = norms.weight
+        check_tensor("norms", weight, shape=(2, D), device=device, dtypes=ACTIVATIONS)
+        require(weight.is_contiguous(), "norms must be contiguous")
     if rows == 0:
         return
     with on_device(qkv):
         rope_kv_write_kernel[(rows, heads)](
-            qkv, positions, cos_sin, k_cache, v_cache, slots,
+            qkv, positions, cos_sin, k_cache, v_cache, slots, weight, 0.0 if norms is None else norms.eps,
             qkv.stride(0), cos_sin.stride(0), k_cache.shape[2], *k_cache.stride()[:3], *v_cache.stride()[:3],
             Hq, Hkv, D, rotary, triton.next_power_of_2(rotary // 2), triton.next_power_of_2(D), num_warps=1,
         )  # fmt: skip

@@ -165,11 +165,8 @@ def factory(tokenizer):
 
 
 @pytest.fixture(autouse=True)
-def empty_home(tmp_path, monkeypatch):
-    """No weights on this machine but those that a test puts there."""
-    home = tmp_path / "home"
-    monkeypatch.setenv("CAI_HOME", str(home))
-    return home
+def always_home(home):
+    """Every test has a `home` of its own."""
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ def make_dir(path):
     return path
 
 
-def test_names(new_client, factory, model_dir, tmp_path, empty_home, ask):
-    catalogued = make_dir(empty_home / "models" / "llama-3-1-8b")
+def test_names(new_client, factory, model_dir, tmp_path, home, ask):
+    catalogued = make_dir(home / "models" / "llama-3-1-8b")
     client = new_client(models={"abc": model_dir, "glm-5-1": model_dir, "tilde": str(model_dir)})
     for name, path in [
         ("abc", model_dir),

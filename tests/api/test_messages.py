@@ -5,7 +5,7 @@ import pytest
 from cai_runtime import BadRequestError
 from cai_runtime.errors import ConversationError
 from cai_runtime.formats.history import TurnForm, turns_of
-from cai_runtime.formats.messages import Message, parse_messages
+from cai_runtime.formats.messages import Call, Message, parse_messages
 from cai_runtime.formats.template import render
 
 
@@ -81,6 +81,96 @@ def test_missing_capability_is_named(client, message, param, capability):
         client.chat.completions.create(messages=[message])
     assert (caught.value.param, caught.value.code) == (param, f"{capability}_not_supported")
     assert f"'{capability}'" in caught.value.message
+
+
+def call(call_id="c1", arguments="{}", **more):
+    return {"id": call_id, "type": "function", "function": {"name": "look", "arguments": arguments, **more}}
+
+
+def calling(*calls, **fields):
+    return {"role": "assistant", "content": None, "tool_calls": list(calls), **fields}
+
+
+def result(call_id="c1", content="seen"):
+    return {"role": "tool", "tool_call_id": call_id, "content": content}
+
+
+USER = {"role": "user", "content": "hi"}
+
+
+def test_calls_results_and_thoughts():
+    parsed = parse_messages(
+        [
+            USER,
+            calling(call(arguments='{"at": "you"}'), call("c2"), reasoning_content="Hm"),
+            result("c2", [text("a"), text("b")]),
+            result(),
+            {"role": "assistant", "reasoning_content": "Hm"},
+            calling(call(), content="I look again."),
+            result(),
+        ]
+    )
+    assert parsed[1] == Message(
+        "assistant", None, calls=(Call("c1", "look", '{"at": "you"}'), Call("c2", "look", "{}")), reasoning="Hm"
+    )
+    assert parsed[2] == Message("tool", ("a", "b"), call_id="c2")
+    assert parsed[4] == Message("assistant", None, reasoning="Hm") and parsed[5].content == "I look again."
+
+
+def test_messages_of_the_openai_package_go_back_whole():
+    from openai.types.chat import ChatCompletionMessage, ParsedChatCompletionMessage
+
+    call_ = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    reply = ChatCompletionMessage(role="assistant", content=None, tool_calls=[call_], reasoning_content="Hm")
+    parsed = ParsedChatCompletionMessage[dict](role="assistant", content="{}", parsed={"a": 1})
+    want = Message("assistant", None, calls=(Call("c1", "look", "{}"),), reasoning="Hm")
+    by_hand = {"role": "assistant", "tool_calls": reply.tool_calls, "reasoning_content": "Hm"}
+    for message in (reply, reply.model_dump(), by_hand):
+        assert parse_messages([USER, message, result()])[1] == want
+    assert parse_messages([USER, parsed])[1] == Message("assistant", "{}")
+
+
+@pytest.mark.parametrize(
+    ("messages", "place"),
+    [
+        ([USER, result()], "messages[1].tool_call_id"),
+        ([USER, calling(call()), result("c2")], "messages[2].tool_call_id"),
+        ([USER, calling(call()), result(), result()], "messages[3].tool_call_id"),
+        ([USER, calling(call()), result(), USER, result()], "messages[4].tool_call_id"),
+        ([USER, calling(call()), USER], "messages[1].tool_calls"),
+        ([USER, calling(call())], "messages[1].tool_calls"),
+        ([USER, calling(call(), call("c2")), result("c2"), USER], "messages[1].tool_calls"),
+        ([USER, {"role": "tool", "content": "x"}], "messages[1].tool_call_id"),
+        ([USER, calling(call()), {**result(), "content": None}], "messages[2].content"),
+        ([USER, calling(call(), call())], "messages[1].tool_calls[1].id"),
+        ([USER, calling(call(arguments=""))], "messages[1].tool_calls[0].function.arguments"),
+        ([USER, calling(call(arguments="null"))], "messages[1].tool_calls[0].function.arguments"),
+        ([USER, calling(call(arguments="[1]"))], "messages[1].tool_calls[0].function.arguments"),
+        ([USER, calling(call(arguments='{"a": NaN}'))], "messages[1].tool_calls[0].function.arguments"),
+        ([USER, calling(call(arguments="[" * 10**5))], "messages[1].tool_calls[0].function.arguments"),
+        ([USER, calling(call(arguments="{" + '"a":{' * 80 + "}" * 81))],
+         "messages[1].tool_calls[0].function.arguments" + ".a" * 64),
+        ([USER, calling(call(arguments='{"a": "\\ud800"}'))], "messages[1].tool_calls[0].function.arguments.a"),
+        ([USER, calling(call(arguments={"a": 1}))], "messages[1].tool_calls[0].function.arguments"),
+        ([USER, calling(call(more=1))], "messages[1].tool_calls[0].function.more"),
+        ([USER, calling({"id": "c1", "type": "custom", "custom": {}})], "messages[1].tool_calls[0].type"),
+        ([USER, calling({"type": "function", "function": {}})], "messages[1].tool_calls[0].id"),
+        ([USER, calling({"id": "c1"})], "messages[1].tool_calls[0].function"),
+        ([USER, calling(call(""))], "messages[1].tool_calls[0].id"),
+        ([USER, calling(3)], "messages[1].tool_calls[0]"),
+        ([USER, {**calling(), "tool_calls": "c1"}], "messages[1].tool_calls"),
+        ([{**USER, "tool_calls": [call()]}], "messages[0].tool_calls"),
+        ([{**USER, "tool_call_id": "c1"}], "messages[0].tool_call_id"),
+        ([{**USER, "reasoning_content": "x"}], "messages[0].reasoning_content"),
+        ([USER, {"role": "assistant", "content": "", "reasoning_content": 3}], "messages[1].reasoning_content"),
+        ([USER, {"role": "function", "name": "look", "content": "x"}], "messages[1].role"),
+        ([USER, {"role": "assistant", "content": "", "function_call": {"name": "look"}}], "messages[1].function_call"),
+    ],
+)  # fmt: skip
+def test_calls_are_refused_by_place(messages, place):
+    with pytest.raises(ConversationError) as caught:
+        parse_messages(messages)
+    assert caught.value.param == place and f"'{place}" in str(caught.value)
 
 
 def test_rendered_with_the_checkpoints_template(tokenizer):

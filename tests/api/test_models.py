@@ -86,8 +86,38 @@ def test_local_models_follow(new_client, checkpoint, model_dir, valid):
         valid(model, Model)
         assert model.owned_by == "local" and client.models.retrieve(model.id) == model
     assert [model.parameters_number for model in own] == ["1.25K", "unknown", "1.25K"]
-    assert [model.capabilities["support_chat_completion"] for model in own] == [True, False, True]
+    for capability in ("support_chat_completion", "supports_responses", "supports_function_calling"):
+        assert [model.capabilities[capability] for model in own] == [True, False, True]
     assert own[0].created == int((checkpoint / "config.json").stat().st_mtime)
+
+
+NATIVE = (
+    "{% for t in tools or [] %}<tools>{{ t|tojson }}</tools>{% endfor %}{% for m in messages %}{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }} {{ c.function.arguments|tojson }}{% endfor %}"
+    "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("file", "stored", "tools"),
+    [
+        (None, None, None),
+        ("tokenizer_config.json", json.dumps({"chat_template": "{{ messages[0].content }}"}), "generic"),
+        ("tokenizer_config.json", json.dumps({"chat_template": NATIVE}), "native"),
+        ("tokenizer_config.json", json.dumps({"chat_template": [{"name": "default", "template": "x"},
+                                                                {"name": "tool_use", "template": NATIVE}]}), "native"),
+        ("chat_template.json", json.dumps({"chat_template": NATIVE}), "native"),
+        ("chat_template.jinja", NATIVE, "native"),
+        ("chat_template.jinja", NATIVE.replace("tool_call>", "a format that nobody knows>"), "generic"),
+        ("chat_template.jinja", "{% for %}", "generic"),
+    ],
+)  # fmt: skip
+def test_how_a_local_model_is_told_of_tools(new_client, factory, model_dir, file, stored, tools):
+    if file:
+        (model_dir / file).write_text(stored)
+    model = new_client(models={"mine": model_dir}).models.retrieve("mine")
+    assert model.tools == tools and model.capabilities["supports_function_calling"] == (tools is not None)
+    assert factory.opened == []
 
 
 def test_registered_but_gone(new_client, tmp_path):

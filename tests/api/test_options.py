@@ -68,6 +68,8 @@ def test_out_of_range_is_refused_at_once(name, value):
     ("options", "kind", "says"),
     [
         ({"generation_config": "yes"}, ValueError, "generation_config must be"),
+        ({"format": "chatml"}, ValueError, "format must be one of .*hermes"),
+        ({"format": 3}, TypeError, "format must be"),
         ({"timeout": "3"}, TypeError, "timeout must be"),
         ({"timeout": 0}, ValueError, "timeout must be"),
         ({"model": 3}, TypeError, "model must be"),

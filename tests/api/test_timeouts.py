@@ -95,8 +95,9 @@ def test_no_timeout_no_limit(client, ask):
 @pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda client: pickle.loads(pickle.dumps(client))])
 @pytest.mark.parametrize("kind", [cai_runtime.Client, cai_runtime.AsyncClient])
 def test_copies_are_new_clients_of_the_same_options(kind, again):
-    client = kind("/nowhere", models={"a": "/b"}, max_batch=3, timeout=2, generation_config="none")
+    client = kind("/nowhere", models={"a": "/b"}, max_batch=3, timeout=2, generation_config="none", format="plain")
     new = again(client)
     assert type(new) is kind and new is not client and new._host is not client._host
     assert repr(new) == repr(client) and new._host._options == client._host._options
+    assert new._host._format_name == "plain"
     assert "max_batch=3" in repr(client) and "timeout=2" in repr(client)

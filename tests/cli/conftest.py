@@ -4,11 +4,8 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    """An empty cache directory."""
-    path = tmp_path / "home"
-    monkeypatch.setenv("CAI_HOME", str(path))
-    return path
+def always_home(home):
+    """Every test has a `home` of its own."""
 
 
 @pytest.fixture

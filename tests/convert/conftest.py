@@ -1,4 +1,4 @@
-"""A tiny random llama and its GGUF file, written the way llama.cpp's converter writes one; an empty cache directory."""
+"""A tiny random model and its GGUF file, written the way llama.cpp's converter writes one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 TYPES = gguf.GGMLQuantizationType
 GGUF_NAMES = {
@@ -22,6 +22,8 @@ GGUF_NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -29,18 +31,11 @@ GGUF_NAMES = {
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty CAI_HOME."""
-    path = tmp_path / "home"
-    monkeypatch.setenv("CAI_HOME", str(path))
-    return path
+def tiny_llama() -> Callable[..., PreTrainedModel]:
+    """Makes a random llama, or another `model_type`: 4 query heads over 2 key/value heads of size 16, 2 layers, 300
+    tokens."""
 
-
-@pytest.fixture
-def tiny_llama() -> Callable[..., LlamaForCausalLM]:
-    """Makes a random llama: 4 query heads over 2 key/value heads of size 16, 2 layers, 300 tokens."""
-
-    def make(**options) -> LlamaForCausalLM:
+    def make(*, model_type: str = "llama", **options) -> PreTrainedModel:
         torch.manual_seed(0)
         defaults = {
             "vocab_size": 300,
@@ -55,7 +50,7 @@ def tiny_llama() -> Callable[..., LlamaForCausalLM]:
             "initializer_range": 0.2,
             "rms_norm_eps": 1e-5,
         }
-        model = LlamaForCausalLM(LlamaConfig(**(defaults | options))).eval()
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(defaults | options))).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.endswith(("norm.weight", ".bias")):
@@ -70,17 +65,18 @@ def write_gguf(tmp_path: Path) -> Callable[..., Path]:
     """Writes a model as GGUF: `kind` is the matrices' type; `metadata`, `tensors` are added; `skip` leaves tensors out."""
 
     def write(
-        model: LlamaForCausalLM,
+        model: PreTrainedModel,
         kind: gguf.GGMLQuantizationType = TYPES.F32,
         *,
         metadata: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
         tensors: dict[str, np.ndarray] | None = None,
         skip: tuple[str, ...] = (),
-        arch: str = "llama",
+        control: tuple[str, str] = ("<s>", "</s>"),
+        arch: str | None = None,
     ) -> Path:
         config = model.config
         path = tmp_path / f"tiny-{kind.name}.gguf"
-        writer = gguf.GGUFWriter(path, arch)
+        writer = gguf.GGUFWriter(path, arch or config.model_type)
         writer.add_context_length(config.max_position_embeddings)
         writer.add_embedding_length(config.hidden_size)
         writer.add_block_count(config.num_hidden_layers)
@@ -90,7 +86,7 @@ def write_gguf(tmp_path: Path) -> Callable[..., Path]:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_rope_dimension_count(config.head_dim)
         writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-        add_byte_level_vocabulary(writer, config.vocab_size)
+        add_byte_level_vocabulary(writer, config.vocab_size, *control)
         metadata(writer)
         for name, value in model.state_dict().items():
             if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -99,7 +95,7 @@ def write_gguf(tmp_path: Path) -> Callable[..., Path]:
             if target in skip:
                 continue
             array = value.float().numpy()
-            if ".q_proj." in name or ".k_proj." in name:
+            if config.model_type == "llama" and (".q_proj." in name or ".k_proj." in name):
                 array = permute(array, config.head_dim)
             of_kind = kind if array.ndim > 1 else TYPES.F32
             writer.add_tensor(target, gguf.quants.quantize(array, of_kind), raw_dtype=of_kind)
@@ -133,18 +129,18 @@ def permute(weight: np.ndarray, head_dim: int) -> np.ndarray:
     return out
 
 
-def add_byte_level_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
-    """256 bytes, a few merges, control tokens <s> and </s>, a user-defined one, and unused ones up to `size`."""
+def add_byte_level_vocabulary(writer: gguf.GGUFWriter, size: int, bos: str, eos: str) -> None:
+    """256 bytes, a few merges, control tokens `bos` and `eos`, a user-defined one, and unused ones up to `size`."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     tokens = list(bytes_to_unicode().values())
     merges = ["t h", "th e", "Ġ the", "h e", "l l", "he ll", "hell o", "Ġ w", "1 2", "Ġ 1"]
     tokens += [merge.replace(" ", "") for merge in merges]
     types = [1] * len(tokens)
-    tokens += ["<s>", "</s>", "<think>"]
+    tokens += [bos, eos, "<think>"]
     types += [3, 3, 4]
-    writer.add_bos_token_id(tokens.index("<s>"))
-    writer.add_eos_token_id(tokens.index("</s>"))
+    writer.add_bos_token_id(tokens.index(bos))
+    writer.add_eos_token_id(tokens.index(eos))
     unused = size - len(tokens)
     tokens += [f"<unused{i}>" for i in range(unused)]
     types += [5] * unused

@@ -250,8 +250,7 @@ def test_an_untied_head_is_kept(write, tmp_path, whisper):
     assert not np.array_equal(model.model.decoder.embed_tokens.weight.detach().numpy(), head)
 
 
-def test_pull_converts_a_directory_again_when_it_changes(write, tmp_path, monkeypatch):
-    monkeypatch.setenv("CAI_HOME", str(tmp_path / "home"))
+def test_pull_converts_a_directory_again_when_it_changes(write, home):
     source = write()
     first = pull(source, progress=False)
     assert pull(source / "model.bin", progress=False) == first

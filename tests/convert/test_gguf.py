@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from cai_runtime.convert.gguf import gguf_to_hf
@@ -24,11 +24,11 @@ IDS = torch.arange(0, 120).reshape(2, 60) * 7 % 300
 
 
 @torch.no_grad()
-def logits(model: LlamaForCausalLM) -> torch.Tensor:
+def logits(model: PreTrainedModel) -> torch.Tensor:
     return model(IDS).logits.float()
 
 
-def load(path) -> LlamaForCausalLM:
+def load(path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(path).eval()
 
 
@@ -42,8 +42,12 @@ def load(path) -> LlamaForCausalLM:
         {"head_dim": 32},
         {"attention_bias": True, "mlp_bias": True},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+        {"model_type": "qwen2"},
+        {"model_type": "qwen2", "tie_word_embeddings": False, "num_key_value_heads": 1},
+        {"model_type": "qwen3", "head_dim": 32},
+        {"model_type": "qwen3", "attention_bias": True, "tie_word_embeddings": False},
     ],
-    ids=lambda options: next(iter(options), "plain"),
+    ids=lambda options: "-".join(str(v) for v in options.values()) or "plain",
 )
 def test_fp32_model_comes_back_exactly(tiny_llama, write_gguf, tmp_path, options):
     model = tiny_llama(**options)
@@ -57,7 +61,9 @@ def test_fp32_model_comes_back_exactly(tiny_llama, write_gguf, tmp_path, options
     assert torch.equal(logits(found), logits(model))
 
 
-@pytest.mark.parametrize("kind", [TYPES.Q4_0, TYPES.Q8_0, TYPES.F16, TYPES.BF16], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind", [TYPES.Q4_0, TYPES.Q5_0, TYPES.Q8_0, TYPES.F16, TYPES.BF16], ids=lambda kind: kind.name
+)
 def test_every_tensor_type_equals_transformers_own_loading(tiny_llama, write_gguf, tmp_path, kind):
     path = write_gguf(tiny_llama(tie_word_embeddings=False), kind)
     out = gguf_to_hf(path, tmp_path / "out")
@@ -168,7 +174,8 @@ def test_yarn_attention_factor_includes_yarns_own(tiny_llama, write_gguf, tmp_pa
 def test_tokenizer_template_and_special_tokens(tiny_llama, write_gguf, tmp_path):
     out = gguf_to_hf(write_gguf(tiny_llama()), tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(out)
-    assert len(tokenizer) == 300
+    assert len(tokenizer) == 256 + 10 + 3, "the vocabulary's unused end are no tokens"
+    assert tokenizer.decode([268, 269, 299]) == "<think>"
     assert tokenizer.tokenize("hello 12 the<think>") == ["hello", "Ġ", "1", "2", "Ġthe", "<think>"]
     for text in ["hello wörld\n\t 1234", "<s>x</s>", " 你好 ½½ "]:
         assert tokenizer.decode(tokenizer(text).input_ids) == text
@@ -191,6 +198,27 @@ def test_every_end_of_turn_of_the_metadata_ends_a_text(tiny_llama, write_gguf, t
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [eos, 10, 11]
     with pytest.raises(ConversionError, match="400 is said to end a text"):
         gguf_to_hf(write_gguf(tiny_llama(), metadata=lambda writer: writer.add_eot_token_id(400)), tmp_path / "bad")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_qwen_ends_a_text_where_its_own_configuration_does(tiny_llama, write_gguf, tmp_path, family):
+    """The metadata names the end of a turn alone."""
+    path = write_gguf(tiny_llama(model_type=family), control=("<|endoftext|>", "<|im_end|>"))
+    out = gguf_to_hf(path, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")]
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == ends
+    config = json.loads((out / "config.json").read_text())
+    assert (config["use_sliding_window"], config["model_type"]) == (False, family)
+
+
+def test_a_bias_that_a_qwen2_file_lacks_is_zero(tiny_llama, write_gguf, tmp_path):
+    model = tiny_llama(model_type="qwen2")
+    found = load(gguf_to_hf(write_gguf(model, skip=("blk.1.attn_k.bias",)), tmp_path / "out"))
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.bias.zero_()
+    assert torch.equal(logits(found), logits(model))
 
 
 def test_bos_and_eos_are_added_where_the_file_asks(tiny_llama, write_gguf, tmp_path):
@@ -222,11 +250,29 @@ def test_bos_and_eos_are_added_where_the_file_asks(tiny_llama, write_gguf, tmp_p
         ({"tensors": {"rope_freqs.weight": np.arange(1, 9, dtype=np.float32)}}, "rope_freqs.weight don't follow"),
         ({"metadata": lambda writer: writer.add_key_length(32)}, "partial rotary"),
         ({"metadata": lambda writer: writer.add_pad_token_id(300)}, "pad_token_id 300"),
+        ({"family": "qwen2", "skip": ("blk.0.attn_q.weight",)}, r"the first is model\.layers\.0\.self_attn\.q_proj"),
+        (
+            {"family": "qwen2", "metadata": lambda writer: writer.add_sliding_window(32)},
+            "qwen2.attention.sliding_window",
+        ),
+        (
+            {"family": "qwen2", "tensors": {"blk.0.attn_output.bias": np.ones(64, np.float32)}},
+            "attn_output.bias has no place in a qwen2 model",
+        ),
+        (
+            {"family": "qwen3", "skip": ("blk.1.attn_k_norm.weight",)},
+            r"the first is model\.layers\.1\.self_attn\.k_norm",
+        ),
+        (
+            {"family": "qwen2", "tensors": {"blk.0.attn_q_norm.weight": np.ones(16, np.float32)}},
+            "attn_q_norm.weight has no place in a qwen2 model",
+        ),
     ],
     ids=lambda value: None if isinstance(value, str) else "-".join(value),
 )
 def test_what_can_not_be_converted_is_named(tiny_llama, write_gguf, tmp_path, options, message):
-    path = write_gguf(tiny_llama(), **options)
+    family = options.get("family", "llama")
+    path = write_gguf(tiny_llama(model_type=family), **{k: v for k, v in options.items() if k != "family"})
     with pytest.raises(ConversionError, match=message):
         gguf_to_hf(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()

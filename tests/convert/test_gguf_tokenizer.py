@@ -6,6 +6,8 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
+import transformers
+from packaging.version import Version
 from transformers import AutoTokenizer
 
 from cai_runtime.convert.gguf_tokenizer import build_tokenizer
@@ -73,6 +75,15 @@ def test_sentencepiece_begins_with_bos_and_falls_back_to_bytes():
     assert tokenizer.decode(encoded.ids, skip_special_tokens=True) == "dog ü fox"
 
 
+def test_qwens_tokenizer_normalizes_and_shows_the_tokens_of_infill():
+    tokens = ["a", "e", "Ì", "ģ", "Ã", "©", "Ã©", "<|fim_prefix|>", "<|im_end|>", "[PAD9]"]
+    file = described(model="gpt2", pre="qwen2", tokens=tokens, token_type=[1] * 7 + [3, 3, 5], merges=["Ã ©"])
+    tokenizer = build_tokenizer(file)
+    assert tokenizer.encode("e\u0301a").tokens == ["Ã©", "a"], "in normalization form C"
+    assert tokenizer.decode([7, 0, 8], skip_special_tokens=True) == "<|fim_prefix|>a"
+    assert tokenizer.get_vocab_size() == 9, "what fills the embedding up is no token"
+
+
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
@@ -112,8 +123,11 @@ def test_smollm2_agrees_with_transformers(smollm2_dir, wikipedia_texts):
     source = fetch_file("smollm2-135m-instruct")
     theirs = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     assert ours.get_vocab() == theirs.get_vocab()
-    assert ours.special_tokens_map == theirs.special_tokens_map
-    assert ours.all_special_ids == theirs.all_special_ids
+    # As the file says. (transformers 5.17 takes <|im_start|> for the end of a text, 5.24 does not.)
+    assert (ours.bos_token, ours.eos_token) == ("<|im_start|>", "<|im_end|>")
+    if Version(transformers.__version__) >= Version("5.24"):
+        assert ours.special_tokens_map == theirs.special_tokens_map
+        assert ours.all_special_ids == theirs.all_special_ids
     chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
     for turns in (chat, chat[1:]):
         template = {"tokenize": False, "add_generation_prompt": True}

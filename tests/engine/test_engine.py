@@ -403,11 +403,11 @@ def test_close_wakes_everyone_and_closes_the_runner_once(make_engine, make_runne
     for thread in threads:
         thread.start()
     assert runner.entered.wait(30)
-    sent = engine._loop.inbox.qsize()  # the owner thread is held in its first step
+    sent = engine._loop.inbox.queue.qsize()  # the owner thread is held in its first step
     closers = [threading.Thread(target=engine.close) for _ in range(3)]
     for thread in closers:
         thread.start()
-    while engine._loop.inbox.qsize() < sent + 3:
+    while engine._loop.inbox.queue.qsize() < sent + 3:
         closers[0].join(0.001)
     runner.gate.release(10_000)
     for thread in threads + closers:

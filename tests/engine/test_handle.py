@@ -285,9 +285,9 @@ def test_close_reaches_async_consumers(make_engine, make_runner, greedy):
         tasks = [asyncio.create_task(engine.submit(greedy([i])).aresult()) for i in range(4)]
         await asyncio.sleep(0)
         await asyncio.to_thread(runner.entered.wait, 30)
-        sent = engine._loop.inbox.qsize()  # the owner thread is held in its first step
+        sent = engine._loop.inbox.queue.qsize()  # the owner thread is held in its first step
         closing = asyncio.create_task(asyncio.to_thread(engine.close))
-        await asyncio.to_thread(until, lambda: engine._loop.inbox.qsize() > sent)
+        await asyncio.to_thread(until, lambda: engine._loop.inbox.queue.qsize() > sent)
         runner.gate.release(10_000)
         results = await asyncio.gather(*tasks, return_exceptions=True)
         await closing

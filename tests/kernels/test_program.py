@@ -14,7 +14,7 @@ from kernel_cases import random_linear
 
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels.activation import swiglu_cpu
-from cai_runtime.kernels.attention import CpuAttention, CpuKVCache, HeadLayout
+from cai_runtime.kernels.attention import CpuAttention, CpuKVCache, HeadLayout, HeadNorms
 from cai_runtime.kernels.batch import AttentionBatch, PageTable
 from cai_runtime.kernels.embedding import CpuEmbedding, take_rows
 from cai_runtime.kernels.norm import RmsNorm, rms_norm_cpu
@@ -43,7 +43,11 @@ class Model:
         self.head = CpuLinear([random_linear("dense", WIDTH, 50, 0, ["fp32"], False, g)])
         self.embed = CpuEmbedding(self.head)
         self.qkv = [linear(WIDTH, HEADS.qkv_width, i) for i in (2, 3)]
-        self.attention = [CpuAttention(HEADS, CpuKVCache(12, 16, HEADS, torch.float32), None, g) for g in ("a", "b")]
+        norms = HeadNorms(torch.rand(2, HEADS.head_dim, generator=g) + 0.5, 1e-6)
+        self.attention = [
+            CpuAttention(HEADS, CpuKVCache(12, 16, HEADS, torch.float32), None, name, its)
+            for name, its in (("a", None), ("b", norms))
+        ]
         self.output = [linear(HEADS.query_width, WIDTH, i) for i in (4, 5)]
         self.up, self.down = linear(WIDTH, 64, 6), linear(32, WIDTH, 7)
         self.norm = RmsNorm(torch.rand(WIDTH, generator=g) + 0.5, 1e-5)

@@ -1,4 +1,4 @@
-"""RoPE, cache write and paged attention on random ragged batches: within a derived bound of float64
+"""Norms of heads, RoPE, cache write and paged attention on random ragged batches: within a derived bound of float64
 (helpers/attention_cases.py); and, on the CPU kernels, the same bits however a prompt is cut and whatever is beside it."""
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import BACKENDS, CPU, bits_equal, bounded, threads, using
 
+from cai_runtime.errors import KernelError
+from cai_runtime.kernels.attention import HeadLayout, HeadNorms
+
 DTYPES = {"reference": [torch.float32, torch.bfloat16, torch.float16]}  # others: fp32
 
 
@@ -23,9 +26,10 @@ def check_steps(backend: str, case: AttentionCase, dtype: torch.dtype) -> None:
     quarter_turns = case.cache_dtype != torch.float32 or dtype != torch.float32
     table = rope_table(case.rotary_dim, quarter_turns=quarter_turns)
     scale = float(torch.tensor(heads.head_dim**-0.5))
-    judge = Judge(heads, case.cache_dtype, table, quarter_turns, scale, sinks, case.page_size)
+    norms = case.head_norms(dtype)
+    judge = Judge(heads, case.cache_dtype, table, quarter_turns, scale, sinks, case.page_size, norms)
     with using(backend) as name:
-        attention = make_attention(name, heads, pages, case.page_size, case.cache_dtype, sinks)
+        attention = make_attention(name, heads, pages, case.page_size, case.cache_dtype, sinks, norms)
         for counts in case.counts:
             batch = batch_of(sequences, list(counts), case.page_size)
             qkv = torch.randn(sum(counts), heads.qkv_width, generator=g).to(dtype)
@@ -61,12 +65,12 @@ def test_chunks_neighbours_and_pages_do_not_change_the_bits(backend: str, data: 
     table = rope_table(case.rotary_dim, quarter_turns=False)
     qkv = torch.randn(length, heads.qkv_width, generator=g)
     with using(backend) as name:
-        alone = make_attention(name, heads, pages, case.page_size, case.cache_dtype, sinks)
+        alone = make_attention(name, heads, pages, case.page_size, case.cache_dtype, sinks, case.head_norms())
         batch = batch_of([Sequence(list(range(pages)))], [length], case.page_size)
         whole = alone(qkv.clone(), batch, table, 0.3)
 
         cuts = sorted({0, length, *data.draw(st.lists(st.integers(0, length), max_size=5))})
-        company = make_attention(name, heads, pages, case.page_size, case.cache_dtype, sinks)
+        company = make_attention(name, heads, pages, case.page_size, case.cache_dtype, sinks, case.head_norms())
         pieces, place = [], data.draw(st.integers(0, len(sequences) - 1))
         for step, (a, b) in enumerate(pairwise(cuts)):
             others = list(case.counts[step][1:]) if step < len(case.counts) else [0] * (len(sequences) - 1)
@@ -126,3 +130,10 @@ def test_large_scores_pick_one_key(backend: str):
         attention = make_attention(name, heads, pages, 16, torch.float32)
         out = attention(qkv, batch_of(sequences, [40], 16), rope_table(2, quarter_turns=True), 1.0)
     assert torch.equal(out, torch.arange(40.0)[:, None].expand(40, 8))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_norms_of_heads_that_do_not_fit_are_refused(backend: str):
+    norms = HeadNorms(torch.ones(2, 15), 1e-6)
+    with using(backend) as name, pytest.raises(KernelError, match=r"\[2, 16\], not \[2, 15\]"):
+        make_attention(name, HeadLayout(2, 1, 16, 16), 4, 16, torch.float32, norms=norms)

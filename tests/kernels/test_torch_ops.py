@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import io
 import os
 import subprocess
@@ -15,6 +14,7 @@ import pytest
 import torch
 from attention_cases import AttentionCase, make_attention, rope_table
 from attention_cases import batch_of as attention_batch
+from interpreter import needs_interpreter
 from kernel_cases import BACKENDS, STORES, bits_equal, random_core, random_linear, using
 from torch.library import opcheck
 
@@ -85,12 +85,12 @@ def test_embedding_is_a_proper_operator(backend: str):
         torch.testing.assert_close(module(ids), core.values(torch.float32)[ids], rtol=1e-6, atol=0)
 
 
-def attention_step(backend: str, window: int | None = None, sinks: bool = False):
-    case = AttentionCase(2, 3, 24, 16, 16, torch.float32, window, sinks, ((20, 3, 1),), 7)
+def attention_step(backend: str, window: int | None = None, sinks: bool = False, norms: bool = False):
+    case = AttentionCase(2, 3, 24, 16, 16, torch.float32, window, sinks, ((20, 3, 1),), 7, norms)
     g = case.generator()
     logits = case.sink_logits(g)
     sequences, pages = case.sequences(g)
-    attention = make_attention(backend, case.heads, pages, 16, torch.float32, logits)
+    attention = make_attention(backend, case.heads, pages, 16, torch.float32, logits, case.head_norms())
     qkv = torch.randn(24, case.heads.qkv_width, generator=g)
     return attention, qkv, attention_batch(sequences, [20, 3, 1], 16), rope_table(16, quarter_turns=False)
 
@@ -101,20 +101,20 @@ def fields(batch: AttentionBatch) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize("backend", NAMES)
-@pytest.mark.parametrize(("window", "sinks"), [(None, False), (5, True)])
-def test_attention_is_a_proper_operator(window: int | None, sinks: bool, backend: str):
-    attention, qkv, batch, table = attention_step(backend, window, sinks)
+@pytest.mark.parametrize(("window", "sinks", "norms"), [(None, False, False), (5, True, False), (None, False, True)])
+def test_attention_is_a_proper_operator(window: int | None, sinks: bool, norms: bool, backend: str):
+    attention, qkv, batch, table = attention_step(backend, window, sinks, norms)
     attention.cache.k.zero_()  # opcheck compares the mutated caches, and NaN equals nothing
     attention.cache.v.zero_()
     held, heads = torch_module(attention), attention.heads
     arguments = (qkv, *fields(batch), table, 0.2, held.k, held.v, held.sinks, heads.query_heads, heads.kv_heads)
-    opcheck(torch.ops.cai.rope_paged_attention.default, (*arguments, 16, window, backend))
+    opcheck(torch.ops.cai.rope_paged_attention.default, (*arguments, 16, window, backend, held.head_norms, 1e-6))
 
 
 @pytest.mark.parametrize("backend", NAMES)
 def test_the_attention_module_has_the_eager_bits_and_writes_the_cache(backend: str):
-    attention, qkv, batch, table = attention_step(backend, 7, True)
-    other, *_ = attention_step(backend, 7, True)
+    attention, qkv, batch, table = attention_step(backend, 7, True, True)
+    other, *_ = attention_step(backend, 7, True, True)
     before = qkv.clone()
     out = torch_module(other)(qkv, batch, table, 0.2)
     assert torch.equal(qkv, before)
@@ -343,7 +343,7 @@ print("same")
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@needs_interpreter
 def test_triton_operations_as_modules():
     helpers = str(Path(__file__).parent / "helpers")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

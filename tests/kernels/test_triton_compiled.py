@@ -13,13 +13,13 @@ pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted here, not compiled", allow_module_level=True)
 
-from attention_cases import Judge, rotated
+from attention_cases import Judge, normed_heads, rotated
 from error_bounds import Bounded, Growth, check, gated, linear, multiplied, normed, unit_roundoff
 from kernel_cases import STORES, random_linear
 from ptx.device import Device, put_in_place
 
 from cai_runtime.kernels import triton as backend
-from cai_runtime.kernels.attention import HeadLayout
+from cai_runtime.kernels.attention import HeadLayout, HeadNorms
 from cai_runtime.kernels.norm import RmsNorm
 from cai_runtime.kernels.quantized_rows import quantize_rows
 from cai_runtime.kernels.triton import attention
@@ -248,8 +248,10 @@ def test_rounded_rows(g: torch.Generator, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("dim", "rotary"), [(64, 64), (20, 6)])
-def test_rope_and_kv_write(g: torch.Generator, dtype: torch.dtype, dim: int, rotary: int):
+@pytest.mark.parametrize(
+    ("dim", "rotary", "norms_too"), [(64, 64, False), (20, 6, False), (64, 64, True), (20, 6, True)]
+)
+def test_rope_and_kv_write(g: torch.Generator, dtype: torch.dtype, dim: int, rotary: int, norms_too: bool):
     q_heads, kv_heads = 3, 1
     qkv = normal(4, (q_heads + 2 * kv_heads) * dim, dtype=dtype, g=g)
     before = qkv.clone().view(4, -1, dim)
@@ -257,9 +259,15 @@ def test_rope_and_kv_write(g: torch.Generator, dtype: torch.dtype, dim: int, rot
     cos_sin = torch.cat([angle.cos(), angle.sin()], dim=1)
     positions, slots = torch.tensor([0, 7, 49, 3], dtype=torch.int32), torch.tensor([17, 2, -1, 31], dtype=torch.int32)
     k_cache, v_cache = (torch.full((2, kv_heads, 16, dim), 9.0, dtype=dtype) for _ in "kv")
-    backend.rope_kv_write(qkv, positions, cos_sin, k_cache, v_cache, slots, q_heads, kv_heads, dim)
+    norms = HeadNorms((torch.rand(2, dim, generator=g) + 0.5).to(dtype), 1e-6) if norms_too else None
+    backend.rope_kv_write(qkv, positions, cos_sin, k_cache, v_cache, slots, q_heads, kv_heads, dim, norms)
     turned, v = qkv.view(4, -1, dim).split([q_heads + kv_heads, kv_heads], dim=1)
-    right = rotated(before[:, : q_heads + kv_heads].double(), positions, cos_sin, exact=False)
+    heads = Bounded.exact(before[:, : q_heads + kv_heads])
+    if norms is not None:  # in fp32 up to the rotation
+        parts = before.float().split([q_heads, kv_heads, kv_heads], dim=1)
+        found = [normed_heads(x, w.float(), norms.eps) for x, w in zip(parts, norms.weight, strict=False)]
+        heads = Bounded(torch.cat([f.value for f in found], 1), torch.cat([f.error for f in found], 1))
+    right = rotated(heads, positions, cos_sin, exact=False)
     flat = Bounded(right.value.flatten(1), right.error.flatten(1))
     check(turned.flatten(1), lambda _: flat.rounded(dtype))
     assert torch.equal(v, before[:, q_heads + kv_heads :])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -10,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from interpreter import needs_interpreter
 
 HERE = Path(__file__).parent
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@needs_interpreter
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is that process")
 @pytest.mark.parametrize("part", ["linear", "rows", "attention", "sampling"])
 def test_kernels_interpreted(part: str):

@@ -12,6 +12,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels import triton as backend
+from cai_runtime.kernels.attention import HeadNorms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -71,7 +72,8 @@ def test_swiglu(dtype: torch.dtype, shape: tuple[int, int]):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [(4, 2, 16, 16), (3, 1, 6, 6), (2, 2, 80, 80), (3, 1, 20, 6), (2, 1, 7, 2)])
-def test_rope_and_kv_write(dtype: torch.dtype, heads: tuple[int, int, int, int]):
+@pytest.mark.parametrize("normed", [False, True])
+def test_rope_and_kv_write(dtype: torch.dtype, heads: tuple[int, int, int, int], normed: bool):
     torch.manual_seed(3)
     q_heads, kv_heads, dim, rotary = heads
     rows, page_size, width = 5, 4, (q_heads + 2 * kv_heads) * dim
@@ -83,16 +85,21 @@ def test_rope_and_kv_write(dtype: torch.dtype, heads: tuple[int, int, int, int])
     positions = torch.tensor([0, 7, 49, 7, 3], dtype=torch.int32, device=DEVICE)
     slots = torch.tensor([11, 2, -1, 0, 7], dtype=torch.int32, device=DEVICE)  # -1: padding
     caches = [torch.full((3, kv_heads, page_size, dim), 9.0, dtype=dtype, device=DEVICE) for _ in range(2)]
-    backend.rope_kv_write(qkv, positions, cos_sin, *caches, slots, q_heads, kv_heads, dim)
+    norms = HeadNorms(draw(2, dim, dtype=dtype) + 2, 1e-6) if normed else None
+    backend.rope_kv_write(qkv, positions, cos_sin, *caches, slots, q_heads, kv_heads, dim, norms)
 
     old = before[:, :width].double().view(rows, -1, dim)
+    if norms is not None:
+        q, k, v = old.split([q_heads, kv_heads, kv_heads], dim=1)
+        old = torch.cat([*(expected_norm(x, w, norms.eps) for x, w in zip((q, k), norms.weight, strict=True)), v], 1)
     cos, sin = cos_sin.double()[positions.long()][:, None].chunk(2, dim=-1)
     low, high = old[..., :rotary].chunk(2, dim=-1)
     rotated = torch.cat([low * cos - high * sin, high * cos + low * sin, old[..., rotary:]], -1)
     new = qkv.reshape(rows, -1, dim)
     split = q_heads + kv_heads
     assert close(new[:, :split], rotated[:, :split])
-    assert torch.equal(new[..., rotary:].double(), old[..., rotary:])
+    if not normed:
+        assert torch.equal(new[..., rotary:].double(), old[..., rotary:])
     assert torch.equal(new[:, split:].double(), old[:, split:])
     assert torch.equal(kept[:, width:], before[:, width:])
     expected = [torch.full_like(c, 9.0) for c in caches]
@@ -122,6 +129,10 @@ def test_bad_arguments_are_named():
         (lambda: backend.rope_kv_write(x, ints, table, cache, cache, ints[:1], 2, 1, 2), "slots has shape"),
         (lambda: backend.rope_kv_write(x, ints, draw(3, 1), cache, cache, ints, 2, 1, 2), "even 2 to D"),
         (lambda: backend.rope_kv_write(x, ints, draw(3, 4), cache, cache, ints, 2, 1, 2), "even 2 to D"),
+        (
+            lambda: backend.rope_kv_write(x, ints, table, cache, cache, ints, 2, 1, 2, HeadNorms(x, 1.0)),
+            "norms has shape",
+        ),
     ]
     for call, message in cases:
         with pytest.raises(KernelError, match=message):

@@ -49,6 +49,25 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "sliding_window": 17,
         "head_dim": 16,
     },
+    "qwen2": {"model_type": "qwen2", "num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 96},
+    "qwen2 tied": {"model_type": "qwen2", "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen2 with windows": {
+        "model_type": "qwen2",
+        "num_hidden_layers": 3,
+        "use_sliding_window": True,
+        "sliding_window": 10,
+        "max_window_layers": 1,
+    },
+    "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 24},
+    "qwen3 with biases": {"model_type": "qwen3", "num_key_value_heads": 1, "head_dim": 16, "attention_bias": True},
+    "qwen3 with windows": {
+        "model_type": "qwen3",
+        "layer_types": ["sliding_attention", "full_attention"],
+        "use_sliding_window": True,
+        "sliding_window": 10,
+        "head_dim": 32,
+        "tie_word_embeddings": True,
+    },
     "llama3": {
         "rope_scaling": {
             "rope_type": "llama3",

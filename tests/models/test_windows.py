@@ -35,6 +35,19 @@ MODELS: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention", "sliding_attention"],
         "head_dim": 16,
     },
+    "qwen2": {
+        "model_type": "qwen2",
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "use_sliding_window": True,
+        "max_window_layers": 1,
+    },
+    "qwen3": {
+        "model_type": "qwen3",
+        "layer_types": ["sliding_attention", "full_attention"],
+        "use_sliding_window": True,
+        "head_dim": 16,
+    },
 }
 
 

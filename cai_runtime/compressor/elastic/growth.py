@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from cai_runtime.compressor.factor.allocate import Curve, cost
+from cai_runtime.compressor.factor.allocate import Curve, Option, cost, hull, last_within, options, slope
 from cai_runtime.compressor.factor.cores import StoredModule, dense_module
 from cai_runtime.compressor.factor.decompose import Factors
 from cai_runtime.compressor.factor.elastic_rounding import nested_module
@@ -205,36 +205,14 @@ def cut(src: str | Path, dst: str | Path, keep: float, *, overwrite: bool = Fals
         return writer.finish(checkpoint.report())
 
 
-@dataclass(frozen=True)
-class _Form:
-    """An entry of a module's menu: rank (None: dense), parameters and weighted error."""
-
-    rank: int | None
-    parameters: int
-    error: float
-
-
-def _menu(curve: Curve, multiple: int) -> list[_Form]:
-    """The forms of a module by rising cost: ranks that cost less than dense, then dense."""
-    found = [
-        _Form(rank, parameters, curve.weight * curve.errors[rank])
-        for rank in range(multiple, min(curve.out_features, curve.in_features), multiple)
-        if (parameters := cost("lowrank", curve.out_features, curve.in_features, rank)) < curve.dense_cost
-    ]
-    return [*found, _Form(None, curve.dense_cost, 0.0)]
-
-
 def _beginning(
     curves: Sequence[Curve], smallest: float, multiple: int, floor: float
-) -> tuple[list[list[_Form]], list[int]]:
+) -> tuple[list[list[Option]], list[int]]:
     """Every module's menu, and the index in it from which the allocation starts."""
-    menus = [_menu(curve, multiple) for curve in curves]
+    menus = [options(curve, "lowrank", multiple) for curve in curves]
     share = floor * smallest
-    start = [
-        max((k for k, option in enumerate(menu) if option.parameters <= share * curve.dense_cost), default=0)
-        for menu, curve in zip(menus, curves, strict=True)
-    ]
-    spent = sum(menu[k].parameters for menu, k in zip(menus, start, strict=True))
+    start = [last_within(menu, share * curve.dense_cost) for menu, curve in zip(menus, curves, strict=True)]
+    spent = sum(menu[k].cost for menu, k in zip(menus, start, strict=True))
     dense = sum(curve.dense_cost for curve in curves)
     if spent > smallest * dense + _SLACK:
         raise CompressionError(
@@ -244,36 +222,27 @@ def _beginning(
     return menus, start
 
 
-def _slope(menu: Sequence[_Form], a: int, b: int) -> float:
-    return (menu[a].error - menu[b].error) / (menu[b].parameters - menu[a].parameters)
-
-
-def _steepest_first(menus: Sequence[Sequence[_Form]], start: Sequence[int]) -> list[_Step]:
+def _steepest_first(menus: Sequence[Sequence[Option]], start: Sequence[int]) -> list[_Step]:
     """All steps on the lower convex hulls of error over parameters, steepest first."""
     found = []
     for m, menu in enumerate(menus):
-        hull: list[int] = []
-        for k in range(start[m], len(menu)):
-            while len(hull) >= 2 and _slope(menu, hull[-2], hull[-1]) <= _slope(menu, hull[-1], k):
-                hull.pop()
-            hull.append(k)
-        for a, b in pairwise(hull):
-            slope = _slope(menu, a, b)
+        for a, b in pairwise(hull(menu, start[m])):
+            fall = slope(menu, a, b)
             # Between two hull vertices, ranks grow one by one. A step to dense skips the ranks in between.
             way = [a, b] if menu[b].rank is None else range(a, b + 1)
-            found += [(-slope, m, c, d) for c, d in pairwise(way)]
+            found += [(-fall, m, c, d) for c, d in pairwise(way)]
     return [(m, a, b) for _, m, a, b in sorted(found)]
 
 
 def _spend(
-    menus: Sequence[Sequence[_Form]], start: Sequence[int], steps: Sequence[_Step], budget: float
+    menus: Sequence[Sequence[Option]], start: Sequence[int], steps: Sequence[_Step], budget: float
 ) -> tuple[list[int], list[_Step]]:
     """Take steps in order within `budget`. A module whose step does not fit takes no further steps, as in `ElasticTable.at`.
     Returns the menu indices reached and the steps taken."""
     at, full, taken = list(start), set[int](), []
-    left = budget - sum(menu[k].parameters for menu, k in zip(menus, at, strict=True))
+    left = budget - sum(menu[k].cost for menu, k in zip(menus, at, strict=True))
     for m, a, b in steps:
-        price = menus[m][b].parameters - menus[m][a].parameters
+        price = menus[m][b].cost - menus[m][a].cost
         if m not in full and price <= left:
             left, at[m] = left - price, b
             taken.append((m, a, b))

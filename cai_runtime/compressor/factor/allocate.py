@@ -96,13 +96,13 @@ def allocate(
     menus = [options(curve, kind, multiple) for curve in curves]
     budget = int(keep * sum(curve.dense_cost for curve in curves) + 1e-6)
     share = keep if allocation == "uniform" else floor * keep
-    at = [_last_within(menu, share * curve.dense_cost) for menu, curve in zip(menus, curves, strict=True)]
+    at = [last_within(menu, share * curve.dense_cost) for menu, curve in zip(menus, curves, strict=True)]
 
     def shortfall(m: int) -> float:
         return share - menus[m][at[m]].cost / curves[m].dense_cost
 
     def steepness(m: int) -> float:
-        return _slope(menus[m], at[m], at[m] + 1)
+        return slope(menus[m], at[m], at[m] + 1)
 
     left = budget - sum(menu[k].cost for menu, k in zip(menus, at, strict=True))
     # A module whose smallest rank exceeds its share takes from the others.
@@ -130,26 +130,26 @@ def allocate_menus(menus: Sequence[Sequence[Option]], budget: int) -> list[int] 
     if left < 0:
         return None
     left = _descend_hulls(menus, at, left)
-    _fill(menus, at, left, lambda m: _slope(menus[m], at[m], at[m] + 1))
+    _fill(menus, at, left, lambda m: slope(menus[m], at[m], at[m] + 1))
     return at
 
 
-def _last_within(menu: Sequence[Option], parameters: float) -> int:
+def last_within(menu: Sequence[Option], parameters: float) -> int:
     """Index of the largest option within `parameters`; 0 if there is none, since a module needs some rank."""
     return max((k for k, option in enumerate(menu) if option.cost <= parameters), default=0)
 
 
-def _hull(menu: Sequence[Option], start: int) -> list[int]:
+def hull(menu: Sequence[Option], start: int) -> list[int]:
     """Indices of the lower convex hull of error over parameters, from `start` to the last option."""
-    hull: list[int] = []
+    found: list[int] = []
     for k in range(start, len(menu)):
-        while len(hull) >= 2 and _slope(menu, hull[-2], hull[-1]) <= _slope(menu, hull[-1], k):
-            hull.pop()
-        hull.append(k)
-    return hull
+        while len(found) >= 2 and slope(menu, found[-2], found[-1]) <= slope(menu, found[-1], k):
+            found.pop()
+        found.append(k)
+    return found
 
 
-def _slope(menu: Sequence[Option], a: int, b: int) -> float:
+def slope(menu: Sequence[Option], a: int, b: int) -> float:
     """Error removed per parameter between two options."""
     return (menu[a].error - menu[b].error) / (menu[b].cost - menu[a].cost)
 
@@ -158,9 +158,8 @@ def _descend_hulls(menus: Sequence[Sequence[Option]], at: list[int], left: int) 
     """Take hull steps, steepest first, while they fit. Updates `at` in place; returns the rest of the budget."""
     steps = []
     for m, menu in enumerate(menus):
-        hull = _hull(menu, at[m])
         # The index breaks ties, so that the result does not depend on the sort.
-        steps += [(-_slope(menu, a, b), m, b) for a, b in pairwise(hull)]
+        steps += [(-slope(menu, a, b), m, b) for a, b in pairwise(hull(menu, at[m]))]
     for _, m, b in sorted(steps):
         price = menus[m][b].cost - menus[m][at[m]].cost
         if price > left:  # parts of this step, taken by `_fill`, are steeper than all later steps

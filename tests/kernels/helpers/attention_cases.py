@@ -1,4 +1,4 @@
-"""Random paged-attention steps, and how far their result may be from float64's.
+"""Random paged-attention steps, with and without norms of heads, and how far their result may be from float64's.
 
 The judge is written from the definition: it keeps every sequence's keys and values in a row and knows no pages. Queries and
 keys are rotated by whole quarter turns where the cache is narrower than fp32: those are exact in any arithmetic, so that a
@@ -15,35 +15,43 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from error_bounds import U32, Bounded, Growth, gamma
+from error_bounds import U32, Bounded, Growth, gamma, normed
 from hypothesis import strategies as st
 
 from cai_runtime.kernels.attention import (
     CpuAttention,
     CpuKVCache,
     HeadLayout,
+    HeadNorms,
     ReferenceAttention,
     ReferenceKVCache,
 )
 from cai_runtime.kernels.batch import AttentionBatch
+from cai_runtime.kernels.norm import RmsNorm
 
 POSITIONS = 512
 HEAD_DIMS = [2, 3, 5, 8, 15, 16, 17, 24, 33, 40, 63, 64, 65, 80, 96, 100, 127, 128, 129, 160, 191, 192]
 
 
 def make_attention(
-    name: str, heads: HeadLayout, pages: int, page_size: int, dtype: torch.dtype, sinks: torch.Tensor | None = None
+    name: str,
+    heads: HeadLayout,
+    pages: int,
+    page_size: int,
+    dtype: torch.dtype,
+    sinks: torch.Tensor | None = None,
+    norms: HeadNorms | None = None,
 ) -> CpuAttention | ReferenceAttention:
     """With a cache full of NaN: what another sequence left behind must not matter."""
     if name == "cpu":
         cache = CpuKVCache(pages, page_size, heads, dtype)
         cache.k.fill_(float("nan"))
         cache.v.fill_(float("nan"))
-        return CpuAttention(heads, cache, sinks)
+        return CpuAttention(heads, cache, sinks, norms=norms)
     plain = ReferenceKVCache(pages, page_size, heads, dtype, torch.device("cpu"))
     plain.k.fill_(float("nan"))
     plain.v.fill_(float("nan"))
-    return ReferenceAttention(heads, plain, sinks)
+    return ReferenceAttention(heads, plain, sinks, norms=norms)
 
 
 def rope_table(rotary_dim: int, *, quarter_turns: bool) -> torch.Tensor:
@@ -81,17 +89,26 @@ def batch_of(sequences: list[Sequence], counts: list[int], page_size: int) -> At
     return AttentionBatch.of(*(torch.tensor(t, dtype=torch.int32) for t in (positions, slots, starts, lengths, table)))
 
 
-def rotated(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, *, exact: bool) -> Bounded:
+def rotated(x: Bounded, positions: torch.Tensor, cos_sin: torch.Tensor, *, exact: bool) -> Bounded:
     """x [T, heads, D] in float64, the rotate-half convention."""
     half = cos_sin.shape[1] // 2
     turn = cos_sin[positions.long()].double()[:, None]
     cos, sin = turn[..., :half], turn[..., half:]
-    a, b, rest = x.split([half, half, x.shape[2] - 2 * half], dim=2)
+    parts = [half, half, x.value.shape[2] - 2 * half]
+    (a, b, rest), (a_error, b_error, rest_error) = x.value.split(parts, dim=2), x.error.split(parts, dim=2)
     value = torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=2)
+    low, high = ((u * cos).abs() + (w * sin).abs() for u, w in ((a_error, b_error), (b_error, a_error)))
+    error = torch.cat([low, high, rest_error], dim=2)
     if exact:
-        return Bounded.exact(value)
+        return Bounded(value, error)
     terms = torch.cat([(a * cos).abs() + (b * sin).abs(), (b * cos).abs() + (a * sin).abs(), 0 * rest], dim=2)
-    return Bounded(value, 3 * U32 * terms)
+    return Bounded(value, error + 3 * U32 * (terms + error))
+
+
+def normed_heads(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Bounded:
+    """RMSNorm of each head of x [T, heads, D], rounded to x's dtype."""
+    found = normed(x.reshape(-1, x.shape[2]), RmsNorm(weight, eps), x.dtype)
+    return Bounded(found.value.view(x.shape), found.error.view(x.shape))
 
 
 @dataclass
@@ -105,18 +122,25 @@ class Judge:
     scale: float
     sinks: torch.Tensor | None
     page_size: int
+    norms: HeadNorms | None = None
 
     def remember(
         self, qkv: torch.Tensor, batch: AttentionBatch, sequences: list[Sequence]
     ) -> list[tuple[Bounded, Bounded, torch.Tensor]]:
         """Take in a step's keys and values; of each sequence its rotated queries, all keys, all values."""
         h = self.heads
-        x = qkv.double().view(len(qkv), h.query_heads + 2 * h.kv_heads, h.head_dim)
+        x = qkv.view(len(qkv), h.query_heads + 2 * h.kv_heads, h.head_dim)
         q, k, v = x.split([h.query_heads, h.kv_heads, h.kv_heads], dim=1)
-        q_rot = rotated(q, batch.positions, self.cos_sin, exact=self.exact_rotation)
-        k_rot = rotated(k, batch.positions, self.cos_sin, exact=self.exact_rotation)
-        if self.exact_rotation:
+        if self.norms is None:
+            heads = [Bounded.exact(part) for part in (q, k)]
+        else:
+            pairs = zip((q, k), self.norms.weight, strict=True)
+            heads = [normed_heads(part, weight, self.norms.eps) for part, weight in pairs]
+        q_rot, k_rot = (rotated(part, batch.positions, self.cos_sin, exact=self.exact_rotation) for part in heads)
+        if self.exact_rotation and self.norms is None:
             k_rot = Bounded.exact(k_rot.value.float().to(self.cache_dtype))
+        elif self.cache_dtype != torch.float32:
+            k_rot = k_rot.rounded(self.cache_dtype)
         v = v.float().to(self.cache_dtype).double()
         starts, found = batch.query_start.tolist(), []
         for i, s in enumerate(sequences):
@@ -173,6 +197,7 @@ class AttentionCase:
     sinks: bool
     counts: tuple[tuple[int, ...], ...]
     seed: int
+    norms: bool = False
 
     @property
     def heads(self) -> HeadLayout:
@@ -187,6 +212,11 @@ class AttentionCase:
 
     def sink_logits(self, g: torch.Generator) -> torch.Tensor | None:
         return torch.randn(self.heads.query_heads, generator=g) * 2 if self.sinks else None
+
+    def head_norms(self, dtype: torch.dtype = torch.float32) -> HeadNorms | None:
+        """Weights in `dtype`; a generator of their own."""
+        weight = torch.rand(2, self.head_dim, generator=torch.Generator().manual_seed(self.seed)) + 0.5
+        return HeadNorms(weight.to(dtype), 1e-6) if self.norms else None
 
     def sequences(self, g: torch.Generator) -> tuple[list[Sequence], int]:
         """Their pages dealt at random out of a few more than are needed, and how many pages there are."""
@@ -216,4 +246,5 @@ def attention_cases(draw: st.DrawFn, backend: str) -> AttentionCase:
         draw(st.booleans()),
         tuple(tuple(row) for row in (first, *later)),
         draw(st.integers(0, 2**31)),
+        draw(st.booleans()),
     )

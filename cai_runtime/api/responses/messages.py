@@ -1,0 +1,143 @@
+"""From items to the messages of a chat, and which of them are left out where they don't fit."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from cai_runtime.api.responses.items import Item
+from cai_runtime.errors import ConversationError
+from cai_runtime.formats.messages import Message, parse_messages
+
+
+class Turns:
+    """The messages of a request.
+
+    messages: what `parse_messages` takes. places: of each, where it comes from, such as "instructions" or "input[2]".
+    """
+
+    def __init__(self, instructions: str | None, items: Sequence[Item], new: int):
+        """new: how many of the items, at the end, are the request's `input`; the others are of earlier responses."""
+        self.messages: list[dict[str, Any]] = []
+        self.places: list[str] = []
+        self._before = len(items) - new
+        if instructions is not None:
+            self._add({"role": "system", "content": instructions}, "instructions")
+        for i, item in enumerate(items):
+            self._put(item, f"input[{i - self._before}]" if i >= self._before else "previous_response_id")
+        for message in self.messages:
+            if message["content"] is None and "tool_calls" not in message:  # a thought and nothing more
+                message["content"] = ""
+
+    def parsed(self) -> list[Message]:
+        """Raises ConversationError, whose `.param` is in the request's own terms."""
+        with self._own_places():
+            return parse_messages(self.messages)
+
+    def _put(self, item: Item, place: str) -> None:
+        match item["type"]:
+            case "message" if item["role"] == "assistant":
+                self._say(_joined(item["content"]), place)
+            case "message":
+                texts = [part["text"] for part in item["content"]]
+                content: Any = texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts]
+                self._add({"role": item["role"], "content": content}, place)
+            case "reasoning":
+                self._think(_joined(item["content"] or item["summary"]), place)
+            case "function_call":
+                function = {"name": item["name"], "arguments": item["arguments"]}
+                turn = self._turn(place)
+                turn.setdefault("tool_calls", []).append(
+                    {"id": item["call_id"], "type": "function", "function": function}
+                )
+                turn.setdefault("content", None)
+            case "function_call_output":
+                output = item["output"]
+                if not isinstance(output, str):
+                    output = [{"type": "text", "text": part["text"]} for part in output]
+                self._add({"role": "tool", "tool_call_id": item["call_id"], "content": output}, place)
+
+    def _say(self, text: str, place: str) -> None:
+        """An assistant's text. After a call it belongs to the call's message; after other text it is another message."""
+        turn = self._turn(place)
+        if turn.get("content") is not None and "tool_calls" not in turn:
+            self._add(turn := {"role": "assistant"}, place)
+        turn["content"] = (turn.get("content") or "") + text
+
+    def _think(self, text: str, place: str) -> None:
+        turn = self._turn(place)
+        if turn.get("content") is not None and "tool_calls" not in turn:
+            self._add(turn := {"role": "assistant"}, place)
+        if text:
+            turn["reasoning_content"] = turn.get("reasoning_content", "") + text
+        turn.setdefault("content", None)
+
+    def _turn(self, place: str) -> dict[str, Any]:
+        """The assistant's message that the last item belongs to, or a new one."""
+        if not self.messages or self.messages[-1]["role"] != "assistant":
+            self._add({"role": "assistant"}, place)
+        return self.messages[-1]
+
+    def _add(self, message: dict[str, Any], place: str) -> None:
+        self.messages.append(message)
+        self.places.append(place)
+
+    @contextmanager
+    def _own_places(self) -> Iterator[None]:
+        try:
+            yield
+        except ConversationError as error:
+            raise ConversationError(
+                self._in_own_terms(str(error)), param=self._in_own_terms(error.param), capability=error.capability
+            ) from error
+
+    def _in_own_terms(self, text: str) -> str:
+        for i in reversed(range(len(self.places))):
+            text = text.replace(f"messages[{i}]", self.places[i])
+        return text.replace("'messages'", "'input'") if text != "messages" else "input"
+
+
+def droppable(messages: Sequence[Message]) -> list[set[int]]:
+    """What can be left out, the oldest first: positions of whole turns, a user's message with all that answers it; of the
+    last turn, rounds of calls with their outputs. System messages stay, and so do the last user's message and the last
+    round after it."""
+    starts = [i for i, message in enumerate(messages) if message.role == "user"]
+    rest = [i for i, message in enumerate(messages) if message.role != "system"]
+    bounds = [0, *starts, len(messages)]
+    units = [{i for i in rest if first <= i < end} for first, end in itertools.pairwise(bounds[:-1])]
+    last = [i for i in rest if i >= bounds[-2]]
+    rounds: list[set[int]] = []
+    for i in last:
+        if messages[i].role == "assistant":
+            rounds.append({i})
+        elif messages[i].role != "user" and rounds:
+            rounds[-1].add(i)
+    return [unit for unit in [*units, *rounds[:-1]] if unit]
+
+
+def fitted(messages: Sequence[Message], fits: Callable[[Sequence[Message]], bool]) -> tuple[Message, ...] | None:
+    """The messages, without the fewest of the oldest turns that have to go. None: even the least does not fit."""
+    units = droppable(messages)
+
+    def without(count: int) -> tuple[Message, ...]:
+        gone = set().union(*units[:count])
+        return tuple(message for i, message in enumerate(messages) if i not in gone)
+
+    if fits(without(0)):
+        return without(0)
+    low, high = 0, len(units)  # without(low) does not fit
+    if not units or not fits(without(high)):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(without(middle)):
+            high = middle
+        else:
+            low = middle
+    return without(high)
+
+
+def _joined(parts: Sequence[Item]) -> str:
+    return "".join(part["text"] for part in parts)

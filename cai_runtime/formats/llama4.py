@@ -1,0 +1,76 @@
+"""Llama 4's calls: a Python list of calls with keyword arguments, as the whole answer or between markers.
+
+    [get_weather(city="Oslo", days=3), get_time()]
+
+A list without markers holds calls only where it names functions of the request. JSON objects, as Llama 3 writes them, are
+read too. LFM 2 writes the same between markers of its own.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from cai_runtime.formats.conversation import Tool
+from cai_runtime.formats.llama3 import Llama3Format
+from cai_runtime.formats.marked import Turn
+from cai_runtime.formats.parsing.grammar import ANY, Rules, enforced, literal
+from cai_runtime.formats.parsing.json_call import json_calls
+from cai_runtime.formats.parsing.member_rules import keywords, members_of
+from cai_runtime.formats.parsing.python_call import python_calls
+from cai_runtime.formats.parsing.stream import Parsing, Stream
+
+
+class Llama4Format(Llama3Format):
+    name = "llama4"
+    openers: ClassVar[tuple[str, ...]] = ("<|python_start|>", "<|python_tag|>")
+    closers: ClassVar[tuple[str, ...]] = ("<|python_end|>",)
+
+    def bare_calls(self, turn: Turn, stream: Stream) -> Parsing[None]:
+        if (yield from stream.peek()) in ("[", "{"):
+            yield from stream.calls("", self._calls(turn, stream), ())
+
+    def call(self, turn: Turn, stream: Stream, opener: str) -> Parsing[None]:
+        yield from self._calls(turn, stream)
+
+    def _calls(self, turn: Turn, stream: Stream) -> Parsing[None]:
+        if (yield from stream.peek()) == "{":
+            yield from json_calls(stream, turn.tools)
+        else:
+            yield from python_calls(stream, turn.tools)
+
+    def arguments_rule(self, rules: Rules, tool: Tool, place: str) -> str:
+        members = [
+            (
+                name,
+                f"{literal(name + '=')} {rules.add('value', enforced(schema, place, f'/properties/{name}'))}",
+                required,
+            )
+            for name, schema, required in members_of(tool, place)
+        ]
+        return keywords(rules, members)
+
+    def any_arguments_rule(self, rules: Rules, tool: Tool) -> str:
+        value = f"/[A-Za-z_][A-Za-z0-9_]*/ {literal('=')} {rules.add('any_value', '%json {}')}"
+        return f"({value} ({literal(', ')} {value})*)?"
+
+    def call_rule(self, rules: Rules, tool: Tool, arguments: str) -> str:
+        return f"{literal(tool.name + '(')} {arguments} {literal(')')}"
+
+    def calls_rule(self, rules: Rules, call: str, several: bool) -> str:
+        return f"{literal('[')} {call} ({literal(', ')} {call})* {literal(']')}" if several else f'"[" {call} "]"'
+
+
+class Lfm2Format(Llama4Format):
+    name = "lfm2"
+    openers = ("<|tool_call_start|>",)
+    closers = ("<|tool_call_end|>",)
+
+    def bare_calls(self, turn: Turn, stream: Stream) -> Parsing[None]:
+        yield from ()
+
+    def calls_rule(self, rules: Rules, call: str, several: bool) -> str:
+        begin, end = rules.marker(self.openers[0]), rules.marker(self.closers[0])
+        return f"{begin} {super().calls_rule(rules, call, several)} {end}"
+
+    def free_rule(self, rules: Rules, call: str, several: bool) -> str:
+        return f"({ANY})? ({self.calls_rule(rules, call, several)} ({ANY})?)?"

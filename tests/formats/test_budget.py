@@ -1,0 +1,95 @@
+"""A thought is closed when its tokens are used up, beside a grammar and with drafts taken back."""
+
+import numpy as np
+import pytest
+
+from cai_runtime.errors import ConversationError
+from cai_runtime.formats.budget import ThoughtBudget, budgeted
+from cai_runtime.formats.conversation import Conversation, Reasoning
+from cai_runtime.formats.hermes import HermesFormat
+from cai_runtime.formats.messages import Message
+
+BEGIN, END, WORD = 40, 41, 7
+
+
+def allowed(mask):
+    row = np.full(2, 0xFFFFFFFF, np.uint32)
+    mask.fill(row)
+    return {token for token in range(64) if int(row[token >> 5]) >> (token & 31) & 1}
+
+
+def test_a_thought_that_the_prompt_has_opened():
+    mask = ThoughtBudget(2, (BEGIN,), END, open=True).mask()(())
+    for _ in range(2):
+        assert len(allowed(mask)) == 64
+        mask.accept(WORD)
+    assert allowed(mask) == {END}
+    mask.accept(END)
+    assert len(allowed(mask)) == 64
+
+
+def test_several_thoughts_have_one_budget():
+    mask = ThoughtBudget(2, (WORD, BEGIN), END).mask()(())
+    for token in (BEGIN, WORD, WORD, WORD, BEGIN):  # the last two open one
+        assert len(allowed(mask)) == 64
+        mask.accept(token)
+    mask.accept(WORD)
+    mask.accept(END)
+    for token in (WORD, BEGIN, WORD):
+        mask.accept(token)
+    assert allowed(mask) == {END}
+    mask.rollback(1)
+    assert len(allowed(mask)) == 64
+    mask.rollback(4)
+    mask.accept(WORD)
+    assert len(allowed(mask)) == 64
+    mask.accept(WORD)
+    assert allowed(mask) == {END}
+
+
+class Odd:
+    """Allows odd tokens."""
+
+    name = "grammar"
+
+    def __init__(self, ends):
+        self.accepted = list(ends)
+
+    def fill(self, row):
+        np.bitwise_and(row, np.uint32(0xAAAAAAAA), out=row)
+        return True
+
+    def accept(self, token_id):
+        self.accepted.append(token_id)
+
+    def rollback(self, count):
+        del self.accepted[-count:]
+
+
+def test_beside_a_grammar():
+    mask = ThoughtBudget(1, (BEGIN,), END, open=True).mask(Odd)((63,))
+    assert mask.name == "grammar" and allowed(mask) == set(range(1, 64, 2))
+    mask.accept(WORD)
+    assert allowed(mask) == {END}
+    mask.accept(END)
+    assert allowed(mask) == set(range(1, 64, 2)) and mask._inner.accepted == [63, WORD, END]
+    mask.rollback(2)
+    assert mask._inner.accepted == [63]
+    assert budgeted(None, Odd) is Odd and budgeted(None, None) is None
+
+
+def test_formats_give_it(byte_tokenizer):
+    byte_tokenizer.add_tokens(["<think>", "</think>"])
+    byte_tokenizer.chat_template = "{{ messages[0].content }}{{ '<think>\n' }}"
+    asked = Conversation((Message("user", "hi"),), reasoning=Reasoning(max_tokens=5))
+    begin, end = byte_tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    assert HermesFormat(byte_tokenizer).prepare(asked).budget == ThoughtBudget(5, (begin,), end, open=True)
+    assert HermesFormat(byte_tokenizer).prepare(Conversation(asked.messages)).budget is None
+
+
+def test_a_thought_that_ends_with_text_has_none(byte_tokenizer):
+    byte_tokenizer.chat_template = "{{ messages[0].content }}{{ '<think>\n' }}{# </think> #}"
+    asked = Conversation((Message("user", "hi"),), reasoning=Reasoning(max_tokens=5))
+    with pytest.raises(ConversationError, match="no token that ends") as caught:
+        HermesFormat(byte_tokenizer).prepare(asked)
+    assert caught.value.param == "reasoning_max_tokens"
