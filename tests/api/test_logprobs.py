@@ -267,3 +267,16 @@ def test_asynchronous_replies_have_them(async_client, client, ask):
     expected = dump(client.chat.completions.create(**request).choices[0].logprobs.content)
     assert dump(reply.choices[0].logprobs.content) == expected
     assert [entry for part in found if part for entry in dump(part.content)] == expected
+
+
+def test_a_grammar_binds_no_token_of_the_prompt(client):
+    asked = {"prompt": ["abd", "w"], "echo": True, "logprobs": 1, "temperature": 0}
+    free = client.completions.create(**asked, max_tokens=1)
+    held = client.completions.create(**asked, max_tokens=9, choice=["q"])
+    for one, other in zip(free.choices, held.choices, strict=True):
+        size = len(one.text) - 1
+        assert other.text == one.text[:-1] + "q"
+        assert other.logprobs.token_logprobs[:size] == one.logprobs.token_logprobs[:size]
+        assert other.logprobs.token_logprobs[size] == near(OTHER)
+    scored = client.completions.create(**{**asked, "max_tokens": 0}, choice=["q"])
+    assert [choice.text for choice in scored.choices] == ["abd", "w"]
