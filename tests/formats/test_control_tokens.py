@@ -121,6 +121,17 @@ def test_spelling_that_the_normalizer_makes(make_byte_tokenizer):
     assert encoder.encode(joined([own("<|end|>"), content(fullwidth)])).count(marker) == 1
 
 
+def test_a_spelling_that_the_normalizer_makes_does_not_take_the_place_of_the_templates(make_byte_tokenizer):
+    """The template's own is no token beside a letter, so the counts alone would agree."""
+    from tokenizers import AddedToken, normalizers
+
+    tokenizer = make_byte_tokenizer(normalizer=normalizers.NFKC())
+    tokenizer.add_tokens([AddedToken("END", normalized=True, single_word=True)])
+    with pytest.raises(ConversationError, match="normalizer"):
+        PromptEncoder(tokenizer).encode(joined([content("ＥＮＤ a"), own("END")]))
+    assert PromptEncoder(tokenizer).encode(joined([content("a"), own("END")])) == tokenizer("aEND")["input_ids"]
+
+
 ODD_NORMALIZERS = ["Lowercase", "NFKC", "Strip", "Replace", "Prepend"]
 
 
