@@ -23,7 +23,7 @@ from cai_runtime.api.params import (
     validated,
 )
 from cai_runtime.api.usage import ReplyHead, usage_of
-from cai_runtime.api.values import TOKEN_LIMIT, Flag
+from cai_runtime.api.values import TOKEN_LIMIT, Flag, without_arrays
 from cai_runtime.engine.request import Finished, Request
 from cai_runtime.formats.events import ChatEvent, EndEvent, TextEvent
 from cai_runtime.scalars import as_integer
@@ -51,8 +51,7 @@ def _prompts(value: Any) -> list[Prompt]:
 
 def _listed(value: Any) -> Sequence[Any]:
     """A list or tuple as it is, NumPy's and torch's arrays as lists, nothing else."""
-    if hasattr(value, "tolist") and hasattr(value, "shape"):
-        value = value.tolist()
+    value = without_arrays(value)
     return value if isinstance(value, (list, tuple)) else ()
 
 

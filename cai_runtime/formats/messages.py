@@ -76,14 +76,11 @@ def _parse_message(message: Any, place: str) -> Message:
     if not isinstance(message, Mapping):
         raise ConversationError(f"'{place}' must be an object with role and content.", param=place)
     fields = {key: value for key, value in message.items() if value is not None}
-    role = fields.get("role")
-    if role is None:
+    given = fields.get("role")
+    if given is None:
         raise ConversationError(f"Missing required parameter: '{place}.role'.", param=f"{place}.role")
-    if not isinstance(role, str):  # such as an array, which compares element by element
-        raise ConversationError(
-            f"'{place}.role' must be one of {', '.join(ROLES)}, got {shown(role)}.", param=f"{place}.role"
-        )
-    role = str.__str__(role)  # a subclass might compare as it likes
+    # An array compares element by element, a subclass of str as it likes.
+    role = str.__str__(given) if isinstance(given, str) else None
     if role in ("tool", "function"):
         raise ConversationError(
             f"'{place}.role': {role} messages are not supported yet.", param=f"{place}.role", capability="tools"
@@ -92,7 +89,7 @@ def _parse_message(message: Any, place: str) -> Message:
         role = "system"
     if role not in ROLES:
         raise ConversationError(
-            f"'{place}.role' must be one of {', '.join(ROLES)}, got {role!r}.", param=f"{place}.role"
+            f"'{place}.role' must be one of {', '.join(ROLES)}, got {shown(given)}.", param=f"{place}.role"
         )
     for key in fields:
         if key in _LATER_FIELDS:
