@@ -108,8 +108,14 @@ class PageBook:
         return page
 
     def register(self, page: int, name: Name) -> None:
-        """Offer a computed page, which is never written again, to later sequences. Does nothing when another page has the
-        name already."""
+        """Offer a computed page, which is never written again, to later sequences. Another page that has the name already
+        keeps it while somebody holds it. A cached one gives way: it has the same content, but would be evicted as if the
+        name had not been used since."""
+        known = self._page_of.get(name)
+        if known is not None and known in self._unused and self._name_of[page] is None:
+            del self._unused[known], self._page_of[name]
+            self._name_of[known] = None
+            self._free.append(known)
         if name not in self._page_of and self._name_of[page] is None:
             self._page_of[name] = page
             self._name_of[page] = name

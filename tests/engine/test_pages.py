@@ -89,6 +89,22 @@ def test_salt_and_given_rows_are_part_of_the_name():
     assert named(given=[PlacedRows(4, [0], b"cat")])[0] == named()[0], "rows behind a page are not in its name"
 
 
+def test_a_name_that_is_computed_again_counts_as_used():
+    """Such as a state's, whose prefix was lost. Else it is evicted before what nobody has asked for since."""
+    cache = PageBook(4)
+    for name in "ab":
+        (page,) = cache.allocate(1)
+        cache.register(page, name)
+        cache.release([page])
+    (again,) = cache.allocate(1)
+    cache.register(again, "a")
+    assert cache.find("a") == again and cache.num_free == 2
+    cache.check_integrity([[again]])
+    cache.release([again])
+    cache.allocate(3)
+    assert cache.find("a") == again and cache.find("b") is None
+
+
 @pytest.mark.parametrize("damage", ["leak", "double", "stolen", "unregistered"])
 def test_check_integrity_notices(damage):
     cache = PageBook(8)
