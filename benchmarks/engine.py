@@ -105,9 +105,8 @@ def _step_seconds(tokenizer: Any, vocabulary: int, batch: int, sampling: dict[st
         ]
         engine.submit(requests[0]).result()  # loads what is loaded at first use
         begin = threading.Event()
-        engine._loop.inbox.send(
-            lambda: begin.wait() and None
-        )  # until all are there: to submit them is no part of a step
+        # Until all are there: to submit them is no part of a step.
+        engine._loop.inbox.send(lambda: begin.wait() and None)
         handles = [engine.submit(request) for request in requests]
         runner.sampling, before = 0.0, engine.stats().steps
         began = time.perf_counter()

@@ -133,8 +133,6 @@ def _keep(value: Any) -> float | None:
     if value is None:
         return None
     number = as_number(value)
-    if (number is None and not isinstance(value, (int, float))) or as_bool(value) is not None:
-        raise OptionTypeError(f"keep must be a number in (0, 1], got {shown(value)}")
     return checked_keep(value if number is None else number)
 
 

@@ -34,7 +34,7 @@ from cai_runtime.api.params import (
 )
 from cai_runtime.api.structured import answer_of, param_of
 from cai_runtime.api.usage import ReplyHead, usage_of
-from cai_runtime.api.values import TOKEN_LIMIT, Flag, Whole
+from cai_runtime.api.values import TOKEN_LIMIT, Flag, Whole, without_arrays
 from cai_runtime.engine.request import Finished, Request
 from cai_runtime.formats.conversation import Answer
 from cai_runtime.formats.events import ChatEvent, EndEvent, TextEvent
@@ -64,8 +64,7 @@ def _prompts(value: Any) -> list[Prompt]:
 
 def _listed(value: Any) -> Sequence[Any]:
     """A list or tuple as it is, NumPy's and torch's arrays as lists, nothing else."""
-    if hasattr(value, "tolist") and hasattr(value, "shape"):
-        value = value.tolist()
+    value = without_arrays(value)
     return value if isinstance(value, (list, tuple)) else ()
 
 

@@ -71,9 +71,13 @@ def _stop_list(value: Any) -> list[str]:
     return [str(stop) for stop in stops]
 
 
+def without_arrays(value: Any) -> Any:
+    """A NumPy or torch array, of any number of dimensions, as Python's lists and numbers; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") and hasattr(value, "shape") else value
+
+
 def _token_ids(value: Any) -> list[int]:
-    if hasattr(value, "tolist") and hasattr(value, "shape"):  # NumPy's and torch's arrays, of any number of dimensions
-        value = value.tolist()
+    value = without_arrays(value)
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Collection):
         raise PydanticCustomError("list_type", "must be a list of token ids")
     ids = [as_integer(item) for item in value]

@@ -139,19 +139,16 @@ def _as_mapping(value: Any, place: str, what: str) -> dict[str, Any]:
 
 def _parse_message(message: Any, place: str) -> Message:
     fields = _as_mapping(message, place, "role and content")
-    role = fields.pop("role", None)
-    if role is None:
+    given = fields.pop("role", None)
+    if given is None:
         raise ConversationError(f"Missing required parameter: '{place}.role'.", param=f"{place}.role")
-    if not isinstance(role, str):  # such as an array, which compares element by element
-        raise ConversationError(
-            f"'{place}.role' must be one of {', '.join(ROLES)}, got {shown(role)}.", param=f"{place}.role"
-        )
-    role = str.__str__(role)  # a subclass might compare as it likes
+    # An array compares element by element, a subclass of str as it likes.
+    role = str.__str__(given) if isinstance(given, str) else None
     if role == "function":
         raise ConversationError(f"'{place}.role': the role 'function' {_DEPRECATED}", param=f"{place}.role")
     if role not in ROLES:
         raise ConversationError(
-            f"'{place}.role' must be one of {', '.join(ROLES)}, got {role!r}.", param=f"{place}.role"
+            f"'{place}.role' must be one of {', '.join(ROLES)}, got {shown(given)}.", param=f"{place}.role"
         )
     name, content = fields.pop("name", None), fields.pop("content", None)
     calls, reasoning = fields.pop("tool_calls", None), fields.pop("reasoning_content", None)

@@ -22,7 +22,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-from cai_runtime.errors import CheckpointError, InvalidConfigError, KeepError, UnknownVersionError
+from cai_runtime.errors import CheckpointError, InvalidConfigError, KeepError, OptionTypeError, UnknownVersionError
 from cai_runtime.scalars import as_integer, as_number, shown
 from cai_runtime.slim.spec import STORES, ModuleSpec
 
@@ -202,9 +202,9 @@ class ElasticTable:
 
 
 def checked_keep(keep: object) -> float:
-    """`keep` as it can be asked of any checkpoint: a number in (0, 1]. Raises TypeError, KeepError."""
+    """`keep` as it can be asked of any checkpoint: a number in (0, 1]. Raises OptionTypeError, KeepError."""
     if not isinstance(keep, (int, float)) or isinstance(keep, bool):
-        raise TypeError(f"keep must be a number in (0, 1], is {shown(keep)}")
+        raise OptionTypeError(f"keep must be a number in (0, 1], got {shown(keep)}")
     if not 0 < keep <= 1:  # NaN fails both
         raise KeepError(f"keep must be in (0, 1], is {shown(keep)}")
     return float(keep)

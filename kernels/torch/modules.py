@@ -103,7 +103,7 @@ class Linear(TensorsModule, LinearModule):
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
         return ops.slim_linear(
             x, residual, weight, eps, prologue.swiglu, self.tensors(), self._layout, self.in_features, self.out_features,
-            self.backend, self.head_norms, self._norm_eps,
+            self.backend,
         )  # fmt: skip
 
 

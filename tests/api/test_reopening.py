@@ -65,6 +65,14 @@ def test_a_dead_engine_is_opened_again_by_the_next_request(client, factory, ask)
     assert len(factory.opened) == 2 and [runner.closed for runner in factory.runners] == [True, False]
 
 
+def test_engine_gives_an_engine_that_lives(client, factory, ask):
+    dead = client.engine()
+    break_engine(factory)
+    with pytest.raises(InternalServerError):
+        client.chat.completions.create(**ask)
+    assert client.engine() is not dead and client.engine().alive
+
+
 def test_a_dead_engine_is_opened_again_for_async_clients(async_client, factory, ask):
     async def run():
         await async_client.chat.completions.create(**ask)

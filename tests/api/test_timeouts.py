@@ -40,6 +40,15 @@ def test_whole_reply(stuck, factory, ask, timeout):
     assert_free(factory, aborted=2)
 
 
+def test_none_of_a_request_is_no_limit_whatever_the_clients_is(client, ask):
+    client.engine()
+    hurried = client.with_options(timeout=1e-9)
+    for not_given in ({}, {"timeout": openai.NOT_GIVEN}):
+        with pytest.raises(APITimeoutError):
+            hurried.chat.completions.create(**ask, **not_given)
+    assert hurried.chat.completions.create(**ask, timeout=None).choices
+
+
 def test_stream_waits_that_long_for_each_chunk(stuck, factory, ask):
     stream = stuck.chat.completions.create(**ask, **LONG, stream=True, timeout=0.5)
     for _ in range(10):

@@ -60,14 +60,14 @@ def write(path, tokenizer, **options):
     return write_self_text(path, tokenizer, sampling=sampling, **{**settings, **options})
 
 
-def qwen2(path, **overrides):
+def olmo(path, **overrides):
     """A random model of an architecture that the engine has no definition of; returns its directory."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import OlmoConfig, OlmoForCausalLM
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = Qwen2Config(vocab_size=62, num_key_value_heads=2, **(sizes | overrides), initializer_range=0.3)
-    Qwen2ForCausalLM(config).save_pretrained(path)
+    config = OlmoConfig(vocab_size=62, num_key_value_heads=2, **(sizes | overrides), initializer_range=0.3)
+    OlmoForCausalLM(config).save_pretrained(path)
     return path
 
 
@@ -236,7 +236,7 @@ def test_repetition():
 
 
 def test_an_architecture_without_a_definition_is_run_by_transformers(add_tokenizer, tmp_path):
-    path = qwen2(tmp_path / "qwen2", max_position_embeddings=64)
+    path = olmo(tmp_path / "olmo", max_position_embeddings=64)
     add_tokenizer(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     found = calibration_sequences("self", tokenizer=tokenizer, model_path=path, samples=3, sequence_length=80, seed=1)

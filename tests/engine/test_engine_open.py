@@ -8,7 +8,7 @@ import torch
 from cai_runtime.byte_sizes import format_bytes, parse_bytes
 from cai_runtime.engine.model_runner import ModelRunner
 from cai_runtime.engine.open import PAGE_SIZE, load_runner
-from cai_runtime.errors import KernelError
+from cai_runtime.errors import KernelError, MemoryBudgetError
 from cai_runtime.kernels.attention import CpuKVCache, HeadLayout, ReferenceKVCache
 from tests.engine.test_cuda_graphs import checkpoint  # noqa: F401 - a fixture
 
@@ -34,6 +34,12 @@ def test_a_budget_in_bytes_gives_that_many_pages(checkpoint, backend, monkeypatc
     assert calls == [runner], "graphs are recorded before the first request"
     assert "loaded" in caplog.text and f"{runner.num_pages * PAGE_SIZE} positions" in caplog.text
     runner.close()
+
+
+def test_a_context_beyond_the_models_is_refused_before_the_weights_are_loaded(checkpoint, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("cai_runtime.models.registry.build_model", lambda *_: pytest.fail("the weights are loaded"))
+    with pytest.raises(MemoryBudgetError, match="give at most"):
+        load_runner(checkpoint, device="cpu", max_context=1 << 20)
 
 
 def test_a_runner_whose_graphs_cannot_be_recorded_is_closed(checkpoint, monkeypatch):  # noqa: F811

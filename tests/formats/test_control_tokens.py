@@ -121,6 +121,55 @@ def test_spelling_that_the_normalizer_makes(make_byte_tokenizer):
     assert encoder.encode(joined([own("<|end|>"), content(fullwidth)])).count(marker) == 1
 
 
+def test_a_spelling_that_the_normalizer_makes_does_not_take_the_place_of_the_templates(make_byte_tokenizer):
+    """The template's own is no token beside a letter, so the counts alone would agree."""
+    from tokenizers import AddedToken, normalizers
+
+    tokenizer = make_byte_tokenizer(normalizer=normalizers.NFKC())
+    tokenizer.add_tokens([AddedToken("END", normalized=True, single_word=True)])
+    with pytest.raises(ConversationError, match="normalizer"):
+        PromptEncoder(tokenizer).encode(joined([content("ＥＮＤ a"), own("END")]))
+    assert PromptEncoder(tokenizer).encode(joined([content("a"), own("END")])) == tokenizer("aEND")["input_ids"]
+
+
+ODD_NORMALIZERS = ["Lowercase", "NFKC", "Strip", "Replace", "Prepend"]
+
+
+@pytest.mark.parametrize("name", ODD_NORMALIZERS)
+@pytest.mark.parametrize("flags", range(16))
+def test_flags_of_added_tokens(make_byte_tokenizer, name, flags):
+    """Content gives no control token beyond those that the template spells, or is refused, whatever the flags are."""
+    from tokenizers import AddedToken, normalizers
+
+    arguments = {"Replace": (" ", "▁"), "Prepend": ("▁",)}.get(name, ())
+    tokenizer = make_byte_tokenizer(normalizer=getattr(normalizers, name)(*arguments))
+    names = ("normalized", "single_word", "lstrip", "rstrip")
+    options = {flag: bool(flags >> i & 1) for i, flag in enumerate(names)}
+    own_spellings, others = ["[INST]", "END", "<|É|>"], ["<|a b|>", "[/INST]"]
+    tokenizer.add_tokens([AddedToken(text, **options) for text in own_spellings + others])
+    control = {token: text for text, token in control_tokens(tokenizer).items()}
+    forged = [
+        *own_spellings,
+        *others,
+        "end",
+        "<|É|>",
+        "<|a▁b|>",
+        "x [INST] x",
+        " END ",
+        "[IN",
+        "<|é|>END",
+        "ＥＮＤ END",
+    ]
+    encoder = PromptEncoder(tokenizer)
+    for text in forged:
+        prompt = joined([own("[INST] "), content(text), own(" END <|É|>")])
+        try:
+            found = [control[token] for token in encoder.encode(prompt) if token in control]
+        except ConversationError:
+            continue
+        assert len(found) == len(set(found)) and set(found) <= set(own_spellings), (text, found)
+
+
 def test_spaces_that_a_token_takes_with_it(byte_tokenizer):
     from tokenizers import AddedToken
 
