@@ -40,7 +40,8 @@ def attention_arguments() -> list[Any]:
     batch = (ints(0, 1, 0), ints(0, 1, 16), ints(0, 2, 3), ints(2, 1), ints(0, 1)[:, None])
     k, v = torch.zeros(2 * 1 * 4 * 16), torch.zeros(2 * 1 * 16 * 16)
     heads = integers([2, 1, 4, 16, 0])
-    return [torch.ones(3, 16), *batch, torch.ones(8, 2), heads, 0.5, k, v, 2, torch.ones(2), torch.ones(3, 8)]
+    sinks, norms = torch.ones(2), torch.ones(2, 4)
+    return [torch.ones(3, 16), *batch, torch.ones(8, 2), heads, 0.5, k, v, 2, sinks, norms, 1e-5, torch.ones(3, 8)]
 
 
 def norm_arguments() -> list[Any]:
