@@ -11,6 +11,7 @@ line breaks between them.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from cai_runtime.formats.conversation import Tool
 from cai_runtime.formats.marked import MarkedFormat, Turn
@@ -87,7 +88,7 @@ class HarmonyFormat(MarkedFormat):
     def answer_rule(self, rules: Rules, answer: str) -> str:
         return f"{self._head(rules, 'final')} {answer}"
 
-    def free_rule(self, rules: Rules, call: str, several: bool) -> str:
+    def free_rule(self, rules: Rules, call: str, arguments: Mapping[str, str], several: bool) -> str:
         preamble = (
             f"{self._head(rules, 'commentary')} {rules.until('<|end|>')} {rules.marker(START)} {literal('assistant')}"
         )

@@ -10,6 +10,7 @@ Several are separated by semicolons. An object without the tag is a call only wh
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from cai_runtime.formats.conversation import Tool
@@ -46,7 +47,7 @@ class Llama3Format(MarkedFormat):
     def calls_rule(self, rules: Rules, call: str, several: bool) -> str:
         return f"{call} ({literal('; ')} {call})*" if several else call
 
-    def free_rule(self, rules: Rules, call: str, several: bool) -> str:
+    def free_rule(self, rules: Rules, call: str, arguments: Mapping[str, str], several: bool) -> str:
         """A text that begins with a bracket is calls."""
         calls = rules.add("calls", self.calls_rule(rules, call, several))
         text = rules.add("text", r"/\s*[^\s{\[](?s:.*)/")

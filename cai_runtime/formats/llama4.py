@@ -8,6 +8,7 @@ read too. LFM 2 writes the same between markers of its own.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from cai_runtime.formats.conversation import Tool
@@ -72,5 +73,5 @@ class Lfm2Format(Llama4Format):
         begin, end = rules.marker(self.openers[0]), rules.marker(self.closers[0])
         return f"{begin} {super().calls_rule(rules, call, several)} {end}"
 
-    def free_rule(self, rules: Rules, call: str, several: bool) -> str:
+    def free_rule(self, rules: Rules, call: str, arguments: Mapping[str, str], several: bool) -> str:
         return f"({ANY})? ({self.calls_rule(rules, call, several)} ({ANY})?)?"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, ClassVar
@@ -175,8 +175,8 @@ class MarkedFormat:
         opened = f"{rules.marker(self.openers[0])} {call}"
         return f"{opened} ({literal(self.separator)} {opened})*" if several else opened
 
-    def free_rule(self, rules: Rules, call: str, several: bool) -> str:
-        """Content with or without calls; a call is what comes after an opener."""
+    def free_rule(self, rules: Rules, call: str, arguments: Mapping[str, str], several: bool) -> str:
+        """Content with or without calls; a call is what comes after an opener. arguments: the functions' rules, by name."""
         opener = self.openers[0]
         if self.markers.is_token(opener):
             opened = f"{rules.marker(opener)} {call}"

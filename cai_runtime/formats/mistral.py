@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 
 from cai_runtime.formats.conversation import Tool
 from cai_runtime.formats.marked import MarkedFormat, Turn
@@ -55,5 +56,5 @@ class MistralFormat(MarkedFormat):
             return f"({opener} {call})+" if several else f"{opener} {call}"
         return f"{opener} {literal('[')} {call} " + (f"({literal(', ')} {call})* " if several else "") + literal("]")
 
-    def free_rule(self, rules: Rules, call: str, several: bool) -> str:
+    def free_rule(self, rules: Rules, call: str, arguments: Mapping[str, str], several: bool) -> str:
         return f"({ANY})? ({self.calls_rule(rules, call, several)})?"

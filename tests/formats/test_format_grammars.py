@@ -168,3 +168,29 @@ def test_names_and_values_are_text_in_the_grammar(family, parts, grammars, layou
     held = Held(parts, grammars, tools=[tool], tool_choice="required")
     assert held.accepts(layout(("f", {"q": hard}))), held.rest
     assert not held.accepts(layout(("f", {"q": "x"})))
+
+
+BARE = '{"name": "find", "arguments": {"city": "Oslo"}}'
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_bare_calls_are_held_where_a_tool_is_strict(family, parts, grammars, several):
+    if family.format not in ("hermes", "generic"):
+        pytest.skip("reads no bare calls, or nothing else")
+    held = Held(parts, grammars, tools=[CITY, Tool("any")], parallel_tool_calls=several)
+    for call in (BARE, "\n" + BARE.replace(": ", ":"), BARE.replace("find", "any").replace("city", "x")):
+        for text in (call, f"```json\n{call}\n```", f"```{call}```"):
+            assert held.accepts(text), held.rest
+            assert held.accepts(f"{text}\n{BARE} Done.") == several
+    for wrong in ("scale", "days"):
+        assert not held.accepts(BARE.replace("city", wrong))
+        assert not held.accepts(f"```json\n{BARE.replace('city', wrong)}\n```")
+    assert not held.accepts('{"name": "find", "parameters": {"city": "Oslo"}}')
+    for text in (
+        '{"name": "Bob"}',
+        "It is " + BARE.replace("city", "days"),
+        "```python\n{}\n```",
+        '{"a": "find"}',
+        "`x`",
+    ):
+        assert held.accepts(text), held.rest

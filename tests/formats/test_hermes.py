@@ -5,6 +5,7 @@ import json
 import pytest
 from transcripts import TIME, WEATHER, fold, play, spec_of, tokens_of, turn_of
 
+from cai_runtime.formats.conversation import Answer
 from cai_runtime.formats.hermes import HermesFormat
 
 TAGS = ("<tool_call>", "</tool_call>", "<think>", "</think>")
@@ -121,3 +122,43 @@ def test_stop_strings_are_of_content(made):
 def test_a_call_of_an_unknown_function_is_told(made):
     assert read(made, CALL, tools=[TIME]).calls[0][0] == "get_weather"
     assert read(made, CALL, tools=[WEATHER]).calls[0][0] == "get_weather"
+
+
+BARE = '{"name": "get_weather", "arguments": {"city": "Oslo"}}'
+FENCED = '```json\n{\n  "name": "get_weather",\n  "arguments": {\n    "city": "Oslo"\n  }\n}\n```'
+
+
+@pytest.mark.parametrize("text", [BARE, "\n" + BARE, FENCED, FENCED.replace("json", "")])
+def test_a_bare_call(made, text):
+    """What Qwen2.5-Coder-0.5B writes."""
+    found = read(made, text)
+    assert [(name, json.loads(text)) for name, text in found.calls] == [("get_weather", {"city": "Oslo"})]
+    assert (found.content, found.reason) == ("", "tool_calls")
+    assert read(made, f"{text} Done.").content == "Done."
+    assert len(read(made, f"{text}\n{BARE}\n{CALL}").calls) == 3
+    after_thought = read(made, f"Hm.</think>{text}", thinks=True)
+    assert (after_thought.reasoning, len(after_thought.calls)) == ("Hm.", 1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"It is {BARE}",
+        f"{BARE[:30]}",
+        BARE.replace("get_weather", "look"),
+        BARE.replace("_", "\\u005f"),
+        BARE.replace("arguments", "values"),
+        '{"arguments": {}, "name": "get_time"}',
+        f"`{BARE}`",
+        f"```python\n{BARE}\n```",
+        f"```\n[{BARE}]\n```",
+        '```json\n{"name": "Bob"}\n```',
+    ],
+)
+def test_what_is_no_bare_call_is_content(made, text):
+    found = read(made, text)
+    assert (found.content, found.calls) == (text, [])
+
+
+def test_a_structured_answer_is_no_bare_call(made):
+    assert read(made, BARE, answer=Answer("/.*/")).content == BARE

@@ -46,11 +46,17 @@ class Rules:
         token_id = self._markers.token(text).token_id
         return literal(text) if token_id is None else f"<[{token_id}]>"
 
-    def until(self, marker: str) -> str:
-        """Any text up to a marker, and the marker."""
+    def until(self, marker: str, without: str | None = None) -> str:
+        """Any text up to a marker, and the marker. without: a regular expression that the text does not match."""
         if self._markers.is_token(marker):
-            return f"({ANY})? {self.marker(marker)}"
-        return self.add("until", r"/(?s:.*)/", f"[suffix={literal(marker)}]")
+            return f"({self.text_without(without)})? {self.marker(marker)}"
+        body = r"/(?s:.*)/" if without is None else rf"/(?s:.*)/ & ~/{without}/"
+        return self.add("until", body, f"[suffix={literal(marker)}]")
+
+    def text_without(self, without: str | None) -> str:
+        """Any text that does not match a regular expression."""
+        # Only terminals, which have names in capitals, can be complements.
+        return ANY if without is None else self.add("TEXT", f"{ANY} & ~/{without}/")
 
     def blank(self) -> str:
         """A line break, perhaps."""
@@ -75,16 +81,17 @@ def answer_grammar(format: MarkedFormat, turn: Turn) -> str | None:
         return None
     rules = Rules(format.markers)
     # A function that is named is called once, as by OpenAI's API.
+    arguments: dict[str, str] = {}  # by the functions' names
     call, several = "", conversation.parallel_tool_calls and not isinstance(choice, Tool)
     if tools:
         places = {tool.name: f"tools[{i}].function.parameters" for i, tool in enumerate(conversation.tools)}
-        one = [
-            format.call_rule(rules, tool, format.arguments_rule(rules, tool, places.get(tool.name, "tools")))
-            if must_call or tool.strict
-            else format.call_rule(rules, tool, format.any_arguments_rule(rules, tool))
-            for tool in tools
-        ]
-        call = rules.add("call", " | ".join(one))
+        for tool in tools:
+            arguments[tool.name] = (
+                format.arguments_rule(rules, tool, places.get(tool.name, "tools"))
+                if must_call or tool.strict
+                else format.any_arguments_rule(rules, tool)
+            )
+        call = rules.add("call", " | ".join(format.call_rule(rules, tool, arguments[tool.name]) for tool in tools))
     if must_call:
         body = format.calls_rule(rules, call, several)
     elif answer is not None:
@@ -92,7 +99,7 @@ def answer_grammar(format: MarkedFormat, turn: Turn) -> str | None:
         if call:
             body = f"{format.calls_rule(rules, call, several)} | {body}"
     else:
-        body = format.free_rule(rules, call, several)
+        body = format.free_rule(rules, call, arguments, several)
     return rules.text(f"{format.thought_rule(rules, turn)} ({body})")
 
 

@@ -29,8 +29,12 @@ def json_calls(stream: Stream, names: Container[str] | None = None) -> Parsing[N
         yield from stream.visible()
 
 
-def json_call(stream: Stream, names: Container[str] | None = None) -> Parsing[None]:
-    """One call. Its arguments are told while they are written, once its name is known."""
+def json_call(stream: Stream, names: Container[str] | None = None, *, name_first: bool = False) -> Parsing[None]:
+    """One call. Its arguments are told while they are written, once its name is known.
+
+    Args:
+        names: as in `json_calls`. name_first: a call whose first key is not its name is Malformed.
+    """
     name: str | None = None
     call_id: str | None = None
     arguments: str | None = None  # written before the name
@@ -41,12 +45,14 @@ def json_call(stream: Stream, names: Container[str] | None = None) -> Parsing[No
         if (yield from stream.peek()) == "}":
             yield from stream.visible()
             break
-        key = yield from _string(stream)
+        key = yield from _string(stream, plain=names is not None)
+        if name_first and name is None and key != "name":
+            raise Malformed(f"{key} before a call's name")
         yield from _read(stream, ":")
         if names is not None and key not in ("name", "id", "type", *ARGUMENTS):
             raise Malformed(f"{key} in a call")
         if key == "name":
-            name = yield from _string(stream)
+            name = yield from _string(stream, plain=names is not None)
             if names is not None and name not in names:
                 raise Malformed(f"a call of {name}, which is no function of this request")
         elif key in ARGUMENTS and name is not None and not told:
@@ -128,10 +134,14 @@ def json_text(stream: Stream, write: Callable[[str], None] | None = None) -> Par
     return "".join(pieces)
 
 
-def _string(stream: Stream) -> Parsing[str]:
+def _string(stream: Stream, *, plain: bool = False) -> Parsing[str]:
+    """plain: no escapes, which a grammar's expression could not see through."""
     if (yield from stream.peek()) != '"':
         raise Malformed("no string")
-    return json.loads((yield from json_text(stream)))
+    text = yield from json_text(stream)
+    if plain and "\\" in text:
+        raise Malformed("an escape in a name")
+    return json.loads(text)
 
 
 def _read(stream: Stream, chars: str) -> Parsing[str]:
