@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import threading
+import time
 
 import pytest
 from openai.types import Completion
@@ -177,38 +178,45 @@ def test_a_closed_client_ends_the_batch(client, tmp_path):
     assert list(results) == []
 
 
-@pytest.mark.parametrize("how", ["close", "drop", "raise"])
-def test_leaving_early_aborts_what_runs(client, factory, how):
-    factory.pause_before_step(3)
+def endless(then_raise=False):
+    """A line that is refused at once, and requests that run until they are stopped."""
+    yield {**line("bad"), "method": "GET"}
+    yield from [line(str(i), prompt="w", ignore_eos=True, max_tokens=150) for i in range(3)]
+    if then_raise:
+        raise KeyError("mine")
 
-    def requests():
-        yield from [line(str(i), prompt="w", ignore_eos=True, max_tokens=150) for i in range(4)]
-        if how == "raise":
-            raise KeyError("mine")
 
-    results = client.batch(requests(), window=20)
-    if how == "raise":
-        with pytest.raises(KeyError, match="mine"):
-            next(results)
-    else:
-        waiting = threading.Thread(target=results.__next__ if how == "drop" else lambda: list(results))
-        client.engine()
-        results._pull()
-        if how == "close":
-            waiting.start()
-        results.close() if how == "close" else None
-        if how == "close":
-            waiting.join()
-            assert list(results) == []
-        thread = results._loop._thread
-        del results, waiting
-        gc.collect()
-        thread.join(timeout=30)
-        assert not thread.is_alive()
+def assert_idle(factory):
     factory.resume()
     for engine in factory.engines:
         engine.check_integrity()
         assert engine.stats().running == engine.stats().waiting == 0
+
+
+@pytest.mark.parametrize("how", ["close", "drop", "raise"])
+def test_leaving_early_aborts_what_runs(client, factory, how):
+    factory.pause_before_step(3)
+    engine = client.engine()
+    results = client.batch(endless(then_raise=how == "raise"))
+    assert next(results)["error"]
+    thread = results._loop._thread
+    while not engine.stats().running:
+        time.sleep(0.001)
+    if how == "raise":
+        with pytest.raises(KeyError, match="mine"):
+            next(results)
+    elif how == "close":
+        got = []
+        waiting = threading.Thread(target=got.extend, args=(results,))
+        waiting.start()
+        results.close()
+        waiting.join()
+        assert got == list(results) == []
+    del results
+    gc.collect()
+    thread.join(timeout=30)
+    assert not thread.is_alive()
+    assert_idle(factory)
 
 
 def test_async_results_equal_the_synchronous_ones(async_client, client, tmp_path):
@@ -240,41 +248,28 @@ def test_async_results_equal_the_synchronous_ones(async_client, client, tmp_path
 
 @pytest.mark.parametrize("how", ["close", "drop", "cancel", "raise"])
 def test_leaving_async_results_early_aborts_what_runs(async_client, factory, how):
-    def requests():
-        yield from [line(str(i), prompt="w", ignore_eos=True, max_tokens=150) for i in range(4)]
-        if how == "raise":
-            raise KeyError("mine")
-
     async def run():
         factory.pause_before_step(3)
         engine = await async_client.engine()
-        results = async_client.batch(requests(), window=20)
-        waiting = asyncio.create_task(anext(results))
+        results = async_client.batch(endless(then_raise=how == "raise"))
+        assert (await anext(results))["error"]
+        while not engine.stats().running:
+            await asyncio.sleep(0.001)
         if how == "raise":
             with pytest.raises(KeyError, match="mine"):
+                await anext(results)
+        elif how != "drop":
+            waiting = asyncio.create_task(anext(results))
+            await asyncio.sleep(0)
+            await results.close() if how == "close" else waiting.cancel()
+            with pytest.raises(StopAsyncIteration if how == "close" else asyncio.CancelledError):
                 await waiting
-        else:
-            while engine.stats().running < 4:
-                await asyncio.sleep(0.001)
-            if how == "close":
-                await results.close()
-                with pytest.raises(StopAsyncIteration):
-                    await waiting
-            elif how == "cancel":
-                waiting.cancel()
-                with pytest.raises(asyncio.CancelledError):
-                    await waiting
-            else:
-                waiting.cancel()  # which closes, too: so drop another one, whose consumer has gone
-                with pytest.raises(asyncio.CancelledError):
-                    await waiting
+            del waiting
         del results
         gc.collect()
-        factory.resume()
         while asyncio.all_tasks() - {asyncio.current_task()}:
             await asyncio.sleep(0.001)
-        engine.check_integrity()
-        assert engine.stats().running == engine.stats().waiting == 0
+        await asyncio.to_thread(assert_idle, factory)
         await async_client.close()
 
     asyncio.run(run())
