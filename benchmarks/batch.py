@@ -1,8 +1,8 @@
 """Measures what `client.batch` costs beside the engine alone: `python benchmarks/batch.py [CHECKPOINT] [--requests N]`.
 
 The same requests, in the same process and on the same engine, in turns: through `client.batch` from file to file, and
-straight through `Engine.submit`, all at once, with prompts that are tokenized before the clock starts. Prints seconds and tokens/s of
-each, and the ratio of the medians: batch tokens/s by the engine's. The texts of both ways are compared, too.
+straight to the engine, all at once, with prompts that are tokenized before the clock starts. Prints tokens/s of each, and
+the ratio of the medians: the batch's tokens/s by the engine's. The texts of both ways are compared, too.
 
 CHECKPOINT: a directory, by default the oldest of `cai demo`. Writes benchmarks/results/batch.json with machine and date.
 """
