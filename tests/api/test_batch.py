@@ -142,6 +142,15 @@ def test_no_more_than_the_window_is_read_ahead(client, factory):
     assert len(taken) == 500
 
 
+def test_a_shared_system_prompt_is_taken_from_the_prefix_cache(client, ask):
+    messages = [{"role": "system", "content": "be brief and sing the alphabet"}, *ask["messages"]]
+    lines = [line(str(i), "/v1/chat/completions", messages=[*messages[:1], {"role": "user", "content": str(i)}])
+             for i in range(4)]  # fmt: skip
+    results = client.batch(lines, window=1, ordered=True)
+    details = [result["response"]["body"]["usage"]["prompt_tokens_details"] for result in results]
+    assert [found["cached_tokens"] > 30 for found in details] == [False, True, True, True]
+
+
 def test_a_full_engine_makes_the_batch_wait(model_dir, factory):
     """`max_waiting` refuses others' requests, not the batch's own."""
 
