@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from cai_runtime.client import AsyncClient, AsyncStream, Client, Stream
     from cai_runtime.compressor.pipeline import compress
     from cai_runtime.errors import CaiError
-    from cai_runtime.functions import chat, close, complete, configure, list_models, respond
+    from cai_runtime.functions import batch, chat, close, complete, configure, list_models, respond
     from cai_runtime.judge.comparison import compare
     from cai_runtime.options import EngineOptions
 
@@ -51,6 +51,7 @@ _HOME_OF = {
     "Stream": "cai_runtime.client",
     "CaiError": "cai_runtime.errors",
     "EngineOptions": "cai_runtime.options",
+    "batch": "cai_runtime.functions",
     "chat": "cai_runtime.functions",
     "close": "cai_runtime.functions",
     "compare": "cai_runtime.judge.comparison",
@@ -78,6 +79,7 @@ __all__ = [
     "RateLimitError",
     "Stream",
     "UnprocessableEntityError",
+    "batch",
     "chat",
     "close",
     "compare",

@@ -25,6 +25,7 @@ from typing_extensions import Unpack
 
 from cai_runtime.api import chat as chat_endpoint
 from cai_runtime.api import completions as completions_endpoint
+from cai_runtime.api.batch.methods import AsyncBatching, Batching
 from cai_runtime.api.chat import ChatParams
 from cai_runtime.api.completions import CompletionChunk, CompletionParams
 from cai_runtime.api.generation import AsyncStream, Stream
@@ -194,9 +195,9 @@ def _open_engine(path: Path, **options: Any) -> Any:
     return open_engine(path, **options)
 
 
-class Client(_BaseClient):
-    """An in-process client: `chat.completions`, `completions`, `responses` and `models`, as in the `openai` package.
-    Thread-safe."""
+class Client(Batching, _BaseClient):
+    """An in-process client: `chat.completions`, `completions`, `responses` and `models`, as in the `openai` package, and
+    `batch`. Thread-safe."""
 
     @cached_property
     def chat(self) -> Chat:
@@ -233,7 +234,7 @@ class Client(_BaseClient):
         self.close()
 
 
-class AsyncClient(_BaseClient):
+class AsyncClient(AsyncBatching, _BaseClient):
     """Client for asyncio: `create` and the methods of `models` are coroutines; a stream is an async iterator."""
 
     @cached_property

@@ -88,6 +88,11 @@ class CheckpointWriteError(CheckpointError):
     """A checkpoint can't be written: the place is taken, the disk is full, or the system refused. Nothing is left."""
 
 
+class BatchFileError(CaiError):
+    """A batch's input can't be read, or its output not be written: the place is taken by something else, or by the results
+    of other requests, another process writes there, or the system refused. What was written before is whole."""
+
+
 class UnsupportedModelError(CaiError):
     """The architecture, or an option of it, is not one that this version runs."""
 

@@ -80,6 +80,17 @@ def respond(input: Any, **params: Any) -> Any:
     return client().responses.create(input=input, **params)
 
 
+def batch(source: Any, output: Any = None, **options: Any) -> Any:
+    """Answer many requests: `Client.batch` on the shared client.
+
+    Args:
+        source: a file in OpenAI's batch format, or an iterable of requests.
+        output: a file for the results. Default: they are returned as an iterator.
+        options: as for `Client.batch`: `ordered`, `window`, `progress`.
+    """
+    return client().batch(source, output, **options)
+
+
 def list_models() -> SyncPage[Model]:
     """The models there are: `Client.models.list` on the shared client."""
     return client().models.list()

@@ -166,6 +166,11 @@ class ModelHost:
         """At which elastic checkpoints open; None: at their largest."""
         return self._options.keep
 
+    @property
+    def max_batch(self) -> int:
+        """Sequences that run at once in each engine."""
+        return self._options.max_batch
+
     def resolve(self, name: str | None) -> ResolvedModel:
         """The checkpoint directory that `name` (None: the default) stands for: a registered name, a catalogue id whose
         weights are in `cai_home()/models/<id>`, or a directory. A name of none of these that ends in -r stands for the

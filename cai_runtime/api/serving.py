@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
 from cai_runtime.api.errors import InternalServerError
@@ -13,6 +13,8 @@ from cai_runtime.api.generation import AsyncStream, Generation, Running, Stream
 from cai_runtime.api.host import ModelHost, OpenModel, ResolvedModel
 from cai_runtime.api.models import require_text
 from cai_runtime.api.timeouts import timed_out
+
+Submit = Callable[[Generation[Any, Any], Any], Awaitable[Running[Any, Any]]]
 
 
 class Endpoint(Protocol):
@@ -53,8 +55,24 @@ def create(endpoint: Endpoint, host: ModelHost, params: Mapping[str, Any], timeo
     return Stream(running) if request.stream else running.whole(_left(end))
 
 
-async def acreate(endpoint: Endpoint, host: ModelHost, params: Mapping[str, Any], timeout: float | None) -> Any:
-    """`create` without blocking the event loop."""
+async def submit_at_once(generation: Generation[Any, Any], engine: Any) -> Running[Any, Any]:
+    """Hand a request to the engine. Raises RateLimitError if that takes no more."""
+    return generation.submit(engine)
+
+
+async def acreate(
+    endpoint: Endpoint,
+    host: ModelHost,
+    params: Mapping[str, Any],
+    timeout: float | None,
+    submit: Submit = submit_at_once,
+) -> Any:
+    """`create` without blocking the event loop.
+
+    Args:
+        submit: hands the prepared request to the engine, such as one that waits for a place there. Once it has submitted,
+            it returns without a wait: a cancelled task would lose sight of what runs.
+    """
     request = endpoint.parse(params)
     seconds = _timeout_of(params, request, timeout)
     model = host.resolve(request.model)
@@ -62,7 +80,7 @@ async def acreate(endpoint: Endpoint, host: ModelHost, params: Mapping[str, Any]
     request = _with_default(request, model)
     try:
         async with asyncio.timeout(seconds):
-            running = await _start(endpoint, host, request, model)
+            running = await _start(endpoint, host, request, model, submit)
             if not request.stream:
                 return await running.awhole()
     except TimeoutError:  # errors of the library come as APIError
@@ -71,18 +89,20 @@ async def acreate(endpoint: Endpoint, host: ModelHost, params: Mapping[str, Any]
     return AsyncStream(running)
 
 
-async def _start(endpoint: Endpoint, host: ModelHost, request: Any, model: ResolvedModel) -> Running[Any, Any]:
+async def _start(
+    endpoint: Endpoint, host: ModelHost, request: Any, model: ResolvedModel, submit: Submit
+) -> Running[Any, Any]:
     opened = await host.aopen(model)
     generation = await asyncio.to_thread(endpoint.prepare, request, model.name, opened)
     try:
         # Not in a thread: a cancelled task would lose sight of what runs there.
-        return generation.submit(opened.engine)
+        return await submit(generation, opened.engine)
     except InternalServerError as error:
         if not (_has_ended(error, host) and await asyncio.to_thread(host.discard, model, opened)):
             raise
     opened = await host.aopen(model)
     generation = await asyncio.to_thread(endpoint.prepare, request, model.name, opened)
-    return generation.submit(opened.engine)
+    return await submit(generation, opened.engine)
 
 
 def _with_default(request: Any, model: ResolvedModel) -> Any:

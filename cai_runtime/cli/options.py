@@ -85,12 +85,18 @@ def open_client(model: str | None, args: argparse.Namespace) -> Client:
     name, path = find_model(model, pull=args.pull)
     from cai_runtime.client import Client
 
-    options = {"device": args.device, "dtype": args.dtype, "keep": args.keep, "kv_cache": args.kv_cache}
-    if getattr(args, "int8_activations", False):
-        options["int8_activations"] = True
+    options = client_options(args)
     if path is None:
         return Client(name, **options)
     return Client(name, models={name: path}, **options)
+
+
+def client_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that open a model, as keyword arguments of a client."""
+    options = {"device": args.device, "dtype": args.dtype, "keep": args.keep, "kv_cache": args.kv_cache}
+    if getattr(args, "int8_activations", False):
+        options["int8_activations"] = True
+    return options
 
 
 def find_model(model: str | None, *, pull: bool = False) -> tuple[str, Path | None]:
