@@ -144,7 +144,7 @@ def _checked(expression: str, what: str) -> str:
     return expression
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=32)  # a grammar may be a megabyte
 def refusal(grammar: str) -> str | None:
     """What llguidance says against a grammar; None if nothing. Special tokens pass: they are the model's."""
     import llguidance

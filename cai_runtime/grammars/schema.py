@@ -7,6 +7,7 @@ are refused here, or put in other words that it enforces. What is left is its ow
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from urllib.parse import unquote
@@ -314,13 +315,36 @@ def node_at_fault(schema: Any, refusal: Callable[[Any], str | None]) -> SchemaEr
         key: schema[key] for key in ("$schema", "$defs", "definitions") if isinstance(schema, dict) and key in schema
     }
     while isinstance(node, dict):
-        for name, child in _children(node):
-            if not isinstance(child, dict):
-                continue
-            found = refusal({**shared, **child})
-            if found is not None:
-                pointer, node, reason = f"{pointer}/{name}", child, found
-                break
-        else:
+        found = _child_at_fault(node, shared, refusal)
+        if found is None:
             break
+        name, node, reason = found
+        pointer = f"{pointer}/{name}"
     return SchemaError(reason, pointer)
+
+
+def _child_at_fault(
+    node: Mapping[str, Any], shared: Mapping[str, Any], refusal: Callable[[Any], str | None]
+) -> tuple[str, Any, str] | None:
+    """The first child that is refused alone: its pointer from the node, itself, the reason. Found by halves, since there may
+    be thousands. Children that refer to places other than `shared` can't be asked about."""
+    left = [
+        (name, child) for name, child in _children(node) if isinstance(child, dict) and _stands_alone(child, shared)
+    ]
+    while len(left) > 1:
+        half = left[: len(left) // 2]
+        group = {str(i): child for i, (_, child) in enumerate(half)}
+        together = refusal({**shared, "type": "object", "properties": group, "required": [*group]})
+        left = left[len(half) :] if together is None else half
+    for name, child in left:
+        reason = refusal({**shared, **child})
+        if reason is not None:
+            return name, child, reason
+    return None
+
+
+_REFERENCE = re.compile(r'"\$ref": "#/?([^/"]*)')
+
+
+def _stands_alone(child: Any, shared: Mapping[str, Any]) -> bool:
+    return all(key in shared for key in _REFERENCE.findall(json.dumps(child)))

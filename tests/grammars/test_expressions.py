@@ -118,6 +118,18 @@ def test_deep_schemas_are_refused():
         expressions.json_schema(schema)
 
 
+def test_the_node_at_fault_is_found_among_many(monkeypatch):
+    asked = []
+    real = expressions._refusal
+    monkeypatch.setattr(expressions, "_refusal", lambda schema: asked.append(schema) or real(schema))
+    bad = {"type": "array", "items": {"type": "integer", "minimum": 3, "maximum": 1}, "minItems": 1}
+    properties = {f"p{i}": bad if i == 700 else {"$ref": "#/properties/p0"} if i % 3 else {} for i in range(1000)}
+    with pytest.raises(SchemaError) as caught:
+        expressions.json_schema({"type": "object", "properties": properties, "required": ["p700"]})
+    assert caught.value.pointer == "/properties/p700/items" and "minimum" in caught.value.reason
+    assert len(asked) < 20
+
+
 def test_bounds_are_kept_or_made_tighter(accepts):
     """Where a double has no such number, and where llguidance has none."""
     for bounds, good, bad in [
