@@ -1,4 +1,4 @@
-"""Grammars, logprobs, echoes, stop strings, penalties, biases and seeds in one request: the same alone, in a batch that feeds
+"""Grammars, logprobs, echoes, stop strings, penalties, biases and seeds in one request: the same alone, in a batch with
 prompts in chunks, and as the fold of a stream."""
 
 import random
@@ -62,10 +62,10 @@ def test_everything_together(tiny_dir):
     requests = [random_request(seed) for seed in range(50)]
     with Client(str(tiny_dir), max_batch=1) as client:
         alone = [whole(client, request) for request in requests]
-    with Client(str(tiny_dir), max_batch=16, prefill_chunk=8, kv_cache="300KiB") as client:
-        with ThreadPoolExecutor(30) as threads:
-            together = list(threads.map(lambda request: whole(client, request), requests))
-            streamed = list(threads.map(lambda request: folded(client, request), requests))
+    options = {"max_batch": 16, "prefill_chunk": 8, "kv_cache": "300KiB"}
+    with Client(str(tiny_dir), **options) as client, ThreadPoolExecutor(30) as threads:
+        together = list(threads.map(lambda request: whole(client, request), requests))
+        streamed = list(threads.map(lambda request: folded(client, request), requests))
     assert together == alone
     assert [*map(without_empty, streamed)] == [*map(without_empty, alone)]
     assert sum(choice[1] == "stop" for choices, _ in alone for choice in choices) > 20
