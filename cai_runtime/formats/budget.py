@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cai_runtime.engine.masks import MaskFactory, TokenMask
+from cai_runtime.engine.masks import MaskFactory, TokenMask, allows
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,13 @@ class BudgetMask:
 
     def fill(self, row: np.ndarray) -> bool:
         inside, spent = self._states[-1]
-        if inside and spent >= self._budget.tokens:
+        held = self._inner.fill(row) if self._inner is not None else False
+        # A grammar takes no end in the middle of a character, which is finished first.
+        if inside and spent >= self._budget.tokens and (not held or allows(row, self._budget.end)):
             row.fill(0)
             row[self._budget.end >> 5] = np.uint32(1 << (self._budget.end & 31))
             return True
-        return self._inner.fill(row) if self._inner is not None else False
+        return held
 
     def accept(self, token_id: int) -> None:
         if self._inner is not None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from cai_runtime.grammars.vocabulary import Vocabulary
 MAX_CHARACTERS = 1 << 20  # of a grammar; compiling more takes seconds
 MAX_KEPT = 64  # compiled grammars
 MAX_KEPT_CHARACTERS = 4 << 20  # of their texts
+MAX_KEPT_SECONDS = 3.0  # of a processor, that they took to compile: what a second makes takes about 150 MB of memory
 
 # What one grammar may take, about 200 MB and 2 seconds to compile and 20 ms a token; llguidance counts it, so that a refusal
 # does not depend on the machine. A unit of fuel takes 20 to 70 ns, an item 50 ns, a lexer's state 1 to 2 kB.
@@ -34,12 +36,16 @@ LIMITS: dict[str, Any] = {
 
 @dataclass(frozen=True, eq=False)
 class CompiledGrammar:
-    """A compiled grammar: a `MaskFactory`. matcher: at the start, never moved. permitted: see `Vocabulary.resolved`."""
+    """A compiled grammar: a `MaskFactory`.
+
+    matcher: at the start, never moved. permitted: see `Vocabulary.resolved`. seconds: of a processor, that it took.
+    """
 
     name: str
     matcher: Any
     permitted: np.ndarray
     vocabulary: Vocabulary
+    seconds: float = 0.0
 
     def __call__(self, ends: Collection[int] = ()) -> GrammarMask:
         """A sequence's mask, at the grammar's start. ends: the tokens that end the text; none are the model's own."""
@@ -61,7 +67,7 @@ class Grammars:
         self._lock = threading.Lock()  # guards the following
         self._vocabulary: Vocabulary | None = None
         self._kept: OrderedDict[str, CompiledGrammar] = OrderedDict()  # the newest last
-        self._characters = 0
+        self._characters, self._seconds = 0, 0.0
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -91,18 +97,24 @@ class Grammars:
             if found is not None:
                 self._kept.move_to_end(lark)
         if found is None:
+            begin = time.thread_time()
             found = self._compiled(lark, name, vocabulary)
+            found = replace(found, seconds=time.thread_time() - begin)
             self._keep(lark, found)
-        return CompiledGrammar(name, found.matcher, found.permitted, vocabulary)
+        return replace(found, name=name)
 
     def _keep(self, lark: str, compiled: CompiledGrammar) -> None:
         with self._lock:
             if lark not in self._kept:
                 self._kept[lark] = compiled
                 self._characters += len(lark)
-            while len(self._kept) > MAX_KEPT or self._characters > MAX_KEPT_CHARACTERS:
-                oldest, _ = self._kept.popitem(last=False)
+                self._seconds += compiled.seconds
+            while len(self._kept) > 1 and (
+                len(self._kept) > MAX_KEPT or self._characters > MAX_KEPT_CHARACTERS or self._seconds > MAX_KEPT_SECONDS
+            ):
+                oldest, dropped = self._kept.popitem(last=False)
                 self._characters -= len(oldest)
+                self._seconds -= dropped.seconds
 
     @staticmethod
     def _compiled(lark: str, name: str, vocabulary: Vocabulary) -> CompiledGrammar:

@@ -79,21 +79,43 @@ def regex(pattern: str) -> str:
 
 
 def lark(grammar: str) -> str:
-    """A user's grammar, with a rule `start`. Special tokens may be named in it.
+    """A user's grammar, with a rule `start`. Special tokens may be named in it. The schemas of `%json` are enforced as by
+    `json_schema`.
 
     Raises:
-        GrammarError: it is malformed, or sets max_tokens, temperature or stop, which a mask can't do.
+        GrammarError: it is malformed, or sets max_tokens, temperature, stop or options, which a mask can't do.
+        SchemaError: a schema in it can't be enforced.
     """
     check_size(grammar, "grammar")
-    if _ATTRIBUTE.search(_LITERAL.sub(" ", grammar)):
+    bare = _LITERAL.sub(" ", grammar)
+    if _ATTRIBUTE.search(bare):
         raise GrammarError("rules can't set max_tokens, temperature, stop or capture stops: only 'lazy' and 'suffix'")
+    if "%llguidance" in bare:
+        raise GrammarError("a grammar can't set options with '%llguidance'")
+    grammar = _with_enforced_schemas(grammar)
     reason = refusal(grammar)
     if reason is not None:
         raise GrammarError(f"the grammar is malformed: {reason}")
     return _checked("%lark {\n" + grammar + "\n}", "the grammar")
 
 
+def _with_enforced_schemas(grammar: str) -> str:
+    """The same with every `%json` in words that are enforced: llguidance takes some that it does not enforce."""
+    parts, at = [], 0
+    for found in _JSON_OR_LITERAL.finditer(grammar):
+        if found.start() < at or not found.group("json"):
+            continue
+        try:
+            schema, end = json.JSONDecoder().raw_decode(grammar, found.end())
+        except (ValueError, RecursionError) as error:
+            raise GrammarError(f"the grammar is malformed: no JSON after '%json': {error}") from error
+        parts += [grammar[at : found.start()], json_schema(schema)]
+        at = end
+    return "".join([*parts, grammar[at:]])
+
+
 _LITERAL = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|#[^\n]*|//[^\n]*')
+_JSON_OR_LITERAL = re.compile(rf"(?P<json>%json\b\s*)|{_LITERAL.pattern}")
 _ATTRIBUTE = re.compile(r"\[[^\]]*\b(?:max_tokens|temperature|stop|stop_capture)\b[^\]]*\]\s*:")
 
 
@@ -122,7 +144,7 @@ def _checked(expression: str, what: str) -> str:
     return expression
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=32)  # a grammar may be a megabyte
 def refusal(grammar: str) -> str | None:
     """What llguidance says against a grammar; None if nothing. Special tokens pass: they are the model's."""
     import llguidance

@@ -7,16 +7,19 @@ are refused here, or put in other words that it enforces. What is left is its ow
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from urllib.parse import unquote
 
 from cai_runtime.errors import GrammarError
 from cai_runtime.grammars.ecma import rust_regex
+from cai_runtime.grammars.numbers import MAX_MULTIPLE, common_multiple, exact_bound, inexact_number, is_number
 from cai_runtime.grammars.string_formats import FORMATS, LABELS
 from cai_runtime.scalars import shown
 
-MAX_DEPTH = 64  # of schemas in schemas; references may go deeper
+MAX_DEPTH = 64  # of schemas in schemas
+MAX_CHAIN = 256  # of schemas that lie in, or are referred to by, the one before: llguidance's stack grows with it
 # One space may follow a comma and a colon, as models write it; no other whitespace, for that could go on for ever.
 LAYOUT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 
@@ -27,6 +30,8 @@ _PLAIN = (
     "$ref", "const", "enum", "type", "minItems", "maxItems", "required", "minProperties", "maxProperties", "minLength",
     "maxLength", "pattern", "format", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf",
 )  # fmt: skip
+_PLACES = (*_MAPS, *_LISTS, *_SINGLE)  # keywords under which there are schemas
+_BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
 _COUNTS = ("minItems", "maxItems", "minProperties", "maxProperties", "minLength", "maxLength")
 # Words about a value that constrain nothing. Only the first line's are known to llguidance.
 _KEPT_NOTES = ("$schema", "$comment", "title", "description", "default", "examples", "readOnly", "writeOnly")
@@ -68,6 +73,8 @@ def enforceable(schema: Any) -> Any:
     walk = _Walk(copied)
     walk.check(copied, "", 0)
     walk.check_circles()
+    walk.check_multiples()
+    walk.check_chains()
     return copied
 
 
@@ -77,6 +84,8 @@ class _Walk:
     def __init__(self, root: Any):
         self._pointers: dict[int, str] = {}  # by the id() of the schemas that were checked
         self._same: dict[int, list[int]] = {}  # the schemas that the same value must fit: id() -> id()s
+        self._within: dict[int, list[int]] = {}  # the schemas in a schema, and the one that it refers to
+        self._multiples: dict[int, Any] = {}  # id() -> multipleOf
         self.document = root
         self._id = root.get("$id") if isinstance(root, dict) else None
 
@@ -93,12 +102,15 @@ class _Walk:
         self._check_keywords(node, pointer)
         self._check_properties_count(node, pointer)
         same = self._same[id(node)] = []
+        within = self._within[id(node)] = []
         for name, child in [*_children(node)]:
             self.check(child, f"{pointer}/{name}", depth + 1)
+            within.append(id(child))
             if name.startswith(("allOf/", "anyOf/", "oneOf/")):
                 same.append(id(child))
         if "$ref" in node:
-            same.append(id(self._check_reference(node["$ref"], pointer, depth)))
+            same.append(id(self._referenced(node["$ref"], f"{pointer}/$ref")))
+            within.append(same[-1])
         if "format" in node:
             _rewrite_format(node, pointer)
 
@@ -117,8 +129,25 @@ class _Walk:
                 uri = str(value).removeprefix("http").removeprefix("s").removesuffix("#")
                 if uri not in [f"://json-schema.org/{draft}/schema" for draft in _DRAFTS]:
                     raise SchemaError(f"the dialect {shown(value)} is not known", place)
+            elif key == "$id" and not isinstance(value, str):
+                raise SchemaError(f"must be a text, got {shown(value)}", place)
             elif key in ("$id", "$anchor") and node is not self.document:
                 raise SchemaError("a schema inside another has a name of its own: refer to it by '#/...'", place)
+            elif key == "required":
+                if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+                    raise SchemaError(f"must be a list of names, got {shown(value)}", place)
+            elif key in ("const", "enum"):
+                if (number := inexact_number(value)) is not None:
+                    raise SchemaError(f"the number {shown(number)} is beyond 2^53 and can't be kept exactly", place)
+            elif key in _BOUNDS and is_number(value):
+                bound = exact_bound(value, is_lower=key in _BOUNDS[:2])
+                if bound is None:
+                    raise SchemaError(f"no number beyond 2^62 can be enforced, got {shown(value)}", place)
+                node[key] = bound
+            elif key == "multipleOf" and is_number(value):
+                if value <= 0:
+                    raise SchemaError(f"must be above 0, got {shown(value)}", place)
+                self._multiples[id(node)] = value
             elif key in _NEUTRAL:
                 if not any(type(value) is type(neutral) and value == neutral for neutral in _NEUTRAL[key]):
                     raise SchemaError(f"'{key}' can't be enforced while a text is generated: leave it out", place)
@@ -165,9 +194,47 @@ class _Walk:
                     under_way.add(following)
                     way.append((following, iter(self._same[following])))
 
-    def _check_reference(self, target: Any, pointer: str, depth: int) -> Any:
-        """The schema that a `$ref` leads to."""
-        place = f"{pointer}/$ref"
+    def check_multiples(self) -> None:
+        """Refuse steps that are too many together, where the same value may have to be a multiple of all."""
+        beside: dict[int, set[int]] = {}
+        for node, others in self._same.items():
+            for other in others:
+                beside.setdefault(node, set()).add(other)
+                beside.setdefault(other, set()).add(node)
+        left = dict(self._multiples)
+        while left:
+            start, step = left.popitem()
+            steps, seen, way = [step], {start}, [start]
+            while way:
+                new = beside.get(way.pop(), set()) - seen
+                seen |= new
+                way += new
+                steps += [left.pop(node) for node in new if node in left]
+            if common_multiple(steps) > MAX_MULTIPLE:
+                raise SchemaError(
+                    f"a 'multipleOf' of more than {MAX_MULTIPLE} steps can't be enforced, nor several that are so together",
+                    f"{self._pointers[start]}/multipleOf",
+                )
+
+    def check_chains(self) -> None:
+        """Refuse what would overflow a stack, which ends the process."""
+        lengths: dict[int, int] = {}  # of the longest chain that begins at a schema; 0 while it is looked for
+        for start in self._within:
+            way = [start] if start not in lengths else []
+            while way:
+                node = way[-1]
+                following = [n for n in self._within[node] if n in self._within]
+                if node not in lengths:
+                    lengths[node] = 0
+                    way += [n for n in following if n not in lengths]
+                    continue
+                way.pop()
+                lengths[node] = 1 + max((lengths[n] for n in following), default=0)
+                if lengths[node] > MAX_CHAIN:
+                    raise SchemaError(f"more than {MAX_CHAIN} schemas follow each other", self._pointers[node])
+
+    def _referenced(self, target: Any, place: str) -> Any:
+        """The schema that a `$ref` leads to. It is one of the document's, so that the walk comes to it."""
         if not isinstance(target, str):
             raise SchemaError(f"must be a text, got {shown(target)}", place)
         if self._id and target.startswith(self._id):
@@ -178,15 +245,19 @@ class _Walk:
         if fragment and not fragment.startswith("/"):
             raise SchemaError(f"{shown(target)} is an anchor: refer to it by '#/...'", place)
         node: Any = self.document
+        is_schema = True  # and not a list or a map of schemas
         for part in fragment.split("/")[1:]:
             part = part.replace("~1", "/").replace("~0", "~")
-            if isinstance(node, dict) and part in node:
+            if isinstance(node, dict) and part in node and (part in _PLACES or not is_schema):
                 node = node[part]
+                is_schema = not is_schema or (part in _SINGLE and not isinstance(node, list))
             elif isinstance(node, list) and part.isdecimal() and int(part) < len(node):
-                node = node[int(part)]
+                node, is_schema = node[int(part)], True
             else:
-                raise SchemaError(f"there is nothing at {shown(target)}", place)
-        self.check(node, fragment, depth + 1)
+                is_schema = False
+                break
+        if not is_schema:
+            raise SchemaError(f"there is no schema at {shown(target)}", place)
         return node
 
 
@@ -244,13 +315,36 @@ def node_at_fault(schema: Any, refusal: Callable[[Any], str | None]) -> SchemaEr
         key: schema[key] for key in ("$schema", "$defs", "definitions") if isinstance(schema, dict) and key in schema
     }
     while isinstance(node, dict):
-        for name, child in _children(node):
-            if not isinstance(child, dict):
-                continue
-            found = refusal({**shared, **child})
-            if found is not None:
-                pointer, node, reason = f"{pointer}/{name}", child, found
-                break
-        else:
+        found = _child_at_fault(node, shared, refusal)
+        if found is None:
             break
+        name, node, reason = found
+        pointer = f"{pointer}/{name}"
     return SchemaError(reason, pointer)
+
+
+def _child_at_fault(
+    node: Mapping[str, Any], shared: Mapping[str, Any], refusal: Callable[[Any], str | None]
+) -> tuple[str, Any, str] | None:
+    """The first child that is refused alone: its pointer from the node, itself, the reason. Found by halves, since there may
+    be thousands. Children that refer to places other than `shared` can't be asked about."""
+    left = [
+        (name, child) for name, child in _children(node) if isinstance(child, dict) and _stands_alone(child, shared)
+    ]
+    while len(left) > 1:
+        half = left[: len(left) // 2]
+        group = {str(i): child for i, (_, child) in enumerate(half)}
+        together = refusal({**shared, "type": "object", "properties": group, "required": [*group]})
+        left = left[len(half) :] if together is None else half
+    for name, child in left:
+        reason = refusal({**shared, **child})
+        if reason is not None:
+            return name, child, reason
+    return None
+
+
+_REFERENCE = re.compile(r'"\$ref": "#/?([^/"]*)')
+
+
+def _stands_alone(child: Any, shared: Mapping[str, Any]) -> bool:
+    return all(key in shared for key in _REFERENCE.findall(json.dumps(child)))

@@ -154,6 +154,29 @@ def test_only_the_rows_that_have_masks_have_them(make_engine, make_runner, greed
     assert both and all((mask[0] == 0xFFFFFFFF).all() and (mask[1] != 0xFFFFFFFF).any() for mask in both)
 
 
+def test_a_step_in_which_nobody_asks_does_nothing_more(make_engine, prompts, monkeypatch):
+    """No mask is filled, no logprob is computed or read, no row has a processor."""
+    from cai_runtime.engine import flight, loop
+
+    batches, calls = [], []
+    real_batch, real_masks, real_read = loop.sampling_batch, loop.fill_masks, flight.logprobs_of
+
+    def batch(*args):
+        batches.append(real_batch(*args))
+        return batches[-1]
+
+    monkeypatch.setattr(loop, "sampling_batch", batch)
+    monkeypatch.setattr(loop, "fill_masks", lambda *args: calls.append("masks") or real_masks(*args))
+    monkeypatch.setattr(flight, "logprobs_of", lambda *args: calls.append("logprobs") or real_read(*args))
+    plain = [Request(prompt, SamplingParams(max_tokens=12, seed=i, stop=("q",))) for i, prompt in enumerate(prompts)]
+    run_all(make_engine(), plain)
+    assert calls == [] and batches
+    for found in batches:
+        assert (found.mask, found.logprobs, found.scored) == (None, None, None) and not found.custom
+    run_all(make_engine(), [replace(plain[0], sampling=replace(plain[0].sampling, logprobs=0)), *plain[1:]])
+    assert set(calls) == {"logprobs"}
+
+
 class Together:
     """A mask that is filled with others in one call."""
 

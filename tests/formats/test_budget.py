@@ -8,6 +8,7 @@ from cai_runtime.formats.budget import ThoughtBudget, budgeted
 from cai_runtime.formats.conversation import Conversation, Reasoning
 from cai_runtime.formats.hermes import HermesFormat
 from cai_runtime.formats.messages import Message
+from cai_runtime.grammars import Grammars
 
 BEGIN, END, WORD = 40, 41, 7
 
@@ -76,6 +77,26 @@ def test_beside_a_grammar():
     mask.rollback(2)
     assert mask._inner.accepted == [63]
     assert budgeted(None, Odd) is Odd and budgeted(None, None) is None
+
+
+def test_a_character_is_finished_before_the_end(byte_tokenizer):
+    """Under a grammar, whose thought is whole characters."""
+    byte_tokenizer.add_tokens(["<think>", "</think>"])
+    end = byte_tokenizer.convert_tokens_to_ids("</think>")
+    grammars = Grammars(byte_tokenizer, len(byte_tokenizer), [byte_tokenizer.eos_token_id])
+    inner = grammars.mask(f'start: (/(?s:.+)/)? <[{end}]> "yes"')
+    mask = ThoughtBudget(2, (), end, open=True).mask(inner)(())
+
+    def allowed():
+        row = np.full(-(-len(byte_tokenizer) // 32), 0xFFFFFFFF, np.uint32)
+        mask.fill(row)
+        return np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")).tolist()
+
+    for token in byte_tokenizer.encode("a€", add_special_tokens=False):
+        assert token in allowed() and allowed() != [end]
+        mask.accept(token)
+    assert allowed() == [end]
+    mask.accept(end)
 
 
 def test_formats_give_it(byte_tokenizer):

@@ -169,6 +169,18 @@ def test_the_newest_are_kept(grammars, monkeypatch):
     assert grammars._characters == sum(map(len, grammars._kept))
 
 
+def test_what_took_long_leaves_room_for_little_else(tokenizer, monkeypatch):
+    """It takes as much more memory."""
+    grammars = Grammars(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
+    for i in range(3):
+        grammars.mask(f'start: "{i}"')
+    assert len(grammars._kept) == 3 and grammars._seconds > 0
+    monkeypatch.setattr(compiler, "MAX_KEPT_SECONDS", 0.0)
+    newest = grammars.mask('start: "new"').matcher
+    assert list(grammars._kept) == ['start: "new"'] and grammars.mask('start: "new"').matcher is newest
+    assert grammars._seconds == pytest.approx(grammars._kept['start: "new"'].seconds)
+
+
 def test_many_threads(tokenizer):
     grammars = Grammars(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
     rows, errors = [], []

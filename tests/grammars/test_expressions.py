@@ -56,6 +56,12 @@ def test_a_users_rules_are_in_a_scope_of_their_own(accepts):
     ]:  # fmt: skip
         with pytest.raises(GrammarError, match=message):
             expressions.lark(bad)
+    for bad, message in [('start: %json {"format": "nope"}', "'/format'"), ('start: %json {', "no JSON"),
+                         ('%llguidance {"no_forcing": true}\nstart: "a"', "options")]:  # fmt: skip
+        with pytest.raises(GrammarError, match=message):
+            expressions.lark(bad)
+    name = expressions.lark('start: "%json {" x // %json {\nx: %json {"type": "string", "format": "hostname"}')
+    assert accepts(name, '%json {"a.b"') and not accepts(name, '%json {"a b"'), "enforced, as elsewhere"
     assert expressions.lark('start: "[stop]: max_tokens"'), "in quotes it is text"
 
 
@@ -77,14 +83,25 @@ def test_whitespace_is_bounded(accepts):
         ({"type": "string", "minLenght": 3}, "/minLenght", "not a keyword that is known"),
         ({"type": "string", "pattern": "(?=a)"}, "/pattern", "lookahead"),
         ({"type": "string", "pattern": "a\\b"}, "/pattern", "escape"),
-        ({"$ref": "other.json"}, "/$ref", "another document"), ({"$ref": "#/nowhere"}, "/$ref", "nothing at"),
+        ({"$ref": "other.json"}, "/$ref", "another document"), ({"$ref": "#/nowhere"}, "/$ref", "no schema at"),
         ({"$ref": "#"}, "", "refers to itself"), ({"minProperties": 2}, "/minProperties", "can't be enforced where"),
         ({"$defs": {"d": {"oneOf": [{"type": "string"}, {"const": "a"}]}}, "$ref": "#/$defs/d"}, "/$defs/d", "may overlap"),
         ({"type": "object", "properties": {"a": {"minimum": 5, "maximum": 2, "type": "integer"}}, "required": ["a"]},
          "/properties/a", "greater than"),
         ({"items": 3}, "/items", "an object or a boolean"), ({"properties": []}, "/properties", "an object of schemas"),
         ({"$schema": "http://example.com/x"}, "/$schema", "dialect"), ([], "", "an object or a boolean"),
-        ({"const": float("nan")}, "", "no JSON"),
+        ({"const": float("nan")}, "", "no JSON"), ({"$id": 5, "$ref": "#/$defs/a", "$defs": {"a": {}}}, "/$id", "a text"),
+        ({"minProperties": 2, "required": 3}, "/required", "a list of names"), ({"required": [1]}, "/required", "a list of"),
+        # What a reference leads to is no schema: a value, notes, a map of schemas.
+        ({"const": {"x-a": 1}, "items": {"$ref": "#/const"}}, "/items/$ref", "no schema at"),
+        ({"x-defs": {"a": {}}, "items": {"$ref": "#/x-defs/a"}}, "/items/$ref", "no schema at"),
+        ({"$defs": {"a": {}}, "items": {"$ref": "#/$defs"}}, "/items/$ref", "no schema at"),
+        # Numbers that a double or a 64-bit integer can't hold.
+        ({"const": -(2**63)}, "/const", "beyond 2\\^53"), ({"enum": [1, {"a": [2**53 + 1]}]}, "/enum", "beyond 2\\^53"),
+        ({"const": -1e19}, "/const", "beyond 2\\^53"), ({"minimum": 2**63}, "/minimum", "beyond 2\\^62"),
+        ({"exclusiveMaximum": -1e300}, "/exclusiveMaximum", "beyond 2\\^62"), ({"minimum": 10**400}, "/minimum", "beyond"),
+        ({"multipleOf": 999983}, "/multipleOf", "steps"), ({"multipleOf": 0}, "/multipleOf", "above 0"),
+        ({"allOf": [{"multipleOf": 997}, {"multipleOf": 998}]}, "/allOf/", "several"),
     ],
 )  # fmt: skip
 def test_what_can_not_be_enforced_is_refused_with_its_place(schema, pointer, message):
@@ -99,6 +116,48 @@ def test_deep_schemas_are_refused():
         schema = {"items": schema}
     with pytest.raises(SchemaError, match="no JSON|nested"):
         expressions.json_schema(schema)
+
+
+def test_the_node_at_fault_is_found_among_many(monkeypatch):
+    asked = []
+    real = expressions._refusal
+    monkeypatch.setattr(expressions, "_refusal", lambda schema: asked.append(schema) or real(schema))
+    bad = {"type": "array", "items": {"type": "integer", "minimum": 3, "maximum": 1}, "minItems": 1}
+    properties = {f"p{i}": bad if i == 700 else {"$ref": "#/properties/p0"} if i % 3 else {} for i in range(1000)}
+    with pytest.raises(SchemaError) as caught:
+        expressions.json_schema({"type": "object", "properties": properties, "required": ["p700"]})
+    assert caught.value.pointer == "/properties/p700/items" and "minimum" in caught.value.reason
+    assert len(asked) < 20
+
+
+def test_bounds_are_kept_or_made_tighter(accepts):
+    """Where a double has no such number, and where llguidance has none."""
+    for bounds, good, bad in [
+        ({"minimum": 2**53 + 1}, [2**53 + 2], [2**53]), ({"maximum": 2**60 + 1}, [2**60], [2**60 + 2]),
+        ({"minimum": -(2**63), "maximum": 2**63 - 1}, [-(2**62), 2**62, 0], [-(2**63) - 1, 2**63]),
+        ({"minimum": -(2**63), "maximum": -(2**62) + 512}, [-(2**62)], [-(2**61)]), ({"minimum": -(10**400)}, [-5], []),
+    ]:  # fmt: skip
+        expression = expressions.json_schema({"type": "integer", **bounds})
+        assert all(accepts(expression, str(number)) for number in good), bounds
+        assert not any(accepts(expression, str(number)) for number in bad), bounds
+
+
+def test_chains_of_references_are_no_nesting(accepts):
+    chain = {f"a{i}": {"type": "object", "properties": {"x": {"$ref": f"#/$defs/a{i + 1}"}}} for i in range(100)}
+    expression = expressions.json_schema({"$ref": "#/$defs/a0", "$defs": {**chain, "a100": {"type": "integer"}}})
+    assert accepts(expression, '{"x": {"x": {}}}') and not accepts(expression, '{"x": {"x": 3}}')
+    for step in (1, -1):  # in either order it would overflow a stack, which ends the process
+        long = {f"a{i}": {"items": {"$ref": f"#/$defs/a{i + 1}"}} for i in range(2000)[::step]}
+        with pytest.raises(SchemaError, match="follow each other"):
+            expressions.json_schema({"$ref": "#/$defs/a0", "$defs": {**long, "a2000": {}}})
+    ring = {f"a{i}": {"items": {"$ref": f"#/$defs/a{(i + 1) % 2000}"}} for i in range(2000)}
+    with pytest.raises(SchemaError, match="follow each other"):
+        expressions.json_schema({"$ref": "#/$defs/a0", "$defs": ring})
+
+
+def test_steps_in_different_places_are_counted_apart(takes):
+    steps = {f"p{step}": {"type": "integer", "multipleOf": step} for step in (997, 998, 86_400_000)}
+    assert takes(expressions.json_schema({"properties": steps}), {"p997": 997 * 3})
 
 
 def test_words_that_ask_for_nothing(takes):

@@ -42,7 +42,7 @@ def parse_input(value: Any, find: Callable[[str], Item | None]) -> list[Item]:
     if value is None:
         return []
     if isinstance(value, str):
-        return [_message("user", [_input_text(value)])]
+        return [_message("user", [_input_text(value)], new_id("msg"))]
     items = [_parse_item(given, f"input[{i}]", find) for i, given in enumerate(listed(value, "input"))]
     if not items:
         raise invalid("input", "must hold at least one item")
@@ -136,7 +136,8 @@ def _parse_message(fields: dict[str, Any], place: str) -> Item:
     if role != "assistant":
         if "phase" in fields:
             raise invalid(f"{place}.phase", "is of an assistant's messages alone")
-        return _message(role, [_input_text(text) for text in texts], fields.get("id"))
+        content = [_input_text(text) for text in texts]
+        return _message(role, content, _id(fields, place, "msg"), _status(fields, place))
     phase = fields.get("phase")
     if phase not in (None, "commentary", "final_answer"):
         raise invalid(f"{place}.phase", f"must be commentary or final_answer, got {shown(phase)}")
@@ -222,14 +223,8 @@ def _part_text(part: dict[str, Any], place: str) -> str:
     return text_field(part, "text", place)
 
 
-def _message(role: str, content: list[dict[str, Any]], given_id: Any = None) -> Item:
-    return {
-        "id": given_id if isinstance(given_id, str) else new_id("msg"),
-        "type": "message",
-        "role": role,
-        "status": "completed",
-        "content": content,
-    }
+def _message(role: str, content: list[dict[str, Any]], item_id: str, status: str = "completed") -> Item:
+    return {"id": item_id, "type": "message", "role": role, "status": status, "content": content}
 
 
 def _input_text(text: str) -> dict[str, Any]:

@@ -101,10 +101,10 @@ class Turns:
 
 def droppable(messages: Sequence[Message]) -> list[set[int]]:
     """What can be left out, the oldest first: positions of whole turns, a user's message with all that answers it; of the
-    last turn, rounds of calls with their outputs. System messages stay, and so do the last user's message and the last
-    round after it."""
+    last turn, rounds of calls with their outputs. System and developer messages stay, and so do the last user's message and
+    the last round after it."""
     starts = [i for i, message in enumerate(messages) if message.role == "user"]
-    rest = [i for i, message in enumerate(messages) if message.role != "system"]
+    rest = [i for i, message in enumerate(messages) if message.role not in ("system", "developer")]
     bounds = [0, *starts, len(messages)]
     units = [{i for i in rest if first <= i < end} for first, end in itertools.pairwise(bounds[:-1])]
     last = [i for i in rest if i >= bounds[-2]]

@@ -108,6 +108,9 @@ class ResponseRunning(Running[ResponseStreamEvent, Response]):
         except APIError as error:
             yield from self._format.failing(error)
             raise
+        except BaseException:  # such as Ctrl-C
+            self._format.leave()
+            raise
 
     async def achunks(self) -> AsyncGenerator[ResponseStreamEvent]:
         try:
@@ -117,6 +120,9 @@ class ResponseRunning(Running[ResponseStreamEvent, Response]):
         except APIError as error:
             for event in self._format.failing(error):
                 yield event
+            raise
+        except BaseException:  # such as a cancelled task
+            self._format.leave()
             raise
 
 

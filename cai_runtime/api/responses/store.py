@@ -18,17 +18,20 @@ MAX_RESPONSES = 1000
 MAX_BYTES = 64 * 1024 * 1024  # of JSON
 
 
+def _nothing() -> None: ...
+
+
 @dataclass
 class Stored:
     """A response and what it answered.
 
     items: the whole input, those of earlier responses first; shared by the responses of a conversation. abort: ends it
-    while it runs.
+    while it runs; it leads to all that the engine has of the response.
     """
 
     machine: ResponseMachine
     items: tuple[Item, ...]
-    abort: Callable[[], None] = lambda: None
+    abort: Callable[[], None] = _nothing
     _output: list[Item] | None = None
 
     def output(self) -> list[Item]:
@@ -95,11 +98,15 @@ class ResponseStore:
             )
 
     def measure(self, response_id: str) -> None:
-        """Count the response's bytes again, now that it has changed; the least recently used make room."""
+        """Count the response's bytes again, now that it has changed; the least recently used make room. One that is done
+        lets go of what ran it: its tokens take much more memory than its text."""
         with self._lock:
-            if response_id not in self._stored:
+            stored = self._stored.get(response_id)
+            if stored is None:
                 return
-            size = len(self._stored[response_id].machine.snapshot().model_dump_json().encode())
+            if stored.machine.status != "in_progress":
+                stored.abort = _nothing
+            size = len(stored.machine.snapshot().model_dump_json().encode())
             self._bytes += size - self._outputs[response_id]
             self._outputs[response_id] = size
             while self._stored and (len(self._stored) > self._max_responses or self._bytes > self._max_bytes):

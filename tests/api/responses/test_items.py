@@ -120,6 +120,8 @@ def image(kind="input_image"):
         ([{**said("a"), "phase": "x"}], "input[0].phase", "invalid_value"),
         ([{**USER, "extra": 1}], "input[0].extra", "unknown_parameter"),
         ([{**said("a"), "status": "done"}], "input[0].status", "invalid_value"),
+        ([{**USER, "status": "done"}], "input[0].status", "invalid_value"),
+        ([{**USER, "id": 3}], "input[0].id", "invalid_type"),
         (image(), "input[0].content[1]", "image_not_supported"),
         (image("input_audio"), "input[0].content[1]", "audio_not_supported"),
         (image("input_file"), "input[0].content[1]", "file_not_supported"),
@@ -176,11 +178,12 @@ def kept(roles, room):
         ("s u a t t a t a t", 4, [0, 1, 7, 8]),
         ("s u a t t a t a t", 3, None),
         ("u a s u a t", 5, [2, 3, 4, 5]),  # a system message in a turn that goes stays
+        ("d u a d u", 3, [0, 3, 4]),  # the developer's stay, too
         ("s", 0, None),
     ],
 )
 def test_truncation(roles, room, expected):
-    names = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+    names = {"s": "system", "d": "developer", "u": "user", "a": "assistant", "t": "tool"}
     assert kept([names[role] for role in roles.split()], room) == expected
 
 

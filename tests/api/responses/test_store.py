@@ -6,6 +6,7 @@ import pytest
 
 from cai_runtime import BadRequestError, InternalServerError, NotFoundError
 from cai_runtime.api.responses.store import ResponseStore
+from cai_runtime.engine.outbox import TokenLog
 from cai_runtime.formats.events import ArgumentsEvent, EndEvent, TextEvent, ToolCallEvent
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
@@ -235,6 +236,34 @@ def test_a_dropped_stream_is_not_kept_alive_by_the_store(client, factory):
     assert client.responses.retrieve(response_id).status == "cancelled"
     factory.engines[0].check_integrity()
     assert factory.engines[0].stats().aborted == 1
+
+
+def test_a_response_that_is_done_keeps_none_of_its_tokens(client):
+    """They take much more memory than the JSON that the store counts."""
+
+    def logs():
+        gc.collect()
+        return {id(found) for found in gc.get_objects() if type(found) is TokenLog}
+
+    asked, before = ask(store=True), logs()
+    ids = [client.responses.create(**asked).id, list(client.responses.create(**asked, stream=True))[-1].response.id]
+    assert logs() <= before
+    assert [client.responses.cancel(response_id).output_text for response_id in ids] == ["abc", "abc"]
+
+
+def test_an_interrupted_stream_is_cancelled(client, factory, monkeypatch):
+    factory.pause_before_step(10)
+    stream = client.responses.create(**ask(store=True, stream=True, max_output_tokens=50, ignore_eos=True))
+    response_id = next(stream).response.id
+
+    def interrupt(timeout):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stream._running._group, "next", interrupt)
+    assert next(stream).type == "response.in_progress"
+    with pytest.raises(KeyboardInterrupt):
+        next(stream)
+    assert client.responses.retrieve(response_id).status == "cancelled", "the stream is still there"
 
 
 def test_store_of_nothing():
