@@ -55,6 +55,7 @@ class MarkedFormat:
     has_calls: ClassVar[bool] = True
     native_tools: ClassVar[bool] = True  # the template takes tools
     always_parsed: ClassVar[bool] = False  # its answers have markers even without thoughts and calls
+    opened_by_tokens: ClassVar[bool] = False  # openers that are no tokens of the tokenizer are none
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
@@ -63,6 +64,8 @@ class MarkedFormat:
         # The marker of a thought's end tells: templates that end the prompt inside a thought write no other one.
         self.thought = next((pair for pair in THOUGHTS if pair[1] in text or set(pair) <= known), None)
         self.markers = Markers(tokenizer, (*self.openers, *self.closers, *self.inner, *(self.thought or ())))
+        if self.opened_by_tokens:
+            self.openers = tuple(filter(self.markers.is_token, self.openers))
 
     @cached_property
     def capabilities(self) -> Capabilities:
@@ -177,12 +180,19 @@ class MarkedFormat:
 
     def free_rule(self, rules: Rules, call: str, several: bool) -> str:
         """Content with or without calls; a call is what comes after an opener."""
+        if not several:
+            return self.led_rule(rules, call)
         opener = self.openers[0]
         if self.markers.is_token(opener):
-            opened = f"{rules.marker(opener)} {call}"
-            return f"({ANY})? ({opened} ({ANY})?)*" if several else f"({ANY})? ({opened})?"
-        opened = f"{rules.until(opener)} {call}"
-        return f"({opened})* ({ANY})?" if several else f"{opened} | ({ANY})?"
+            return f"({ANY})? ({rules.marker(opener)} {call} ({ANY})?)*"
+        return f"({rules.until(opener)} {call})* ({ANY})?"
+
+    def led_rule(self, rules: Rules, rest: str) -> str:
+        """Content, which an opener and what follows it may end."""
+        opener = self.openers[0]
+        if self.markers.is_token(opener):
+            return f"({ANY})? ({rules.marker(opener)} {rest})?"
+        return f"{rules.until(opener)} {rest} | ({ANY})?"
 
     def arguments_rule(self, rules: Rules, tool: Tool, place: str) -> str:
         """A function's arguments, held to its schema. Raises ConversationError where they can't be."""
