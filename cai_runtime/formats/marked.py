@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, ClassVar
@@ -111,7 +110,12 @@ class MarkedFormat:
                 param="reasoning_max_tokens",
                 capability="reasoning",
             )
-        return ThoughtBudget(tokens, begin, end, turn.thinks)
+        others = (self.markers.token(text).token_id for text in self.thought_ends(turn))
+        return ThoughtBudget(tokens, begin, end, frozenset(i for i in others if i is not None), turn.thinks)
+
+    def thought_ends(self, turn: Turn) -> tuple[str, ...]:
+        """What ends a thought besides its own marker: a call's opener that is a token."""
+        return tuple(filter(self.markers.is_token, self.openers)) if turn.may_call else ()
 
     def thought_tokens(self) -> tuple[tuple[int, ...], int | None]:
         """The tokens that begin a thought, and the one that ends it; None: there is none."""
@@ -141,11 +145,11 @@ class MarkedFormat:
         openers = self.openers if turn.may_call else ()
         opener = None
         if turn.thinks:
-            opener = yield from self.read_thought(stream, openers)
+            opener = yield from self.read_thought(turn, stream)
         while not stream.ended:
             if opener is None and self.thought is not None and (yield from stream.begins(self.thought[:1])):
                 stream.writer.marker()
-                opener = yield from self.read_thought(stream, openers)
+                opener = yield from self.read_thought(turn, stream)
             if opener is None and turn.may_call:
                 yield from self.bare_calls(turn, stream)
             opener = opener or (yield from stream.content(*openers))
@@ -153,10 +157,10 @@ class MarkedFormat:
                 yield from stream.calls(opener, self.call(turn, stream, opener), self.closers)
                 opener = None
 
-    def read_thought(self, stream: Stream, openers: Iterable[str]) -> Parsing[str | None]:
-        """Read a thought to its end. A call's opener that is a token ends it, too, and is returned."""
+    def read_thought(self, turn: Turn, stream: Stream) -> Parsing[str | None]:
+        """Read a thought to its end. A call's opener that ends it is returned."""
         assert self.thought is not None
-        end = yield from stream.thought(self.thought[1], *filter(self.markers.is_token, openers))
+        end = yield from stream.thought(self.thought[1], *self.thought_ends(turn))
         return None if end == self.thought[1] else end
 
     def bare_calls(self, turn: Turn, stream: Stream) -> Parsing[None]:
