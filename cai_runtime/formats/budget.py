@@ -13,13 +13,14 @@ from cai_runtime.engine.masks import MaskFactory, TokenMask, allows
 class ThoughtBudget:
     """How many tokens all thoughts of an answer may have together.
 
-    begin: the tokens that open a thought; empty where the model can't. end: the token that closes it. open: whether the
-    prompt has opened one.
+    begin: the tokens that open a thought; empty where the model can't. end: the token that closes it. others: tokens that
+    end it as well, such as a call's opener. open: whether the prompt has opened one.
     """
 
     tokens: int
     begin: tuple[int, ...]
     end: int
+    others: frozenset[int] = frozenset()
     open: bool = False
 
     def mask(self, inner: MaskFactory | None = None) -> MaskFactory:
@@ -52,7 +53,8 @@ class BudgetMask:
         self._tokens.append(token_id)
         inside, spent = self._states[-1]
         if inside:
-            self._states.append((False, spent) if token_id == self._budget.end else (True, spent + 1))
+            ends = token_id == self._budget.end or token_id in self._budget.others
+            self._states.append((False, spent) if ends else (True, spent + 1))
         else:
             begin = self._budget.begin
             begins = bool(begin) and tuple(self._tokens[-len(begin) :]) == begin

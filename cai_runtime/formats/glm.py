@@ -17,7 +17,7 @@ from cai_runtime.formats.marked import MarkedFormat, Turn
 from cai_runtime.formats.parsing.grammar import Rules, literal
 from cai_runtime.formats.parsing.json_call import json_calls
 from cai_runtime.formats.parsing.malformed import Malformed
-from cai_runtime.formats.parsing.member_rules import members_of, text_value
+from cai_runtime.formats.parsing.member_rules import TAGGED_NAME, members_of, text_value
 from cai_runtime.formats.parsing.stream import Parsing, Stream
 from cai_runtime.formats.parsing.typed import Members
 
@@ -54,10 +54,10 @@ class GlmFormat(MarkedFormat):
 
     def arguments_rule(self, rules: Rules, tool: Tool, place: str) -> str:
         parts = []
-        for name, schema, required in members_of(tool, place):
-            value = text_value(rules, schema, place, f"/properties/{name}", END_VALUE)
-            part = rules.add("argument", f"{self._key(rules, literal(name))} {value} {NEWLINE}")
-            parts.append(part if required else f"({part})?")
+        for member in members_of(tool, place, TAGGED_NAME):
+            value = text_value(rules, member, place, END_VALUE)
+            part = rules.add("argument", f"{self._key(rules, literal(member.name))} {value} {NEWLINE}")
+            parts.append(part if member.required else f"({part})?")
         return " ".join(parts)
 
     def any_arguments_rule(self, rules: Rules, tool: Tool) -> str:

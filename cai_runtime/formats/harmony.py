@@ -39,6 +39,9 @@ class HarmonyFormat(MarkedFormat):
         begin = self._tokenizer(f"{CHANNEL}analysis{MESSAGE}", add_special_tokens=False)["input_ids"]
         return tuple(begin), self.markers.token("<|end|>").token_id
 
+    def thought_ends(self, turn: Turn) -> tuple[str, ...]:
+        return (*ENDS, *self.openers)
+
     def parse(self, turn: Turn, stream: Stream) -> Parsing[None]:
         while not stream.ended:
             # A recipient may come before the channel. What is in no message is content.
@@ -59,7 +62,7 @@ class HarmonyFormat(MarkedFormat):
             yield from stream.calls("", self._call(stream, recipient[1].removeprefix("functions.")), ENDS)
         elif channels and channels[-1] == "analysis":
             stream.writer.marker()
-            end = yield from stream.thought(*ENDS, *self.openers)
+            end = yield from stream.thought(*self.thought_ends(turn))
             if end in self.openers:  # the end was left out
                 stream.unread(self.markers.token(end))
         else:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import ClassVar
 
 from cai_runtime.formats.conversation import Tool
 from cai_runtime.formats.marked import MarkedFormat, Turn
@@ -24,11 +24,7 @@ from cai_runtime.formats.parsing.stream import Parsing, Stream
 class Llama3Format(MarkedFormat):
     name = "llama3"
     openers: tuple[str, ...] = ("<|python_tag|>",)
-
-    def __init__(self, tokenizer: Any):
-        super().__init__(tokenizer)
-        # The tags are tokens in all published tokenizers; as text they would be a user's.
-        self.openers = tuple(filter(self.markers.is_token, self.openers))
+    opened_by_tokens: ClassVar[bool] = True  # as in all published tokenizers; as text they would be a user's
 
     def bare_calls(self, turn: Turn, stream: Stream) -> Parsing[None]:
         if (yield from stream.peek()) == "{":

@@ -14,10 +14,10 @@ from typing import ClassVar
 from cai_runtime.formats.conversation import Tool
 from cai_runtime.formats.llama3 import Llama3Format
 from cai_runtime.formats.marked import Turn
-from cai_runtime.formats.parsing.grammar import ANY, Rules, enforced, literal
+from cai_runtime.formats.parsing.grammar import Rules, enforced, literal
 from cai_runtime.formats.parsing.json_call import json_calls
 from cai_runtime.formats.parsing.member_rules import keywords, members_of
-from cai_runtime.formats.parsing.python_call import python_calls
+from cai_runtime.formats.parsing.python_call import ARGUMENT_NAME, python_calls
 from cai_runtime.formats.parsing.stream import Parsing, Stream
 
 
@@ -40,14 +40,10 @@ class Llama4Format(Llama3Format):
             yield from python_calls(stream, turn.tools)
 
     def arguments_rule(self, rules: Rules, tool: Tool, place: str) -> str:
-        members = [
-            (
-                name,
-                f"{literal(name + '=')} {rules.add('value', enforced(schema, place, f'/properties/{name}'))}",
-                required,
-            )
-            for name, schema, required in members_of(tool, place)
-        ]
+        members = []
+        for member in members_of(tool, place, ARGUMENT_NAME):
+            value = rules.add("value", enforced(member.schema, place, member.pointer))
+            members.append((f"{literal(member.name + '=')} {value}", member.required))
         return keywords(rules, members)
 
     def any_arguments_rule(self, rules: Rules, tool: Tool) -> str:
@@ -65,13 +61,16 @@ class Lfm2Format(Llama4Format):
     name = "lfm2"
     openers: tuple[str, ...] = ("<|tool_call_start|>",)
     closers: ClassVar[tuple[str, ...]] = ("<|tool_call_end|>",)
+    opened_by_tokens: ClassVar[bool] = False
 
     def bare_calls(self, turn: Turn, stream: Stream) -> Parsing[None]:
         yield from ()
 
     def calls_rule(self, rules: Rules, call: str, several: bool) -> str:
-        begin, end = rules.marker(self.openers[0]), rules.marker(self.closers[0])
-        return f"{begin} {super().calls_rule(rules, call, several)} {end}"
+        return f"{rules.marker(self.openers[0])} {self._list_rule(rules, call, several)}"
 
     def free_rule(self, rules: Rules, call: str, arguments: Mapping[str, str], several: bool) -> str:
-        return f"({ANY})? ({self.calls_rule(rules, call, several)} ({ANY})?)?"
+        return self.led_rule(rules, self._list_rule(rules, call, several))
+
+    def _list_rule(self, rules: Rules, call: str, several: bool) -> str:
+        return f"{super().calls_rule(rules, call, several)} {rules.marker(self.closers[0])}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, ClassVar
@@ -55,6 +55,7 @@ class MarkedFormat:
     has_calls: ClassVar[bool] = True
     native_tools: ClassVar[bool] = True  # the template takes tools
     always_parsed: ClassVar[bool] = False  # its answers have markers even without thoughts and calls
+    opened_by_tokens: ClassVar[bool] = False  # openers that are no tokens of the tokenizer are none
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
@@ -63,6 +64,8 @@ class MarkedFormat:
         # The marker of a thought's end tells: templates that end the prompt inside a thought write no other one.
         self.thought = next((pair for pair in THOUGHTS if pair[1] in text or set(pair) <= known), None)
         self.markers = Markers(tokenizer, (*self.openers, *self.closers, *self.inner, *(self.thought or ())))
+        if self.opened_by_tokens:
+            self.openers = tuple(filter(self.markers.is_token, self.openers))
 
     @cached_property
     def capabilities(self) -> Capabilities:
@@ -108,7 +111,12 @@ class MarkedFormat:
                 param="reasoning_max_tokens",
                 capability="reasoning",
             )
-        return ThoughtBudget(tokens, begin, end, turn.thinks)
+        others = (self.markers.token(text).token_id for text in self.thought_ends(turn))
+        return ThoughtBudget(tokens, begin, end, frozenset(i for i in others if i is not None), turn.thinks)
+
+    def thought_ends(self, turn: Turn) -> tuple[str, ...]:
+        """What ends a thought besides its own marker: a call's opener that is a token."""
+        return tuple(filter(self.markers.is_token, self.openers)) if turn.may_call else ()
 
     def thought_tokens(self) -> tuple[tuple[int, ...], int | None]:
         """The tokens that begin a thought, and the one that ends it; None: there is none."""
@@ -138,11 +146,11 @@ class MarkedFormat:
         openers = self.openers if turn.may_call else ()
         opener = None
         if turn.thinks:
-            opener = yield from self.read_thought(stream, openers)
+            opener = yield from self.read_thought(turn, stream)
         while not stream.ended:
             if opener is None and self.thought is not None and (yield from stream.begins(self.thought[:1])):
                 stream.writer.marker()
-                opener = yield from self.read_thought(stream, openers)
+                opener = yield from self.read_thought(turn, stream)
             if opener is None and turn.may_call:
                 yield from self.bare_calls(turn, stream)
             opener = opener or (yield from stream.content(*openers))
@@ -150,10 +158,10 @@ class MarkedFormat:
                 yield from stream.calls(opener, self.call(turn, stream, opener), self.closers)
                 opener = None
 
-    def read_thought(self, stream: Stream, openers: Iterable[str]) -> Parsing[str | None]:
-        """Read a thought to its end. A call's opener that is a token ends it, too, and is returned."""
+    def read_thought(self, turn: Turn, stream: Stream) -> Parsing[str | None]:
+        """Read a thought to its end. A call's opener that ends it is returned."""
         assert self.thought is not None
-        end = yield from stream.thought(self.thought[1], *filter(self.markers.is_token, openers))
+        end = yield from stream.thought(self.thought[1], *self.thought_ends(turn))
         return None if end == self.thought[1] else end
 
     def bare_calls(self, turn: Turn, stream: Stream) -> Parsing[None]:
@@ -177,12 +185,19 @@ class MarkedFormat:
 
     def free_rule(self, rules: Rules, call: str, arguments: Mapping[str, str], several: bool) -> str:
         """Content with or without calls; a call is what comes after an opener. arguments: the functions' rules, by name."""
+        if not several:
+            return self.led_rule(rules, call)
         opener = self.openers[0]
         if self.markers.is_token(opener):
-            opened = f"{rules.marker(opener)} {call}"
-            return f"({ANY})? ({opened} ({ANY})?)*" if several else f"({ANY})? ({opened})?"
-        opened = f"{rules.until(opener)} {call}"
-        return f"({opened})* ({ANY})?" if several else f"{opened} | ({ANY})?"
+            return f"({ANY})? ({rules.marker(opener)} {call} ({ANY})?)*"
+        return f"({rules.until(opener)} {call})* ({ANY})?"
+
+    def led_rule(self, rules: Rules, rest: str) -> str:
+        """Content, which an opener and what follows it may end."""
+        opener = self.openers[0]
+        if self.markers.is_token(opener):
+            return f"({ANY})? ({rules.marker(opener)} {rest})?"
+        return f"{rules.until(opener)} {rest} | ({ANY})?"
 
     def arguments_rule(self, rules: Rules, tool: Tool, place: str) -> str:
         """A function's arguments, held to its schema. Raises ConversationError where they can't be."""

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 from cai_runtime.formats.conversation import Tool
 from cai_runtime.formats.marked import MarkedFormat, Turn
-from cai_runtime.formats.parsing.grammar import ANY, Rules, literal
+from cai_runtime.formats.parsing.grammar import Rules, literal
 from cai_runtime.formats.parsing.json_call import json_arguments, json_calls
 from cai_runtime.formats.parsing.malformed import Malformed
 from cai_runtime.formats.parsing.stream import Parsing, Stream
@@ -51,10 +51,14 @@ class MistralFormat(MarkedFormat):
         return f"{literal(head)} {arguments} {literal('}')}"
 
     def calls_rule(self, rules: Rules, call: str, several: bool) -> str:
-        opener = rules.marker(self.openers[0])
-        if self.markers.is_token(ARGS):
-            return f"({opener} {call})+" if several else f"{opener} {call}"
-        return f"{opener} {literal('[')} {call} " + (f"({literal(', ')} {call})* " if several else "") + literal("]")
+        return f"{rules.marker(self.openers[0])} {self._rest_rule(rules, call, several)}"
 
     def free_rule(self, rules: Rules, call: str, arguments: Mapping[str, str], several: bool) -> str:
-        return f"({ANY})? ({self.calls_rule(rules, call, several)})?"
+        return self.led_rule(rules, self._rest_rule(rules, call, several))
+
+    def _rest_rule(self, rules: Rules, call: str, several: bool) -> str:
+        """What follows the first opener."""
+        if self.markers.is_token(ARGS):
+            return f"{call} ({rules.marker(self.openers[0])} {call})*" if several else call
+        more = f"({literal(', ')} {call})*" if several else ""
+        return f"{literal('[')} {call} {more} {literal(']')}"

@@ -19,7 +19,7 @@ from cai_runtime.formats.conversation import Tool
 from cai_runtime.formats.marked import MarkedFormat, Turn
 from cai_runtime.formats.parsing.grammar import Rules, literal
 from cai_runtime.formats.parsing.json_call import json_calls
-from cai_runtime.formats.parsing.member_rules import members_of, text_value
+from cai_runtime.formats.parsing.member_rules import TAGGED_NAME, members_of, text_value
 from cai_runtime.formats.parsing.stream import Parsing, Stream
 from cai_runtime.formats.parsing.typed import Members
 
@@ -55,10 +55,11 @@ class QwenCoderFormat(MarkedFormat):
 
     def arguments_rule(self, rules: Rules, tool: Tool, place: str) -> str:
         parts = []
-        for name, schema, required in members_of(tool, place):
-            value = text_value(rules, schema, place, f"/properties/{name}", "</parameter>")
-            part = rules.add("parameter", f"{literal(f'<parameter={name}>' + NEWLINE)} {value} {literal(NEWLINE)}")
-            parts.append(part if required else f"({part})?")
+        for member in members_of(tool, place, TAGGED_NAME):
+            value = text_value(rules, member, place, "</parameter>", layout=NEWLINE)
+            head = literal(f"<parameter={member.name}>{NEWLINE}")
+            part = rules.add("parameter", f"{head} {value} {literal(NEWLINE)}")
+            parts.append(part if member.required else f"({part})?")
         return " ".join(parts)
 
     def any_arguments_rule(self, rules: Rules, tool: Tool) -> str:

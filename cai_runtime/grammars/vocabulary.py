@@ -93,8 +93,9 @@ class Vocabulary:
 
 
 def _is_special(token: Any) -> bool:
-    """Whether llguidance takes an added token for a special one."""
-    return token.special or (token.content.startswith("<") and token.content.endswith(">"))
+    """Whether an added token is no text. Marked as such or not: those in brackets are the markers of calls and thoughts
+    (`<tool_call>`, `[TOOL_CALLS]`), which must not come inside what a grammar has as text."""
+    return token.special or token.content[:1] + token.content[-1:] in ("<>", "[]")
 
 
 def _without_names(backend: Any, names: Mapping[str, int]) -> str:

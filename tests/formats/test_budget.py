@@ -1,11 +1,13 @@
 """A thought is closed when its tokens are used up, beside a grammar and with drafts taken back."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from cai_runtime.errors import ConversationError
 from cai_runtime.formats.budget import ThoughtBudget, budgeted
-from cai_runtime.formats.conversation import Conversation, Reasoning
+from cai_runtime.formats.conversation import Conversation, Reasoning, Tool
 from cai_runtime.formats.hermes import HermesFormat
 from cai_runtime.formats.messages import Message
 from cai_runtime.grammars import Grammars
@@ -44,6 +46,18 @@ def test_several_thoughts_have_one_budget():
     mask.rollback(4)
     mask.accept(WORD)
     assert len(allowed(mask)) == 64
+    mask.accept(WORD)
+    assert allowed(mask) == {END}
+
+
+def test_a_call_ends_the_thought_too():
+    """Else its arguments would be cut by the end of a thought."""
+    call = 42
+    mask = ThoughtBudget(3, (BEGIN,), END, frozenset({call}), open=True).mask()(())
+    for token in (WORD, WORD, call, WORD, WORD, WORD):
+        mask.accept(token)
+        assert len(allowed(mask)) == 64
+    mask.rollback(4)
     mask.accept(WORD)
     assert allowed(mask) == {END}
 
@@ -106,6 +120,9 @@ def test_formats_give_it(byte_tokenizer):
     begin, end = byte_tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
     assert HermesFormat(byte_tokenizer).prepare(asked).budget == ThoughtBudget(5, (begin,), end, open=True)
     assert HermesFormat(byte_tokenizer).prepare(Conversation(asked.messages)).budget is None
+    call = byte_tokenizer.convert_tokens_to_ids("<tool_call>")
+    with_tools = HermesFormat(byte_tokenizer).prepare(replace(asked, tools=(Tool("look"),)))
+    assert with_tools.budget == ThoughtBudget(5, (begin,), end, frozenset({call}), open=True)
 
 
 def test_a_thought_that_ends_with_text_has_none(byte_tokenizer):

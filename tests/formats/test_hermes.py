@@ -1,11 +1,13 @@
 """Calls in `<tool_call>` tags, where the tags are tokens and where they are text."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from transcripts import TIME, WEATHER, fold, play, spec_of, tokens_of, turn_of
 
 from cai_runtime.formats.conversation import Answer
+from cai_runtime.formats.events import ToolCallEvent
 from cai_runtime.formats.hermes import HermesFormat
 
 TAGS = ("<tool_call>", "</tool_call>", "<think>", "</think>")
@@ -101,6 +103,23 @@ def test_a_text_that_ends_inside_a_thought(made):
     for end in (True, False):
         found = read(made, "Hm.\n", thinks=True, end=end, stop=["m"])
         assert (found.reasoning, found.content, found.reason) == ("Hm.", "", "length")
+
+
+def test_a_stop_token_inside_a_thought_or_a_call(made):
+    """A stop string that is a token ends the text wherever it comes, and is no honest end there."""
+    tokenizer, hermes = made
+    spec = replace(spec_of(tokenizer), ends={tokenizer.eos_token_id: "</s>"})
+    for text in ("Hm.", f"Hm.</think>{CALL[: CALL.index('lo')]}"):
+        tokens = [*tokens_of(tokenizer, text, TAGS), tokenizer.eos_token_id]
+        assert fold(play(hermes.output(turn_of(thinks=True))(spec), tokens)).reason == "length"
+
+
+def test_calls_have_ids_of_their_own(made):
+    tokenizer, hermes = made
+    text = CALL.replace('{"name"', '{"id": "c1", "name"')
+    events = play(hermes.output(turn_of())(spec_of(tokenizer)), tokens_of(tokenizer, text + text, TAGS))
+    ids = [event.call_id for event in events if isinstance(event, ToolCallEvent)]
+    assert ids[0] == "c1" and len(set(ids)) == 2
 
 
 def test_a_call_inside_a_thought(made):

@@ -107,7 +107,7 @@ def enforced(schema: Mapping[str, Any], place: str, pointer: str = "") -> str:
     """An expression for JSON that is valid under a schema.
 
     Args:
-        place: the parameter that the schema is part of. pointer: where in it.
+        place: the parameter that the schema is part of. pointer: where in it; its definitions are those of the whole.
 
     Raises:
         ConversationError: a node can't be enforced.
@@ -119,9 +119,15 @@ def enforced(schema: Mapping[str, Any], place: str, pointer: str = "") -> str:
     try:
         return json_schema(dict(schema))
     except SchemaError as error:
-        raise refusal(place, pointer + error.pointer, error.reason) from error
+        shared = error.pointer.startswith(("/$defs/", "/definitions/"))
+        raise refusal(place, error.pointer if shared else pointer + error.pointer, error.reason) from error
     except GrammarError as error:
         raise ConversationError(f"Invalid '{place}': {error}.", param=place) from error
+
+
+def escaped(name: str) -> str:
+    """A name as a step of a JSON pointer (RFC 6901)."""
+    return name.replace("~", "~0").replace("/", "~1")
 
 
 def refusal(place: str, pointer: str, reason: str) -> ConversationError:

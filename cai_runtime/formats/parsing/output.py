@@ -80,8 +80,8 @@ class ParsedOutput:
         self._writer.finish()
 
     def _end(self, token_ids: Sequence[int], reason: FinishReason, stop_string: str | None) -> Delta:
-        """A text that ends by itself inside a thought or a call was cut all the same; one with calls asks for them."""
-        if reason == "stop" and stop_string is None and self._stream.unfinished:
+        """A text that ends by a token inside a thought or a call was cut all the same; one with calls asks for them."""
+        if reason == "stop" and self._stream.unfinished:
             reason = "length"
         elif reason == "stop" and self._writer.num_calls:
             reason = "tool_calls"

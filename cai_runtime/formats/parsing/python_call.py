@@ -12,6 +12,8 @@ from cai_runtime.formats.parsing.stream import Parsing, Stream
 from cai_runtime.formats.parsing.typed import Members
 
 _NAME = re.compile(r"[^\W\d][\w.-]*")
+# Models write the names of a schema as they are, such as user-id, whether Python takes them or not.
+ARGUMENT_NAME = re.compile(r"""[^\s"'()\[\]{},=](?:[^"'()\[\]{},=\n]*[^\s"'()\[\]{},=])?""")
 
 
 def python_calls(stream: Stream, tools: Mapping[str, Tool]) -> Parsing[None]:
@@ -36,7 +38,7 @@ def python_call(stream: Stream, tools: Mapping[str, Tool] | None = None, suffix:
     if not name.endswith(suffix):
         raise Malformed(f"{name} for a call")
     name = name.removesuffix(suffix)
-    if not _NAME.fullmatch(name) or (tools is not None and name not in tools):
+    if not (_NAME.fullmatch(name) if tools is None else name in tools):
         raise Malformed(f"a call of {name}, which is no function of this request")
     members = Members(stream, name, None)
     separator = ","
@@ -50,7 +52,7 @@ def python_call(stream: Stream, tools: Mapping[str, Tool] | None = None, suffix:
 def _argument(stream: Stream) -> Parsing[tuple[str, str]]:
     """(name, value as JSON). Stays before the comma or bracket that ends it."""
     name = yield from _up_to(stream, "=")
-    if not name.isidentifier():
+    if not ARGUMENT_NAME.fullmatch(name):
         raise Malformed(f"{name!r} for an argument's name")
     text, quote, depth = "", "", 0
     while True:

@@ -37,6 +37,7 @@ class Writer:
         self.events: list[Any] = []
         self.tokens: list[int] = []  # since the last event
         self.num_calls = 0
+        self._call_ids = set[str]()
         self._stops = stops
         self._may_stop = may_stop
         self._holds_blanks = calls
@@ -79,7 +80,10 @@ class Writer:
 
     def call(self, name: str, call_id: str | None) -> None:
         self.boundary()
-        self.events.append(ToolCallEvent(self.num_calls, call_id or new_call_id(), name, self._taken()))
+        if not call_id or call_id in self._call_ids:  # models repeat themselves; results are told apart by the ids
+            call_id = new_call_id()
+        self._call_ids.add(call_id)
+        self.events.append(ToolCallEvent(self.num_calls, call_id, name, self._taken()))
         self.num_calls += 1
 
     def arguments(self, text: str) -> None:

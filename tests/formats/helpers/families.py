@@ -119,7 +119,9 @@ FAMILIES = [
     Family("llama4", python_start),
     Family("llama4", python_list, bare=True, tokens=False),
     Family("lfm2", lfm2),
+    Family("lfm2", lfm2, tokens=False),
     Family("mistral", mistral_list),
+    Family("mistral", mistral_list, tokens=False),
     Family("mistral", mistral_named),
     Family("mistral", mistral_ids),
     Family("mistral", mistral_named, tokens=False),
@@ -140,7 +142,7 @@ def made(family, make_byte_tokenizer):
     cls = FORMATS[family.format]
     markers = [*cls.openers, *cls.closers, *cls.inner, "<think>", "</think>"]
     tokens = [text for text in markers if text != "</s>"] if family.tokens else []
-    if family.write is mistral_list:
+    if family.write is mistral_list and tokens:
         tokens.remove("[ARGS]")
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=i % 2 == 0) for i, text in enumerate(tokens)])
     tokenizer.chat_template = "<think></think>" + tokenizer.chat_template
