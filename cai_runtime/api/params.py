@@ -113,21 +113,29 @@ class GenerationParams(SamplingOptions, total=False):
     stream_options: StreamOptions | None
 
 
-class AnswerParams(GenerationParams, total=False):
-    """What says what the answer must be; `cai_runtime.api.structured` checks it. At most one of them.
+class GrammarParams(GenerationParams, total=False):
+    """Our own ways to say what the answer must be; `cai_runtime.api.structured` checks them. At most one of them and of
+    `response_format`.
 
-    response_format: `{"type": "text"}`, the default; `{"type": "json_object"}`, any JSON object; or `{"type":
-        "json_schema", "json_schema": {"name": ..., "schema": {...}}}`, JSON that is valid under the schema (`strict` and
-        `description` are accepted; a schema is always enforced, whole).
     regex: a regular expression that the whole answer matches.
     grammar: a grammar of the answer, in llguidance's dialect of Lark.
     choice: a list of texts; the answer is one of them.
     """
 
-    response_format: Annotated[Mapping[str, Any], SkipValidation] | None
     regex: Annotated[str, SkipValidation] | None
     grammar: Annotated[str, SkipValidation] | None
     choice: Annotated[Sequence[str], SkipValidation] | None
+
+
+class AnswerParams(GrammarParams, total=False):
+    """And OpenAI's.
+
+    response_format: `{"type": "text"}`, the default; `{"type": "json_object"}`, any JSON object; or `{"type":
+        "json_schema", "json_schema": {"name": ..., "schema": {...}}}`, JSON that is valid under the schema (`strict` and
+        `description` are accepted; a schema is always enforced, whole).
+    """
+
+    response_format: Annotated[Mapping[str, Any], SkipValidation] | None
 
 
 # Parameters of the schema that this version does not serve: what it would take, and the values that ask for nothing.
