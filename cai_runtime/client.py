@@ -28,6 +28,7 @@ from cai_runtime.api.completions import CompletionChunk, CompletionParams
 from cai_runtime.api.generation import AsyncStream, Stream
 from cai_runtime.api.host import EngineFactory, ModelHost
 from cai_runtime.api.models import list_models, retrieve_model
+from cai_runtime.api.params import CallOptions, call_options
 from cai_runtime.api.responses.methods import AsyncResponses, Responses
 from cai_runtime.api.responses.store import ResponseStore
 from cai_runtime.api.serving import acreate, create
@@ -316,12 +317,14 @@ class AsyncCompletions(_Endpoint):
 
 
 class Models(_Endpoint):
-    def list(self) -> SyncPage[Model]:
+    def list(self, **options: Unpack[CallOptions]) -> SyncPage[Model]:
         """The catalogue and the client's own models: `.data`, or iterate."""
+        call_options(options)
         return SyncPage[Model](data=list_models(self._host), object="list")
 
-    def retrieve(self, model: str) -> Model:
+    def retrieve(self, model: str, **options: Unpack[CallOptions]) -> Model:
         """One of them. Raises NotFoundError if there is none of this name."""
+        call_options(options)
         return retrieve_model(self._host, model)
 
     def unload(self, model: str) -> bool:
@@ -331,12 +334,14 @@ class Models(_Endpoint):
 
 
 class AsyncModels(_Endpoint):
-    async def list(self) -> AsyncPage[Model]:
+    async def list(self, **options: Unpack[CallOptions]) -> AsyncPage[Model]:
         """The catalogue and the client's own models: `.data`, or `async for`."""
+        call_options(options)
         return AsyncPage[Model](data=await asyncio.to_thread(list_models, self._host), object="list")
 
-    async def retrieve(self, model: str) -> Model:
+    async def retrieve(self, model: str, **options: Unpack[CallOptions]) -> Model:
         """One of them. Raises NotFoundError if there is none of this name."""
+        call_options(options)
         return await asyncio.to_thread(retrieve_model, self._host, model)
 
     async def unload(self, model: str) -> bool:

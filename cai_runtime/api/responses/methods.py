@@ -14,10 +14,10 @@ from openai.types.responses import ParsedResponse, Response, ResponseItem, Respo
 from pydantic import PrivateAttr, TypeAdapter
 from typing_extensions import Unpack
 
-from cai_runtime.api.errors import BadRequestError
 from cai_runtime.api.generation import AsyncStream, Stream
 from cai_runtime.api.helpers import ResponseCall
 from cai_runtime.api.host import ModelHost
+from cai_runtime.api.params import CallOptions, call_options
 from cai_runtime.api.responses import ResponsesEndpoint
 from cai_runtime.api.responses.params import ResponseParams, included, invalid, refused
 from cai_runtime.api.responses.store import ResponseStore
@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 
 MAX_LIMIT = 100  # items of a page
 _ITEM: TypeAdapter[ResponseItem] = TypeAdapter(ResponseItem)
-# Of HTTP clients: nothing is sent that could carry them, and nothing takes time.
 _NOT_KEPT = "the events of stored responses are not kept; stream when you create them"
-_OF_HTTP = ("extra_headers", "extra_query", "extra_body", "timeout")
 
 
 class _Responses:
@@ -43,7 +41,7 @@ class _Responses:
         self._endpoint = ResponsesEndpoint(store)
 
     def _retrieve(self, response_id: str, options: Mapping[str, Any]) -> Response:
-        given = _given(options, ("include", "include_obfuscation", "starting_after", "stream"))
+        given = call_options(options, ("include", "include_obfuscation", "starting_after", "stream"))
         if given.get("stream") or "starting_after" in given:
             name = "stream" if given.get("stream") else "starting_after"
             raise refused(name, _NOT_KEPT)
@@ -53,13 +51,13 @@ class _Responses:
         return self._store.get(response_id).machine.snapshot()
 
     def _cancel(self, response_id: str, options: Mapping[str, Any]) -> Response:
-        _given(options, ())
+        call_options(options)
         stored = self._store.get(response_id)
         stored.abort()
         return stored.machine.snapshot()
 
     def _delete(self, response_id: str, options: Mapping[str, Any]) -> None:
-        _given(options, ())
+        call_options(options)
         self._store.delete(response_id)
 
 
@@ -145,11 +143,11 @@ class Responses(_Responses):
         """
         return self._retrieve(response_id, options)
 
-    def cancel(self, response_id: str, **options: Any) -> Response:
+    def cancel(self, response_id: str, **options: Unpack[CallOptions]) -> Response:
         """Stop a stored response that is streamed; its stream raises APIError. One that is done is returned as it is."""
         return self._cancel(response_id, options)
 
-    def delete(self, response_id: str, **options: Any) -> None:
+    def delete(self, response_id: str, **options: Unpack[CallOptions]) -> None:
         """Forget a stored response; one that still runs is stopped. Those that go on from it keep its items.
 
         Raises NotFoundError: none of this id is stored in this client.
@@ -206,11 +204,11 @@ class AsyncResponses(_Responses):
         """As `Client.responses.retrieve`."""
         return self._retrieve(response_id, options)
 
-    async def cancel(self, response_id: str, **options: Any) -> Response:
+    async def cancel(self, response_id: str, **options: Unpack[CallOptions]) -> Response:
         """As `Client.responses.cancel`."""
         return self._cancel(response_id, options)
 
-    async def delete(self, response_id: str, **options: Any) -> None:
+    async def delete(self, response_id: str, **options: Unpack[CallOptions]) -> None:
         """As `Client.responses.delete`."""
         self._delete(response_id, options)
 
@@ -291,7 +289,7 @@ class AsyncItems:
 
 
 def _page(store: ResponseStore, response_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    given = _given(options, ("after", "include", "limit", "order"))
+    given = call_options(options, ("after", "include", "limit", "order"))
     included(given.get("include", []))
     order, limit = given.get("order", "desc"), as_integer(given.get("limit", 20))
     if order not in ("asc", "desc"):
@@ -320,12 +318,3 @@ def _refuse_stored(response_id: Any, starting_after: Any) -> None:
     for name, value in (("response_id", response_id), ("starting_after", starting_after)):
         if value is not None and not isinstance(value, (NotGiven, Omit)):
             raise refused(name, _NOT_KEPT)
-
-
-def _given(options: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """The options that have a value. Raises BadRequestError for an unknown one."""
-    given = {k: v for k, v in options.items() if v is not None and not isinstance(v, (NotGiven, Omit))}
-    for name in given:
-        if name not in names and name not in _OF_HTTP:
-            raise BadRequestError(f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")
-    return given
