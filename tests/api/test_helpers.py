@@ -254,6 +254,24 @@ def assert_freed(factory):
     assert (stats.aborted, stats.running, stats.waiting, stats.finished) == (1, 0, 0, 0)
 
 
+@pytest.mark.parametrize("endpoint", [chat, responses])
+@pytest.mark.parametrize("method", ["parse", "stream"])
+@pytest.mark.parametrize("by_options", [False, True])
+def test_a_timeout_frees_the_request(both, factory, endpoint, method, by_options):
+    factory.pause_before_step(10)
+    engine = both.client.engine()  # loading counts, and may take longer than the timeout
+    if asyncio.iscoroutine(engine):
+        asyncio.run(engine)
+    params = {**(CHAT if endpoint is chat else RESPONSE), "ignore_eos": True}
+    if by_options:
+        both.client = both.client.with_options(timeout=0.2)
+    else:
+        params["timeout"] = 0.2
+    with pytest.raises(openai.APITimeoutError):
+        getattr(both, method)(endpoint, **params)
+    assert_freed(factory)
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_stream_that_is_not_entered_sends_nothing(client, async_client, factory):
     for one in (client, async_client):

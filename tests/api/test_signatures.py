@@ -133,7 +133,8 @@ CASES = {
     "chat.completions.create": {**CHAT, **STREAMING},
     "chat.completions.parse": {**CHAT, "response_format": Served(Yes, reasoning_enabled=False),
                                "stream_options": Refused({"include_usage": True})},
-    "chat.completions.stream": {**CHAT, "response_format": Served(Yes, reasoning_enabled=False), "stream_options": {"include_usage": True}},
+    "chat.completions.stream": {**CHAT, "response_format": Served(Yes, reasoning_enabled=False),
+                                "stream_options": {"include_usage": True}},
     "completions.create": {
         **TEXT, **STREAMING, "prompt": "hi", "best_of": 2, "echo": True, "logprobs": 2, "suffix": "x",
         "min_tokens": 2, "tools": Refused([TOOL]), "tool_choice": Refused("required"),
