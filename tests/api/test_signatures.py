@@ -304,7 +304,7 @@ def test_methods_that_the_openai_client_has_beside(path):
 
     lacking = LACKING.get(path, set())
     with Client() as ours:
-        assert names(theirs()) - names(ours) - OF_HTTP == lacking, (
+        assert names(theirs()) - names(ours) - OF_HTTP <= lacking, (
             "serve the new method, or list it here and in the docs"
         )
     text = DOC.read_text()
