@@ -20,17 +20,16 @@ from typing import TYPE_CHECKING, Any, Literal, Self, overload
 from openai import NOT_GIVEN, NotGiven, Omit, Timeout
 from openai.pagination import AsyncPage, SyncPage
 from openai.types import Completion, Model
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from typing_extensions import Unpack
 
-from cai_runtime.api import chat as chat_endpoint
 from cai_runtime.api import completions as completions_endpoint
 from cai_runtime.api.batch.methods import AsyncBatching, Batching
-from cai_runtime.api.chat import ChatParams
+from cai_runtime.api.chat_methods import AsyncChat, Chat
 from cai_runtime.api.completions import CompletionChunk, CompletionParams
 from cai_runtime.api.generation import AsyncStream, Stream
 from cai_runtime.api.host import EngineFactory, ModelHost
 from cai_runtime.api.models import list_models, retrieve_model
+from cai_runtime.api.params import CallOptions, call_options
 from cai_runtime.api.responses.methods import AsyncResponses, Responses
 from cai_runtime.api.responses.store import ResponseStore
 from cai_runtime.api.serving import acreate, create
@@ -269,61 +268,10 @@ class AsyncClient(AsyncBatching, _BaseClient):
         await self.close()
 
 
-class Chat:
-    def __init__(self, host: ModelHost, timeout: float | None = None):
-        self.completions = ChatCompletions(host, timeout)
-
-
-class AsyncChat:
-    def __init__(self, host: ModelHost, timeout: float | None = None):
-        self.completions = AsyncChatCompletions(host, timeout)
-
-
 class _Endpoint:
     def __init__(self, host: ModelHost, timeout: float | None = None):
         self._host = host
         self._timeout = timeout  # of requests that name none
-
-
-class ChatCompletions(_Endpoint):
-    @overload
-    def create(self, *, stream: Literal[True], **params: Unpack[ChatParams]) -> Stream[ChatCompletionChunk]: ...
-    @overload
-    def create(self, *, stream: Literal[False] | None = None, **params: Unpack[ChatParams]) -> ChatCompletion: ...
-    @overload
-    def create(
-        self, *, stream: bool | None, **params: Unpack[ChatParams]
-    ) -> ChatCompletion | Stream[ChatCompletionChunk]: ...
-    def create(self, **params: Any) -> Any:
-        """Answer a conversation. The parameters are those of ChatParams and `stream`.
-
-        `top_p=0` means "not given", as in the CompactifAI API, and not "nearly greedy": that is `temperature=0`.
-
-        Returns:
-            ChatCompletion; with `stream=True` a Stream of ChatCompletionChunk.
-
-        Raises:
-            APIError: see `cai_runtime.api.errors`; while streaming, the stream may raise it too. APITimeoutError after
-                `timeout` seconds: of a whole reply from the call to its end, of a stream to each next chunk. The request
-                is then aborted; a model that was loading goes on loading.
-        """
-        return create(chat_endpoint, self._host, params, self._timeout)
-
-
-class AsyncChatCompletions(_Endpoint):
-    @overload
-    async def create(
-        self, *, stream: Literal[True], **params: Unpack[ChatParams]
-    ) -> AsyncStream[ChatCompletionChunk]: ...
-    @overload
-    async def create(self, *, stream: Literal[False] | None = None, **params: Unpack[ChatParams]) -> ChatCompletion: ...
-    @overload
-    async def create(
-        self, *, stream: bool | None, **params: Unpack[ChatParams]
-    ) -> ChatCompletion | AsyncStream[ChatCompletionChunk]: ...
-    async def create(self, **params: Any) -> Any:
-        """As `Client.chat.completions.create`, not blocking the event loop; with `stream=True` an AsyncStream."""
-        return await acreate(chat_endpoint, self._host, params, self._timeout)
 
 
 class Completions(_Endpoint):
@@ -370,12 +318,14 @@ class AsyncCompletions(_Endpoint):
 
 
 class Models(_Endpoint):
-    def list(self) -> SyncPage[Model]:
+    def list(self, **options: Unpack[CallOptions]) -> SyncPage[Model]:
         """The catalogue and the client's own models: `.data`, or iterate."""
+        call_options(options)
         return SyncPage[Model](data=list_models(self._host), object="list")
 
-    def retrieve(self, model: str) -> Model:
+    def retrieve(self, model: str, **options: Unpack[CallOptions]) -> Model:
         """One of them. Raises NotFoundError if there is none of this name."""
+        call_options(options)
         return retrieve_model(self._host, model)
 
     def unload(self, model: str) -> bool:
@@ -385,12 +335,14 @@ class Models(_Endpoint):
 
 
 class AsyncModels(_Endpoint):
-    async def list(self) -> AsyncPage[Model]:
+    async def list(self, **options: Unpack[CallOptions]) -> AsyncPage[Model]:
         """The catalogue and the client's own models: `.data`, or `async for`."""
+        call_options(options)
         return AsyncPage[Model](data=await asyncio.to_thread(list_models, self._host), object="list")
 
-    async def retrieve(self, model: str) -> Model:
+    async def retrieve(self, model: str, **options: Unpack[CallOptions]) -> Model:
         """One of them. Raises NotFoundError if there is none of this name."""
+        call_options(options)
         return await asyncio.to_thread(retrieve_model, self._host, model)
 
     async def unload(self, model: str) -> bool:

@@ -34,6 +34,7 @@ from cai_runtime.api.params import (
     STRICT,
     UNSUPPORTED,
     AnswerParams,
+    GrammarParams,
     choice_seed,
     sampling_params,
     validated,
@@ -61,9 +62,9 @@ from cai_runtime.formats.tools import parse_tools
 from cai_runtime.scalars import shown
 
 
-@with_config(STRICT)
-class ChatParams(AnswerParams, total=False):
-    """Keyword arguments of `chat.completions.create`, besides `stream` (default false).
+class ChatOptions(GrammarParams, total=False):
+    """Keyword arguments of `chat.completions.create`, `parse` and `stream`, besides `response_format` and `create`'s
+    `stream`.
 
     messages: the conversation; see `cai_runtime.formats.messages.parse_messages`.
     chat_template: the name of one of the model's chat templates. Default: the one named "default", or the only one; with
@@ -81,7 +82,7 @@ class ChatParams(AnswerParams, total=False):
     logprobs: whether the reply lists the logprob of each token of the visible content. Default false.
     top_logprobs: 0 to 20, with `logprobs`: that many of the likeliest tokens beside each. Default 0.
 
-    The others are those of AnswerParams and GenerationParams. `functions` and `function_call`, which are deprecated, are
+    The others are those of GrammarParams and GenerationParams. `functions` and `function_call`, which are deprecated, are
     refused, but for the values that ask for nothing.
     """
 
@@ -96,6 +97,10 @@ class ChatParams(AnswerParams, total=False):
     reasoning_max_tokens: Annotated[Whole, Field(ge=1)] | None
     logprobs: Flag | None
     top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_CHAT_TOP)] | None
+
+
+class ChatParams(ChatOptions, AnswerParams, total=False):
+    """Keyword arguments of `chat.completions.create`, besides `stream` (default false)."""
 
 
 @with_config(STRICT)

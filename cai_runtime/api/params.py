@@ -47,7 +47,23 @@ class StreamOptions(TypedDict, total=False):
     include_usage: Flag | None
 
 
-class SamplingOptions(TypedDict, total=False):
+class CallOptions(TypedDict, total=False):
+    """What every method takes.
+
+    timeout: seconds, or the `openai` package's Timeout, whose `read` counts; the client's by default, and None is no
+        limit. A whole reply must be done, and each chunk of a stream must come, within it. Methods that generate nothing
+        take no time: there it is checked alone.
+    extra_headers, extra_query: accepted for compatibility; no HTTP request is sent that could carry them.
+    extra_body: further parameters, merged into these, as the `openai` client does.
+    """
+
+    timeout: Seconds | None
+    extra_headers: Ignored | None
+    extra_query: Ignored | None
+    extra_body: dict[str, Any] | None
+
+
+class SamplingOptions(CallOptions, total=False):
     """What every endpoint that generates text has in common.
 
     model: a name given with `Client(models=...)`, a checkpoint directory, or a catalogue id. Default: the client's.
@@ -67,10 +83,6 @@ class SamplingOptions(TypedDict, total=False):
         itself, choice i > 0 one derived from it.
     ignore_eos: the end-of-text token is an ordinary token. Default false.
     user, safety_identifier, prompt_cache_key: accepted for compatibility; labels with no effect.
-    timeout: seconds, or the `openai` package's Timeout, whose `read` counts; the client's by default, and None is no
-        limit. A whole reply must be done, and each chunk of a stream must come, within it.
-    extra_headers, extra_query: accepted for compatibility; no HTTP request is sent that could carry them.
-    extra_body: further parameters, merged into these, as the `openai` client does.
     """
 
     model: ModelName | None
@@ -90,10 +102,6 @@ class SamplingOptions(TypedDict, total=False):
     user: str | None
     safety_identifier: str | None
     prompt_cache_key: str | None
-    timeout: Seconds | None
-    extra_headers: Ignored | None
-    extra_query: Ignored | None
-    extra_body: dict[str, Any] | None
 
 
 class GenerationParams(SamplingOptions, total=False):
@@ -113,21 +121,29 @@ class GenerationParams(SamplingOptions, total=False):
     stream_options: StreamOptions | None
 
 
-class AnswerParams(GenerationParams, total=False):
-    """What says what the answer must be; `cai_runtime.api.structured` checks it. At most one of them.
+class GrammarParams(GenerationParams, total=False):
+    """Our own ways to say what the answer must be; `cai_runtime.api.structured` checks them. At most one of them and of
+    `response_format`.
 
-    response_format: `{"type": "text"}`, the default; `{"type": "json_object"}`, any JSON object; or `{"type":
-        "json_schema", "json_schema": {"name": ..., "schema": {...}}}`, JSON that is valid under the schema (`strict` and
-        `description` are accepted; a schema is always enforced, whole).
     regex: a regular expression that the whole answer matches.
     grammar: a grammar of the answer, in llguidance's dialect of Lark.
     choice: a list of texts; the answer is one of them.
     """
 
-    response_format: Annotated[Mapping[str, Any], SkipValidation] | None
     regex: Annotated[str, SkipValidation] | None
     grammar: Annotated[str, SkipValidation] | None
     choice: Annotated[Sequence[str], SkipValidation] | None
+
+
+class AnswerParams(GrammarParams, total=False):
+    """And OpenAI's.
+
+    response_format: `{"type": "text"}`, the default; `{"type": "json_object"}`, any JSON object; or `{"type":
+        "json_schema", "json_schema": {"name": ..., "schema": {...}}}`, JSON that is valid under the schema (`strict` and
+        `description` are accepted; a schema is always enforced, whole).
+    """
+
+    response_format: Annotated[Mapping[str, Any], SkipValidation] | None
 
 
 # Parameters of the schema that this version does not serve: what it would take, and the values that ask for nothing.
@@ -192,6 +208,36 @@ def validated(
             "'stream_options' is only allowed when 'stream' is true.", param="stream_options", code="invalid_value"
         )
     return checked
+
+
+@with_config(STRICT)
+class _EveryCall(CallOptions, total=False):
+    pass
+
+
+_EVERY_CALL: TypeAdapter[Any] = TypeAdapter(_EveryCall)
+
+
+def call_options(options: Mapping[str, Any], names: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The given ones of a method's own options, for methods that generate nothing. Those of CallOptions are checked.
+
+    Args:
+        options: keyword arguments as they came.
+        names: the method's own; the method checks their values.
+
+    Raises:
+        BadRequestError: naming the first option that is unknown, or one of CallOptions that has a wrong value.
+    """
+    given = {key: value for key, value in _with_extra_body(options).items() if not _is_unset(value)}
+    known = frozenset(CallOptions.__annotations__)
+    for name in given:
+        if name not in names and name not in known:
+            raise _unknown(name, known | frozenset(names))
+    try:
+        _EVERY_CALL.validate_python({name: given[name] for name in given if name in known})
+    except ValidationError as error:
+        _refuse(error, known)
+    return {name: given[name] for name in given if name in names}
 
 
 def sampling_params(

@@ -263,7 +263,9 @@ class ResponseMachine:
                 events.append(self._part(ResponseContentPartDoneEvent, "response.content_part.done", item, part))
             case "function_call":
                 kinds = (ResponseFunctionCallArgumentsDoneEvent, "response.function_call_arguments.done")
-                events.append(self._event(*kinds, **where, arguments=text))
+                # Some versions of the package's type want the name; in others it is an extra field.
+                name = "" if item.call is None else item.call.name
+                events.append(self._event(*kinds, **where, arguments=text, name=name))
         done = item.item(status)
         self._response.output.append(done)
         kinds = (ResponseOutputItemDoneEvent, "response.output_item.done")

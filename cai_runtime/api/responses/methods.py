@@ -5,27 +5,32 @@ from __future__ import annotations
 import asyncio
 import builtins
 from collections.abc import AsyncIterator, Callable, Generator, Mapping
-from typing import Any, Literal, overload
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from openai import NotGiven, Omit
+from openai import NOT_GIVEN, NotGiven, Omit
 from openai.pagination import AsyncCursorPage, SyncCursorPage
-from openai.types.responses import Response, ResponseItem, ResponseStreamEvent
+from openai.types.responses import ParsedResponse, Response, ResponseItem, ResponseStreamEvent
 from pydantic import PrivateAttr, TypeAdapter
 from typing_extensions import Unpack
 
-from cai_runtime.api.errors import BadRequestError
 from cai_runtime.api.generation import AsyncStream, Stream
+from cai_runtime.api.helpers import ResponseCall
 from cai_runtime.api.host import ModelHost
+from cai_runtime.api.params import CallOptions, call_options
 from cai_runtime.api.responses import ResponsesEndpoint
 from cai_runtime.api.responses.params import ResponseParams, included, invalid, refused
 from cai_runtime.api.responses.store import ResponseStore
 from cai_runtime.api.serving import acreate, create
 from cai_runtime.scalars import as_integer, shown
 
+if TYPE_CHECKING:
+    from openai.lib._parsing._responses import TextFormatT
+    from openai.lib.streaming.responses import AsyncResponseStreamManager, ResponseStreamManager
+
 MAX_LIMIT = 100  # items of a page
 _ITEM: TypeAdapter[ResponseItem] = TypeAdapter(ResponseItem)
-# Of HTTP clients: nothing is sent that could carry them, and nothing takes time.
-_OF_HTTP = ("extra_headers", "extra_query", "extra_body", "timeout")
+_NOT_KEPT = "the events of stored responses are not kept; stream when you create them"
 
 
 class _Responses:
@@ -36,23 +41,23 @@ class _Responses:
         self._endpoint = ResponsesEndpoint(store)
 
     def _retrieve(self, response_id: str, options: Mapping[str, Any]) -> Response:
-        given = _given(options, ("include", "include_obfuscation", "starting_after", "stream"))
+        given = call_options(options, ("include", "include_obfuscation", "starting_after", "stream"))
         if given.get("stream") or "starting_after" in given:
             name = "stream" if given.get("stream") else "starting_after"
-            raise refused(name, "the events of stored responses are not kept; stream when you create them")
+            raise refused(name, _NOT_KEPT)
         if given.get("include_obfuscation"):
             raise refused("include_obfuscation", "no network carries these events")
         included(given.get("include", []))
         return self._store.get(response_id).machine.snapshot()
 
     def _cancel(self, response_id: str, options: Mapping[str, Any]) -> Response:
-        _given(options, ())
+        call_options(options)
         stored = self._store.get(response_id)
         stored.abort()
         return stored.machine.snapshot()
 
     def _delete(self, response_id: str, options: Mapping[str, Any]) -> None:
-        _given(options, ())
+        call_options(options)
         self._store.delete(response_id)
 
 
@@ -85,6 +90,52 @@ class Responses(_Responses):
         """
         return create(self._endpoint, self._host, params, self._timeout)
 
+    def parse(
+        self,
+        *,
+        text_format: type[TextFormatT] | None = None,
+        parse_as: type[TextFormatT] | NotGiven | None = NOT_GIVEN,
+        **params: Unpack[ResponseParams],
+    ) -> ParsedResponse[TextFormatT]:
+        """`create`, and the answer as an object: `.output_parsed`, and each call's `.parsed_arguments`.
+
+        Args:
+            text_format: a Pydantic model or dataclass, to whose schema the answer is held.
+            parse_as: what the answer is parsed as, if not as `text_format`; None leaves it a text.
+            params: those of ResponseParams. Functions of `tools` may be made by `openai.pydantic_function_tool(Model)`;
+                the arguments of those that are not strict stay unparsed.
+
+        Raises:
+            APIError: as `create`.
+            ValueError: Pydantic's or json's: an answer that was cut off has no object.
+        """
+        call = ResponseCall(params, text_format, parse_as, stream=False)
+        return call.parsed(create(self._endpoint, self._host, call.params, self._timeout))
+
+    def stream(
+        self,
+        *,
+        text_format: type[TextFormatT] | None = None,
+        response_id: str | None = None,
+        starting_after: int | None = None,
+        **params: Unpack[ResponseParams],
+    ) -> ResponseStreamManager[TextFormatT]:
+        """`create(stream=True)` whose events hold what there is so far, and the answer as an object at its end:
+
+            with client.responses.stream(input=..., text_format=Model) as stream:
+                for event in stream:
+                    if event.type == "response.output_text.delta":
+                        print(event.delta, end="")
+            print(stream.get_final_response().output_parsed)
+
+        The request begins with the `with` statement, and is aborted if that is left before the end. Parameters and
+        errors are those of `parse`. `response_id` and `starting_after` are refused: events are not kept.
+        `get_final_response` raises RuntimeError for a response that did not complete; the last event has it.
+        """
+        _refuse_stored(response_id, starting_after)
+        call = ResponseCall(params, text_format, stream=True)
+        return call.manager(partial(create, self._endpoint, self._host, call.params, self._timeout))
+
     def retrieve(self, response_id: str, **options: Any) -> Response:
         """A stored response as it stands, a copy. `include` may name what is served; `stream` is refused.
 
@@ -92,11 +143,11 @@ class Responses(_Responses):
         """
         return self._retrieve(response_id, options)
 
-    def cancel(self, response_id: str, **options: Any) -> Response:
+    def cancel(self, response_id: str, **options: Unpack[CallOptions]) -> Response:
         """Stop a stored response that is streamed; its stream raises APIError. One that is done is returned as it is."""
         return self._cancel(response_id, options)
 
-    def delete(self, response_id: str, **options: Any) -> None:
+    def delete(self, response_id: str, **options: Unpack[CallOptions]) -> None:
         """Forget a stored response; one that still runs is stopped. Those that go on from it keep its items.
 
         Raises NotFoundError: none of this id is stored in this client.
@@ -125,15 +176,39 @@ class AsyncResponses(_Responses):
         """As `Client.responses.create`, not blocking the event loop; with `stream=True` an AsyncStream."""
         return await acreate(self._endpoint, self._host, params, self._timeout)
 
+    async def parse(
+        self,
+        *,
+        text_format: type[TextFormatT] | None = None,
+        parse_as: type[TextFormatT] | NotGiven | None = NOT_GIVEN,
+        **params: Unpack[ResponseParams],
+    ) -> ParsedResponse[TextFormatT]:
+        """As `Client.responses.parse`, not blocking the event loop."""
+        call = ResponseCall(params, text_format, parse_as, stream=False)
+        return call.parsed(await acreate(self._endpoint, self._host, call.params, self._timeout))
+
+    def stream(
+        self,
+        *,
+        text_format: type[TextFormatT] | None = None,
+        response_id: str | None = None,
+        starting_after: int | None = None,
+        **params: Unpack[ResponseParams],
+    ) -> AsyncResponseStreamManager[TextFormatT]:
+        """As `Client.responses.stream`, with `async with` and `async for`."""
+        _refuse_stored(response_id, starting_after)
+        call = ResponseCall(params, text_format, stream=True)
+        return call.async_manager(partial(acreate, self._endpoint, self._host, call.params, self._timeout))
+
     async def retrieve(self, response_id: str, **options: Any) -> Response:
         """As `Client.responses.retrieve`."""
         return self._retrieve(response_id, options)
 
-    async def cancel(self, response_id: str, **options: Any) -> Response:
+    async def cancel(self, response_id: str, **options: Unpack[CallOptions]) -> Response:
         """As `Client.responses.cancel`."""
         return self._cancel(response_id, options)
 
-    async def delete(self, response_id: str, **options: Any) -> None:
+    async def delete(self, response_id: str, **options: Unpack[CallOptions]) -> None:
         """As `Client.responses.delete`."""
         self._delete(response_id, options)
 
@@ -214,7 +289,7 @@ class AsyncItems:
 
 
 def _page(store: ResponseStore, response_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    given = _given(options, ("after", "include", "limit", "order"))
+    given = call_options(options, ("after", "include", "limit", "order"))
     included(given.get("include", []))
     order, limit = given.get("order", "desc"), as_integer(given.get("limit", 20))
     if order not in ("asc", "desc"):
@@ -239,10 +314,7 @@ def _page(store: ResponseStore, response_id: str, options: Mapping[str, Any]) ->
     }
 
 
-def _given(options: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """The options that have a value. Raises BadRequestError for an unknown one."""
-    given = {k: v for k, v in options.items() if v is not None and not isinstance(v, (NotGiven, Omit))}
-    for name in given:
-        if name not in names and name not in _OF_HTTP:
-            raise BadRequestError(f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")
-    return given
+def _refuse_stored(response_id: Any, starting_after: Any) -> None:
+    for name, value in (("response_id", response_id), ("starting_after", starting_after)):
+        if value is not None and not isinstance(value, (NotGiven, Omit)):
+            raise refused(name, _NOT_KEPT)

@@ -87,6 +87,7 @@ UNSUPPORTED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "prompt_cache_options": ("not supported", ()),
     "prompt_cache_retention": ("not supported", ()),
     "service_tier": ("there are no service tiers in-process", ("auto", "default")),
+    "verbosity": ("it is a field of `text`, of which local models know 'medium' alone", ("medium",)),
 }
 INCLUDABLE: dict[str, str | None] = {  # why it is refused; None: it is served
     "message.output_text.logprobs": None,

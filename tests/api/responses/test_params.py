@@ -74,6 +74,7 @@ TABLE = {
     "prompt_cache_options": ([None], [{"mode": "implicit"}]),
     "prompt_cache_retention": ([None], ["24h", "in_memory"]),
     "service_tier": (["auto", "default", None], ["flex", "priority", 3]),
+    "verbosity": (["medium", None], ["low", "high", 3]),
 }  # fmt: skip
 
 
