@@ -36,6 +36,7 @@ from cai_runtime.api.serving import acreate, create
 from cai_runtime.api.values import timeout_seconds
 from cai_runtime.errors import OptionTypeError, OptionValueError
 from cai_runtime.formats.find import FORMATS
+from cai_runtime.formats.media import Fetcher
 from cai_runtime.options import EngineOptions
 from cai_runtime.scalars import shown
 
@@ -70,6 +71,7 @@ class _BaseClient:
         progress: bool | None = None,
         generation_config: str = "model",
         format: str | None = None,
+        fetcher: Fetcher | None = None,
         timeout: float | Timeout | None = None,
         _engine_factory: EngineFactory | None = None,
     ):
@@ -101,6 +103,8 @@ class _BaseClient:
                 defaults, whatever the checkpoint says.
             format: how the models write thoughts and tool calls, such as "hermes" or "generic"; see
                 `cai_runtime.formats.find`. Default: found by each checkpoint's chat template.
+            fetcher: reads images and audio at http(s) addresses: called with the address, in a thread that may wait,
+                returns bytes. Only for models that take them. Default: such addresses are refused.
             timeout: seconds that a request may take, see `create`. Default: no limit.
 
         Raises:
@@ -118,6 +122,8 @@ class _BaseClient:
             raise OptionTypeError(f"format must be a conversation format's name, got {shown(format)}")
         if format is not None and format not in FORMATS:
             raise OptionValueError(f"format must be one of {', '.join(FORMATS)}, got {shown(format)}")
+        if fetcher is not None and not callable(fetcher):
+            raise OptionTypeError(f"fetcher must be callable with an address, got {shown(fetcher)}")
         options = EngineOptions.of(
             device=device,
             dtype=dtype,
@@ -144,6 +150,7 @@ class _BaseClient:
             options=options,
             own_defaults=generation_config == "model",
             format_name=format,
+            fetcher=fetcher,
         )
         # What makes this client again, in another process too.
         self._made_from = {"model": model, "models": None if models is None else dict(models), **options.given()}
@@ -151,6 +158,8 @@ class _BaseClient:
             self._made_from["generation_config"] = generation_config
         if format is not None:
             self._made_from["format"] = format
+        if fetcher is not None:
+            self._made_from["fetcher"] = fetcher
         if _engine_factory is not None:
             self._made_from["_engine_factory"] = _engine_factory
 

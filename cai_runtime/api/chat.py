@@ -30,6 +30,7 @@ from cai_runtime.api.logprobs import (
     chat_entries,
     chat_logprobs,
 )
+from cai_runtime.api.media import with_media
 from cai_runtime.api.params import (
     STRICT,
     UNSUPPORTED,
@@ -146,8 +147,9 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
             they don't fit the context; or it lacks the reasoning or the tools that the request asks for.
     """
     opened.check_characters(_characters(request.conversation), "messages")
-    grammar_param = "tools" if request.conversation.answer is None else param_of(request.params)
-    prepared, mask = prepare_conversation(request.conversation, request.reasons, name, opened, grammar_param)
+    conversation = with_media(request.conversation, opened)
+    grammar_param = "tools" if conversation.answer is None else param_of(request.params)
+    prepared, mask = prepare_conversation(conversation, request.reasons, name, opened, grammar_param)
     sampling = sampling_params(
         request.params,
         prompt_tokens=len(prepared.prompt_ids),

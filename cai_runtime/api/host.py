@@ -31,6 +31,7 @@ from cai_runtime.errors import OptionTypeError, OptionValueError
 from cai_runtime.formats.base import Format
 from cai_runtime.formats.find import find_format
 from cai_runtime.formats.infill import Infill
+from cai_runtime.formats.media import Fetcher
 from cai_runtime.grammars import Grammars
 from cai_runtime.home import cai_home, existing
 from cai_runtime.models.catalog import catalog
@@ -59,7 +60,7 @@ class OpenModel:
 
     `defaults`: the sampling parameters of requests that name none. `process`: where it was opened. `path`: of the
     checkpoint.
-    `format_name`: of its conversations; None: found by its files.
+    `format_name`: of its conversations; None: found by its files. `fetcher`: of images and audio at http(s) addresses.
     """
 
     engine: Any
@@ -68,6 +69,7 @@ class OpenModel:
     process: int = field(default_factory=os.getpid)
     path: Path | None = None
     format_name: str | None = None
+    fetcher: Fetcher | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -138,6 +140,7 @@ class ModelHost:
         options: device, dtype, KV cache budget and so on, for every model.
         own_defaults: whether a request's missing sampling parameters are the checkpoint's own.
         format_name: of every model's conversations; None: found by each checkpoint's files.
+        fetcher: of images and audio at http(s) addresses; None: they are refused.
     """
 
     def __init__(
@@ -149,6 +152,7 @@ class ModelHost:
         options: EngineOptions,
         own_defaults: bool = True,
         format_name: str | None = None,
+        fetcher: Fetcher | None = None,
     ):
         self.default = default
         self.registered = {name: _registered(name, path) for name, path in models.items()}
@@ -156,7 +160,7 @@ class ModelHost:
         self._open_engine = open_engine
         self._options = options
         self._own_defaults = own_defaults
-        self._format_name = format_name
+        self._format_name, self._fetcher = format_name, fetcher
         self._lock = threading.Lock()  # guards _slots and _closed; never held while a model loads
         self._slots: dict[Path, _Slot] = {}
         self._closed = False
@@ -253,7 +257,9 @@ class ModelHost:
                 with as_api_errors():
                     defaults = GenerationDefaults.read(model.path) if self._own_defaults else GenerationDefaults()
                     engine = self._open_engine(model.path, **self._options.given())
-                    slot.opened = OpenModel(engine, defaults, path=model.path, format_name=self._format_name)
+                    slot.opened = OpenModel(
+                        engine, defaults, path=model.path, format_name=self._format_name, fetcher=self._fetcher
+                    )
             return slot.opened
 
     async def aopen(self, model: ResolvedModel) -> OpenModel:
