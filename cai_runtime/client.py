@@ -25,8 +25,10 @@ from typing_extensions import Unpack
 
 from cai_runtime.api import chat as chat_endpoint
 from cai_runtime.api import completions as completions_endpoint
+from cai_runtime.api import embeddings as embeddings_endpoint
 from cai_runtime.api.chat import ChatParams
 from cai_runtime.api.completions import CompletionChunk, CompletionParams
+from cai_runtime.api.embeddings import EmbeddingParams, EmbeddingReply
 from cai_runtime.api.generation import AsyncStream, Stream
 from cai_runtime.api.host import EngineFactory, ModelHost
 from cai_runtime.api.models import list_models, retrieve_model
@@ -204,8 +206,8 @@ def _open_engine(path: Path, **options: Any) -> Any:
 
 
 class Client(_BaseClient):
-    """An in-process client: `chat.completions`, `completions`, `responses` and `models`, as in the `openai` package.
-    Thread-safe."""
+    """An in-process client: `chat.completions`, `completions`, `responses`, `embeddings` and `models`, as in the `openai`
+    package. Thread-safe."""
 
     @cached_property
     def chat(self) -> Chat:
@@ -218,6 +220,10 @@ class Client(_BaseClient):
     @cached_property
     def responses(self) -> Responses:
         return Responses(self._host, self._timeout, self._responses)
+
+    @cached_property
+    def embeddings(self) -> Embeddings:
+        return Embeddings(self._host, self._timeout)
 
     @cached_property
     def models(self) -> Models:
@@ -256,6 +262,10 @@ class AsyncClient(_BaseClient):
     @cached_property
     def responses(self) -> AsyncResponses:
         return AsyncResponses(self._host, self._timeout, self._responses)
+
+    @cached_property
+    def embeddings(self) -> AsyncEmbeddings:
+        return AsyncEmbeddings(self._host, self._timeout)
 
     @cached_property
     def models(self) -> AsyncModels:
@@ -375,6 +385,28 @@ class AsyncCompletions(_Endpoint):
     async def create(self, **params: Any) -> Any:
         """As `Client.completions.create`, not blocking the event loop; with `stream=True` an AsyncStream."""
         return await acreate(completions_endpoint, self._host, params, self._timeout)
+
+
+class Embeddings(_Endpoint):
+    def create(self, **params: Unpack[EmbeddingParams]) -> EmbeddingReply:
+        """The embeddings of texts. The parameters are those of EmbeddingParams.
+
+        Returns:
+            CreateEmbeddingResponse, one entry for each input, in their order.
+
+        Raises:
+            APIError: see `cai_runtime.api.errors`. BadRequestError where the model's files name no pooling.
+                APITimeoutError after `timeout` seconds; the request is then aborted.
+        """
+        reply: EmbeddingReply = create(embeddings_endpoint, self._host, params, self._timeout)
+        return reply
+
+
+class AsyncEmbeddings(_Endpoint):
+    async def create(self, **params: Unpack[EmbeddingParams]) -> EmbeddingReply:
+        """As `Client.embeddings.create`, not blocking the event loop."""
+        reply: EmbeddingReply = await acreate(embeddings_endpoint, self._host, params, self._timeout)
+        return reply
 
 
 class Models(_Endpoint):

@@ -80,6 +80,16 @@ def respond(input: Any, **params: Any) -> Any:
     return client().responses.create(input=input, **params)
 
 
+def embed(input: Any, **params: Any) -> Any:
+    """The embeddings of texts: `Client.embeddings.create` on the shared client.
+
+    Args:
+        input: a text, a list of texts, token ids, or a list of token ids.
+        params: as for `create`, such as `model`, `dimensions`, `encoding_format`.
+    """
+    return client().embeddings.create(input=input, **params)
+
+
 def list_models() -> SyncPage[Model]:
     """The models there are: `Client.models.list` on the shared client."""
     return client().models.list()

@@ -146,6 +146,7 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
         BadRequestError: the model has no chat template or none of this name, its template refuses the messages, or
             they don't fit the context; or it lacks the reasoning or the tools that the request asks for.
     """
+    opened.require_head(name)
     opened.check_characters(_characters(request.conversation), "messages")
     conversation = with_media(request.conversation, opened)
     grammar_param = "tools" if conversation.answer is None else param_of(request.params)

@@ -37,6 +37,7 @@ from cai_runtime.home import cai_home, existing
 from cai_runtime.models.catalog import catalog
 from cai_runtime.options import EngineOptions
 from cai_runtime.scalars import shown
+from cai_runtime.slim.embedding_files import EmbeddingFiles
 from cai_runtime.slim.generation_defaults import GenerationDefaults
 
 EngineFactory = Callable[..., Any]  # open_engine's signature: (path, **options) -> Engine
@@ -84,7 +85,7 @@ class OpenModel:
     @cached_property
     def format(self) -> Format:
         """How this model converses. Found at the first chat; hold `tokenizer_lock`."""
-        return find_format(self.tokenizer, _config(self.path), self.format_name)
+        return find_format(self.tokenizer, read_config(self.path), self.format_name)
 
     @cached_property
     def infill(self) -> Infill | None:
@@ -95,6 +96,22 @@ class OpenModel:
     def grammars(self) -> Grammars:
         """Compiles what answers must be. Thread-safe; without `tokenizer_lock`."""
         return Grammars(self.tokenizer, self.engine.vocab_size, self.engine.eos_token_ids)
+
+    @cached_property
+    def embedding_files(self) -> EmbeddingFiles | None:
+        """How this model makes embeddings, by its files; None if they don't say. Raises CheckpointError or
+        UnsupportedModelError."""
+        return None if self.path is None else EmbeddingFiles.read(self.path)
+
+    def require_head(self, name: str) -> None:
+        """Refuse to write text with a model that has no language-model head. name: as the request names it."""
+        if not self.engine.has_head:
+            raise BadRequestError(
+                f"The model {shown(name)} can't write text: it has no language-model head, and lacks the capability "
+                "'support_chat_completion'. It makes embeddings: client.embeddings.create.",
+                param="model",
+                code="chat_not_supported",
+            )
 
     @cached_property
     def longest_token(self) -> int | None:
@@ -356,7 +373,7 @@ def _close_dead(slot: _Slot) -> None:
             opened.engine.close()
 
 
-def _config(path: Path | None) -> dict[str, Any]:
+def read_config(path: Path | None) -> dict[str, Any]:
     """A checkpoint's config.json; empty if there is none that can be read, which opening it complains of."""
     with contextlib.suppress(OSError, ValueError):
         config = json.loads(path.joinpath("config.json").read_text("utf-8")) if path is not None else None

@@ -97,6 +97,7 @@ class ResponsesEndpoint:
             BadRequestError: the model lacks what the conversation asks for, its template refuses it, or it does not fit
                 the context.
         """
+        opened.require_head(name)
         conversation = with_media(request.conversation, opened)
         if request.params.get("truncation") == "auto":
             conversation = _truncated(conversation, request.params.get("max_output_tokens"), opened)
