@@ -48,8 +48,8 @@ class Engine:
 
     Attributes: `tokenizer`, `decoder` (a `TokenDecoder` over it), `model_config` (config.json as a dict), `vocab_size`,
     `max_context` (the most tokens, prompt and generated, that one request may have), `model_context` (what the model could
-    take), `context_limit` (a sentence: what makes max_context what it is), `has_head` (whether it writes text; else it embeds
-    alone).
+    take), `context_limit` (a sentence: what makes max_context what it is), `has_head` (whether it writes text; else it
+    embeds alone).
 
     Use it as a context manager or call `close()`. An engine that is forgotten, or open when the interpreter exits,
     closes itself after the step it is in. Raises EngineClosedError in a child forked from a process with an engine.

@@ -51,8 +51,8 @@ class EmbeddingFiles:
         kinds = _steps(path)
         if [kind for kind, _ in kinds] not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
             raise UnsupportedModelError(
-                f"{MODULES_FILE} has the steps {', '.join(kind for kind, _ in kinds)}: supported are Transformer, Pooling and, "
-                "optionally, Normalize"
+                f"{MODULES_FILE} has the steps {', '.join(kind for kind, _ in kinds)}: supported are Transformer, Pooling "
+                "and, optionally, Normalize"
             )
         (_, transformer), (_, pooling) = kinds[:2]
         if transformer not in ("", "."):
