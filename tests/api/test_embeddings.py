@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModel
 
 import cai_runtime
 from cai_runtime import AsyncClient, BadRequestError, Client, functions
+from cai_runtime.engine.request import Request, SamplingParams
 
 TEXTS = ["w1 w2 w3", "w3 w3 w1 w42 w7 " * 9, "w2", "w1 w3 w50 " * 25]
 FAMILIES = {
@@ -291,3 +293,30 @@ def test_slim(chatty, text_file, tmp_path):
         with torch.inference_mode():
             mean = model(torch.tensor([given])).last_hidden_state[0].double().mean(0)
         np.testing.assert_allclose(vector, (mean / mean.norm()).float(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_a_preempted_prompt_goes_on_where_its_sum_was(chatty, pooling):
+    text = Request([2, 3, 4], SamplingParams(max_tokens=70, ignore_eos=True, temperature=0))
+    with Client(chatty, prefill_chunk=1, kv_cache=7 * 6144, progress=False) as client:  # pages of which the two need 10
+        engine = client.engine()
+        embedding = Request(tokenized(client)[3], SamplingParams(max_tokens=0), pooling=pooling)
+        alone = engine.submit(embedding).result(60).embedding
+        _, crowded = engine.submit_all([text, replace(embedding, cache_salt=b"another")])
+        found = crowded.result(60).embedding
+        assert engine.stats().preemptions > 0 and (found == alone).all()
+        engine.check_integrity()
+
+
+def test_a_slim_model_without_a_head(headless, text_file, tmp_path):
+    from cai_runtime.compressor import compress
+
+    compress(
+        headless("qwen3"), tmp_path / "slim", kind="interpolative", store="fp32", keep=0.99, calibration=text_file,
+        samples=4, sequence_length=16, rank_multiple=1, refine_epochs=0, heal_tokens=0, evaluate=False, progress=False,
+    )  # fmt: skip
+    with Client(tmp_path / "slim", **OPTIONS) as client:
+        assert client.engine().has_head is False
+        found, dense = vectors(client.embeddings.create(input=TEXTS)), headless("qwen3")
+        similar = [vector @ expected(dense, ids) for vector, ids in zip(found, tokenized(client), strict=True)]
+    assert min(similar) > 0.9
