@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from cai_runtime.client import AsyncClient, AsyncStream, Client, Stream
     from cai_runtime.compressor.pipeline import compress
     from cai_runtime.errors import CaiError
-    from cai_runtime.functions import batch, chat, close, complete, configure, list_models, respond
+    from cai_runtime.functions import batch, chat, close, complete, configure, embed, list_models, respond
     from cai_runtime.judge.comparison import compare
     from cai_runtime.options import EngineOptions
 
@@ -58,6 +58,7 @@ _HOME_OF = {
     "complete": "cai_runtime.functions",
     "compress": "cai_runtime.compressor.pipeline",
     "configure": "cai_runtime.functions",
+    "embed": "cai_runtime.functions",
     "list_models": "cai_runtime.functions",
     "respond": "cai_runtime.functions",
 }
@@ -86,6 +87,7 @@ __all__ = [
     "complete",
     "compress",
     "configure",
+    "embed",
     "list_models",
     "respond",
 ]

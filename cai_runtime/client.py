@@ -23,9 +23,11 @@ from openai.types import Completion, Model
 from typing_extensions import Unpack
 
 from cai_runtime.api import completions as completions_endpoint
+from cai_runtime.api import embeddings as embeddings_endpoint
 from cai_runtime.api.batch.methods import AsyncBatching, Batching
 from cai_runtime.api.chat_methods import AsyncChat, Chat
 from cai_runtime.api.completions import CompletionChunk, CompletionParams
+from cai_runtime.api.embeddings import EmbeddingParams, EmbeddingReply
 from cai_runtime.api.generation import AsyncStream, Stream
 from cai_runtime.api.host import EngineFactory, ModelHost
 from cai_runtime.api.models import list_models, retrieve_model
@@ -36,6 +38,7 @@ from cai_runtime.api.serving import acreate, create
 from cai_runtime.api.values import timeout_seconds
 from cai_runtime.errors import OptionTypeError, OptionValueError
 from cai_runtime.formats.find import FORMATS
+from cai_runtime.formats.media import Fetcher
 from cai_runtime.options import EngineOptions
 from cai_runtime.scalars import shown
 
@@ -70,6 +73,7 @@ class _BaseClient:
         progress: bool | None = None,
         generation_config: str = "model",
         format: str | None = None,
+        fetcher: Fetcher | None = None,
         timeout: float | Timeout | None = None,
         _engine_factory: EngineFactory | None = None,
     ):
@@ -101,6 +105,8 @@ class _BaseClient:
                 defaults, whatever the checkpoint says.
             format: how the models write thoughts and tool calls, such as "hermes" or "generic"; see
                 `cai_runtime.formats.find`. Default: found by each checkpoint's chat template.
+            fetcher: reads images and audio at http(s) addresses: called with the address, in a thread that may wait,
+                returns bytes. Only for models that take them. Default: such addresses are refused.
             timeout: seconds that a request may take, see `create`. Default: no limit.
 
         Raises:
@@ -118,6 +124,8 @@ class _BaseClient:
             raise OptionTypeError(f"format must be a conversation format's name, got {shown(format)}")
         if format is not None and format not in FORMATS:
             raise OptionValueError(f"format must be one of {', '.join(FORMATS)}, got {shown(format)}")
+        if fetcher is not None and not callable(fetcher):
+            raise OptionTypeError(f"fetcher must be callable with an address, got {shown(fetcher)}")
         options = EngineOptions.of(
             device=device,
             dtype=dtype,
@@ -144,6 +152,7 @@ class _BaseClient:
             options=options,
             own_defaults=generation_config == "model",
             format_name=format,
+            fetcher=fetcher,
         )
         # What makes this client again, in another process too.
         self._made_from = {"model": model, "models": None if models is None else dict(models), **options.given()}
@@ -151,6 +160,8 @@ class _BaseClient:
             self._made_from["generation_config"] = generation_config
         if format is not None:
             self._made_from["format"] = format
+        if fetcher is not None:
+            self._made_from["fetcher"] = fetcher
         if _engine_factory is not None:
             self._made_from["_engine_factory"] = _engine_factory
 
@@ -195,8 +206,8 @@ def _open_engine(path: Path, **options: Any) -> Any:
 
 
 class Client(Batching, _BaseClient):
-    """An in-process client: `chat.completions`, `completions`, `responses` and `models`, as in the `openai` package, and
-    `batch`. Thread-safe."""
+    """An in-process client: `chat.completions`, `completions`, `responses`, `embeddings` and `models`, as in the `openai`
+    package, and `batch`. Thread-safe."""
 
     @cached_property
     def chat(self) -> Chat:
@@ -209,6 +220,10 @@ class Client(Batching, _BaseClient):
     @cached_property
     def responses(self) -> Responses:
         return Responses(self._host, self._timeout, self._responses)
+
+    @cached_property
+    def embeddings(self) -> Embeddings:
+        return Embeddings(self._host, self._timeout)
 
     @cached_property
     def models(self) -> Models:
@@ -247,6 +262,10 @@ class AsyncClient(AsyncBatching, _BaseClient):
     @cached_property
     def responses(self) -> AsyncResponses:
         return AsyncResponses(self._host, self._timeout, self._responses)
+
+    @cached_property
+    def embeddings(self) -> AsyncEmbeddings:
+        return AsyncEmbeddings(self._host, self._timeout)
 
     @cached_property
     def models(self) -> AsyncModels:
@@ -315,6 +334,28 @@ class AsyncCompletions(_Endpoint):
     async def create(self, **params: Any) -> Any:
         """As `Client.completions.create`, not blocking the event loop; with `stream=True` an AsyncStream."""
         return await acreate(completions_endpoint, self._host, params, self._timeout)
+
+
+class Embeddings(_Endpoint):
+    def create(self, **params: Unpack[EmbeddingParams]) -> EmbeddingReply:
+        """The embeddings of texts. The parameters are those of EmbeddingParams.
+
+        Returns:
+            CreateEmbeddingResponse, one entry for each input, in their order.
+
+        Raises:
+            APIError: see `cai_runtime.api.errors`. BadRequestError where the model's files name no pooling.
+                APITimeoutError after `timeout` seconds; the request is then aborted.
+        """
+        reply: EmbeddingReply = create(embeddings_endpoint, self._host, params, self._timeout)
+        return reply
+
+
+class AsyncEmbeddings(_Endpoint):
+    async def create(self, **params: Unpack[EmbeddingParams]) -> EmbeddingReply:
+        """As `Client.embeddings.create`, not blocking the event loop."""
+        reply: EmbeddingReply = await acreate(embeddings_endpoint, self._host, params, self._timeout)
+        return reply
 
 
 class Models(_Endpoint):

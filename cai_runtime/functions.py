@@ -91,6 +91,16 @@ def batch(source: Any, output: Any = None, **options: Any) -> Any:
     return client().batch(source, output, **options)
 
 
+def embed(input: Any, **params: Any) -> Any:
+    """The embeddings of texts: `Client.embeddings.create` on the shared client.
+
+    Args:
+        input: a text, a list of texts, token ids, or a list of token ids.
+        params: as for `create`, such as `model`, `dimensions`, `encoding_format`.
+    """
+    return client().embeddings.create(input=input, **params)
+
+
 def list_models() -> SyncPage[Model]:
     """The models there are: `Client.models.list` on the shared client."""
     return client().models.list()

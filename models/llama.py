@@ -25,6 +25,7 @@ from cai_runtime.layers.linear import WeightLoader
 from cai_runtime.layers.ops import Attention, Compiled, Ops, make_ops
 from cai_runtime.layers.rotary import RopeConfig, cos_sin_table
 from cai_runtime.models.config import MOST_LAYERS, flag, number, whole
+from cai_runtime.models.registry import has_head
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,11 @@ class Llama:
         h = c.heads
         q, kv, hidden, wide = h.query_width, h.kv_heads * h.head_dim, c.hidden_size, c.intermediate_size
         ends = ("model.embed_tokens", "lm_head")
-        embedding, head = loader.embedding_and_head(*ends, (c.vocab_size, hidden), tied=c.tied)
+        self.has_head = has_head(loader.checkpoint.config)
+        if self.has_head:
+            embedding, head = loader.embedding_and_head(*ends, (c.vocab_size, hidden), tied=c.tied)
+        else:
+            embedding, head = loader.weights(ends[0], (c.vocab_size, hidden), bias=False), None
         self.embed, self.head = self.ops.embedding_and_head(embedding, head, self.dtype)
         for name in ends:
             loader.release(name)
@@ -183,6 +188,8 @@ class Llama:
         ids, wanted = Input(Axis.TOKENS, 1, torch.int32), Input(Axis.WANTED, 1, torch.int32)
         x = Input(Axis.TOKENS, self.config.hidden_size)
         self.compiled_forward = self.ops.compile(lambda ids: self.hidden_states(self.embed(ids), None), {"ids": ids})
+        if not self.has_head:
+            return
         self.compiled_step = self.ops.compile(
             lambda ids, wanted: self.wanted_logits(self.embed(ids), wanted, None), {"ids": ids, "wanted": wanted}
         )
@@ -208,7 +215,7 @@ class Llama:
     def step(
         self, ids: torch.Tensor, wanted: torch.Tensor, batch: AttentionBatch, given: GivenEmbeddings | None = None
     ) -> torch.Tensor:
-        """ids int32 [T], wanted int32 [N] rows of them -> fp32 [N, vocabulary]."""
+        """ids int32 [T], wanted int32 [N] rows of them -> fp32 [N, vocabulary]. Without a head N must be 0."""
         if given is not None and self.compiled_rows is not None:
             return self.compiled_rows(batch, x=self._embedded(ids, given), wanted=wanted)
         if given is None and self.compiled_step is not None:
@@ -223,7 +230,9 @@ class Llama:
         return x.index_copy_(0, given.index, given.rows.to(x.dtype))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[N, hidden] -> fp32 [N, vocabulary]."""
+        """[N, hidden] -> fp32 [N, vocabulary]. Without a head raises KernelError."""
+        if not self.has_head:
+            raise KernelError("this model has no language-model head: it gives hidden states alone")
         return self.head(hidden).float()
 
     # The same on tensors, or on Values of a pass being recorded, which have no batch yet. x: [T, hidden].

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cai_runtime.errors import UnsupportedModelError
 
@@ -25,8 +25,21 @@ MODELS = {
 }
 
 
+# Architectures of config.json without a language-model head: they give hidden states alone.
+HEADLESS = frozenset({"LlamaModel", "MinistralModel", "MistralModel", "Qwen2Model", "Qwen3Model"})
+
+
+def has_head(config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint of this config.json has a language-model head."""
+    named = config.get("architectures")
+    return not (isinstance(named, (list, tuple)) and named and named[0] in HEADLESS)
+
+
 class CausalLM(Protocol):
-    """What the engine asks of a language model."""
+    """What the engine asks of a language model.
+
+    One without a head has an attribute `has_head = False`, and neither `logits` nor `step`.
+    """
 
     vocab_size: int
     max_context: int

@@ -30,6 +30,7 @@ from cai_runtime.api.logprobs import (
     chat_entries,
     chat_logprobs,
 )
+from cai_runtime.api.media import with_media
 from cai_runtime.api.params import (
     STRICT,
     UNSUPPORTED,
@@ -150,9 +151,11 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
         BadRequestError: the model has no chat template or none of this name, its template refuses the messages, or
             they don't fit the context; or it lacks the reasoning or the tools that the request asks for.
     """
+    opened.require_head(name)
     opened.check_characters(_characters(request.conversation), "messages")
-    grammar_param = "tools" if request.conversation.answer is None else param_of(request.params)
-    prepared, mask = prepare_conversation(request.conversation, request.reasons, name, opened, grammar_param)
+    conversation = with_media(request.conversation, opened)
+    grammar_param = "tools" if conversation.answer is None else param_of(request.params)
+    prepared, mask = prepare_conversation(conversation, request.reasons, name, opened, grammar_param)
     sampling = sampling_params(
         request.params,
         prompt_tokens=len(prepared.prompt_ids),

@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal, Required
 
 from openai.types import Completion as TextCompletion
 from openai.types import CompletionChoice, CompletionUsage
-from pydantic import Field, PlainValidator, TypeAdapter, with_config
-from pydantic_core import PydanticCustomError
+from pydantic import Field, TypeAdapter, with_config
 
 from cai_runtime.api.errors import BadRequestError, as_api_errors
 from cai_runtime.api.generation import Generation
@@ -34,44 +33,15 @@ from cai_runtime.api.params import (
 )
 from cai_runtime.api.structured import answer_of, param_of
 from cai_runtime.api.usage import ReplyHead, usage_of
-from cai_runtime.api.values import TOKEN_LIMIT, Flag, Whole, without_arrays
+from cai_runtime.api.values import Flag, Prompts, Whole
 from cai_runtime.engine.request import Finished, Request
 from cai_runtime.formats.conversation import Answer
 from cai_runtime.formats.events import ChatEvent, EndEvent, TextEvent
 from cai_runtime.formats.infill import Infill
-from cai_runtime.scalars import as_integer
 
 DEFAULT_MAX_TOKENS = 16
 _AS_IT_IS = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
 Prompt = str | list[int]
-
-
-def _prompts(value: Any) -> list[Prompt]:
-    """One prompt or several, each a text or token ids, as a list of prompts."""
-    if isinstance(value, str):
-        return [value]
-    value = _listed(value)
-    if value:
-        if all(isinstance(item, str) for item in value):
-            return list(value)
-        if None not in (ids := _token_ids(value)):
-            return [ids]
-        several: list[Prompt] = [_token_ids(_listed(item)) for item in value]
-        if all(ids and None not in ids for ids in several):
-            return several
-    raise PydanticCustomError("prompt_type", "must be a string, a list of strings, token ids, or a list of token ids")
-
-
-def _listed(value: Any) -> Sequence[Any]:
-    """A list or tuple as it is, NumPy's and torch's arrays as lists, nothing else."""
-    value = without_arrays(value)
-    return value if isinstance(value, (list, tuple)) else ()
-
-
-def _token_ids(items: Sequence[Any]) -> list[Any]:
-    """Token ids as ints; None for what is none."""
-    found = (as_integer(item) for item in items)
-    return [token if token is not None and 0 <= token < TOKEN_LIMIT else None for token in found]
 
 
 @with_config(STRICT)
@@ -94,7 +64,7 @@ class CompletionParams(AnswerParams, total=False):
     that ask for nothing: a prompt is the caller's own, whole, and has no place for tools.
     """
 
-    prompt: Required[Annotated[str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]], PlainValidator(_prompts)]]
+    prompt: Required[Prompts]
     echo: Flag | None
     max_tokens: Annotated[Whole, Field(ge=0)] | None
     logprobs: Annotated[Whole, Field(ge=0, le=MAX_COMPLETION_TOP)] | None
@@ -185,6 +155,7 @@ def prepare(request: CompletionRequest, name: str, opened: OpenModel) -> Generat
         BadRequestError: a prompt is empty, names a token that the model does not have, or does not fit the context; or
             the grammar of the answer takes too much to compile.
     """
+    opened.require_head(name)
     mask = None
     if request.answer is not None:
         with as_api_errors():

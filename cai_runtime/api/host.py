@@ -31,11 +31,13 @@ from cai_runtime.errors import OptionTypeError, OptionValueError
 from cai_runtime.formats.base import Format
 from cai_runtime.formats.find import find_format
 from cai_runtime.formats.infill import Infill
+from cai_runtime.formats.media import Fetcher
 from cai_runtime.grammars import Grammars
 from cai_runtime.home import cai_home, existing
 from cai_runtime.models.catalog import catalog
 from cai_runtime.options import EngineOptions
 from cai_runtime.scalars import shown
+from cai_runtime.slim.embedding_files import EmbeddingFiles
 from cai_runtime.slim.generation_defaults import GenerationDefaults
 
 EngineFactory = Callable[..., Any]  # open_engine's signature: (path, **options) -> Engine
@@ -59,7 +61,7 @@ class OpenModel:
 
     `defaults`: the sampling parameters of requests that name none. `process`: where it was opened. `path`: of the
     checkpoint.
-    `format_name`: of its conversations; None: found by its files.
+    `format_name`: of its conversations; None: found by its files. `fetcher`: of images and audio at http(s) addresses.
     """
 
     engine: Any
@@ -68,6 +70,7 @@ class OpenModel:
     process: int = field(default_factory=os.getpid)
     path: Path | None = None
     format_name: str | None = None
+    fetcher: Fetcher | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -82,7 +85,7 @@ class OpenModel:
     @cached_property
     def format(self) -> Format:
         """How this model converses. Found at the first chat; hold `tokenizer_lock`."""
-        return find_format(self.tokenizer, _config(self.path), self.format_name)
+        return find_format(self.tokenizer, read_config(self.path), self.format_name)
 
     @cached_property
     def infill(self) -> Infill | None:
@@ -93,6 +96,22 @@ class OpenModel:
     def grammars(self) -> Grammars:
         """Compiles what answers must be. Thread-safe; without `tokenizer_lock`."""
         return Grammars(self.tokenizer, self.engine.vocab_size, self.engine.eos_token_ids)
+
+    @cached_property
+    def embedding_files(self) -> EmbeddingFiles | None:
+        """How this model makes embeddings, by its files; None if they don't say. Raises CheckpointError or
+        UnsupportedModelError."""
+        return None if self.path is None else EmbeddingFiles.read(self.path)
+
+    def require_head(self, name: str) -> None:
+        """Refuse to write text with a model that has no language-model head. name: as the request names it."""
+        if not self.engine.has_head:
+            raise BadRequestError(
+                f"The model {shown(name)} can't write text: it has no language-model head, and lacks the capability "
+                "'support_chat_completion'. It makes embeddings: client.embeddings.create.",
+                param="model",
+                code="chat_not_supported",
+            )
 
     @cached_property
     def longest_token(self) -> int | None:
@@ -138,6 +157,7 @@ class ModelHost:
         options: device, dtype, KV cache budget and so on, for every model.
         own_defaults: whether a request's missing sampling parameters are the checkpoint's own.
         format_name: of every model's conversations; None: found by each checkpoint's files.
+        fetcher: of images and audio at http(s) addresses; None: they are refused.
     """
 
     def __init__(
@@ -149,6 +169,7 @@ class ModelHost:
         options: EngineOptions,
         own_defaults: bool = True,
         format_name: str | None = None,
+        fetcher: Fetcher | None = None,
     ):
         self.default = default
         self.registered = {name: _registered(name, path) for name, path in models.items()}
@@ -156,7 +177,7 @@ class ModelHost:
         self._open_engine = open_engine
         self._options = options
         self._own_defaults = own_defaults
-        self._format_name = format_name
+        self._format_name, self._fetcher = format_name, fetcher
         self._lock = threading.Lock()  # guards _slots and _closed; never held while a model loads
         self._slots: dict[Path, _Slot] = {}
         self._closed = False
@@ -258,7 +279,9 @@ class ModelHost:
                 with as_api_errors():
                     defaults = GenerationDefaults.read(model.path) if self._own_defaults else GenerationDefaults()
                     engine = self._open_engine(model.path, **self._options.given())
-                    slot.opened = OpenModel(engine, defaults, path=model.path, format_name=self._format_name)
+                    slot.opened = OpenModel(
+                        engine, defaults, path=model.path, format_name=self._format_name, fetcher=self._fetcher
+                    )
             return slot.opened
 
     async def aopen(self, model: ResolvedModel) -> OpenModel:
@@ -355,7 +378,7 @@ def _close_dead(slot: _Slot) -> None:
             opened.engine.close()
 
 
-def _config(path: Path | None) -> dict[str, Any]:
+def read_config(path: Path | None) -> dict[str, Any]:
     """A checkpoint's config.json; empty if there is none that can be read, which opening it complains of."""
     with contextlib.suppress(OSError, ValueError):
         config = json.loads(path.joinpath("config.json").read_text("utf-8")) if path is not None else None

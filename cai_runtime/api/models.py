@@ -10,12 +10,14 @@ from typing import Any
 from openai.types import Model
 
 from cai_runtime.api.errors import BadRequestError, NotFoundError
-from cai_runtime.api.host import ModelHost, ResolvedModel, model_name
+from cai_runtime.api.host import ModelHost, ResolvedModel, model_name, read_config
 from cai_runtime.errors import CaiError
 from cai_runtime.formats.find import tools_of
 from cai_runtime.formats.template import template_of
 from cai_runtime.models.catalog import Capabilities, CatalogEntry, catalog, format_parameters
+from cai_runtime.models.registry import has_head
 from cai_runtime.scalars import shown
+from cai_runtime.slim.embedding_files import EmbeddingFiles
 from cai_runtime.slim.reader import Checkpoint
 
 UNKNOWN = "unknown"
@@ -73,11 +75,12 @@ def _as_model(entry: CatalogEntry) -> Model:
 
 
 def _local_model(host: ModelHost, name: str) -> Model:
-    """With one field more than the API has: `tools`, "native" if the chat template takes them, "generic" if they are put to
-    the model as text; None if it can't chat."""
+    """With two fields more than the API has: `tools`, "native" if the chat template takes them, "generic" if they are put to
+    the model as text, None if it can't chat; and `capabilities.supports_embeddings`."""
     path = host.registered.get(name) or host.directory(name)
     assert path is not None, "the caller has looked"
-    tools, chats = tools_of(path), bool(template_of(path)[0])
+    chats = bool(template_of(path)[0]) and has_head(read_config(path))
+    tools = tools_of(path) if chats else None
     capabilities = Capabilities(
         supports_audio=False,
         supports_image=False,
@@ -91,7 +94,15 @@ def _local_model(host: ModelHost, name: str) -> Model:
         created = 0
     entry = CatalogEntry(name, created, "local", _parameters_number(path, host.keep), capabilities)
     fields: dict[str, Any] = {**dataclasses.asdict(entry), "tools": tools}
+    fields["capabilities"]["supports_embeddings"] = _embeds(path)
     return Model(**fields)
+
+
+def _embeds(path: Path) -> bool:
+    try:
+        return EmbeddingFiles.read(path) is not None
+    except (CaiError, OSError):  # as of `_parameters_number`
+        return False
 
 
 def _is_checkpoint(path: Path | None) -> bool:

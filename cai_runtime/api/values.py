@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -135,6 +135,34 @@ def surrogate_place(value: Any, place: str, depth: int = _DEPTH) -> str | None:
     return None
 
 
+def _prompts(value: Any) -> list[str] | list[list[int]]:
+    """One prompt or several, each a text or token ids, as a list of prompts."""
+    if isinstance(value, str):
+        return [value]
+    value = _listed(value)
+    if value:
+        if all(isinstance(item, str) for item in value):
+            return list(value)
+        if None not in (ids := _ids_or_none(value)):
+            return [ids]
+        several = [_ids_or_none(_listed(item)) for item in value]
+        if all(ids and None not in ids for ids in several):
+            return several
+    raise PydanticCustomError("prompt_type", "must be a string, a list of strings, token ids, or a list of token ids")
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    """A list or tuple as it is, NumPy's and torch's arrays as lists, nothing else."""
+    value = without_arrays(value)
+    return value if isinstance(value, (list, tuple)) else ()
+
+
+def _ids_or_none(items: Sequence[Any]) -> list[Any]:
+    """Token ids as ints; None for what is none."""
+    found = (as_integer(item) for item in items)
+    return [token if token is not None and 0 <= token < TOKEN_LIMIT else None for token in found]
+
+
 Plain = BeforeValidator(_plain)
 Ignored = Annotated[Mapping[str, Any], PlainValidator(_ignored_mapping)]
 Whole = Annotated[int, Plain]
@@ -147,4 +175,5 @@ TokenIds = Annotated[list[int], PlainValidator(_token_ids)]
 LogitBias = Annotated[
     dict[str, float] | dict[int, float] | dict[str, int] | dict[int, int], PlainValidator(_logit_bias)
 ]
+Prompts = Annotated[str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]], PlainValidator(_prompts)]
 Seconds = Annotated[float | Timeout, PlainValidator(_timeout)]

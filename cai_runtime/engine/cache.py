@@ -143,9 +143,8 @@ class CacheManager:
         return count
 
     def most_reused(self, sequence: EngineSequence) -> int:
-        """Pages of a prefix that could be reused at best. Logprobs of a prompt come from rows that have to be computed."""
-        known = sequence.token_ids if sequence.prompt_logprobs is None else sequence.prompt_logprobs
-        return (len(known) - 1) // self.page_size if self._reuses else 0
+        """Pages of a prefix that could be reused at best."""
+        return (sequence.num_reusable - 1) // self.page_size if self._reuses else 0
 
     def waits_for(self, sequence: EngineSequence, found: int, being_computed: set[bytes]) -> bool:
         """Whether a running sequence computes what this one could reuse soon."""

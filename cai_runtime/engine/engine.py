@@ -48,7 +48,8 @@ class Engine:
 
     Attributes: `tokenizer`, `decoder` (a `TokenDecoder` over it), `model_config` (config.json as a dict), `vocab_size`,
     `max_context` (the most tokens, prompt and generated, that one request may have), `model_context` (what the model could
-    take), `context_limit` (a sentence: what makes max_context what it is).
+    take), `context_limit` (a sentence: what makes max_context what it is), `has_head` (whether it writes text; else it
+    embeds alone).
 
     Use it as a context manager or call `close()`. An engine that is forgotten, or open when the interpreter exits,
     closes itself after the step it is in. Raises EngineClosedError in a child forked from a process with an engine.
@@ -81,6 +82,7 @@ class Engine:
         positions, _ = positions_held(*groups_of(runner))
         self.max_context = min(runner.max_context, positions)
         self._able: frozenset[str] = frozenset(getattr(runner, "able", ()))
+        self.has_head: bool = getattr(runner, "has_head", True)
         self.model_context: int = getattr(runner, "model_context", runner.max_context)
         self.context_limit = _context_limit(runner, self.model_context)
         if positions < runner.max_context:
@@ -157,6 +159,7 @@ class Engine:
     def _sequence(self, request: Request, prompt: Prompt, prompt_digests: list[bytes], log: TokenLog) -> Sequence:
         params, prompt_ids = request.sampling, prompt.known_ids
         self._check(prompt, params)
+        self._check_pooling(request)
         arrival = next(self._arrivals)
         request = replace(request, request_id=request.request_id or f"request-{arrival}")
         ends: dict[int, str | None] = dict.fromkeys(() if params.ignore_eos else self._eos_token_ids)
@@ -200,6 +203,25 @@ class Engine:
         if prompt.encoder is not None and not self._loop.scheduler.cache.room_for_encoder(prompt.encoder.rows):
             raise RequestTooLargeError(
                 f"the encoder's output of {prompt.encoder.rows} rows is too long for this model: split the input"
+            )
+
+    def _check_pooling(self, request: Request) -> None:
+        params = request.sampling
+        if request.pooling is None:
+            if not self.has_head:
+                raise InvalidRequestError(
+                    "this model has no language-model head: it makes embeddings alone, and no text"
+                )
+            return
+        if request.pooling not in ("mean", "last"):
+            raise InvalidRequestError(f"pooling is {request.pooling!r}; it must be 'mean' or 'last'")
+        if "hidden_states" not in self._able:
+            raise InvalidRequestError(
+                "pooling needs hidden states, but this model lacks the capability 'hidden_states'"
+            )
+        if params.max_tokens or params.logprobs is not None or params.prompt_logprobs is not None or request.mask:
+            raise InvalidRequestError(
+                "an embedding has no text: with pooling, max_tokens is 0, without logprobs and mask"
             )
 
     def _check_ids(self, name: str, ids: Collection[int]) -> None:

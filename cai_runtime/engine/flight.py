@@ -6,6 +6,7 @@ import traceback
 from dataclasses import dataclass, field
 
 from cai_runtime.engine.masks import MaskedRow, dead_end
+from cai_runtime.engine.pooling import take_hidden
 from cai_runtime.engine.runner import Pass, PendingSampled
 from cai_runtime.engine.sampling import SequenceSampler, TokenScorer, logprobs_of, tokens_or_errors
 from cai_runtime.engine.scheduler import Planned
@@ -77,10 +78,12 @@ def take_rows(
     planned: Planned, rows: list[int | Exception], found: Sampled | None, at: int
 ) -> tuple[int, Exception | None]:
     """Give a sequence what its rows of a step have: logprobs of its prompt, then tokens, with their logprobs if it wants
-    them. at: of its first row in `found`. Returns as `append_sampled`."""
+    them; or hidden states alone. at: of its first row in `found`. Returns as `append_sampled`."""
     sequence = planned.sequence
     if not sequence.asks_more:  # nearly always
         return append_sampled(sequence, planned.draft, rows)
+    if sequence.pool is not None:
+        return 0, take_hidden(sequence.pool, planned.feed.hidden, sequence.log, at_end=planned.at_end)
     params, scored = sequence.request.sampling, planned.scored
     if scored:
         error = next((row for row in rows[:scored] if isinstance(row, Exception)), None)

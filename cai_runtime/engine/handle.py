@@ -97,6 +97,7 @@ class Handle:
             if deltas[-1].logprobs is None
             else tuple(found for delta in deltas for found in delta.logprobs or ()),
             prompt_logprobs=self.prompt_logprobs,
+            embedding=self._log.embedding,
         )
 
     def __del__(self) -> None:

@@ -273,7 +273,7 @@ class EngineLoop:
                 continue
             count, error = take_rows(planned, tokens[first:at], launched.found, first)
             self.scheduler.advance(planned, count)
-            if wanted == planned.scored and error is None:  # nothing but a part of a prompt
+            if not planned.at_end and error is None:  # nothing but a part of a prompt
                 continue
             if planned.draft:
                 self.stats.tokens_drafted += len(planned.draft)

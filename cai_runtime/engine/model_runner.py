@@ -44,7 +44,7 @@ class ModelRunner:
     Attributes: `page_size`, of all groups; `num_pages`, from 0 on, may be named by sequences that have no seat.
     """
 
-    able = frozenset({"given_rows"})
+    able = frozenset({"given_rows", "hidden_states"})
 
     def __init__(
         self,
@@ -58,6 +58,11 @@ class ModelRunner:
         max_batch: int = 64,
         capture: Callable[[Forward], Forward] | None = None,
     ):
+        self.has_head = getattr(model, "has_head", True)
+        if cuda_graphs and not self.has_head:
+            raise KernelError(
+                "CUDA graphs are of decode steps, which a model without a head has not: cuda_graphs=False"
+            )
         if cuda_graphs and capture is None and model.device.type != "cuda":
             raise KernelError(f"CUDA graphs need a model on a GPU, this one is on {model.device}: cuda_graphs=False")
         self.groups, self.counts = tuple(groups), dict(counts)
@@ -137,10 +142,16 @@ class ModelRunner:
             return self._graphs.prepare(numbers, known)()[: len(step.feeds)]
         ids, wanted, batch = numbers.on(self._device)
         ids = ids if known is None else known
-        if len(wanted) <= LOGIT_ROWS:
+        keeps_hidden = any(feed.hidden is not None for feed in step.feeds)
+        if len(wanted) <= LOGIT_ROWS and not keeps_hidden and self.has_head:
             return model.step(ids, wanted, batch, given)
-        hidden = model.forward(ids, batch, given).index_select(0, wanted)
+        states = model.forward(ids, batch, given)
+        if keeps_hidden:
+            _give_hidden(step.feeds, states)
+        hidden = states.index_select(0, wanted)
         logits = torch.empty(len(wanted), self.vocab_size, dtype=torch.float32, device=self._device)
+        if not len(wanted):
+            return logits
         for part, place in zip(hidden.split(LOGIT_ROWS), logits.split(LOGIT_ROWS), strict=True):
             place.copy_(self.logits(part))
         return logits
@@ -236,6 +247,15 @@ class ModelRunner:
             self._graphs.close()
             self._graphs = None
         self._model = self._sampler = None
+
+
+def _give_hidden(feeds: Sequence[Feed], states: torch.Tensor) -> None:
+    """Copy to the feeds the hidden states that they want. states: [tokens, hidden] of the step."""
+    end = 0
+    for feed in feeds:
+        end += len(feed.ids)
+        if feed.hidden is not None:
+            feed.hidden.rows = states[end - feed.hidden.count : end].to(torch.float32, copy=True)
 
 
 def _on_its_way(sampled: PendingSampled, device: torch.device) -> PendingSampled:

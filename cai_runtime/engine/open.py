@@ -91,7 +91,7 @@ def load_runner(
     from cai_runtime.engine.memory import cache_budget
     from cai_runtime.engine.model_runner import ModelRunner
     from cai_runtime.layers.linear import WeightLoader
-    from cai_runtime.models.registry import build_model
+    from cai_runtime.models.registry import build_model, has_head
     from cai_runtime.progress import progress_bar
     from cai_runtime.slim.reader import Checkpoint
 
@@ -132,7 +132,7 @@ def load_runner(
             counts,
             cache_dtype=cache_dtype,
             max_context=options.max_context,
-            cuda_graphs=on_gpu if options.cuda_graphs is None else options.cuda_graphs,
+            cuda_graphs=(on_gpu if options.cuda_graphs is None else options.cuda_graphs) and has_head(config),
             max_batch=options.max_batch,
         )
     except (torch.OutOfMemoryError, OSError, MemoryError) as e:

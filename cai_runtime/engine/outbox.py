@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from cai_runtime.engine.lifetime import check_same_process
 from cai_runtime.engine.request import Delta, TokenLogprobs
@@ -34,6 +35,7 @@ class TokenLog:
         self.cached_tokens = 0  # prompt tokens found in the prefix cache
         # Of the prompt's tokens, where the request wants them; there before the first delta.
         self.prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+        self.embedding: Any = None  # of the prompt, where the request wants it; there before the last delta
         self.times = RequestTimes()
         self.outbox = outbox or Outbox()
         self.index = index

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from cai_runtime.engine.stats import RequestTimes
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from cai_runtime.engine.masks import MaskFactory
     from cai_runtime.engine.output import OutputFactory
+    from cai_runtime.engine.pooling import Pooling
     from cai_runtime.engine.segments import Segment
 
 FinishReason = Literal["stop", "length", "tool_calls"]  # the last: of formats that know calls
@@ -54,7 +57,7 @@ class Request:
     The prompt is `prompt_ids`, or, where it is more than tokens, `segments` in their place: see `segments.Segment`. It must
     not be empty. cache_salt: what else determines what the model computes for it; requests of unlike salts share no cache.
     mask: makes what says which tokens may come (see `masks.TokenMask`); `Engine.submit` calls it with the tokens that end
-    the text.
+    the text. pooling: the embedding of the prompt is wanted, and no text: `max_tokens` is 0 then, and nothing else is asked.
     """
 
     prompt_ids: list[int] = field(default_factory=list)
@@ -65,6 +68,7 @@ class Request:
     segments: tuple[Segment, ...] = ()
     cache_salt: bytes = b""
     mask: MaskFactory | None = None
+    pooling: Pooling | None = None
 
 
 @dataclass(slots=True, unsafe_hash=True)  # frozen, it would take twice the time: one is made for each token
@@ -133,6 +137,9 @@ class Finished:
     times: RequestTimes = field(default_factory=RequestTimes, compare=False)
     logprobs: tuple[TokenLogprobs, ...] | None = None  # of `token_ids`, where the request wants them
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # of the prompt's tokens; None for the first
+    embedding: np.ndarray | None = field(
+        default=None, compare=False
+    )  # fp64 [hidden], where it is wanted; not normalized
 
     @property
     def text(self) -> str:

@@ -31,7 +31,8 @@ class Runner(Protocol):
     failure the engine may feed the same tokens at the same positions again.
 
     A runner with an attribute `ahead = True` takes `NEXT` in a feed: the token that the seat sampled last. The engine then
-    launches a step before it has read the tokens of the one before.
+    launches a step before it has read the tokens of the one before. One whose attribute `able` has "hidden_states" serves
+    `Feed.hidden`; one with `has_head = False` serves nothing else.
     """
 
     page_size: int  # positions per page

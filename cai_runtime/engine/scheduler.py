@@ -29,13 +29,14 @@ logger = logging.getLogger("cai_runtime.engine")
 @dataclass(eq=False, slots=True)  # not frozen: thousands are made in a second, and that would take twice the time
 class Planned:
     """One sequence's part of a step: what is fed, and which drafted tokens come last in it. scored: how many of the wanted
-    rows, the first ones, say logprobs of the prompt."""
+    rows, the first ones, say logprobs of the prompt. at_end: whether the feed reaches the end of what is known."""
 
     sequence: Sequence
     feed: Feed
     draft: list[int] | tuple[int, ...]
     is_decode: bool  # the newest generated token, and no part of a prompt or of a recomputation
     scored: int = 0
+    at_end: bool = True
 
     @classmethod
     def decode(cls, sequence: Sequence, start: int, token_id: int) -> Planned:
@@ -49,9 +50,12 @@ class Planned:
         end, draft = start + count, draft or []
         inputs = tuple(found for rows in sequence.prompt.given if (found := rows.within(start, end)) is not None)
         ids, wanted = sequence.token_ids[start:end] + draft, 1 + len(draft) if end == known else 0
+        if sequence.pool is not None:
+            feed = Feed(sequence.seat, start, ids, 0, inputs, sequence.pool.wanted(start, end))
+            return cls(sequence, feed, (), False, at_end=end == known)
         scored = sequence.rows_to_score(start, end)
         feed = Feed(sequence.seat, start, ids, scored + wanted, inputs)
-        return cls(sequence, feed, draft, count == 1 and end == known > sequence.num_prompt, scored)
+        return cls(sequence, feed, draft, count == 1 and end == known > sequence.num_prompt, scored, end == known)
 
     def known(self) -> Planned:
         """The same with its token in place of `NEXT`, once that has come."""

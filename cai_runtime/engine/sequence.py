@@ -9,6 +9,7 @@ from cai_runtime.engine.cache import Held
 from cai_runtime.engine.masks import TokenMask
 from cai_runtime.engine.outbox import TokenLog
 from cai_runtime.engine.output import Output
+from cai_runtime.engine.pooling import Pool
 from cai_runtime.engine.request import Delta, Request, TokenLogprobs
 from cai_runtime.engine.sampling import SequenceSampler
 from cai_runtime.engine.segments import Prompt
@@ -35,6 +36,7 @@ class Sequence:
     num_put_out: int = 0  # generated tokens that the consumer has
     logprobs: list[TokenLogprobs] | None = field(init=False)  # of the generated tokens; None: not wanted
     prompt_logprobs: list[TokenLogprobs | None] | None = field(init=False)  # of the prompt's, as far as they are known
+    pool: Pool | None = field(init=False)  # where the embedding of the prompt is wanted
     asks_more: bool = field(init=False)  # than tokens: logprobs, or nothing but a prompt
     was_admitted: bool = False
     prompt_digests: list[bytes] = field(default_factory=list)  # of the prompt's full pages; shared by equal prompts
@@ -51,6 +53,8 @@ class Sequence:
         if params.prompt_logprobs is not None:
             self.prompt_logprobs = []
             self.add_prompt_logprobs([None])  # nothing comes before the first token
+        pooling = self.request.pooling
+        self.pool = None if pooling is None else Pool(pooling, self.num_prompt)
         self.asks_more = self.logprobs is not None or self.prompt_logprobs is not None or params.max_tokens == 0
 
     @property
@@ -61,6 +65,14 @@ class Sequence:
     def num_uncomputed(self) -> int:
         """Tokens still to be fed before the next one can be sampled: 1 when decoding, more when prefilling."""
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_reusable(self) -> int:
+        """Of so many tokens, all but the last may come from the prefix cache. Rows that are still wanted have to be
+        computed."""
+        if self.pool is not None:
+            return min(self.pool.count + 1, self.num_prompt)
+        return len(self.token_ids if self.prompt_logprobs is None else self.prompt_logprobs)
 
     @property
     def is_scoring(self) -> bool:

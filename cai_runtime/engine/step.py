@@ -13,6 +13,15 @@ from typing import Any
 NEXT = -1  # in `Feed.ids`: the token that the seat sampled last, which may still be on the device
 
 
+@dataclass(slots=True)
+class HiddenRows:
+    """Hidden states, after the last norm, of the last `count` tokens of a feed, at least one. rows: fp32 [count, hidden], a
+    tensor on the runner's device, once the pass is done; the runner sets it."""
+
+    count: int
+    rows: Any = None
+
+
 @dataclass(slots=True)  # not frozen: one is made for each sequence in each step
 class Feed:
     """One sequence's tokens in a step: a chunk of its prompt, its newest token, or that and a draft of the next ones."""
@@ -22,6 +31,7 @@ class Feed:
     ids: list[int]  # tokens, at least one; `NEXT` where the runner is `ahead`
     wanted: int  # logits of the last so many tokens: 0 for a chunk, 1 to decode, 1 + n with n drafted tokens
     inputs: tuple[Any, ...] = ()  # rows given in place of embeddings
+    hidden: HiddenRows | None = None  # wanted beside logits, of runners that are able
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ class Capabilities:
 
     tools: "native", the template describes them; "generic", this library does, in the system message; None, no calls.
     parallel: several calls in one answer. reasoning: answers may hold thoughts. switch: the template's variable that
-    turns them on and off. efforts: the levels of `reasoning_effort`.
+    turns them on and off. efforts: the levels of `reasoning_effort`. media: what else than text a user's message may hold.
     """
 
     tools: Literal["native", "generic"] | None = None
@@ -22,6 +22,7 @@ class Capabilities:
     reasoning: bool = False
     switch: str | None = None
     efforts: tuple[str, ...] = ()
+    media: frozenset[Literal["image", "audio"]] = frozenset()
 
 
 class Format(Protocol):

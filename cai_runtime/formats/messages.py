@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from cai_runtime.errors import ConversationError
+from cai_runtime.formats.media import Media, RemoteMedia, parse_audio, parse_image
 from cai_runtime.formats.traced_text import plain
 from cai_runtime.scalars import shown
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+MEDIA_PARTS = {"image_url": parse_image, "input_audio": parse_audio}
+MEDIA_ROLES = ("user",)
 # What a part of another type would need, for the error.
-PART_CAPABILITIES = {"image_url": "image", "image": "image", "input_audio": "audio", "audio": "audio", "file": "file"}
+PART_CAPABILITIES = {"image": "image", "audio": "audio", "file": "file"}
 # Fields that replies carry as null or empty, and that mean nothing then.
 _UNSERVED_FIELDS = {"audio": "audio", "refusal": None, "annotations": None}
 _DEPRECATED = "is deprecated and not served: use 'tools', 'tool_calls' and messages of the role 'tool'."
@@ -33,12 +36,13 @@ class Call:
 class Message:
     """One turn of a conversation.
 
-    role: one of ROLES. content: a text, or the texts of its parts; None only beside `calls` or `reasoning`. calls,
-    reasoning: of an assistant; the latter is its thought. call_id: of a tool's message, the call that it is the result of.
+    role: one of ROLES. content: a text, or its parts: texts, and of a user images and audio; None only beside `calls` or
+    `reasoning`. calls, reasoning: of an assistant; the latter is its thought. call_id: of a tool's message, the call that it
+    is the result of.
     """
 
     role: str
-    content: str | tuple[str, ...] | None
+    content: str | tuple[str | Media | RemoteMedia, ...] | None
     name: str | None = None
     calls: tuple[Call, ...] = ()
     call_id: str | None = None
@@ -46,15 +50,26 @@ class Message:
 
     @property
     def text(self) -> str:
-        """The content as one text; parts are joined with a line break."""
+        """The content's texts as one; parts are joined with a line break."""
         if isinstance(self.content, tuple):
-            return "\n".join(self.content)
+            return "\n".join(self._texts)
         return self.content or ""
+
+    @property
+    def media(self) -> tuple[Media | RemoteMedia, ...]:
+        """The images and audio of its content."""
+        parts = self.content if isinstance(self.content, tuple) else ()
+        return tuple(part for part in parts if not isinstance(part, str))
+
+    @property
+    def _texts(self) -> list[str]:
+        parts = self.content if isinstance(self.content, tuple) else (self.content or "",)
+        return [part for part in parts if isinstance(part, str)]
 
     @property
     def characters(self) -> int:
         """Of all its texts."""
-        texts = [*(self.content if isinstance(self.content, tuple) else (self.content,)), self.name, self.reasoning]
+        texts = [*self._texts, self.name, self.reasoning]
         texts += [text for call in self.calls for text in (call.name, call.arguments)]
         return sum(len(text) for text in texts if text)
 
@@ -64,7 +79,8 @@ def parse_messages(messages: Any) -> list[Message]:
 
     Args:
         messages: dicts (or of the `openai` package's message objects) with `role`: system, developer, user, assistant or
-            tool; `content`: a string, or a list of `{"type": "text", "text": ...}` parts; and optionally `name`, a string.
+            tool; `content`: a string, or a list of `{"type": "text", "text": ...}` parts; a user's may be `image_url` and
+            `input_audio` parts, too (see `formats.media`); and optionally `name`, a string.
             An assistant's message may have `tool_calls` and `reasoning_content`, and then no content. A tool's message has
             `tool_call_id`.
 
@@ -173,7 +189,7 @@ def _parse_message(message: Any, place: str) -> Message:
         )
     parsed = Message(
         role,
-        None if content is None else _parse_content(content, f"{place}.content"),
+        None if content is None else _parse_content(content, f"{place}.content", role),
         None if name is None else _parse_text(name, f"{place}.name"),
         _parse_calls(calls, f"{place}.tool_calls"),
         None if call_id is None else _parse_text(call_id, f"{place}.tool_call_id"),
@@ -264,20 +280,23 @@ def _refuse_open(open_ids: Iterable[str], place: str) -> None:
         )
 
 
-def _parse_content(content: Any, place: str) -> str | tuple[str, ...]:
+def _parse_content(content: Any, place: str, role: str) -> str | tuple[str | Media | RemoteMedia, ...]:
     if isinstance(content, str):
         return _parse_text(content, place)
     if not isinstance(content, Sequence) or isinstance(content, (bytes, bytearray)):
         raise ConversationError(f"'{place}' must be a string or a list of content parts.", param=place)
     if not content:
         raise ConversationError(f"'{place}' must hold at least one part.", param=place)
-    return tuple(_parse_part(part, f"{place}[{i}]") for i, part in enumerate(content))
+    return tuple(_parse_part(part, f"{place}[{i}]", role) for i, part in enumerate(content))
 
 
-def _parse_part(part: Any, place: str) -> str:
+def _parse_part(part: Any, place: str, role: str) -> str | Media | RemoteMedia:
     if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
         raise ConversationError(f"'{place}' must be an object with a type.", param=place)
     kind = part["type"]
+    if parse := MEDIA_PARTS.get(kind):
+        refuse_media(kind, role, place)
+        return parse(part, place)
     if capability := PART_CAPABILITIES.get(kind):
         raise ConversationError(
             f"'{place}': this model can't take {kind} parts: it lacks the capability '{capability}'.",
@@ -285,10 +304,29 @@ def _parse_part(part: Any, place: str) -> str:
             capability=capability,
         )
     if kind != "text":
-        raise ConversationError(f"'{place}.type' must be 'text', got {kind!r}.", param=f"{place}.type")
+        raise ConversationError(
+            f"'{place}.type' must be 'text'{_or_media(role)}, got {shown(kind)}.", param=f"{place}.type"
+        )
     if unknown := [key for key in part if key not in ("type", "text")]:
         raise ConversationError(f"Unknown parameter: '{place}.{unknown[0]}'.", param=f"{place}.{unknown[0]}")
     return _parse_text(part.get("text"), f"{place}.text")
+
+
+def _or_media(role: str) -> str:
+    return "".join(f" or {kind!r}" for kind in MEDIA_PARTS) if role in MEDIA_ROLES else ""
+
+
+def refuse_media(kind: str, role: str, place: str) -> None:
+    """Refuse a part that is no text in messages of a role that can't have it.
+
+    Raises:
+        ConversationError: naming the role.
+    """
+    if role not in MEDIA_ROLES:
+        raise ConversationError(
+            f"'{place}': messages of the role '{role}' can't have {kind} parts; put it into a user's message.",
+            param=place,
+        )
 
 
 def _parse_text(text: Any, place: str) -> str:

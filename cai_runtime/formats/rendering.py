@@ -7,6 +7,7 @@ from typing import Any, Literal, NoReturn
 
 from cai_runtime.errors import ConversationError
 from cai_runtime.formats.conversation import Conversation, Reasoning
+from cai_runtime.formats.media import lacking
 from cai_runtime.formats.probes import ReasoningForm
 from cai_runtime.formats.template import chat_template
 from cai_runtime.formats.traced_text import TracedText, mask_of, plain
@@ -37,8 +38,10 @@ def render_conversation(tokenizer: Any, conversation: Conversation, *, generic_t
             calls which that template teaches.
 
     Raises:
-        ConversationError: see `template.render`; or the model lacks the reasoning that is asked for.
+        ConversationError: see `template.render`; or the model lacks the reasoning that is asked for, or images or audio.
     """
+    for part in (part for message in conversation.messages for part in message.media):
+        raise lacking(part)  # nothing here would put it into the prompt
     tools = () if conversation.tool_choice == "none" else conversation.tools
     messages = conversation.messages
     uses_tools = bool(tools) or any(message.calls or message.role == "tool" for message in messages)

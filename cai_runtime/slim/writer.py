@@ -44,6 +44,8 @@ COPIED_FILES = (
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
     "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md",
 )  # fmt: skip
+# How a model makes embeddings: see `embedding_files`. The folders of modules.json come along, too.
+EMBEDDING_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
 
 # transformers skips a quantization method that it does not know, with a warning, and would go on with weights drawn at
 # random. It does look for its weights where config.json's `transformers_weights` says: there is no such file, so it stops,
@@ -308,7 +310,8 @@ class CheckpointWriter:
     def _copy_files(self) -> None:
         assert self._source is not None
         templates = sorted((self._source / "additional_chat_templates").glob("*.jinja"))
-        for file in [*(self._source / name for name in COPIED_FILES), *templates]:
+        steps = sorted(self._source.glob("[0-9]_*/config.json"))  # of sentence-transformers, such as 1_Pooling
+        for file in [*(self._source / name for name in COPIED_FILES + EMBEDDING_FILES), *templates, *steps]:
             if file.is_file():
                 target = self._tmp / file.relative_to(self._source)
                 target.parent.mkdir(exist_ok=True)

@@ -83,22 +83,6 @@ def test_refused_by_place(client, messages, param):
     assert caught.value.param == param and isinstance(caught.value.__cause__, ConversationError)
 
 
-@pytest.mark.parametrize(
-    ("message", "param", "capability"),
-    [
-        ({"role": "user", "content": [text("x"), {"type": "image_url", "image_url": {"url": "data:"}}]},
-         "messages[0].content[1]", "image"),
-        ({"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}]},
-         "messages[0].content[0]", "audio"),
-    ],
-)  # fmt: skip
-def test_missing_capability_is_named(client, message, param, capability):
-    with pytest.raises(BadRequestError) as caught:
-        client.chat.completions.create(messages=[message])
-    assert (caught.value.param, caught.value.code) == (param, f"{capability}_not_supported")
-    assert f"'{capability}'" in caught.value.message
-
-
 def call(call_id="c1", arguments="{}", **more):
     return {"id": call_id, "type": "function", "function": {"name": "look", "arguments": arguments, **more}}
 

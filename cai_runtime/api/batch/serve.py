@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from cai_runtime.api import chat, completions
+from cai_runtime.api import chat, completions, embeddings
 from cai_runtime.api.batch.lines import BatchRequest, BatchResult, answered
 from cai_runtime.api.errors import APIError, BadRequestError, RateLimitError, api_error
 from cai_runtime.api.generation import Generation, Running
@@ -22,6 +22,7 @@ ENDPOINTS: dict[str, Callable[[ResponseStore], Endpoint]] = {
     "/v1/chat/completions": lambda store: chat,
     "/v1/completions": lambda store: completions,
     "/v1/responses": ResponsesEndpoint,
+    "/v1/embeddings": lambda store: embeddings,
 }
 
 LOOK_AGAIN = 0.05  # seconds after which a full engine is asked again, whose seats may be taken by other callers

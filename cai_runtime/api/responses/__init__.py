@@ -14,6 +14,7 @@ from openai.types.shared import Reasoning as ReasoningEcho
 from cai_runtime.api.chat import prepare_conversation
 from cai_runtime.api.errors import BadRequestError, as_api_errors
 from cai_runtime.api.host import OpenModel
+from cai_runtime.api.media import with_media
 from cai_runtime.api.params import sampling_params
 from cai_runtime.api.responses.events import ResponseMachine
 from cai_runtime.api.responses.items import Item, check_calls, new_id, parse_input
@@ -96,7 +97,8 @@ class ResponsesEndpoint:
             BadRequestError: the model lacks what the conversation asks for, its template refuses it, or it does not fit
                 the context.
         """
-        conversation = request.conversation
+        opened.require_head(name)
+        conversation = with_media(request.conversation, opened)
         if request.params.get("truncation") == "auto":
             conversation = _truncated(conversation, request.params.get("max_output_tokens"), opened)
         else:

@@ -12,14 +12,15 @@ from typing import Any
 from cai_runtime.api.errors import BadRequestError
 from cai_runtime.api.responses.params import invalid, listed, mapping, refused, text_field
 from cai_runtime.errors import ConversationError
-from cai_runtime.formats.messages import PART_CAPABILITIES
+from cai_runtime.formats.messages import PART_CAPABILITIES, refuse_media
 from cai_runtime.scalars import shown
 
 Item = Mapping[str, Any]
 ROLES = ("user", "assistant", "system", "developer")
 _STATUSES = ("in_progress", "completed", "incomplete")
+_MEDIA_PARTS = ("input_image", "input_audio")
 # What a part of another type would need of the model.
-_CAPABILITIES = {"input_image": "image", "input_audio": "audio", "input_file": "file", **PART_CAPABILITIES}
+_CAPABILITIES = {"input_file": "file", **PART_CAPABILITIES}
 # Of items that a reply or a listing has given, and of the `openai` package's `parse`.
 _IGNORED_KEYS = ("status", "created_by", "caller", "parsed_arguments")
 
@@ -132,12 +133,11 @@ def _parse_message(fields: dict[str, Any], place: str) -> Item:
             param=f"{place}.content",
             code="missing_required_parameter",
         )
-    texts = _texts(fields["content"], f"{place}.content")
+    parts = _parts(fields["content"], f"{place}.content", role)
     if role != "assistant":
         if "phase" in fields:
             raise invalid(f"{place}.phase", "is of an assistant's messages alone")
-        content = [_input_text(text) for text in texts]
-        return _message(role, content, _id(fields, place, "msg"), _status(fields, place))
+        return _message(role, parts, _id(fields, place, "msg"), _status(fields, place))
     phase = fields.get("phase")
     if phase not in (None, "commentary", "final_answer"):
         raise invalid(f"{place}.phase", f"must be commentary or final_answer, got {shown(phase)}")
@@ -146,7 +146,7 @@ def _parse_message(fields: dict[str, Any], place: str) -> Item:
         "type": "message",
         "role": "assistant",
         "status": _status(fields, place),
-        "content": [{"type": "output_text", "text": text, "annotations": []} for text in texts],
+        "content": [{"type": "output_text", "text": part["text"], "annotations": []} for part in parts],
         **({} if phase is None else {"phase": phase}),
     }
 
@@ -170,7 +170,7 @@ def _parse_output(fields: dict[str, Any], place: str) -> Item:
         text_field(fields, "output", place)
     output = fields["output"]
     if not isinstance(output, str):
-        output = [_input_text(text) for text in _texts(output, f"{place}.output")]
+        output = _parts(output, f"{place}.output", "tool")
     return {
         "id": _id(fields, place, "fco"),
         "type": "function_call_output",
@@ -196,18 +196,22 @@ def _parse_reasoning(fields: dict[str, Any], place: str) -> Item:
     return {"id": _id(fields, place, "rs"), "type": "reasoning", **parts, "status": _status(fields, place)}
 
 
-def _texts(content: Any, place: str) -> list[str]:
-    """The texts of a message's parts, or of the one that a plain string is."""
+def _parts(content: Any, place: str, role: str) -> list[dict[str, Any]]:
+    """The parts of a message's content, or the one that a plain string is. Images and audio are checked as to their shape;
+    what they hold is checked with the messages."""
     if isinstance(content, str):
-        return [str(content)]
+        return [_input_text(str(content))]
     parts = listed(content, place)
     if not parts:
         raise invalid(place, "must hold at least one part")
-    return [_part_text(mapping(part, f"{place}[{i}]"), f"{place}[{i}]") for i, part in enumerate(parts)]
+    return [_part(mapping(part, f"{place}[{i}]"), f"{place}[{i}]", role) for i, part in enumerate(parts)]
 
 
-def _part_text(part: dict[str, Any], place: str) -> str:
+def _part(part: dict[str, Any], place: str, role: str) -> dict[str, Any]:
     kind = part.get("type")
+    if kind in _MEDIA_PARTS:
+        refuse_media(kind, role, place)
+        return _image(part, place) if kind == "input_image" else mapping(part, place, ("type", "input_audio"))
     if isinstance(kind, str) and (capability := _CAPABILITIES.get(kind)):
         raise ConversationError(
             f"'{place}': this model can't take {kind} parts: it lacks the capability '{capability}'.",
@@ -216,11 +220,22 @@ def _part_text(part: dict[str, Any], place: str) -> str:
         )
     if kind == "refusal":
         mapping(part, place, ("type", "refusal"))
-        return text_field(part, "refusal", place)
+        return _input_text(text_field(part, "refusal", place))
     if kind not in ("input_text", "output_text", "text"):
         raise invalid(f"{place}.type", f"must be input_text or output_text, got {shown(kind)}")
     mapping(part, place, ("type", "text", "annotations", "logprobs", "parsed"))
-    return text_field(part, "text", place)
+    return _input_text(text_field(part, "text", place))
+
+
+def _image(part: dict[str, Any], place: str) -> dict[str, Any]:
+    if "file_id" in part:
+        raise refused(f"{place}.file_id", "no files are stored here: give image_url, such as a data URI")
+    mapping(part, place, ("type", "image_url", "detail"))
+    return {
+        "type": "input_image",
+        "image_url": text_field(part, "image_url", place),
+        "detail": part.get("detail", "auto"),
+    }
 
 
 def _message(role: str, content: list[dict[str, Any]], item_id: str, status: str = "completed") -> Item:

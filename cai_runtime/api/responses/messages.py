@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from cai_runtime.api.responses.items import Item
@@ -32,18 +33,26 @@ class Turns:
                 message["content"] = ""
 
     def parsed(self) -> list[Message]:
-        """Raises ConversationError, whose `.param` is in the request's own terms."""
+        """Raises ConversationError, whose `.param` is in the request's own terms, as are the places of images and audio."""
         with self._own_places():
-            return parse_messages(self.messages)
+            return [self._placed(message) if message.media else message for message in parse_messages(self.messages)]
+
+    def _placed(self, message: Message) -> Message:
+        assert isinstance(message.content, tuple)
+        parts = (
+            part if isinstance(part, str) else replace(part, place=self._in_own_terms(part.place))
+            for part in message.content
+        )
+        return replace(message, content=tuple(parts))
 
     def _put(self, item: Item, place: str) -> None:
         match item["type"]:
             case "message" if item["role"] == "assistant":
                 self._say(_joined(item["content"]), place)
             case "message":
-                texts = [part["text"] for part in item["content"]]
-                content: Any = texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts]
-                self._add({"role": item["role"], "content": content}, place)
+                parts = [_chat_part(part) for part in item["content"]]
+                only_text = len(parts) == 1 and parts[0]["type"] == "text"
+                self._add({"role": item["role"], "content": parts[0]["text"] if only_text else parts}, place)
             case "reasoning":
                 self._think(_joined(item["content"] or item["summary"]), place)
             case "function_call":
@@ -96,6 +105,8 @@ class Turns:
     def _in_own_terms(self, text: str) -> str:
         for i in reversed(range(len(self.places))):
             text = text.replace(f"messages[{i}]", self.places[i])
+        # An image's address and detail lie in the part itself here, in chat in an object of their own.
+        text = text.replace(".image_url.url", ".image_url").replace(".image_url.detail", ".detail")
         return text.replace("'messages'", "'input'") if text != "messages" else "input"
 
 
@@ -137,6 +148,16 @@ def fitted(messages: Sequence[Message], fits: Callable[[Sequence[Message]], bool
         else:
             low = middle
     return without(high)
+
+
+def _chat_part(part: Item) -> dict[str, Any]:
+    """A part of an item as chat has it."""
+    match part["type"]:
+        case "input_image":
+            return {"type": "image_url", "image_url": {"url": part["image_url"], "detail": part["detail"]}}
+        case "input_audio":
+            return dict(part)
+    return {"type": "text", "text": part["text"]}
 
 
 def _joined(parts: Sequence[Item]) -> str:

@@ -97,8 +97,9 @@ def test_items_have_the_shape_of_the_openai_types():
     assert again == items  # a listing goes in as it came out
 
 
-def image(kind="input_image"):
-    return [{"role": "user", "content": [{"type": "input_text", "text": "a"}, {"type": kind, "image_url": "x"}]}]
+def image(kind="input_image", role="user", **fields):
+    part = {"type": kind, **({} if fields else {"image_url": "x"}), **fields}
+    return [{"role": role, "content": [{"type": "input_text", "text": "a"}, part]}]
 
 
 @pytest.mark.parametrize(
@@ -122,8 +123,11 @@ def image(kind="input_image"):
         ([{**said("a"), "status": "done"}], "input[0].status", "invalid_value"),
         ([{**USER, "status": "done"}], "input[0].status", "invalid_value"),
         ([{**USER, "id": 3}], "input[0].id", "invalid_type"),
-        (image(), "input[0].content[1]", "image_not_supported"),
-        (image("input_audio"), "input[0].content[1]", "audio_not_supported"),
+        (image(role="system"), "input[0].content[1]", "invalid_value"),
+        (image("input_audio", role="assistant"), "input[0].content[1]", "invalid_value"),
+        (image(file_id="f"), "input[0].content[1].file_id", "unsupported_parameter"),
+        (image(detail="low"), "input[0].content[1].image_url", "missing_required_parameter"),
+        (image(more=1, image_url="x"), "input[0].content[1].more", "unknown_parameter"),
         (image("input_file"), "input[0].content[1]", "file_not_supported"),
         ([{"type": "web_search_call", "id": "w"}], "input[0].type", "unsupported_parameter"),
         ([{"type": "item_reference", "id": "msg_1"}], "input[0].id", "item_not_found"),
