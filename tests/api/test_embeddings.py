@@ -320,3 +320,13 @@ def test_a_slim_model_without_a_head(headless, text_file, tmp_path):
         found, dense = vectors(client.embeddings.create(input=TEXTS)), headless("qwen3")
         similar = [vector @ expected(dense, ids) for vector, ids in zip(found, tokenized(client), strict=True)]
     assert min(similar) > 0.9
+
+
+def test_in_a_batch(headless, tmp_path):
+    with Client(headless(), **OPTIONS) as client:
+        body = {"input": TEXTS}
+        (result,) = client.batch([{"custom_id": "a", "method": "POST", "url": "/v1/embeddings", "body": body}])
+        alone = client.embeddings.create(input=TEXTS)
+    body = result["response"]["body"]
+    assert [each["embedding"] for each in body["data"]] == [each.embedding for each in alone.data]
+    assert body["usage"] == alone.usage.model_dump()

@@ -3,6 +3,7 @@ in docs/api.md. A new version of that package that adds one makes this fail."""
 
 import asyncio
 import inspect
+import json
 import re
 import typing
 from pathlib import Path
@@ -14,6 +15,7 @@ from pydantic import BaseModel
 from cai_runtime import AsyncClient, BadRequestError, Client
 from cai_runtime.api.chat import ChatParams
 from cai_runtime.api.completions import CompletionParams
+from cai_runtime.api.embeddings import EmbeddingParams
 from cai_runtime.api.responses.params import ResponseParams
 
 DOC = Path(__file__).parents[2] / "docs" / "api.md"
@@ -157,10 +159,14 @@ CASES = {
     "responses.input_items.list": {
         **STORED, "after": Served("ITEM"), "include": ["message.output_text.logprobs"], "limit": 3, "order": "asc",
     },
+    "embeddings.create": {
+        **EVERY, "input": ["a b", "c"], "model": "default", "dimensions": 8, "encoding_format": "base64", "user": "me",
+        "prompt_name": "query",
+    },
     "models.list": EVERY,
     "models.retrieve": {**EVERY, "model": "abc"},
 }  # fmt: skip
-REQUIRED = {"chat": "messages", "completions": "prompt", "models.retrieve": "model"}
+REQUIRED = {"chat": "messages", "completions": "prompt", "embeddings": "input", "models.retrieve": "model"}
 # Where the rows of a method are; the first level of headings is that of the endpoint.
 SECTIONS = {
     "chat": ("Every method", "Chat and text completions", "Chat alone", "Tools and reasoning", "Structured output",
@@ -168,6 +174,7 @@ SECTIONS = {
     "completions": ("Every method", "Chat and text completions", "Text completions alone", "Structured output",
                     "Logprobs, echo, suffix"),
     "responses": ("Every method", "Responses", "`parse` and `stream`", "Stored responses and models"),
+    "embeddings": ("Every method", "Embeddings"),
     "models": ("Every method", "Stored responses and models"),
     "audio": ("Every method", "Audio"),
 }  # fmt: skip
@@ -178,6 +185,7 @@ REFERENCE = {
     "responses": "model input store instructions parallel_tool_calls temperature top_p max_output_tokens truncation text "
     "reasoning metadata stream",
     "completions": "model prompt temperature max_tokens min_tokens top_p stop user tools tool_choice",
+    "embeddings": "",
     "models": "model",
     "audio": "file model prompt temperature language response_format stream include timestamp_granularities "
     "chunking_strategy",
@@ -210,6 +218,20 @@ def everything(client, factory, tokenizer):
     return client
 
 
+@pytest.fixture
+def embedding(make_tiny):
+    """A client whose model makes embeddings."""
+    path = make_tiny()
+    steps = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")]
+    kinds = [{"idx": i, "path": folder, "type": f"x.{kind}"} for i, (kind, folder) in enumerate(steps)]
+    (path / "modules.json").write_text(json.dumps(kinds))
+    (path / "1_Pooling").mkdir()
+    (path / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    (path / "config_sentence_transformers.json").write_text('{"prompts": {"query": "find "}}')
+    with Client("default", models={"default": path}, kv_cache="8MiB", progress=False) as client:
+        yield client
+
+
 def call(client, path, params):
     """Call a method and read its reply to the end."""
     if path.startswith("responses."):
@@ -230,7 +252,8 @@ def all_cases():
 
 
 @pytest.mark.parametrize(("path", "name", "case"), list(all_cases()))
-def test_every_parameter_is_served_or_refused(everything, path, name, case):
+def test_every_parameter_is_served_or_refused(request, path, name, case):
+    everything = request.getfixturevalue("embedding" if path.startswith("embeddings") else "everything")
     cases = CASES[path]
     required = REQUIRED.get(path) or REQUIRED.get(path.split(".")[0])
     params = {required: cases[required]} if required else {}
@@ -283,7 +306,12 @@ def test_every_parameter_has_a_row(endpoint):
     for path, cases in CASES.items():
         if path.startswith(f"{endpoint}."):
             wanted |= set(cases)
-    ours = {"chat": ChatParams, "completions": CompletionParams, "responses": ResponseParams}.get(endpoint)
+    ours = {
+        "chat": ChatParams,
+        "completions": CompletionParams,
+        "responses": ResponseParams,
+        "embeddings": EmbeddingParams,
+    }.get(endpoint)
     wanted |= set(ours.__annotations__ if ours else ())
     if endpoint == "audio":
         for path in ("transcriptions", "translations"):
@@ -297,7 +325,9 @@ def test_the_references_parameters_are_ours(endpoint):
     assert set(REFERENCE[endpoint].split()) <= set(CASES[f"{ours}.create"])
 
 
-@pytest.mark.parametrize("path", ["chat.completions", "completions", "responses", "responses.input_items", "models"])
+@pytest.mark.parametrize(
+    "path", ["chat.completions", "completions", "embeddings", "responses", "responses.input_items", "models"]
+)
 def test_methods_that_the_openai_client_has_beside(path):
     def names(one):
         return {name for name in dir(at(one, path)) if not name.startswith("_")}
@@ -329,7 +359,9 @@ def methods(kind, path=""):
 
 def without_async(annotation):
     """`input_items.list` of an AsyncClient returns what can be awaited or iterated for a page."""
-    return re.sub(r"\b(Async|Sync)", "", str(annotation)).replace("AsyncItems", "Items").replace("ItemPage", "Items")
+    annotation = str(annotation).replace(" | AsyncRequests", "")  # what `batch` takes beside
+    annotation = re.sub(r"Coroutine\[Any, Any, (\w+)\]", r"\1", annotation)
+    return re.sub(r"\b(Async|Sync)", "", annotation).replace("AsyncItems", "Items").replace("ItemPage", "Items")
 
 
 def test_async_client_has_every_method_of_client_with_the_same_signature():
@@ -341,13 +373,15 @@ def test_async_client_has_every_method_of_client_with_the_same_signature():
         pairs = [(function, twin), *zip(typing.get_overloads(function), typing.get_overloads(twin), strict=True)]
         for one, other in pairs:
             ours, others = inspect.signature(one), inspect.signature(other)
-            assert list(ours.parameters.values()) == list(others.parameters.values()), path
+            for parameter, counterpart in zip(ours.parameters.values(), others.parameters.values(), strict=True):
+                counterpart = counterpart.replace(annotation=without_async(counterpart.annotation))
+                assert parameter.replace(annotation=without_async(parameter.annotation)) == counterpart, path
             assert without_async(ours.return_annotation) == without_async(others.return_annotation), path
         if not inspect.iscoroutinefunction(twin):
             not_coroutines.add(path)
     # Their values are awaited, entered or iterated.
     assert not_coroutines == {
-        "chat.completions.stream", "responses.stream", "responses.input_items.list", "with_options",
+        "batch", "chat.completions.stream", "responses.stream", "responses.input_items.list", "with_options",
     }  # fmt: skip
 
 
