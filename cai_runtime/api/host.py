@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -57,8 +56,7 @@ class ResolvedModel:
 class OpenModel:
     """An engine and what the API needs beside it. One for each directory, under whatever names it is asked for.
 
-    `defaults`: the sampling parameters of requests that name none. `process`: where it was opened. `path`: of the
-    checkpoint.
+    `defaults`: the sampling parameters of requests that name none. `process`: where it was opened.
     `format_name`: of its conversations; None: found by its files.
     """
 
@@ -66,7 +64,6 @@ class OpenModel:
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     tokenizer_lock: threading.Lock = field(default_factory=threading.Lock)  # a tokenizer is not for several threads
     process: int = field(default_factory=os.getpid)
-    path: Path | None = None
     format_name: str | None = None
 
     @property
@@ -82,7 +79,7 @@ class OpenModel:
     @cached_property
     def format(self) -> Format:
         """How this model converses. Found at the first chat; hold `tokenizer_lock`."""
-        return find_format(self.tokenizer, _config(self.path), self.format_name)
+        return find_format(self.tokenizer, self.format_name)
 
     @cached_property
     def infill(self) -> Infill | None:
@@ -253,7 +250,7 @@ class ModelHost:
                 with as_api_errors():
                     defaults = GenerationDefaults.read(model.path) if self._own_defaults else GenerationDefaults()
                     engine = self._open_engine(model.path, **self._options.given())
-                    slot.opened = OpenModel(engine, defaults, path=model.path, format_name=self._format_name)
+                    slot.opened = OpenModel(engine, defaults, format_name=self._format_name)
             return slot.opened
 
     async def aopen(self, model: ResolvedModel) -> OpenModel:
@@ -348,15 +345,6 @@ def _close_dead(slot: _Slot) -> None:
     if opened is not None:
         with contextlib.suppress(Exception):  # what ended it was raised in its requests
             opened.engine.close()
-
-
-def _config(path: Path | None) -> dict[str, Any]:
-    """A checkpoint's config.json; empty if there is none that can be read, which opening it complains of."""
-    with contextlib.suppress(OSError, ValueError):
-        config = json.loads(path.joinpath("config.json").read_text("utf-8")) if path is not None else None
-        if isinstance(config, dict):
-            return config
-    return {}
 
 
 def model_name(name: Any) -> str:

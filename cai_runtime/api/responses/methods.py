@@ -13,11 +13,11 @@ from openai.types.responses import Response, ResponseItem, ResponseStreamEvent
 from pydantic import PrivateAttr, TypeAdapter
 from typing_extensions import Unpack
 
-from cai_runtime.api.errors import BadRequestError
+from cai_runtime.api.errors import invalid, unknown
 from cai_runtime.api.generation import AsyncStream, Stream
 from cai_runtime.api.host import ModelHost
 from cai_runtime.api.responses import ResponsesEndpoint
-from cai_runtime.api.responses.params import ResponseParams, included, invalid, refused
+from cai_runtime.api.responses.params import ResponseParams, included, refused
 from cai_runtime.api.responses.store import ResponseStore
 from cai_runtime.api.serving import acreate, create
 from cai_runtime.scalars import as_integer, shown
@@ -244,5 +244,5 @@ def _given(options: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]
     given = {k: v for k, v in options.items() if v is not None and not isinstance(v, (NotGiven, Omit))}
     for name in given:
         if name not in names and name not in _OF_HTTP:
-            raise BadRequestError(f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")
+            raise unknown(name)
     return given
