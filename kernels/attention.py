@@ -7,7 +7,7 @@ kernels keep them as [pages, kv_heads, head_dim, page_size], so that one vector 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -17,6 +17,8 @@ from cai_runtime.kernels.batch import FULL, AttentionBatch
 from cai_runtime.kernels.cpu_library import check_rows
 from cai_runtime.kernels.norm import rms_norm_reference
 from cai_runtime.kernels.program import Value
+
+Cache = TypeVar("Cache")
 
 
 @dataclass(frozen=True)
@@ -199,9 +201,28 @@ class CpuKVCache:
             pages.index_copy_(0, targets, pages.index_select(0, sources))
 
 
-class CpuAttention:
-    """Both operations for one layer's heads, in one call. sinks: see `paged_attention_reference`. group: of the cache.
-    norms: of queries and keys, if any."""
+class LayerAttention(Generic[Cache]):
+    """What every backend's attention of one layer is made of.
+
+    sinks: see `paged_attention_reference`. group: of the cache. norms: of queries and keys, if any. Raises KernelError for
+    norms that don't fit the heads.
+    """
+
+    def __init__(
+        self,
+        heads: HeadLayout,
+        cache: Cache,
+        sinks: torch.Tensor | None = None,
+        group: str = FULL,
+        norms: HeadNorms | None = None,
+    ) -> None:
+        if norms is not None:
+            norms.check(heads)
+        self.heads, self.cache, self.sinks, self.group, self.norms = heads, cache, sinks, group, norms
+
+
+class CpuAttention(LayerAttention[CpuKVCache]):
+    """Both operations for one layer's heads, in one call. Keeps fp32 copies of sinks and norms."""
 
     def __init__(
         self,
@@ -211,16 +232,13 @@ class CpuAttention:
         group: str = FULL,
         norms: HeadNorms | None = None,
     ) -> None:
-        self.heads, self.cache, self.group = heads, cache, group
-        self.norms = None
+        super().__init__(heads, cache, sinks, group, norms)
         if norms is not None:
-            norms.check(heads)
             self.norms = HeadNorms(norms.weight.to("cpu", torch.float32).contiguous().clone(), norms.eps)
-        self._sinks = None
         if sinks is not None:
             if tuple(sinks.shape) != (heads.query_heads,):
                 raise KernelError(f"sinks are one number per query head [{heads.query_heads}], not {list(sinks.shape)}")
-            self._sinks = sinks.to("cpu", torch.float32).contiguous().clone()
+            self.sinks = sinks.to("cpu", torch.float32).contiguous().clone()
         fields = [heads.query_heads, heads.kv_heads, heads.head_dim, cache.page_size, heads.window or 0]
         self._heads = cpu_library.integers(fields)
         self._run = cpu_library.operation("attention")
@@ -233,8 +251,8 @@ class CpuAttention:
         heads, cache = self.heads, self.cache
         if isinstance(qkv, Value):
             bindings = {"heads": self._heads, "k_cache": cache.k, "v_cache": cache.v, "cos_sin": cos_sin}
-            if self._sinks is not None:
-                bindings["sinks"] = self._sinks
+            if self.sinks is not None:
+                bindings["sinks"] = self.sinks
             if self.norms is not None:
                 bindings["head_norms"] = self.norms.weight
             group = qkv.recorder.group(self.group)
@@ -248,26 +266,14 @@ class CpuAttention:
         table, norms = batch.tables[self.group], self.norms
         self._run(
             qkv, batch.positions, table.slots, batch.query_start, batch.context_len, table.pages, cos_sin, self._heads,
-            scale, cache.k, cache.v, cache.pages, self._sinks,
+            scale, cache.k, cache.v, cache.pages, self.sinks,
             None if norms is None else norms.weight, 0.0 if norms is None else norms.eps, out,
         )  # fmt: skip
         return out
 
 
-class ReferenceAttention:
+class ReferenceAttention(LayerAttention[ReferenceKVCache]):
     """Both operations by the reference."""
-
-    def __init__(
-        self,
-        heads: HeadLayout,
-        cache: ReferenceKVCache,
-        sinks: torch.Tensor | None = None,
-        group: str = FULL,
-        norms: HeadNorms | None = None,
-    ) -> None:
-        if norms is not None:
-            norms.check(heads)
-        self.heads, self.cache, self.sinks, self.group, self.norms = heads, cache, sinks, group, norms
 
     def __call__(self, qkv: torch.Tensor, batch: AttentionBatch, cos_sin: torch.Tensor, scale: float) -> torch.Tensor:
         q = rope_kv_write_reference(qkv, batch, cos_sin, self.heads, self.cache, self.group, self.norms)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Required
 
@@ -39,6 +39,8 @@ from cai_runtime.api.params import (
     choice_seed,
     sampling_params,
     validated,
+    wants_usage,
+    without_iterators,
 )
 from cai_runtime.api.structured import answer_of, param_of
 from cai_runtime.api.usage import ReplyHead, usage_of
@@ -131,9 +133,7 @@ def parse(params: Mapping[str, Any]) -> ChatRequest:
     Raises:
         BadRequestError: naming the parameter at fault.
     """
-    # They are looked at twice.
-    params = {key: list(value) if isinstance(value, Iterator) else value for key, value in params.items()}
-    rest = validated(_ADAPTER, params, names=_NAMES)
+    rest = validated(_ADAPTER, without_iterators(params), names=_NAMES)
     with as_api_errors():
         messages = parse_messages(rest.pop("messages"))
         tools = parse_tools(*(rest.pop(name, None) for name in ("tools", "tool_choice", "parallel_tool_calls")))
@@ -158,13 +158,10 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
     prepared, mask = prepare_conversation(conversation, request.reasons, name, opened, grammar_param)
     sampling = sampling_params(
         request.params,
+        opened,
         prompt_tokens=len(prepared.prompt_ids),
-        context=opened.engine.max_context,
-        vocab_size=opened.engine.vocab_size,
         default_max=None,
         prompt_param="messages",
-        defaults=opened.defaults,
-        context_limit=opened.engine.context_limit,
     )
     sampling = replace(sampling, logprobs=chat_count(request.params))
     head = ReplyHead.new("chatcmpl", name)
@@ -179,8 +176,7 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
         )
         for i in range(choices)
     ]
-    include_usage = (request.params.get("stream_options") or {}).get("include_usage") or False
-    return Generation(requests, ChatReply(head, choices, include_usage, opened.engine.decoder))
+    return Generation(requests, ChatReply(head, choices, wants_usage(request.params), opened.engine.decoder))
 
 
 def prepare_conversation(
@@ -258,14 +254,9 @@ class ChatReply:
         return ChatCompletion(
             **vars(self._head),
             object="chat.completion",
-            choices=[self._fold_choice(index, choice) for index, choice in enumerate(choices)],
+            choices=[_fold_choice(index, choice, self._decoder) for index, choice in enumerate(choices)],
             usage=usage_of(choices, self._choices),
         )
-
-    def _fold_choice(self, index: int, done: Finished) -> Choice:
-        choice = _fold_choice(index, done.events)
-        choice.logprobs = chat_logprobs(self._decoder, aligned(done))
-        return choice
 
     def _chunk(
         self, index: int, delta: ChoiceDelta, finish_reason: Any = None, logprobs: ChunkLogprobs | None = None
@@ -289,10 +280,11 @@ def _delta(event: TextEvent | ReasoningEvent | ToolCallEvent | ArgumentsEvent) -
     return ChoiceDelta(tool_calls=[call])
 
 
-def _fold_choice(index: int, events: Sequence[ChatEvent]) -> Choice:
+def _fold_choice(index: int, done: Finished, decoder: TokenDecoder) -> Choice:
+    events = done.events
     text = "".join(event.text for event in events if isinstance(event, TextEvent))
     thought = "".join(event.text for event in events if isinstance(event, ReasoningEvent))
-    calls = fold_calls(events)
+    calls = _fold_calls(events)
     (end,) = (event for event in events if isinstance(event, EndEvent))
     more: dict[str, Any] = {"reasoning_content": thought or None}
     message = ChatCompletionMessage(
@@ -302,10 +294,12 @@ def _fold_choice(index: int, events: Sequence[ChatEvent]) -> Choice:
         tool_calls=calls or None,
         **more,
     )
-    return Choice(index=index, message=message, finish_reason=end.finish_reason, logprobs=None)
+    return Choice(
+        index=index, message=message, finish_reason=end.finish_reason, logprobs=chat_logprobs(decoder, aligned(done))
+    )
 
 
-def fold_calls(events: Sequence[ChatEvent]) -> list[ChatCompletionMessageToolCallUnion]:
+def _fold_calls(events: Sequence[ChatEvent]) -> list[ChatCompletionMessageToolCallUnion]:
     """The calls of an answer, whole, in their order."""
     arguments: dict[int, list[str]] = {}
     for event in events:

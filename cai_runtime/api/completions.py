@@ -30,6 +30,7 @@ from cai_runtime.api.params import (
     choice_seed,
     sampling_params,
     validated,
+    wants_usage,
 )
 from cai_runtime.api.structured import answer_of, param_of
 from cai_runtime.api.usage import ReplyHead, usage_of
@@ -180,13 +181,10 @@ def prepare(request: CompletionRequest, name: str, opened: OpenModel) -> Generat
                 added = _added(prompt, prompt_ids, opened.tokenizer)
         sampling = sampling_params(
             params,
+            opened,
             prompt_tokens=len(prompt_ids),
-            context=opened.engine.max_context,
-            vocab_size=opened.engine.vocab_size,
             default_max=DEFAULT_MAX_TOKENS,
             prompt_param="prompt",
-            defaults=opened.defaults,
-            context_limit=opened.engine.context_limit,
         )
         if infill is not None and not sampling.ignore_eos:
             sampling = replace(sampling, stop_token_ids=sampling.stop_token_ids + infill.ends)
@@ -200,8 +198,7 @@ def prepare(request: CompletionRequest, name: str, opened: OpenModel) -> Generat
             requests.append(Request(prompt_ids, replace(sampling, seed=seed), request_id=request_id, mask=mask))
             if wanted is not None:
                 lists.append(CompletionLogprobs(opened.engine.decoder, prompt_ids, text, added))
-    include_usage = (params.get("stream_options") or {}).get("include_usage") or False
-    return Generation(requests, CompletionReply(head, choices, candidates, echoes, lists, include_usage))
+    return Generation(requests, CompletionReply(head, choices, candidates, echoes, lists, wants_usage(params)))
 
 
 def _infill(opened: OpenModel) -> Infill:

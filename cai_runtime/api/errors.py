@@ -149,6 +149,19 @@ class InternalServerError(APIStatusError, openai.InternalServerError):
     default_type = "server_error"
 
 
+def invalid(param: str, problem: str, code: str = "invalid_value") -> BadRequestError:
+    """problem: what follows the parameter's name, such as "must be a list"."""
+    return BadRequestError(f"Invalid '{param}': {problem}.", param=param, code=code)
+
+
+def missing(param: str) -> BadRequestError:
+    return BadRequestError(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
+
+
+def unknown(param: str, hint: str = "") -> BadRequestError:
+    return BadRequestError(f"Unknown parameter: '{param}'.{hint}", param=param, code="unknown_parameter")
+
+
 def api_error(error: BaseException) -> APIError:
     """The API error for `error`; an APIError is returned as it is."""
     message = str(error) or type(error).__name__

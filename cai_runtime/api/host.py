@@ -85,7 +85,7 @@ class OpenModel:
     @cached_property
     def format(self) -> Format:
         """How this model converses. Found at the first chat; hold `tokenizer_lock`."""
-        return find_format(self.tokenizer, read_config(self.path), self.format_name)
+        return find_format(self.tokenizer, self.format_name)
 
     @cached_property
     def infill(self) -> Infill | None:

@@ -43,9 +43,9 @@ def retrieve_model(host: ModelHost, name: Any) -> Model:
     name = model_name(name)
     if entry := catalog().get(name):
         return _as_model(entry)
-    if name not in host.registered and not _is_checkpoint(host.directory(name)) and (base := host.reasoning_base(name)):
-        return retrieve_model(host, base).model_copy(update={"id": name})
     if name not in host.registered and not _is_checkpoint(host.directory(name)):
+        if base := host.reasoning_base(name):
+            return retrieve_model(host, base).model_copy(update={"id": name})
         raise NotFoundError(
             f"The model {shown(name)} does not exist: client.models.list() shows what there is.",
             param="model",

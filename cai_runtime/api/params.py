@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, NoReturn
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from openai import NotGiven, Omit
 from pydantic import ConfigDict, Field, SkipValidation, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
-from cai_runtime.api.errors import BadRequestError
+from cai_runtime.api.errors import BadRequestError, missing, unknown
 from cai_runtime.api.values import (
     Flag,
     Ignored,
@@ -33,7 +33,10 @@ from cai_runtime.api.values import (
 )
 from cai_runtime.engine.request import SamplingParams
 from cai_runtime.scalars import shown
-from cai_runtime.slim.generation_defaults import PENALTY_MAX, PENALTY_MIN, GenerationDefaults
+from cai_runtime.slim.generation_defaults import PENALTY_MAX, PENALTY_MIN
+
+if TYPE_CHECKING:
+    from cai_runtime.api.host import OpenModel
 
 MAX_CHOICES = 128  # OpenAI's limit on n
 SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
@@ -240,31 +243,30 @@ def call_options(options: Mapping[str, Any], names: tuple[str, ...] = ()) -> dic
     return {name: given[name] for name in given if name in names}
 
 
+def without_iterators(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call that looks at them twice: what can be read once alone is a list."""
+    return {key: list(value) if isinstance(value, Iterator) else value for key, value in params.items()}
+
+
+def wants_usage(params: Mapping[str, Any]) -> bool:
+    """Whether a stream ends with its usage."""
+    return bool((params.get("stream_options") or {}).get("include_usage"))
+
+
 def sampling_params(
-    params: Mapping[str, Any],
-    *,
-    prompt_tokens: int,
-    context: int,
-    vocab_size: int,
-    default_max: int | None,
-    prompt_param: str,
-    defaults: GenerationDefaults | None = None,
-    context_limit: str | None = None,
+    params: Mapping[str, Any], opened: OpenModel, *, prompt_tokens: int, default_max: int | None, prompt_param: str
 ) -> SamplingParams:
     """What the engine needs to know of validated parameters, for one prompt.
 
     Args:
+        opened: the model: its context, its vocabulary, and its defaults of what the request does not name.
         prompt_tokens: length of the prompt.
-        context: positions that a sequence of this model may have.
-        vocab_size: token ids are below this.
         default_max: max_tokens when not given, cut to the context; None is the whole rest of the context.
         prompt_param: the parameter that the prompt came in, for errors.
-        defaults: of what the request does not name. None: OpenAI's.
-        context_limit: a sentence, what makes `context` what it is.
     """
-    defaults = defaults or GenerationDefaults()
+    context, vocab_size, defaults = opened.engine.max_context, opened.engine.vocab_size, opened.defaults
     room = context - prompt_tokens
-    limit = context_limit or f"the model's context holds {context} positions"
+    limit = opened.engine.context_limit or f"the model's context holds {context} positions"
     limit_name = next((name for name in _LIMITS if name in params), "max_tokens")
     max_tokens = params.get(limit_name)
     if room < 1 and not (room == 0 == max_tokens):
@@ -366,7 +368,7 @@ def _unknown(param: str, names: frozenset[str]) -> BadRequestError:
     param = param if len(param) <= 80 else param[:77] + "..."
     close = difflib.get_close_matches(param, names, n=1)
     hint = f" Did you mean '{close[0]}'?" if close else ""
-    return BadRequestError(f"Unknown parameter: '{param}'.{hint}", param=param, code="unknown_parameter")
+    return unknown(param, hint)
 
 
 def _refuse(error: ValidationError, names: frozenset[str]) -> NoReturn:
@@ -380,7 +382,7 @@ def _refuse(error: ValidationError, names: frozenset[str]) -> NoReturn:
             param += f".{part}"
     kind, message = first["type"], first["msg"]
     if kind == "missing":
-        raise BadRequestError(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
+        raise missing(param)
     if kind == "extra_forbidden":
         raise _unknown(param, frozenset())
     message = (

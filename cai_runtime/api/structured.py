@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cai_runtime.api.errors import BadRequestError
+from cai_runtime.api.errors import BadRequestError, invalid, missing, unknown
 from cai_runtime.errors import GrammarError
 from cai_runtime.formats.conversation import Answer
 from cai_runtime.grammars import expressions
@@ -29,7 +29,7 @@ def answer_of(params: Mapping[str, Any]) -> Answer | None:
     """
     given = [name for name in PARAMS if params.get(name) is not None]
     if len(given) > 1:
-        raise _invalid(given[1], f"'{given[0]}' and '{given[1]}' both say what the answer must be: give one of them")
+        raise invalid(given[1], f"'{given[0]}' and '{given[1]}' both say what the answer must be: give one of them")
     answer = None
     if given == ["response_format"]:
         answer = answer_of_format(params["response_format"], "response_format")
@@ -38,10 +38,10 @@ def answer_of(params: Mapping[str, Any]) -> Answer | None:
         made: Callable[[Any], str] = {"regex": expressions.regex, "grammar": expressions.lark, "choice": _choice}[name]
         value = params[name]
         if name != "choice" and not isinstance(value, str):
-            raise _invalid(name, f"must be a string, got {shown(value)}", "invalid_type")
+            raise invalid(name, f"must be a string, got {shown(value)}", "invalid_type")
         answer = _made(lambda: made(value), name)
     if answer is not None and params.get("ignore_eos"):
-        raise _invalid("ignore_eos", f"can't be used with '{given[0]}': the text ends where that ends")
+        raise invalid("ignore_eos", f"can't be used with '{given[0]}': the text ends where that ends")
     return answer
 
 
@@ -60,7 +60,7 @@ def answer_of_format(value: Any, param: str, *, flat: bool = False) -> Answer | 
         _check_keys(value, ("type",), param)
         return _made(expressions.json_object, param)
     if kind != "json_schema":
-        raise _invalid(f"{param}.type", f"must be 'text', 'json_object' or 'json_schema', got {shown(kind)}")
+        raise invalid(f"{param}.type", f"must be 'text', 'json_object' or 'json_schema', got {shown(kind)}")
     if not flat:
         _check_keys(value, ("type", "json_schema"), param)
         param += ".json_schema"
@@ -73,21 +73,17 @@ def answer_of_format(value: Any, param: str, *, flat: bool = False) -> Answer | 
         ("strict", bool, "a boolean"),
     ):
         if value.get(key) is not None and not isinstance(value[key], types):
-            raise _invalid(f"{param}.{key}", f"must be {what}, got {shown(value[key])}", "invalid_type")
+            raise invalid(f"{param}.{key}", f"must be {what}, got {shown(value[key])}", "invalid_type")
     for key in ("name", "schema"):
         if value.get(key) is None:
-            raise BadRequestError(
-                f"Missing required parameter: '{param}.{key}'.",
-                param=f"{param}.{key}",
-                code="missing_required_parameter",
-            )
+            raise missing(f"{param}.{key}")
     schema = value["schema"]
     return _made(lambda: expressions.json_schema(schema), f"{param}.schema")
 
 
 def _choice(value: Any) -> str:
     if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) for text in value):
-        raise _invalid("choice", f"must be a list of strings, got {shown(value)}", "invalid_type")
+        raise invalid("choice", f"must be a list of strings, got {shown(value)}", "invalid_type")
     return expressions.choice(value)
 
 
@@ -102,17 +98,11 @@ def _made(make: Callable[[], str], param: str) -> Answer:
 
 def _object(value: Any, param: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise _invalid(param, f"must be an object, got {shown(value)}", "invalid_type")
+        raise invalid(param, f"must be an object, got {shown(value)}", "invalid_type")
     return value
 
 
 def _check_keys(value: Mapping[str, Any], known: Sequence[str], param: str) -> None:
     for key in value:
         if key not in known:
-            raise BadRequestError(
-                f"Unknown parameter: '{param}.{key}'.", param=f"{param}.{key}", code="unknown_parameter"
-            )
-
-
-def _invalid(param: str, message: str, code: str = "invalid_value") -> BadRequestError:
-    return BadRequestError(f"Invalid '{param}': {message}.", param=param, code=code)
+            raise unknown(f"{param}.{key}")

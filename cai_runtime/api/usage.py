@@ -44,13 +44,17 @@ def system_fingerprint() -> str:
         return "cai_runtime"
 
 
+def reasoning_tokens(done: Finished) -> int:
+    """Of the thoughts, without the markers around them."""
+    return sum(len(event.token_ids) for event in done.events if isinstance(event, ReasoningEvent))
+
+
 def usage_of(completions: Sequence[Finished], choices_per_prompt: int) -> CompletionUsage:
     """Token counts of a whole reply. A prompt counts once, however many choices were asked for it; so do its cached
-    tokens, as its first choice found them. Reasoning tokens are those of the thoughts, without the markers around them."""
+    tokens, as its first choice found them."""
     firsts = completions[::choices_per_prompt]
     prompt = sum(done.prompt_tokens for done in firsts)
     completion = sum(done.completion_tokens for done in completions)
-    thoughts = (e for done in completions for e in done.events if isinstance(e, ReasoningEvent))
     return CompletionUsage(
         prompt_tokens=prompt,
         completion_tokens=completion,
@@ -59,7 +63,7 @@ def usage_of(completions: Sequence[Finished], choices_per_prompt: int) -> Comple
             cached_tokens=sum(done.cached_tokens for done in firsts), audio_tokens=0, image_tokens=0
         ),
         completion_tokens_details=CompletionTokensDetails(
-            reasoning_tokens=sum(len(event.token_ids) for event in thoughts),
+            reasoning_tokens=sum(map(reasoning_tokens, completions)),
             audio_tokens=0,
             accepted_prediction_tokens=0,
             rejected_prediction_tokens=0,

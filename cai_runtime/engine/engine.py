@@ -46,10 +46,10 @@ class Engine:
     `max_batch` before `submit` refuses more; None: any. `proposer`: drafts the next tokens of decoding sequences (see
     `proposers`); the text is the same with and without. `clock`: monotonic seconds, for tests.
 
-    Attributes: `tokenizer`, `decoder` (a `TokenDecoder` over it), `model_config` (config.json as a dict), `vocab_size`,
-    `max_context` (the most tokens, prompt and generated, that one request may have), `model_context` (what the model could
-    take), `context_limit` (a sentence: what makes max_context what it is), `has_head` (whether it writes text; else it
-    embeds alone).
+    Attributes: `tokenizer`, `decoder` (a `TokenDecoder` over it), `eos_token_ids`, `model_config` (config.json as a dict),
+    `vocab_size`, `max_context` (the most tokens, prompt and generated, that one request may have), `model_context` (what
+    the model could take), `context_limit` (a sentence: what makes max_context what it is), `has_head` (whether it
+    writes text; else it embeds alone).
 
     Use it as a context manager or call `close()`. An engine that is forgotten, or open when the interpreter exits,
     closes itself after the step it is in. Raises EngineClosedError in a child forked from a process with an engine.
@@ -88,7 +88,7 @@ class Engine:
         if positions < runner.max_context:
             logger.warning("%s", self.context_limit)
         self.vocab_size = runner.vocab_size
-        self._eos_token_ids = frozenset(eos_token_ids)
+        self.eos_token_ids = frozenset(eos_token_ids)
         self.decoder = TokenDecoder(tokenizer)
         self._arrivals = itertools.count()
         self._process = os.getpid()
@@ -106,11 +106,6 @@ class Engine:
         self._thread = threading.Thread(target=self._loop.run, name=f"cai-engine-{id(self):x}", daemon=False)
         watch_exit(self._loop)
         self._thread.start()
-
-    @property
-    def eos_token_ids(self) -> frozenset[int]:
-        """Tokens that end a text unless a request ignores them."""
-        return self._eos_token_ids
 
     @property
     def alive(self) -> bool:
@@ -162,7 +157,7 @@ class Engine:
         self._check_pooling(request)
         arrival = next(self._arrivals)
         request = replace(request, request_id=request.request_id or f"request-{arrival}")
-        ends: dict[int, str | None] = dict.fromkeys(() if params.ignore_eos else self._eos_token_ids)
+        ends: dict[int, str | None] = dict.fromkeys(() if params.ignore_eos else self.eos_token_ids)
         ends |= dict.fromkeys(params.stop_token_ids)
         ends |= {token_id: stop for stop in params.stop if (token_id := self.decoder.special_id(stop)) is not None}
         possible = [token_id for token_id in ends if 0 <= token_id < self.vocab_size]

@@ -39,7 +39,7 @@ _KINDS: tuple[type[MarkedFormat], ...] = (PlainFormat, GenericFormat, *(found fo
 FORMATS = {kind.name: kind for kind in _KINDS}
 
 
-def find_format(tokenizer: Any, config: Mapping[str, Any] | None = None, name: str | None = None) -> Format:
+def find_format(tokenizer: Any, name: str | None = None) -> Format:
     """The format of a model's conversations.
 
     In this order: the one that is named; the one whose markers `response_template` of tokenizer_config.json holds
@@ -47,7 +47,6 @@ def find_format(tokenizer: Any, config: Mapping[str, Any] | None = None, name: s
 
     Args:
         tokenizer: transformers' tokenizer of the checkpoint.
-        config: its config.json. Not needed so far: templates tell more.
         name: as in `Client(format=...)`.
 
     Raises:

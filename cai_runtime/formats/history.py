@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -132,6 +132,11 @@ def _id(call_id: str, form: CallForm) -> str:
     if form.ids == "any" or (len(call_id) == _SHORT_ID and call_id.isascii() and call_id.isalnum()):
         return call_id
     return hashlib.sha256(call_id.encode()).hexdigest()[:_SHORT_ID]
+
+
+def uses_tools(messages: Iterable[Message], tools: Collection[Tool]) -> bool:
+    """Whether a conversation has tools, calls or results of calls."""
+    return bool(tools) or any(message.calls or message.role == "tool" for message in messages)
 
 
 def declared(tools: Iterable[Tool], *, whole: bool = False) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Any, Literal, NoReturn
 
 from cai_runtime.errors import ConversationError
 from cai_runtime.formats.conversation import Conversation, Reasoning
+from cai_runtime.formats.history import uses_tools
 from cai_runtime.formats.media import lacking
 from cai_runtime.formats.probes import ReasoningForm
 from cai_runtime.formats.template import chat_template
@@ -44,13 +45,13 @@ def render_conversation(tokenizer: Any, conversation: Conversation, *, generic_t
         raise lacking(part)  # nothing here would put it into the prompt
     tools = () if conversation.tool_choice == "none" else conversation.tools
     messages = conversation.messages
-    uses_tools = bool(tools) or any(message.calls or message.role == "tool" for message in messages)
-    template = chat_template(tokenizer, conversation.template, for_tools=uses_tools)
+    has_tools = uses_tools(messages, tools)
+    template = chat_template(tokenizer, conversation.template, for_tools=has_tools)
     asked = conversation.reasoning
     variables = {} if asked == Reasoning() else reasoning_variables(asked, template.forms.reasoning)
     prompt = template.text(messages, tools, variables, generic=generic_tools)
     style: Literal["native", "generic"] | None = None
-    if uses_tools:
+    if has_tools:
         style = "generic" if generic_tools else template.forms.tools
     return Rendered(template.encode(prompt), opening_of(prompt), style)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cai_runtime.errors import ConversationError
-from cai_runtime.formats.history import declared, in_words, turns_of
+from cai_runtime.formats.history import declared, in_words, turns_of, uses_tools
 from cai_runtime.formats.messages import Message
 from cai_runtime.formats.probes import TemplateForms
 from cai_runtime.formats.program import TemplateProgram
@@ -179,9 +179,8 @@ class ChatTemplate:
         """
         from cai_runtime.formats.sandbox import TEMPLATE_ERRORS
 
-        uses_tools = bool(tools) or any(message.calls or message.role == "tool" for message in messages)
         declarations = None
-        if uses_tools:
+        if uses_tools(messages, tools):
             if generic or self.forms.tools == "generic":
                 messages = in_words(messages, tools, system=self.forms.system)
             elif tools:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -26,9 +28,9 @@ class GrammarMask:
     ):
         self.name = name
         self._matcher, self._permitted = matcher, permitted
-        self._ends = _bits(ends, len(permitted))
+        self._ends = bits_of(ends, len(permitted))
         lost = set(own_ends) - set(ends)
-        self._not_lost = ~_bits(lost, len(permitted)) if lost else None
+        self._not_lost = ~bits_of(lost, len(permitted)) if lost else None
 
     def fill(self, row: np.ndarray) -> bool:
         """See `TokenMask`. Raises GrammarError if the grammar takes too much to follow."""
@@ -41,8 +43,6 @@ class GrammarMask:
         """See `TokenMask`."""
         errors: dict[int, Exception] = {}
         if len(masks) > 1:
-            from cai_runtime.grammars.vocabulary import executor
-
             matchers = [(mask._matcher, row) for mask, row in masks]
             executor().unsafe_compute_mask_ptr(matchers, rows.ctypes.data, rows.shape[1] * 4, len(rows))
         for mask, row in masks:
@@ -87,8 +87,26 @@ class GrammarMask:
         return GrammarError(f"'{self.name}' can't be followed any further: {reason}", param=self.name)
 
 
-def _bits(token_ids: Collection[int], words: int) -> np.ndarray:
+def bits_of(token_ids: Collection[int], words: int) -> np.ndarray:
+    """uint32 [words], with the bits of these tokens set."""
     bits = np.zeros(words, np.uint32)
-    for token_id in token_ids:
-        bits[token_id >> 5] |= np.uint32(1 << (token_id & 31))
+    ids = np.fromiter(token_ids, np.int64, len(token_ids))
+    np.bitwise_or.at(bits, ids >> 5, np.uint32(1) << (ids & 31).astype(np.uint32))
     return bits
+
+
+_lock = threading.Lock()
+_executors: dict[int, Any] = {}
+
+
+def executor() -> Any:
+    """One for the process: a forked child has none of its parent's threads."""
+    import llguidance
+
+    with _lock:
+        pid = os.getpid()
+        if pid not in _executors:
+            _executors.clear()
+            # The model computes meanwhile, on all processors: a mask takes a small part of a pass.
+            _executors[pid] = llguidance.LLExecutor(num_threads=max(1, min(8, (os.cpu_count() or 1) // 4)))
+        return _executors[pid]

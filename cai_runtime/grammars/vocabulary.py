@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
 import secrets
-import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from cai_runtime.errors import GrammarError
+from cai_runtime.grammars.mask import bits_of
 
 # Of llguidance's lexer: strings, comments, regular expressions, and special tokens (the only group).
 _LEXEME = re.compile(r'"(?:\\.|[^"\\])*"|(?:#|//)[^\n]*|/(?:\\.|[^/\\])+/|(<[^<>\s]+>)', re.DOTALL)
@@ -37,7 +36,7 @@ class Vocabulary:
     def __init__(self, tokenizer: Any, vocab_size: int, eos_ids: Sequence[int]):
         import llguidance
 
-        self.vocab_size = vocab_size
+        self.vocab_size, self._words = vocab_size, -(-vocab_size // 32)
         self.eos_ids = [i for i in eos_ids if 0 <= i < vocab_size]
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None or not self.eos_ids:
@@ -62,7 +61,7 @@ class Vocabulary:
         """The tokens that stand for text: uint32 [words]."""
         ids = [i for i in range(self.vocab_size) if not self.tokenizer.is_special_token(i)]
         ids = [i for i in ids if self.tokenizer.decode_bytes([i])]
-        return _bits(ids, self.vocab_size)
+        return bits_of(ids, self._words)
 
     def resolved(self, lark: str) -> tuple[str, np.ndarray]:
         """A grammar with ids in place of the names of special tokens; and the tokens that it may allow at all, uint32
@@ -89,7 +88,8 @@ class Vocabulary:
             return f"<[{self._names[name]}]>"
 
         text = _LEXEME.sub(by_id, lark)
-        return text, self._ordinary | _bits(named, self.vocab_size) if named else self._ordinary
+        known = [i for i in named if i < self.vocab_size]
+        return text, self._ordinary | bits_of(known, self._words) if known else self._ordinary
 
 
 def _is_special(token: Any) -> bool:
@@ -123,23 +123,6 @@ def _without_names(backend: Any, names: Mapping[str, int]) -> str:
     return json.dumps(stored)
 
 
-_lock = threading.Lock()
-_executors: dict[int, Any] = {}
-
-
-def executor() -> Any:
-    """One for the process: a forked child has none of its parent's threads."""
-    import llguidance
-
-    with _lock:
-        pid = os.getpid()
-        if pid not in _executors:
-            _executors.clear()
-            # The model computes meanwhile, on all processors: a mask takes a small part of a pass.
-            _executors[pid] = llguidance.LLExecutor(num_threads=max(1, min(8, (os.cpu_count() or 1) // 4)))
-        return _executors[pid]
-
-
 def _ids(text: str, vocab_size: int) -> list[int]:
     """The ids of `<[1,5-9]>`; with "^" all others, "*" is all."""
     if text == "*":
@@ -150,9 +133,3 @@ def _ids(text: str, vocab_size: int) -> list[int]:
         if low.isdecimal() and (high or low).isdecimal():
             found.update(range(int(low), min(int(high or low), vocab_size - 1) + 1))
     return sorted(set(range(vocab_size)) - found if text.startswith("^") else found)
-
-
-def _bits(ids: Sequence[int], vocab_size: int) -> np.ndarray:
-    bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
-    bits[np.asarray([i for i in ids if i < vocab_size], np.int64)] = 1
-    return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)

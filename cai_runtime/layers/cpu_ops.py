@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from cai_runtime.kernels.activation import swiglu_cpu
-from cai_runtime.kernels.attention import CpuAttention, CpuKVCache, HeadLayout, HeadNorms
-from cai_runtime.kernels.batch import FULL
+from cai_runtime.kernels.attention import CpuAttention, CpuKVCache, HeadLayout
 from cai_runtime.kernels.cpu_library import Arena
 from cai_runtime.kernels.embedding import CpuEmbedding, take_rows
 from cai_runtime.kernels.norm import rms_norm_cpu
@@ -25,6 +24,7 @@ class CpuOps:
     rms_norm = staticmethod(rms_norm_cpu)
     swiglu = staticmethod(swiglu_cpu)
     take_rows = staticmethod(take_rows)
+    attention = staticmethod(CpuAttention)
     page_bytes = staticmethod(CpuKVCache.page_bytes)
 
     def __init__(self, backend: str, device: torch.device, arena: Arena | None = None):
@@ -32,16 +32,6 @@ class CpuOps:
 
     def kv_cache(self, heads: HeadLayout, pages: int, page_size: int, dtype: torch.dtype) -> CpuKVCache:
         return CpuKVCache(pages, page_size, heads, dtype)
-
-    def attention(
-        self,
-        heads: HeadLayout,
-        cache: CpuKVCache,
-        sinks: torch.Tensor | None = None,
-        group: str = FULL,
-        norms: HeadNorms | None = None,
-    ) -> CpuAttention:
-        return CpuAttention(heads, cache, sinks, group, norms)
 
     def embedding_and_head(
         self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from cai_runtime.kernels.attention import HeadLayout, HeadNorms, ReferenceKVCache
-from cai_runtime.kernels.batch import FULL, AttentionBatch
+from cai_runtime.kernels.attention import HeadLayout, LayerAttention, ReferenceKVCache
+from cai_runtime.kernels.batch import AttentionBatch
 from cai_runtime.kernels.cpu_library import Arena
 from cai_runtime.kernels.embedding import embedding_reference, take_rows
 from cai_runtime.kernels.prepare import prepare
@@ -17,21 +17,9 @@ from cai_runtime.kernels.slim_linear import PreparedLinear
 from cai_runtime.kernels.weights import LinearWeights
 
 
-class GpuAttention:
-    """RoPE with the cache write, then attention over pages [pages, kv_heads, page_size, head_dim].
-
-    sinks: fp32 [query_heads] on the model's device, or None. group: of the cache. norms: of queries and keys, if any.
-    """
-
-    def __init__(
-        self,
-        heads: HeadLayout,
-        cache: ReferenceKVCache,
-        sinks: torch.Tensor | None = None,
-        group: str = FULL,
-        norms: HeadNorms | None = None,
-    ) -> None:
-        self.heads, self.cache, self.sinks, self.group, self.norms = heads, cache, sinks, group, norms
+class GpuAttention(LayerAttention[ReferenceKVCache]):
+    """RoPE with the cache write, then attention over pages [pages, kv_heads, page_size, head_dim]. Sinks and norms are on
+    the model's device."""
 
     def __call__(self, qkv: torch.Tensor, batch: AttentionBatch, cos_sin: torch.Tensor, scale: float) -> torch.Tensor:
         """qkv [T, (Hq + 2 Hkv) D], whose queries and keys are normalized and rotated in place -> [T, Hq D]."""
@@ -53,6 +41,7 @@ class GpuOps:
     """Implements `Ops`. backend: "triton" or "cuda", for the linears."""
 
     take_rows = staticmethod(take_rows)
+    attention = staticmethod(GpuAttention)
     page_bytes = staticmethod(ReferenceKVCache.page_bytes)
 
     def __init__(self, backend: str, device: torch.device, arena: Arena | None = None):
@@ -70,16 +59,6 @@ class GpuOps:
 
     def kv_cache(self, heads: HeadLayout, pages: int, page_size: int, dtype: torch.dtype) -> ReferenceKVCache:
         return ReferenceKVCache(pages, page_size, heads, dtype, self._device)
-
-    def attention(
-        self,
-        heads: HeadLayout,
-        cache: ReferenceKVCache,
-        sinks: torch.Tensor | None = None,
-        group: str = FULL,
-        norms: HeadNorms | None = None,
-    ) -> GpuAttention:
-        return GpuAttention(heads, cache, sinks, group, norms)
 
     def embedding_and_head(
         self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype

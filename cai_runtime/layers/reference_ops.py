@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from cai_runtime.kernels.activation import swiglu_reference
-from cai_runtime.kernels.attention import HeadLayout, HeadNorms, ReferenceAttention, ReferenceKVCache
-from cai_runtime.kernels.batch import FULL
+from cai_runtime.kernels.attention import HeadLayout, ReferenceAttention, ReferenceKVCache
 from cai_runtime.kernels.cpu_library import Arena
 from cai_runtime.kernels.embedding import embedding_reference, take_rows
 from cai_runtime.kernels.norm import rms_norm_reference
@@ -25,6 +24,7 @@ class ReferenceOps:
     rms_norm = staticmethod(rms_norm_reference)
     swiglu = staticmethod(swiglu_reference)
     take_rows = staticmethod(take_rows)
+    attention = staticmethod(ReferenceAttention)
     page_bytes = staticmethod(ReferenceKVCache.page_bytes)
 
     def __init__(self, backend: str, device: torch.device, arena: Arena | None = None):
@@ -32,16 +32,6 @@ class ReferenceOps:
 
     def kv_cache(self, heads: HeadLayout, pages: int, page_size: int, dtype: torch.dtype) -> ReferenceKVCache:
         return ReferenceKVCache(pages, page_size, heads, dtype, self._device)
-
-    def attention(
-        self,
-        heads: HeadLayout,
-        cache: ReferenceKVCache,
-        sinks: torch.Tensor | None = None,
-        group: str = FULL,
-        norms: HeadNorms | None = None,
-    ) -> ReferenceAttention:
-        return ReferenceAttention(heads, cache, sinks, group, norms)
 
     def embedding_and_head(
         self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype

@@ -207,18 +207,10 @@ class Embedding(TensorsModule):
 def torch_module(prepared: Any) -> LinearModule | Attention | Embedding:
     """A module over what the reference or the CPU kernels have ready: a prepared group of linears, an attention object, an
     embedding (`CpuEmbedding`, or a table as a `Core`). Raises KernelError for anything else."""
-    if isinstance(prepared, CpuAttention):
+    if isinstance(prepared, CpuAttention | ReferenceAttention):
+        backend = "cpu" if isinstance(prepared, CpuAttention) else "reference"
         return Attention(
-            prepared.heads, prepared.cache, prepared._sinks, backend="cpu", group=prepared.group, norms=prepared.norms
-        )
-    if isinstance(prepared, ReferenceAttention):
-        return Attention(
-            prepared.heads,
-            prepared.cache,
-            prepared.sinks,
-            backend="reference",
-            group=prepared.group,
-            norms=prepared.norms,
+            prepared.heads, prepared.cache, prepared.sinks, backend=backend, group=prepared.group, norms=prepared.norms
         )
     if isinstance(prepared, CpuEmbedding | Core):
         return Embedding(prepared)

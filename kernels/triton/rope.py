@@ -40,8 +40,9 @@ def rope_kv_write_kernel(
         sin = tl.load(angle + HALF + at, mask=ok, other=0.0)
         x = low.to(tl.float32)
         y = high.to(tl.float32)
-        rest = (whole >= ROTARY) & (whole < DIM)
-        unturned = tl.load(source + whole, mask=rest, other=0)
+        if ROTARY < DIM:
+            rest = (whole >= ROTARY) & (whole < DIM)
+            unturned = tl.load(source + whole, mask=rest, other=0)
         if norms is not None:
             gain = norms + (head >= Q_HEADS) * DIM
             v = tl.load(source + whole, mask=whole < DIM, other=0).to(tl.float32)

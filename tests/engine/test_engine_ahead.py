@@ -1,5 +1,6 @@
 """Steps that are launched before the tokens of the one before are known, as on a GPU."""
 
+import itertools
 import threading
 from functools import partial
 
@@ -60,6 +61,18 @@ def run_all(engine, requests):
     return [handle.result(timeout=60) for handle in engine.submit_all(requests)]
 
 
+def fail_at(runner, *passes):
+    """Let these of its passes, counted from 1, run out of memory."""
+    run, count = runner.run, itertools.count(1)
+
+    def transient(step):
+        if next(count) in passes:
+            raise MemoryError("out of memory")
+        return run(step)
+
+    runner.run = transient
+
+
 @pytest.mark.parametrize(
     ("runner", "options"),
     [
@@ -117,15 +130,7 @@ def test_the_row_behind_the_end_of_a_text_is_dropped(make_engine, make_runner, g
 
 def test_a_step_that_fails_spoils_the_one_behind_it_alone(make_engine, make_runner, greedy, expected, prompts):
     simple = make_runner(num_pages=512)
-    run, calls = simple.run, []
-
-    def transient(step):
-        calls.append(len(step))
-        if len(calls) in (4, 9):
-            raise MemoryError("out of memory")
-        return run(step)
-
-    simple.run = transient
+    fail_at(simple, 4, 9)
     engine = make_engine(Device(simple), prefill_time=None)
     requests = [greedy(prompt, 30, ignore_eos=True) for prompt in prompts[:4]]
     for done, prompt in zip(run_all(engine, requests), prompts, strict=False):
@@ -174,15 +179,7 @@ def test_a_failed_step_before_a_masked_one(make_engine, make_runner, prompts, ha
     plain = make_engine()
     alone = [plain.submit(request).result().token_ids for request in requests]
     simple = make_runner(num_pages=512)
-    run, calls = simple.run, []
-
-    def transient(step):
-        calls.append(len(step))
-        if len(calls) in (4, 9):
-            raise MemoryError("out of memory")
-        return run(step)
-
-    simple.run = transient
+    fail_at(simple, 4, 9)
     engine = make_engine(Device(simple), prefill_time=None)
     assert [done.token_ids for done in run_all(engine, requests)] == alone
     assert engine.stats().retries > 0 and engine.stats().failed == 0

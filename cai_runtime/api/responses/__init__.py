@@ -12,10 +12,10 @@ from openai.types.responses import Response, ResponseTextConfig
 from openai.types.shared import Reasoning as ReasoningEcho
 
 from cai_runtime.api.chat import prepare_conversation
-from cai_runtime.api.errors import BadRequestError, as_api_errors
+from cai_runtime.api.errors import BadRequestError, as_api_errors, missing
 from cai_runtime.api.host import OpenModel
 from cai_runtime.api.media import with_media
-from cai_runtime.api.params import sampling_params
+from cai_runtime.api.params import sampling_params, without_iterators
 from cai_runtime.api.responses.events import ResponseMachine
 from cai_runtime.api.responses.items import Item, check_calls, new_id, parse_input
 from cai_runtime.api.responses.messages import Turns, fitted
@@ -60,9 +60,7 @@ class ResponsesEndpoint:
         Raises:
             BadRequestError: naming the parameter at fault.
         """
-        # They are looked at twice.
-        params = {key: list(value) if isinstance(value, Iterator) else value for key, value in params.items()}
-        rest = checked_params(params)
+        rest = checked_params(without_iterators(params))
         tool_use = parse_tool_use(rest.pop("tools", ()), rest.pop("tool_choice", "auto"))
         reasoning, (answer, text) = parse_reasoning(rest), parse_text(rest)
         previous = rest.get("previous_response_id")
@@ -71,9 +69,7 @@ class ResponsesEndpoint:
             new = parse_input(rest.pop("input", None), self._store.find_item)
             items = (*history, *new)
             if not items:
-                raise BadRequestError(
-                    "Missing required parameter: 'input'.", param="input", code="missing_required_parameter"
-                )
+                raise missing("input")
             check_calls(items, len(new))
             messages = Turns(rest.get("instructions"), items, len(new)).parsed()
         if rest.get("store"):
@@ -110,13 +106,10 @@ class ResponsesEndpoint:
             prepared, mask = prepare_conversation(conversation, request.reasons, name, opened, grammar_param)
         sampling = sampling_params(
             request.params,
+            opened,
             prompt_tokens=len(prepared.prompt_ids),
-            context=opened.engine.max_context,
-            vocab_size=opened.engine.vocab_size,
             default_max=None,
             prompt_param="input",
-            defaults=opened.defaults,
-            context_limit=opened.engine.context_limit,
         )
         if request.params["include"]:
             sampling = replace(sampling, logprobs=request.params.get("top_logprobs", 0))

@@ -9,8 +9,8 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from cai_runtime.api.errors import BadRequestError
-from cai_runtime.api.responses.params import invalid, listed, mapping, refused, text_field
+from cai_runtime.api.errors import BadRequestError, invalid, missing
+from cai_runtime.api.responses.params import listed, mapping, refused, text_field
 from cai_runtime.errors import ConversationError
 from cai_runtime.formats.messages import PART_CAPABILITIES, refuse_media
 from cai_runtime.scalars import shown
@@ -128,11 +128,7 @@ def _parse_message(fields: dict[str, Any], place: str) -> Item:
     if role not in ROLES:
         raise invalid(f"{place}.role", f"must be one of {', '.join(ROLES)}, got {shown(role)}")
     if "content" not in fields:
-        raise BadRequestError(
-            f"Missing required parameter: '{place}.content'.",
-            param=f"{place}.content",
-            code="missing_required_parameter",
-        )
+        raise missing(f"{place}.content")
     parts = _parts(fields["content"], f"{place}.content", role)
     if role != "assistant":
         if "phase" in fields:

@@ -14,12 +14,13 @@ from openai.types.responses import ParsedResponse, Response, ResponseItem, Respo
 from pydantic import PrivateAttr, TypeAdapter
 from typing_extensions import Unpack
 
+from cai_runtime.api.errors import invalid
 from cai_runtime.api.generation import AsyncStream, Stream
 from cai_runtime.api.helpers import ResponseCall
 from cai_runtime.api.host import ModelHost
 from cai_runtime.api.params import CallOptions, call_options
 from cai_runtime.api.responses import ResponsesEndpoint
-from cai_runtime.api.responses.params import ResponseParams, included, invalid, refused
+from cai_runtime.api.responses.params import ResponseParams, included, refused
 from cai_runtime.api.responses.store import ResponseStore
 from cai_runtime.api.serving import acreate, create
 from cai_runtime.scalars import as_integer, shown

@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SkipValidation, TypeAdapter, with_config
 
-from cai_runtime.api.errors import BadRequestError
+from cai_runtime.api.errors import BadRequestError, invalid, missing, unknown
+from cai_runtime.api.logprobs import MAX_CHAT_TOP
 from cai_runtime.api.params import STRICT, SamplingOptions, validated
 from cai_runtime.api.values import Flag, Whole
 from cai_runtime.scalars import shown
 
-MAX_TOP_LOGPROBS = 20
 _NOTHING_BUILT_IN = "no tools are built in; functions are called by the program itself"
 
 
@@ -59,7 +59,7 @@ class ResponseParams(SamplingOptions, total=False):
     reasoning: Annotated[Mapping[str, Any], SkipValidation] | None
     truncation: Literal["auto", "disabled"] | None
     include: Annotated[Iterable[str], SkipValidation] | None
-    top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_CHAT_TOP)] | None
     stream_options: Annotated[Mapping[str, Any], SkipValidation] | None
     chat_template: str | None
     reasoning_enabled: Flag | None
@@ -121,11 +121,6 @@ def checked_params(params: Mapping[str, Any]) -> dict[str, Any]:
     return checked
 
 
-def invalid(param: str, problem: str, code: str = "invalid_value") -> BadRequestError:
-    """problem: what follows the parameter's name, such as "must be a list"."""
-    return BadRequestError(f"Invalid '{param}': {problem}.", param=param, code=code)
-
-
 def refused(param: str, reason: str) -> BadRequestError:
     return BadRequestError(f"'{param}' can't be used: {reason}.", param=param, code="unsupported_parameter")
 
@@ -137,9 +132,8 @@ def mapping(value: Any, place: str, keys: Iterable[str] | None = None) -> dict[s
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise invalid(place, f"must be an object, got {shown(value)}", "invalid_type")
     fields = {key: field for key, field in value.items() if field is not None}
-    if keys is not None and (unknown := [key for key in fields if key not in keys]):
-        name = f"{place}.{unknown[0][:80]}"
-        raise BadRequestError(f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")
+    if keys is not None and (others := [key for key in fields if key not in keys]):
+        raise unknown(f"{place}.{others[0][:80]}")
     return fields
 
 
@@ -152,8 +146,7 @@ def listed(value: Any, place: str) -> list[Any]:
 def text_field(fields: Mapping[str, Any], key: str, place: str) -> str:
     """A text that must be there."""
     if key not in fields:
-        name = f"{place}.{key}"
-        raise BadRequestError(f"Missing required parameter: '{name}'.", param=name, code="missing_required_parameter")
+        raise missing(f"{place}.{key}")
     if not isinstance(fields[key], str):
         raise invalid(f"{place}.{key}", f"must be a string, got {shown(fields[key])}", "invalid_type")
     return str(fields[key])

@@ -15,10 +15,11 @@ from cai_runtime.api.generation import Generation, Running
 from cai_runtime.api.logprobs import EventLogprobs, aligned, chat_entries
 from cai_runtime.api.responses.events import ResponseMachine, merged
 from cai_runtime.api.responses.store import ResponseStore, Stored
+from cai_runtime.api.usage import reasoning_tokens
 from cai_runtime.engine.detokenizer import TokenDecoder
 from cai_runtime.engine.handle import HandleGroup
 from cai_runtime.engine.request import Finished
-from cai_runtime.formats.events import ChatEvent, ReasoningEvent, TextEvent
+from cai_runtime.formats.events import ChatEvent, TextEvent
 
 
 class ResponseReply:
@@ -146,13 +147,12 @@ class ResponseGeneration(Generation[ResponseStreamEvent, Response]):
 
 def usage_of(done: Finished) -> ResponseUsage:
     """Token counts. What was not in the cache was written to it."""
-    thought = sum(len(event.token_ids) for event in done.events if isinstance(event, ReasoningEvent))
     return ResponseUsage(
         input_tokens=done.prompt_tokens,
         input_tokens_details=InputTokensDetails(
             cached_tokens=done.cached_tokens, cache_write_tokens=done.prompt_tokens - done.cached_tokens
         ),
         output_tokens=done.completion_tokens,
-        output_tokens_details=OutputTokensDetails(reasoning_tokens=thought),
+        output_tokens_details=OutputTokensDetails(reasoning_tokens=reasoning_tokens(done)),
         total_tokens=done.prompt_tokens + done.completion_tokens,
     )

@@ -9,15 +9,15 @@ from typing import Any
 from openai.types.responses import FunctionTool, ResponseTextConfig, ToolChoiceAllowed, ToolChoiceFunction
 from openai.types.responses.response import ToolChoice
 
-from cai_runtime.api.errors import as_api_errors
-from cai_runtime.api.responses.params import invalid, listed, mapping, refused, text_field
+from cai_runtime.api.errors import as_api_errors, invalid
+from cai_runtime.api.responses.params import listed, mapping, refused, text_field
 from cai_runtime.api.structured import answer_of, answer_of_format
 from cai_runtime.formats.conversation import Answer, Reasoning, Tool
+from cai_runtime.formats.probes import EFFORTS
 from cai_runtime.formats.tools import parse_function
 from cai_runtime.scalars import shown
 
 _MODES = ("none", "auto", "required")
-_EFFORTS = ("none", "low", "medium", "high", "xhigh", "max")
 _DECLARED = ("name", "description", "parameters", "strict")
 _FUNCTION_KEYS = ("type", "name", "description", "parameters", "strict", "allowed_callers", "async", "async_",
                   "defer_loading", "output_schema")  # fmt: skip
@@ -133,8 +133,8 @@ def parse_reasoning(params: Mapping[str, Any]) -> Reasoning:
     if fields.get("mode", "standard") != "standard":
         raise refused("reasoning.mode", "there is 'standard' alone")
     effort = fields.get("effort")
-    if effort is not None and effort not in _EFFORTS:
-        raise invalid("reasoning.effort", f"must be one of {', '.join(_EFFORTS)}, got {shown(effort)}")
+    if effort is not None and effort not in EFFORTS:
+        raise invalid("reasoning.effort", f"must be one of {', '.join(EFFORTS)}, got {shown(effort)}")
     return Reasoning(params.get("reasoning_enabled"), effort, params.get("reasoning_max_tokens"))
 
 
