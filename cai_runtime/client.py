@@ -15,26 +15,19 @@ import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Self
 
 from openai import NOT_GIVEN, NotGiven, Omit, Timeout
-from openai.pagination import AsyncPage, SyncPage
-from openai.types import Completion, Model
-from typing_extensions import Unpack
 
-from cai_runtime.api import completions as completions_endpoint
-from cai_runtime.api import embeddings as embeddings_endpoint
-from cai_runtime.api.batch.methods import AsyncBatching, Batching
-from cai_runtime.api.chat_methods import AsyncChat, Chat
-from cai_runtime.api.completions import CompletionChunk, CompletionParams
-from cai_runtime.api.embeddings import EmbeddingParams, EmbeddingReply
 from cai_runtime.api.generation import AsyncStream, Stream
 from cai_runtime.api.host import EngineFactory, ModelHost
-from cai_runtime.api.models import list_models, retrieve_model
-from cai_runtime.api.params import CallOptions, call_options
-from cai_runtime.api.responses.methods import AsyncResponses, Responses
+from cai_runtime.api.methods.batch import AsyncBatching, Batching
+from cai_runtime.api.methods.chat import AsyncChat, Chat
+from cai_runtime.api.methods.completions import AsyncCompletions, Completions
+from cai_runtime.api.methods.embeddings import AsyncEmbeddings, Embeddings
+from cai_runtime.api.methods.models import AsyncModels, Models
+from cai_runtime.api.methods.responses import AsyncResponses, Responses
 from cai_runtime.api.responses.store import ResponseStore
-from cai_runtime.api.serving import acreate, create
 from cai_runtime.api.values import timeout_seconds
 from cai_runtime.errors import OptionTypeError, OptionValueError
 from cai_runtime.formats.find import FORMATS
@@ -285,107 +278,3 @@ class AsyncClient(AsyncBatching, _BaseClient):
 
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
-
-
-class _Endpoint:
-    def __init__(self, host: ModelHost, timeout: float | None = None):
-        self._host = host
-        self._timeout = timeout  # of requests that name none
-
-
-class Completions(_Endpoint):
-    @overload
-    def create(self, *, stream: Literal[True], **params: Unpack[CompletionParams]) -> Stream[CompletionChunk]: ...
-    @overload
-    def create(self, *, stream: Literal[False] | None = None, **params: Unpack[CompletionParams]) -> Completion: ...
-    @overload
-    def create(
-        self, *, stream: bool | None, **params: Unpack[CompletionParams]
-    ) -> Completion | Stream[CompletionChunk]: ...
-    def create(self, **params: Any) -> Any:
-        """Continue a text. The parameters are those of CompletionParams and `stream`.
-
-        `top_p=0` means "not given", as in the CompactifAI API, and not "nearly greedy": that is `temperature=0`.
-
-        Returns:
-            Completion; with `stream=True` a Stream of its pieces.
-
-        Raises:
-            APIError: see `cai_runtime.api.errors`; while streaming, the stream may raise it too. APITimeoutError after
-                `timeout` seconds: of a whole reply from the call to its end, of a stream to each next chunk. The request
-                is then aborted; a model that was loading goes on loading.
-        """
-        return create(completions_endpoint, self._host, params, self._timeout)
-
-
-class AsyncCompletions(_Endpoint):
-    @overload
-    async def create(
-        self, *, stream: Literal[True], **params: Unpack[CompletionParams]
-    ) -> AsyncStream[CompletionChunk]: ...
-    @overload
-    async def create(
-        self, *, stream: Literal[False] | None = None, **params: Unpack[CompletionParams]
-    ) -> Completion: ...
-    @overload
-    async def create(
-        self, *, stream: bool | None, **params: Unpack[CompletionParams]
-    ) -> Completion | AsyncStream[CompletionChunk]: ...
-    async def create(self, **params: Any) -> Any:
-        """As `Client.completions.create`, not blocking the event loop; with `stream=True` an AsyncStream."""
-        return await acreate(completions_endpoint, self._host, params, self._timeout)
-
-
-class Embeddings(_Endpoint):
-    def create(self, **params: Unpack[EmbeddingParams]) -> EmbeddingReply:
-        """The embeddings of texts. The parameters are those of EmbeddingParams.
-
-        Returns:
-            CreateEmbeddingResponse, one entry for each input, in their order.
-
-        Raises:
-            APIError: see `cai_runtime.api.errors`. BadRequestError where the model's files name no pooling.
-                APITimeoutError after `timeout` seconds; the request is then aborted.
-        """
-        reply: EmbeddingReply = create(embeddings_endpoint, self._host, params, self._timeout)
-        return reply
-
-
-class AsyncEmbeddings(_Endpoint):
-    async def create(self, **params: Unpack[EmbeddingParams]) -> EmbeddingReply:
-        """As `Client.embeddings.create`, not blocking the event loop."""
-        reply: EmbeddingReply = await acreate(embeddings_endpoint, self._host, params, self._timeout)
-        return reply
-
-
-class Models(_Endpoint):
-    def list(self, **options: Unpack[CallOptions]) -> SyncPage[Model]:
-        """The catalogue and the client's own models: `.data`, or iterate."""
-        call_options(options)
-        return SyncPage[Model](data=list_models(self._host), object="list")
-
-    def retrieve(self, model: str, **options: Unpack[CallOptions]) -> Model:
-        """One of them. Raises NotFoundError if there is none of this name."""
-        call_options(options)
-        return retrieve_model(self._host, model)
-
-    def unload(self, model: str) -> bool:
-        """Close a model and give back its memory; running requests fail, and the next use opens it again. False if it
-        was not open. Raises NotFoundError if there is none of this name."""
-        return self._host.unload(model)
-
-
-class AsyncModels(_Endpoint):
-    async def list(self, **options: Unpack[CallOptions]) -> AsyncPage[Model]:
-        """The catalogue and the client's own models: `.data`, or `async for`."""
-        call_options(options)
-        return AsyncPage[Model](data=await asyncio.to_thread(list_models, self._host), object="list")
-
-    async def retrieve(self, model: str, **options: Unpack[CallOptions]) -> Model:
-        """One of them. Raises NotFoundError if there is none of this name."""
-        call_options(options)
-        return await asyncio.to_thread(retrieve_model, self._host, model)
-
-    async def unload(self, model: str) -> bool:
-        """As `Client.models.unload`."""
-        return await asyncio.to_thread(self._host.unload, model)

@@ -21,7 +21,6 @@ from pydantic import Field, SkipValidation, TypeAdapter, with_config
 
 from cai_runtime.api.errors import as_api_errors
 from cai_runtime.api.generation import Generation
-from cai_runtime.api.host import OpenModel
 from cai_runtime.api.logprobs import (
     MAX_CHAT_TOP,
     EventLogprobs,
@@ -31,6 +30,7 @@ from cai_runtime.api.logprobs import (
     chat_logprobs,
 )
 from cai_runtime.api.media import with_media
+from cai_runtime.api.open_model import OpenModel
 from cai_runtime.api.params import (
     STRICT,
     UNSUPPORTED,

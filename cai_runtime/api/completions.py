@@ -12,7 +12,6 @@ from pydantic import Field, TypeAdapter, with_config
 
 from cai_runtime.api.errors import BadRequestError, as_api_errors
 from cai_runtime.api.generation import Generation
-from cai_runtime.api.host import OpenModel
 from cai_runtime.api.logprobs import (
     MAX_COMPLETION_TOP,
     CompletionLogprobs,
@@ -22,6 +21,7 @@ from cai_runtime.api.logprobs import (
     joined,
     mean_logprob,
 )
+from cai_runtime.api.open_model import OpenModel
 from cai_runtime.api.params import (
     MAX_CHOICES,
     STRICT,

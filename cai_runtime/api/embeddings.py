@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 
 from cai_runtime.api.errors import BadRequestError, as_api_errors
 from cai_runtime.api.generation import Generation
-from cai_runtime.api.host import OpenModel
+from cai_runtime.api.open_model import OpenModel
 from cai_runtime.api.params import STRICT, validated
 from cai_runtime.api.usage import ReplyHead
 from cai_runtime.api.values import Ignored, ModelName, Prompts, Seconds, Whole

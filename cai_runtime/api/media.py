@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cai_runtime.api.errors import BadRequestError, as_api_errors
-from cai_runtime.api.host import OpenModel
+from cai_runtime.api.open_model import OpenModel
 from cai_runtime.formats.conversation import Conversation
 from cai_runtime.formats.media import Media, RemoteMedia, lacking
 

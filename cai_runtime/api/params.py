@@ -36,7 +36,7 @@ from cai_runtime.scalars import shown
 from cai_runtime.slim.generation_defaults import PENALTY_MAX, PENALTY_MIN
 
 if TYPE_CHECKING:
-    from cai_runtime.api.host import OpenModel
+    from cai_runtime.api.open_model import OpenModel
 
 MAX_CHOICES = 128  # OpenAI's limit on n
 SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1

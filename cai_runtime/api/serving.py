@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 from cai_runtime.api.errors import InternalServerError
 from cai_runtime.api.generation import AsyncStream, Generation, Running, Stream
-from cai_runtime.api.host import ModelHost, OpenModel, ResolvedModel
+from cai_runtime.api.host import ModelHost, ResolvedModel
 from cai_runtime.api.models import require_text
+from cai_runtime.api.open_model import OpenModel
 from cai_runtime.api.timeouts import timed_out
 
 Submit = Callable[[Generation[Any, Any], Any], Awaitable[Running[Any, Any]]]

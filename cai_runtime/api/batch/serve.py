@@ -12,7 +12,8 @@ from cai_runtime.api import chat, completions, embeddings
 from cai_runtime.api.batch.lines import BatchRequest, BatchResult, answered
 from cai_runtime.api.errors import APIError, BadRequestError, RateLimitError, api_error
 from cai_runtime.api.generation import Generation, Running
-from cai_runtime.api.host import ModelHost, OpenModel
+from cai_runtime.api.host import ModelHost
+from cai_runtime.api.open_model import OpenModel
 from cai_runtime.api.responses import ResponsesEndpoint
 from cai_runtime.api.responses.store import ResponseStore
 from cai_runtime.api.serving import Endpoint, acreate

@@ -13,8 +13,8 @@ from openai.types.shared import Reasoning as ReasoningEcho
 
 from cai_runtime.api.chat import prepare_conversation
 from cai_runtime.api.errors import BadRequestError, as_api_errors, missing
-from cai_runtime.api.host import OpenModel
 from cai_runtime.api.media import with_media
+from cai_runtime.api.open_model import OpenModel
 from cai_runtime.api.params import sampling_params, without_iterators
 from cai_runtime.api.responses.events import ResponseMachine
 from cai_runtime.api.responses.items import Item, check_calls, new_id, parse_input

@@ -18,6 +18,7 @@ from cai_runtime.api.errors import invalid
 from cai_runtime.api.generation import AsyncStream, Stream
 from cai_runtime.api.helpers import ResponseCall
 from cai_runtime.api.host import ModelHost
+from cai_runtime.api.methods.endpoint import Methods
 from cai_runtime.api.params import CallOptions, call_options
 from cai_runtime.api.responses import ResponsesEndpoint
 from cai_runtime.api.responses.params import ResponseParams, included, refused
@@ -34,10 +35,9 @@ _ITEM: TypeAdapter[ResponseItem] = TypeAdapter(ResponseItem)
 _NOT_KEPT = "the events of stored responses are not kept; stream when you create them"
 
 
-class _Responses:
+class _Responses(Methods):
     def __init__(self, host: ModelHost, timeout: float | None, store: ResponseStore):
-        self._host = host
-        self._timeout = timeout
+        super().__init__(host, timeout)
         self._store = store
         self._endpoint = ResponsesEndpoint(store)
 

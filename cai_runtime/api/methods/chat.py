@@ -13,7 +13,7 @@ from cai_runtime.api import chat as endpoint
 from cai_runtime.api.chat import ChatOptions, ChatParams
 from cai_runtime.api.generation import AsyncStream, Stream
 from cai_runtime.api.helpers import ChatCall
-from cai_runtime.api.host import ModelHost
+from cai_runtime.api.methods.endpoint import Methods
 from cai_runtime.api.serving import acreate, create
 
 if TYPE_CHECKING:
@@ -21,13 +21,7 @@ if TYPE_CHECKING:
     from openai.lib.streaming.chat import AsyncChatCompletionStreamManager, ChatCompletionStreamManager
 
 
-class _Endpoint:
-    def __init__(self, host: ModelHost, timeout: float | None = None):
-        self._host = host
-        self._timeout = timeout  # of requests that name none
-
-
-class Chat(_Endpoint):
+class Chat(Methods):
     """`client.chat`."""
 
     @cached_property
@@ -35,7 +29,7 @@ class Chat(_Endpoint):
         return ChatCompletions(self._host, self._timeout)
 
 
-class AsyncChat(_Endpoint):
+class AsyncChat(Methods):
     """`client.chat` of an AsyncClient."""
 
     @cached_property
@@ -43,7 +37,7 @@ class AsyncChat(_Endpoint):
         return AsyncChatCompletions(self._host, self._timeout)
 
 
-class ChatCompletions(_Endpoint):
+class ChatCompletions(Methods):
     """`client.chat.completions`."""
 
     @overload
@@ -112,7 +106,7 @@ class ChatCompletions(_Endpoint):
         return call.manager(partial(create, call, self._host, call.params, self._timeout))
 
 
-class AsyncChatCompletions(_Endpoint):
+class AsyncChatCompletions(Methods):
     """`client.chat.completions` of an AsyncClient."""
 
     @overload
