@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
-from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, Literal
 
 from cai_runtime.formats.history import CallForm, ContentForm, TurnForm, declared, turns_of
@@ -125,7 +124,8 @@ class TemplateForms:
             self._text([*start, *messages], self.turns, declared([tool], whole=True)) or ""
             for messages in ([_HELLO], [_HELLO, _calling("find"), _result("find")])
         )
-        at = len(commonprefix((prompt, whole)))
+        pairs = enumerate(zip(prompt, whole, strict=False))
+        at = next((i for i, (one, other) in pairs if one != other), min(len(prompt), len(whole)))
         opened = max(prompt.rfind(char, 0, at) for char in "<[")
         if opened > max(prompt.rfind(char, 0, at) for char in ">]"):
             at = opened  # both begin a marker here, and not the same
@@ -199,8 +199,8 @@ class TemplateForms:
             return False
         if form.arguments == "text" and '{"turnip' not in text:  # JSON in JSON
             return False
-        words = ((name, _result(name).text, _NUMBER, *list(_arguments(name).items())[0]) for name in names)
-        return all(word in text for found in words for word in found)
+        words = [word for name in names for word in (name, f"turnip_{name}", f"radish_{name}", _result(name).text)]
+        return all(word in text for word in (*words, _NUMBER))
 
     @cached_property
     def _declares(self) -> Literal["alone", "system"] | None:
@@ -213,9 +213,7 @@ class TemplateForms:
         return "system" if self.system and self._shows_tools("") else None
 
     def _shows_tools(self, system: str | None) -> bool:
-        return any(
-            self._declaration(described=True, whole=whole, system=system) is not None for whole in (False, True)
-        )
+        return any(self._declaration(described=True, whole=whole, system=system) is not None for whole in (False, True))
 
     def _declaration(self, *, described: bool, whole: bool, system: str | None = None) -> str | None:
         """The text of a conversation with a tool; None if the template fails or does not show it. system: a message of
