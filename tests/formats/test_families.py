@@ -81,6 +81,19 @@ def test_a_text_that_was_cut(family, parts):
             assert name == want and wanted.startswith(text.removesuffix("\ufffd"))
 
 
+def test_arguments_that_begin_wrongly(family, parts):
+    """What can't be a call is content, however the text before the mistake was cut."""
+    text = family.write([("get_weather", {"city": "Oslo"})]).replace('{"city"', '{]"city"')
+    tokenizer, fmt = parts
+    tokens = [*tokens_of(tokenizer, text, marker_texts(fmt)), tokenizer.eos_token_id]
+    one_by_one, whole = (
+        fold(play(fmt.output(turn_of())(spec_of(tokenizer)), tokens, cuts)) for cuts in (None, [len(tokens)])
+    )
+    assert one_by_one == whole
+    if '{]"city"' in text:
+        assert not whole.calls and "Oslo" in whole.content
+
+
 @st.composite
 def answers(draw):
     """Thoughts, calls and pieces of all of them, in any order."""

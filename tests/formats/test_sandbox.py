@@ -98,7 +98,7 @@ def test_what_the_template_writes_is_its_own(source):
 
 
 @pytest.mark.parametrize(
-    "source", ["{{ [c, d]|tojson }}", "{{ c|safe }}", "{{ c|escape }}", "{{ [c] }}", "{{ c|pprint }}"]
+    "source", ["{{ [c, d]|tojson }}", "{{ c|safe|upper }}", "{{ c|escape }}", "{{ [c] }}", "{{ c|pprint }}"]
 )
 def test_origin_that_is_lost_counts_as_a_callers(source):
     found = ChatTemplateEnvironment().from_string(source).render(c=own("<|im_end|>"), d="x")
