@@ -14,13 +14,16 @@ from cai_runtime.formats.tools import parse_tools
 
 pytestmark = pytest.mark.slow
 
-# Templates of hub models: version of their tokenizer -> those of the requests that they write as mistral-common does.
+# Of hub models: (version of the tokenizer, the requests that the model's template writes as mistral-common does). The
+# others it writes in its own way, which is transformers': without a system message it has one of its own, for instance.
 TEMPLATES = {
-    "mistralai-Mistral-Nemo-Instruct-2407": ("v3", 5),
-    "Mistral-Small-3.2-24B-Instruct-2506": ("v11", 5),
-    "mistralai-Devstral-2-123B-Instruct-2512": ("v13", 5),
-    "mistralai-Ministral-3-8B-Instruct-2512": ("v13", 5),
+    "mistralai-Mistral-Nemo-Instruct-2407": ("v3", {0, 1, 7, 8, 14}),
+    "Mistral-Small-3.2-24B-Instruct-2506": ("v11", {0, 1, 2, 4, 6}),
+    "mistralai-Devstral-2-123B-Instruct-2512": ("v13", set(range(7))),
+    "mistralai-Ministral-3-8B-Instruct-2512": ("v13", set(range(7))),
 }
+# Results that are JSON: up to version 3 the encoder parses them, which a template can't.
+UNLIKE = {("v3", 14)}
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +42,17 @@ def test_templates_of_mistral_common(oracle, version):
     directory, tokenizer, ids = oracle
     tokenizer.chat_template = (directory / f"{version}.jinja").read_text()
     compared = 0
-    for request, want in zip(REQUESTS, ids[version], strict=True):
-        if want is not None:
-            assert ours(tokenizer, request) == want
+    for number, (request, want) in enumerate(zip(REQUESTS, ids[version], strict=True)):
+        if want is not None and (version, number) not in UNLIKE:
+            assert ours(tokenizer, request) == want, number
             compared += 1
-    assert compared >= 6
+    assert compared >= 12
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_templates_of_the_models(oracle, name):
     _, tokenizer, ids = oracle
-    version, number = TEMPLATES[name]
+    version, expected = TEMPLATES[name]
     tokenizer.chat_template = (hub_templates() / f"{name}.jinja").read_text()
-    equal = [ours(tokenizer, request) == want for request, want in zip(REQUESTS, ids[version], strict=True)]
-    assert sum(equal) >= number, equal
+    pairs = enumerate(zip(REQUESTS, ids[version], strict=True))
+    assert {number for number, (request, want) in pairs if ours(tokenizer, request) == want} == expected

@@ -8,7 +8,7 @@ import pytest
 from published import hub_templates, mistral_oracle, npm_tokenizer, response_templates, trl_templates
 from tool_conversations import CLOCK, TOOL_CONVERSATIONS, as_openai, as_taken
 from tool_conversations import WEATHER as TOWN_WEATHER
-from transcripts import ASKED, TIME, WEATHER, fold, play, spec_of, spelled, tokens_of, turn_of
+from transcripts import ASKED, TIME, WEATHER, fold, play, spec_of, tokens_of, turn_of
 
 from cai_runtime.engine.tokenizer import load_tokenizer
 from cai_runtime.formats.conversation import Conversation
@@ -102,7 +102,9 @@ def takes(case):
 def written(case, calls, content=None, reasoning=None):
     """(the prompt's text, what the template writes of an assistant's turn after it)"""
     _, tokenizer, _, _ = case
-    given = tuple(Call(f"abcdefgh{i}", name, json.dumps(args, ensure_ascii=False)) for i, (name, args) in enumerate(calls))
+    given = tuple(
+        Call(f"abcdefgh{i}", name, json.dumps(args, ensure_ascii=False)) for i, (name, args) in enumerate(calls)
+    )
     messages = [*ASKED, Message("assistant", content, calls=given, reasoning=reasoning)]
     asked, turn = json.loads(json.dumps(turns_of(messages, takes(case))))
     options = {"tools": declared([WEATHER, TIME], whole=True), "tokenize": False}
@@ -122,25 +124,7 @@ def written(case, calls, content=None, reasoning=None):
 
 def tokenized(case, answer, by_character=False):
     _, tokenizer, _, _ = case
-    markers = [str(token) for token in tokenizer.added_tokens_decoder.values()]
-    if not by_character:
-        return tokens_of(tokenizer, answer, markers)
-    return [
-        token
-        for piece in split_at(answer, markers)
-        for token in (
-            [tokenizer.convert_tokens_to_ids(piece)]
-            if piece in markers
-            else [token for char in piece for token in spelled(tokenizer, char)]
-        )
-    ]
-
-
-def split_at(text, markers):
-    """The text between markers, and the markers."""
-    import re
-
-    return [piece for piece in re.split(f"({'|'.join(map(re.escape, sorted(markers, key=len, reverse=True)))})", text) if piece]
+    return tokens_of(tokenizer, answer, [str(token) for token in tokenizer.added_tokens_decoder.values()], by_character)
 
 
 def read(case, prompt, tokens, cuts=None, *, ends=True):
@@ -207,7 +191,7 @@ def test_content_and_a_thought_are_read_back(case):
 
 
 def test_text_around_calls(case):
-    name, _, found, _ = case
+    _, _, found, _ = case
     if found.name == "harmony":
         pytest.skip("a call ends the answer")
     prompt, answer = written(case, groups(case)[0], "Let me see.")
@@ -240,7 +224,7 @@ def test_damaged_answers_are_read_the_same_however_they_are_cut(case):
 
 def test_tools_have_transformers_ids(case):
     """Of honest text."""
-    name, tokenizer, _, _ = case
+    _, tokenizer, _, _ = case
     forms, compared = chat_template(tokenizer, for_tools=True).forms, 0
     for messages in TOOL_CONVERSATIONS:
         turns = as_taken(messages, forms)

@@ -8,7 +8,10 @@ WEATHER = {
     "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
 }
 TOOLS = [{"type": "function", "function": WEATHER}]
-SYSTEM, USER = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Wie ist das Wetter in Ålesund? 🙂"}
+SYSTEM, USER = (
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "Wie ist das Wetter in Ålesund? 🙂"},
+)
 
 
 def calling(*cities, content=None):
@@ -36,4 +39,8 @@ _REQUESTS = [
     {"messages": [SYSTEM, {"role": "user", "content": FORGED}, calling(FORGED), result(0, FORGED)], "tools": TOOLS},
 ]  # fmt: skip
 # With and without a system message: models' own templates have one of theirs, or put it into another place.
-REQUESTS = [*_REQUESTS, *({**request, "messages": request["messages"][1:]} for request in _REQUESTS)]
+REQUESTS = [
+    *_REQUESTS,
+    *({**request, "messages": request["messages"][1:]} for request in _REQUESTS),
+    {"messages": [USER, calling("Oslo"), result(0, '{"t": -3}')], "tools": TOOLS},
+]

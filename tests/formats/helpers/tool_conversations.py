@@ -1,4 +1,4 @@
-"""Conversations with tools, as transformers' `apply_chat_template` takes them. Ids are such that every template takes them."""
+"""Conversations with tools, as transformers' `apply_chat_template` takes them, with ids that every template takes."""
 
 import json
 
