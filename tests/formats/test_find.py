@@ -48,12 +48,23 @@ ELEMENTS = (
     "<tool_call>{{ c.function.name }}{% for k, v in c.function.arguments|items %}<arg_key>{{ k }}</arg_key>"
     "<arg_value>{{ v if v is string else v|tojson }}</arg_value>{% endfor %}</tool_call>"
 )
+QUOTED = (
+    "<|python_start|>[{{ c.function.name }}({% for k, v in c.function.arguments|items %}{{ ', ' if loop.index0 }}"
+    '{{ k }}="{{ v }}"{% endfor %})]<|python_end|>'
+)
 SEPARATED = ELEMENTS.replace("{{ c.function.name }}", "{{ c.function.name }}<tool_sep>")
 
 
 @pytest.mark.parametrize(
     ("call", "name"),
-    [(AS_JSON, "hermes"), (ELEMENTS, "glm"), (FENCED, "generic"), (OTHER_TAGS, "generic"), (SEPARATED, "generic")],
+    [
+        (AS_JSON, "hermes"),
+        (ELEMENTS, "glm"),
+        (QUOTED, "llama4"),
+        (FENCED, "generic"),
+        (OTHER_TAGS, "generic"),
+        (SEPARATED, "generic"),
+    ],
 )
 def test_a_format_reads_what_the_template_writes(make_byte_tokenizer, tmp_path, call, name):
     """A marker in the template's text is not enough."""

@@ -217,8 +217,9 @@ def rendered(tokenizer, messages, tools=()):
     return render_conversation(tokenizer, Conversation(tuple(messages), tuple(tools))).prompt_ids
 
 
-PUBLISHERS = ("mistralai-", "Mistral-", "zai-org-GLM-", "GLM-", "Qwen-Qwen3", "Qwen-Qwen2.5-7B", "meta-llama-", "openai-",
-              "LFM2", "NVIDIA-", "NousResearch-Hermes", "trl-internal-testing", "HuggingFaceTB-SmolLM3")  # fmt: skip
+PUBLISHERS = ("mistralai-", "Mistral-", "zai-org-GLM-", "GLM-", "Qwen-Qwen3-4B", "Qwen-Qwen3-Coder", "Qwen-Qwen3.",
+              "Qwen-Qwen2.5-7B", "meta-llama-", "openai-", "LFM2", "NVIDIA-", "NousResearch-Hermes",
+              "trl-internal-testing", "HuggingFaceTB-SmolLM3")  # fmt: skip
 
 
 @pytest.mark.parametrize("number", range(len(TOOL_CONVERSATIONS)))
@@ -255,5 +256,5 @@ def test_published_templates_render_tools_as_in_transformers(make_byte_tokenizer
                 assert text == want[0], path.stem
                 native.add(path.stem)
                 compared += 1
-    assert compared > 800 and {"qwen2_5", "llama3_1", "gptoss", "nemotron_3_nano", "glm4moe", "qwen3_6"} <= native
+    assert compared > 650 and {"qwen2_5", "llama3_1", "gptoss", "nemotron_3_nano", "glm4moe", "qwen3_6"} <= native
     assert {"mistralai-Mistral-7B-Instruct-v0.3", "Mistral-Small-3.2-24B-Instruct-2506", "zai-org-GLM-5.2"} <= native
