@@ -21,7 +21,8 @@ from cai_runtime.formats.plain import PlainFormat
 from cai_runtime.formats.probes import TemplateForms
 from cai_runtime.formats.program import TemplateProgram
 from cai_runtime.formats.qwen_coder import QwenCoderFormat
-from cai_runtime.formats.template import DEFAULT, FOR_TOOLS, template_of, template_text
+from cai_runtime.formats.sample import reads
+from cai_runtime.formats.template import DEFAULT, FOR_TOOLS, chat_template, template_of, template_text
 from cai_runtime.scalars import shown
 
 # A format, and what its templates write: the first whose text is there.
@@ -43,7 +44,8 @@ def find_format(tokenizer: Any, name: str | None = None) -> Format:
     """The format of a model's conversations.
 
     In this order: the one that is named; the one whose markers `response_template` of tokenizer_config.json holds
-    (transformers' description of answers); the one whose markers the chat template writes; "generic".
+    (transformers' description of answers); the one whose markers the chat template writes, if its parser reads the call
+    that the template writes; "generic".
 
     Args:
         tokenizer: transformers' tokenizer of the checkpoint.
@@ -58,11 +60,32 @@ def find_format(tokenizer: Any, name: str | None = None) -> Format:
         return FORMATS[name](tokenizer)
     described = json.dumps(getattr(tokenizer, "response_template", None) or {}, ensure_ascii=False)
     # In patterns, markers are written with backslashes.
-    for text in (described.replace("\\", ""), template_text(tokenizer).replace('\\"', '"')):
-        for found, signs in _SIGNS:
-            if any(sign in text for sign in signs):
-                return found(tokenizer)
-    return GenericFormat(tokenizer)
+    for kind in _signed(described.replace("\\", "")):
+        return kind(tokenizer)
+    source = template_text(tokenizer)
+    kinds = _signed(source)
+    if not kinds:
+        return GenericFormat(tokenizer)
+    try:
+        forms = chat_template(tokenizer, for_tools=True).forms
+    except ConversationError:  # a chat will say what is wrong with the template
+        return kinds[0](tokenizer)
+    return _reading(kinds, source, forms)(tokenizer)
+
+
+def _signed(text: str) -> list[type[MarkedFormat]]:
+    """The formats whose markers a text holds."""
+    text = text.replace('\\"', '"')
+    return [kind for kind, signs in _SIGNS if any(sign in text for sign in signs)]
+
+
+def _reading(kinds: list[type[MarkedFormat]], source: str, forms: TemplateForms) -> type[MarkedFormat]:
+    """The first that reads the template's calls. A model whose calls none of them reads has the tools as text, unless its
+    answers need a parser in any case."""
+    sample = forms.call_sample
+    if sample is None or kinds[0].always_parsed:
+        return kinds[0]
+    return next((kind for kind in kinds if reads(kind, source, sample)), GenericFormat)
 
 
 def tools_of(checkpoint: Path) -> Literal["native", "generic"] | None:
@@ -72,14 +95,19 @@ def tools_of(checkpoint: Path) -> Literal["native", "generic"] | None:
     source = sources.get(FOR_TOOLS) or sources.get(DEFAULT) or next(iter(sources.values()), None)
     if not source:
         return None
-    text = "\n".join(map(str, sources.values()))
-    known = any(sign in text for _, signs in _SIGNS for sign in signs)
-    return _probed(source, tuple(sorted(special_tokens.items()))) if known else "generic"
+    return _probed(source, "\n".join(map(str, sources.values())), tuple(sorted(special_tokens.items())))
 
 
 @lru_cache(maxsize=64)
-def _probed(source: str, special_tokens: tuple[tuple[str, str], ...]) -> Literal["native", "generic"] | None:
+def _probed(
+    source: str, sources: str, special_tokens: tuple[tuple[str, str], ...]
+) -> Literal["native", "generic"] | None:
+    """source: the chat template for tools. sources: all of them."""
+    kinds = _signed(sources)
+    if not kinds:
+        return "generic"
     try:
-        return TemplateForms(TemplateProgram(source, DEFAULT, dict(special_tokens))).tools
+        forms = TemplateForms(TemplateProgram(source, DEFAULT, dict(special_tokens)))
     except ConversationError:  # no template; a chat will say what is wrong with it
         return None
+    return "generic" if _reading(kinds, sources, forms) is GenericFormat else forms.tools

@@ -10,6 +10,7 @@ A string is written as it is, everything else as JSON: its type is that of the f
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
 from cai_runtime.formats.conversation import Tool
@@ -24,6 +25,7 @@ from cai_runtime.formats.parsing.typed import Members
 KEY, END_KEY, VALUE, END_VALUE = "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"
 END = "</tool_call>"
 NEWLINE = literal("\n")
+_NAME = re.compile(r"[\w.-]{1,256}")
 
 
 class GlmFormat(MarkedFormat):
@@ -38,7 +40,7 @@ class GlmFormat(MarkedFormat):
             return
         name, marker = yield from stream.captured(KEY, END)
         name = name.strip()
-        if not name or any(char.isspace() for char in name):
+        if not _NAME.fullmatch(name):
             raise Malformed("no name of a function")
         members = Members(stream, name, turn.tools.get(name))
         while marker == KEY:

@@ -1,9 +1,11 @@
 """Llama 4's calls: a Python list of calls with keyword arguments, as the whole answer or between markers.
 
     [get_weather(city="Oslo", days=3), get_time()]
+    <|python_start|>Let me see.<|python_end|>{"name": "get_time", "parameters": {}}
 
 A list without markers holds calls only where it names functions of the request. JSON objects, as Llama 3 writes them, are
-read too. LFM 2 writes the same between markers of its own.
+read too: Llama 4's own chat template writes them after the markers, and content between. LFM 2 writes lists between markers
+of its own.
 """
 
 from __future__ import annotations
@@ -16,14 +18,17 @@ from cai_runtime.formats.llama3 import Llama3Format
 from cai_runtime.formats.marked import Turn
 from cai_runtime.formats.parsing.grammar import Rules, enforced, literal
 from cai_runtime.formats.parsing.json_call import json_calls
+from cai_runtime.formats.parsing.malformed import Malformed
 from cai_runtime.formats.parsing.member_rules import keywords, members_of
 from cai_runtime.formats.parsing.python_call import ARGUMENT_NAME, python_calls
 from cai_runtime.formats.parsing.stream import Parsing, Stream
 
+PYTHON_START = "<|python_start|>"
+
 
 class Llama4Format(Llama3Format):
     name = "llama4"
-    openers: tuple[str, ...] = ("<|python_start|>", "<|python_tag|>")
+    openers: tuple[str, ...] = (PYTHON_START, "<|python_tag|>")
     closers: ClassVar[tuple[str, ...]] = ("<|python_end|>",)
 
     def bare_calls(self, turn: Turn, stream: Stream) -> Parsing[None]:
@@ -31,6 +36,11 @@ class Llama4Format(Llama3Format):
             yield from stream.calls("", self._calls(turn, stream), ())
 
     def call(self, turn: Turn, stream: Stream, opener: str) -> Parsing[None]:
+        if opener == PYTHON_START and (yield from stream.peek()) not in ("[", "{"):
+            text, _ = yield from stream.captured(*self.closers)
+            if (yield from stream.peek()) != "{":
+                raise Malformed("code")
+            stream.content_before(text)
         yield from self._calls(turn, stream)
 
     def _calls(self, turn: Turn, stream: Stream) -> Parsing[None]:

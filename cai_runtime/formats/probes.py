@@ -5,15 +5,19 @@ A template is probed once. What concerns tools and thoughts is asked when a requ
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cai_runtime.formats.history import CallForm, ContentForm, TurnForm, declared, turns_of
 from cai_runtime.formats.messages import ROLES, Call, Message
 from cai_runtime.formats.program import TemplateProgram
+
+if TYPE_CHECKING:
+    from cai_runtime.formats.conversation import Tool
 
 EFFORTS = ("none", "low", "medium", "high", "xhigh", "max")
 # Of templates that write whatever level they are given: those of the models known to have such a template.
@@ -23,6 +27,7 @@ EFFORT_VARIABLES = ("reasoning_effort", "reasoning_strength")
 THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
 _WORDS = ("cabbage", "lettuce")  # of contents and declarations; arguments and thoughts have words of their own
 _THOUGHT = "parsnip"
+_NUMBER = "beets"  # an argument
 _HELLO = Message("user", "Hello")
 _SPOKEN = Message("assistant", "Yes")
 
@@ -42,11 +47,26 @@ class ReasoningForm:
     always: bool = False
 
 
+@dataclass(frozen=True)
+class CallSample:
+    """A call as a template writes it. tool, arguments: the function and what it is called with. prompt: the text before
+    the answer. answer: the text of the answer, and what follows it up to the call's result."""
+
+    tool: Tool
+    arguments: Mapping[str, Any]
+    prompt: str
+    answer: str
+
+
 class TemplateForms:
     """What one template takes. Not for several threads at once."""
 
     def __init__(self, program: TemplateProgram):
         self._program = program
+        hello = turns_of([_HELLO], TurnForm({}))
+        # What it is given for tools where there are none: some templates loop over them unasked.
+        fails = program.attempt(hello) is None and program.attempt(hello, []) is not None
+        self.no_tools: list[Any] | None = [] if fails else None
         self._content: dict[str, ContentForm] = dict.fromkeys(ROLES, "text")
         for role in ("user", "system", "assistant"):  # user turns first: they surround the others
             self._content[role] = self._content_form(role, TurnForm(self._content))
@@ -76,20 +96,50 @@ class TemplateForms:
         put to it as text."""
         return "native" if self._calls and self._declares else "generic"
 
+    @property
+    def tools_need_system(self) -> bool:
+        """Whether it shows tools only in a system message, so that one without text has to be there."""
+        return self._declares == "system"
+
     @cached_property
     def whole_tools(self) -> bool:
         """Whether a tool needs a description and parameters."""
-        return self._declaration(described=False, whole=False) is None
+        system = "" if self.tools_need_system else None
+        return self._declaration(described=False, whole=False, system=system) is None
+
+    @cached_property
+    def call_sample(self) -> CallSample | None:
+        """A call as it writes it; None if it takes no calls."""
+        if self.tools == "generic":
+            return None
+        from cai_runtime.formats.conversation import Tool
+
+        properties = {
+            key: {"type": "string" if isinstance(value, str) else "integer", "description": key}
+            for key, value in _arguments("find").items()
+        }
+        tool = Tool("find", "Finds it.", {"type": "object", "properties": properties})
+        start = [Message("system", "")] if self.tools_need_system else []
+        prompt, whole = (
+            self._text([*start, *messages], self.turns, declared([tool], whole=True)) or ""
+            for messages in ([_HELLO], [_HELLO, _calling("find"), _result("find")])
+        )
+        pairs = enumerate(zip(prompt, whole, strict=False))
+        at = next((i for i, (one, other) in pairs if one != other), min(len(prompt), len(whole)))
+        opened = max(prompt.rfind(char, 0, at) for char in "<[")
+        if opened > max(prompt.rfind(char, 0, at) for char in ">]"):
+            at = opened  # both begin a marker here, and not the same
+        return CallSample(tool, _arguments("find"), prompt[:at], whole[at:].partition(_result("find").text)[0])
 
     @cached_property
     def reasoning(self) -> ReasoningForm:
         """What variables it has for the thought."""
         turns = turns_of([_HELLO], self.turns)
-        plain = self._program.attempt(turns)
+        plain = self._attempt(turns)
         switch = next((name for name in SWITCHES if self._switches(name)), None)
         effort = next((name for name in EFFORT_VARIABLES if name in self._program.reads), None)
         levels = self._levels(effort) if effort else ()
-        by_default = switch is not None and plain == self._program.attempt(turns, **{switch: True})
+        by_default = switch is not None and plain == self._attempt(turns, **{switch: True})
         opened = any(marker in (plain or "")[-40:] for marker in ("<think>", "[THINK]"))
         always = switch is None and bool(levels or self.turns.reasoning or opened)
         if switch is not None:
@@ -97,7 +147,10 @@ class TemplateForms:
         return ReasoningForm(switch, by_default, effort, levels, always)
 
     def _text(self, messages: Sequence[Message], form: TurnForm, tools: Any = None) -> str | None:
-        return self._program.attempt(turns_of(messages, form), tools)
+        return self._attempt(turns_of(messages, form), tools)
+
+    def _attempt(self, turns: Sequence[Mapping[str, Any]], tools: Any = None, **variables: Any) -> str | None:
+        return self._program.attempt(turns, self.no_tools if tools is None else tools, **variables)
 
     def _content_form(self, role: str, form: TurnForm) -> ContentForm:
         """Which kind of content it takes for a role."""
@@ -128,7 +181,7 @@ class TemplateForms:
         """How it takes calls and their results; None if it does not show them."""
         for ids, arguments, absent in product(("any", "short"), ("mapping", "text"), (False, True)):
             form = CallForm(arguments, ids, parallel=True, absent=absent)  # type: ignore[arg-type]
-            if self._shows_calls(("find",), form):
+            if self._shows_calls(("find",), form) and (ids == "short" or self._shows_calls(("f",), form)):
                 # Of one call alone: a template may take the first of several, in silence.
                 parallel = self._shows_calls(("find", "look"), form)
                 form = replace(form, parallel=parallel)
@@ -146,22 +199,30 @@ class TemplateForms:
             return False
         if form.arguments == "text" and '{"turnip' not in text:  # JSON in JSON
             return False
-        return all(word in text for name in names for word in (name, f"turnip_{name}", f"radish_{name}", f"{name} did"))
+        words = [word for name in names for word in (name, f"turnip_{name}", f"radish_{name}", _result(name).text)]
+        return all(word in text for word in (*words, _NUMBER))
 
     @cached_property
-    def _declares(self) -> bool:
-        return any(
-            self._declaration(described=True, whole=whole, system=system) is not None
-            for whole, system in product((False, True), (False, True))
-        )
+    def _declares(self) -> Literal["alone", "system"] | None:
+        """Where it shows tools: "alone", in every conversation; "system", in those with a system message, be it without
+        text. None: it does not, or loses them where there is one."""
+        if self.system and not self._shows_tools("Be kind."):
+            return None
+        if self._shows_tools(None):
+            return "alone"
+        return "system" if self.system and self._shows_tools("") else None
 
-    def _declaration(self, *, described: bool, whole: bool, system: bool = False) -> str | None:
-        """The text of a conversation with a tool; None if the template fails or does not show it."""
+    def _shows_tools(self, system: str | None) -> bool:
+        return any(self._declaration(described=True, whole=whole, system=system) is not None for whole in (False, True))
+
+    def _declaration(self, *, described: bool, whole: bool, system: str | None = None) -> str | None:
+        """The text of a conversation with a tool; None if the template fails or does not show it. system: a message of
+        the system that is there."""
         from cai_runtime.formats.conversation import Tool
 
         parameters = {"type": "object", "properties": {_WORDS[1]: {"type": "string", "description": "of a garden"}}}
         tool = Tool("find_it", _WORDS[0], parameters) if described else Tool("find_it")
-        messages = [Message("system", "Be kind."), _HELLO] if system else [_HELLO]
+        messages = [_HELLO] if system is None else [Message("system", system), _HELLO]
         text = self._text(messages, TurnForm(self._content), declared([tool], whole=whole))
         words = ("find_it", *_WORDS) if described else ("find_it",)
         return text if text is not None and all(word in text for word in words) else None
@@ -181,24 +242,29 @@ class TemplateForms:
         if name not in self._program.reads:
             return False
         turns = turns_of([_HELLO], self.turns)
-        on, off = (self._program.attempt(turns, **{name: value}) for value in (True, False))
+        on, off = (self._attempt(turns, **{name: value}) for value in (True, False))
         return on is not None and off is not None and on != off
 
     def _levels(self, name: str) -> tuple[str, ...]:
         turns = turns_of([_HELLO], self.turns)
-        unknown = self._program.attempt(turns, **{name: _WORDS[0]})
+        unknown = self._attempt(turns, **{name: _WORDS[0]})
         if unknown is not None and _WORDS[0] in unknown:
             return PLAIN_EFFORTS
-        found = {level: self._program.attempt(turns, **{name: level}) for level in EFFORTS}
+        found = {level: self._attempt(turns, **{name: level}) for level in EFFORTS}
         return tuple(level for level, text in found.items() if text is not None and text != unknown)
 
 
 def _id(name: str) -> str:
-    return f"call_{name:_<24}"  # as long as OpenAI's are
+    """As long as OpenAI's are; of a name of one letter, short."""
+    return f"call_{name:_<24}" if len(name) > 1 else name
+
+
+def _arguments(name: str) -> dict[str, Any]:
+    return {f"turnip_{name}": f"radish_{name}", _NUMBER: 7}
 
 
 def _call(name: str) -> Call:
-    return Call(_id(name), name, f'{{"turnip_{name}": "radish_{name}"}}')
+    return Call(_id(name), name, json.dumps(_arguments(name)))
 
 
 def _calling(*names: str) -> Message:

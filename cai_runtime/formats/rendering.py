@@ -46,7 +46,7 @@ def render_conversation(tokenizer: Any, conversation: Conversation, *, generic_t
     tools = () if conversation.tool_choice == "none" else conversation.tools
     messages = conversation.messages
     has_tools = uses_tools(messages, tools)
-    template = chat_template(tokenizer, conversation.template, for_tools=has_tools)
+    template = chat_template(tokenizer, conversation.template, for_tools=has_tools and not generic_tools)
     asked = conversation.reasoning
     variables = {} if asked == Reasoning() else reasoning_variables(asked, template.forms.reasoning)
     prompt = template.text(messages, tools, variables, generic=generic_tools)

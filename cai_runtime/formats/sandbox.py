@@ -21,7 +21,7 @@ from jinja2.filters import FILTERS
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.utils import Namespace, pass_eval_context
 
-from cai_runtime.formats.traced_text import TracedText, is_own, joined, own, plain
+from cai_runtime.formats.traced_text import TracedMarkup, TracedText, is_own, joined, own, plain
 
 # What compiling or rendering a template can raise: Jinja's errors, and Python's own of compiling and of expressions. No
 # OSError, and no other library's: those are not the template's, but a signal handler's, such as a time limit.
@@ -120,6 +120,7 @@ class ChatTemplateEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
         self.filters["tojson"] = _tojson
         self.filters["join"] = _join
+        self.filters["safe"] = TracedMarkup
         for name in ("indent", "title", "wordwrap"):
             self.filters[name] = _tracing(FILTERS[name])
         self.globals["raise_exception"] = _raise_exception

@@ -86,7 +86,8 @@ def render(tokenizer: Any, messages: Sequence[Message], name: str | None = None)
 def chat_template(tokenizer: Any, name: str | None = None, *, for_tools: bool = False) -> ChatTemplate:
     """The tokenizer's chat template, made at its first use. Arguments and errors as those of `render`.
 
-    for_tools: whether the conversation has tools or calls, for which a checkpoint may have a template of its own.
+    for_tools: whether the conversation has tools or calls, for which a checkpoint may have a template of its own. One that
+    can't take them is passed over for the default one, to which they are put as text.
     """
     stored = getattr(tokenizer, "chat_template", None)
     with _lock:
@@ -94,7 +95,9 @@ def chat_template(tokenizer: Any, name: str | None = None, *, for_tools: bool = 
         if known is None or known[0] != stored:
             known = _made[tokenizer] = (stored, {})
     if name is None and for_tools and isinstance(stored, Mapping) and FOR_TOOLS in stored:
-        name = FOR_TOOLS
+        found = chat_template(tokenizer, FOR_TOOLS)
+        if found.forms.tools == "native" or DEFAULT not in stored:
+            return found
     chosen = _choose(stored, name)
     if chosen not in known[1]:
         sources: Mapping[str, Any] = stored if isinstance(stored, Mapping) else {DEFAULT: stored}
@@ -179,12 +182,14 @@ class ChatTemplate:
         """
         from cai_runtime.formats.sandbox import TEMPLATE_ERRORS
 
-        declarations = None
+        declarations: Sequence[Any] | None = self.forms.no_tools
         if uses_tools(messages, tools):
             if generic or self.forms.tools == "generic":
                 messages = in_words(messages, tools, system=self.forms.system)
             elif tools:
                 declarations = declared(tools, whole=self.forms.whole_tools)
+                if self.forms.tools_need_system and not any(m.role in ("system", "developer") for m in messages):
+                    messages = [Message("system", ""), *messages]
         turns = turns_of(messages, self.forms.turns)
         try:
             return self.program.run(turns, declarations, **(variables or {}))

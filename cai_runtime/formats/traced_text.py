@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, SupportsIndex
 
+from markupsafe import Markup, escape
+
 _OWN = b"\x01"
 _SIMPLE_FIELD = re.compile(r"%(?:\(([^()]*)\))?([sd%])")
 
@@ -183,6 +185,41 @@ class TracedText(str):
         return TracedText(result, self._mask) if len(result) == len(self) else _uniform(result, self)
 
 
+class TracedMarkup(Markup):
+    """The same of Jinja's Markup, which the filter `safe` makes: + escapes for HTML what it is joined with, as in Jinja.
+    Results of other operations count as a caller's."""
+
+    __slots__ = ("_mask",)
+    _mask: bytes
+
+    def __new__(cls, text: Any = "", *args: Any) -> TracedMarkup:
+        found = super().__new__(cls, text, *args)
+        found._mask = mask_of(text) if isinstance(text, str) and not args else bytes(len(found))
+        return found
+
+    def __str__(self) -> str:
+        return TracedText(plain(self), self._mask)
+
+    def __add__(self, other: Any) -> Any:
+        return TracedMarkup(joined((self, _escaped(other)))) if isinstance(other, str) else NotImplemented
+
+    def __radd__(self, other: Any) -> Any:
+        return TracedMarkup(joined((_escaped(other), self))) if isinstance(other, str) else NotImplemented
+
+
+def _escaped(text: str) -> str:
+    """Text as + joins it with Markup."""
+    if hasattr(text, "__html__"):
+        return text
+    mask, pieces = mask_of(text), []
+    for found in re.finditer(r"""[&<>"']|[^&<>"']+""", plain(text)):
+        shown = plain(escape(found[0]))
+        # An entity has the mask of the character that it stands for.
+        own_mask = mask[found.start() : found.end()]
+        pieces.append(TracedText(shown, own_mask if len(shown) == len(own_mask) else own_mask * len(shown)))
+    return joined(pieces)
+
+
 def own(text: str) -> TracedText:
     """Text that the template, or this library, wrote."""
     return TracedText(text, _OWN * len(text))
@@ -209,7 +246,7 @@ def plain(text: str) -> str:
 
 def mask_of(text: str) -> bytes:
     """One byte a character: 1 where the template wrote it. A plain `str` is a caller's."""
-    return text._mask if type(text) is TracedText else bytes(len(text))
+    return text._mask if isinstance(text, (TracedText, TracedMarkup)) else bytes(len(text))
 
 
 def is_own(text: Any) -> bool:

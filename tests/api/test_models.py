@@ -97,7 +97,8 @@ def test_local_models_follow(new_client, checkpoint, model_dir, valid):
 
 NATIVE = (
     "{% for t in tools or [] %}<tools>{{ t|tojson }}</tools>{% endfor %}{% for m in messages %}{{ m.content or '' }}"
-    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }} {{ c.function.arguments|tojson }}{% endfor %}"
+    '{% for c in m.tool_calls or [] %}<tool_call>{"name": "{{ c.function.name }}", "arguments": '
+    "{{ c.function.arguments|tojson }}}</tool_call>{% endfor %}"
     "{% endfor %}"
 )
 

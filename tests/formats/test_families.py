@@ -81,6 +81,39 @@ def test_a_text_that_was_cut(family, parts):
             assert name == want and wanted.startswith(text.removesuffix("\ufffd"))
 
 
+def test_arguments_that_begin_wrongly(family, parts):
+    """What can't be a call is content, however the text before the mistake was cut."""
+    text = family.write([("get_weather", {"city": "Oslo"})]).replace('{"city"', '{]"city"')
+    tokenizer, fmt = parts
+    tokens = [*tokens_of(tokenizer, text, marker_texts(fmt)), tokenizer.eos_token_id]
+    one_by_one, whole = (
+        fold(play(fmt.output(turn_of())(spec_of(tokenizer)), tokens, cuts)) for cuts in (None, [len(tokens)])
+    )
+    assert one_by_one == whole
+    if '{]"city"' in text:
+        assert not whole.calls and "Oslo" in whole.content
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        ('{start}{end}{{"name": "get_time", "parameters": {{}}}}', "", 1),
+        ('{start}I look.{end}{{"name": "get_time", "parameters": {{}}}}{{"name": "get_time"}}', "I look.", 2),
+        ("{start}print(1){end}", "{start}print(1){end}", 0),
+        ('{start}print(1){end} {{"name": "unknown"}}', '{start}print(1){end} {{"name": "unknown"}}', 0),
+        ("{start}print(1)", "{start}print(1)", 0),
+    ],
+)
+def test_calls_after_python_markers(make_byte_tokenizer, text, content, calls):
+    """As Llama 4's own chat template writes them; code between the markers is content."""
+    family = next(one for one in FAMILIES if one.write.__name__ == "python_start")
+    text, content = (given.format(start="<|python_start|>", end="<|python_end|>") for given in (text, content))
+    parts = made(family, make_byte_tokenizer)
+    for cuts in (None, [3] * 99):
+        found = read(parts, text, cuts)
+        assert (found.content, found.calls) == (content, [["get_time", "{}"]] * calls)
+
+
 @st.composite
 def answers(draw):
     """Thoughts, calls and pieces of all of them, in any order."""

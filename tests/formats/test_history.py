@@ -24,6 +24,16 @@ PRINTED_NULL = MAPPED.replace("m.content if m.content is not none else 'NULL'", 
 SHORT_IDS = MAPPED.replace(
     "C:", "{% if c.id|length != 9 %}{{ raise_exception('ids have 9 letters') }}{% endif %}C[{{ c.id }}]:"
 )
+LONG_IDS = SHORT_IDS.replace("!= 9", "< 9")
+IN_SYSTEM = MAPPED.removeprefix(DECLARED).replace(
+    "{{ m.role }}:", "{{ m.role }}:{% if m.role == 'system' %}" + DECLARED + "{% endif %}"
+)
+ALONE = "{% if messages[0].role != 'system' %}" + DECLARED + "{% endif %}" + MAPPED.removeprefix(DECLARED)
+LOOPS = MAPPED.replace("tools or []", "tools")
+STRINGS = MAPPED.replace(
+    "c.function.arguments|tojson",
+    "'{' }}{% for k, v in c.function.arguments|items %}{{ k + '=' + v }}{% endfor %}{{ '}'",
+)
 NO_TOOLS = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + NO_TOOLS
 CALL = Call("call_abcdefghijkl", "look", '{"at": 1.50}')
@@ -83,6 +93,33 @@ def test_ids_of_nine_letters(byte_tokenizer):
     found = told(byte_tokenizer, SHORT_IDS, ASKED, calling(CALL), result(CALL), calling(OTHER), result(OTHER))
     first, second = (part.split("]")[0] for part in found.split("C[")[1:])
     assert len(first) == len(second) == 9 and first != second and first.isalnum()
+
+
+def test_ids_that_may_not_be_short(byte_tokenizer):
+    found = told(byte_tokenizer, LONG_IDS, ASKED, calling(OTHER), result(OTHER))
+    assert len(found.split("C[")[1].split("]")[0]) == 9
+
+
+def test_tools_that_are_shown_in_the_system_message_alone(byte_tokenizer):
+    for messages, text in [((ASKED,), ""), ((Message("system", "Be kind."), ASKED), "Be kind.")]:
+        found = told(byte_tokenizer, IN_SYSTEM, *messages, tools=[Tool("look", "Looks.")])
+        assert found.startswith("system:T:{") and found.endswith(f";{text};user:Hi;")
+    assert told(byte_tokenizer, IN_SYSTEM, ASKED) == "user:Hi;"
+
+
+def test_a_template_that_loops_over_no_tools(byte_tokenizer):
+    assert told(byte_tokenizer, LOOPS, ASKED, tools=[Tool("look")]).startswith('T:{"type": "function"')
+    assert told(byte_tokenizer, LOOPS, ASKED, calling(CALL), result(CALL)) == (
+        'user:Hi;assistant:NULLC:look{"at": 1.5};tool:seen;'
+    )
+
+
+@pytest.mark.parametrize("template", [ALONE, STRINGS])
+def test_templates_that_lose_tools_or_fail_at_arguments_have_them_as_text(byte_tokenizer, template):
+    """Beside a system message; at numbers."""
+    for messages in ((ASKED,), (Message("system", "Be kind."), ASKED)):
+        found = told(byte_tokenizer, template, *messages, calling(CALL), result(CALL), tools=[Tool("look", "Looks.")])
+        assert '{"name": "look", "description": "Looks."' in found and '"arguments": {"at": 1.5}' in found
 
 
 def test_tools_are_declared(byte_tokenizer):
@@ -155,6 +192,12 @@ def test_the_template_for_tools_is_taken(byte_tokenizer):
     ]:
         ids = render_conversation(byte_tokenizer, Conversation(messages, tools)).prompt_ids
         assert byte_tokenizer.decode(ids).startswith(want)
+
+
+def test_a_template_for_tools_that_takes_none_is_passed_over(byte_tokenizer):
+    byte_tokenizer.chat_template = {"default": NO_TOOLS, "tool_use": "X" + NO_TOOLS}
+    found = render_conversation(byte_tokenizer, Conversation((ASKED,), (Tool("look"),)))
+    assert byte_tokenizer.decode(found.prompt_ids).startswith("system:You can call functions.")
 
 
 @pytest.mark.parametrize("field", ["reasoning_content", "thinking", "reasoning"])

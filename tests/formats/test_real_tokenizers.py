@@ -9,7 +9,8 @@ import json
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from published import npm_tokenizer, trl_templates
+from published import hub_templates, npm_tokenizer, trl_templates
+from tool_conversations import CLOCK, TOOL_CONVERSATIONS, WEATHER, as_openai, as_taken
 
 from cai_runtime.engine.tokenizer import load_tokenizer
 from cai_runtime.errors import ConversationError
@@ -212,73 +213,9 @@ def rendered(tokenizer, messages, tools=()):
     return render_conversation(tokenizer, Conversation(tuple(messages), tuple(tools))).prompt_ids
 
 
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "The weather in a town.",
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "city": {"type": "string", "description": "its name"},
-                "unit": {"type": "string", "enum": ["°C", "°F"]},
-                "days": {"type": "array", "items": {"type": "integer"}},
-            },
-            "required": ["city"],
-        },
-    },
-}
-CLOCK = {"type": "function", "function": {"name": "clock", "description": "The time.",
-                                          "parameters": {"type": "object", "properties": {}}}}  # fmt: skip
-
-
-def call(call_id, name, **arguments):
-    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def result(call_id, name, content):
-    return {"role": "tool", "tool_call_id": call_id, "name": name, "content": content}
-
-
-USER = {"role": "user", "content": "Wie ist das Wetter in Ålesund? 🙂"}
-BYE = {"role": "assistant", "content": "Regen."}
-OSLO = call("call_1", "get_weather", city='Ålesund "x"', unit="°C", days=[1, 2])
-TOOL_CONVERSATIONS = [
-    [USER],
-    [{"role": "system", "content": "Be kind."}, USER],
-    [USER, {"role": "assistant", "content": None, "tool_calls": [OSLO]}, result("call_1", "get_weather", '{"t": -3}')],
-    [USER, {"role": "assistant", "content": "", "tool_calls": [OSLO]}, result("call_1", "get_weather", "-3"), BYE, USER],
-    [USER, {"role": "assistant", "content": "I look.", "tool_calls": [OSLO]}, result("call_1", "get_weather", "-3")],
-    [USER, {"role": "assistant", "content": "", "tool_calls": [OSLO, call("call_2", "clock")]},
-     result("call_1", "get_weather", "-3"), result("call_2", "clock", "noon")],
-    [USER, {"role": "assistant", "content": "", "tool_calls": [call("call_2", "clock")], "reasoning_content": "Hm, what?",
-            "thinking": "Hm, what?"}, result("call_2", "clock", "noon")],
-    [{"role": "developer", "content": "Be brief."}, USER,
-     {"role": "assistant", "content": "Ja", "reasoning_content": "Hm"}, USER],
-]  # fmt: skip
-
-
-def as_openai(messages):
-    """The same conversation as OpenAI's API has it: arguments as text, and no fields of templates."""
-    turns = json.loads(json.dumps([{k: v for k, v in turn.items() if k != "thinking"} for turn in messages]))
-    for turn in turns:
-        for one in turn.get("tool_calls", ()):
-            one["function"]["arguments"] = json.dumps(one["function"]["arguments"])
-    return turns
-
-
-def as_taken(messages, forms):
-    """What ours is to equal: the conversation for transformers, mended where the template would lose or spell something
-    wrongly. None if it takes one call at a time, and there are two."""
-    if any(len(turn.get("tool_calls", ())) > 1 for turn in messages) and not forms.turns.calls.parallel:
-        return None
-    turns = json.loads(json.dumps(messages))
-    for turn in turns:
-        if turn["role"] == "developer" and not forms.turns.developer:
-            turn["role"] = "system"
-        if turn["content"] is None and not forms.turns.calls.absent:
-            turn["content"] = ""  # else "None" is written, or the template fails
-    return turns
+PUBLISHERS = ("mistralai-", "Mistral-", "zai-org-GLM-", "GLM-", "Qwen-Qwen3-4B", "Qwen-Qwen3-Coder", "Qwen-Qwen3.",
+              "Qwen-Qwen2.5-7B", "meta-llama-", "openai-", "LFM2", "NVIDIA-", "NousResearch-Hermes",
+              "trl-internal-testing", "HuggingFaceTB-SmolLM3")  # fmt: skip
 
 
 @pytest.mark.parametrize("number", range(len(TOOL_CONVERSATIONS)))
@@ -296,7 +233,8 @@ def test_published_templates_render_tools_as_in_transformers(make_byte_tokenizer
     from transformers.utils.chat_template_utils import render_jinja_template
 
     tokenizer, compared, native = make_byte_tokenizer(), 0, set()
-    for path in sorted(trl_templates().glob("*.jinja")):
+    hub = [path for path in hub_templates().glob("*.jinja") if path.name.startswith(PUBLISHERS)]
+    for path in sorted([*trl_templates().glob("*.jinja"), *hub]):
         source = path.read_text()
         ours = ChatTemplate(tokenizer, source, path.stem)
         for messages in TOOL_CONVERSATIONS:
@@ -314,4 +252,5 @@ def test_published_templates_render_tools_as_in_transformers(make_byte_tokenizer
                 assert text == want[0], path.stem
                 native.add(path.stem)
                 compared += 1
-    assert compared > 250 and {"qwen2_5", "llama3_1", "gptoss", "nemotron_3_nano", "glm4moe", "qwen3_6"} <= native
+    assert compared > 650 and {"qwen2_5", "llama3_1", "gptoss", "nemotron_3_nano", "glm4moe", "qwen3_6"} <= native
+    assert {"mistralai-Mistral-7B-Instruct-v0.3", "Mistral-Small-3.2-24B-Instruct-2506", "zai-org-GLM-5.2"} <= native

@@ -87,7 +87,7 @@ def test_content_is_never_the_templates_own(source):
      "{% set x %}<T>{% endset %}{{ x|trim|upper }}", "{% macro m(a) %}<{{ a }}>{% endmacro %}{{ m(role) }}",
      "{{ '<t>'|upper|indent|title }}", "{{ ('<' ~ role ~ '>').split('u')|join('u') }}", "{{ {'a': '<T>'}['a'] }}",
      "{% set ns = namespace(x='<') %}{% set ns.x = ns.x + role + '>' %}{{ ns.x }}", "{{ role|replace('u', '<U>') }}",
-     "{{ {'a': ['<T>', role]}|tojson }}",
+     "{{ {'a': ['<T>', role]}|tojson }}", "{{ '<T>' + (role|safe) + '</T>' }}{{ role|safe ~ '<T>' }}",
      "{% set marks = {'user': '<U>', 'x': ['<X>']} %}{{ marks[role] }}{{ marks.get('user') }}{{ marks['x']|join }}",
      "{% for mark in [('<A>', {'<k>': '<v>'}), ('<B>',)] %}{{ mark[0] }}{% endfor %}",
      "{{ ['<T>']|map('trim')|join }}{% for key, item in {'<a>': '<b>'}.items() %}{{ key ~ item }}{% endfor %}"],
@@ -98,7 +98,7 @@ def test_what_the_template_writes_is_its_own(source):
 
 
 @pytest.mark.parametrize(
-    "source", ["{{ [c, d]|tojson }}", "{{ c|safe }}", "{{ c|escape }}", "{{ [c] }}", "{{ c|pprint }}"]
+    "source", ["{{ [c, d]|tojson }}", "{{ c|safe|upper }}", "{{ c|escape }}", "{{ [c] }}", "{{ c|pprint }}"]
 )
 def test_origin_that_is_lost_counts_as_a_callers(source):
     found = ChatTemplateEnvironment().from_string(source).render(c=own("<|im_end|>"), d="x")

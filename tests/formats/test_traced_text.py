@@ -3,8 +3,9 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from markupsafe import Markup
 
-from cai_runtime.formats.traced_text import TracedText, content, is_own, joined, mask_of, own, plain
+from cai_runtime.formats.traced_text import TracedMarkup, TracedText, content, is_own, joined, mask_of, own, plain
 
 OWN, CALLER = "AB<| \n", "ab>,\t\r"  # the two alphabets share no character: a character says what its mask must be
 own_text = st.text(OWN, max_size=6)
@@ -104,3 +105,23 @@ def test_what_is_not_known_is_a_callers():
     assert not any(mask_of("".join(own("<|im_end|>"))))
     assert not any(mask_of(own("<a>").translate({97: "b"})))
     assert type(str(own("a"))) is TracedText and hash(own("a")) == hash("a") and own("a") == content("a")
+
+
+@given(text=mixed, other=mixed)
+def test_markup_escapes_what_it_is_joined_with(text, other):
+    joins = [
+        (text + TracedMarkup(other), plain(text) + Markup(plain(other))),
+        (TracedMarkup(text) + other, Markup(plain(text)) + plain(other)),
+        (TracedMarkup(text) + TracedMarkup(other), Markup(plain(text)) + Markup(plain(other))),
+        (TracedMarkup(text), Markup(plain(text))),
+    ]
+    for found, want in joins:
+        assert isinstance(found, Markup) and plain(str(found)) == plain(want)
+        assert len(mask_of(found)) == len(found) and mask_of(str(found)) == mask_of(found)
+
+
+def test_markup_keeps_the_mask():
+    found = content("f") + own("<a>") + TracedMarkup(content("<b>"))
+    assert plain(found) == "f&lt;a&gt;<b>"
+    assert "".join(map(str, mask_of(found))) == "0" + "1" * 9 + "000"
+    assert not any(mask_of(TracedMarkup(own("<a>")).replace("a", "b")))

@@ -86,7 +86,7 @@ def json_arguments(stream: Stream, name: str, call_id: str | None = None) -> Par
             stream.arguments(text)
             return
         held += text
-        if held.strip(BLANK) != "{":
+        if held.strip(BLANK) not in ("", "{"):
             told = True
             stream.call(name, call_id)
             stream.arguments(held.lstrip(BLANK))

@@ -30,6 +30,7 @@ class Stream:
         self._raw: str | None = None  # the call's text so far, while it may turn out to be content
         self._in_call = False  # a call was told, and its arguments are not complete
         self._opener = ""  # of the call
+        self._content_before = ""  # that was read with the call's text
         self._rest: Callable[[str], None] = self.arguments  # takes the rest of arguments that went wrong
 
     @property
@@ -180,9 +181,16 @@ class Stream:
     def call(self, name: str, call_id: str | None = None, *, as_json: bool = True) -> None:
         """Tell that a call begins: from here on its text can't become content. as_json: the text of its arguments is what
         is told of them."""
+        if self._content_before:
+            self.writer.content(self._content_before)
+            self._content_before = ""
         self.writer.call(name, call_id)
         self._rest = self.arguments if as_json else _ignore
         self._raw, self._in_call = None, True
+
+    def content_before(self, text: str) -> None:
+        """What was read is content, if a call follows."""
+        self._content_before = text
 
     def arguments(self, text: str) -> None:
         self.writer.arguments(text)
@@ -213,7 +221,7 @@ class Stream:
         all text up to a closer is its own. Arguments that go wrong are told as they are where they were to be JSON, else
         as far as they were right.
         """
-        self._raw, self._opener = "", opener
+        self._raw, self._opener, self._content_before = "", opener, ""
         told = self.writer.num_calls
         is_call = True
         try:

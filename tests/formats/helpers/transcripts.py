@@ -72,8 +72,9 @@ def fold(events):
     return folded
 
 
-def tokens_of(tokenizer, text, markers):
-    """The text as tokens; the markers that are tokens are those, but where they are spelled with ‹ and › for < and >."""
+def tokens_of(tokenizer, text, markers, by_character=False):
+    """The text as tokens; the markers that are tokens are those, but where they are spelled with ‹ and › for < and >.
+    by_character: no token holds more than a character of the text between."""
     ids = {str(token): token_id for token_id, token in tokenizer.added_tokens_decoder.items()}
     tokens = []
     for piece in re.split(f"({'|'.join(map(re.escape, sorted(markers, key=len, reverse=True)))})", text):
@@ -81,7 +82,8 @@ def tokens_of(tokenizer, text, markers):
             tokens.append(ids[piece])
         elif piece:
             piece = piece.translate({ord("‹"): "<", ord("›"): ">"})
-            tokens += spelled(tokenizer, piece)
+            for part in piece if by_character else [piece]:
+                tokens += spelled(tokenizer, part)
     return tokens
 
 
