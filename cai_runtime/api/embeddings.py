@@ -15,6 +15,7 @@ from typing_extensions import TypedDict
 
 from cai_runtime.api.errors import BadRequestError, as_api_errors
 from cai_runtime.api.generation import Generation
+from cai_runtime.api.host import ResolvedModel
 from cai_runtime.api.open_model import OpenModel
 from cai_runtime.api.params import STRICT, validated
 from cai_runtime.api.usage import ReplyHead
@@ -107,24 +108,24 @@ def parse(params: Mapping[str, Any]) -> EmbeddingRequest:
     return request
 
 
-def prepare(request: EmbeddingRequest, name: str, opened: OpenModel) -> Generation[Any, EmbeddingReply]:
+def prepare(request: EmbeddingRequest, model: ResolvedModel, opened: OpenModel) -> Generation[Any, EmbeddingReply]:
     """Tokenize the inputs.
 
     Raises:
         BadRequestError: the model's files don't say how it makes embeddings, an input names a token that the model does not
             have or does not fit the context, or the model has no such dimensions or prompt.
     """
-    files = _files(name, opened)
+    files = _files(model.name, opened)
     size = _dimensions(request.params.get("dimensions"), files, opened)
     prompt = _prompt(request.params.get("prompt_name"), files)
-    head = ReplyHead.new("embd", name)
+    head = ReplyHead.new("embd", model.name)
     nothing = SamplingParams(max_tokens=0)
     requests = [
         Request(_encode(prompt, given, request.place(i), opened), nothing, f"{head.id}/{i}", pooling=files.pooling)
         for i, given in enumerate(request.inputs)
     ]
     as_text = request.params.get("encoding_format") == "base64"
-    return Generation(requests, EmbeddingFormat(name, size, files.normalize, as_text))
+    return Generation(requests, EmbeddingFormat(model.name, size, files.normalize, as_text))
 
 
 def _files(name: str, opened: OpenModel) -> EmbeddingFiles:

@@ -6,11 +6,13 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from cai_runtime.api.responses.items import Item
 from cai_runtime.errors import ConversationError
 from cai_runtime.formats.messages import Message, parse_messages
+
+T = TypeVar("T")
 
 
 class Turns:
@@ -128,26 +130,31 @@ def droppable(messages: Sequence[Message]) -> list[set[int]]:
     return [unit for unit in [*units, *rounds[:-1]] if unit]
 
 
-def fitted(messages: Sequence[Message], fits: Callable[[Sequence[Message]], bool]) -> tuple[Message, ...] | None:
-    """The messages, without the fewest of the oldest turns that have to go. None: even the least does not fit."""
+def longest(messages: Sequence[Message], attempt: Callable[[Sequence[Message]], T | None]) -> T | None:
+    """What `attempt` makes of the messages without the fewest of the oldest turns that have to go. None: it takes not even
+    the least.
+
+    attempt: None where the messages don't fit. It is called for a few of the possible beginnings, found by halves.
+    """
     units = droppable(messages)
 
-    def without(count: int) -> tuple[Message, ...]:
+    def without(count: int) -> T | None:
         gone = set().union(*units[:count])
-        return tuple(message for i, message in enumerate(messages) if i not in gone)
+        return attempt([message for i, message in enumerate(messages) if i not in gone])
 
-    if fits(without(0)):
-        return without(0)
-    low, high = 0, len(units)  # without(low) does not fit
-    if not units or not fits(without(high)):
-        return None
-    while high - low > 1:
+    found = without(0)
+    if found is not None or not units:
+        return found
+    found = without(len(units))
+    low, high = 0, len(units)  # of units left out: `low` are too few, and `found` is of `high`
+    while found is not None and high - low > 1:
         middle = (low + high) // 2
-        if fits(without(middle)):
-            high = middle
-        else:
+        fits = without(middle)
+        if fits is None:
             low = middle
-    return without(high)
+        else:
+            high, found = middle, fits
+    return found
 
 
 def _chat_part(part: Item) -> dict[str, Any]:
