@@ -41,7 +41,7 @@ def rendered(conversation: Conversation, model: ResolvedModel, opened: OpenModel
             if not (by_default and error.param == "reasoning_enabled"):
                 raise
             message = f"The model {shown(model.name)} asks for reasoning by default, which it can't do: {error}"
-            raise ConversationError(message, param="model", capability=error.capability) from error
+            raise ConversationError(message, param="model", code=error.code) from error
 
 
 def mask_of(prepared: Prepared, opened: OpenModel, grammar_param: str) -> MaskFactory | None:

@@ -157,7 +157,7 @@ def _parse_message(message: Any, place: str) -> Message:
     fields = _as_mapping(message, place, "role and content")
     given = fields.pop("role", None)
     if given is None:
-        raise ConversationError(f"Missing required parameter: '{place}.role'.", param=f"{place}.role")
+        raise ConversationError.missing(f"{place}.role")
     # An array compares element by element, a subclass of str as it likes.
     role = str.__str__(given) if isinstance(given, str) else None
     if role == "function":
@@ -174,7 +174,7 @@ def _parse_message(message: Any, place: str) -> Message:
         if key == "function_call":
             raise ConversationError(f"'{place}.function_call' {_DEPRECATED}", param=f"{place}.function_call")
         if key not in _UNSERVED_FIELDS:
-            raise ConversationError(f"Unknown parameter: '{place}.{key}'.", param=f"{place}.{key}")
+            raise ConversationError.unknown(f"{place}.{key}")
         if not (isinstance(value, (list, tuple)) and not value):
             raise ConversationError(
                 f"'{place}.{key}' is not supported.", param=f"{place}.{key}", capability=_UNSERVED_FIELDS[key]
@@ -196,12 +196,10 @@ def _parse_message(message: Any, place: str) -> Message:
         _parse_text(reasoning, f"{place}.reasoning_content") if reasoning else None,
     )
     if parsed.content is None and not parsed.calls and parsed.reasoning is None:
-        raise ConversationError(f"Missing required parameter: '{place}.content'.", param=f"{place}.content")
+        raise ConversationError.missing(f"{place}.content")
     if role == "tool" and not call_id:
-        raise ConversationError(
-            f"Missing required parameter: '{place}.tool_call_id', the id of the call that this is the result of.",
-            param=f"{place}.tool_call_id",
-        )
+        note = ", the id of the call that this is the result of"
+        raise ConversationError.missing(f"{place}.tool_call_id", note)
     return parsed
 
 
@@ -236,10 +234,10 @@ def _parse_call(call: Any, place: str) -> Call:
     for inner, allowed, where in ((fields, ("id",), place), (function, ("name", "arguments"), f"{place}.function")):
         for key in allowed:
             if key not in inner:
-                raise ConversationError(f"Missing required parameter: '{where}.{key}'.", param=f"{where}.{key}")
+                raise ConversationError.missing(f"{where}.{key}")
         for key in inner:
             if key not in allowed:
-                raise ConversationError(f"Unknown parameter: '{where}.{key}'.", param=f"{where}.{key}")
+                raise ConversationError.unknown(f"{where}.{key}")
     parse_arguments(function["arguments"], f"{place}.function.arguments")
     texts = [_parse_text(fields["id"], f"{place}.id"), _parse_text(function["name"], f"{place}.function.name")]
     for text, where in zip(texts, (f"{place}.id", f"{place}.function.name"), strict=True):
@@ -308,7 +306,7 @@ def _parse_part(part: Any, place: str, role: str) -> str | Media | RemoteMedia:
             f"'{place}.type' must be 'text'{_or_media(role)}, got {shown(kind)}.", param=f"{place}.type"
         )
     if unknown := [key for key in part if key not in ("type", "text")]:
-        raise ConversationError(f"Unknown parameter: '{place}.{unknown[0]}'.", param=f"{place}.{unknown[0]}")
+        raise ConversationError.unknown(f"{place}.{unknown[0]}")
     return _parse_text(part.get("text"), f"{place}.text")
 
 

@@ -231,13 +231,17 @@ def test_refusals_name_the_parameter(client, ask):
     for options, param, code in [
         ({"tools": [{"type": "custom"}]}, "tools[0].type", "custom_tools_not_supported"),
         ({"tools": [LOOK], "tool_choice": "any"}, "tool_choice", "invalid_value"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function", "missing_required_parameter"),
+        ({"tools": [{**LOOK, "color": "red"}]}, "tools[0].color", "unknown_parameter"),
+        ({"messages": [{"content": "hi"}]}, "messages[0].role", "missing_required_parameter"),
+        ({"messages": [{"role": "user", "content": "hi", "color": "red"}]}, "messages[0].color", "unknown_parameter"),
         ({"reasoning_enabled": True}, "reasoning_enabled", "reasoning_not_supported"),
         ({"reasoning_effort": "high"}, "reasoning_effort", "reasoning_not_supported"),
         ({"functions": [LOOK["function"]]}, "functions", "unsupported_parameter"),
         ({"function_call": {"name": "look"}}, "function_call", "unsupported_parameter"),
     ]:
         with pytest.raises(BadRequestError) as caught:
-            client.chat.completions.create(**ask, **options)
+            client.chat.completions.create(**{**ask, **options})
         assert (caught.value.param, caught.value.code) == (param, code)
 
 

@@ -101,7 +101,7 @@ class Turns:
             yield
         except ConversationError as error:
             raise ConversationError(
-                self._in_own_terms(str(error)), param=self._in_own_terms(error.param), capability=error.capability
+                self._in_own_terms(str(error)), param=self._in_own_terms(error.param), code=error.code
             ) from error
 
     def _in_own_terms(self, text: str) -> str:
