@@ -59,7 +59,7 @@ class Turns:
                 self._think(_joined(item["content"] or item["summary"]), place)
             case "function_call":
                 function = {"name": item["name"], "arguments": item["arguments"]}
-                turn = self._turn(place)
+                turn = self._turn(place, after_text=True)
                 turn.setdefault("tool_calls", []).append(
                     {"id": item["call_id"], "type": "function", "function": function}
                 )
@@ -71,23 +71,24 @@ class Turns:
                 self._add({"role": "tool", "tool_call_id": item["call_id"], "content": output}, place)
 
     def _say(self, text: str, place: str) -> None:
-        """An assistant's text. After a call it belongs to the call's message; after other text it is another message."""
-        turn = self._turn(place)
-        if turn.get("content") is not None and "tool_calls" not in turn:
-            self._add(turn := {"role": "assistant"}, place)
+        turn = self._turn(place, after_text=False)
         turn["content"] = (turn.get("content") or "") + text
 
     def _think(self, text: str, place: str) -> None:
-        turn = self._turn(place)
-        if turn.get("content") is not None and "tool_calls" not in turn:
-            self._add(turn := {"role": "assistant"}, place)
+        turn = self._turn(place, after_text=False)
         if text:
             turn["reasoning_content"] = turn.get("reasoning_content", "") + text
         turn.setdefault("content", None)
 
-    def _turn(self, place: str) -> dict[str, Any]:
-        """The assistant's message that the last item belongs to, or a new one."""
-        if not self.messages or self.messages[-1]["role"] != "assistant":
+    def _turn(self, place: str, *, after_text: bool) -> dict[str, Any]:
+        """The assistant's message that goes on, or a new one.
+
+        after_text: whether it goes on after its text, as calls do. Texts and thoughts that follow a text are another
+        message; after a call they belong to the call's.
+        """
+        last = self.messages[-1] if self.messages else {"role": None}
+        has_text = last.get("content") is not None and "tool_calls" not in last
+        if last["role"] != "assistant" or (has_text and not after_text):
             self._add({"role": "assistant"}, place)
         return self.messages[-1]
 
