@@ -125,11 +125,6 @@ def enforced(schema: Mapping[str, Any], place: str, pointer: str = "") -> str:
         raise ConversationError(f"Invalid '{place}': {error}.", param=place) from error
 
 
-def escaped(name: str) -> str:
-    """A name as a step of a JSON pointer (RFC 6901)."""
-    return name.replace("~", "~0").replace("/", "~1")
-
-
 def refusal(place: str, pointer: str, reason: str) -> ConversationError:
     return ConversationError(
         f"Invalid '{place}': the schema can't be enforced at {pointer!r} (a JSON pointer): {reason}.", param=place

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from cai_runtime.formats.conversation import Tool
-from cai_runtime.formats.parsing.grammar import Rules, enforced, escaped, literal, object_schema, refusal
+from cai_runtime.formats.parsing.grammar import Rules, enforced, literal, object_schema, refusal
 from cai_runtime.formats.parsing.typed import resolved, schema_parts, typed, value_types
+from cai_runtime.grammars.pointers import escaped
 
 _DEFINITIONS = ("$defs", "definitions")
 _NOTES = (*_DEFINITIONS, "title", "description", "$schema", "$comment", "examples", "default")
