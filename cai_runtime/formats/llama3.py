@@ -9,13 +9,12 @@ Several are separated by semicolons. An object without the tag is a call only wh
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import ClassVar
 
 from cai_runtime.formats.conversation import Tool
 from cai_runtime.formats.marked import MarkedFormat, Turn
-from cai_runtime.formats.parsing.grammar import Rules, literal
+from cai_runtime.formats.parsing.grammar import Rules, json_call_rule, literal
 from cai_runtime.formats.parsing.json_call import json_calls
 from cai_runtime.formats.parsing.python_call import python_call
 from cai_runtime.formats.parsing.stream import Parsing, Stream
@@ -37,8 +36,7 @@ class Llama3Format(MarkedFormat):
             yield from python_call(stream, suffix=".call")
 
     def call_rule(self, rules: Rules, tool: Tool, arguments: str) -> str:
-        head = f'{{"name": {json.dumps(tool.name)}, "parameters": '
-        return f"{literal(head)} {arguments} {literal('}')}"
+        return json_call_rule(tool, arguments, key="parameters")
 
     def calls_rule(self, rules: Rules, call: str, several: bool) -> str:
         return f"{call} ({literal('; ')} {call})*" if several else call
