@@ -76,7 +76,8 @@ class ChatOptions(GrammarParams, total=False):
     parallel_tool_calls: whether the answer may hold several calls. Default true.
     reasoning_enabled: whether the model thinks before it answers. Default: as its chat template has it, and true for models
         named with -r.
-    reasoning_effort: none, low, medium, high, xhigh or max; the levels that the model has.
+    reasoning_effort: none, low, medium, high, xhigh or max; the levels that the model has. A model without reasoning takes
+        "none".
     reasoning_max_tokens: at least 1; the thought is closed after so many tokens. Default: no limit of its own.
 
     logprobs: whether the reply lists the logprob of each token of the visible content. Default false.

@@ -213,7 +213,7 @@ class MarkedFormat:
 
     def thought_rule(self, rules: Rules, turn: Turn) -> str:
         """The thought before: needed where the prompt has opened it, else as the model likes."""
-        if self.thought is None or (turn.conversation.reasoning.enabled is False and not turn.thinks):
+        if self.thought is None or (turn.conversation.reasoning.off and not turn.thinks):
             return ""
         begin, end = self.thought
         rest = f"{rules.until(end)} (/\\n{{1,2}}/)?"

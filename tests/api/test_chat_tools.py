@@ -245,6 +245,15 @@ def test_refusals_name_the_parameter(client, ask):
         assert (caught.value.param, caught.value.code) == (param, code)
 
 
+def test_a_model_without_reasoning_can_be_told_not_to_reason(client, ask):
+    for options in ({"reasoning_effort": "none"}, {"reasoning_enabled": False}):
+        for model in ("abc", "abc-r"):
+            assert client.chat.completions.create(**ask, **options, model=model).choices[0].message.content
+            own = {"reasoning": {"effort": "none"}} if "reasoning_effort" in options else options
+            response = client.responses.create(input="hi", temperature=0, **own, model=model)
+            assert response.output_text and response.reasoning.effort == own.get("reasoning", {}).get("effort")
+
+
 HEAD = ReplyHead("chatcmpl-x", 1, "abc", "fp")
 TEXTS = st.text(min_size=1, max_size=12)
 ANSWERS = st.lists(
