@@ -38,6 +38,12 @@ class Turn:
         """Where it may not, what looks like a call is content."""
         return bool(self.conversation.tools) and self.conversation.tool_choice != "none"
 
+    @property
+    def content_is_bound(self) -> bool:
+        """Whether the answer is either calls or what the request says content must be. Then an object that no opener
+        announces may be content, though it looks like a call."""
+        return self.conversation.answer is not None and self.conversation.tool_choice == "auto"
+
 
 class MarkedFormat:
     """See `base.Format`. An answer may begin with a thought; then content and calls alternate. A call begins with one of
