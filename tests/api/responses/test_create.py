@@ -372,6 +372,9 @@ def test_async(async_client):
         assert await async_client.responses.retrieve(last.id) == last
         texts = [item.content[0].text async for item in async_client.responses.input_items.list(last.id, limit=1)]
         page = await async_client.responses.input_items.list(last.id)
+        body = {"after": page.first_id, "limit": 1}
+        rest = [item async for item in async_client.responses.input_items.list(last.id, extra_body=body)]
+        assert rest == page.data[1:]
         assert texts == [item.content[0].text for item in page.data] == ["hi", ALPHABET, "hi"]
         async with await async_client.responses.create(**ask(stream=True, store=True, ignore_eos=True)) as left:
             created = await anext(left)
