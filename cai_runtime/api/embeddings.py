@@ -13,7 +13,7 @@ from openai.types.create_embedding_response import Usage
 from pydantic import Field, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
-from cai_runtime.api.errors import BadRequestError, as_api_errors
+from cai_runtime.api.errors import BadRequestError, as_api_errors, invalid
 from cai_runtime.api.generation import Generation
 from cai_runtime.api.host import ResolvedModel
 from cai_runtime.api.open_model import OpenModel
@@ -100,11 +100,9 @@ def parse(params: Mapping[str, Any]) -> EmbeddingRequest:
     request = EmbeddingRequest(rest.pop("model", None), rest.pop("input"), rest)
     for i, given in enumerate(request.inputs):
         if not given:
-            raise _invalid(request.place(i), "must not be empty")
+            raise invalid(request.place(i), "must not be empty")
         if rest.get("prompt_name") is not None and not isinstance(given, str):
-            raise _invalid(
-                "prompt_name", f"can't be used where '{request.place(i)}' is token ids: it goes before texts"
-            )
+            raise invalid("prompt_name", f"can't be used where '{request.place(i)}' is token ids: it goes before texts")
     return request
 
 
@@ -146,10 +144,10 @@ def _dimensions(given: int | None, files: EmbeddingFiles, opened: OpenModel) -> 
         return None
     most = opened.engine.model_config.get("hidden_size")
     if isinstance(most, int) and given > most:
-        raise _invalid("dimensions", f"must be at most {most}, the model's own, got {given}")
+        raise invalid("dimensions", f"must be at most {most}, the model's own, got {given}")
     if files.dimensions is not None and given not in (*files.dimensions, most):
         can = ", ".join(map(str, files.dimensions)) or "its own alone"
-        raise _invalid("dimensions", f"must be one that the model was trained for, {can}, got {given}")
+        raise invalid("dimensions", f"must be one that the model was trained for, {can}, got {given}")
     return given
 
 
@@ -158,9 +156,9 @@ def _prompt(name: str | None, files: EmbeddingFiles) -> str:
         return ""
     if name not in files.prompts:
         known = ", ".join(map(repr, files.prompts)) or "none"
-        raise _invalid("prompt_name", f"must be the name of a prompt of the model, {known}, got {shown(name)}")
+        raise invalid("prompt_name", f"must be the name of a prompt of the model, {known}, got {shown(name)}")
     if not files.pools_prompt and files.pooling == "mean":
-        raise _invalid(
+        raise invalid(
             "prompt_name", "can't be used: this model leaves a prompt's tokens out of the mean (include_prompt)"
         )
     return files.prompts[name]
@@ -177,11 +175,11 @@ def _encode(prompt: str, given: str | list[int], place: str, opened: OpenModel) 
                 opened.tokenizer.encode(text, verbose=False)
             )  # no warning about its length: that is checked here
         if not ids:
-            raise _invalid(place, "has no tokens")
+            raise invalid(place, "has no tokens")
     else:
         ids = given
         if (highest := max(ids)) >= engine.vocab_size:
-            raise _invalid(place, f"holds token {highest}, but this model's token ids end at {engine.vocab_size - 1}")
+            raise invalid(place, f"holds token {highest}, but this model's token ids end at {engine.vocab_size - 1}")
     if len(ids) > engine.max_context:
         raise BadRequestError(
             f"'{place}' has {len(ids)} tokens, but {engine.context_limit}. Shorten it, or embed it in parts.",
@@ -235,10 +233,6 @@ class EmbeddingFormat:
                 object="embedding", index=index, embedding=base64.b64encode(vector.tobytes()).decode("ascii")
             )
         return Embedding(object="embedding", index=index, embedding=vector.tolist())
-
-
-def _invalid(param: str, problem: str) -> BadRequestError:
-    return BadRequestError(f"Invalid '{param}': {problem}.", param=param, code="invalid_value")
 
 
 def _refused(message: str) -> BadRequestError:

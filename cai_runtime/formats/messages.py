@@ -144,17 +144,25 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def _as_mapping(value: Any, place: str, what: str) -> dict[str, Any]:
-    """The fields that are given of an object, which may be one of the `openai` package's."""
+def given_fields(value: Any, place: str, what: str = "") -> dict[str, Any]:
+    """The fields that are given of an object, which may be one of the `openai` package's.
+
+    Args:
+        what: the fields that it must have, for errors.
+
+    Raises:
+        ConversationError: it is none.
+    """
     if hasattr(value, "model_dump") and not isinstance(value, type):  # an object of it, not its class
         value = value.model_dump(exclude_none=True)
     if not isinstance(value, Mapping):
-        raise ConversationError(f"'{place}' must be an object with {what}.", param=place)
+        fields = f" with {what}" if what else ""
+        raise ConversationError(f"'{place}' must be an object{fields}, got {shown(value)}.", param=place)
     return {key: item for key, item in value.items() if item is not None}
 
 
 def _parse_message(message: Any, place: str) -> Message:
-    fields = _as_mapping(message, place, "role and content")
+    fields = given_fields(message, place, "role and content")
     given = fields.pop("role", None)
     if given is None:
         raise ConversationError.missing(f"{place}.role")
@@ -220,7 +228,7 @@ def _parse_calls(calls: Any, place: str) -> tuple[Call, ...]:
 
 
 def _parse_call(call: Any, place: str) -> Call:
-    fields = _as_mapping(call, place, "id, type and function")
+    fields = given_fields(call, place, "id, type and function")
     fields.pop("index", None)  # of a streamed call that was put together by hand
     kind = fields.pop("type", "function")
     if kind != "function":
@@ -229,7 +237,7 @@ def _parse_call(call: Any, place: str) -> Call:
             param=f"{place}.type",
             capability="custom_tools" if kind == "custom" else None,
         )
-    function = _as_mapping(fields.pop("function", None), f"{place}.function", "name and arguments")
+    function = given_fields(fields.pop("function", None), f"{place}.function", "name and arguments")
     function.pop("parsed_arguments", None)  # the openai package's own reading of the arguments
     for inner, allowed, where in ((fields, ("id",), place), (function, ("name", "arguments"), f"{place}.function")):
         for key in allowed:

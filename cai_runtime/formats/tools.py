@@ -8,7 +8,7 @@ from typing import Any, Literal, TypedDict
 
 from cai_runtime.errors import ConversationError
 from cai_runtime.formats.conversation import Tool
-from cai_runtime.formats.messages import check_json
+from cai_runtime.formats.messages import check_json, given_fields
 from cai_runtime.formats.traced_text import plain
 from cai_runtime.scalars import as_bool, printable, shown
 
@@ -73,7 +73,7 @@ def parse_list(tools: Any, *, flat: bool = False) -> tuple[Tool, ...]:
 
 def _function_of(given: Any, place: str, flat: bool) -> tuple[dict[str, Any], str]:
     """A function's fields, or those of a reference to one, and their place."""
-    fields = _fields(given, place)
+    fields = given_fields(given, place)
     kind = fields.pop("type", None)
     if kind is None:
         raise ConversationError.missing(f"{place}.type")
@@ -96,7 +96,7 @@ def _inner(fields: dict[str, Any], key: str, place: str, flat: bool) -> tuple[di
         return fields, place
     if key not in fields:
         raise ConversationError.missing(f"{place}.{key}")
-    inner = _fields(fields.pop(key), f"{place}.{key}")
+    inner = given_fields(fields.pop(key), f"{place}.{key}")
     _refuse_unknown(fields, (), place)
     return inner, f"{place}.{key}"
 
@@ -169,7 +169,7 @@ def parse_choice(choice: Any, tools: tuple[Tool, ...], *, flat: bool = False) ->
         if choice == "required" and not tools:
             raise ConversationError("'tool_choice' is 'required', but there are no 'tools'.", param="tool_choice")
         return choice, tools  # type: ignore[return-value]
-    fields = _fields(choice, "tool_choice")
+    fields = given_fields(choice, "tool_choice")
     kind = fields.get("type")
     if kind is None:
         raise ConversationError.missing("tool_choice.type")
@@ -206,15 +206,6 @@ def _parse_allowed(fields: dict[str, Any], tools: tuple[Tool, ...], flat: bool) 
         raise ConversationError(f"'{place}.tools' must be a list of at least one tool.", param=f"{place}.tools")
     named = {_parse_named(one, f"{place}.tools[{i}]", tools, flat).name for i, one in enumerate(given)}
     return mode, tuple(tool for tool in tools if tool.name in named)
-
-
-def _fields(value: Any, place: str) -> dict[str, Any]:
-    """The fields that are given of an object, which may be one of the `openai` package's."""
-    if hasattr(value, "model_dump"):
-        value = value.model_dump(exclude_none=True)
-    if not isinstance(value, Mapping):
-        raise ConversationError(f"'{place}' must be an object, got {shown(value)}.", param=place)
-    return {key: item for key, item in value.items() if item is not None}
 
 
 def _refuse_unknown(fields: Mapping[str, Any], known: tuple[str, ...], place: str) -> None:

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import BaseModel
 
 from cai_runtime import BadRequestError
 from cai_runtime.api.chat import ChatReply
@@ -243,6 +244,30 @@ def test_refusals_name_the_parameter(client, ask):
         with pytest.raises(BadRequestError) as caught:
             client.chat.completions.create(**{**ask, **options})
         assert (caught.value.param, caught.value.code) == (param, code)
+
+
+class Query(BaseModel):
+    text: str
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"tools": [Query]}, "tools[0]"),
+        ({"tools": [{"type": "function", "function": Query}]}, "tools[0]"),
+        ({"tools": [LOOK], "tool_choice": Query}, "tool_choice"),
+    ],
+)
+def test_a_class_is_no_object(client, ask, options, param):
+    """A Pydantic model in the place of what `openai.pydantic_function_tool` makes of it."""
+    for call in (client.chat.completions.create, client.chat.completions.parse):
+        with pytest.raises(BadRequestError) as caught:
+            call(**ask, **options)
+        assert caught.value.param.startswith(param)
+    flat = {**options, "tools": [{"type": "function", **LOOK["function"]}] if param == "tool_choice" else [Query]}
+    with pytest.raises(BadRequestError) as caught:
+        client.responses.create(input="hi", **flat)
+    assert caught.value.param == param
 
 
 def test_a_model_without_reasoning_can_be_told_not_to_reason(client, ask):
