@@ -132,11 +132,9 @@ class ModelHost:
                 f"The weights of '{name}' are not on this machine. Put a checkpoint of it into {path}, or register one "
                 f"with Client(models={{{name!r}: directory}})."
             )
-        if directory := self.directory(name):
+        if directory := self.directory(name) or self.pulled(name):
             return ResolvedModel(name, directory)
         if name in NAMED:
-            if path := pulled(name):
-                return ResolvedModel(name, path.resolve())
             # A client never downloads by itself.
             raise _not_found(f"'{name}' is not on this machine: fetch it with `cai pull {name}`.")
         if base := self.reasoning_base(name):
@@ -157,6 +155,12 @@ class ModelHost:
         if name == self.default and self._default_directory is not None:
             return self._default_directory
         return existing(name)
+
+    @staticmethod
+    def pulled(name: str) -> Path | None:
+        """The directory of a model that `cai pull` fetched under this name; None if there is none."""
+        path = pulled(name)
+        return None if path is None else path.resolve()
 
     def open(self, model: ResolvedModel, timeout: float | None = None) -> OpenModel:
         """The open model; loads it on first use, and again if its engine has ended by an error.

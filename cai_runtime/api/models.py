@@ -11,6 +11,7 @@ from openai.types import Model
 
 from cai_runtime.api.errors import BadRequestError, NotFoundError
 from cai_runtime.api.host import ModelHost, ResolvedModel, model_name, read_config
+from cai_runtime.convert.named import NAMED
 from cai_runtime.errors import CaiError
 from cai_runtime.formats.find import tools_of
 from cai_runtime.formats.template import template_of
@@ -24,9 +25,10 @@ UNKNOWN = "unknown"
 
 
 def list_models(host: ModelHost) -> list[Model]:
-    """The catalogue's entries in their order, then the client's own: its registered names and its default, if that is a
-    directory. Nothing is opened: checkpoints' headers are read."""
+    """The catalogue's entries in their order, then the client's own: its registered names, what `cai pull` fetched by name,
+    and its default, if that is a directory. Nothing is opened: checkpoints' headers are read."""
     own = [name for name in host.registered if name not in catalog()]
+    own += [name for name in NAMED if name not in (*own, *catalog()) and host.pulled(name)]
     if host.default is not None and host.default not in (*own, *catalog()) and host.directory(host.default):
         own.append(host.default)
     return [_as_model(entry) for entry in catalog().values()] + [_local_model(host, name) for name in own]
@@ -43,14 +45,11 @@ def retrieve_model(host: ModelHost, name: Any) -> Model:
     name = model_name(name)
     if entry := catalog().get(name):
         return _as_model(entry)
-    if name not in host.registered and not _is_checkpoint(host.directory(name)):
+    if name not in host.registered and not _is_checkpoint(host.directory(name)) and not host.pulled(name):
         if base := host.reasoning_base(name):
             return retrieve_model(host, base).model_copy(update={"id": name})
-        raise NotFoundError(
-            f"The model {shown(name)} does not exist: client.models.list() shows what there is.",
-            param="model",
-            code="model_not_found",
-        )
+        how = f"fetch it with `cai pull {name}`" if name in NAMED else "client.models.list() shows what there is"
+        raise NotFoundError(f"The model {shown(name)} does not exist: {how}.", param="model", code="model_not_found")
     return _local_model(host, name)
 
 
@@ -77,7 +76,7 @@ def _as_model(entry: CatalogEntry) -> Model:
 def _local_model(host: ModelHost, name: str) -> Model:
     """With two fields more than the API has: `tools`, "native" if the chat template takes them, "generic" if they are put to
     the model as text, None if it can't chat; and `capabilities.supports_embeddings`."""
-    path = host.registered.get(name) or host.directory(name)
+    path = host.registered.get(name) or host.directory(name) or host.pulled(name)
     assert path is not None, "the caller has looked"
     chats = bool(template_of(path)[0]) and has_head(read_config(path))
     tools = tools_of(path) if chats else None

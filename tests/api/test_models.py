@@ -7,7 +7,11 @@ from openai.pagination import SyncPage
 from openai.types import Model
 
 from cai_runtime import BadRequestError, NotFoundError
+from cai_runtime.api import host
+from cai_runtime.convert.named import NAMED
 from cai_runtime.models.catalog import format_parameters
+
+pytestmark = pytest.mark.usefixtures("home")  # without what this machine has pulled
 
 # The reference's GET /models: id, created, owned_by, parameters_number, and whether the model supports audio, images,
 # function calling, chat completion, responses.
@@ -133,6 +137,18 @@ def test_retrieve_unknown(client):
     for name in ("", None, 3):
         with pytest.raises(BadRequestError):
             client.models.retrieve(name)
+
+
+def test_pulled_models_are_known_by_name(new_client, checkpoint, monkeypatch):
+    name, other = [name for name, named in NAMED.items() if named.kind == "model"][:2]
+    monkeypatch.setattr(host, "pulled", lambda asked: checkpoint if asked == name else None)
+    client = new_client(name)
+    (model,) = client.models.list().data[16:]
+    assert model.id == name and model.parameters_number == "1.25K"
+    assert client.models.retrieve(name) == model
+    assert client.models.retrieve(f"{name}-r").id == f"{name}-r"
+    with pytest.raises(NotFoundError, match=f"cai pull {other}"):
+        client.models.retrieve(other)
 
 
 def test_listing_opens_nothing(client, factory):

@@ -1,4 +1,4 @@
-"""A real model that calls tools: Qwen2.5-Coder-0.5B-Instruct, where `cai pull qwen2.5-coder-0.5b-instruct` has been run."""
+"""A real model that calls tools: Qwen2.5-Coder-0.5B-Instruct."""
 
 import json
 
@@ -22,9 +22,8 @@ QUESTION = [{"role": "user", "content": "What is the weather in Oslo?"}]
 
 
 @pytest.fixture(params=[None, "generic"])
-def client(request):
-    if pulled(NAME) is None:
-        pytest.skip(f"`cai pull {NAME}` has not been run")
+def client(request, qwen_dir):
+    assert pulled(NAME) == qwen_dir, "opened by its name"
     with Client(NAME, max_context=2048, format=request.param) as client:
         yield client
 

@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from published import npm_tokenizer, trl_templates
 
-from cai_runtime.convert.sources import pulled
 from cai_runtime.engine.tokenizer import load_tokenizer
 from cai_runtime.errors import ConversationError
 from cai_runtime.formats.control_tokens import control_tokens
@@ -42,10 +41,7 @@ def tokenizer(family, request):
     if family == "smollm2":
         return load_tokenizer(request.getfixturevalue("smollm2_dir"))
     if family == "qwen2_5":
-        checkpoint = pulled("qwen2.5-coder-0.5b-instruct")
-        if checkpoint is None:
-            pytest.skip("`cai pull qwen2.5-coder-0.5b-instruct` has not been run")
-        return load_tokenizer(checkpoint)
+        return load_tokenizer(request.getfixturevalue("qwen_dir"))
     tokenizer = load_tokenizer(npm_tokenizer(family))
     if not tokenizer.chat_template:
         tokenizer.chat_template = (trl_templates() / f"{family}.jinja").read_text()
