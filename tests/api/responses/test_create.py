@@ -391,7 +391,10 @@ def test_async_failure(async_client, factory):
     async def run():
         stream = await async_client.responses.create(**ask(stream=True, ignore_eos=True, store=True))
         seen = [await anext(stream) for _ in range(6)]
+        while factory.runners[0].gate.is_set():
+            await asyncio.sleep(0)
         factory.runners[0].fail = RuntimeError("device on fire")
+        factory.resume()
         with pytest.raises(InternalServerError, match="on fire"):
             async for event in stream:
                 seen.append(event)  # noqa: PERF401 - a list is wanted up to the failure
@@ -401,7 +404,7 @@ def test_async_failure(async_client, factory):
             await async_client.responses.create(**ask(store=True))
         assert len(async_client._responses) == 1  # the stream's alone
 
-    factory.pause_before_step(10, and_then=lambda: factory.resume())
+    factory.pause_before_step(10)
     asyncio.run(run())
 
 
