@@ -139,12 +139,26 @@ class RequestAbortedError(EngineError):
 
 class ConversationError(CaiError):
     """A conversation can't be put to this model. `.param` is the place, such as `messages[1].content`; `.capability` names
-    what the model or this version lacks (`image`, `audio`, `chat`, `tools`), if that is the reason."""
+    what the model or this version lacks (`image`, `audio`, `chat`, `tools`), if that is the reason; `.code` is the API's
+    code of the error, "invalid_value" unless there is a better one."""
 
-    def __init__(self, message: str, *, param: str = "messages", capability: str | None = None):
+    def __init__(
+        self, message: str, *, param: str = "messages", capability: str | None = None, code: str | None = None
+    ):
         self.param = param
         self.capability = capability
+        self.code = code or (f"{capability}_not_supported" if capability else "invalid_value")
         super().__init__(message)
+
+    @classmethod
+    def missing(cls, place: str, note: str = "") -> ConversationError:
+        """Something must be given. note: what follows its name."""
+        return cls(f"Missing required parameter: '{place}'{note}.", param=place, code="missing_required_parameter")
+
+    @classmethod
+    def unknown(cls, place: str) -> ConversationError:
+        """Something can't be given."""
+        return cls(f"Unknown parameter: '{place}'.", param=place, code="unknown_parameter")
 
 
 class InvalidRequestError(EngineError):

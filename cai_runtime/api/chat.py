@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Required
@@ -19,8 +18,10 @@ from openai.types.chat.chat_completion_message_function_tool_call import (
 from openai.types.chat.chat_completion_message_tool_call import ChatCompletionMessageToolCallUnion
 from pydantic import Field, SkipValidation, TypeAdapter, with_config
 
+from cai_runtime.api.conversations import characters, mask_of, rendered
 from cai_runtime.api.errors import as_api_errors
 from cai_runtime.api.generation import Generation
+from cai_runtime.api.host import ResolvedModel
 from cai_runtime.api.logprobs import (
     MAX_CHAT_TOP,
     EventLogprobs,
@@ -46,11 +47,8 @@ from cai_runtime.api.structured import answer_of, param_of
 from cai_runtime.api.usage import ReplyHead, usage_of
 from cai_runtime.api.values import Flag, Whole
 from cai_runtime.engine.detokenizer import TokenDecoder
-from cai_runtime.engine.masks import MaskFactory
 from cai_runtime.engine.request import Finished, Request
-from cai_runtime.errors import ConversationError
-from cai_runtime.formats.budget import budgeted
-from cai_runtime.formats.conversation import Conversation, Prepared, Reasoning
+from cai_runtime.formats.conversation import Conversation, Reasoning
 from cai_runtime.formats.events import (
     ArgumentsEvent,
     ChatEvent,
@@ -62,7 +60,6 @@ from cai_runtime.formats.events import (
 )
 from cai_runtime.formats.messages import parse_messages
 from cai_runtime.formats.tools import parse_tools
-from cai_runtime.scalars import shown
 
 
 class ChatOptions(GrammarParams, total=False):
@@ -79,7 +76,8 @@ class ChatOptions(GrammarParams, total=False):
     parallel_tool_calls: whether the answer may hold several calls. Default true.
     reasoning_enabled: whether the model thinks before it answers. Default: as its chat template has it, and true for models
         named with -r.
-    reasoning_effort: none, low, medium, high, xhigh or max; the levels that the model has.
+    reasoning_effort: none, low, medium, high, xhigh or max; the levels that the model has. A model without reasoning takes
+        "none".
     reasoning_max_tokens: at least 1; the thought is closed after so many tokens. Default: no limit of its own.
 
     logprobs: whether the reply lists the logprob of each token of the visible content. Default false.
@@ -117,14 +115,12 @@ _NAMES = frozenset(_ChatCall.__annotations__) | frozenset(UNSUPPORTED)
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A checked call. `params` holds what was given, of the right types and ranges. reasons: whether the model was named as
-    one that reasons by default."""
+    """A checked call. `params` holds what was given, of the right types and ranges."""
 
     model: str | None
     conversation: Conversation
     params: Mapping[str, Any]
     stream: bool
-    reasons: bool = False
 
 
 def parse(params: Mapping[str, Any]) -> ChatRequest:
@@ -144,18 +140,20 @@ def parse(params: Mapping[str, Any]) -> ChatRequest:
     return ChatRequest(rest.pop("model", None), conversation, rest, rest.pop("stream", False))
 
 
-def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[ChatCompletionChunk, ChatCompletion]:
+def prepare(
+    request: ChatRequest, model: ResolvedModel, opened: OpenModel
+) -> Generation[ChatCompletionChunk, ChatCompletion]:
     """Render the conversation and settle how each choice is sampled.
 
     Raises:
         BadRequestError: the model has no chat template or none of this name, its template refuses the messages, or
             they don't fit the context; or it lacks the reasoning or the tools that the request asks for.
     """
-    opened.require_head(name)
-    opened.check_characters(_characters(request.conversation), "messages")
+    opened.require_head(model.name)
+    opened.check_characters(characters(request.conversation), "messages")
     conversation = with_media(request.conversation, opened)
-    grammar_param = "tools" if conversation.answer is None else param_of(request.params)
-    prepared, mask = prepare_conversation(conversation, request.reasons, name, opened, grammar_param)
+    prepared = rendered(conversation, model, opened)
+    mask = mask_of(prepared, opened, "tools" if conversation.answer is None else param_of(request.params))
     sampling = sampling_params(
         request.params,
         opened,
@@ -164,7 +162,7 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
         prompt_param="messages",
     )
     sampling = replace(sampling, logprobs=chat_count(request.params))
-    head = ReplyHead.new("chatcmpl", name)
+    head = ReplyHead.new("chatcmpl", model.name)
     choices = request.params.get("n", 1)
     requests = [
         Request(
@@ -177,42 +175,6 @@ def prepare(request: ChatRequest, name: str, opened: OpenModel) -> Generation[Ch
         for i in range(choices)
     ]
     return Generation(requests, ChatReply(head, choices, wants_usage(request.params), opened.engine.decoder))
-
-
-def prepare_conversation(
-    conversation: Conversation, reasons: bool, name: str, opened: OpenModel, grammar_param: str
-) -> tuple[Prepared, MaskFactory | None]:
-    """What the model's format makes of a conversation, and the mask of its grammar and of the thought's budget.
-
-    Args:
-        reasons: whether the model was named as one that reasons by default.
-        name: of the model, as the request has it.
-        grammar_param: the parameter that the grammar comes from, for errors.
-
-    Raises:
-        BadRequestError: the format or the grammar refuses it.
-    """
-    by_default = reasons and conversation.reasoning.enabled is None and conversation.reasoning.effort is None
-    if by_default:
-        conversation = replace(conversation, reasoning=replace(conversation.reasoning, enabled=True))
-    with as_api_errors():
-        try:
-            with opened.tokenizer_lock:
-                prepared = opened.format.prepare(conversation)
-        except ConversationError as error:
-            if not (by_default and error.param == "reasoning_enabled"):
-                raise
-            message = f"The model {shown(name)} asks for reasoning by default, which it can't do: {error}"
-            raise ConversationError(message, param="model", capability=error.capability) from error
-        # Without the lock: a grammar takes up to seconds.
-        mask = None if prepared.grammar is None else opened.grammars.mask(prepared.grammar, grammar_param)
-    return prepared, budgeted(prepared.budget, mask)
-
-
-def _characters(conversation: Conversation) -> int:
-    """Of the messages and tools."""
-    tools = sum(len(json.dumps(tool.parameters)) + len(tool.description or "") for tool in conversation.tools)
-    return tools + sum(message.characters for message in conversation.messages)
 
 
 class ChatReply:

@@ -12,6 +12,7 @@ from pydantic import Field, TypeAdapter, with_config
 
 from cai_runtime.api.errors import BadRequestError, as_api_errors
 from cai_runtime.api.generation import Generation
+from cai_runtime.api.host import ResolvedModel
 from cai_runtime.api.logprobs import (
     MAX_COMPLETION_TOP,
     CompletionLogprobs,
@@ -149,14 +150,16 @@ def _check_together(params: Mapping[str, Any]) -> None:
         raise BadRequestError(wrong[1], param=wrong[0], code="invalid_value")
 
 
-def prepare(request: CompletionRequest, name: str, opened: OpenModel) -> Generation[CompletionChunk, TextCompletion]:
+def prepare(
+    request: CompletionRequest, model: ResolvedModel, opened: OpenModel
+) -> Generation[CompletionChunk, TextCompletion]:
     """Tokenize the prompts and settle how each choice is sampled.
 
     Raises:
         BadRequestError: a prompt is empty, names a token that the model does not have, or does not fit the context; or
             the grammar of the answer takes too much to compile.
     """
-    opened.require_head(name)
+    opened.require_head(model.name)
     mask = None
     if request.answer is not None:
         with as_api_errors():
@@ -165,7 +168,7 @@ def prepare(request: CompletionRequest, name: str, opened: OpenModel) -> Generat
     choices, echo, suffix = params.get("n", 1), params.get("echo"), params.get("suffix")
     candidates, wanted = params.get("best_of", choices), params.get("logprobs")
     infill = _infill(opened) if suffix else None
-    head = ReplyHead.new("cmpl", name)
+    head = ReplyHead.new("cmpl", model.name)
     requests: list[Request] = []
     echoes: list[str] = []
     lists: list[CompletionLogprobs] = []

@@ -13,8 +13,9 @@ from openai.types.create_embedding_response import Usage
 from pydantic import Field, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
-from cai_runtime.api.errors import BadRequestError, as_api_errors
+from cai_runtime.api.errors import BadRequestError, as_api_errors, invalid
 from cai_runtime.api.generation import Generation
+from cai_runtime.api.host import ResolvedModel
 from cai_runtime.api.open_model import OpenModel
 from cai_runtime.api.params import STRICT, validated
 from cai_runtime.api.usage import ReplyHead
@@ -99,32 +100,30 @@ def parse(params: Mapping[str, Any]) -> EmbeddingRequest:
     request = EmbeddingRequest(rest.pop("model", None), rest.pop("input"), rest)
     for i, given in enumerate(request.inputs):
         if not given:
-            raise _invalid(request.place(i), "must not be empty")
+            raise invalid(request.place(i), "must not be empty")
         if rest.get("prompt_name") is not None and not isinstance(given, str):
-            raise _invalid(
-                "prompt_name", f"can't be used where '{request.place(i)}' is token ids: it goes before texts"
-            )
+            raise invalid("prompt_name", f"can't be used where '{request.place(i)}' is token ids: it goes before texts")
     return request
 
 
-def prepare(request: EmbeddingRequest, name: str, opened: OpenModel) -> Generation[Any, EmbeddingReply]:
+def prepare(request: EmbeddingRequest, model: ResolvedModel, opened: OpenModel) -> Generation[Any, EmbeddingReply]:
     """Tokenize the inputs.
 
     Raises:
         BadRequestError: the model's files don't say how it makes embeddings, an input names a token that the model does not
             have or does not fit the context, or the model has no such dimensions or prompt.
     """
-    files = _files(name, opened)
+    files = _files(model.name, opened)
     size = _dimensions(request.params.get("dimensions"), files, opened)
     prompt = _prompt(request.params.get("prompt_name"), files)
-    head = ReplyHead.new("embd", name)
+    head = ReplyHead.new("embd", model.name)
     nothing = SamplingParams(max_tokens=0)
     requests = [
         Request(_encode(prompt, given, request.place(i), opened), nothing, f"{head.id}/{i}", pooling=files.pooling)
         for i, given in enumerate(request.inputs)
     ]
     as_text = request.params.get("encoding_format") == "base64"
-    return Generation(requests, EmbeddingFormat(name, size, files.normalize, as_text))
+    return Generation(requests, EmbeddingFormat(model.name, size, files.normalize, as_text))
 
 
 def _files(name: str, opened: OpenModel) -> EmbeddingFiles:
@@ -145,10 +144,10 @@ def _dimensions(given: int | None, files: EmbeddingFiles, opened: OpenModel) -> 
         return None
     most = opened.engine.model_config.get("hidden_size")
     if isinstance(most, int) and given > most:
-        raise _invalid("dimensions", f"must be at most {most}, the model's own, got {given}")
+        raise invalid("dimensions", f"must be at most {most}, the model's own, got {given}")
     if files.dimensions is not None and given not in (*files.dimensions, most):
         can = ", ".join(map(str, files.dimensions)) or "its own alone"
-        raise _invalid("dimensions", f"must be one that the model was trained for, {can}, got {given}")
+        raise invalid("dimensions", f"must be one that the model was trained for, {can}, got {given}")
     return given
 
 
@@ -157,9 +156,9 @@ def _prompt(name: str | None, files: EmbeddingFiles) -> str:
         return ""
     if name not in files.prompts:
         known = ", ".join(map(repr, files.prompts)) or "none"
-        raise _invalid("prompt_name", f"must be the name of a prompt of the model, {known}, got {shown(name)}")
+        raise invalid("prompt_name", f"must be the name of a prompt of the model, {known}, got {shown(name)}")
     if not files.pools_prompt and files.pooling == "mean":
-        raise _invalid(
+        raise invalid(
             "prompt_name", "can't be used: this model leaves a prompt's tokens out of the mean (include_prompt)"
         )
     return files.prompts[name]
@@ -176,11 +175,11 @@ def _encode(prompt: str, given: str | list[int], place: str, opened: OpenModel) 
                 opened.tokenizer.encode(text, verbose=False)
             )  # no warning about its length: that is checked here
         if not ids:
-            raise _invalid(place, "has no tokens")
+            raise invalid(place, "has no tokens")
     else:
         ids = given
         if (highest := max(ids)) >= engine.vocab_size:
-            raise _invalid(place, f"holds token {highest}, but this model's token ids end at {engine.vocab_size - 1}")
+            raise invalid(place, f"holds token {highest}, but this model's token ids end at {engine.vocab_size - 1}")
     if len(ids) > engine.max_context:
         raise BadRequestError(
             f"'{place}' has {len(ids)} tokens, but {engine.context_limit}. Shorten it, or embed it in parts.",
@@ -234,10 +233,6 @@ class EmbeddingFormat:
                 object="embedding", index=index, embedding=base64.b64encode(vector.tobytes()).decode("ascii")
             )
         return Embedding(object="embedding", index=index, embedding=vector.tolist())
-
-
-def _invalid(param: str, problem: str) -> BadRequestError:
-    return BadRequestError(f"Invalid '{param}': {problem}.", param=param, code="invalid_value")
 
 
 def _refused(message: str) -> BadRequestError:

@@ -169,8 +169,7 @@ def api_error(error: BaseException) -> APIError:
         case APIError():
             return error
         case library.ConversationError():
-            code = f"{error.capability}_not_supported" if error.capability else "invalid_value"
-            return BadRequestError(message, param=error.param, code=code)
+            return BadRequestError(message, param=error.param, code=error.code)
         case library.RequestTooLargeError():
             return BadRequestError(message, code="context_length_exceeded")
         case library.GrammarError():

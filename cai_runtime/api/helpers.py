@@ -12,10 +12,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Itera
 from typing import TYPE_CHECKING, Any
 
 from openai import NOT_GIVEN, NotGiven, Omit
+from pydantic import BaseModel
 from pydantic.errors import PydanticUserError
 
 from cai_runtime.api import chat
-from cai_runtime.api.errors import BadRequestError
+from cai_runtime.api.errors import BadRequestError, invalid
 from cai_runtime.api.generation import AsyncStream, Stream
 from cai_runtime.api.responses.params import mapping, refused
 from cai_runtime.scalars import shown
@@ -68,7 +69,7 @@ class ChatCall:
             try:
                 validate_input_tools(self._tools)
             except ValueError as error:
-                raise BadRequestError(f"Invalid 'tools': {error}.", param="tools", code="invalid_value") from error
+                raise invalid("tools", str(error)) from error
         return request
 
     prepare = staticmethod(chat.prepare)
@@ -221,7 +222,7 @@ def _check_type(value: Any, param: str) -> None:
 
 
 def _not_a_model(value: Any, param: str, problem: str) -> BadRequestError:
-    return BadRequestError(f"Invalid '{param}': {problem}, got {shown(value)}.", param=param, code="invalid_type")
+    return invalid(param, f"{problem}, got {shown(value)}", "invalid_type")
 
 
 def _converted(convert: Callable[[Any], Any], value: Any, param: str) -> Any:
@@ -232,7 +233,7 @@ def _converted(convert: Callable[[Any], Any], value: Any, param: str) -> Any:
         raise _not_a_model(value, param, "must be a Pydantic model or dataclass") from error
     except PydanticUserError as error:  # its message ends with a link
         problem = f"Pydantic makes no JSON schema of {shown(value)}: {str(error).splitlines()[0]}"
-        raise BadRequestError(f"Invalid '{param}': {problem}.", param=param, code="invalid_schema") from error
+        raise invalid(param, problem, "invalid_schema") from error
 
 
 def _listed(tools: Any) -> Any:
@@ -244,9 +245,9 @@ def _listed(tools: Any) -> Any:
 
 
 def _as_dict(tool: Any) -> Any:
-    if hasattr(tool, "model_dump"):
+    if isinstance(tool, BaseModel):
         return tool.model_dump(exclude_none=True)
-    if isinstance(tool, Mapping) and hasattr(tool.get("function"), "model_dump"):
+    if isinstance(tool, Mapping) and isinstance(tool.get("function"), BaseModel):
         return {**tool, "function": tool["function"].model_dump(exclude_none=True)}
     return tool
 

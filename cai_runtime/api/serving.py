@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
@@ -25,8 +24,8 @@ class Endpoint(Protocol):
         """The checked call, with `.model`, `.params` and `.stream`, before anything is loaded. Raises BadRequestError."""
         ...
 
-    def prepare(self, request: Any, name: str, opened: OpenModel, /) -> Generation[Any, Any]:
-        """What to run for it. `name`: the model as the request names it. Raises BadRequestError."""
+    def prepare(self, request: Any, model: ResolvedModel, opened: OpenModel, /) -> Generation[Any, Any]:
+        """What to run for it. Raises BadRequestError."""
         ...
 
 
@@ -43,15 +42,14 @@ def create(endpoint: Endpoint, host: ModelHost, params: Mapping[str, Any], timeo
     end = None if seconds is None else time.monotonic() + seconds
     model = host.resolve(request.model)
     require_text(model)
-    request = _with_default(request, model)
     opened = host.open(model, seconds)
     try:
-        running = endpoint.prepare(request, model.name, opened).submit(opened.engine)
+        running = endpoint.prepare(request, model, opened).submit(opened.engine)
     except InternalServerError as error:
         if not (_has_ended(error, host) and host.discard(model, opened)):
             raise
         opened = host.open(model, _left(end))
-        running = endpoint.prepare(request, model.name, opened).submit(opened.engine)
+        running = endpoint.prepare(request, model, opened).submit(opened.engine)
     running.timeout = seconds
     return Stream(running) if request.stream else running.whole(_left(end))
 
@@ -78,7 +76,6 @@ async def acreate(
     seconds = _timeout_of(params, request, timeout)
     model = host.resolve(request.model)
     require_text(model)
-    request = _with_default(request, model)
     try:
         async with asyncio.timeout(seconds):
             running = await _start(endpoint, host, request, model, submit)
@@ -94,7 +91,7 @@ async def _start(
     endpoint: Endpoint, host: ModelHost, request: Any, model: ResolvedModel, submit: Submit
 ) -> Running[Any, Any]:
     opened = await host.aopen(model)
-    generation = await asyncio.to_thread(endpoint.prepare, request, model.name, opened)
+    generation = await asyncio.to_thread(endpoint.prepare, request, model, opened)
     try:
         # Not in a thread: a cancelled task would lose sight of what runs there.
         return await submit(generation, opened.engine)
@@ -102,15 +99,8 @@ async def _start(
         if not (_has_ended(error, host) and await asyncio.to_thread(host.discard, model, opened)):
             raise
     opened = await host.aopen(model)
-    generation = await asyncio.to_thread(endpoint.prepare, request, model.name, opened)
+    generation = await asyncio.to_thread(endpoint.prepare, request, model, opened)
     return await submit(generation, opened.engine)
-
-
-def _with_default(request: Any, model: ResolvedModel) -> Any:
-    """The request, which asks for reasoning if its model's name does and its endpoint knows reasoning."""
-    if model.reasons and hasattr(request, "reasons"):
-        return dataclasses.replace(request, reasons=True)
-    return request
 
 
 def _has_ended(error: InternalServerError, host: ModelHost) -> bool:

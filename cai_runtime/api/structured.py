@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cai_runtime.api.errors import BadRequestError, invalid, missing, unknown
+from cai_runtime.api.errors import invalid, missing, unknown
 from cai_runtime.errors import GrammarError
 from cai_runtime.formats.conversation import Answer
 from cai_runtime.grammars import expressions
@@ -91,9 +91,9 @@ def _made(make: Callable[[], str], param: str) -> Answer:
     try:
         return Answer(make())
     except SchemaError as error:
-        raise BadRequestError(f"Invalid '{param}': {error}.", param=param, code="invalid_schema") from error
+        raise invalid(param, str(error), "invalid_schema") from error
     except GrammarError as error:
-        raise BadRequestError(f"Invalid '{param}': {error}.", param=param, code="invalid_grammar") from error
+        raise invalid(param, str(error), "invalid_grammar") from error
 
 
 def _object(value: Any, param: str) -> Mapping[str, Any]:

@@ -30,6 +30,11 @@ class Reasoning:
     effort: str | None = None  # none, low, medium, high, xhigh, max
     max_tokens: int | None = None
 
+    @property
+    def off(self) -> bool:
+        """Whether the answer is to have no thought."""
+        return self.enabled is False or self.effort == "none"
+
 
 @dataclass(frozen=True)
 class Answer:

@@ -18,13 +18,12 @@ from cai_runtime.formats.marked import MarkedFormat, Turn
 from cai_runtime.formats.parsing.grammar import Rules, literal
 from cai_runtime.formats.parsing.json_call import json_calls
 from cai_runtime.formats.parsing.malformed import Malformed
-from cai_runtime.formats.parsing.member_rules import TAGGED_NAME, members_of, text_value
+from cai_runtime.formats.parsing.member_rules import NEWLINE, tagged_arguments
 from cai_runtime.formats.parsing.stream import Parsing, Stream
 from cai_runtime.formats.parsing.typed import Members
 
 KEY, END_KEY, VALUE, END_VALUE = "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"
 END = "</tool_call>"
-NEWLINE = literal("\n")
 _NAME = re.compile(r"[\w.-]{1,256}")
 
 
@@ -55,12 +54,7 @@ class GlmFormat(MarkedFormat):
         members.close()
 
     def arguments_rule(self, rules: Rules, tool: Tool, place: str) -> str:
-        parts = []
-        for member in members_of(tool, place, TAGGED_NAME):
-            value = text_value(rules, member, place, END_VALUE)
-            part = rules.add("argument", f"{self._key(rules, literal(member.name))} {value} {NEWLINE}")
-            parts.append(part if member.required else f"({part})?")
-        return " ".join(parts)
+        return tagged_arguments(rules, tool, place, lambda name: self._key(rules, literal(name)), END_VALUE)
 
     def any_arguments_rule(self, rules: Rules, tool: Tool) -> str:
         argument = f"{self._key(rules, '/[^<>]+/')} {rules.until(END_VALUE)} {NEWLINE}"

@@ -51,10 +51,11 @@ class HarmonyFormat(MarkedFormat):
                 yield from self._message(turn, stream, marker)
 
     def _message(self, turn: Turn, stream: Stream, header: str) -> Parsing[None]:
-        """One message, of whose header the first marker was read."""
+        """One message, of whose header the first marker was read. A header that does not end is content, as written."""
         pieces = [header]
         if (yield from stream.until((MESSAGE,), pieces.append)) is None:
             stream.unfinished = True
+            stream.writer.content("".join(pieces))
             return
         header = "".join(pieces)
         channels, recipient = _CHANNEL.findall(header), _RECIPIENT.search(header)

@@ -10,22 +10,14 @@ place: such an object is a call where content would begin and where it names a f
 
 from __future__ import annotations
 
-import json
 from collections.abc import Container, Mapping
 from typing import ClassVar
 
 from cai_runtime.formats.conversation import Tool
 from cai_runtime.formats.marked import MarkedFormat, Turn
-from cai_runtime.formats.parsing.grammar import Rules, literal
+from cai_runtime.formats.parsing.grammar import Rules, json_call_rule
 from cai_runtime.formats.parsing.json_call import json_call, json_calls
 from cai_runtime.formats.parsing.stream import Parsing, Stream
-
-TAIL = "}\n"
-
-
-def head(tool: Tool) -> str:
-    """What is before a call's arguments."""
-    return f'\n{{"name": {json.dumps(tool.name)}, "arguments": '
 
 
 def fenced_call(stream: Stream, names: Container[str]) -> Parsing[None]:
@@ -58,7 +50,8 @@ class HermesFormat(MarkedFormat):
                 yield from stream.calls("", fenced_call(stream, turn.tools))
 
     def call_rule(self, rules: Rules, tool: Tool, arguments: str) -> str:
-        return f"{literal(head(tool))} {arguments} {literal(TAIL)} {rules.marker(self.closers[0])}"
+        call = json_call_rule(tool, arguments, layout="\n")
+        return f"{call} {rules.marker(self.closers[0])}"
 
     def free_rule(self, rules: Rules, call: str, arguments: Mapping[str, str], several: bool) -> str:
         """Content does not begin like a bare call, so that these are held to the grammar, too."""

@@ -5,20 +5,22 @@
     <|python_tag|>brave_search.call(query="weather in Oslo")
 
 Several are separated by semicolons. An object without the tag is a call only where it names a function of the request.
+Where the request also says what content must be, it is one only in this very form, and may have been meant as content.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import ClassVar
 
 from cai_runtime.formats.conversation import Tool
 from cai_runtime.formats.marked import MarkedFormat, Turn
-from cai_runtime.formats.parsing.grammar import Rules, literal
-from cai_runtime.formats.parsing.json_call import json_calls
+from cai_runtime.formats.parsing.grammar import Rules, json_call_rule, literal
+from cai_runtime.formats.parsing.json_call import json_calls, sole_calls
 from cai_runtime.formats.parsing.python_call import python_call
 from cai_runtime.formats.parsing.stream import Parsing, Stream
+
+KEY = "parameters"
 
 
 class Llama3Format(MarkedFormat):
@@ -28,7 +30,10 @@ class Llama3Format(MarkedFormat):
 
     def bare_calls(self, turn: Turn, stream: Stream) -> Parsing[None]:
         if (yield from stream.peek()) == "{":
-            yield from stream.calls("", json_calls(stream, turn.tools))
+            bound = turn.content_is_bound
+            yield from stream.calls(
+                "", sole_calls(stream, turn.tools, KEY) if bound else json_calls(stream, turn.tools)
+            )
 
     def call(self, turn: Turn, stream: Stream, opener: str) -> Parsing[None]:
         if (yield from stream.peek()) in ("{", "["):
@@ -37,8 +42,7 @@ class Llama3Format(MarkedFormat):
             yield from python_call(stream, suffix=".call")
 
     def call_rule(self, rules: Rules, tool: Tool, arguments: str) -> str:
-        head = f'{{"name": {json.dumps(tool.name)}, "parameters": '
-        return f"{literal(head)} {arguments} {literal('}')}"
+        return json_call_rule(tool, arguments, key=KEY)
 
     def calls_rule(self, rules: Rules, call: str, several: bool) -> str:
         return f"{call} ({literal('; ')} {call})*" if several else call

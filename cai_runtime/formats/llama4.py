@@ -32,7 +32,7 @@ class Llama4Format(Llama3Format):
     closers: ClassVar[tuple[str, ...]] = ("<|python_end|>",)
 
     def bare_calls(self, turn: Turn, stream: Stream) -> Parsing[None]:
-        if (yield from stream.peek()) in ("[", "{"):
+        if (yield from stream.peek()) in (("[",) if turn.content_is_bound else ("[", "{")):
             yield from stream.calls("", self._calls(turn, stream), ())
 
     def call(self, turn: Turn, stream: Stream, opener: str) -> Parsing[None]:
@@ -47,7 +47,7 @@ class Llama4Format(Llama3Format):
         if (yield from stream.peek()) == "{":
             yield from json_calls(stream, turn.tools)
         else:
-            yield from python_calls(stream, turn.tools)
+            yield from python_calls(stream, turn.tools, or_json=not turn.content_is_bound)
 
     def arguments_rule(self, rules: Rules, tool: Tool, place: str) -> str:
         members = []

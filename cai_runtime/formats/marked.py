@@ -38,6 +38,12 @@ class Turn:
         """Where it may not, what looks like a call is content."""
         return bool(self.conversation.tools) and self.conversation.tool_choice != "none"
 
+    @property
+    def content_is_bound(self) -> bool:
+        """Whether the answer is either calls or what the request says content must be. Then an object that no opener
+        announces may be content, though it looks like a call."""
+        return self.conversation.answer is not None and self.conversation.tool_choice == "auto"
+
 
 class MarkedFormat:
     """See `base.Format`. An answer may begin with a thought; then content and calls alternate. A call begins with one of
@@ -213,7 +219,7 @@ class MarkedFormat:
 
     def thought_rule(self, rules: Rules, turn: Turn) -> str:
         """The thought before: needed where the prompt has opened it, else as the model likes."""
-        if self.thought is None or (turn.conversation.reasoning.enabled is False and not turn.thinks):
+        if self.thought is None or (turn.conversation.reasoning.off and not turn.thinks):
             return ""
         begin, end = self.thought
         rest = f"{rules.until(end)} (/\\n{{1,2}}/)?"

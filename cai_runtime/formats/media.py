@@ -115,19 +115,19 @@ def _inner(part: Mapping[str, Any], key: str, place: str, allowed: Collection[st
     where = f"{place}.{key}"
     for given in part:
         if given not in ("type", key):
-            raise ConversationError(f"Unknown parameter: '{place}.{given}'.", param=f"{place}.{given}")
+            raise ConversationError.unknown(f"{place}.{given}")
     inner = part.get(key)
     if not isinstance(inner, Mapping):
         raise _wrong(where, f"must be an object with {' and '.join(allowed)}, got {shown(inner)}")
     for given in inner:
         if given not in allowed:
-            raise ConversationError(f"Unknown parameter: '{where}.{given}'.", param=f"{where}.{given}")
+            raise ConversationError.unknown(f"{where}.{given}")
     return {name: value for name, value in inner.items() if value is not None}
 
 
 def _text(fields: Mapping[str, Any], key: str, place: str) -> str:
     if key not in fields:
-        raise ConversationError(f"Missing required parameter: '{place}.{key}'.", param=f"{place}.{key}")
+        raise ConversationError.missing(f"{place}.{key}")
     if not isinstance(fields[key], str):
         raise _wrong(f"{place}.{key}", f"must be a string, got {shown(fields[key])}")
     return str(fields[key])

@@ -144,20 +144,28 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def _as_mapping(value: Any, place: str, what: str) -> dict[str, Any]:
-    """The fields that are given of an object, which may be one of the `openai` package's."""
+def given_fields(value: Any, place: str, what: str = "") -> dict[str, Any]:
+    """The fields that are given of an object, which may be one of the `openai` package's.
+
+    Args:
+        what: the fields that it must have, for errors.
+
+    Raises:
+        ConversationError: it is none.
+    """
     if hasattr(value, "model_dump") and not isinstance(value, type):  # an object of it, not its class
         value = value.model_dump(exclude_none=True)
     if not isinstance(value, Mapping):
-        raise ConversationError(f"'{place}' must be an object with {what}.", param=place)
+        fields = f" with {what}" if what else ""
+        raise ConversationError(f"'{place}' must be an object{fields}, got {shown(value)}.", param=place)
     return {key: item for key, item in value.items() if item is not None}
 
 
 def _parse_message(message: Any, place: str) -> Message:
-    fields = _as_mapping(message, place, "role and content")
+    fields = given_fields(message, place, "role and content")
     given = fields.pop("role", None)
     if given is None:
-        raise ConversationError(f"Missing required parameter: '{place}.role'.", param=f"{place}.role")
+        raise ConversationError.missing(f"{place}.role")
     # An array compares element by element, a subclass of str as it likes.
     role = str.__str__(given) if isinstance(given, str) else None
     if role == "function":
@@ -174,7 +182,7 @@ def _parse_message(message: Any, place: str) -> Message:
         if key == "function_call":
             raise ConversationError(f"'{place}.function_call' {_DEPRECATED}", param=f"{place}.function_call")
         if key not in _UNSERVED_FIELDS:
-            raise ConversationError(f"Unknown parameter: '{place}.{key}'.", param=f"{place}.{key}")
+            raise ConversationError.unknown(f"{place}.{key}")
         if not (isinstance(value, (list, tuple)) and not value):
             raise ConversationError(
                 f"'{place}.{key}' is not supported.", param=f"{place}.{key}", capability=_UNSERVED_FIELDS[key]
@@ -196,12 +204,10 @@ def _parse_message(message: Any, place: str) -> Message:
         _parse_text(reasoning, f"{place}.reasoning_content") if reasoning else None,
     )
     if parsed.content is None and not parsed.calls and parsed.reasoning is None:
-        raise ConversationError(f"Missing required parameter: '{place}.content'.", param=f"{place}.content")
+        raise ConversationError.missing(f"{place}.content")
     if role == "tool" and not call_id:
-        raise ConversationError(
-            f"Missing required parameter: '{place}.tool_call_id', the id of the call that this is the result of.",
-            param=f"{place}.tool_call_id",
-        )
+        note = ", the id of the call that this is the result of"
+        raise ConversationError.missing(f"{place}.tool_call_id", note)
     return parsed
 
 
@@ -222,7 +228,7 @@ def _parse_calls(calls: Any, place: str) -> tuple[Call, ...]:
 
 
 def _parse_call(call: Any, place: str) -> Call:
-    fields = _as_mapping(call, place, "id, type and function")
+    fields = given_fields(call, place, "id, type and function")
     fields.pop("index", None)  # of a streamed call that was put together by hand
     kind = fields.pop("type", "function")
     if kind != "function":
@@ -231,15 +237,15 @@ def _parse_call(call: Any, place: str) -> Call:
             param=f"{place}.type",
             capability="custom_tools" if kind == "custom" else None,
         )
-    function = _as_mapping(fields.pop("function", None), f"{place}.function", "name and arguments")
+    function = given_fields(fields.pop("function", None), f"{place}.function", "name and arguments")
     function.pop("parsed_arguments", None)  # the openai package's own reading of the arguments
     for inner, allowed, where in ((fields, ("id",), place), (function, ("name", "arguments"), f"{place}.function")):
         for key in allowed:
             if key not in inner:
-                raise ConversationError(f"Missing required parameter: '{where}.{key}'.", param=f"{where}.{key}")
+                raise ConversationError.missing(f"{where}.{key}")
         for key in inner:
             if key not in allowed:
-                raise ConversationError(f"Unknown parameter: '{where}.{key}'.", param=f"{where}.{key}")
+                raise ConversationError.unknown(f"{where}.{key}")
     parse_arguments(function["arguments"], f"{place}.function.arguments")
     texts = [_parse_text(fields["id"], f"{place}.id"), _parse_text(function["name"], f"{place}.function.name")]
     for text, where in zip(texts, (f"{place}.id", f"{place}.function.name"), strict=True):
@@ -308,7 +314,7 @@ def _parse_part(part: Any, place: str, role: str) -> str | Media | RemoteMedia:
             f"'{place}.type' must be 'text'{_or_media(role)}, got {shown(kind)}.", param=f"{place}.type"
         )
     if unknown := [key for key in part if key not in ("type", "text")]:
-        raise ConversationError(f"Unknown parameter: '{place}.{unknown[0]}'.", param=f"{place}.{unknown[0]}")
+        raise ConversationError.unknown(f"{place}.{unknown[0]}")
     return _parse_text(part.get("text"), f"{place}.text")
 
 

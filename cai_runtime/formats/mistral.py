@@ -9,13 +9,12 @@ The first is that of its tokenizers up to version 7, the second is of version 11
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 
 from cai_runtime.formats.conversation import Tool
 from cai_runtime.formats.marked import MarkedFormat, Turn
-from cai_runtime.formats.parsing.grammar import Rules, literal
+from cai_runtime.formats.parsing.grammar import Rules, json_call_rule, literal
 from cai_runtime.formats.parsing.json_call import json_arguments, json_calls
 from cai_runtime.formats.parsing.malformed import Malformed
 from cai_runtime.formats.parsing.stream import Parsing, Stream
@@ -47,8 +46,7 @@ class MistralFormat(MarkedFormat):
     def call_rule(self, rules: Rules, tool: Tool, arguments: str) -> str:
         if self.markers.is_token(ARGS):
             return f"{literal(tool.name)} {rules.marker(ARGS)} {arguments}"
-        head = f'{{"name": {json.dumps(tool.name)}, "arguments": '
-        return f"{literal(head)} {arguments} {literal('}')}"
+        return json_call_rule(tool, arguments)
 
     def calls_rule(self, rules: Rules, call: str, several: bool) -> str:
         return f"{rules.marker(self.openers[0])} {self._rest_rule(rules, call, several)}"

@@ -19,11 +19,9 @@ from cai_runtime.formats.conversation import Tool
 from cai_runtime.formats.marked import MarkedFormat, Turn
 from cai_runtime.formats.parsing.grammar import Rules, literal
 from cai_runtime.formats.parsing.json_call import json_calls
-from cai_runtime.formats.parsing.member_rules import TAGGED_NAME, members_of, text_value
+from cai_runtime.formats.parsing.member_rules import NEWLINE, tagged_arguments
 from cai_runtime.formats.parsing.stream import Parsing, Stream
 from cai_runtime.formats.parsing.typed import Members
-
-NEWLINE = "\n"
 
 
 class QwenCoderFormat(MarkedFormat):
@@ -51,20 +49,17 @@ class QwenCoderFormat(MarkedFormat):
             yield from stream.expect("parameter=")
             key, _ = yield from stream.captured(">")
             value, _ = yield from stream.captured("</parameter>")
-            members.add(key.strip(), value.removeprefix(NEWLINE).removesuffix(NEWLINE))
+            members.add(key.strip(), value.removeprefix("\n").removesuffix("\n"))
 
     def arguments_rule(self, rules: Rules, tool: Tool, place: str) -> str:
-        parts = []
-        for member in members_of(tool, place, TAGGED_NAME):
-            value = text_value(rules, member, place, "</parameter>", layout=NEWLINE)
-            head = literal(f"<parameter={member.name}>{NEWLINE}")
-            part = rules.add("parameter", f"{head} {value} {literal(NEWLINE)}")
-            parts.append(part if member.required else f"({part})?")
-        return " ".join(parts)
+        return tagged_arguments(
+            rules, tool, place, lambda name: literal(f"<parameter={name}>\n"), "</parameter>", layout="\n"
+        )
 
     def any_arguments_rule(self, rules: Rules, tool: Tool) -> str:
-        head = rules.add("head", f"{literal('<parameter=')} /[^>\\n]+/ {literal('>' + NEWLINE)}")
-        return rules.add("any_arguments", f"({head} {rules.until('</parameter>')} {literal(NEWLINE)})*")
+        end = literal(">\n")
+        head = rules.add("head", f"{literal('<parameter=')} /[^>\\n]+/ {end}")
+        return rules.add("any_arguments", f"({head} {rules.until('</parameter>')} {NEWLINE})*")
 
     def call_rule(self, rules: Rules, tool: Tool, arguments: str) -> str:
         begin, end = f"\n<function={tool.name}>\n", "</function>\n"

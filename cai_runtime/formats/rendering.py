@@ -68,8 +68,10 @@ def reasoning_variables(reasoning: Reasoning, form: ReasoningForm) -> dict[str, 
         ConversationError: the model can't do that; the message says what it can. Or the request contradicts itself.
     """
     enabled, effort = reasoning.enabled, reasoning.effort
+    can_think = form.switch is not None or form.always
     if effort is not None:
-        if effort not in form.levels:
+        # A model that never thinks does what "none" asks for.
+        if effort not in form.levels and (effort != "none" or can_think):
             _refuse(form, "reasoning_effort", f"the level {effort!r}")
         if enabled is not None and enabled != (effort != "none"):
             raise ConversationError(
@@ -77,7 +79,6 @@ def reasoning_variables(reasoning: Reasoning, form: ReasoningForm) -> dict[str, 
                 param="reasoning_effort",
             )
         enabled = effort != "none"
-    can_think = form.switch is not None or form.always
     if enabled and not can_think:
         _refuse(form, "reasoning_enabled", "reasoning")
     if enabled is False and form.switch is None and form.always:

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypedDict
 
 from cai_runtime.errors import ConversationError
 from cai_runtime.formats.conversation import Tool
-from cai_runtime.formats.messages import check_json
+from cai_runtime.formats.messages import check_json, given_fields
 from cai_runtime.formats.traced_text import plain
 from cai_runtime.scalars import as_bool, printable, shown
 
@@ -17,11 +17,14 @@ _MODES = ("auto", "none", "required")
 _FIELDS = ("name", "description", "parameters", "strict")
 
 
+ToolChoice = Literal["auto", "none", "required"] | Tool
+
+
 class ToolFields(TypedDict):
     """The fields of a Conversation that say which functions may be called, and how."""
 
     tools: tuple[Tool, ...]
-    tool_choice: Literal["auto", "none", "required"] | Tool
+    tool_choice: ToolChoice
     parallel_tool_calls: bool
 
 
@@ -40,46 +43,62 @@ def parse_tools(tools: Any = None, tool_choice: Any = None, parallel_tool_calls:
     Raises:
         ConversationError: `.param` names the place, such as `tools[0].function.name`.
     """
-    found = _parse_list(tools)
+    found = parse_list(tools)
     parallel = True if parallel_tool_calls is None else as_bool(parallel_tool_calls)
     if parallel is None:
         raise ConversationError("'parallel_tool_calls' must be true or false.", param="parallel_tool_calls")
-    choice, found = _parse_choice(tool_choice, found)
+    choice, found = parse_choice(tool_choice, found)
     return {"tools": found, "tool_choice": choice, "parallel_tool_calls": parallel}
 
 
-def _parse_list(tools: Any) -> tuple[Tool, ...]:
+def parse_list(tools: Any, *, flat: bool = False) -> tuple[Tool, ...]:
+    """The functions of `tools`. flat: their fields lie beside `type`, as in the Responses API.
+
+    Raises:
+        ConversationError: naming the place.
+    """
     if tools is None:
         return ()
     if not isinstance(tools, Iterable) or isinstance(tools, (str, bytes, Mapping)):
         raise ConversationError(f"'tools' must be a list of tools, got {shown(tools)}.", param="tools")
     found: dict[str, Tool] = {}
     for i, given in enumerate(tools):
-        tool = _parse_tool(given, f"tools[{i}]")
+        fields, place = _function_of(given, f"tools[{i}]", flat)
+        tool = parse_function(fields, place)
         if tool.name in found:
-            raise ConversationError(
-                f"'tools[{i}].function.name' is that of another tool: {tool.name!r}.", param=f"tools[{i}].function.name"
-            )
+            raise ConversationError(f"'{place}.name' is that of another tool: {tool.name!r}.", param=f"{place}.name")
         found[tool.name] = tool
     return tuple(found.values())
 
 
-def _parse_tool(tool: Any, place: str) -> Tool:
-    fields = _fields(tool, place)
+def _function_of(given: Any, place: str, flat: bool) -> tuple[dict[str, Any], str]:
+    """A function's fields, or those of a reference to one, and their place."""
+    fields = given_fields(given, place)
     kind = fields.pop("type", None)
     if kind is None:
-        raise ConversationError(f"Missing required parameter: '{place}.type'.", param=f"{place}.type")
+        raise ConversationError.missing(f"{place}.type")
     if kind != "function":
-        raise ConversationError(
-            f"'{place}.type' must be 'function', got {shown(kind)}: this library calls no other tools.",
-            param=f"{place}.type",
-            capability=f"{kind}_tools" if isinstance(kind, str) and _NAME.fullmatch(kind) else None,
-        )
-    if "function" not in fields:
-        raise ConversationError(f"Missing required parameter: '{place}.function'.", param=f"{place}.function")
-    function = _fields(fields.pop("function"), f"{place}.function")
+        raise _not_a_function(kind, place)
+    return _inner(fields, "function", place, flat)
+
+
+def _not_a_function(kind: Any, place: str, others: str = "") -> ConversationError:
+    return ConversationError(
+        f"'{place}.type' must be 'function'{others}, got {shown(kind)}: this library calls no other tools.",
+        param=f"{place}.type",
+        capability=f"{kind}_tools" if isinstance(kind, str) and _NAME.fullmatch(kind) else None,
+    )
+
+
+def _inner(fields: dict[str, Any], key: str, place: str, flat: bool) -> tuple[dict[str, Any], str]:
+    """The fields of the object under `key`, which is the only one; flat: the fields themselves. And their place."""
+    if flat:
+        return fields, place
+    if key not in fields:
+        raise ConversationError.missing(f"{place}.{key}")
+    inner = given_fields(fields.pop(key), f"{place}.{key}")
     _refuse_unknown(fields, (), place)
-    return parse_function(function, f"{place}.function")
+    return inner, f"{place}.{key}"
 
 
 def parse_function(function: Mapping[str, Any], place: str) -> Tool:
@@ -91,7 +110,7 @@ def parse_function(function: Mapping[str, Any], place: str) -> Tool:
     _refuse_unknown(function, _FIELDS, place)
     name, description = function.get("name"), function.get("description")
     if name is None:
-        raise ConversationError(f"Missing required parameter: '{place}.name'.", param=f"{place}.name")
+        raise ConversationError.missing(f"{place}.name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConversationError(
             f"'{place}.name' must have 1 to 64 letters of a-z and A-Z, digits, underscores and dashes, got {shown(name)}.",
@@ -132,7 +151,12 @@ def _may_be_object(schema: Mapping[str, Any]) -> bool:
     )
 
 
-def _parse_choice(choice: Any, tools: tuple[Tool, ...]) -> tuple[Any, tuple[Tool, ...]]:
+def parse_choice(choice: Any, tools: tuple[Tool, ...], *, flat: bool = False) -> tuple[ToolChoice, tuple[Tool, ...]]:
+    """`tool_choice`, and the tools that it leaves, in their order. flat: as in `parse_list`.
+
+    Raises:
+        ConversationError: naming the place.
+    """
     if choice is None:
         return ("auto" if tools else "none"), tools
     if isinstance(choice, str):
@@ -144,40 +168,34 @@ def _parse_choice(choice: Any, tools: tuple[Tool, ...]) -> tuple[Any, tuple[Tool
             )
         if choice == "required" and not tools:
             raise ConversationError("'tool_choice' is 'required', but there are no 'tools'.", param="tool_choice")
-        return choice, tools
-    fields = _fields(choice, "tool_choice")
-    kind = fields.pop("type", None)
-    if kind == "function":
-        return _parse_named(fields, "tool_choice", tools), tools
+        return choice, tools  # type: ignore[return-value]
+    fields = given_fields(choice, "tool_choice")
+    kind = fields.get("type")
+    if kind is None:
+        raise ConversationError.missing("tool_choice.type")
     if kind == "allowed_tools":
-        return _parse_allowed(fields, tools)
-    raise ConversationError(
-        f"'tool_choice.type' must be 'function' or 'allowed_tools', got {shown(kind)}.",
-        param="tool_choice.type",
-        capability="custom_tools" if kind == "custom" else None,
-    )
+        return _parse_allowed(fields, tools, flat)
+    if kind != "function":
+        raise _not_a_function(kind, "tool_choice", " or 'allowed_tools'")
+    return _parse_named(choice, "tool_choice", tools, flat), tools
 
 
-def _parse_named(fields: dict[str, Any], place: str, tools: tuple[Tool, ...]) -> Tool:
-    """The tool that `{"function": {"name": ...}}` names."""
-    function = _fields(fields.pop("function", {}), f"{place}.function")
-    _refuse_unknown(fields, (), place)
-    _refuse_unknown(function, ("name",), f"{place}.function")
+def _parse_named(given: Any, place: str, tools: tuple[Tool, ...], flat: bool) -> Tool:
+    """The tool that a reference names."""
+    function, place = _function_of(given, place, flat)
+    _refuse_unknown(function, ("name",), place)
     name = function.get("name")
     if name is None:
-        raise ConversationError(f"Missing required parameter: '{place}.function.name'.", param=f"{place}.function.name")
+        raise ConversationError.missing(f"{place}.name")
     for tool in tools:
         if tool.name == name:
             return tool
-    raise ConversationError(
-        f"'{place}.function.name' is {shown(name)}, which is none of the 'tools'.", param=f"{place}.function.name"
-    )
+    raise ConversationError(f"'{place}.name' is {shown(name)}, which is none of the 'tools'.", param=f"{place}.name")
 
 
-def _parse_allowed(fields: dict[str, Any], tools: tuple[Tool, ...]) -> tuple[str, tuple[Tool, ...]]:
-    place = "tool_choice.allowed_tools"
-    allowed = _fields(fields.pop("allowed_tools", None), place)
-    _refuse_unknown(fields, (), "tool_choice")
+def _parse_allowed(fields: dict[str, Any], tools: tuple[Tool, ...], flat: bool) -> tuple[ToolChoice, tuple[Tool, ...]]:
+    del fields["type"]
+    allowed, place = _inner(fields, "allowed_tools", "tool_choice", flat)
     mode, given = allowed.pop("mode", None), allowed.pop("tools", None)
     _refuse_unknown(allowed, (), place)
     if mode not in ("auto", "required"):
@@ -186,26 +204,11 @@ def _parse_allowed(fields: dict[str, Any], tools: tuple[Tool, ...]) -> tuple[str
         )
     if not isinstance(given, (list, tuple)) or not given:
         raise ConversationError(f"'{place}.tools' must be a list of at least one tool.", param=f"{place}.tools")
-    named = set()
-    for i, one in enumerate(given):
-        inner = _fields(one, f"{place}.tools[{i}]")
-        if inner.pop("type", None) != "function":
-            raise ConversationError(f"'{place}.tools[{i}].type' must be 'function'.", param=f"{place}.tools[{i}].type")
-        named.add(_parse_named(inner, f"{place}.tools[{i}]", tools).name)
+    named = {_parse_named(one, f"{place}.tools[{i}]", tools, flat).name for i, one in enumerate(given)}
     return mode, tuple(tool for tool in tools if tool.name in named)
-
-
-def _fields(value: Any, place: str) -> dict[str, Any]:
-    """The fields that are given of an object, which may be one of the `openai` package's."""
-    if hasattr(value, "model_dump"):
-        value = value.model_dump(exclude_none=True)
-    if not isinstance(value, Mapping):
-        raise ConversationError(f"'{place}' must be an object, got {shown(value)}.", param=place)
-    return {key: item for key, item in value.items() if item is not None}
 
 
 def _refuse_unknown(fields: Mapping[str, Any], known: tuple[str, ...], place: str) -> None:
     for key in fields:
         if key not in known:
-            where = f"{place}.{printable(str(key)[:80])}"
-            raise ConversationError(f"Unknown parameter: '{where}'.", param=where)
+            raise ConversationError.unknown(f"{place}.{printable(str(key)[:80])}")

@@ -14,7 +14,7 @@ from typing import Any
 
 from cai_runtime.errors import GrammarError
 from cai_runtime.grammars.compiler import LIMITS, check_size, readable
-from cai_runtime.grammars.schema import LAYOUT, SchemaError, enforceable, node_at_fault
+from cai_runtime.grammars.schema import LAYOUT, SchemaError, make_enforceable, node_at_fault
 
 
 def json_object() -> str:
@@ -40,7 +40,8 @@ def json_schema(schema: Any) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _json_schema(text: str) -> str:
-    schema = enforceable(json.loads(text))
+    schema = json.loads(text)
+    make_enforceable(schema)
     fault = node_at_fault(schema, _refusal)
     if fault is not None:
         raise fault

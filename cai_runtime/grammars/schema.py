@@ -15,6 +15,7 @@ from urllib.parse import unquote
 from cai_runtime.errors import GrammarError
 from cai_runtime.grammars.ecma import rust_regex
 from cai_runtime.grammars.numbers import MAX_MULTIPLE, common_multiple, exact_bound, inexact_number, is_number
+from cai_runtime.grammars.pointers import escaped, way
 from cai_runtime.grammars.string_formats import FORMATS, LABELS
 from cai_runtime.scalars import shown
 
@@ -58,24 +59,20 @@ class SchemaError(GrammarError):
         super().__init__(f"the schema can't be enforced at {pointer!r} (a JSON pointer): {reason}")
 
 
-def enforceable(schema: Any) -> Any:
-    """The same schema in words that llguidance enforces.
+def make_enforceable(schema: Any) -> None:
+    """Put a schema into words that llguidance enforces, in place.
+
+    Args:
+        schema: of JSON's types, as `json.loads` makes them.
 
     Raises:
         SchemaError: a node has what can't be enforced.
     """
-    if not isinstance(schema, (bool, Mapping)):
-        raise SchemaError(f"a schema is an object or a boolean, got {shown(schema)}", "")
-    try:
-        copied = json.loads(json.dumps(schema, allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise SchemaError(f"the schema is no JSON: {error}", "") from error
-    walk = _Walk(copied)
-    walk.check(copied, "", 0)
+    walk = _Walk(schema)
+    walk.check(schema, "", 0)
     walk.check_circles()
     walk.check_multiples()
     walk.check_chains()
-    return copied
 
 
 class _Walk:
@@ -116,7 +113,7 @@ class _Walk:
 
     def _check_keywords(self, node: dict[str, Any], pointer: str) -> None:
         for key in [*node]:
-            value, place = node[key], f"{pointer}/{_escaped(key)}"
+            value, place = node[key], f"{pointer}/{escaped(key)}"
             if key in _MAPS:
                 if not isinstance(value, dict):
                     raise SchemaError(f"must be an object of schemas, got {shown(value)}", place)
@@ -241,21 +238,17 @@ class _Walk:
             target = target[len(self._id) :] or "#"
         if not target.startswith("#"):
             raise SchemaError(f"{shown(target)} is in another document, and nothing is fetched: put it in here", place)
-        fragment = unquote(target[1:])
-        if fragment and not fragment.startswith("/"):
+        if unquote(target[1:])[:1] not in ("", "/"):
             raise SchemaError(f"{shown(target)} is an anchor: refer to it by '#/...'", place)
         node: Any = self.document
         is_schema = True  # and not a list or a map of schemas
-        for part in fragment.split("/")[1:]:
-            part = part.replace("~1", "/").replace("~0", "~")
-            if isinstance(node, dict) and part in node and (part in _PLACES or not is_schema):
-                node = node[part]
-                is_schema = not is_schema or (part in _SINGLE and not isinstance(node, list))
-            elif isinstance(node, list) and part.isdecimal() and int(part) < len(node):
-                node, is_schema = node[int(part)], True
-            else:
-                is_schema = False
-                break
+        try:
+            for step, node in way(target[1:], self.document):
+                if is_schema and step not in _PLACES:
+                    raise LookupError("its values are no schemas")
+                is_schema = not is_schema or (step in _SINGLE and not isinstance(node, list))
+        except LookupError:
+            is_schema = False
         if not is_schema:
             raise SchemaError(f"there is no schema at {shown(target)}", place)
         return node
@@ -288,7 +281,7 @@ def _children(node: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The schemas in a schema, with their pointers from there."""
     for key in _MAPS:
         for name, child in node.get(key, {}).items():
-            yield f"{key}/{_escaped(name)}", child
+            yield f"{key}/{escaped(name)}", child
     for key in _LISTS:
         for i, child in enumerate(node.get(key, ())):
             yield f"{key}/{i}", child
@@ -299,10 +292,6 @@ def _children(node: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                 yield f"{key}/{i}", child
         elif key in node:
             yield key, value
-
-
-def _escaped(name: str) -> str:
-    return name.replace("~", "~0").replace("/", "~1")
 
 
 def node_at_fault(schema: Any, refusal: Callable[[Any], str | None]) -> SchemaError | None:

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import BaseModel
 
 from cai_runtime import BadRequestError
 from cai_runtime.api.chat import ChatReply
@@ -231,14 +232,51 @@ def test_refusals_name_the_parameter(client, ask):
     for options, param, code in [
         ({"tools": [{"type": "custom"}]}, "tools[0].type", "custom_tools_not_supported"),
         ({"tools": [LOOK], "tool_choice": "any"}, "tool_choice", "invalid_value"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function", "missing_required_parameter"),
+        ({"tools": [{**LOOK, "color": "red"}]}, "tools[0].color", "unknown_parameter"),
+        ({"messages": [{"content": "hi"}]}, "messages[0].role", "missing_required_parameter"),
+        ({"messages": [{"role": "user", "content": "hi", "color": "red"}]}, "messages[0].color", "unknown_parameter"),
         ({"reasoning_enabled": True}, "reasoning_enabled", "reasoning_not_supported"),
         ({"reasoning_effort": "high"}, "reasoning_effort", "reasoning_not_supported"),
         ({"functions": [LOOK["function"]]}, "functions", "unsupported_parameter"),
         ({"function_call": {"name": "look"}}, "function_call", "unsupported_parameter"),
     ]:
         with pytest.raises(BadRequestError) as caught:
-            client.chat.completions.create(**ask, **options)
+            client.chat.completions.create(**{**ask, **options})
         assert (caught.value.param, caught.value.code) == (param, code)
+
+
+class Query(BaseModel):
+    text: str
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"tools": [Query]}, "tools[0]"),
+        ({"tools": [{"type": "function", "function": Query}]}, "tools[0]"),
+        ({"tools": [LOOK], "tool_choice": Query}, "tool_choice"),
+    ],
+)
+def test_a_class_is_no_object(client, ask, options, param):
+    """A Pydantic model in the place of what `openai.pydantic_function_tool` makes of it."""
+    for call in (client.chat.completions.create, client.chat.completions.parse):
+        with pytest.raises(BadRequestError) as caught:
+            call(**ask, **options)
+        assert caught.value.param.startswith(param)
+    flat = {**options, "tools": [{"type": "function", **LOOK["function"]}] if param == "tool_choice" else [Query]}
+    with pytest.raises(BadRequestError) as caught:
+        client.responses.create(input="hi", **flat)
+    assert caught.value.param == param
+
+
+def test_a_model_without_reasoning_can_be_told_not_to_reason(client, ask):
+    for options in ({"reasoning_effort": "none"}, {"reasoning_enabled": False}):
+        for model in ("abc", "abc-r"):
+            assert client.chat.completions.create(**ask, **options, model=model).choices[0].message.content
+            own = {"reasoning": {"effort": "none"}} if "reasoning_effort" in options else options
+            response = client.responses.create(input="hi", temperature=0, **own, model=model)
+            assert response.output_text and response.reasoning.effort == own.get("reasoning", {}).get("effort")
 
 
 HEAD = ReplyHead("chatcmpl-x", 1, "abc", "fp")

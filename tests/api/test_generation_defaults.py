@@ -22,8 +22,8 @@ def write(model_dir, config):
 def sampling(client, endpoint, **params):
     """What the engine is told of a request."""
     request = endpoint.parse({**ASK[endpoint], **params})
-    opened = client._host.open(client._host.resolve(None))
-    told = endpoint.prepare(request, "abc", opened).requests[0].sampling
+    model = client._host.resolve(None)
+    told = endpoint.prepare(request, model, client._host.open(model)).requests[0].sampling
     return {name: getattr(told, name) for name in OPENAI}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from operator import attrgetter
 
 import numpy as np
 import openai
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import cai_runtime
+from cai_runtime import BadRequestError
 from cai_runtime.api import chat, completions
 
 REQUIRED = {chat: {"messages": [{"role": "user", "content": "hi"}]}, completions: {"prompt": "hi"}}
@@ -169,16 +171,26 @@ def test_an_extra_body_in_an_extra_body_is_not_dropped(client):
     assert (error.status_code, error.param) == (400, "extra_body")
 
 
-@pytest.mark.parametrize("endpoint", [chat, completions], ids=ids)
-def test_megabytes_are_refused_by_their_characters(client, endpoint):
+MEGABYTE = "word " * 200_000
+HELLO = [{"role": "user", "content": "hi"}]
+LONG_TOOL = {"name": "look", "description": MEGABYTE, "parameters": {}}
+
+
+@pytest.mark.parametrize(("method", "request_", "param"), [
+    ("completions", {"prompt": MEGABYTE}, "prompt"),
+    ("chat.completions", {"messages": [{"role": "user", "content": MEGABYTE}]}, "messages"),
+    ("chat.completions", {"messages": HELLO, "tools": [{"type": "function", "function": LONG_TOOL}]}, "messages"),
+    ("responses", {"input": MEGABYTE}, "input"),
+    ("responses", {"input": "hi", "tools": [{"type": "function", **LONG_TOOL}]}, "input"),
+])  # fmt: skip
+def test_megabytes_are_refused_by_their_characters(client, method, request_, param):
     """Before they are tokenized: that takes seconds, in which the model's other requests wait."""
     opened = client._host.open(client._host.resolve(None))
-    text = "word " * 200_000
-    with opened.tokenizer_lock:  # whoever waits for it waits for ever
-        error = answer(client, endpoint, {"prompt": text} if endpoint is completions else
-                       {"messages": [{"role": "user", "content": text}]})  # fmt: skip
-    assert (error.status_code, error.code) == (400, "context_length_exceeded")
-    assert error.param == next(iter(REQUIRED[endpoint])) and "1000000 characters" in error.message
+    with opened.tokenizer_lock, pytest.raises(BadRequestError, match="has 10000.. characters") as caught:
+        attrgetter(method)(client).create(**request_)  # whoever waits for the lock waits for ever
+    assert (caught.value.param, caught.value.code) == (param, "context_length_exceeded")
+    if "tools" in request_:  # a prompt without them fits
+        attrgetter(method)(client).create(**request_, tool_choice="none", temperature=0)
 
 
 def test_a_long_prompt_makes_no_noise(client, tokenizer, capfd, caplog):

@@ -121,8 +121,9 @@ def test_an_answer_after_a_thought(family, parts, grammars):
     if family.thinks:
         opened = Held(parts, grammars, tools=(), answer=answer, thinks=True)
         assert opened.accepts('Hm\n</think>\n\n{"a": 1}') and not opened.accepts('{"a": 1}')
-        off = Held(parts, grammars, tools=(), answer=answer, reasoning=Reasoning(enabled=False))
-        assert off.accepts('{"a": 1}') and not off.accepts('<think>\nHm\n</think>\n\n{"a": 1}')
+        for reasoning in (Reasoning(enabled=False), Reasoning(effort="none")):
+            off = Held(parts, grammars, tools=(), answer=answer, reasoning=reasoning)
+            assert off.accepts('{"a": 1}') and not off.accepts('<think>\nHm\n</think>\n\n{"a": 1}')
 
 
 def test_the_schema_of_every_type(family, parts, grammars, layout):

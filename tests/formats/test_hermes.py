@@ -181,3 +181,11 @@ def test_what_is_no_bare_call_is_content(made, text):
 
 def test_a_structured_answer_is_no_bare_call(made):
     assert read(made, BARE, answer=Answer("/.*/")).content == BARE
+
+
+def test_a_stop_string_in_a_call_that_does_not_end_ends_the_text(made):
+    """Only at the end does such a call turn out to be content."""
+    text = '<tool_call>\n{"name": "get_weather", "query": "rain or snow'
+    assert read(made, text).reason == "length"
+    found = read(made, text, stop=["snow"])
+    assert (found.content, found.reason) == (text.removesuffix("snow"), "stop")

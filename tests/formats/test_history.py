@@ -266,6 +266,7 @@ def test_reasoning_is_told_to_the_template(byte_tokenizer, template, asked, want
         (LEVELS, Reasoning(False), "reasoning_enabled", "always reasons"),
         (ANY_LEVEL, Reasoning(effort="xhigh"), "reasoning_effort", "low, medium, high of"),
         (ALWAYS, Reasoning(False), "reasoning_enabled", "always reasons"),
+        (ALWAYS, Reasoning(effort="none"), "reasoning_effort", "always reasons"),
         (BOTH, Reasoning(False, "low"), "reasoning_effort", "give one of them"),
     ],
 )
@@ -275,8 +276,9 @@ def test_reasoning_that_a_model_lacks(byte_tokenizer, template, asked, param, sa
     assert caught.value.param == param
 
 
-def test_reasoning_enabled_false_asks_nothing_of_a_model_without(byte_tokenizer):
-    assert told(byte_tokenizer, NO_TOOLS, ASKED, reasoning=Reasoning(False)) == "user:Hi;"
+@pytest.mark.parametrize("asked", [Reasoning(False), Reasoning(effort="none"), Reasoning(False, "none")])
+def test_no_reasoning_asks_nothing_of_a_model_without(byte_tokenizer, asked):
+    assert told(byte_tokenizer, NO_TOOLS, ASKED, reasoning=asked) == "user:Hi;"
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,8 @@ def test_whitespace_is_bounded(accepts):
         ({"const": {"x-a": 1}, "items": {"$ref": "#/const"}}, "/items/$ref", "no schema at"),
         ({"x-defs": {"a": {}}, "items": {"$ref": "#/x-defs/a"}}, "/items/$ref", "no schema at"),
         ({"$defs": {"a": {}}, "items": {"$ref": "#/$defs"}}, "/items/$ref", "no schema at"),
+        ({"anyOf": [{}], "items": {"$ref": "#/anyOf/1"}}, "/items/$ref", "no schema at"),
+        ({"$defs": {"a": {}}, "items": {"$ref": "#a"}}, "/items/$ref", "an anchor"),
         # Numbers that a double or a 64-bit integer can't hold.
         ({"const": -(2**63)}, "/const", "beyond 2\\^53"), ({"enum": [1, {"a": [2**53 + 1]}]}, "/enum", "beyond 2\\^53"),
         ({"const": -1e19}, "/const", "beyond 2\\^53"), ({"minimum": 2**63}, "/minimum", "beyond 2\\^62"),

@@ -12,7 +12,7 @@ from cai_runtime.api import chat, completions, embeddings
 from cai_runtime.api.batch.lines import BatchRequest, BatchResult, answered
 from cai_runtime.api.errors import APIError, BadRequestError, RateLimitError, api_error
 from cai_runtime.api.generation import Generation, Running
-from cai_runtime.api.host import ModelHost
+from cai_runtime.api.host import ModelHost, ResolvedModel
 from cai_runtime.api.open_model import OpenModel
 from cai_runtime.api.responses import ResponsesEndpoint
 from cai_runtime.api.responses.store import ResponseStore
@@ -90,5 +90,5 @@ class _Whole:
             )
         return request
 
-    def prepare(self, request: Any, name: str, opened: OpenModel, /) -> Generation[Any, Any]:
-        return self._endpoint.prepare(request, name, opened)
+    def prepare(self, request: Any, model: ResolvedModel, opened: OpenModel, /) -> Generation[Any, Any]:
+        return self._endpoint.prepare(request, model, opened)

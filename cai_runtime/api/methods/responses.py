@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 MAX_LIMIT = 100  # items of a page
 _ITEM: TypeAdapter[ResponseItem] = TypeAdapter(ResponseItem)
+_LISTED = ("after", "include", "limit", "order")  # options of a listing
 _NOT_KEPT = "the events of stored responses are not kept; stream when you create them"
 
 
@@ -248,9 +249,12 @@ class InputItems:
 
         Raises NotFoundError: no response of this id is stored in this client.
         """
-        fields = _page(self._store, response_id, options)
+        return self._page(response_id, call_options(options, _LISTED))
+
+    def _page(self, response_id: str, given: dict[str, Any]) -> ItemPage:
+        fields = _page(self._store, response_id, given)
         page = ItemPage(**fields)
-        page._next = lambda: self.list(response_id, **{**options, "after": fields["last_id"]})
+        page._next = lambda: self._page(response_id, {**given, "after": fields["last_id"]})
         return page
 
 
@@ -262,12 +266,12 @@ class AsyncInputItems:
 
     def list(self, response_id: str, **options: Any) -> AsyncItems:
         """As `Client.responses.input_items.list`: await it for a page, or iterate it with `async for`."""
-        return AsyncItems(lambda: self._page(response_id, options))
+        return AsyncItems(lambda: self._page(response_id, call_options(options, _LISTED)))
 
-    def _page(self, response_id: str, options: dict[str, Any]) -> AsyncItemPage:
-        fields = _page(self._store, response_id, options)
+    def _page(self, response_id: str, given: dict[str, Any]) -> AsyncItemPage:
+        fields = _page(self._store, response_id, given)
         page = AsyncItemPage(**fields)
-        page._next = lambda: self._page(response_id, {**options, "after": fields["last_id"]})
+        page._next = lambda: self._page(response_id, {**given, "after": fields["last_id"]})
         return page
 
 
@@ -289,8 +293,8 @@ class AsyncItems:
         return self._first()
 
 
-def _page(store: ResponseStore, response_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    given = call_options(options, ("after", "include", "limit", "order"))
+def _page(store: ResponseStore, response_id: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a page. given: options of _LISTED."""
     included(given.get("include", []))
     order, limit = given.get("order", "desc"), as_integer(given.get("limit", 20))
     if order not in ("asc", "desc"):

@@ -11,21 +11,22 @@ from typing import Any
 from openai.types.responses import Response, ResponseTextConfig
 from openai.types.shared import Reasoning as ReasoningEcho
 
-from cai_runtime.api.chat import prepare_conversation
+from cai_runtime.api.conversations import characters, mask_of, rendered
 from cai_runtime.api.errors import BadRequestError, as_api_errors, missing
+from cai_runtime.api.host import ResolvedModel
 from cai_runtime.api.media import with_media
 from cai_runtime.api.open_model import OpenModel
 from cai_runtime.api.params import sampling_params, without_iterators
 from cai_runtime.api.responses.events import ResponseMachine
 from cai_runtime.api.responses.items import Item, check_calls, new_id, parse_input
-from cai_runtime.api.responses.messages import Turns, fitted
+from cai_runtime.api.responses.messages import Turns, longest
 from cai_runtime.api.responses.params import checked_params
 from cai_runtime.api.responses.reply import ResponseGeneration, ResponseReply
 from cai_runtime.api.responses.store import ResponseStore, Stored
 from cai_runtime.api.responses.tools import ToolUse, parse_reasoning, parse_text, parse_tool_use
 from cai_runtime.api.structured import param_of
 from cai_runtime.engine.request import Request, SamplingParams
-from cai_runtime.formats.conversation import Conversation
+from cai_runtime.formats.conversation import Conversation, Prepared
 from cai_runtime.formats.messages import Message
 
 # Where `truncation` is "auto" and there is no `max_output_tokens`, this share of the context is kept free for the answer.
@@ -45,7 +46,6 @@ class ResponseRequest:
     text: ResponseTextConfig
     params: Mapping[str, Any]
     stream: bool
-    reasons: bool = False  # whether the model was named as one that reasons by default
 
 
 class ResponsesEndpoint:
@@ -86,24 +86,27 @@ class ResponsesEndpoint:
         model, stream = rest.pop("model", None), rest.pop("stream", False)
         return ResponseRequest(model, items, conversation, tool_use, text, rest, stream)
 
-    def prepare(self, request: ResponseRequest, name: str, opened: OpenModel) -> ResponseGeneration:
+    def prepare(self, request: ResponseRequest, model: ResolvedModel, opened: OpenModel) -> ResponseGeneration:
         """Render the conversation and settle how the answer is sampled.
 
         Raises:
             BadRequestError: the model lacks what the conversation asks for, its template refuses it, or it does not fit
                 the context.
         """
-        opened.require_head(name)
-        conversation = with_media(request.conversation, opened)
-        if request.params.get("truncation") == "auto":
-            conversation = _truncated(conversation, request.params.get("max_output_tokens"), opened)
-        else:
-            opened.check_characters(_characters(conversation.messages), "input")
+        opened.require_head(model.name)
+        conversation, auto = request.conversation, request.params.get("truncation") == "auto"
+        if not auto:
+            opened.check_characters(characters(conversation), "input")
+        conversation = with_media(conversation, opened)
         grammar_param = "text.format" if "text" in request.params else param_of(request.params)
         if conversation.answer is None:
             grammar_param = "tools"
         with _own_names():
-            prepared, mask = prepare_conversation(conversation, request.reasons, name, opened, grammar_param)
+            if auto:
+                prepared = _truncated(conversation, request.params.get("max_output_tokens"), model, opened)
+            else:
+                prepared = rendered(conversation, model, opened)
+            mask = mask_of(prepared, opened, grammar_param)
         sampling = sampling_params(
             request.params,
             opened,
@@ -113,7 +116,7 @@ class ResponsesEndpoint:
         )
         if request.params["include"]:
             sampling = replace(sampling, logprobs=request.params.get("top_logprobs", 0))
-        response = _response(request, name, sampling)
+        response = _response(request, model.name, sampling)
         machine = ResponseMachine(response, sampling.max_tokens)
         store = self._store if request.params.get("store") else None
         return ResponseGeneration(
@@ -137,33 +140,31 @@ def _own_names() -> Iterator[None]:
         raise BadRequestError(message, param=name, code=error.code) from error
 
 
-def _truncated(conversation: Conversation, max_output_tokens: int | None, opened: OpenModel) -> Conversation:
-    """The conversation without its oldest turns, as far as they have to go."""
+def _truncated(
+    conversation: Conversation, max_output_tokens: int | None, model: ResolvedModel, opened: OpenModel
+) -> Prepared:
+    """The conversation rendered without its oldest turns, as far as they have to go."""
     context = opened.engine.max_context
     wanted = context // FREE_SHARE if max_output_tokens is None else max_output_tokens
 
-    def fits(messages: Sequence[Message]) -> bool:
+    def attempt(messages: Sequence[Message]) -> Prepared | None:
+        shorter = replace(conversation, messages=tuple(messages))
         try:
-            opened.check_characters(_characters(messages), "input")
+            opened.check_characters(characters(shorter), "input")
         except BadRequestError:
-            return False
-        with _own_names(), as_api_errors(), opened.tokenizer_lock:
-            prepared = opened.format.prepare(replace(conversation, messages=tuple(messages)))
-        return len(prepared.prompt_ids) + wanted <= context
+            return None
+        prepared = rendered(shorter, model, opened)
+        return prepared if len(prepared.prompt_ids) + wanted <= context else None
 
-    messages = fitted(conversation.messages, fits)
-    if messages is None:
+    prepared = longest(conversation.messages, attempt)
+    if prepared is None:
         raise BadRequestError(
             f"Even with truncation, the instructions, the last turn and {wanted} tokens for the answer don't fit the "
             f"{context} positions of the context: shorten the input, or ask for fewer tokens.",
             param="input",
             code="context_length_exceeded",
         )
-    return replace(conversation, messages=messages)
-
-
-def _characters(messages: Sequence[Message]) -> int:
-    return sum(message.characters for message in messages)
+    return prepared
 
 
 def _response(request: ResponseRequest, name: str, sampling: SamplingParams) -> Response:

@@ -6,11 +6,13 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from cai_runtime.api.responses.items import Item
 from cai_runtime.errors import ConversationError
 from cai_runtime.formats.messages import Message, parse_messages
+
+T = TypeVar("T")
 
 
 class Turns:
@@ -57,7 +59,7 @@ class Turns:
                 self._think(_joined(item["content"] or item["summary"]), place)
             case "function_call":
                 function = {"name": item["name"], "arguments": item["arguments"]}
-                turn = self._turn(place)
+                turn = self._turn(place, after_text=True)
                 turn.setdefault("tool_calls", []).append(
                     {"id": item["call_id"], "type": "function", "function": function}
                 )
@@ -69,23 +71,24 @@ class Turns:
                 self._add({"role": "tool", "tool_call_id": item["call_id"], "content": output}, place)
 
     def _say(self, text: str, place: str) -> None:
-        """An assistant's text. After a call it belongs to the call's message; after other text it is another message."""
-        turn = self._turn(place)
-        if turn.get("content") is not None and "tool_calls" not in turn:
-            self._add(turn := {"role": "assistant"}, place)
+        turn = self._turn(place, after_text=False)
         turn["content"] = (turn.get("content") or "") + text
 
     def _think(self, text: str, place: str) -> None:
-        turn = self._turn(place)
-        if turn.get("content") is not None and "tool_calls" not in turn:
-            self._add(turn := {"role": "assistant"}, place)
+        turn = self._turn(place, after_text=False)
         if text:
             turn["reasoning_content"] = turn.get("reasoning_content", "") + text
         turn.setdefault("content", None)
 
-    def _turn(self, place: str) -> dict[str, Any]:
-        """The assistant's message that the last item belongs to, or a new one."""
-        if not self.messages or self.messages[-1]["role"] != "assistant":
+    def _turn(self, place: str, *, after_text: bool) -> dict[str, Any]:
+        """The assistant's message that goes on, or a new one.
+
+        after_text: whether it goes on after its text, as calls do. Texts and thoughts that follow a text are another
+        message; after a call they belong to the call's.
+        """
+        last = self.messages[-1] if self.messages else {"role": None}
+        has_text = last.get("content") is not None and "tool_calls" not in last
+        if last["role"] != "assistant" or (has_text and not after_text):
             self._add({"role": "assistant"}, place)
         return self.messages[-1]
 
@@ -99,7 +102,7 @@ class Turns:
             yield
         except ConversationError as error:
             raise ConversationError(
-                self._in_own_terms(str(error)), param=self._in_own_terms(error.param), capability=error.capability
+                self._in_own_terms(str(error)), param=self._in_own_terms(error.param), code=error.code
             ) from error
 
     def _in_own_terms(self, text: str) -> str:
@@ -128,26 +131,31 @@ def droppable(messages: Sequence[Message]) -> list[set[int]]:
     return [unit for unit in [*units, *rounds[:-1]] if unit]
 
 
-def fitted(messages: Sequence[Message], fits: Callable[[Sequence[Message]], bool]) -> tuple[Message, ...] | None:
-    """The messages, without the fewest of the oldest turns that have to go. None: even the least does not fit."""
+def longest(messages: Sequence[Message], attempt: Callable[[Sequence[Message]], T | None]) -> T | None:
+    """What `attempt` makes of the messages without the fewest of the oldest turns that have to go. None: it takes not even
+    the least.
+
+    attempt: None where the messages don't fit. It is called for a few of the possible beginnings, found by halves.
+    """
     units = droppable(messages)
 
-    def without(count: int) -> tuple[Message, ...]:
+    def without(count: int) -> T | None:
         gone = set().union(*units[:count])
-        return tuple(message for i, message in enumerate(messages) if i not in gone)
+        return attempt([message for i, message in enumerate(messages) if i not in gone])
 
-    if fits(without(0)):
-        return without(0)
-    low, high = 0, len(units)  # without(low) does not fit
-    if not units or not fits(without(high)):
-        return None
-    while high - low > 1:
+    found = without(0)
+    if found is not None or not units:
+        return found
+    found = without(len(units))
+    low, high = 0, len(units)  # of units left out: `low` are too few, and `found` is of `high`
+    while found is not None and high - low > 1:
         middle = (low + high) // 2
-        if fits(without(middle)):
-            high = middle
-        else:
+        fits = without(middle)
+        if fits is None:
             low = middle
-    return without(high)
+        else:
+            high, found = middle, fits
+    return found
 
 
 def _chat_part(part: Item) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def refused(param: str, reason: str) -> BadRequestError:
 
 def mapping(value: Any, place: str, keys: Iterable[str] | None = None) -> dict[str, Any]:
     """An object's given fields, those that are None left out. keys: the fields that it may have; None: any."""
-    if hasattr(value, "model_dump"):  # an object of the `openai` package
+    if hasattr(value, "model_dump") and not isinstance(value, type):  # an object of the `openai` package
         value = value.model_dump(by_alias=True, exclude_unset=True)
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise invalid(place, f"must be an object, got {shown(value)}", "invalid_type")

@@ -10,17 +10,14 @@ from openai.types.responses import FunctionTool, ResponseTextConfig, ToolChoiceA
 from openai.types.responses.response import ToolChoice
 
 from cai_runtime.api.errors import as_api_errors, invalid
-from cai_runtime.api.responses.params import listed, mapping, refused, text_field
+from cai_runtime.api.responses.params import listed, mapping, refused
 from cai_runtime.api.structured import answer_of, answer_of_format
 from cai_runtime.formats.conversation import Answer, Reasoning, Tool
 from cai_runtime.formats.probes import EFFORTS
-from cai_runtime.formats.tools import parse_function
+from cai_runtime.formats.tools import parse_choice, parse_list
 from cai_runtime.scalars import shown
 
-_MODES = ("none", "auto", "required")
-_DECLARED = ("name", "description", "parameters", "strict")
-_FUNCTION_KEYS = ("type", "name", "description", "parameters", "strict", "allowed_callers", "async", "async_",
-                  "defer_loading", "output_schema")  # fmt: skip
+_NEUTRAL = {"defer_loading": False, "async": False, "async_": False, "allowed_callers": ["direct"]}
 
 
 @dataclass(frozen=True)
@@ -35,12 +32,10 @@ class ToolUse:
 
 def parse_tool_use(tools: Any, choice: Any) -> ToolUse:
     """Raises BadRequestError, naming the place, such as `tools[1].parameters`."""
-    known: dict[str, Tool] = {}
-    for i, given in enumerate(listed(tools, "tools")):
-        tool = _function(given, f"tools[{i}]")
-        if tool.name in known:
-            raise invalid(f"tools[{i}].name", f"is {tool.name!r} a second time")
-        known[tool.name] = tool
+    declared = [_declared(given, f"tools[{i}]") for i, given in enumerate(listed(tools, "tools"))]
+    with as_api_errors():
+        every = parse_list(declared, flat=True)
+        chosen, left = parse_choice(choice, every, flat=True)
     echo = tuple(
         FunctionTool(
             type="function",
@@ -49,73 +44,30 @@ def parse_tool_use(tools: Any, choice: Any) -> ToolUse:
             parameters=None if tool.parameters is None else dict(tool.parameters),
             strict=tool.strict,
         )
-        for tool in known.values()
+        for tool in every
     )
-    every = tuple(known.values())
-    if isinstance(choice, str):
-        if choice not in _MODES:
-            raise invalid("tool_choice", f"must be one of {', '.join(_MODES)} or an object, got {shown(choice)}")
-        if choice == "required" and not known:
-            raise invalid("tool_choice", "is 'required', but there are no tools")
-        return ToolUse(every, choice, echo, choice)  # type: ignore[arg-type]
-    fields = mapping(choice, "tool_choice")
-    kind = text_field(fields, "type", "tool_choice")
-    if kind == "function":
-        mapping(fields, "tool_choice", ("type", "name"))
-        named = _among(known, fields, "tool_choice")
-        return ToolUse(every, named, echo, ToolChoiceFunction(type="function", name=named.name))
-    if kind != "allowed_tools":
-        raise refused("tool_choice", f"of type {shown(kind)}: only functions can be called")
-    mapping(fields, "tool_choice", ("type", "mode", "tools"))
-    mode = text_field(fields, "mode", "tool_choice")
-    if mode not in ("auto", "required"):
-        raise invalid("tool_choice.mode", f"must be auto or required, got {shown(mode)}")
-    allowed: dict[str, Tool] = {}
-    for i, given in enumerate(listed(fields.get("tools", ()), "tool_choice.tools")):
-        place = f"tool_choice.tools[{i}]"
-        reference = mapping(given, place)
-        if text_field(reference, "type", place) != "function":
-            raise refused(place, "only functions can be called")
-        tool = _among(known, reference, place)
-        allowed[tool.name] = tool
-    if not allowed:
-        raise invalid("tool_choice.tools", "must name at least one tool")
-    references: list[dict[str, object]] = [{"type": "function", "name": name} for name in allowed]
-    return ToolUse(
-        tuple(allowed.values()),
-        mode,
-        echo,
-        ToolChoiceAllowed(type="allowed_tools", mode=mode, tools=references),  # type: ignore[arg-type]
-    )
+    choice_echo: ToolChoice
+    if isinstance(chosen, Tool):
+        choice_echo = ToolChoiceFunction(type="function", name=chosen.name)
+    elif isinstance(choice, str):
+        choice_echo = chosen
+    else:
+        references: list[dict[str, object]] = [{"type": "function", "name": tool.name} for tool in left]
+        choice_echo = ToolChoiceAllowed(type="allowed_tools", mode=chosen, tools=references)  # type: ignore[arg-type]
+    return ToolUse(left, chosen, echo, choice_echo)
 
 
-def _among(known: dict[str, Tool], fields: dict[str, Any], place: str) -> Tool:
-    name = text_field(fields, "name", place)
-    if name not in known:
-        raise invalid(f"{place}.name", f"is {shown(name)}, which is none of the tools")
-    return known[name]
-
-
-def _function(given: Any, place: str) -> Tool:
+def _declared(given: Any, place: str) -> dict[str, Any]:
+    """A tool's fields without those that ask for nothing."""
     fields = mapping(given, place)
-    kind = text_field(fields, "type", place)
-    if kind != "function":
-        raise refused(f"{place}.type", f"{shown(kind)} tools are not supported: only functions are")
     if "function" in fields:
         raise invalid(place, "nests its fields under 'function' as chat does: here they lie beside 'type'")
-    fields = mapping(given, place, _FUNCTION_KEYS)
-    for key, neutral in (
-        ("defer_loading", False),
-        ("async", False),
-        ("async_", False),
-        ("allowed_callers", ["direct"]),
-    ):
-        if key in fields and fields[key] != neutral:
+    for key, neutral in _NEUTRAL.items():
+        if fields.pop(key, neutral) != neutral:
             raise refused(f"{place}.{key}", "the model sees every tool, and its calls are the program's to make")
     if "output_schema" in fields:
         raise refused(f"{place}.output_schema", "outputs are given to the model as they are")
-    with as_api_errors():
-        return parse_function({key: fields[key] for key in _DECLARED if key in fields}, place)
+    return fields
 
 
 def parse_reasoning(params: Mapping[str, Any]) -> Reasoning:

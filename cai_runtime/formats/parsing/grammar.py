@@ -103,6 +103,12 @@ def answer_grammar(format: MarkedFormat, turn: Turn) -> str | None:
     return rules.text(f"{format.thought_rule(rules, turn)} ({body})")
 
 
+def json_call_rule(tool: Tool, arguments: str, *, key: str = "arguments", layout: str = "") -> str:
+    """A call that is a JSON object of the function's name and its arguments. layout: around it."""
+    head = f'{layout}{{"name": {json.dumps(tool.name)}, "{key}": '
+    return f"{literal(head)} {arguments} {literal('}' + layout)}"
+
+
 def enforced(schema: Mapping[str, Any], place: str, pointer: str = "") -> str:
     """An expression for JSON that is valid under a schema.
 
@@ -123,11 +129,6 @@ def enforced(schema: Mapping[str, Any], place: str, pointer: str = "") -> str:
         raise refusal(place, error.pointer if shared else pointer + error.pointer, error.reason) from error
     except GrammarError as error:
         raise ConversationError(f"Invalid '{place}': {error}.", param=place) from error
-
-
-def escaped(name: str) -> str:
-    """A name as a step of a JSON pointer (RFC 6901)."""
-    return name.replace("~", "~0").replace("/", "~1")
 
 
 def refusal(place: str, pointer: str, reason: str) -> ConversationError:

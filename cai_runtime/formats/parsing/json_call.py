@@ -72,6 +72,27 @@ def json_call(stream: Stream, names: Container[str] | None = None, *, name_first
     stream.end_call()
 
 
+def sole_calls(stream: Stream, names: Container[str], key: str) -> Parsing[None]:
+    """Calls as their grammar has them: objects of a name and of arguments under `key`, in this order, and nothing else. Each
+    is told once it is complete, for until then it may turn out to be content. Anything else is Malformed."""
+    while (yield from stream.peek()) == "{":
+        yield from _read(stream, "{")
+        yield from _key(stream, "name")
+        name = yield from _string(stream, plain=True)
+        if name not in names:
+            raise Malformed(f"a call of {name}, which is no function of this request")
+        yield from _read(stream, ",")
+        yield from _key(stream, key)
+        if (yield from stream.peek()) != "{":
+            raise Malformed("arguments that are no object")
+        arguments = yield from json_text(stream)
+        yield from _read(stream, "}")
+        tell(stream, name, None, arguments)
+        stream.end_call()
+        if (yield from stream.peek()) == ";":
+            yield from stream.visible()
+
+
 def json_arguments(stream: Stream, name: str, call_id: str | None = None) -> Parsing[None]:
     """The arguments of a call, told as they come. Raises Malformed for what is no object."""
     if (yield from stream.peek()) != "{":  # null, or an object inside a string
@@ -142,6 +163,12 @@ def _string(stream: Stream, *, plain: bool = False) -> Parsing[str]:
     if plain and "\\" in text:
         raise Malformed("an escape in a name")
     return json.loads(text)
+
+
+def _key(stream: Stream, expected: str) -> Parsing[None]:
+    if (found := (yield from _string(stream, plain=True))) != expected:
+        raise Malformed(f"{found} for {expected}")
+    yield from _read(stream, ":")
 
 
 def _read(stream: Stream, chars: str) -> Parsing[str]:

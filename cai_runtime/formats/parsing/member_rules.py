@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from cai_runtime.formats.conversation import Tool
-from cai_runtime.formats.parsing.grammar import Rules, enforced, escaped, literal, object_schema, refusal
+from cai_runtime.formats.parsing.grammar import Rules, enforced, literal, object_schema, refusal
 from cai_runtime.formats.parsing.typed import resolved, schema_parts, typed, value_types
+from cai_runtime.grammars.pointers import escaped
 
+NEWLINE = literal("\n")
 _DEFINITIONS = ("$defs", "definitions")
 _NOTES = (*_DEFINITIONS, "title", "description", "$schema", "$comment", "examples", "default")
 # Of an object's schema, what holds by itself where its properties are written in their order and no others are.
 _SERVED = ("type", "properties", "required", "additionalProperties", *_NOTES)
 _OF_STRINGS = ("minLength", "maxLength", "pattern", "format", "allOf")
 # Names between tags.
-TAGGED_NAME = re.compile(r"[^<>\s](?:[^<>\n]*[^<>\s])?")
+_TAGGED_NAME = re.compile(r"[^<>\s](?:[^<>\n]*[^<>\s])?")
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,27 @@ def members_of(tool: Tool, place: str, names: re.Pattern[str]) -> list[Member]:
     return found
 
 
-def text_value(rules: Rules, member: Member, place: str, end: str, layout: str = "") -> str:
+def tagged_arguments(
+    rules: Rules, tool: Tool, place: str, head: Callable[[str], str], end: str, layout: str = ""
+) -> str:
+    """Arguments in elements, in the order of the function's schema, with a line break behind each.
+
+    Args:
+        head: the expression of what is before a value, by the argument's name.
+        end: the marker behind a value. layout: see `_text_value`.
+
+    Raises:
+        ConversationError: as `members_of`, and for a schema that can't be enforced in a value without quotes.
+    """
+    parts = []
+    for member in members_of(tool, place, _TAGGED_NAME):
+        value = _text_value(rules, member, place, end, layout)
+        part = rules.add("argument", f"{head(member.name)} {value} {NEWLINE}")
+        parts.append(part if member.required else f"({part})?")
+    return " ".join(parts)
+
+
+def _text_value(rules: Rules, member: Member, place: str, end: str, layout: str) -> str:
     """A value without quotes, and the marker that ends it. See `typed.typed`.
 
     Args:

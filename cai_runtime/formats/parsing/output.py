@@ -50,14 +50,14 @@ class ParsedOutput:
                     self._detokenizer = self._new_detokenizer()
                     self._parse(marker)
             except Stopped as stopped:
-                return self._end(token_ids[:count], "stop", stopped.stop_string)
+                return self._stopped(token_ids[:count], stopped)
         return Delta(self._taken_events(), tuple(token_ids))
 
     def finish(self) -> Delta:
         try:
             self._finish_parser()
         except Stopped as stopped:
-            return self._end((), "stop", stopped.stop_string)
+            return self._stopped((), stopped)
         return self._end((), "length", None)
 
     @property
@@ -78,6 +78,11 @@ class ParsedOutput:
         self._parse(self._detokenizer.finish())
         self._parse(None)
         self._writer.finish()
+
+    def _stopped(self, token_ids: Sequence[int], stopped: Stopped) -> Delta:
+        """A text that a stop string ends was not cut: what would have followed is of no interest."""
+        self._stream.unfinished = False
+        return self._end(token_ids, "stop", stopped.stop_string)
 
     def _end(self, token_ids: Sequence[int], reason: FinishReason, stop_string: str | None) -> Delta:
         """A text that ends by a token inside a thought or a call was cut all the same; one with calls asks for them."""

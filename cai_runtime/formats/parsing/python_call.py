@@ -16,12 +16,12 @@ _NAME = re.compile(r"[^\W\d][\w.-]*")
 ARGUMENT_NAME = re.compile(r"""[^\s"'()\[\]{},=](?:[^"'()\[\]{},=\n]*[^\s"'()\[\]{},=])?""")
 
 
-def python_calls(stream: Stream, tools: Mapping[str, Tool]) -> Parsing[None]:
-    """A list of calls. A call of another function than these is Malformed; so is a JSON list of them, which is read."""
+def python_calls(stream: Stream, tools: Mapping[str, Tool], *, or_json: bool = True) -> Parsing[None]:
+    """A list of calls. A call of another function than these is Malformed. or_json: a JSON list of calls is read, too."""
     from cai_runtime.formats.parsing.json_call import json_calls
 
     yield from stream.expect_visible("[")
-    if (yield from stream.peek()) == "{":
+    if or_json and (yield from stream.peek()) == "{":
         yield from json_calls(stream, tools)
         return
     separator = ","

@@ -13,6 +13,7 @@ from cai_runtime.formats.parsing.json_call import json_value
 from cai_runtime.formats.parsing.malformed import Malformed
 from cai_runtime.formats.parsing.python_literal import python_value
 from cai_runtime.formats.parsing.stream import Stream
+from cai_runtime.grammars.pointers import pointed
 
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.0+)?")
 _PYTHON = {"True": "true", "False": "false", "None": "null"}
@@ -115,14 +116,8 @@ def schema_parts(schema: Any, root: Mapping[str, Any]) -> Iterator[Mapping[str, 
 
 
 def resolved(reference: str, root: Any) -> Any:
-    """What a JSON pointer in a fragment leads to; None if to nothing."""
-    found = root
-    for step in reference.removeprefix("#").split("/")[1:]:
-        step = step.replace("~1", "/").replace("~0", "~")
-        if isinstance(found, Mapping):
-            found = found.get(step)
-        elif isinstance(found, list) and step.isdecimal() and int(step) < len(found):
-            found = found[int(step)]
-        else:
-            return None
-    return found
+    """What a reference into the same document leads to; None if to nothing."""
+    try:
+        return pointed(reference.removeprefix("#"), root)
+    except LookupError:
+        return None

@@ -7,8 +7,7 @@ from pydantic import TypeAdapter
 from cai_runtime import BadRequestError
 from cai_runtime.api.errors import as_api_errors
 from cai_runtime.api.responses.items import check_calls, parse_input
-from cai_runtime.api.responses.messages import Turns, droppable, fitted
-from cai_runtime.formats.messages import Message
+from cai_runtime.api.responses.messages import Turns
 
 ITEM = TypeAdapter(ResponseItem)
 USER = {"role": "user", "content": "q"}
@@ -155,43 +154,3 @@ def test_invalid_arguments_of_a_call_name_the_item(client):
     with pytest.raises(BadRequestError) as caught:
         client.responses.create(input=[USER, call(arguments="{"), output()])
     assert caught.value.param.startswith("input[1]") and "messages" not in caught.value.message
-
-
-def turn(role, text="x"):
-    return Message(role, text)
-
-
-def kept(roles, room):
-    """Roles and positions of what stays where `room` messages fit."""
-    messages = [Message(role, str(i)) for i, role in enumerate(roles)]
-    left = fitted(messages, lambda some: len(some) <= room)
-    return None if left is None else [int(message.content) for message in left]
-
-
-@pytest.mark.parametrize(
-    ("roles", "room", "expected"),
-    [
-        ("s u a u a u", 6, [0, 1, 2, 3, 4, 5]),
-        ("s u a u a u", 5, [0, 3, 4, 5]),  # a turn goes whole
-        ("s u a u a u", 3, [0, 5]),
-        ("s u a u a u", 2, [0, 5]),
-        ("s u a u a u", 1, None),  # instructions and the last turn stay
-        ("a u a u", 3, [1, 2, 3]),
-        # Of the last turn, rounds of calls go with their outputs; the question and the last round stay.
-        ("s u a t t a t a t", 8, [0, 1, 5, 6, 7, 8]),
-        ("s u a t t a t a t", 4, [0, 1, 7, 8]),
-        ("s u a t t a t a t", 3, None),
-        ("u a s u a t", 5, [2, 3, 4, 5]),  # a system message in a turn that goes stays
-        ("d u a d u", 3, [0, 3, 4]),  # the developer's stay, too
-        ("s", 0, None),
-    ],
-)
-def test_truncation(roles, room, expected):
-    names = {"s": "system", "d": "developer", "u": "user", "a": "assistant", "t": "tool"}
-    assert kept([names[role] for role in roles.split()], room) == expected
-
-
-def test_nothing_is_dropped_twice():
-    roles = ["system", "assistant", "user", "assistant", "tool", "user", "assistant", "tool", "assistant", "tool"]
-    units = droppable([turn(role) for role in roles])
-    assert units == [{1}, {2, 3, 4}, {6, 7}]

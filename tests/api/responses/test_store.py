@@ -115,6 +115,9 @@ def test_input_items(client):
     assert [item.content[0].text for item in client.responses.input_items.list(second.id)] == texts[::-1]
     rest = client.responses.input_items.list(second.id, after=page.last_id, order="asc")
     assert [item.role for item in rest.data] == ["user", "assistant", "user"] and not rest.has_more
+    body = {"after": page.first_id, "order": "asc", "limit": 1}
+    listed = client.responses.input_items.list(second.id, extra_body=body, timeout=3)
+    assert [item.content[0].text for item in listed] == texts[1:]
     for options, param in [({"limit": 0}, "limit"), ({"limit": 101}, "limit"), ({"order": "up"}, "order"),
                            ({"after": "msg_x"}, "after"), ({"before": "x"}, "before")]:  # fmt: skip
         with pytest.raises(BadRequestError) as caught:

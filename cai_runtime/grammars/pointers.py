@@ -1,0 +1,38 @@
+"""JSON pointers (RFC 6901) in the fragments of a schema's references."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+from urllib.parse import unquote
+
+
+def escaped(name: str) -> str:
+    """A name as a step of a pointer."""
+    return name.replace("~", "~0").replace("/", "~1")
+
+
+def way(fragment: str, document: Any) -> Iterator[tuple[str, Any]]:
+    """The steps of a pointer, each with what it leads to; of "", which is the document itself, there are none.
+
+    Args:
+        fragment: of a reference, behind its "#", such as "/$defs/a~1b" or "/anyOf/0"; it may be percent-encoded.
+        document: a JSON value.
+
+    Raises:
+        LookupError: a step leads to nothing.
+    """
+    node = document
+    for step in unquote(fragment).split("/")[1:]:
+        step = step.replace("~1", "/").replace("~0", "~")
+        if isinstance(node, (list, tuple)):
+            node = dict(zip(map(str, range(len(node))), node, strict=True))
+        if not isinstance(node, Mapping) or step not in node:
+            raise LookupError(f"there is nothing at {step!r}")
+        node = node[step]
+        yield step, node
+
+
+def pointed(fragment: str, document: Any) -> Any:
+    """What a pointer leads to. See `way`."""
+    return [document, *(node for _, node in way(fragment, document))][-1]
