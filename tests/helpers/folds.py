@@ -96,8 +96,8 @@ def fold_response(events):
     state, snapshots = ResponseStreamState(input_tools=omit, text_format=omit), {}
     logprobs, pieces = {}, {}
     for event in events:
-        dumped = event.model_dump()
-        assert STREAM_EVENT.validate_python(dumped, strict=True).model_dump() == dumped
+        dumped = event.model_dump(by_alias=True)  # a schema is called so in JSON, and otherwise in Python
+        assert STREAM_EVENT.validate_python(dumped, strict=True).model_dump(by_alias=True) == dumped
         if event.type.endswith(".delta"):
             pieces[event.item_id] = pieces.get(event.item_id, "") + event.delta
             logprobs[event.item_id] = logprobs.get(event.item_id, []) + dumped.get("logprobs", [])
@@ -151,3 +151,12 @@ def check_order(stream):
             assert item is not None and event.item_id == item.id
         assert event.output_index == index
     assert item is None and part is None
+
+
+def difference(one, other, place=""):
+    """Where two replies first differ, and in what; "" where they are equal. (pytest takes minutes over long lists.)"""
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        return next((d for key in one if (d := difference(one[key], other[key], f"{place}.{key}"))), "")
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return next((d for i in range(len(one)) if (d := difference(one[i], other[i], f"{place}[{i}]"))), "")
+    return "" if one == other else f"{place or 'all'}: {one!r:.300} and {other!r:.300}"

@@ -5,6 +5,7 @@ import itertools
 from cai_runtime.engine.engine import Engine
 from cai_runtime.engine.outbox import deliver
 from cai_runtime.engine.request import TokenLogprobs
+from cai_runtime.engine.sequence import Sequence
 
 CACHED = 3  # prompt tokens that every request finds in the prefix cache
 
@@ -27,8 +28,9 @@ class NoModel:
 class Player:
     """Answers requests in the engine's place. An answer goes the engine's own way, from the token on.
 
-    answers: transcripts, as token ids; choice i of a request gets the i-th, and so on from the first again. sizes: of the
-    groups of tokens that come at once, and so on from the first again; None: all tokens at once.
+    answers: transcripts, as token ids, or sequences that were generated; choice i of a request gets the i-th, and so on
+    from the first again. sizes: of the groups of tokens that come at once, and so on from the first again; None: all tokens
+    at once. Logprobs are those of the sequence, or made up.
     """
 
     def __init__(self, engine):
@@ -42,28 +44,48 @@ class Player:
         return cls(Engine(NoModel(tokenizer), tokenizer, eos_token_ids=ends))
 
     def play(self, sequences):
-        answers = zip(sequences, itertools.cycle(self.answers), strict=False)
-        waiting = [(sequence, iter(answer)) for sequence, answer in answers]
+        waiting = [_Playing(*both) for both in zip(sequences, itertools.cycle(self.answers), strict=False)]
         sizes = itertools.cycle(self.sizes or [10**6])
-        for sequence in sequences:
-            sequence.log.cached_tokens = CACHED
-            if sequence.is_scoring:
-                sequence.add_prompt_logprobs(logprobs_of(token, 1) for token in sequence.token_ids[1:])
         while waiting:
             size = next(sizes)
             at = size % len(waiting)
-            sequence, tokens = waiting[at]
-            for token in itertools.islice(tokens, size):
-                sequence.append(token)
-                if sequence.logprobs is not None:
-                    sequence.logprobs.append(logprobs_of(token, sequence.request.sampling.logprobs))
-                if sequence.may_end():
-                    break
-            delta = sequence.put_out()
-            assert delta.token_ids, "a transcript that does not end"
-            deliver([(sequence.log, delta)])
+            delta = waiting[at].put_out(size)
+            deliver([(waiting[at].sequence.log, delta)])
             if delta.finish_reason is not None:
                 del waiting[at]
+
+
+class _Playing:
+    """A sequence that gets the tokens of an answer."""
+
+    def __init__(self, sequence, answer):
+        self.sequence = sequence
+        tokens = answer.token_ids[answer.num_prompt :] if isinstance(answer, Sequence) else answer
+        if sequence.logprobs is None:
+            known = [None] * len(tokens)
+        elif isinstance(answer, Sequence):
+            known = answer.logprobs
+        else:
+            known = [logprobs_of(token, sequence.request.sampling.logprobs) for token in tokens]
+        self._left = zip(tokens, known, strict=True)
+        sequence.log.cached_tokens = CACHED
+        if sequence.is_scoring:
+            of = isinstance(answer, Sequence)
+            sequence.add_prompt_logprobs(
+                answer.prompt_logprobs[1:] if of else [logprobs_of(token, 1) for token in sequence.token_ids[1:]]
+            )
+
+    def put_out(self, size):
+        """The delta of so many tokens, or of fewer, where the text may end before."""
+        for token, known in itertools.islice(self._left, size):
+            self.sequence.append(token)
+            if known is not None:
+                self.sequence.logprobs.append(known)
+            if self.sequence.may_end():
+                break
+        delta = self.sequence.put_out()
+        assert delta.token_ids or delta.finish_reason, "an answer that does not end"
+        return delta
 
 
 def logprobs_of(token, top):
