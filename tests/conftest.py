@@ -1,15 +1,21 @@
-"""Real input that several packages' tests share: fetched once, cached; a failed fetch fails the test."""
+"""Real input that several packages' tests share: fetched once, cached; a failed fetch fails the test. Makes
+`tests/helpers` importable: pytest's importlib mode puts no test directory on the path."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+
+HELPERS = str(Path(__file__).parent / "helpers")
+if HELPERS not in sys.path:
+    sys.path.append(HELPERS)
 
 # Tests run in as many processes as there are processors: each, and what it starts, takes one of them.
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -186,6 +186,7 @@ class ChatReply:
         self._choices = choices
         self._include_usage = include_usage
         self._begun: set[int] = set()  # choices of which a stream has shown something
+        self._listed: set[int] = set()  # and of which it has listed logprobs
 
     def opening(self) -> list[ChatCompletionChunk]:
         return [self._chunk(i, ChoiceDelta(role="assistant")) for i in range(self._choices)]
@@ -194,15 +195,19 @@ class ChatReply:
         match event:
             case TextEvent() if logprobs is not None:
                 self._begun.add(index)
+                self._listed.add(index)
                 entries = chat_entries(self._decoder, logprobs.tokens)
                 return [self._chunk(index, _delta(event), logprobs=ChunkLogprobs(content=entries, refusal=None))]
             case TextEvent() | ReasoningEvent() | ToolCallEvent() | ArgumentsEvent():
                 self._begun.add(index)
                 return [self._chunk(index, _delta(event))]
             case EndEvent():
-                # An answer of nothing at all is an empty text, in the stream as in the reply.
+                # An answer of nothing at all is an empty text, and one of no text has an empty list of logprobs, in the
+                # stream as in the reply.
                 delta = ChoiceDelta() if index in self._begun else ChoiceDelta(content="")
-                return [self._chunk(index, delta, event.finish_reason)]
+                unlisted = logprobs is not None and index not in self._listed
+                empty = ChunkLogprobs(content=[], refusal=None) if unlisted else None
+                return [self._chunk(index, delta, event.finish_reason, empty)]
             case MarkerEvent():
                 return []
 

@@ -272,6 +272,7 @@ class CompletionReply:
         self._choices, self._candidates = choices, candidates
         self._echoes, self._lists = echoes, lists
         self._include_usage = include_usage
+        self._listed: set[int] = set()  # sequences of which a stream has shown logprobs
 
     def opening(self) -> list[CompletionChunk]:
         if self._lists:  # an echo comes with its logprobs, in the chunk of the first event
@@ -282,6 +283,10 @@ class CompletionReply:
     def chunks(self, index: int, event: ChatEvent, logprobs: EventLogprobs | None = None) -> list[CompletionChunk]:
         reason = _reason(event) if isinstance(event, EndEvent) else None
         text, written = self._written(index, event, logprobs)
+        if written is None and reason is not None and self._lists and index not in self._listed:
+            written = joined([])  # an answer of no text has empty lists, in the stream as in the reply
+        if written is not None:
+            self._listed.add(index)
         return [self._piece([CompletionChunkChoice(index=index, text=text, finish_reason=reason, logprobs=written)])]
 
     def closing(self, choices: Sequence[Finished]) -> list[CompletionChunk]:
