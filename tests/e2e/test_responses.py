@@ -16,7 +16,7 @@ QUESTION = "What is the capital of France?"
 
 @pytest.fixture(scope="module")
 def client(smollm2_dir: Path) -> Iterator[Client]:
-    with Client(smollm2_dir) as client:
+    with Client(smollm2_dir, max_context=2048) as client:
         yield client
 
 
@@ -67,8 +67,8 @@ def test_json_schema(client: Client) -> None:
 
 def test_truncation(client: Client, wikipedia_texts: list[str]) -> None:
     items = []
-    for text in wikipedia_texts[:12]:
-        items += [{"role": "user", "content": text[:6000]}, {"role": "assistant", "content": "I see."}]
+    for text in wikipedia_texts[:6]:
+        items += [{"role": "user", "content": text[:3000]}, {"role": "assistant", "content": "I see."}]
     items.append({"role": "user", "content": QUESTION})
     response = client.responses.create(input=items, truncation="auto", temperature=0, max_output_tokens=30)
     context = client.engine().max_context
