@@ -20,7 +20,7 @@ from typing import Any
 
 from cai_runtime.api import chat
 from cai_runtime.bench.machine import describe_machine, versions
-from cai_runtime.cli.options import demo_checkpoints
+from cai_runtime.cli.options import checkpoint_name, demo_checkpoints
 from cai_runtime.client import Client
 
 RESULTS = Path(__file__).parent / "results"
@@ -93,7 +93,7 @@ def main() -> None:
             assert texts == expected, "the batch gave other texts"
     found: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": describe_machine(), "versions": versions(),
-        "checkpoint": checkpoint.parent.name if checkpoint.name == "model" else checkpoint.name,
+        "checkpoint": checkpoint_name(checkpoint),
         "requests": args.requests, "tokens": tokens, "seconds": times,
         "tokens_per_s": {name: tokens / median(seconds) for name, seconds in times.items()},
         "batch_by_engine": median(times["engine"]) / median(times["batch"]),

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -22,9 +21,10 @@ from time import perf_counter
 from typing import Any
 
 from batch import RESULTS, bodies
+from killed_runs import killed_runs
 
 from cai_runtime.bench.machine import describe_machine, versions
-from cai_runtime.cli.options import demo_checkpoints
+from cai_runtime.cli.options import checkpoint_name, demo_checkpoints
 
 
 def requests(count: int, tokens: int) -> list[dict[str, Any]]:
@@ -47,33 +47,11 @@ def results(output: Path) -> list[dict[str, Any]]:
 
 
 def answer(result: dict[str, Any]) -> Any:
-    """What the request says, without ids and times."""
+    """What a result says, without ids and times."""
     body = result["response"]["body"] if result["response"] else result["error"]
-    for key in ("choices", "output", "error"):
-        if body.get(key):
-            return json.dumps(body[key] if key != "output" else [part.get("content") for part in body[key]])
-    return json.dumps(body)
-
-
-def finish(command: list[str], output: Path, kills: int, seconds: float, draw: random.Random) -> list[dict[str, Any]]:
-    """Run to the end with `kills` kills. Returns for each kill the seconds since the start and the results on disk."""
-    met: list[dict[str, Any]] = []
-    while True:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        after = draw.uniform(0.1, 1.5 / (kills + 1)) * seconds
-        try:
-            _, errors = process.communicate(timeout=after if len(met) < kills else None)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            written = output.read_bytes() if output.exists() else b""
-            met.append({"seconds": round(after, 1), "lines": written.count(b"\n")})
-            print(f"killed after {after:.1f} s, {met[-1]['lines']} results on disk", flush=True)
-            continue
-        if process.returncode:
-            sys.exit(errors.decode())
-        print(errors.decode().strip().splitlines()[-1], flush=True)
-        return met
+    if body.get("output"):  # of a response, whose items have ids
+        return [item.get("content") for item in body["output"]]
+    return body.get("choices") or body.get("error") or body
 
 
 def main() -> None:
@@ -96,10 +74,14 @@ def main() -> None:
                 sys.executable, "-m", "cai_runtime.cli", "batch", str(source), str(output), "--model", str(checkpoint)
             ]  # fmt: skip
 
+        def on_disk() -> dict[str, int]:
+            return {"lines": cut.read_bytes().count(b"\n") if cut.exists() else 0}
+
         begin = perf_counter()
-        finish(command(whole), whole, 0, 0, draw)
+        subprocess.run(command(whole), check=True, stdout=subprocess.DEVNULL)
         seconds = perf_counter() - begin
-        kills = finish(command(cut), cut, args.kills, seconds, draw)
+        most = 1.5 / (args.kills + 1)
+        kills = killed_runs(command(cut), [draw.uniform(0.1, most) * seconds for _ in range(args.kills)], on_disk)
         expected = {result["custom_id"]: answer(result) for result in results(whole)}
         found = results(cut)
     counts = {name: sum(result["custom_id"] == name for result in found) for name in expected}
@@ -108,7 +90,7 @@ def main() -> None:
     other = [result["custom_id"] for result in found if answer(result) != expected.get(result["custom_id"])]
     record: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": describe_machine(), "versions": versions(),
-        "checkpoint": checkpoint.parent.name if checkpoint.name == "model" else checkpoint.name,
+        "checkpoint": checkpoint_name(checkpoint),
         "requests": len(given), "seconds": seconds, "kills": kills, "lost": len(lost), "twice": len(twice),
         "other_answers": len(other), "failed_lines": sum(result["response"]["status_code"] != 200 for result in found),
     }  # fmt: skip

@@ -12,14 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import signal
 import subprocess
 import sys
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+
+from killed_runs import killed_runs
 
 from cai_runtime.bench.machine import describe_machine, versions
 
@@ -32,26 +32,6 @@ MODEL = "smollm2-135m-instruct"
 
 def command(dst: Path) -> list[str]:
     return [sys.executable, "-m", "cai_runtime.cli", "compress", MODEL, str(dst), *OPTIONS]
-
-
-def killed(dst: Path, kills: int, seconds: float, draw: random.Random) -> list[dict[str, Any]]:
-    """Run to the end with `kills` kills. Returns for each kill the seconds since the start and the steps on disk."""
-    met: list[dict[str, Any]] = []
-    work = dst.with_name(f".{dst.name}.work")
-    while True:
-        process = subprocess.Popen(command(dst), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        after = draw.uniform(0.1, 0.5) * seconds
-        try:
-            _, errors = process.communicate(timeout=after if len(met) < kills else None)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            met.append({"seconds": round(after, 1), "steps": len(list(work.glob("*.safetensors")))})
-            print(f"killed after {after:.0f} s, {met[-1]['steps']} steps on disk", flush=True)
-            continue
-        if process.returncode:
-            sys.exit(errors.decode())
-        return met
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -73,7 +53,9 @@ def main() -> None:
         subprocess.run(command(straight), check=True, stdout=subprocess.DEVNULL)
         seconds = perf_counter() - start
         print(f"left alone: {seconds:.0f} s", flush=True)
-        met = killed(other, args.kills, seconds, random.Random(args.seed))
+        draw, work = random.Random(args.seed), other.with_name(f".{other.name}.work")
+        times = [draw.uniform(0.1, 0.5) * seconds for _ in range(args.kills)]
+        met = killed_runs(command(other), times, lambda: {"steps": len(list(work.glob("*.safetensors")))})
         a, b = contents(straight), contents(other)
         different = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
         left = [str(p.name) for p in Path(folder).iterdir() if p not in (straight, other)]

@@ -25,7 +25,7 @@ import numpy as np
 
 from cai_runtime import Client
 from cai_runtime.bench.machine import describe_machine, versions
-from cai_runtime.cli.options import demo_checkpoints
+from cai_runtime.cli.options import checkpoint_name, demo_checkpoints
 from cai_runtime.engine.engine import Engine
 from cai_runtime.engine.open import open_engine
 from cai_runtime.engine.request import Request, SamplingParams
@@ -240,7 +240,7 @@ def main() -> None:
     found: dict[str, Any] = {
         "benchmark": "engine",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "checkpoint": checkpoint.parent.name if checkpoint.name == "model" else checkpoint.name,
+        "checkpoint": checkpoint_name(checkpoint),
         "machine": describe_machine(),
         "versions": versions(),
     }

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from cai_runtime.bench.machine import describe_machine, versions
-from cai_runtime.cli.options import demo_checkpoints
+from cai_runtime.cli.options import checkpoint_name, demo_checkpoints
 from cai_runtime.engine import loop
 from cai_runtime.engine.masks import MaskedRow, fill_masks
 from cai_runtime.engine.open import open_engine
@@ -165,7 +165,7 @@ def main() -> None:
     checkpoint = args.checkpoint or demo_checkpoints()[0]
     found: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": describe_machine(), "versions": versions(),
-        "checkpoint": checkpoint.parent.name if checkpoint.name == "model" else checkpoint.name, "tokens": args.tokens,
+        "checkpoint": checkpoint_name(checkpoint), "tokens": args.tokens,
     }  # fmt: skip
     with open_engine(checkpoint, max_batch=max(BATCHES)) as engine:
         for name in args.only.split(","):

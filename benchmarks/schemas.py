@@ -24,6 +24,7 @@ from jsonschema import Draft202012Validator
 
 from cai_runtime import BadRequestError, Client
 from cai_runtime.bench.machine import describe_machine, versions
+from cai_runtime.cli.options import checkpoint_name
 
 RESULTS = Path(__file__).parent / "results"
 SUITE = Path(__file__).parent.parent / "tests" / "grammars" / "data" / "json_schema_test_suite.json"
@@ -84,7 +85,7 @@ def main() -> None:
     print(dict(counts))
     record: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": describe_machine(), "versions": versions(),
-        "model": Path(args.model).name, "counts": dict(counts), "replies": replies,
+        "model": checkpoint_name(Path(args.model)), "counts": dict(counts), "replies": replies,
     }  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")

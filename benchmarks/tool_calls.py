@@ -22,6 +22,7 @@ from jsonschema import Draft202012Validator
 
 from cai_runtime import Client
 from cai_runtime.bench.machine import describe_machine, versions
+from cai_runtime.cli.options import checkpoint_name
 
 RESULTS = Path(__file__).parent / "results"
 QUESTIONS = Path(__file__).parent / "tool_questions.json"
@@ -83,7 +84,7 @@ def main() -> None:
     questions = known["questions"][: args.count]
     found: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": describe_machine(), "versions": versions(),
-        "model": Path(args.model).name, "questions": len(questions),
+        "model": checkpoint_name(Path(args.model)), "questions": len(questions),
     }  # fmt: skip
     with Client(args.model, max_batch=IN_FLIGHT) as client, ThreadPoolExecutor(IN_FLIGHT) as pool:
         for choice in args.only.split(","):

@@ -132,7 +132,7 @@ class ModelHost:
                 f"The weights of '{name}' are not on this machine. Put a checkpoint of it into {path}, or register one "
                 f"with Client(models={{{name!r}: directory}})."
             )
-        if directory := self.directory(name) or self.pulled(name):
+        if directory := self.directory(name):
             return ResolvedModel(name, directory)
         if name in NAMED:
             # A client never downloads by itself.
@@ -151,16 +151,19 @@ class ModelHost:
         return base if base != name and base and known else None
 
     def directory(self, name: str) -> Path | None:
-        """The directory called `name`, however it is spelled, as one path; None if there is none."""
+        """The directory called `name`, however it is spelled, as one path, or else the one that `cai pull` fetched under
+        this name; None if there is none."""
         if name == self.default and self._default_directory is not None:
             return self._default_directory
-        return existing(name)
-
-    @staticmethod
-    def pulled(name: str) -> Path | None:
-        """The directory of a model that `cai pull` fetched under this name; None if there is none."""
+        if directory := existing(name):
+            return directory
         path = pulled(name)
         return None if path is None else path.resolve()
+
+    @staticmethod
+    def pulled_models() -> dict[str, Path]:
+        """Name to directory of what `cai pull` fetched by name, as `directory` has it."""
+        return {name: existing(name) or path.resolve() for name in NAMED if (path := pulled(name)) is not None}
 
     def open(self, model: ResolvedModel, timeout: float | None = None) -> OpenModel:
         """The open model; loads it on first use, and again if its engine has ended by an error.

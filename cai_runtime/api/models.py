@@ -27,11 +27,12 @@ UNKNOWN = "unknown"
 def list_models(host: ModelHost) -> list[Model]:
     """The catalogue's entries in their order, then the client's own: its registered names, what `cai pull` fetched by name,
     and its default, if that is a directory. Nothing is opened: checkpoints' headers are read."""
-    own = [name for name in host.registered if name not in catalog()]
-    own += [name for name in NAMED if name not in (*own, *catalog()) and host.pulled(name)]
-    if host.default is not None and host.default not in (*own, *catalog()) and host.directory(host.default):
-        own.append(host.default)
-    return [_as_model(entry) for entry in catalog().values()] + [_local_model(host, name) for name in own]
+    pulled = {name: path for name, path in host.pulled_models().items() if name not in host.registered}
+    own = {**host.registered, **pulled}
+    if host.default is not None and host.default not in own and (directory := host.directory(host.default)):
+        own[host.default] = directory
+    local = [_local_model(host, name, path) for name, path in own.items() if name not in catalog()]
+    return [*map(_as_model, catalog().values()), *local]
 
 
 def retrieve_model(host: ModelHost, name: Any) -> Model:
@@ -45,12 +46,13 @@ def retrieve_model(host: ModelHost, name: Any) -> Model:
     name = model_name(name)
     if entry := catalog().get(name):
         return _as_model(entry)
-    if name not in host.registered and not _is_checkpoint(host.directory(name)) and not host.pulled(name):
-        if base := host.reasoning_base(name):
-            return retrieve_model(host, base).model_copy(update={"id": name})
-        how = f"fetch it with `cai pull {name}`" if name in NAMED else "client.models.list() shows what there is"
-        raise NotFoundError(f"The model {shown(name)} does not exist: {how}.", param="model", code="model_not_found")
-    return _local_model(host, name)
+    path = host.registered.get(name) or host.directory(name)
+    if path is not None and (name in host.registered or (path / "config.json").is_file()):
+        return _local_model(host, name, path)
+    if base := host.reasoning_base(name):
+        return retrieve_model(host, base).model_copy(update={"id": name})
+    how = f"fetch it with `cai pull {name}`" if name in NAMED else "client.models.list() shows what there is"
+    raise NotFoundError(f"The model {shown(name)} does not exist: {how}.", param="model", code="model_not_found")
 
 
 def require_text(model: ResolvedModel) -> None:
@@ -73,11 +75,9 @@ def _as_model(entry: CatalogEntry) -> Model:
     return Model(**dataclasses.asdict(entry))
 
 
-def _local_model(host: ModelHost, name: str) -> Model:
+def _local_model(host: ModelHost, name: str, path: Path) -> Model:
     """With two fields more than the API has: `tools`, "native" if the chat template takes them, "generic" if they are put to
     the model as text, None if it can't chat; and `capabilities.supports_embeddings`."""
-    path = host.registered.get(name) or host.directory(name) or host.pulled(name)
-    assert path is not None, "the caller has looked"
     chats = bool(template_of(path)[0]) and has_head(read_config(path))
     tools = tools_of(path) if chats else None
     capabilities = Capabilities(
@@ -102,10 +102,6 @@ def _embeds(path: Path) -> bool:
         return EmbeddingFiles.read(path) is not None
     except (CaiError, OSError):  # as of `_parameters_number`
         return False
-
-
-def _is_checkpoint(path: Path | None) -> bool:
-    return path is not None and (path / "config.json").is_file()
 
 
 def _parameters_number(path: Path, keep: float | None) -> str:

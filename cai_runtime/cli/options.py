@@ -80,6 +80,11 @@ def kv_cache_budget(text: str) -> int | float | str:
     return text
 
 
+def checkpoint_name(path: Path) -> str:
+    """What a checkpoint is called in results: its directory's name, or for those of `cai demo` that of the cache's entry."""
+    return path.parent.name if path.name == "model" else path.name
+
+
 def open_client(model: str | None, args: argparse.Namespace) -> Client:
     """A client with `model` as its default model, under the user's name for it. Loads no model yet."""
     name, path = find_model(model, pull=args.pull)

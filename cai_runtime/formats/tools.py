@@ -177,7 +177,7 @@ def parse_choice(choice: Any, tools: tuple[Tool, ...], *, flat: bool = False) ->
         return _parse_allowed(fields, tools, flat)
     if kind != "function":
         raise _not_a_function(kind, "tool_choice", " or 'allowed_tools'")
-    return _parse_named(choice, "tool_choice", tools, flat), tools
+    return _parse_named(fields, "tool_choice", tools, flat), tools
 
 
 def _parse_named(given: Any, place: str, tools: tuple[Tool, ...], flat: bool) -> Tool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import unquote
+
+_INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
 
 
 def escaped(name: str) -> str:
@@ -25,11 +28,12 @@ def way(fragment: str, document: Any) -> Iterator[tuple[str, Any]]:
     node = document
     for step in unquote(fragment).split("/")[1:]:
         step = step.replace("~1", "/").replace("~0", "~")
-        if isinstance(node, (list, tuple)):
-            node = dict(zip(map(str, range(len(node))), node, strict=True))
-        if not isinstance(node, Mapping) or step not in node:
+        if isinstance(node, Mapping) and step in node:
+            node = node[step]
+        elif isinstance(node, (list, tuple)) and _INDEX.fullmatch(step) and int(step) < len(node):
+            node = node[int(step)]
+        else:
             raise LookupError(f"there is nothing at {step!r}")
-        node = node[step]
         yield step, node
 
 
