@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from cai_runtime.errors import KernelError
 from cai_runtime.kernels import cpu_library
-from cai_runtime.kernels.program import Value
+from cai_runtime.kernels.program import NotRecordable, Value
 from cai_runtime.kernels.slim_linear import CpuLinear
 from cai_runtime.kernels.weights import Core
 
@@ -43,3 +44,22 @@ def take_rows(x: Any, index: Any) -> Any:
     if isinstance(x, Value):
         return x.recorder.note("take_rows", [x, index], x.width, axis=index.axis)
     return x.index_select(0, index)
+
+
+def add_rows(x: Any, table: torch.Tensor, index: Any = None) -> Any:
+    """x [M, H] + rows of table [N, H] by number, index int32 [M]; None: row m of x and row m modulo N of the table.
+
+    For learned and sinusoidal positions. table: in x's dtype on its device. Raises KernelError for other widths and, on the
+    CPU, for a number outside the table.
+    """
+    if isinstance(x, Value):
+        raise NotRecordable("add_rows runs one call at a time")
+    if table.dim() != 2 or x.dim() != 2 or x.shape[1] != table.shape[1]:
+        raise KernelError(f"add_rows: a table {list(table.shape)} for x {list(x.shape)}")
+    if index is None:
+        return x + table.index_select(0, torch.arange(x.shape[0], device=x.device) % max(table.shape[0], 1))
+    if tuple(index.shape) != (x.shape[0],):
+        raise KernelError(f"add_rows: {list(index.shape)} numbers of rows for x {list(x.shape)}")
+    if x.device.type == "cpu" and index.numel() and not (0 <= int(index.min()) <= int(index.max()) < table.shape[0]):
+        raise KernelError(f"add_rows: numbers {int(index.min())} to {int(index.max())} of {table.shape[0]} rows")
+    return x + table.index_select(0, index)

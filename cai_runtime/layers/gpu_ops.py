@@ -1,4 +1,4 @@
-"""The operations between linears on a GPU, by the Triton kernels."""
+"""The operations between linears on a GPU, by the Triton kernels; LayerNorm, GELU and convolution by torch's functions."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 
+from cai_runtime.kernels.activation import gelu_reference
 from cai_runtime.kernels.attention import HeadLayout, LayerAttention, ReferenceKVCache
 from cai_runtime.kernels.batch import AttentionBatch
+from cai_runtime.kernels.convolution import TorchConvolution
 from cai_runtime.kernels.cpu_library import Arena
-from cai_runtime.kernels.embedding import embedding_reference, take_rows
+from cai_runtime.kernels.embedding import add_rows, embedding_reference, take_rows
+from cai_runtime.kernels.norm import layer_norm_torch
 from cai_runtime.kernels.prepare import prepare
 from cai_runtime.kernels.program import Input
 from cai_runtime.kernels.slim_linear import PreparedLinear
@@ -40,7 +43,11 @@ class GpuAttention(LayerAttention[ReferenceKVCache]):
 class GpuOps:
     """Implements `Ops`. backend: "triton" or "cuda", for the linears."""
 
+    layer_norm = staticmethod(layer_norm_torch)
+    gelu = staticmethod(gelu_reference)
     take_rows = staticmethod(take_rows)
+    add_rows = staticmethod(add_rows)
+    convolution = staticmethod(TorchConvolution)
     attention = staticmethod(GpuAttention)
     page_bytes = staticmethod(ReferenceKVCache.page_bytes)
 

@@ -10,6 +10,7 @@ import torch
 
 from cai_runtime.kernels.attention import HeadLayout, HeadNorms
 from cai_runtime.kernels.batch import FULL, AttentionBatch
+from cai_runtime.kernels.convolution import Convolution
 from cai_runtime.kernels.cpu_library import Arena
 from cai_runtime.kernels.program import Input
 from cai_runtime.kernels.slim_linear import PreparedLinear
@@ -50,6 +51,20 @@ class Ops(Protocol):
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor: ...
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor: ...
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor: ...
+    def gelu(self, x: torch.Tensor) -> torch.Tensor:
+        """x Phi(x), element by element: the exact form. x [M, I] -> [M, I]."""
+        ...
+
+    def add_rows(self, x: torch.Tensor, table: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
+        """x [M, H] + rows of table [N, H] by number, int32 [M]; None: row m of x and row m modulo N of the table."""
+        ...
+
+    def convolution(self, weight: torch.Tensor, bias: torch.Tensor, stride: int, rows: int) -> Convolution:
+        """A convolution over windows of `rows` rows, prepared. weight [out, in, 3] of any float dtype, bias [out]; see
+        `kernels.convolution.Convolution`."""
+        ...
+
     def take_rows(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Rows of x [M, H] by number, int32 [N] -> [N, H]."""
         ...
