@@ -10,7 +10,9 @@ import torch
 from cai_runtime.kernels.activation import swiglu_cpu
 from cai_runtime.kernels.attention import CpuAttention, CpuKVCache, HeadLayout
 from cai_runtime.kernels.cpu_library import Arena
+from cai_runtime.kernels.cross_attention import CpuCrossAttention
 from cai_runtime.kernels.embedding import CpuEmbedding, take_rows
+from cai_runtime.kernels.encoder_attention import CpuEncoderAttention
 from cai_runtime.kernels.norm import rms_norm_cpu
 from cai_runtime.kernels.prepare import prepare
 from cai_runtime.kernels.program import Input, NotRecordable, Program, record
@@ -25,6 +27,8 @@ class CpuOps:
     swiglu = staticmethod(swiglu_cpu)
     take_rows = staticmethod(take_rows)
     attention = staticmethod(CpuAttention)
+    encoder_attention = staticmethod(CpuEncoderAttention)
+    cross_attention = staticmethod(CpuCrossAttention)
     page_bytes = staticmethod(CpuKVCache.page_bytes)
 
     def __init__(self, backend: str, device: torch.device, arena: Arena | None = None):

@@ -10,7 +10,9 @@ import torch
 from cai_runtime.kernels.attention import HeadLayout, LayerAttention, ReferenceKVCache
 from cai_runtime.kernels.batch import AttentionBatch
 from cai_runtime.kernels.cpu_library import Arena
+from cai_runtime.kernels.cross_attention import TorchCrossAttention
 from cai_runtime.kernels.embedding import embedding_reference, take_rows
+from cai_runtime.kernels.encoder_attention import TorchEncoderAttention
 from cai_runtime.kernels.prepare import prepare
 from cai_runtime.kernels.program import Input
 from cai_runtime.kernels.slim_linear import PreparedLinear
@@ -42,6 +44,8 @@ class GpuOps:
 
     take_rows = staticmethod(take_rows)
     attention = staticmethod(GpuAttention)
+    encoder_attention = staticmethod(TorchEncoderAttention)
+    cross_attention = staticmethod(TorchCrossAttention)
     page_bytes = staticmethod(ReferenceKVCache.page_bytes)
 
     def __init__(self, backend: str, device: torch.device, arena: Arena | None = None):

@@ -10,7 +10,9 @@ import torch
 from cai_runtime.kernels.activation import swiglu_reference
 from cai_runtime.kernels.attention import HeadLayout, ReferenceAttention, ReferenceKVCache
 from cai_runtime.kernels.cpu_library import Arena
+from cai_runtime.kernels.cross_attention import ReferenceCrossAttention
 from cai_runtime.kernels.embedding import embedding_reference, take_rows
+from cai_runtime.kernels.encoder_attention import ReferenceEncoderAttention
 from cai_runtime.kernels.norm import rms_norm_reference
 from cai_runtime.kernels.prepare import prepare
 from cai_runtime.kernels.program import Input
@@ -25,6 +27,8 @@ class ReferenceOps:
     swiglu = staticmethod(swiglu_reference)
     take_rows = staticmethod(take_rows)
     attention = staticmethod(ReferenceAttention)
+    encoder_attention = staticmethod(ReferenceEncoderAttention)
+    cross_attention = staticmethod(ReferenceCrossAttention)
     page_bytes = staticmethod(ReferenceKVCache.page_bytes)
 
     def __init__(self, backend: str, device: torch.device, arena: Arena | None = None):
