@@ -11,7 +11,9 @@ from cai_runtime.kernels.activation import gelu_cpu, swiglu_cpu
 from cai_runtime.kernels.attention import CpuAttention, CpuKVCache, HeadLayout
 from cai_runtime.kernels.convolution import CpuConvolution
 from cai_runtime.kernels.cpu_library import Arena
+from cai_runtime.kernels.cross_attention import CpuCrossAttention
 from cai_runtime.kernels.embedding import CpuEmbedding, add_rows, take_rows
+from cai_runtime.kernels.encoder_attention import CpuEncoderAttention
 from cai_runtime.kernels.norm import layer_norm_cpu, rms_norm_cpu
 from cai_runtime.kernels.prepare import prepare
 from cai_runtime.kernels.program import Input, NotRecordable, Program, record
@@ -29,6 +31,8 @@ class CpuOps:
     take_rows = staticmethod(take_rows)
     add_rows = staticmethod(add_rows)
     attention = staticmethod(CpuAttention)
+    encoder_attention = staticmethod(CpuEncoderAttention)
+    cross_attention = staticmethod(CpuCrossAttention)
     page_bytes = staticmethod(CpuKVCache.page_bytes)
 
     def __init__(self, backend: str, device: torch.device, arena: Arena | None = None):

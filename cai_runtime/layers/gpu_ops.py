@@ -12,7 +12,9 @@ from cai_runtime.kernels.attention import HeadLayout, LayerAttention, ReferenceK
 from cai_runtime.kernels.batch import AttentionBatch
 from cai_runtime.kernels.convolution import TorchConvolution
 from cai_runtime.kernels.cpu_library import Arena
+from cai_runtime.kernels.cross_attention import TorchCrossAttention
 from cai_runtime.kernels.embedding import add_rows, embedding_reference, take_rows
+from cai_runtime.kernels.encoder_attention import TorchEncoderAttention
 from cai_runtime.kernels.norm import layer_norm_torch
 from cai_runtime.kernels.prepare import prepare
 from cai_runtime.kernels.program import Input
@@ -49,6 +51,8 @@ class GpuOps:
     add_rows = staticmethod(add_rows)
     convolution = staticmethod(TorchConvolution)
     attention = staticmethod(GpuAttention)
+    encoder_attention = staticmethod(TorchEncoderAttention)
+    cross_attention = staticmethod(TorchCrossAttention)
     page_bytes = staticmethod(ReferenceKVCache.page_bytes)
 
     def __init__(self, backend: str, device: torch.device, arena: Arena | None = None):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -46,6 +46,30 @@ class Attention(Protocol):
     ) -> torch.Tensor: ...
 
 
+class EncoderAttention(Protocol):
+    """Attention of one layer of an encoder: every position sees all of its window."""
+
+    def __call__(self, qkv: torch.Tensor, scale: float) -> torch.Tensor:
+        """qkv [windows * rows, (Hq + 2 Hkv) D] -> [windows * rows, Hq D]."""
+        ...
+
+
+class CrossAttention(Protocol):
+    """Attention of one decoder layer to the encoder outputs in its pages; see kernels/cross_attention.py."""
+
+    def __call__(self, q: torch.Tensor, batch: AttentionBatch, scale: float) -> torch.Tensor:
+        """q [T, Hq D] -> [T, Hq D]: each query sees all positions of its sequence's encoder output."""
+        ...
+
+    def write(self, kv: torch.Tensor, pages: torch.Tensor) -> Any:
+        """Put keys and values [outputs * rows, 2 Hkv D], keys first, into pages, int32 [outputs, pages of one]."""
+        ...
+
+    def weights(self, q: torch.Tensor, pages: torch.Tensor, heads: Sequence[int], scale: float) -> torch.Tensor:
+        """q [T, Hq D], the pages of one encoder output int32 [P] -> fp32 [len(heads), T, rows]: each head's softmax."""
+        ...
+
+
 class Ops(Protocol):
     """What a model definition needs besides linears. Tensors are on the model's device, activations in its dtype."""
 
@@ -83,6 +107,15 @@ class Ops(Protocol):
     ) -> Attention:
         """One layer's attention over its pages. cache: what `kv_cache` made. sinks: fp32 [query_heads], see
         `paged_attention_reference`. group: the cache group whose page table it reads. norms: of queries and keys."""
+        ...
+
+    def encoder_attention(self, heads: HeadLayout, rows: int) -> EncoderAttention:
+        """One encoder layer's attention. rows: positions of a window."""
+        ...
+
+    def cross_attention(self, heads: HeadLayout, cache: Any, rows: int, group: str) -> CrossAttention:
+        """One decoder layer's attention to an encoder. cache: what `kv_cache` made. rows: positions of an encoder's output.
+        group: the cache group whose page table names the output's pages."""
         ...
 
     def page_bytes(self, page_size: int, heads: HeadLayout, dtype: torch.dtype) -> int:
