@@ -79,7 +79,7 @@ class CausalLM(Protocol):
 
 
 class EncoderDecoderLM(CausalLM, Protocol):
-    """What the engine asks of a model whose decoder attends to an encoder's output, in pages of a group of kind "encoder"."""
+    """What the engine asks of a model whose decoder attends to an encoder's output, in pages of kind "encoder"."""
 
     encoder_rows: int  # positions of the encoder's output
 

@@ -189,13 +189,17 @@ class Whisper:
         """(frames, mels) of a window."""
         return 2 * self.config.rows, self.config.mels
 
+    @property
+    def pages_of_window(self) -> int:
+        return -(-self.config.rows // ENCODER_PAGE)
+
     # Caches
 
     def cache_groups(self, page_size: int, dtype: torch.dtype) -> tuple[CacheGroup, ...]:
         """The text's pages, and those of the encoder's output."""
         c, layers = self.config, self.config.decoder_layers
         own, cross = (self.ops.page_bytes(size, c.decoder_heads, dtype) for size in (page_size, ENCODER_PAGE))
-        pages = -(-c.rows // ENCODER_PAGE)
+        pages = self.pages_of_window
         return (
             CacheGroup(FULL, page_bytes=layers * own, page_size=page_size),
             CacheGroup(
@@ -218,10 +222,9 @@ class Whisper:
             lambda ids, positions, wanted: self._wanted_logits(ids, positions, wanted, None),
             {"ids": number, "positions": number, "wanted": wanted},
         )
-        row = Input(Axis.ENCODER, 1, torch.int32)
-        self.compiled_encode = self.ops.compile(
-            self._encode, {"frames": Input(Axis.ENCODER, 2 * c.mels), "places": row, "slots": row}
-        )
+        frames, places = Input(Axis.ENCODER, 2 * c.mels), Input(Axis.ENCODER, 1, torch.int32)
+        pages = Input(Axis.SEQUENCES, self.pages_of_window, torch.int32)
+        self.compiled_encode = self.ops.compile(self._encode, {"frames": frames, "places": places, "pages": pages})
 
     def copy_pages(self, group: str, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy pages of a group, by number, in all layers. No target is a source too."""
@@ -240,14 +243,15 @@ class Whisper:
         Raises KernelError for features of another shape."""
         for window in features:
             if window.shape != self.features_shape:
-                raise KernelError(f"features have shape {list(window.shape)}; this model takes {list(self.features_shape)}")
+                raise KernelError(
+                    f"features have shape {list(window.shape)}; this model takes {list(self.features_shape)}"
+                )
         rows = np.arange(self.config.rows, dtype=np.int32)
-        page, offset = np.divmod(rows, ENCODER_PAGE)
-        slots = (np.asarray(pages, np.int32)[:, page] * ENCODER_PAGE + offset).reshape(-1)
+        table = torch.from_numpy(np.ascontiguousarray(pages, np.int32)).to(self.device)
         frames = torch.from_numpy(np.ascontiguousarray(np.concatenate(features), np.float32))
         frames = frames.view(-1, 2 * self.config.mels).to(self.device, self.dtype)
         places = torch.from_numpy(np.tile(rows, len(features))).to(self.device)
-        inputs = {"frames": frames, "places": places, "slots": torch.from_numpy(slots).to(self.device)}
+        inputs = {"frames": frames, "places": places, "pages": table}
         if self.compiled_encode is not None:
             self.compiled_encode(**inputs)
         else:
@@ -255,16 +259,16 @@ class Whisper:
 
     # The same on tensors, or on Values of a pass being recorded. Two frames are a row of `frames`.
 
-    def _encode(self, frames: Any, places: Any, slots: Any) -> Any:
+    def _encode(self, frames: Any, places: Any, pages: Any) -> Any:
         x, written = self._encoded(frames, places), None
         for block in self.decoder:
-            written = block.crossed.write(block.cross_kv(x), slots)
+            written = block.crossed.write(block.cross_kv(x), pages)
         return written
 
     def _encoded(self, frames: Any, places: Any) -> Any:
         """[windows * rows, hidden], after the last norm."""
-        ops, wide = self.ops, self.ops.gelu
-        x = ops.add_rows(wide(self.conv2(wide(self.conv1(frames)))), self.encoder_positions, places)
+        ops = self.ops
+        x = ops.add_rows(ops.gelu(self.conv2(self.conv1(frames), gelu=True)), self.encoder_positions, places)
         for block in self.encoder:
             mixed = self.encoder_attention(block.attention.qkv(x, norm=block.attention.norm), self.encoder_scale)
             x = block.attention.output(mixed, x)
@@ -296,7 +300,9 @@ class Whisper:
         x = self._blocks(ids, batch.positions, batch, lambda i, q: queries.update({i: q}) if i in layers else None)
         return self._normed(x), queries
 
-    def attention_weights(self, layer: int, heads: Sequence[int], queries: torch.Tensor, pages: torch.Tensor) -> np.ndarray:
+    def attention_weights(
+        self, layer: int, heads: Sequence[int], queries: torch.Tensor, pages: torch.Tensor
+    ) -> np.ndarray:
         """Cross-attention of heads of a layer: fp32 [heads, T, rows], summing to 1 over the rows. queries: as from
         `forward_attending`, of tokens that attend to the window in `pages`, int32 [pages of a window]."""
         weights = self.decoder[layer].crossed.weights(queries, pages, list(heads), self.scale)

@@ -24,9 +24,9 @@ from cai_runtime.kernels.cache_groups import CacheGroup, pools
 from cai_runtime.kernels.sampling import Sampled, SamplingBatch, sample_cpu
 
 if TYPE_CHECKING:
-    from cai_runtime.kernels.triton.sampling import TritonSampler
     from cai_runtime.engine.cache import EncoderPass
     from cai_runtime.kernels.batch import AttentionBatch
+    from cai_runtime.kernels.triton.sampling import TritonSampler
     from cai_runtime.models.registry import CausalLM, EncoderDecoderLM
 
 # Rows of logits computed at a time, so that a large batch at a large vocabulary needs no gigabytes at once.
@@ -170,9 +170,7 @@ class ModelRunner:
         pages = seats.pages(self._encoders[0], [p.seat for p in passes])
         self._encoder_decoder.encode([p.input.features for p in passes], pages)
 
-    def _attend(
-        self, seats: Seats, feeds: Sequence[Feed], ids: torch.Tensor, batch: AttentionBatch
-    ) -> torch.Tensor:
+    def _attend(self, seats: Seats, feeds: Sequence[Feed], ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         """The hidden states of a step [tokens, hidden]. Feeds that want cross-attention weights get them."""
         model = self._encoder_decoder
         layers = frozenset(layer for feed in feeds if feed.attention for layer, _ in feed.attention.heads)

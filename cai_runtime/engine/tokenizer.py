@@ -15,9 +15,14 @@ _GENERIC = frozenset({"TokenizersBackend", "PreTrainedTokenizer"})
 # is the wrong one, in some versions of transformers: LlamaTokenizer drops every space.
 _OWN_PIPELINE = frozenset(
     {
-        "LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "GPT2Tokenizer", "GPTNeoXTokenizer", "Qwen2Tokenizer",
+        "LlamaTokenizer",
+        "CodeLlamaTokenizer",
+        "GemmaTokenizer",
+        "GPT2Tokenizer",
+        "GPTNeoXTokenizer",
+        "Qwen2Tokenizer",
         "WhisperTokenizer",
-    }  # fmt: skip
+    }
 )
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from tiny_whisper import ROWS, VOCABULARY, Seated, expected_logits, run, tiny_whisper, windows
 
-from cai_runtime.engine.attending import AttentionRows
 from cai_runtime.engine.model_runner import ModelRunner
 from cai_runtime.engine.open import load_runner
+from cai_runtime.engine.step import AttentionRows
 from cai_runtime.errors import InvalidConfigError, KernelError, TensorShapeError, UnsupportedModelError
 
 OPTIONS: dict[str, dict[str, Any]] = {
