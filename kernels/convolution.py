@@ -1,4 +1,5 @@
-"""Convolution over time with three taps, as a linear over rows that overlap: no copy of x for each tap."""
+"""Convolution over time with three taps. On the CPU a linear over rows that overlap: x is copied once for the padding, not
+for each tap."""
 
 from __future__ import annotations
 
@@ -9,10 +10,11 @@ from typing import Any
 import torch
 
 from cai_runtime.errors import KernelError
-from cai_runtime.kernels.activation import gelu_cpu, gelu_reference
+from cai_runtime.kernels import cpu_library
+from cai_runtime.kernels.activation import gelu_reference
 from cai_runtime.kernels.cpu_library import Arena, check_rows
 from cai_runtime.kernels.program import NotRecordable, Value
-from cai_runtime.kernels.slim_linear import CpuLinear, as_dense
+from cai_runtime.kernels.slim_linear import GELU_INPUT, NO_PROLOGUE, CpuLinear, as_dense
 from cai_runtime.kernels.weights import Core
 
 TAPS = 3
@@ -35,7 +37,8 @@ class Convolution(ABC):
     a whole f gives [n * rows / f, f * out / stride] where stride divides f, else [n * rows / stride, out] for f = 1.
 
     weight [out, in, 3] in any float dtype, bias [out]. rows: of one window, a multiple of the stride; a row of zeros goes
-    before and behind each window. Raises KernelError for other shapes.
+    before and behind each window. Raises KernelError for other shapes. A recorded pass keeps the rows of its values, so
+    there the stride divides f.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, stride: int, rows: int):
@@ -98,10 +101,21 @@ class CpuConvolution(Convolution):
         super().__init__(weight, bias, stride, rows)
         matrix = weight.transpose(1, 2).reshape(self.out_features, TAPS * self.in_features)
         self.linear = CpuLinear([as_dense(Core(matrix), bias)], arena)
+        self._native = cpu_library.operation("convolution")
 
     def _run(self, x: torch.Tensor, gelu: bool) -> torch.Tensor:
         x = check_rows(x, self.in_features, "convolution")
-        x = (gelu_cpu(x) if gelu else x).view(-1, self.rows, self.in_features)
-        padded = torch.nn.functional.pad(x, (0, 0, 1, 1))
-        taps = padded.unfold(1, TAPS, self.stride).transpose(2, 3)  # [n, rows / stride, 3, in]
-        return self.linear(taps.reshape(-1, TAPS * self.in_features))
+        out = cpu_library.empty(x.shape[0] // self.stride, self.out_features)
+        padded = cpu_library.empty(x.shape[0] // self.rows * (self.rows + 2), self.in_features)
+        code = GELU_INPUT if gelu else NO_PROLOGUE
+        self._native(self.linear.descriptor, x.contiguous(), code, self.rows, self.stride, out, padded.view(-1))
+        return out
+
+    def _note(self, x: Value, side: int, gelu: bool) -> Value:
+        if side % self.stride:
+            raise KernelError(f"a recorded convolution with stride {self.stride} takes as many rows side by side")
+        attributes = {"prologue": GELU_INPUT if gelu else NO_PROLOGUE, "window": self.rows, "stride": self.stride}
+        return x.recorder.note(
+            "convolution", [x], side // self.stride * self.out_features,
+            attributes=attributes, bindings={"group": self.linear.descriptor}, keep=self,
+        )  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels import cpu_library
 from cai_runtime.kernels.cpu_library import check_rows
-from cai_runtime.kernels.program import NotRecordable, Value
+from cai_runtime.kernels.program import Value
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,11 @@ def layer_norm_cpu(x: Any, weight: torch.Tensor, bias: torch.Tensor, eps: float)
     if weight.shape != bias.shape:
         raise KernelError(f"layer_norm: a weight of {weight.shape[0]} and a bias of {bias.shape[0]}")
     if isinstance(x, Value):
-        raise NotRecordable("layer_norm runs one call at a time")
-    x = check_rows(x, weight.shape[0], "layer_norm")
-    return layer_norm_reference(x, weight, bias, eps)
+        if x.width != weight.shape[0]:
+            raise KernelError(f"layer_norm: a weight of {weight.shape[0]} for rows of {x.width}")
+        bindings = {"weight": weight, "bias": bias}
+        return x.recorder.note("layer_norm", [x], x.width, attributes={"eps": eps}, bindings=bindings)
+    x = check_rows(x, weight.shape[0], "layer_norm").contiguous()
+    out = torch.empty_like(x)
+    cpu_library.operation("layer_norm")(x, weight, bias, eps, out)
+    return out

@@ -214,7 +214,7 @@ class ReferenceLinear(Linear):
 
 # csrc/cpu/ops.h: Kind, Prologue, kMaxMembers
 KIND_CODES = {"dense": 0, "lowrank": 1, "interpolative": 2}
-NO_PROLOGUE, NORM, SWIGLU_INPUT = range(3)
+NO_PROLOGUE, NORM, SWIGLU_INPUT, LAYER_NORM, GELU_INPUT = range(5)
 MAX_MEMBERS = 64
 
 
@@ -273,17 +273,19 @@ class CpuLinear(Linear):
         return self.matrices[0]
 
     def _run(self, x: Any, prologue: Prologue, residual: Any) -> Any:
-        if isinstance(prologue.norm, LayerNorm) or prologue.gelu:
-            x, prologue = prologue.apply(x, rms_norm_cpu, swiglu_cpu, layer_norm_cpu, gelu_cpu), Prologue()
         norm, swiglu = prologue.norm, prologue.swiglu
-        code = NORM if norm is not None else SWIGLU_INPUT if swiglu else NO_PROLOGUE
-        weight, eps = None, 0.0
+        code = SWIGLU_INPUT if swiglu else GELU_INPUT if prologue.gelu else NO_PROLOGUE
+        vectors, eps = {}, 0.0  # the norm's
         if norm is not None:
-            weight, eps = checked_weight(norm.weight, "slim_linear's norm"), norm.eps
-            if weight.shape[0] != self.in_features:
-                raise KernelError(f"slim_linear: a norm of {weight.shape[0]} for {self.in_features} features")
+            code, eps = NORM, norm.eps
+            vectors["weight"] = checked_weight(norm.weight, "slim_linear's norm")
+            if isinstance(norm, LayerNorm):
+                code, vectors["bias"] = LAYER_NORM, checked_weight(norm.bias, "slim_linear's norm's bias")
+            for vector in vectors.values():
+                if vector.shape[0] != self.in_features:
+                    raise KernelError(f"slim_linear: a norm of {vector.shape[0]} for {self.in_features} features")
         if isinstance(x, Value):
-            bindings = {"group": self.descriptor} | ({} if weight is None else {"weight": weight})
+            bindings = {"group": self.descriptor} | vectors
             return x.recorder.note(
                 "linear", [x] if residual is None else [x, residual], self.out_features,
                 attributes={"prologue": code, "eps": eps}, bindings=bindings, keep=self,
@@ -296,7 +298,8 @@ class CpuLinear(Linear):
         rows = x.shape[0]
         out = cpu_library.empty(rows, self.out_features)
         scratch = cpu_library.empty(rows, self.scratch_columns)
-        self.native(self.descriptor, x, code, weight, eps, residual, out, scratch)
+        weight, bias = vectors.get("weight"), vectors.get("bias")
+        self.native(self.descriptor, x, code, weight, bias, eps, residual, out, scratch)
         return out
 
 

@@ -12,7 +12,7 @@ from cai_runtime.kernels.attention import CpuAttention, CpuKVCache, HeadLayout
 from cai_runtime.kernels.convolution import CpuConvolution
 from cai_runtime.kernels.cpu_library import Arena
 from cai_runtime.kernels.cross_attention import CpuCrossAttention
-from cai_runtime.kernels.embedding import CpuEmbedding, add_rows, take_rows
+from cai_runtime.kernels.embedding import CpuEmbedding, add_rows_cpu, take_rows
 from cai_runtime.kernels.encoder_attention import CpuEncoderAttention
 from cai_runtime.kernels.norm import layer_norm_cpu, rms_norm_cpu
 from cai_runtime.kernels.prepare import prepare
@@ -29,7 +29,7 @@ class CpuOps:
     swiglu = staticmethod(swiglu_cpu)
     gelu = staticmethod(gelu_cpu)
     take_rows = staticmethod(take_rows)
-    add_rows = staticmethod(add_rows)
+    add_rows = staticmethod(add_rows_cpu)
     attention = staticmethod(CpuAttention)
     encoder_attention = staticmethod(CpuEncoderAttention)
     cross_attention = staticmethod(CpuCrossAttention)

@@ -123,6 +123,11 @@ struct KernelTable {
   // out = x / rms(x) * weight for rows [row0, row1); when residual_out is given, x + residual is stored there first.
   void (*rms_norm)(const float* x, const float* residual, const float* weight, float eps, int64_t H, int64_t row0,
                    int64_t row1, float* residual_out, float* out);
+  // out = (x - mean) / sqrt(variance + eps) * weight + bias for rows [row0, row1).
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t H, int64_t row0,
+                     int64_t row1, float* out);
+  // out[m, i] = x[m, i] Phi(x[m, i])
+  void (*gelu)(const float* x, int64_t ldx, int64_t I, int64_t row0, int64_t row1, float* out);
   // out[m, i] = silu(gate_up[m, i]) * gate_up[m, I + i]
   void (*swiglu)(const float* gate_up, int64_t ld, int64_t I, int64_t row0, int64_t row1, float* out);
   // Rows of a packed matrix, dequantized.

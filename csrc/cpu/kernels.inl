@@ -45,6 +45,6 @@ inline V exp_ps(V x) {
 
 #include "sampling.inl"
 
-const KernelTable kTable = {Simd::kName, linear, linear_int8, linear_int4, quantize_rows, rms_norm, swiglu,
+const KernelTable kTable = {Simd::kName, linear, linear_int8, linear_int4, quantize_rows, rms_norm, layer_norm, gelu, swiglu,
                             gather,      rotate, write_kv,    attention,   combine,
                             logit_peaks, mask_logits, token_weights, weight_blocks, sum_from, collect};

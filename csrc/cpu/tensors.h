@@ -85,12 +85,15 @@ inline ElementType element_type(Store store) {
   return store == Store::kFp32 ? kFloat : store == Store::kBf16 ? kBfloat16 : kHalf;
 }
 
-// Raises ValueError for a prologue that is unknown, or a norm's weight with another prologue.
-inline Prologue checked_prologue(Int prologue, bool has_weight) {
-  if (prologue < 0 || prologue > static_cast<Int>(Prologue::kSwiglu) ||
-      has_weight != (prologue == static_cast<Int>(Prologue::kNorm)))
-    TVM_FFI_THROW(ValueError) << "prologue " << prologue << (has_weight ? " with" : " without") << " a norm's weight";
-  return static_cast<Prologue>(prologue);
+// Raises ValueError for a prologue that is unknown, or a norm's weight or bias that it lacks or does not take.
+inline Prologue checked_prologue(Int number, bool has_weight, bool has_bias) {
+  const Prologue prologue = static_cast<Prologue>(number);
+  const bool layer_norm = prologue == Prologue::kLayerNorm;
+  if (number < 0 || number > static_cast<Int>(Prologue::kGelu) ||
+      has_weight != (layer_norm || prologue == Prologue::kNorm) || has_bias != layer_norm)
+    TVM_FFI_THROW(ValueError) << "prologue " << number << (has_weight ? " with" : " without") << " a norm's weight and"
+                              << (has_bias ? " with" : " without") << " its bias";
+  return prologue;
 }
 
 // Positions, slots, query_start, context_len and page_table of a step; see AttentionBatch in kernels/batch.py.
