@@ -66,7 +66,7 @@ class Convolution(ABC):
         if x.shape[0] * side % self.rows:
             raise KernelError(f"a convolution takes windows of {self.rows} rows, not {x.shape[0] * side} rows")
         y = self._run(x.reshape(-1, self.in_features), gelu)
-        return y.view(-1, self.out_features * max(1, side // self.stride))
+        return y.reshape(-1, self.out_features * max(1, side // self.stride))
 
     @abstractmethod
     def _run(self, x: torch.Tensor, gelu: bool) -> torch.Tensor:

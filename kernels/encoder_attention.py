@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from cai_runtime.errors import KernelError
+from cai_runtime.kernels import cpu_library
 from cai_runtime.kernels.attention import HeadLayout
 from cai_runtime.kernels.cpu_library import check_rows
-from cai_runtime.kernels.program import NotRecordable, Value
+from cai_runtime.kernels.program import Value
 
 
 class LayerEncoderAttention:
@@ -35,13 +36,13 @@ class LayerEncoderAttention:
             raise KernelError(f"encoder attention takes queries, keys and values {expected}, not {list(qkv.shape)}")
         return qkv.shape[0] // self.rows
 
-    def split(self, qkv: torch.Tensor) -> list[torch.Tensor]:
+    def split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values, each [windows, heads, rows, head_dim], of as many heads as there are of queries."""
         heads, windows = self.heads, self.windows(qkv)
         parts = qkv.view(windows, self.rows, heads.qkv_width // heads.head_dim, heads.head_dim).transpose(1, 2)
         q, k, v = parts.split([heads.query_heads, heads.kv_heads, heads.kv_heads], dim=1)
         shared = heads.query_heads // heads.kv_heads
-        return [q, k, v] if shared == 1 else [q, k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)]
+        return (q, k, v) if shared == 1 else (q, k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1))
 
 
 class ReferenceEncoderAttention(LayerEncoderAttention):
@@ -62,7 +63,8 @@ class TorchEncoderAttention(LayerEncoderAttention):
 
     def __call__(self, qkv: torch.Tensor, scale: float) -> torch.Tensor:
         """qkv [windows * rows, (Hq + 2 Hkv) D] -> [windows * rows, Hq D] in qkv's dtype."""
-        out = torch.nn.functional.scaled_dot_product_attention(*self.split(qkv), scale=scale)
+        q, k, v = self.split(qkv)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
         return out.transpose(1, 2).reshape(len(qkv), self.heads.query_width)
 
 
@@ -74,7 +76,20 @@ class CpuEncoderAttention(LayerEncoderAttention):
 
         Raises KernelError for rows that are no whole windows.
         """
+        heads = self.heads
         if isinstance(qkv, Value):
-            raise NotRecordable("encoder attention runs one call at a time")
-        qkv = check_rows(qkv, self.heads.qkv_width, "encoder attention").contiguous()
-        return ReferenceEncoderAttention(self.heads, self.rows)(qkv, scale)
+            attributes: dict[str, int | float | str] = {
+                "query_heads": heads.query_heads,
+                "kv_heads": heads.kv_heads,
+                "head_dim": heads.head_dim,
+                "rows": self.rows,
+                "scale": scale,
+            }
+            return qkv.recorder.note("encoder_attention", [qkv], heads.query_width, attributes=attributes)
+        self.windows(qkv)
+        qkv = check_rows(qkv, heads.qkv_width, "encoder attention").contiguous()
+        out = cpu_library.empty(qkv.shape[0], heads.query_width)
+        cpu_library.operation("encoder_attention")(
+            qkv, heads.query_heads, heads.kv_heads, heads.head_dim, self.rows, scale, out
+        )
+        return out

@@ -53,9 +53,6 @@ namespace {
 
 // -------------------------------------------------------------------------------------- one operation, one region
 
-// Threads for `work` multiply-adds or so: waking them costs microseconds.
-int threads_for(Int work) { return work < (Int(1) << 16) ? 1 : num_threads(); }
-
 // group: the int64 numbers of a CpuLinear. norm_weight, norm_bias: given where the prologue is a norm that has them.
 void linear_group_alone(Tensor group, Tensor x, Int prologue, MaybeTensor norm_weight, MaybeTensor norm_bias, double eps,
                         MaybeTensor residual, Tensor out, Tensor scratch) {

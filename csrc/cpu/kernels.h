@@ -103,6 +103,15 @@ struct AttentionShape {
   Store store;  // of the cache
 };
 
+// Attention over an encoder's window (encoder_attention.inl): positions of a block of packed keys and values, and query rows
+// that share one pass over the blocks.
+constexpr int64_t kKeyBlock = 64, kEncoderRows = 24;
+// Floats of a window packed for one KV head, and of the memory that the kernel works in.
+inline int64_t window_floats(int64_t rows, int64_t head_dim) {
+  return (rows + kKeyBlock - 1) / kKeyBlock * kKeyBlock * (head_dim + (head_dim + 15) / 16 * 16);
+}
+inline int64_t encoder_work_floats(int64_t head_dim) { return kEncoderRows * (head_dim + (head_dim + 15) / 16 * 16); }
+
 // Sampling processes the vocabulary in blocks of this many tokens.
 constexpr int64_t kSampleBlock = 128;
 
@@ -147,6 +156,11 @@ struct KernelTable {
   // Merges the states of `splits` splits, `stride` floats apart, in order, and finishes one row's heads of one KV head.
   void (*combine)(const float* partial, int64_t splits, int64_t stride, int64_t kv_head, const AttentionShape& shape,
                   float* out);
+  // Packs keys and values [rows, ld] of one KV head of an encoder's window, window_floats of them.
+  void (*pack_window)(const float* k, const float* v, int64_t ld, int64_t rows, int64_t head_dim, float* packed);
+  // Attention of `count` query rows of one head over all rows of a packed window. work: encoder_work_floats floats.
+  void (*encoder_attention)(const float* q, int64_t ldq, int64_t count, const float* packed, int64_t rows,
+                            int64_t head_dim, float scale, float* work, float* out, int64_t ldo);
   // Sampling (sampling_ops.cpp). The greatest of each block of `count` logits; returns whether one of them is NaN, which
   // leaves the peaks undefined.
   bool (*logit_peaks)(const float* logits, int64_t count, float* peaks);

@@ -43,8 +43,11 @@ inline V exp_ps(V x) {
 
 #include "attention.inl"
 
+#include "encoder_attention.inl"
+
 #include "sampling.inl"
 
 const KernelTable kTable = {Simd::kName, linear, linear_int8, linear_int4, quantize_rows, rms_norm, layer_norm, gelu, swiglu,
                             gather,      rotate, write_kv,    attention,   combine,
+                            pack_window, encoder_attention,
                             logit_peaks, mask_logits, token_weights, weight_blocks, sum_from, collect};

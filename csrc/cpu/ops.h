@@ -21,8 +21,11 @@ inline T* pointer(Int address) {
 const KernelTable& kernels();
 
 // Memory of the calling thread, 64-byte aligned, that stays until the next call with the same purpose.
-enum class Private { kInput, kCodes, kInt4, kQuery, kPartial, kSampling, kCandidates, kSaved, kCount };
+enum class Private { kInput, kCodes, kInt4, kQuery, kPartial, kWindow, kSampling, kCandidates, kSaved, kCount };
 void* private_memory(Private purpose, Int bytes);
+
+// Threads for `work` multiply-adds or so: waking them costs microseconds.
+inline int threads_for(Int work) { return work < (Int(1) << 16) ? 1 : num_threads(); }
 
 // Prefetches the next phase's weights into the second-level cache while a thread waits in Team::sync.
 class Fetcher {

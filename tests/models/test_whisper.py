@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,27 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "untied": {"tie_word_embeddings": False},
     "wide": {"d_model": 96, "encoder_attention_heads": 3, "decoder_attention_heads": 6},
 }
+Opener = Callable[..., ModelRunner]
 IDS = torch.randint(0, VOCABULARY, (30,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
-def open_runner(path: Path, **options: Any) -> ModelRunner:
-    return load_runner(path, kv_cache="32MiB", progress=False, **options)[0]
+@pytest.fixture
+def open_runner() -> Iterator[Callable[..., ModelRunner]]:
+    """Opens runners that are closed after the test."""
+    runners = []
+
+    def opened(path: Path, **options: Any) -> ModelRunner:
+        runners.append(load_runner(path, kv_cache="32MiB", progress=False, **options)[0])
+        return runners[-1]
+
+    yield opened
+    for runner in runners:
+        runner.close()
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_logits_match_transformers(tmp_path: Path, name: str, backend: str):
+def test_logits_match_transformers(tmp_path: Path, open_runner: Opener, name: str, backend: str):
     model = tiny_whisper(tmp_path, **OPTIONS[name])
     runner = open_runner(tmp_path, backend=backend)
     assert runner.max_context == 64 and runner.able == {"encoder", "cross_attention"}
@@ -49,7 +61,7 @@ def test_logits_match_transformers(tmp_path: Path, name: str, backend: str):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_a_row_does_not_see_its_neighbours(tmp_path: Path, backend: str):
+def test_a_row_does_not_see_its_neighbours(tmp_path: Path, open_runner: Opener, backend: str):
     tiny_whisper(tmp_path)
     runner = open_runner(tmp_path, backend=backend)
     many = windows(3)
@@ -67,7 +79,7 @@ def test_a_row_does_not_see_its_neighbours(tmp_path: Path, backend: str):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_cross_attention_weights_match_transformers(tmp_path: Path, backend: str):
+def test_cross_attention_weights_match_transformers(tmp_path: Path, open_runner: Opener, backend: str):
     model = tiny_whisper(tmp_path)
     model.set_attn_implementation("eager")
     runner = open_runner(tmp_path, backend=backend)
@@ -90,7 +102,7 @@ def test_cross_attention_weights_match_transformers(tmp_path: Path, backend: str
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bf16", 6e-2), ("fp16", 6e-3)])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_half_precision(tmp_path: Path, dtype: str, tolerance: float, backend: str):
+def test_half_precision(tmp_path: Path, open_runner: Opener, dtype: str, tolerance: float, backend: str):
     model = tiny_whisper(tmp_path)
     runner = open_runner(tmp_path, dtype=dtype, backend=backend)
     (features,) = windows(1)
@@ -99,7 +111,7 @@ def test_half_precision(tmp_path: Path, dtype: str, tolerance: float, backend: s
     assert float((ours - expected).norm() / expected.norm()) < tolerance
 
 
-def test_features_of_another_shape_are_refused(tmp_path: Path):
+def test_features_of_another_shape_are_refused(tmp_path: Path, open_runner: Opener):
     tiny_whisper(tmp_path)
     runner = open_runner(tmp_path)
     for wrong in (np.zeros((2 * ROWS, 13), np.float32), np.zeros((2 * ROWS - 1, 12), np.float32)):
@@ -117,7 +129,9 @@ def test_features_of_another_shape_are_refused(tmp_path: Path):
         ({"decoder_layers": 0}, InvalidConfigError, "decoder_layers"),
     ],
 )
-def test_an_impossible_config_is_refused(tmp_path: Path, change: dict[str, Any], error: type[Exception], said: str):
+def test_an_impossible_config_is_refused(
+    tmp_path: Path, open_runner: Opener, change: dict[str, Any], error: type[Exception], said: str
+):
     from tiny_llama import change_config
 
     tiny_whisper(tmp_path)
