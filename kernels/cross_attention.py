@@ -13,10 +13,11 @@ from typing import Any, Generic
 import torch
 
 from cai_runtime.errors import KernelError
+from cai_runtime.kernels import cpu_library
 from cai_runtime.kernels.attention import Cache, CpuKVCache, HeadLayout, ReferenceKVCache
 from cai_runtime.kernels.batch import AttentionBatch
 from cai_runtime.kernels.cpu_library import check_rows
-from cai_runtime.kernels.program import NotRecordable, Value
+from cai_runtime.kernels.program import Value
 
 
 class LayerCrossAttention(Generic[Cache]):
@@ -126,36 +127,63 @@ class TorchCrossAttention(ReferenceCrossAttention):
 
 
 class CpuCrossAttention(LayerCrossAttention[CpuKVCache]):
-    """For one layer's heads, fp32."""
+    """For one layer's heads, fp32 with a cache of any of its dtypes."""
 
-    def _reference(self) -> ReferenceCrossAttention:
-        """Over views of this cache in the reference's layout."""
-        heads, cache = self.heads, self.cache
-        plain = ReferenceKVCache(0, cache.page_size, heads, cache.k.dtype, cache.k.device)
-        plain.k = cache.k.view(-1)[: cache.pages * heads.kv_heads * heads.head_dim * cache.page_size]
-        plain.k = plain.k.view(cache.pages, heads.kv_heads, heads.head_dim, cache.page_size).mT
-        padded = -(-heads.head_dim // 16) * 16
-        plain.v = cache.v.view(-1)[: cache.pages * heads.kv_heads * padded * cache.page_size]
-        plain.v = plain.v.view(cache.pages, heads.kv_heads, cache.page_size, padded)[..., : heads.head_dim]
-        return ReferenceCrossAttention(heads, plain, self.rows, self.group)
+    def __init__(self, heads: HeadLayout, cache: CpuKVCache, rows: int, group: str) -> None:
+        super().__init__(heads, cache, rows, group)
+        fields = [heads.query_heads, heads.kv_heads, heads.head_dim, cache.page_size, 0]
+        self._heads = cpu_library.integers(fields)
+
+    def _note(self, name: str, inputs: Sequence[Value], width: int, **more: Any) -> Value:
+        """Note an operation on this layer's cache. more: attributes, and the axis of the result."""
+        axis = more.pop("axis", None)
+        bindings = {"heads": self._heads, "k_cache": self.cache.k, "v_cache": self.cache.v}
+        attributes = {"pages": self.cache.pages, "rows": self.rows, **more}
+        note = inputs[0].recorder.note
+        return note(name, inputs, width, axis=axis, attributes=attributes, bindings=bindings, keep=self)
 
     def __call__(self, q: Any, batch: Any, scale: float) -> Any:
-        """q fp32 [T, Hq D] -> fp32 [T, Hq D]. Or a Value, and no batch yet."""
+        """q fp32 [T, Hq D] -> fp32 [T, Hq D]. Or a Value, and no batch yet.
+
+        Raises KernelError for a batch that does not fit q or the cache.
+        """
+        heads, cache = self.heads, self.cache
         if isinstance(q, Value):
-            raise NotRecordable("cross-attention runs one call at a time")
-        return self._reference()(check_rows(q, self.heads.query_width, "cross-attention"), batch, scale)
+            return self._note(
+                "cross_attention", [q], heads.query_width, scale=scale, group=q.recorder.group(self.group)
+            )
+        q = check_rows(q, heads.query_width, "cross-attention").contiguous()
+        out = cpu_library.empty(q.shape[0], heads.query_width)
+        cpu_library.operation("cross_attention")(
+            q, batch.query_start, batch.tables[self.group].pages, self._heads, scale, cache.k, cache.v, cache.pages,
+            self.rows, out,
+        )  # fmt: skip
+        return out
 
     def write(self, kv: Any, pages: Any) -> Any:
         """Put keys and values fp32 [outputs * rows, 2 Hkv D], keys first, into pages int32 [outputs, pages of one].
 
         Or Values, `kv` of Axis.ENCODER and `pages` of Axis.SEQUENCES: then a Value [outputs, 1] of zeros, for a program that
-        has no other result.
+        has no other result. Raises KernelError for rows of no whole outputs, and for a page outside the cache.
         """
+        cache = self.cache
         if isinstance(kv, Value):
-            raise NotRecordable("cross-attention runs one call at a time")
-        self._reference().write(kv, pages)
+            return self._note("cross_write", [kv, pages], 1, axis=pages.axis)
+        self.check_write(kv, pages)
+        kv = check_rows(kv, self.kv_width, "cross-attention's keys and values").contiguous()
+        write = cpu_library.operation("cross_write")
+        write(kv, pages.contiguous(), self._heads, cache.k, cache.v, cache.pages, self.rows)
+        return None
 
     def weights(self, q: torch.Tensor, pages: torch.Tensor, heads: Sequence[int], scale: float) -> torch.Tensor:
         """q fp32 [T, Hq D], pages int32 [pages of one output or more] -> fp32 [len(heads), T, rows]: the softmax of the
-        heads."""
-        return self._reference().weights(q, pages, heads, scale)
+        heads. Raises KernelError for a head or a page that is not there."""
+        self.check_heads(heads)
+        cache = self.cache
+        q = check_rows(q, self.heads.query_width, "cross-attention").contiguous()
+        which = torch.tensor(list(heads), dtype=torch.int32, device="cpu")
+        out = cpu_library.empty(len(which) * len(q), self.rows)
+        cpu_library.operation("cross_weights")(
+            q, pages, which, self._heads, scale, cache.k, cache.v, cache.pages, self.rows, out
+        )
+        return out.view(len(which), len(q), self.rows)

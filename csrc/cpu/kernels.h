@@ -103,6 +103,15 @@ struct AttentionShape {
   Store store;  // of the cache
 };
 
+// Up to kCrossQueries query vectors [head_dim] that see the same keys, and where their results go: partial[i] gets a state of
+// state_floats floats, or, where it is null, out[i] the result [head_dim].
+constexpr int kCrossQueries = 8;
+struct CrossQueries {
+  int64_t count;
+  const float* q[kCrossQueries];
+  float *partial[kCrossQueries], *out[kCrossQueries];
+};
+
 // Attention over an encoder's window (encoder_attention.inl): positions of a block of packed keys and values, and query rows
 // that share one pass over the blocks.
 constexpr int64_t kKeyBlock = 64, kEncoderRows = 24;
@@ -161,6 +170,17 @@ struct KernelTable {
   // Attention of `count` query rows of one head over all rows of a packed window. work: encoder_work_floats floats.
   void (*encoder_attention)(const float* q, int64_t ldq, int64_t count, const float* packed, int64_t rows,
                             int64_t head_dim, float scale, float* work, float* out, int64_t ldo);
+  // Keys and values [count, ld] of one KV head into the first `count` places of a page.
+  void (*write_page)(const float* k, const float* v, int64_t ld, int64_t count, int64_t page, int64_t kv_head,
+                     const AttentionShape& shape, void* k_cache, void* v_cache);
+  // Attention to all `rows` positions in `pages`, without a causal limit, for one KV head and the splits [split0, split1).
+  // Results are finished only if these are all splits.
+  void (*cross_attention)(const CrossQueries& queries, int64_t kv_head, const int32_t* pages, int64_t rows,
+                          const void* k_cache, const void* v_cache, const AttentionShape& shape, int64_t split0,
+                          int64_t split1);
+  // The softmax [rows] of one query vector over the keys in `pages`.
+  void (*cross_weights)(const float* q, int64_t kv_head, const int32_t* pages, int64_t rows, const void* k_cache,
+                        const AttentionShape& shape, float* out);
   // Sampling (sampling_ops.cpp). The greatest of each block of `count` logits; returns whether one of them is NaN, which
   // leaves the peaks undefined.
   bool (*logit_peaks)(const float* logits, int64_t count, float* peaks);

@@ -154,7 +154,7 @@ void gather(Team& team, const GatherCall& call);
 
 // The rows of each sequence and the pages of one cache group; see AttentionBatch in kernels/batch.py.
 struct Batch {
-  const int32_t *positions, *slots, *query_start, *context_len, *page_table;
+  const int32_t *positions, *slots, *query_start, *context_len, *page_table;  // slots: null where nothing is written
   Int sequences, pages_per_sequence;
 };
 

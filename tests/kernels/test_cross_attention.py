@@ -12,12 +12,16 @@ from error_bounds import Bounded, check
 from full_attention import all_heads, weighted
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import BACKENDS, bounded, sizes, using
+from kernel_cases import BACKENDS, CPU, bits_equal, bounded, sizes, threads, using
 
 from cai_runtime.errors import KernelError
+from cai_runtime.kernels.activation import swiglu_cpu
 from cai_runtime.kernels.attention import HeadLayout, ReferenceKVCache
 from cai_runtime.kernels.batch import AttentionBatch, PageTable
 from cai_runtime.kernels.cross_attention import TorchCrossAttention
+from cai_runtime.kernels.program import Axis, Input, Program, record
+from cai_runtime.kernels.slim_linear import CpuLinear
+from cai_runtime.kernels.weights import Core, LinearWeights
 from cai_runtime.layers.ops import make_ops
 
 CPU_DEVICE = torch.device("cpu")
@@ -159,6 +163,144 @@ def test_weights_are_the_softmax_of_the_heads(backend: str, case: Case, data: st
     for found, head in zip(got, heads, strict=True):
         rows = q.view(len(q), case.heads.query_heads, case.head_dim)[:, head]
         check(found, lambda g, rows=rows, head=head: weighted(rows, k[:, head // case.group], case.scale, g))
+
+
+def recorded(layer: Any, case: Case) -> tuple[Program, Program]:
+    """The write and the attention."""
+    write = record(
+        lambda kv, pages: layer.write(kv, pages),
+        {"kv": Input(Axis.ENCODER, layer.kv_width), "pages": Input(Axis.SEQUENCES, layer.pages, torch.int32)},
+    )
+    attend = record(lambda q: layer(q, None, case.scale), {"q": Input(Axis.TOKENS, case.heads.query_width)})
+    return write, attend
+
+
+@pytest.mark.parametrize("backend", CPU)
+@given(case=cases())
+@bounded(25)
+def test_neighbours_beams_threads_and_recording_do_not_change_the_bits(backend: str, case: Case):
+    """Each sequence alone on one thread, against all of them in two orders: as drawn, and by output, where beams are next to
+    each other. Outputs are written one by one and together."""
+    q, kv, pages = case.tensors()
+    starts = [sum(n for _, n in case.sequences[:i]) for i in range(len(case.sequences))]
+    rows = [q[a : a + n] for a, (_, n) in zip(starts, case.sequences, strict=True)]
+    outputs = [o for o, _ in case.sequences]
+    with using(backend) as name:
+        apart, layer, other = case.layer(name), case.layer(name), case.layer(name)
+        write, attend = recorded(other, case)
+        with threads(1):
+            for window, its in zip(kv.split(case.rows), pages.split(1), strict=True):
+                apart.write(window, its)
+            alone = [apart(r, batch_of([(pages[o], len(r))]), case.scale) for r, o in zip(rows, outputs, strict=True)]
+            weights = apart.weights(q[:1], pages[0], [0], case.scale)
+        layer.write(kv, pages)
+        assert write(kv=kv, pages=pages).tolist() == [[0.0]] * case.outputs
+        for mine, theirs in ((layer.cache, apart.cache), (other.cache, apart.cache)):
+            assert bits_equal(mine.k, theirs.k) and bits_equal(mine.v, theirs.v)
+        for order in (range(len(rows)), sorted(range(len(rows)), key=lambda i: outputs[i])):
+            batch = batch_of([(pages[outputs[i]], len(rows[i])) for i in order])
+            together = torch.cat([rows[i] for i in order])
+            expected = torch.cat([alone[i] for i in order])
+            for n in (1, 2, 5):
+                with threads(n):
+                    assert bits_equal(layer(together, batch, case.scale), expected)
+                    assert bits_equal(attend(batch, q=together), expected)
+                    assert bits_equal(layer.weights(q, pages[0], [0], case.scale)[:, :1], weights)
+
+
+@pytest.mark.parametrize("backend", CPU)
+def test_nan_stays_in_its_row_or_output(backend: str):
+    case = Case(2, 1, 16, 16, 300, 3, ((0, 1), (0, 1), (1, 1), (2, 1)))
+    q, kv, pages = case.tensors()
+    q, kv = q.clone(), kv.clone()
+    with using(backend) as name:
+        layer = case.layer(name)
+        batch = batch_of([(pages[o], n) for o, n in case.sequences])
+        layer.write(kv, pages)
+        clean = layer(q, batch, case.scale)
+        q[0, 0] = float("nan")  # head 0 of a beam
+        kv[599, 0] = float("nan")  # head 0 of the last key of output 1
+        kv[600, 32 + 16] = float("inf")  # head 1 of the first value of output 2
+        layer.write(kv, pages)
+        out = layer(q, batch, case.scale)
+    spoilt = torch.zeros(4, 32, dtype=torch.bool)
+    spoilt[0, :16] = spoilt[2, :16] = spoilt[3, 16] = True
+    assert not out[spoilt].isfinite().any()
+    assert bits_equal(out[~spoilt], clean[~spoilt])
+
+
+def test_a_decoder_and_its_encoder_share_a_program():
+    """Self-attention with slots and cross-attention without, over cache groups of their own in one recorded pass. In the
+    second step both attend by splits, whose states lie in the same memory."""
+    heads, g = HeadLayout(2, 2, 16, 16), torch.Generator().manual_seed(0)
+    case = Case(2, 1, 16, 16, 300, 2, ())
+    _, kv, pages = case.tensors()
+    cross = [case.layer("cpu") for _ in range(2)]
+    ops = make_ops("cpu", CPU_DEVICE)
+    own = [ops.attention(heads, ops.kv_cache(heads, 24, 16, torch.float32)) for _ in range(2)]
+    cos_sin = torch.cat([torch.ones(400, 8), torch.zeros(400, 8)], 1)
+    for layer in cross:
+        layer.write(kv, pages)
+
+    def decoder(qkv, batch=None):
+        for attention, layer in zip(own, cross, strict=True):
+            qkv = swiglu_cpu(cross_qkv(layer(attention(qkv, batch, cos_sin, 0.25), batch, 0.25)))
+        return qkv
+
+    weight = Core(torch.randn(2 * heads.qkv_width, heads.query_width, generator=g) / 6)
+    cross_qkv = CpuLinear([LinearWeights("dense", heads.query_width, 2 * heads.qkv_width, (weight,))])
+    program = record(decoder, {"qkv": Input(Axis.TOKENS, heads.qkv_width)})
+    for rows, length in ((299, 299), (1, 300)):
+        batch = batch_of([(pages[0], rows), (pages[1], 1)])
+        positions = torch.tensor([*range(length - rows, length), 0], dtype=torch.int32)
+        table = torch.stack([torch.arange(20), torch.arange(4, 24)]).int()
+        slots = torch.cat([positions[:-1], torch.tensor([23 * 16])]).int()
+        table[1, 0] = 23
+        tables = {**batch.tables, "full": PageTable(slots, table)}
+        lengths = torch.tensor([length, 1], dtype=torch.int32)
+        batch = AttentionBatch(positions, batch.query_start, lengths, tables)
+        qkv = torch.randn(rows + 1, heads.qkv_width, generator=g)
+        with threads(3):
+            assert bits_equal(program(batch, qkv=qkv.clone()), decoder(qkv.clone(), batch))
+        tables["full"] = PageTable(slots[:0], table)
+        with pytest.raises(KernelError, match="slots must be int32 of .* where keys and values are written, not empty"):
+            program(batch, qkv=qkv)
+
+
+def test_batches_that_do_not_fit_are_refused():
+    case = Case(2, 1, 16, 16, 40, 2, ((0, 2), (1, 1)))
+    q, kv, pages = case.tensors()
+    layer = case.layer("cpu")
+    layer.write(kv, pages)
+    write, attend = recorded(layer, case)
+    good = batch_of([(pages[0], 2), (pages[1], 1)])
+
+    def changed(starts: list[int] | None = None, table: torch.Tensor | None = None) -> AttentionBatch:
+        start = good.query_start if starts is None else torch.tensor(starts, dtype=torch.int32)
+        its = PageTable(good.tables[GROUP].slots, good.tables[GROUP].pages if table is None else table)
+        return AttentionBatch(good.positions, start, good.context_len, {GROUP: its})
+
+    outside = good.tables[GROUP].pages.clone()
+    outside[1, 2] = layer.cache.pages
+    for batch, why in (
+        (changed([0, 2, 4]), "sequence 1 has rows 2 to 4 of 3"),
+        (changed([0, 2, 1]), "sequence 1 has rows 2 to 1 of 3"),
+        (changed([-1, 2, 3]), "query_start"),
+        (changed(table=outside), "page 9 is outside the cache's 9"),
+        (changed(table=pages[:, :2].contiguous()), "40 positions take 3 pages, and page_table has 2"),
+    ):
+        for run in (lambda b=batch: layer(q, b, 1.0), lambda b=batch: attend(b, q=q)):
+            with pytest.raises(KernelError, match=why):
+                run()
+    for run in (lambda: layer.write(kv, pages + 8), lambda: write(kv=kv, pages=pages + 8)):
+        with pytest.raises(KernelError, match="is outside the cache's 9"):
+            run()
+    with pytest.raises(KernelError, match="2 encoder outputs have 80 rows of keys and values, not 79"):
+        write(kv=kv[:79], pages=pages)
+    with pytest.raises(KernelError, match="is outside the cache's 9"):
+        layer.weights(q, pages[0] - 9, [0], 1.0)
+    with pytest.raises(KernelError, match="attends rows of tokens"):
+        record(lambda q: layer(q, None, 1.0), {"q": Input(Axis.SEQUENCES, case.heads.query_width)})
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])
