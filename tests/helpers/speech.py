@@ -101,9 +101,9 @@ class FakeEngine:
 
     def answer(self, request: Request) -> Finished:
         encoder, prompt = request.segments
-        if request.alignment is not None:
+        if getattr(request, "alignment", None) is not None:
             return finished((), (), len(prompt), attention=self.attention(request))
-        if request.beam is not None:
+        if getattr(request, "beam", None) is not None:
             found, logprobs = self._beam(encoder, list(prompt), request)
         else:
             found, logprobs = self._single(encoder, list(prompt), request)
