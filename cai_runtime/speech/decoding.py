@@ -27,12 +27,13 @@ from cai_runtime.speech.tokens import SpeechTokens
 class Decoded:
     """What one attempt gave.
 
-    tokens: without the end token. logprobs: of each of them. text: of the text tokens, stripped. avg_logprob: sum of the
-    log probabilities, the end's included / (tokens + 1). generated, prompted: tokens computed for the window, in all
-    attempts.
+    tokens: without the end token. ended: whether that came, rather than the limit. logprobs: of each of the tokens.
+    text: of the text tokens, stripped. avg_logprob: sum of the log probabilities, the end's included / (tokens + 1).
+    generated, prompted: tokens computed for the window, in all attempts.
     """
 
     tokens: tuple[int, ...]
+    ended: bool
     logprobs: tuple[float, ...]
     text: str
     temperature: float
@@ -158,6 +159,7 @@ class WindowTask:
         text = self.text.decode(ids).strip()
         return Decoded(
             tokens=tuple(ids),
+            ended=ended,
             logprobs=tuple(logprobs[: len(ids)]),
             text=text,
             temperature=self.temperature,
