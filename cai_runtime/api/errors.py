@@ -170,6 +170,8 @@ def api_error(error: BaseException) -> APIError:
             return error
         case library.ConversationError():
             return BadRequestError(message, param=error.param, code=error.code)
+        case library.TranscriptionError():
+            return BadRequestError(message, param=error.param, code=_code_of_capability(error.capability))
         case library.RequestTooLargeError():
             return BadRequestError(message, code="context_length_exceeded")
         case library.GrammarError():
@@ -194,6 +196,10 @@ def api_error(error: BaseException) -> APIError:
             return InternalServerError(message)
         case _:
             return InternalServerError(f"{type(error).__name__}: {message}")
+
+
+def _code_of_capability(capability: str | None) -> str:
+    return f"{capability}_not_supported" if capability else "invalid_value"
 
 
 @contextmanager

@@ -26,6 +26,26 @@ Whole = TypeVar("Whole")
 Whole_co = TypeVar("Whole_co", covariant=True)
 
 
+class Consumed(Protocol[Chunk, Whole_co]):
+    """A request while it runs. To be consumed once, by one of these; what is not consumed any more is to be aborted."""
+
+    timeout: float | None  # seconds that a stream waits for its next chunk
+
+    def abort(self) -> None: ...
+    def whole(self, timeout: float | None = None) -> Whole_co: ...
+    async def awhole(self) -> Whole_co: ...
+    def chunks(self) -> Generator[Chunk]: ...
+    def achunks(self) -> AsyncGenerator[Chunk]: ...
+
+
+class Submitted(Protocol[Chunk, Whole_co]):
+    """A request that is ready to run."""
+
+    def submit(self, engine: Any) -> Consumed[Chunk, Whole_co]:
+        """Hand it to the engine. Raises RateLimitError if that takes no more."""
+        ...
+
+
 class ReplyFormat(Protocol[Chunk, Whole_co]):
     """An endpoint's reply type. One for each request: it holds the id and the time."""
 
@@ -138,7 +158,7 @@ class Stream(Generic[Chunk]):
     """Chunks of a running request; a context manager. Closing it, or dropping it before its end, aborts the request.
     Several threads may iterate it: each chunk goes to one of them."""
 
-    def __init__(self, running: Running[Chunk, Any]):
+    def __init__(self, running: Consumed[Chunk, Any]):
         self._running = running
         self._chunks = running.chunks()
         self._turn = threading.RLock()  # of the thread that waits for the next chunk
@@ -181,7 +201,7 @@ class Stream(Generic[Chunk]):
 class AsyncStream(Generic[Chunk]):
     """The same for `async for` and `async with`. Several tasks of one event loop may iterate it."""
 
-    def __init__(self, running: Running[Chunk, Any]):
+    def __init__(self, running: Consumed[Chunk, Any]):
         self._running = running
         self._chunks = running.achunks()
         self._turn = asyncio.Lock()
