@@ -170,6 +170,10 @@ def api_error(error: BaseException) -> APIError:
             return error
         case library.ConversationError():
             return BadRequestError(message, param=error.param, code=error.code)
+        case library.AudioPackageError():
+            return BadRequestError(message, param=error.param, code="missing_package")
+        case library.AudioError():
+            return BadRequestError(message, param=error.param, code="invalid_audio")
         case library.TranscriptionError():
             return BadRequestError(message, param=error.param, code=_code_of_capability(error.capability))
         case library.RequestTooLargeError():

@@ -23,10 +23,11 @@ from cai_runtime.formats.events import ChatEvent
 
 Chunk = TypeVar("Chunk")
 Whole = TypeVar("Whole")
+Chunk_co = TypeVar("Chunk_co", covariant=True)
 Whole_co = TypeVar("Whole_co", covariant=True)
 
 
-class Consumed(Protocol[Chunk, Whole_co]):
+class Consumed(Protocol[Chunk_co, Whole_co]):
     """A request while it runs. To be consumed once, by one of these; what is not consumed any more is to be aborted."""
 
     timeout: float | None  # seconds that a stream waits for its next chunk
@@ -34,14 +35,14 @@ class Consumed(Protocol[Chunk, Whole_co]):
     def abort(self) -> None: ...
     def whole(self, timeout: float | None = None) -> Whole_co: ...
     async def awhole(self) -> Whole_co: ...
-    def chunks(self) -> Generator[Chunk]: ...
-    def achunks(self) -> AsyncGenerator[Chunk]: ...
+    def chunks(self) -> Generator[Chunk_co]: ...
+    def achunks(self) -> AsyncGenerator[Chunk_co]: ...
 
 
-class Submitted(Protocol[Chunk, Whole_co]):
+class Submitted(Protocol[Chunk_co, Whole_co]):
     """A request that is ready to run."""
 
-    def submit(self, engine: Any) -> Consumed[Chunk, Whole_co]:
+    def submit(self, engine: Any) -> Consumed[Chunk_co, Whole_co]:
         """Hand it to the engine. Raises RateLimitError if that takes no more."""
         ...
 

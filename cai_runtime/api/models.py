@@ -95,8 +95,8 @@ def _as_model(entry: CatalogEntry) -> Model:
 
 
 def _local_model(host: ModelHost, name: str, path: Path) -> Model:
-    """With three fields more than the API has: `tools`, "native" if the chat template takes them, "generic" if they are put to
-    the model as text, None if it can't chat; `capabilities.supports_embeddings` and `capabilities.supports_translation`."""
+    """With three fields more than the API has: `tools`, "native" if the chat template takes them, "generic" if they are put
+    to the model as text, None if it can't chat; `supports_embeddings` and `supports_translation` of `capabilities`."""
     config = read_config(path)
     hears = is_speech(config)
     chats = bool(template_of(path)[0]) and has_head(config) and not hears

@@ -22,7 +22,9 @@ class Transcriptions(Methods):
     @overload
     def create(self, *, stream: Literal[True], **params: Unpack[SpeechParams]) -> Stream[SpeechEvent]: ...
     @overload
-    def create(self, *, stream: Literal[False] | None = None, **params: Unpack[SpeechParams]) -> SpeechTranscription: ...
+    def create(
+        self, *, stream: Literal[False] | None = None, **params: Unpack[SpeechParams]
+    ) -> SpeechTranscription: ...
     @overload
     def create(
         self, *, stream: bool | None, **params: Unpack[SpeechParams]

@@ -9,8 +9,8 @@ from typing import Any
 from cai_runtime.api.errors import BadRequestError, as_api_errors, invalid
 from cai_runtime.api.host import ResolvedModel
 from cai_runtime.api.open_model import OpenModel
-from cai_runtime.api.transcriptions.begin import begin
 from cai_runtime.api.transcriptions.languages import language_of
+from cai_runtime.api.transcriptions.opening import begin_work
 from cai_runtime.api.transcriptions.params import SpeechRequest, Task, parse_speech
 from cai_runtime.api.transcriptions.running import SpeechGeneration
 from cai_runtime.scalars import shown
@@ -47,10 +47,12 @@ class SpeechEndpoint:
                     code="translation_not_supported",
                 )
             if unknown := [code for code in request.options.languages if code not in (known or ("en",))]:
-                raise invalid("languages", f"has a language that the model {shown(model.name)} does not know: {unknown[0]}")
+                raise invalid(
+                    "languages", f"has a language that the model {shown(model.name)} does not know: {unknown[0]}"
+                )
             options = replace(request.options, language=language_of(request.language, model.name, known))
             with as_api_errors():
-                request.begun.append(begin(request.file, options, opened))
+                request.begun.append(begin_work(request.file, options, opened))
         return SpeechGeneration(request.begun[0])
 
 

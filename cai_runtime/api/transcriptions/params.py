@@ -109,14 +109,14 @@ def _chunking(value: Any) -> dict[str, Any]:
 
 
 def _keywords(value: Any) -> list[str]:
-    found = list(value) if isinstance(value, (list, tuple)) else [None]
+    found: list[Any] = list(value) if isinstance(value, (list, tuple)) else [None]
     if not all(isinstance(word, str) and word.strip() for word in found):
         raise PydanticCustomError("keywords_type", "must be a list of texts that are not empty")
     return found
 
 
 def _granularities(value: Any) -> list[str]:
-    found = list(value) if isinstance(value, (list, tuple)) else [None]
+    found: list[Any] = list(value) if isinstance(value, (list, tuple)) else [None]
     if not all(isinstance(item, str) and item in ("word", "segment") for item in found):
         raise PydanticCustomError("granularities_type", 'must be a list of "word" and "segment"')
     return found
@@ -168,7 +168,7 @@ class SpeechParams(CallOptions, total=False):
     file: Required[Annotated[Given, PlainValidator(_audio_file)]]
     rate: Annotated[Whole, Field(ge=1, le=MAX_RATE)] | None
     model: ModelName | None
-    prompt: Text | None
+    prompt: str | None
     initial_prompt: Annotated[str | Sequence[int], SkipValidation] | None
     keywords: Annotated[Sequence[str], PlainValidator(_keywords)] | None
     hotwords: Text | None

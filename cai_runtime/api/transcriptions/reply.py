@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from openai.types.audio import (
     TranscriptionSegment,
@@ -96,9 +96,7 @@ class SpeechEvents:
         for segment in segments:
             name = f"seg_{segment.id}"
             if piece := self._joiner.add(segment.text):
-                events.append(
-                    TranscriptionTextDeltaEvent(type="transcript.text.delta", delta=piece, segment_id=name)
-                )
+                events.append(TranscriptionTextDeltaEvent(type="transcript.text.delta", delta=piece, segment_id=name))
             events.append(
                 TranscriptionTextSegmentEvent(
                     type="transcript.text.segment",
@@ -132,7 +130,7 @@ class SpeechEvents:
 def reply_of(transcript: Transcript, damage: str | None) -> SpeechReply:
     """The whole reply. damage: of the file."""
     duration = _seconds(transcript.duration)
-    fields = {
+    fields: dict[str, Any] = {
         "task": transcript.task,
         "language_probability": transcript.language_probability,
         "duration": duration,
@@ -163,9 +161,7 @@ def _segment(segment: Segment) -> TranscriptionSegment:
 
 
 def _word(word: Word) -> SpeechWord:
-    return SpeechWord(
-        word=word.word, start=_seconds(word.start), end=_seconds(word.end), probability=word.probability
-    )
+    return SpeechWord(word=word.word, start=_seconds(word.start), end=_seconds(word.end), probability=word.probability)
 
 
 def _seconds(time: float) -> float:

@@ -1,5 +1,5 @@
-"""Runs one file's transcription: drives the speech package's generator, hands its requests to the engine, and makes the reply
-of its segments."""
+"""Runs one file's transcription: drives the speech package's generator, hands its requests to the engine, and makes the
+reply of its segments."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ from cai_runtime.speech.steps import Step, Steps
 
 
 class SpeechWork:
-    """The generator of a transcription and the step that it is at. One thread at a time makes it go on; `close` may come from
-    any other.
+    """The generator of a transcription and the step that it is at. One thread at a time makes it go on; `close` may come
+    from any other.
 
     Args:
         steps: not begun. It is taken to its first step, which reads the first window of audio.

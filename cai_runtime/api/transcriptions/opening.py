@@ -8,7 +8,7 @@ from cai_runtime.api.transcriptions.work import SpeechWork
 from cai_runtime.speech.options import Options
 
 
-def begin(file: AudioFile, options: Options, opened: OpenModel) -> SpeechWork:
+def begin_work(file: AudioFile, options: Options, opened: OpenModel) -> SpeechWork:
     """Open the audio, and go to the first step.
 
     Raises:
