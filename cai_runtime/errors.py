@@ -161,6 +161,16 @@ class ConversationError(CaiError):
         return cls(f"Unknown parameter: '{place}'.", param=place, code="unknown_parameter")
 
 
+class TranscriptionError(CaiError, ValueError):
+    """Audio can't be transcribed as asked. `.param` names the option; `.capability` names what the model lacks
+    (`transcription`, `translation`), if that is the reason."""
+
+    def __init__(self, message: str, *, param: str | None = None, capability: str | None = None):
+        self.param = param
+        self.capability = capability
+        super().__init__(message)
+
+
 class InvalidRequestError(EngineError):
     """A request is malformed: no prompt tokens, a token id outside the vocabulary, max_tokens below 0."""
 

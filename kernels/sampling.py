@@ -3,7 +3,8 @@
 The definition. A row is fp32 [vocabulary] logits; it never sees its neighbours. In this order, transformers' (vLLM V1 adds
 the bias before the penalties and applies min_p before top_k and top_p):
 
-1. Custom processors (`SamplingBatch.custom`), Python functions on the raw row.
+1. Custom processors (`SamplingBatch.custom`), Python functions on the row: a part of the model's distribution. A row that
+   holds NaN or +inf is not shown to them, so that they can't hide it from step 5.
 2. Repetition penalty (Keskar et al. 2019): positive logits of tokens seen in prompt or text are divided by it, others
    multiplied.
 3. Frequency and presence penalty (OpenAI): count * frequency + presence is subtracted from tokens of the text.
@@ -26,7 +27,8 @@ Against exact arithmetic, a token's share is off by 4e-7 of itself (the polynomi
 of the greatest token's; over a vocabulary V, the total variation distance is below 4e-7 + V * 2^-31 (6e-5 at 128k, reached
 only when the whole vocabulary lies at the threshold).
 
-Logprobs are log softmax of the raw logits (before step 1), from the same weights at temperature 1: fp32, at least -9999.
+Logprobs are log softmax of the logits after step 1 (of the raw logits, where a row has no custom processor), from the same
+weights at temperature 1: fp32, at least -9999.
 
 Backends: `sample_cpu` here (csrc/cpu/sampling_ops.cpp), kernels/triton/sampling.py, and kernels/sampling_reference.py.
 """
@@ -203,9 +205,12 @@ def host_logits(logits: Any) -> np.ndarray:
 
 
 def apply_processors(logits: np.ndarray, custom: Mapping[int, LogitsProcessor]) -> dict[int, Exception]:
-    """Run each processor on its row of fp32 [n, vocabulary], in place. Returns what they raised, by row."""
+    """Run each processor on its row of fp32 [n, vocabulary], in place, unless that holds NaN or +inf. Returns what they
+    raised, by row."""
     errors: dict[int, Exception] = {}
     for row, process in custom.items():
+        if not logits[row].max() < np.inf:
+            continue
         try:
             process(logits[row])
         except Exception as error:  # noqa: BLE001 - user code: it fails its own row
@@ -267,7 +272,7 @@ def _is_plain_tensor(logits: Any) -> bool:
 def sample_cpu(logits: Any, batch: SamplingBatch) -> Sampled:
     """logits: fp32 [n, vocabulary], numpy or torch on the CPU; may be overwritten. Raises KernelError for a batch that
     doesn't fit."""
-    raw, errors = None, {}
+    found, errors = None, {}
     if _is_plain_tensor(logits) and not batch.custom and batch.logprobs is None:
         address = logits.data_ptr()
         batch.check(logits.shape)
@@ -275,8 +280,8 @@ def sample_cpu(logits: Any, batch: SamplingBatch) -> Sampled:
         logits = host_logits(logits)
         address = logits.ctypes.data
         batch.check(logits.shape)
-        raw = _RawLogprobs(logits, batch) if batch.logprobs is not None else None
         errors = apply_processors(logits, batch.custom)
+        found = _Logprobs(logits, batch) if batch.logprobs is not None else None
     count, vocabulary = logits.shape
     # One piece of memory for the call's arguments, its scratch (8 bytes a row), ids and status.
     memory = bytearray(_CALL.size + 13 * count)
@@ -289,24 +294,23 @@ def sample_cpu(logits: Any, batch: SamplingBatch) -> Sampled:
     status = np.frombuffer(memory, np.uint8, count, _CALL.size + 12 * count)
     for row in errors:
         ids[row], status[row] = -1, PROCESSOR_FAILED
-    if raw is None:
+    if found is None:
         return Sampled(ids, status, errors=errors)
-    return Sampled(ids, status, raw.of(batch.listed(ids)), raw.top, errors)
+    return Sampled(ids, status, found.of(batch.listed(ids)), found.top, errors)
 
 
-class _RawLogprobs:
-    """Log softmax of the rows that want it, taken before anything changes them."""
+class _Logprobs:
+    """Log softmax of the rows that want it, taken after the custom processors and before anything else changes them."""
 
     def __init__(self, logits: np.ndarray, batch: SamplingBatch):
         assert batch.logprobs is not None
         count, vocabulary = logits.shape
         self._which = np.flatnonzero(batch.logprobs >= 0).astype(np.int32)
         self._count = count
-        # A custom processor changes its row: keep what it was. Other rows are as before once they are sampled, except for
-        # tokens that the mask bans, which are not sampled, but may be scored.
+        # Sampling leaves a row as it is, but for the tokens that the mask bans. They are not sampled, but may be scored.
         masks_scored = batch.mask is not None and batch.scored is not None
-        kept = {int(row): logits[row].copy() for row in self._which if masks_scored or row in batch.custom}
-        self._rows = [kept.get(int(row), logits[row]) for row in self._which]
+        self._rows = logits[self._which] if masks_scored else None
+        self._logits = logits
         wanted = batch.logprobs[self._which]
         k = int(wanted.max(initial=0))
         greatest, total = np.zeros(len(self._which), np.float32), np.zeros(len(self._which), np.int64)
@@ -322,22 +326,24 @@ class _RawLogprobs:
         if k:
             self.top = np.full((count, k), -1, np.int32), np.full((count, k), LOGPROB_FLOOR, np.float32)
             self.top[0][self._which] = ids
-            for row, raw, found, log_total in zip(self._which, self._rows, ids, self._log_total, strict=True):
-                self.top[1][row] = _logprobs(raw, found, log_total)
+            self.top[1][self._which] = self._of(ids)
 
     def of(self, ids: np.ndarray) -> np.ndarray:
+        """fp32 [n]: of a token of each row, ids [n]; NaN for rows that want none."""
         out = np.full(self._count, np.nan, np.float32)
-        for row, raw, log_total in zip(self._which, self._rows, self._log_total, strict=True):
-            out[row] = _logprobs(raw, ids[row : row + 1], log_total)[0]
+        out[self._which] = self._of(ids[self._which, None])[:, 0]
         return out
 
-
-def _logprobs(raw: np.ndarray, ids: np.ndarray, log_total: np.floating) -> np.ndarray:
-    """fp32, of tokens of a row; the floor for id -1."""
-    with np.errstate(invalid="ignore"):
-        values = raw[ids].astype(np.float64) - log_total
-    usable = (ids >= 0) & np.isfinite(values)
-    return np.where(usable, np.maximum(values, LOGPROB_FLOOR), LOGPROB_FLOOR).astype(np.float32)
+    def _of(self, ids: np.ndarray) -> np.ndarray:
+        """fp32 [w, k]: of tokens of the w rows that want logprobs, ids [w, k]; the floor for id -1."""
+        if self._rows is not None:
+            logits = np.take_along_axis(self._rows, ids.astype(np.int64), axis=1)
+        else:
+            logits = self._logits[self._which[:, None], ids]
+        with np.errstate(invalid="ignore"):
+            values = logits.astype(np.float64) - self._log_total[:, None]
+        usable = (ids >= 0) & np.isfinite(values)
+        return np.where(usable, np.maximum(values, LOGPROB_FLOOR), LOGPROB_FLOOR).astype(np.float32)
 
 
 @functools.cache

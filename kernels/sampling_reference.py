@@ -81,7 +81,7 @@ def choose(logits: np.ndarray, row: np.void) -> tuple[int, int]:
 
 
 def logprobs(logits: np.ndarray) -> np.ndarray:
-    """float64 [vocabulary]: log softmax of a row of raw logits, all at the floor where one is NaN or +inf."""
+    """float64 [vocabulary]: log softmax of a row of logits, all at the floor where one is NaN or +inf."""
     if np.isnan(logits).any() or not np.isfinite(logits.max()):
         return np.full(len(logits), LOGPROB_FLOOR)
     total = int(reference_weights(logits, 1.0).sum())
@@ -91,9 +91,8 @@ def logprobs(logits: np.ndarray) -> np.ndarray:
 
 def sample_reference(logits, batch: SamplingBatch) -> Sampled:
     """As `sample_cpu`; leaves the logits alone."""
-    raw = host_logits(logits)
-    batch.check(raw.shape)
-    logits = raw.copy()
+    batch.check(host_logits(logits).shape)
+    logits = host_logits(logits).copy()
     errors = apply_processors(logits, batch.custom)
     count, vocabulary = logits.shape
     ids, status = np.empty(count, np.int32), np.empty(count, np.uint8)
@@ -107,10 +106,10 @@ def sample_reference(logits, batch: SamplingBatch) -> Sampled:
     found = np.full(count, np.nan, np.float32)
     top = np.full((count, k), -1, np.int32), np.full((count, k), LOGPROB_FLOOR, np.float32)
     for i in np.flatnonzero(batch.logprobs >= 0).tolist():
-        values, wanted = logprobs(raw[i]), min(int(batch.logprobs[i]), vocabulary)
+        values, wanted = logprobs(logits[i]), min(int(batch.logprobs[i]), vocabulary)
         listed = int(batch.listed(ids)[i])
         found[i] = values[listed] if listed >= 0 else LOGPROB_FLOOR
-        if np.isfinite(raw[i].max()) and wanted:
-            top[0][i, :wanted] = np.argsort(-raw[i], kind="stable")[:wanted]
+        if np.isfinite(logits[i].max()) and wanted:
+            top[0][i, :wanted] = np.argsort(-logits[i], kind="stable")[:wanted]
             top[1][i, :wanted] = values[top[0][i, :wanted]]
     return Sampled(ids, status, found, top if k else None, errors)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .engine import Engine
     from .handle import Handle
+    from .output import TokenOutput
     from .request import Delta, Finished, Request, SamplingParams
     from .stats import EngineStats
 
-__all__ = ["Delta", "Engine", "EngineStats", "Finished", "Handle", "Request", "SamplingParams"]
+__all__ = ["Delta", "Engine", "EngineStats", "Finished", "Handle", "Request", "SamplingParams", "TokenOutput"]
 
 _MODULES = {
     "Delta": "request",
@@ -21,6 +22,7 @@ _MODULES = {
     "Handle": "handle",
     "Request": "request",
     "SamplingParams": "request",
+    "TokenOutput": "output",
 }
 
 

@@ -166,7 +166,7 @@ class Engine:
             arrival=arrival,
             request=request,
             prompt=prompt,
-            sampler=SequenceSampler(params, prompt_ids, possible, seed=secrets.randbits(64)),
+            sampler=SequenceSampler(params, prompt_ids, possible, seed=secrets.randbits(64), rules=request.rules),
             output=(request.output or TextOutput)(spec),
             log=log,
             ends=frozenset(ends),
@@ -214,9 +214,10 @@ class Engine:
             raise InvalidRequestError(
                 "pooling needs hidden states, but this model lacks the capability 'hidden_states'"
             )
-        if params.max_tokens or params.logprobs is not None or params.prompt_logprobs is not None or request.mask:
+        scores = params.logprobs is not None or params.prompt_logprobs is not None
+        if params.max_tokens or scores or request.mask or request.rules:
             raise InvalidRequestError(
-                "an embedding has no text: with pooling, max_tokens is 0, without logprobs and mask"
+                "an embedding has no text: with pooling, max_tokens is 0, without logprobs, mask and rules"
             )
 
     def _check_ids(self, name: str, ids: Collection[int]) -> None:

@@ -1,7 +1,7 @@
 """Which tokens may come next: the seam for grammars, timestamp rules and the like.
 
 A mask is one step's logits processor among others: its bans and those of logit_bias and min_tokens hold together, in any
-order, and come before the temperature (step 4 of kernels/sampling.py). Log probabilities are of the raw logits.
+order, and come before the temperature (step 4 of kernels/sampling.py). Log probabilities are of the logits without it.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from cai_runtime.engine.detokenizer import Detokenizer, StopStrings, TokenDecoder
 from cai_runtime.engine.request import Delta, EndEvent, FinishReason, TextEvent
+from cai_runtime.errors import InvalidRequestError
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,33 @@ class Output(Protocol):
 
 
 OutputFactory = Callable[[OutputSpec], Output]
+
+
+class TokenOutput:
+    """No text, for requests that want tokens alone: a single `EndEvent`, with all of them.
+
+    Raises InvalidRequestError for a stop string that is not the text of a special token."""
+
+    def __init__(self, spec: OutputSpec):
+        unknown = set(spec.stop) - {*spec.ends.values()}
+        if unknown:
+            raise InvalidRequestError(
+                f"an output of tokens finds no stop string such as {min(unknown)!r}: give its tokens as stop_token_ids"
+            )
+        self._ends = spec.ends
+        self._min_tokens = spec.min_tokens
+        self._tokens: list[int] = []
+
+    def feed(self, token_ids: Sequence[int]) -> Delta:
+        for count, token_id in enumerate(token_ids, 1):
+            self._tokens.append(token_id)
+            if token_id in self._ends and len(self._tokens) >= self._min_tokens:
+                end = EndEvent("stop", tuple(self._tokens))
+                return Delta((end,), tuple(token_ids[:count]), "stop", self._ends[token_id])
+        return Delta((), tuple(token_ids))
+
+    def finish(self) -> Delta:
+        return Delta((EndEvent("length", tuple(self._tokens)),), (), "length")
 
 
 class TextOutput:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,14 +18,20 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length", "tool_calls"]  # the last: of formats that know calls
 
+LogitsRules = Callable[["np.ndarray", Sequence[int]], None]
+"""Changes a row of logits, fp32 [vocabulary], in place, by the tokens generated so far.
+
+A pure function of both, without a state of its own: it may be called again for the same tokens, and for tokens of a draft
+that are dropped. Called in the thread that samples."""
+
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How one sequence is sampled. The API layer validates it; `Engine.submit` refuses numbers out of range.
 
-    The order of the logits processors is: repetition penalty (Keskar et al. 2019), frequency and presence penalties
-    (OpenAI's definition, over generated tokens; repetition also over the prompt), logit bias, min_tokens' ban of stop
-    tokens, temperature, top_k, top_p, min_p. That is transformers' order; vLLM V1 adds the bias before the penalties and
+    The order of the logits processors is: `Request.rules`, repetition penalty (Keskar et al. 2019), frequency and presence
+    penalties (OpenAI's definition, over generated tokens; repetition also over the prompt), logit bias, min_tokens' ban of
+    stop tokens, temperature, top_k, top_p, min_p. That is transformers' order; vLLM V1 adds the bias before the penalties and
     applies min_p before top_k and top_p. Random numbers depend on (seed, absolute position) alone. The exact definition
     is in kernels/sampling.py.
     """
@@ -57,7 +64,9 @@ class Request:
     The prompt is `prompt_ids`, or, where it is more than tokens, `segments` in their place: see `segments.Segment`. It must
     not be empty. cache_salt: what else determines what the model computes for it; requests of unlike salts share no cache.
     mask: makes what says which tokens may come (see `masks.TokenMask`); `Engine.submit` calls it with the tokens that end
-    the text. pooling: the embedding of the prompt is wanted, and no text: `max_tokens` is 0 then, and nothing else is asked.
+    the text. rules: change each row of logits before everything else. They are a part of the model's distribution: log
+    probabilities are of the logits after them. What they raise fails the request alone. Their rows are sampled on the host.
+    pooling: the embedding of the prompt is wanted, and no text: `max_tokens` is 0 then, and nothing else is asked.
     """
 
     prompt_ids: list[int] = field(default_factory=list)
@@ -68,6 +77,7 @@ class Request:
     segments: tuple[Segment, ...] = ()
     cache_salt: bytes = b""
     mask: MaskFactory | None = None
+    rules: LogitsRules | None = None
     pooling: Pooling | None = None
 
 
@@ -92,8 +102,8 @@ class EndEvent:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Natural logarithms of probabilities in the raw distribution (kernels/sampling.py), fp32, at least -9999.0: of the
-    token that came, and of the likeliest ones.
+    """Natural logarithms of probabilities in the model's distribution, after `Request.rules` and before the penalties and
+    the temperature (kernels/sampling.py), fp32, at least -9999.0: of the token that came, and of the likeliest ones.
 
     top: (token id, logprob), likeliest first, equal ones by id; as many as were asked for. The token that came may be
     among them or not.

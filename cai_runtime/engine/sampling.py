@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
 
-from cai_runtime.engine.request import SamplingParams, TokenLogprobs
-from cai_runtime.errors import InvalidRequestError, NonFiniteLogitsError
+from cai_runtime.engine.request import LogitsRules, SamplingParams, TokenLogprobs
+from cai_runtime.errors import CaiError, EngineError, InvalidRequestError, NonFiniteLogitsError
 from cai_runtime.kernels.sampling import (
     BAD_TOKEN,
     NEUTRAL,
@@ -119,7 +120,6 @@ class TokenScorer:
     row_bytes = NEUTRAL.copy().view(np.uint8).data
     tables = NO_TABLES
     wants_more = True
-    processor = None
 
     def __init__(self, token_id: int, k: int):
         self.scored, self.logprobs = token_id, k
@@ -127,12 +127,15 @@ class TokenScorer:
     def tables_after(self, drafted: Sequence[int]) -> RowTables:
         return self.tables  # nothing of the row depends on other tokens
 
+    def processor_after(self, drafted: Sequence[int]) -> None:
+        return None
+
 
 class SequenceSampler:
     """How one sequence chooses its next token: its row of a `SamplingBatch`, kept up to date by `observe`.
 
     `stop_ids`: the tokens that end the text, banned until `min_tokens` were generated. `seed`: used when the parameters name
-    none. `processor`: changes the row of logits before everything else; it costs a Python call per token.
+    none. `rules`: see `Request.rules`; they cost a Python call per token.
 
     Raises InvalidRequestError for a parameter that is no number or outside its range.
     """
@@ -145,10 +148,11 @@ class SequenceSampler:
         prompt_ids: Sequence[int],
         stop_ids: Iterable[int],
         seed: int,
-        processor: LogitsProcessor | None = None,
+        rules: LogitsRules | None = None,
     ):
         _check(params)
-        self.params, self.processor, self.logprobs = params, processor, params.logprobs
+        self.params, self.rules, self.logprobs = params, rules, params.logprobs
+        self._generated: list[int] = []  # tokens, for the rules alone
         self.seed = params.seed if params.seed is not None else seed
         self._num_generated = 0
         repeats = params.repetition_penalty != 1.0
@@ -158,7 +162,7 @@ class SequenceSampler:
         self._early_biases = _bias_table(params.logit_bias, stop_ids) if params.min_tokens > 0 else self._biases
         self.row = NEUTRAL.copy()
         self.row_bytes = self.row.view(np.uint8).data  # follows the row, and is quicker to join than an array
-        self.wants_more = params.logprobs is not None or processor is not None  # than most rows of a batch
+        self.wants_more = params.logprobs is not None or rules is not None  # than most rows of a batch
         row = self.row
         row["seed"] = self.seed % 2**64, self.seed // 2**64 % 2**64
         row["inverse_temperature"] = inverse_temperature(params.temperature)
@@ -175,12 +179,14 @@ class SequenceSampler:
         the host is not asked for either."""
         early = self._num_generated + 1 < self.params.min_tokens or self._num_generated >= self.params.min_tokens
         params = self.params
-        asks = self.processor is not None or params.logprobs is not None or params.prompt_logprobs is not None
+        asks = self.rules is not None or params.logprobs is not None or params.prompt_logprobs is not None
         return self._counts is None and not asks and early
 
     def observe(self, token_id: int) -> None:
         """Take note of a token that became part of the text."""
         self._num_generated += 1
+        if self.rules is not None:
+            self._generated.append(token_id)
         if self._counts is not None:
             self._counts.add(token_id)
         elif self._num_generated != self.params.min_tokens:
@@ -192,6 +198,10 @@ class SequenceSampler:
         counts = self._counts.plus(drafted) if self._counts is not None else None
         return self._tables(counts, self._num_generated + len(drafted))
 
+    def processor_after(self, drafted: Sequence[int]) -> LogitsProcessor | None:
+        """The rules of a row that follows the text and these tokens, which are not yet part of it."""
+        return None if self.rules is None else partial(_follow, self.rules, (*self._generated, *drafted))
+
     def _tables(self, counts: TokenCounts | None, num_generated: int) -> RowTables:
         biases = self._early_biases if num_generated < self.params.min_tokens else self._biases
         if counts is None:
@@ -201,6 +211,10 @@ class SequenceSampler:
     def _write_tables(self) -> None:
         self.tables = self._tables(self._counts, self._num_generated)
         self.tables.write(self.row)
+
+
+def _follow(rules: LogitsRules, generated: tuple[int, ...], row: np.ndarray) -> None:
+    rules(row, generated)
 
 
 _NUMBER = (int, float, np.integer, np.floating)
@@ -251,8 +265,9 @@ def sampling_batch(
         if sampler.scored >= 0:
             scored = np.full(len(samplers), -1, np.int32) if scored is None else scored
             scored[i] = sampler.scored
-        if sampler.processor is not None:
-            custom[i] = sampler.processor
+        processor = sampler.processor_after(drafted.get(i, ()) if drafted else ())
+        if processor is not None:
+            custom[i] = processor
     rows = [sampler.row_bytes for sampler in samplers]
     return new_batch(rows, positions, tables, replaced, mask, logprobs, custom, scored)
 
@@ -266,8 +281,19 @@ def tokens_or_errors(sampled: Sampled, positions: Sequence[int]) -> list[int | E
     for i, status in enumerate(statuses):
         if status == OK:
             continue
-        tokens[i] = sampled.errors[i] if status == PROCESSOR_FAILED else _ERRORS[status](positions[i])
+        if status == PROCESSOR_FAILED:
+            tokens[i] = _rules_failed(sampled.errors[i], positions[i])
+        else:
+            tokens[i] = _ERRORS[status](positions[i])
     return tokens
+
+
+def _rules_failed(cause: Exception, position: int) -> CaiError:
+    if isinstance(cause, CaiError):
+        return cause
+    error = EngineError(f"the request's logits rules failed at position {position}: {cause!r}")
+    error.__cause__ = cause
+    return error
 
 
 def logprobs_of(sampled: Sampled, ids: Sequence[int], at: int, k: int) -> list[TokenLogprobs]:

@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from cai_runtime.engine.detokenizer import TokenDecoder
-from cai_runtime.engine.output import OutputSpec, TextOutput
+from cai_runtime.engine.output import OutputSpec, TextOutput, TokenOutput
 from cai_runtime.engine.request import EndEvent, TextEvent
+from cai_runtime.errors import InvalidRequestError
 
 LETTERS = "abcdefgh"
 
@@ -164,3 +165,21 @@ def test_several_tokens_at_once_keep_to_max_tokens(make_engine, greedy):
         sequence.append(token_id)
     delta = sequence.put_out()
     assert delta.text == "abc" and delta.finish_reason == "length" and sequence.token_ids == [1, *ids("abc")]
+
+
+@pytest.mark.parametrize("size", [1, 2, 9])
+def test_tokens_alone(size):
+    def feed(tokens, **options):
+        return run(TokenOutput(spec(**options)), [tokens[at : at + size] for at in range(0, len(tokens), size)])
+
+    (end,), tokens, reason, stop = feed([3, END, 4, END, 5], min_tokens=3)
+    assert (end, tokens, reason, stop) == (EndEvent("stop"), [3, END, 4, END], "stop", None)
+    assert end.token_ids == (3, END, 4, END)
+    (end,), tokens, reason, _ = feed([3, 4, 5])
+    assert (tokens, reason, end.token_ids) == ([3, 4, 5], "length", (3, 4, 5))
+    assert feed([3, END], stop=["<|end|>"], ends={END: "<|end|>"})[3] == "<|end|>"
+
+
+def test_tokens_alone_find_no_stop_string():
+    with pytest.raises(InvalidRequestError, match="stop string such as 'ab'.*stop_token_ids"):
+        TokenOutput(spec(stop=["<|end|>", "ab"], ends={END: "<|end|>"}))

@@ -11,6 +11,7 @@ from cai_runtime.engine.sampling import (
     PromptTokens,
     SequenceSampler,
     TokenCounts,
+    TokenScorer,
     sample_one,
     sampling_batch,
     tokens_or_errors,
@@ -24,8 +25,8 @@ def row(seed, vocab=1000, scale=4.0):
     return (np.random.default_rng(seed).normal(size=vocab) * scale).astype(np.float32)
 
 
-def sampler(seed=0, stop_ids=(), prompt=(), processor=None, **params):
-    return SequenceSampler(SamplingParams(**params), list(prompt), stop_ids, seed, processor)
+def sampler(seed=0, stop_ids=(), prompt=(), rules=None, **params):
+    return SequenceSampler(SamplingParams(**params), list(prompt), stop_ids, seed, rules)
 
 
 def sample(logits, samplers, positions, drafted=None, mask=None):
@@ -148,19 +149,66 @@ def test_non_finite_logits_fail_their_row_alone(value, temperature, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_a_logits_processor_sees_its_row_and_fails_alone():
-    def only_seven(logits):
-        logits[:] = -np.inf
-        logits[7] = 0
+def only_seven(logits, generated):
+    logits[:] = -np.inf
+    logits[7] = 0
 
-    def broken(logits):
+
+def test_rules_see_their_row_and_fail_alone():
+    def broken(logits, generated):
         raise ZeroDivisionError("mine")
 
-    samplers = [sampler(temperature=1.0, processor=p) for p in (None, only_seven, broken)]
+    samplers = [sampler(temperature=1.0, rules=rules) for rules in (None, only_seven, broken)]
     logits = np.stack([row(0, 50)] * 3)
-    tokens = sample(logits, samplers, [0, 0, 0])
+    tokens = sample(logits, samplers, [0, 0, 4])
     assert tokens[:2] == [sample(logits[:1], samplers[:1], [0])[0], 7]
-    assert isinstance(tokens[2], ZeroDivisionError)
+    assert isinstance(tokens[2], EngineError) and "rules failed at position 4: ZeroDivisionError('mine')" in str(
+        tokens[2]
+    )
+    assert isinstance(tokens[2].__cause__, ZeroDivisionError)
+
+
+def test_rules_do_not_hide_that_a_row_is_damaged():
+    for value in (np.nan, np.inf):
+        logits = row(0, 50)[None]
+        logits[0, 9] = value
+        (error,) = sample(logits, [sampler(temperature=0.0, rules=only_seven)], [0])
+        assert isinstance(error, NonFiniteLogitsError)
+
+
+def test_rules_come_before_the_penalties():
+    s = sampler(temperature=0.0, logit_bias={1: 5.0}, rules=lambda logits, _: logits.__setitem__(1, -3.0))
+    assert sample([[0.0, 9.0]], [s], [0]) == [1], "-3 + 5 against 0"
+
+
+def test_rules_see_the_tokens_generated_so_far():
+    """The prompt's are not among them; those of a draft are."""
+    seen = []
+    s = sampler(prompt=[9], temperature=0.0, rules=lambda _, generated: seen.append(generated))
+    logits = row(0, 50)[None]
+    sample(logits, [s], [1])
+    s.observe(4)
+    sampling_batch([s, s], [2, 3], {1: [8]}).custom[1](logits[0])
+    assert seen == [(), (), (4, 8)]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_logprobs_are_of_the_logits_after_the_rules(masked):
+    def halve(logits, generated):
+        logits *= 0.5
+        logits[:10] = -np.inf
+
+    samplers = [sampler(temperature=0.0, logprobs=k, rules=r) for k, r in ((3, halve), (2, None), (0, halve))]
+    samplers.append(TokenScorer(5, 1))
+    logits = np.stack([row(seed, 50) for seed in range(4)])
+    mask = np.full((4, 2), ~np.uint32(32), np.uint32) if masked else None  # token 5 is banned
+    batch = sampling_batch(samplers, range(4), None, mask)
+    found, wanted = sample_cpu(logits.copy(), batch), sample_reference(logits.copy(), batch)
+    np.testing.assert_allclose(found.logprobs, wanted.logprobs, atol=1e-6)
+    assert found.top[0].tolist() == wanted.top[0].tolist()
+    np.testing.assert_allclose(found.top[1], wanted.top[1], atol=1e-6)
+    kept = logits[0, 10:].astype(np.float64) / 2
+    assert found.logprobs[0] == pytest.approx(kept.max() - np.log(np.exp(kept).sum()), abs=1e-5)
 
 
 @pytest.mark.parametrize(

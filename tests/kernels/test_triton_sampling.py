@@ -55,6 +55,8 @@ def test_rows_with_processors_are_the_hosts():
     batch.tables = [batch.tables[0], NO_TABLES, batch.tables[2]]
     NO_TABLES.write(batch.rows[1:2])
     check(logits, batch)
+    batch.logprobs = np.array([2, 3, -1], np.int8)
+    check(logits, batch)
 
 
 def test_refusals():

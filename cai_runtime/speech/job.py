@@ -1,0 +1,64 @@
+"""One file on its way through transcription: what it is made of, and what every window needs."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cai_runtime.engine.segments import EncoderInput
+from cai_runtime.speech.decoding import ShareOf, WindowTask, encoder_input, probe
+from cai_runtime.speech.options import Options
+from cai_runtime.speech.prompts import Prompts, SpeechText
+from cai_runtime.speech.record import Record
+from cai_runtime.speech.steps import Need, Step, Windows
+from cai_runtime.speech.tokens import SpeechTokens
+
+
+@dataclass(eq=False)
+class Job:
+    """language: None until it is known. started: whether a window was begun, after which no prefix is given."""
+
+    windows: Windows
+    tokens: SpeechTokens
+    options: Options
+    text: SpeechText
+    prompts: Prompts
+    record: Record
+    language: str | None = None
+    language_probability: float = 1.0
+    started: bool = False
+
+    def hear(self, start: int, end: float) -> tuple[np.ndarray, int]:
+        """(features, frames of them that count) of the window at frame `start`; what lies at `end` or behind is silent."""
+        features, real = self.windows.features(start)
+        frames = int(min(real, max(end - start, 0)))
+        if frames < real:
+            # No frame is quieter than the least value: 80 dB below the peak.
+            features[frames:] = features.min()
+        return features, frames
+
+    def know_language(self, encoder: EncoderInput) -> Generator[Step, Any, str]:
+        """The language of a window: the file's, or detected in this window if it is not known yet."""
+        options, tokens = self.options, self.tokens
+        if self.language is not None and not (options.multilingual and tokens.is_multilingual):
+            return self.language
+        codes = [code for code in tokens.languages if not options.languages or code in options.languages]
+        ids = [tokens.languages[code] for code in codes]
+        share = ShareOf(ids, ids)
+        yield Need([probe(encoder, [tokens.sot], share)])
+        best = int(share.shares.argmax())
+        if self.language is None:
+            self.language, self.language_probability = codes[best], float(share.shares[best])
+        return codes[best]
+
+    def task(self, encoder: EncoderInput, language: str, start: int, previous: list[int]) -> WindowTask:
+        """The attempts at a window. start: its first frame. previous: the tokens before its transcript."""
+        first, self.started = not self.started, True
+        prompt = self.prompts.window(self.tokens.start(language, self.options.task), previous, first=first)
+        return WindowTask(encoder, prompt, start, self.tokens, self.options, self.text)
+
+    def encode(self, features: np.ndarray) -> EncoderInput:
+        return encoder_input(features, self.tokens.positions)

@@ -1,0 +1,52 @@
+"""A whole file: options checked against the model, then its windows one after the other or several together."""
+
+from __future__ import annotations
+
+from cai_runtime.errors import TranscriptionError
+from cai_runtime.speech.job import Job
+from cai_runtime.speech.options import Options
+from cai_runtime.speech.prompts import Prompts, SpeechText
+from cai_runtime.speech.record import Record
+from cai_runtime.speech.sequential import in_sequence
+from cai_runtime.speech.steps import Steps, Windows
+from cai_runtime.speech.tokens import SpeechTokens
+
+
+def transcribe_steps(windows: Windows, tokens: SpeechTokens, options: Options, text: SpeechText) -> Steps:
+    """A generator that transcribes audio; see `steps` for what it yields, and `drive` for what runs it.
+
+    It returns the Transcript. Errors of the audio and of requests pass through. No audio is read before the first step.
+
+    Raises TranscriptionError at once for options that the model can't serve.
+    """
+    check(tokens, options)
+    return _steps(Job(windows, tokens, options, text, Prompts(tokens, options, text), Record(text)))
+
+
+def check(tokens: SpeechTokens, options: Options) -> None:
+    """Raise TranscriptionError if the model can't do what the options ask for."""
+    if tokens.is_multilingual:
+        for code in options.languages:
+            tokens.language_token(code)
+        tokens.start(options.language or next(iter(tokens.languages)), options.task)
+    else:
+        tokens.start(options.language or "en", options.task)
+    if options.word_timestamps and not tokens.alignment_heads:
+        raise TranscriptionError(
+            "this checkpoint names no alignment_heads, nor the sizes to choose them by; word times need them",
+            param="word_timestamps",
+            capability="word_timestamps",
+        )
+
+
+def _steps(job: Job) -> Steps:
+    options, record = job.options, job.record
+    if options.language is not None or not job.tokens.is_multilingual:
+        job.language = options.language or "en"
+    record.begin(job.prompts.initial)
+    yield from in_sequence(job)
+    language = job.language or next(iter(job.tokens.languages))  # of no audio at all, no language is detected
+    duration = job.windows.seconds_known
+    return record.transcript(
+        options.task, language, job.language_probability, duration, words=options.word_timestamps
+    )

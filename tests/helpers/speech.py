@@ -1,0 +1,176 @@
+"""Models and engines for tests of transcription: scripted, random, and transformers' Whisper behind the engine's requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cai_runtime.engine.request import Finished, Request, TokenLogprobs
+from cai_runtime.engine.segments import EncoderInput
+from cai_runtime.speech.tokens import SpeechTokens
+
+WORDS = 100  # text tokens of the small vocabulary
+
+
+def small_tokens(languages: Sequence[str] = (), **fields) -> SpeechTokens:
+    """Control tokens of a vocabulary with 100 text tokens."""
+    at = WORDS
+    names = ["eot", "sot", *languages, "translate", "transcribe", "sot_lm", "sot_prev", "no_speech", "no_timestamps"]
+    ids = {name: at + i for i, name in enumerate(names)}
+    spoken = {code: ids.pop(code) for code in languages}
+    begin = ids["no_timestamps"] + 1
+    known = {"begin_suppress_tokens": (0, ids["eot"]), "alignment_heads": ((0, 0),)}
+    return SpeechTokens(**ids, languages=spoken, timestamp_begin=begin, **{**known, **fields})
+
+
+def vocabulary_of(tokens: SpeechTokens) -> int:
+    return tokens.timestamp_begin + tokens.positions + 1
+
+
+class WordTokenizer:
+    """Token k is the word " wk"."""
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        return [int(word[1:]) for word in text.split()]
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return "".join(f" w{token}" for token in token_ids)
+
+
+class Track:
+    """Audio of `frames` frames whose features [frames, mels] are given, or zeros."""
+
+    def __init__(self, frames: int, features: np.ndarray | None = None, mels: int = 2):
+        self.frames, self.mels = frames, mels
+        self.all = np.zeros((frames, mels), np.float32) if features is None else features
+        self.all[:, -1] = np.arange(frames)  # so that each window knows where it lies
+        self.starts: list[int] = []
+
+    @property
+    def seconds_known(self) -> float:
+        return self.frames / 100
+
+    def features(self, start: int) -> tuple[np.ndarray, int]:
+        assert not self.starts or start >= self.starts[-1], "windows move forward"
+        self.starts.append(start)
+        window = np.zeros((3000, self.mels), np.float32)
+        part = self.all[start : start + 3000]
+        window[: len(part)] = part
+        return window, len(part)
+
+    def samples(self, start: int, end: int) -> np.ndarray:
+        return np.zeros(max(min(end, self.frames * 160) - start, 0), np.float32)
+
+
+Logits = Callable[[EncoderInput, list[int], int], np.ndarray]
+"""(encoder input, all tokens so far, how many of them are the prompt) -> fp32 [vocabulary]."""
+
+
+@dataclass
+class FakeHandle:
+    run: Callable[[], Finished]
+    aborted: bool = False
+
+    def result(self) -> Finished:
+        return self.run()
+
+    async def aresult(self) -> Finished:
+        return self.run()
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+@dataclass
+class FakeEngine:
+    """Answers requests by a function from tokens to logits, one row at a time."""
+
+    logits: Logits
+    eot: int
+    attention: Callable[[Request], np.ndarray] | None = None
+    requests: list[Request] = field(default_factory=list)
+    handles: list[FakeHandle] = field(default_factory=list)
+
+    def submit_all(self, requests: Sequence[Request]) -> list[FakeHandle]:
+        made = [FakeHandle(lambda request=request: self.answer(request)) for request in requests]
+        self.requests += requests
+        self.handles += made
+        return made
+
+    def answer(self, request: Request) -> Finished:
+        encoder, prompt = request.segments
+        if request.alignment is not None:
+            return finished((), (), len(prompt), attention=self.attention(request))
+        if request.beam is not None:
+            found, logprobs = self._beam(encoder, list(prompt), request)
+        else:
+            found, logprobs = self._single(encoder, list(prompt), request)
+        return finished(found, logprobs, len(prompt))
+
+    def _row(self, encoder: EncoderInput, prompt: list[int], found: list[int], request: Request) -> np.ndarray:
+        row = np.array(self.logits(encoder, prompt + found, len(prompt)), np.float32)
+        if request.rules is not None:
+            request.rules(row, found)
+        return row
+
+    def _single(self, encoder, prompt, request):
+        found, logprobs = [], []
+        draw = np.random.default_rng(request.sampling.seed)
+        while len(found) < request.sampling.max_tokens:
+            row = self._row(encoder, prompt, found, request)
+            token = int(row.argmax())
+            if request.sampling.temperature > 0:
+                weights = np.exp((row - row.max()).astype(np.float64) / request.sampling.temperature)
+                token = int(draw.choice(len(row), p=weights / weights.sum()))
+            found.append(token)
+            logprobs.append(float(log_softmax(row)[token]))
+            if token == self.eot:
+                break
+        return found, logprobs
+
+    def _beam(self, encoder, prompt, request):
+        beam, live, ended = request.beam, [([], [])], []
+        wanted = round(beam.width * beam.patience)
+        for _ in range(request.sampling.max_tokens):
+            proposals = []
+            for found, logprobs in live:
+                scores = log_softmax(self._row(encoder, prompt, found, request))
+                best = np.argsort(-scores, kind="stable")[: 2 * beam.width]
+                proposals += [([*found, int(t)], [*logprobs, float(scores[t])]) for t in best if scores[t] > -np.inf]
+            live = []
+            for one in sorted(proposals, key=lambda p: -sum(p[1])):
+                if one[0][-1] == self.eot:
+                    ended.append(one)
+                else:
+                    live.append(one)
+                if len(live) == beam.width:
+                    break
+            if len(ended) >= wanted or not live:
+                break
+        ended += live[: max(wanted - len(ended), 0)]
+        return max(ended, key=lambda p: sum(p[1]) / max(len(p[0]), 1) ** beam.length_penalty)
+
+
+def log_softmax(row: np.ndarray) -> np.ndarray:
+    row = row.astype(np.float64)
+    return row - row.max() - np.log(np.exp(row - row.max()).sum())
+
+
+def finished(token_ids: Sequence[int], logprobs: Sequence[float], prompt_tokens: int = 1, **more) -> Finished:
+    found = tuple(TokenLogprobs(t, p) for t, p in zip(token_ids, logprobs, strict=True))
+    return Finished((), tuple(token_ids), "stop", prompt_tokens, 0, logprobs=found, **more)
+
+
+def scripted(script: Callable[[EncoderInput], list[int]], tokens: SpeechTokens, sure: float = 20.0) -> Logits:
+    """A model that says `script(encoder input)` and ends. sure: how far its choice lies above all other logits."""
+
+    def logits(encoder: EncoderInput, so_far: list[int], prompt: int) -> np.ndarray:
+        row = np.zeros(vocabulary_of(tokens), np.float32)
+        words = script(encoder)
+        at = len(so_far) - prompt
+        row[words[at] if at < len(words) else tokens.eot] = sure
+        return row
+
+    return logits
