@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": "perplexity, divergence, agreement and samples of one checkpoint, or of two side by side",
     "chat": "talk to a model in the terminal",
     "complete": "continue a text",
+    "transcribe": "transcribe audio files to text, subtitles or JSON",
     "batch": "answer a file of requests in OpenAI's batch format",
     "models": "list the catalogue and the models on this machine",
     "bench": "measure the speed of a checkpoint, alone or beside other engines",

@@ -14,8 +14,8 @@ def begin_work(file: AudioFile, options: Options, opened: OpenModel) -> SpeechWo
     Raises:
         AudioError: the file can't be read, or holds no audio. TranscriptionError: the model can't do what is asked.
     """
-    from cai_runtime.audio.files import open_audio
-    from cai_runtime.audio.mel import MelWindows
+    from cai_runtime.audio.stream import open_audio
+    from cai_runtime.audio.windows import MelWindows
     from cai_runtime.speech.transcriber import transcribe_steps
 
     tokens = opened.speech_tokens
