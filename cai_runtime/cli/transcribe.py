@@ -1,8 +1,8 @@
 """Transcribe audio and video files, many at once, to text, subtitles or JSON.
 
-Each file's output is written beside it, or into --output DIR, whole or not at all. A file whose output is there already is
-skipped, so that the same command goes on after an interruption. A file that fails stops no other: it is named at the end, and
-the exit status is 1.
+Each file's output is written beside it, or into --output DIR, whole or not at all. A file whose output is there already
+is skipped, so that the same command goes on after an interruption. A file that fails stops no other: it is named at the
+end, and the exit status is 1.
 """
 
 from __future__ import annotations

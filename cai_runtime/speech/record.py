@@ -84,9 +84,7 @@ class Record:
                     avg_logprob=decoded.avg_logprob,
                     compression_ratio=decoded.compression_ratio,
                     no_speech_prob=decoded.no_speech_prob,
-                    words=None
-                    if piece.words is None
-                    else tuple(self._restored(word, start, end) for word in piece.words),
+                    words=None if piece.words is None else tuple(self._restored(word, start, end) for word in piece.words),
                 )
             )
             self.segments.append(found[-1])

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cai_runtime.engine.request import Request
+from cai_runtime.engine.request import Finished, Request
 from cai_runtime.speech.results import Segment, Transcript
 
 FRAMES = 3000  # of a window: 30 s

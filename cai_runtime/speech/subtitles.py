@@ -1,11 +1,11 @@
 """Transcripts as text and subtitles. Light to import.
 
-`transcript` is what `client.audio.transcriptions.create` returns, a `speech.results.Transcript`, or a list of their segments:
-objects with `start` and `end` in seconds, and `text`. Every result ends with a line break, unless it is empty.
+`transcript` is what `client.audio.transcriptions.create` returns, a `speech.results.Transcript`, or a list of their
+segments: objects with `start` and `end` in seconds, and `text`. Every result ends with a line break, unless it is empty.
 
 Cues follow each other: none begins before the one before it has ended, or ends before it begins; one of no length gets a
-millisecond. Segments without text have no cue. White space and control characters become single spaces, so that a cue's text
-is one line.
+millisecond. Segments without text have no cue. White space and control characters become single spaces, so that a cue's
+text is one line.
 """
 
 from __future__ import annotations

@@ -47,4 +47,6 @@ def _steps(job: Job) -> Steps:
     yield from in_sequence(job)
     language = job.language or next(iter(job.tokens.languages))  # of no audio at all, no language is detected
     duration = job.windows.seconds_known
-    return record.transcript(options.task, language, job.language_probability, duration, words=options.word_timestamps)
+    return record.transcript(
+        options.task, language, job.language_probability, duration, words=options.word_timestamps
+    )

@@ -65,7 +65,7 @@ class FakeSpeech:
         segments = []
         try:
             tickets = []
-            if options.batched:
+            if options.batched and self.engine:
                 for letter in letters:
                     tickets.append((yield Ask([self.request(letter, options, opened)])))  # noqa: PERF401
             for i, letter in enumerate(letters):
