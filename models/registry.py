@@ -37,6 +37,14 @@ def has_head(config: Mapping[str, Any]) -> bool:
     return not (isinstance(named, (list, tuple)) and named and named[0] in HEADLESS)
 
 
+SPEECH = frozenset({"whisper"})  # model_types that transcribe audio, and answer no text
+
+
+def is_speech(config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint of this config.json transcribes speech."""
+    return config.get("model_type") in SPEECH
+
+
 class CausalLM(Protocol):
     """What the engine asks of a language model.
 
