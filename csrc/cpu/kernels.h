@@ -74,7 +74,8 @@ struct Ahead {
   const char* next;
 };
 
-// Rows of x rounded to int8 (see int8_rows.inl): codes [M, ld] of ceil(K/16) * 16 columns, scale [M].
+// Rows of x rounded to int8 (see int8_rows.inl): codes [M, ld] of ceil(K/16) * 16 columns, as quantize_rows writes them, and
+// scale [M].
 struct Int8Rows {
   const int8_t* codes;
   int64_t ld;
@@ -129,15 +130,22 @@ struct KernelTable {
   // y[m, row] for row blocks [block0, block1) and all M rows of x. Float and int8 weights.
   void (*linear)(const float* x, int64_t M, int64_t ldx, const PackedMatrix& w, int64_t block0, int64_t block1,
                  const Epilogue& e, const Ahead& ahead);
-  // The same for int8 weights and rows of x rounded to int8.
+  // Weights of row blocks [block0, block1) as fp32 blocks, which is nothing to do for fp32 itself. Float and int8 weights.
+  void (*widen)(const PackedMatrix& w, int64_t block0, int64_t block1, float* panel);
+  // The same as `linear`, faster from some rows of x on. panel: what widen wrote for these blocks, or fp32 weights themselves.
+  void (*linear_many)(const float* x, int64_t M, int64_t ldx, const PackedMatrix& w, const float* panel, int64_t block0,
+                      int64_t block1, const Epilogue& e);
+  // The same as `linear` for int8 weights and rows of x rounded to int8.
   void (*linear_int8)(const Int8Rows& x, int64_t M, const PackedMatrix& w, int64_t block0, int64_t block1,
                       const Epilogue& e, const Ahead& ahead);
   // The same for int4 weights and at most kInt4Chunk rows of x.
   void (*linear_int4)(Int4Input& x, int64_t M, const PackedMatrix& w, int64_t block0, int64_t block1,
                       const Epilogue& e, const Ahead& ahead);
-  // Rows [row0, row1) of x [M, K] to codes [M, ld] (padded with zero codes) and scale [M].
+  // Rows [row0, row1) of x [M, K] to codes [M, ld] (padded with zero_code) and scale [M]. A code's sign bit is turned where
+  // that of zero is: zero_code is 0 or -128.
   void (*quantize_rows)(const float* x, int64_t ldx, int64_t K, int64_t row0, int64_t row1, int8_t* codes, int64_t ld,
                         float* scale);
+  int8_t zero_code;
   // out = x / rms(x) * weight for rows [row0, row1); when residual_out is given, x + residual is stored there first.
   void (*rms_norm)(const float* x, const float* residual, const float* weight, float eps, int64_t H, int64_t row0,
                    int64_t row1, float* residual_out, float* out);

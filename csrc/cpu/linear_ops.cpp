@@ -10,12 +10,18 @@
 namespace cai {
 namespace {
 
-// The row blocks of one core of every member, cut into pieces small enough to balance and large enough to stream. For
-// int4, many rows of x are also cut into chunks: a thread prepares a chunk of x once for all its pieces.
+// From so many rows of x on, weights are multiplied as panels that stay in a cache (linear_many).
+constexpr Int kManyRows = 24;
+constexpr Int kPanelBytes = 768 << 10;  // of a panel in fp32, or of codes
+constexpr Int kRowUnit = 12;            // rows of x in a chunk are a multiple of it: of every instruction set's tiles
+
+// The row blocks of one core of every member, cut into pieces small enough to balance and large enough to stream. Many rows of
+// x are cut into chunks, too. For int4, a thread prepares a chunk of x once for all its pieces; for other stores, a panel of
+// weights once for all chunks.
 struct Pieces {
   Int first[kMaxMembers + 1];  // prefix sums of pieces
 
-  Pieces(const LinearGroup& group, int core, int threads, Int M) : M_(M) {
+  Pieces(const LinearGroup& group, int core, int threads, Int M) : M_(M), threads_(threads) {
     Int total = 0;
     for (Int i = 0; i < group.members; ++i) total += (group[i].core[core].rows + kBlockRows - 1) / kBlockRows;
     rows_ = kBlockRows * std::min<Int>(32, std::max<Int>(2, total / (threads * 6) / 2 * 2));
@@ -27,15 +33,22 @@ struct Pieces {
     members = group.members;
   }
   Int total() const { return first[members]; }
-  Int chunks(const PackedMatrix& w) const { return w.store == Store::kInt4 ? (M_ + kInt4Chunk - 1) / kInt4Chunk : 1; }
+  bool many(const PackedMatrix& w) const { return M_ >= kManyRows && w.store != Store::kInt4; }
+  Int chunks(const PackedMatrix& w) const {
+    if (w.store == Store::kInt4) return (M_ + kInt4Chunk - 1) / kInt4Chunk;
+    return many(w) ? (M_ + chunk_rows() - 1) / chunk_rows() : 1;
+  }
 
   // Where a piece of w, the member's core, lies.
   struct Place {
     Int block0, block1, row0, row1;  // of the weights, of x
   };
   Place place(const PackedMatrix& w, Int member, Int piece) const {
-    const Int run = (piece - first[member]) % runs(w), chunk = (piece - first[member]) / runs(w), n = chunks(w);
-    return {run * blocks(w), std::min((run + 1) * blocks(w), blocks_of(w)), M_ * chunk / n, M_ * (chunk + 1) / n};
+    const Int n = chunks(w), local = piece - first[member];
+    const Int run = many(w) ? local / n : local % runs(w), chunk = many(w) ? local % n : local / runs(w);
+    const Int block0 = run * blocks(w), block1 = std::min((run + 1) * blocks(w), blocks_of(w));
+    if (many(w)) return {block0, block1, chunk * chunk_rows(), std::min(M_, (chunk + 1) * chunk_rows())};
+    return {block0, block1, M_ * chunk / n, M_ * (chunk + 1) / n};
   }
   Int member_of(Int piece) const {
     Int i = 0;
@@ -44,11 +57,20 @@ struct Pieces {
   }
 
  private:
+  Int chunk_rows() const { return std::clamp<Int>(M_ / (threads_ * 8), 4, 8) * kRowUnit; }
   // Blocks of one piece of w, at most, and into how many pieces that cuts it.
-  Int blocks(const PackedMatrix& w) const { return std::max<Int>(1, rows_ / block_rows(w)); }
+  Int blocks(const PackedMatrix& w) const {
+    if (!many(w)) return std::max<Int>(1, rows_ / block_rows(w));
+    // Panels of equal size, and enough of them to balance where there are few chunks.
+    constexpr Int kUnit = 4;  // blocks, see many_rows.inl
+    const Int bytes = std::max<Int>(1, w.cols) * kBlockRows * Int(sizeof(float)), all = std::max<Int>(1, blocks_of(w));
+    const Int most = std::max(kUnit, kPanelBytes / bytes / kUnit * kUnit);
+    const Int wanted = std::max((all + most - 1) / most, (threads_ * 4 + chunks(w) - 1) / chunks(w));
+    return ((all + wanted - 1) / wanted + kUnit - 1) / kUnit * kUnit;
+  }
   Int runs(const PackedMatrix& w) const { return (blocks_of(w) + blocks(w) - 1) / blocks(w); }
 
-  Int members, rows_, M_;
+  Int members, rows_, M_, threads_;
 };
 
 const char* address(const PackedMatrix& w, Int block) {
@@ -249,6 +271,52 @@ const LinearGroup& checked_group(const void* data, Int size) {
   return *group;
 }
 
+namespace {
+
+// A thread's panel of fp32 weights, kept while the pieces that follow want the same one.
+class Panel {
+ public:
+  const float* of(const PackedMatrix& w, Int block0, Int block1) {
+    if (w.store == Store::kFp32) return reinterpret_cast<const float*>(address(w, block0));
+    if (&w != w_ || block0 != block0_) {
+      const Int bytes = (block1 - block0) * kBlockRows * padded16(w.cols) * Int(sizeof(float));
+      memory_ = static_cast<float*>(private_memory(Private::kPanel, bytes));
+      kernels().widen(w, block0, block1, memory_);
+      w_ = &w;
+      block0_ = block0;
+    }
+    return memory_;
+  }
+
+ private:
+  const PackedMatrix* w_ = nullptr;
+  Int block0_ = 0;
+  float* memory_ = nullptr;
+};
+
+// A piece of a float product. panel: null for few rows. e: of x's first row.
+void multiply_rows(const LinearCall& c, const float* x, Int ldx, const PackedMatrix& w, const Pieces::Place& at,
+                   const float* panel, const Epilogue& e, const Ahead& ahead) {
+  const KernelTable& k = kernels();
+  // The rows of a convolution's windows lie apart.
+  const Int window = c.window > 0 ? c.window / c.stride : c.M;
+  const Int apart = c.window > 0 ? (c.window + 2) * (c.group->in_features / kTaps) : 0;
+  for (Int m = at.row0; m < at.row1;) {
+    const Int rows = std::min(at.row1, (m / window + 1) * window) - m;
+    const float* from = x + m / window * apart + m % window * ldx;
+    Epilogue part = e;
+    part.skip_rows(m);
+    if (panel != nullptr) {
+      k.linear_many(from, rows, ldx, w, panel, at.block0, at.block1, part);
+    } else {
+      k.linear(from, rows, ldx, w, at.block0, at.block1, part, ahead);
+    }
+    m += rows;
+  }
+}
+
+}  // namespace
+
 Prologue checked_convolution(const LinearGroup& group, Int prologue, Int window, Int stride) {
   const Member& m = group[0];
   const bool floats = m.kind == Kind::kDense && m.core[0].store <= Store::kFp16;
@@ -274,7 +342,8 @@ void linear_group(Team& team, const LinearCall& c, const char* after) {
 
   Int4Input int4{};
   Int int4_cols = 0;
-  auto multiply = [&](const PackedMatrix& w, const float* x, Int ldx, const Int8Rows& codes, const Pieces::Place& at,
+  Panel panel;
+  auto multiply = [&](const PackedMatrix& w, const float* x, Int ldx, const Int8Rows& codes, const Pieces::Place& at, bool many,
                       Epilogue e, const Ahead& ahead) {
     if (w.store == Store::kInt4) {
       const Int rows = at.row1 - at.row0;
@@ -287,15 +356,11 @@ void linear_group(Team& team, const LinearCall& c, const char* after) {
       e.skip_rows(at.row0);
       k.linear_int4(int4, rows, w, at.block0, at.block1, e, ahead);
     } else if (group.int8_activations && w.store == Store::kInt8) {
-      k.linear_int8(codes, c.M, w, at.block0, at.block1, e, ahead);
-    } else if (c.window > 0) {
-      const Int rows = c.window / c.stride, floats = (c.window + 2) * (group.in_features / kTaps);
-      for (Int m = 0; m < c.M; m += rows) {
-        k.linear(x + m / rows * floats, rows, ldx, w, at.block0, at.block1, e, ahead);
-        e.skip_rows(rows);
-      }
+      const Int8Rows rows{codes.codes + at.row0 * codes.ld, codes.ld, codes.scale + at.row0};
+      e.skip_rows(at.row0);
+      k.linear_int8(rows, at.row1 - at.row0, w, at.block0, at.block1, e, ahead);
     } else {
-      k.linear(x, c.M, ldx, w, at.block0, at.block1, e, ahead);
+      multiply_rows(c, x, ldx, w, at, many ? panel.of(w, at.block0, at.block1) : nullptr, e, ahead);
     }
   };
   auto epilogue = [&](const Member& m) {
@@ -318,8 +383,8 @@ void linear_group(Team& team, const LinearCall& c, const char* after) {
         e.out = nullptr;
       }
     }
-    multiply(m.core[0], input.x(), input.ldx(), input.rows(), pieces0.place(m.core[0], i, piece), e,
-             ahead_of(team, group, pieces0, 0, piece, second));
+    multiply(m.core[0], input.x(), input.ldx(), input.rows(), pieces0.place(m.core[0], i, piece), pieces0.many(m.core[0]),
+             e, ahead_of(team, group, pieces0, 0, piece, second));
   });
   if (!two) return;
   team.sync(Fetcher(second));
@@ -361,8 +426,8 @@ void linear_group(Team& team, const LinearCall& c, const char* after) {
       round_member(i, 0, c.M);
       made[i] = true;
     }
-    multiply(m.core[1], z + m.z_offset, group.z_columns, codes[i].rows(), pieces1.place(m.core[1], i, piece), e,
-             ahead_of(team, group, pieces1, 1, piece, after));
+    multiply(m.core[1], z + m.z_offset, group.z_columns, codes[i].rows(), pieces1.place(m.core[1], i, piece),
+             pieces1.many(m.core[1]), e, ahead_of(team, group, pieces1, 1, piece, after));
   });
 }
 

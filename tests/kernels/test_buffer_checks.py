@@ -12,8 +12,9 @@ from kernel_cases import random_linear
 
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels import cpu_library
+from cai_runtime.kernels.convolution import CpuConvolution
 from cai_runtime.kernels.cpu_library import PackedMatrix, integers
-from cai_runtime.kernels.slim_linear import CpuLinear
+from cai_runtime.kernels.slim_linear import GELU_INPUT, LAYER_NORM, CpuLinear
 from cai_runtime.kernels.weights import Core
 
 KEEP: list[Any] = []  # what descriptors point to
@@ -24,7 +25,15 @@ def linear_arguments() -> list[Any]:
     linear = CpuLinear([random_linear("lowrank", 20, 12, 6, ["int8", "fp32"], True, g)], int8_activations=True)
     KEEP.append(linear)
     x, residual, out = torch.ones(3, 20), torch.ones(3, 12), torch.ones(3, 12)
-    return [linear.descriptor, x, 1, torch.ones(20), 1e-5, residual, out, torch.ones(3, linear.scratch_columns)]
+    scratch = torch.ones(3, linear.scratch_columns)
+    return [linear.descriptor, x, LAYER_NORM, torch.ones(20), torch.ones(20), 1e-5, residual, out, scratch]
+
+
+def convolution_arguments() -> list[Any]:
+    convolution = CpuConvolution(torch.ones(5, 4, 3), torch.ones(5), 2, 6)
+    KEEP.append(convolution)
+    x, out, padded = torch.ones(12, 4), torch.ones(6, 5), torch.ones(2 * 8 * 4)
+    return [convolution.linear.descriptor, x, GELU_INPUT, 6, 2, out, padded]
 
 
 def gather_arguments() -> list[Any]:
@@ -77,6 +86,10 @@ def norm_arguments() -> list[Any]:
 ARGUMENTS: dict[str, Callable[[], list[Any]]] = {
     "linear_group": linear_arguments,
     "rms_norm": norm_arguments,
+    "layer_norm": lambda: [torch.ones(3, 8), torch.ones(8), torch.ones(8), 1e-5, torch.ones(3, 8)],
+    "convolution": convolution_arguments,
+    "gelu": lambda: [torch.ones(3, 8), torch.ones(3, 8)],
+    "add_rows": lambda: [torch.ones(3, 8), torch.ones(5, 8), torch.ones(3, dtype=torch.int32), torch.ones(3, 8)],
     "swiglu": lambda: [torch.ones(3, 8), torch.ones(3, 4)],
     "gather": gather_arguments,
     "attention": attention_arguments,

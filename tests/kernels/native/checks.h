@@ -124,6 +124,8 @@ void check_linear_int8(const KernelTable& table, Report& report);
 void check_quantize_rows(const KernelTable& table, Report& report);
 void check_gather(const KernelTable& table, Report& report);
 void check_rms_norm(const KernelTable& table, Report& report);
+void check_layer_norm(const KernelTable& table, Report& report);
+void check_gelu(const KernelTable& table, Report& report);
 void check_swiglu(const KernelTable& table, Report& report);
 void check_rotate(const KernelTable& table, Report& report);
 void check_write_kv(const KernelTable& table, Report& report);
