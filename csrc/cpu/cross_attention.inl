@@ -1,10 +1,11 @@
 // Attention to an encoder's output in pages of the KV cache: every query sees all `rows` positions. Part of kernels.inl;
 // attention.inl describes the pages.
 //
-// Up to kCrossQueries queries share one pass over the keys and values.
+// Up to kCrossQueries queries share one pass over the keys and values. Pages lie anywhere in memory, so the next ones are
+// prefetched.
 //
-// Order of sums. Positions are cut into the splits of attention.inl. A split has one softmax, and its weighted values are added
-// in order of position. The states of the splits are merged in order. No operation mixes queries.
+// Order of sums. Positions are cut into the splits of attention.inl. A split has one softmax, and its weighted values are
+// added in order of position. The states of the splits are merged in order. No operation mixes queries.
 
 constexpr int64_t kMaxSplit = 256;  // positions of a split: split_pages(page_size) * page_size at most
 
@@ -42,24 +43,32 @@ struct CrossPages {
   const int32_t* pages;
   int64_t kv_heads, kv_head, page_floats;  // page_floats: elements of one head's page
 
-  const T* operator[](int64_t page) const { return cache + (int64_t(pages[page]) * kv_heads + kv_head) * page_floats; }
+  // A position, `stride` elements apart in its page.
+  const T* at(int64_t position, int64_t stride, int64_t page_size) const {
+    const int64_t page = pages[position / page_size];
+    return cache + (page * kv_heads + kv_head) * page_floats + position % page_size * stride;
+  }
 };
 
 // Scores of NV vectors of keys from position `first`, a multiple of kW, for NQ queries. Vectors may lie in different pages.
 template <class T, int NQ, int NV>
 inline void cross_scores(const float* const* q, const CrossPages<T>& keys, int64_t first, const AttentionShape& s,
-                         float* score, int64_t ld) {
-  const T* key_of[NV];
+                         float* score, int64_t ld, int64_t rows) {
+  const T *key_of[NV], *next_of[NV];
   for (int n = 0; n < NV; ++n) {
-    const int64_t position = first + n * kW;
-    key_of[n] = keys[position / s.page_size] + position % s.page_size;
+    const int64_t position = first + n * kW, next = position + NV * kW;
+    key_of[n] = keys.at(position, 1, s.page_size);
+    next_of[n] = next < rows ? keys.at(next, 1, s.page_size) : key_of[n];
   }
   V sum[NQ][NV];
   for (int i = 0; i < NQ; ++i)
     for (int n = 0; n < NV; ++n) sum[i][n] = Simd::zero();
   for (int64_t d = 0; d < s.head_dim; ++d) {
     V key[NV];
-    for (int n = 0; n < NV; ++n) key[n] = Simd::load(key_of[n] + d * s.page_size);
+    for (int n = 0; n < NV; ++n) {
+      key[n] = Simd::load(key_of[n] + d * s.page_size);
+      fetch_elements<T, kW>(next_of[n] + d * s.page_size);
+    }
     for (int i = 0; i < NQ; ++i) {
       const V one = Simd::set1(q[i][d]);
       for (int n = 0; n < NV; ++n) sum[i][n] = Simd::fma(one, key[n], sum[i][n]);
@@ -70,16 +79,17 @@ inline void cross_scores(const float* const* q, const CrossPages<T>& keys, int64
     for (int n = 0; n < NV; ++n) Simd::store(score + i * ld + n * kW, Simd::mul(sum[i][n], scale));
 }
 
-// Adds the values of positions [from, to) of one page, weighted, NV vectors of dimensions.
+// Adds `count` values of one page, weighted, NV vectors of their dimensions. next: the page read next, to be prefetched.
 template <class T, int NQ, int NV>
-inline void cross_values(const float* weight, int64_t ld, const T* values, int64_t count, int64_t DV, State* states,
-                         int64_t d) {
+inline void cross_values(const float* weight, int64_t ld, const T* values, const T* next, int64_t count, int64_t DV,
+                         State* states, int64_t d) {
   V sum[NQ][NV];
   for (int i = 0; i < NQ; ++i)
     for (int n = 0; n < NV; ++n) sum[i][n] = Simd::load(states[i].acc + d + n * kW);
   for (int64_t j = 0; j < count; ++j) {
     V value[NV];
     for (int n = 0; n < NV; ++n) value[n] = Simd::load(values + j * DV + d + n * kW);
+    fetch_elements<T, NV * kW>(next + j * DV + d);
     for (int i = 0; i < NQ; ++i) {
       const V p = Simd::set1(weight[i * ld + j]);
       for (int n = 0; n < NV; ++n) sum[i][n] = Simd::fma(p, value[n], sum[i][n]);
@@ -111,24 +121,25 @@ template <class T, int NQ>
 inline void cross_split(const float* const* q, const CrossPages<T>& keys, const CrossPages<T>& values, int64_t from,
                         int64_t to, const AttentionShape& s, State* states) {
   // Sums at a time, as the registers allow.
-  constexpr int kMost = Simd::kTileM > 3 ? 4 : 2, kVectors = NQ > 4 ? kMost / 2 : NQ > 1 ? kMost : 4;
+  constexpr int kMost = Simd::kTileM > 3 ? 24 : 12, kVectors = NQ * 4 <= kMost ? 4 : NQ * 2 <= kMost ? 2 : 1;
   const int64_t DV = round_up(s.head_dim, 16), P = s.page_size;
-  float score[NQ * kMaxSplit];
+  alignas(64) float score[NQ * kMaxSplit];
   int64_t j = 0;
   for (; j + kVectors * kW <= round_up(to - from, kW); j += kVectors * kW)
-    cross_scores<T, NQ, kVectors>(q, keys, from + j, s, score + j, kMaxSplit);
-  for (; j < to - from; j += kW) cross_scores<T, NQ, 1>(q, keys, from + j, s, score + j, kMaxSplit);
+    cross_scores<T, NQ, kVectors>(q, keys, from + j, s, score + j, kMaxSplit, to);
+  for (; j < to - from; j += kW) cross_scores<T, NQ, 1>(q, keys, from + j, s, score + j, kMaxSplit, to);
   for (int i = 0; i < NQ; ++i) {
     clear(states[i], DV);
     states[i].sum = cross_softmax(score + i * kMaxSplit, to - from, states[i].maximum);
   }
   for (int64_t at = from; at < to; at += P) {
-    const T* page = values[at / P];
+    const T *page = values.at(at, DV, P), *next = at + P < to ? values.at(at + P, DV, P) : page;
     const int64_t count = lesser(P, to - at);
+    const float* weight = score + at - from;
     int64_t d = 0;
     for (; d + kVectors * kW <= DV; d += kVectors * kW)
-      cross_values<T, NQ, kVectors>(score + at - from, kMaxSplit, page, count, DV, states, d);
-    for (; d < DV; d += kW) cross_values<T, NQ, 1>(score + at - from, kMaxSplit, page, count, DV, states, d);
+      cross_values<T, NQ, kVectors>(weight, kMaxSplit, page, next, count, DV, states, d);
+    for (; d < DV; d += kW) cross_values<T, NQ, 1>(weight, kMaxSplit, page, next, count, DV, states, d);
   }
 }
 
@@ -163,7 +174,9 @@ void cross_attention(const CrossQueries& t, int64_t kv_head, const int32_t* page
     const CrossPages<T> keys{static_cast<const T*>(k_cache), pages, s.kv_heads, kv_head, D * P};
     const CrossPages<T> values{static_cast<const T*>(v_cache), pages, s.kv_heads, kv_head, round_up(D, 16) * P};
     if (t.count == 1) return cross_tile<T, 1>(t, keys, values, rows, split0, split1, s);
+    if (t.count == 2) return cross_tile<T, 2>(t, keys, values, rows, split0, split1, s);
     if (t.count <= 4) return cross_tile<T, 4>(t, keys, values, rows, split0, split1, s);
+    if (t.count == 5) return cross_tile<T, 5>(t, keys, values, rows, split0, split1, s);
     return cross_tile<T, kCrossQueries>(t, keys, values, rows, split0, split1, s);
   };
   switch (s.store) {
@@ -179,7 +192,7 @@ void cross_weights_store(const float* q, const CrossPages<T>& keys, int64_t rows
   V top = Simd::set1(kNothing), total = Simd::zero();
   float lanes[kW];
   for (int64_t j = 0; j < rows; j += kW) {
-    cross_scores<T, 1, 1>(&q, keys, j, s, lanes, 0);
+    cross_scores<T, 1, 1>(&q, keys, j, s, lanes, 0, rows);
     const int64_t count = lesser<int64_t>(kW, rows - j);
     std::memcpy(out + j, lanes, count * sizeof(float));
     for (int64_t n = count; n < kW; ++n) lanes[n] = kNothing;

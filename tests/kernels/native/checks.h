@@ -130,6 +130,7 @@ void check_swiglu(const KernelTable& table, Report& report);
 void check_rotate(const KernelTable& table, Report& report);
 void check_write_kv(const KernelTable& table, Report& report);
 void check_attention(const KernelTable& table, Report& report);
+void check_full_attention(const KernelTable& table, Report& report);
 void check_sampling(const KernelTable& table, Report& report);
 
 // Each lane-wise function of one Simd type (simd_checks.cpp, compiled once per instruction set).

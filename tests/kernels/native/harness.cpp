@@ -46,6 +46,7 @@ int check_all(const Tested& tested) {
   check::check_rotate(*tested.table, kernels);
   check::check_write_kv(*tested.table, kernels);
   check::check_attention(*tested.table, kernels);
+  check::check_full_attention(*tested.table, kernels);
   check::check_sampling(*tested.table, kernels);
   return lanes.print() + kernels.print();
 }
