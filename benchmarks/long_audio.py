@@ -7,8 +7,8 @@
 The file is made of the English half of speech_corpus.py's corpus in drawn orders, with 4 to 60 s of digital silence,
 swelling noise, music or a quiet room before each part; it is kept in the corpus's folder. The contenders hear it one after
 another, each in a process of its own, and the process's memory is read every second. The words of segments more than a
-second away from speech are invented; a passage is lost where five words in a row are not heard. --stop-after ends at a minute of the
-audio, and judges up to there: enough to see the memory of reading ten hours.
+second away from speech are invented; a passage is lost where five words in a row are not heard. --stop-after ends at a
+minute of the audio, and judges up to there: enough to see the memory of reading ten hours.
 
 Writes benchmarks/results/long_audio.json after each contender.
 """
