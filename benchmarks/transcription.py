@@ -11,7 +11,7 @@ per second, of decoding a file of --minutes of English speech and transcribing i
 process's peak. Options are each library's defaults, but the language is given. faster-whisper's batched mode by default
 finds speech first and writes no times; ours is measured as its caller asks for it, with times.
 
-Writes benchmarks/results/transcription.json after each cell; what is measured again replaces what is there, the rest is kept.
+Writes benchmarks/results/transcription.json after each cell: what is measured again replaces what is there, the rest stays.
 """
 
 from __future__ import annotations
