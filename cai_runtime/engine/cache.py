@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cai_runtime.engine.cache_groups import largest_align
-from cai_runtime.engine.cache_layouts import Layout, PageCopy, layout_of
+from cai_runtime.engine.cache_layouts import EncoderLayout, Layout, PageCopy, layout_of
 from cai_runtime.engine.pages import PageBook, extend_digests
 from cai_runtime.engine.segments import EncoderInput
 from cai_runtime.engine.step import NewPages
@@ -79,7 +79,9 @@ class CacheManager:
             self._books.append(PageBook(counts[pool[0].name]))
             for group in pool:
                 self._layouts[group.name] = layout_of(group, self._books[-1])
-        self._windows, self._encoders = self._of_kind("window"), self._of_kind("encoder")
+        layouts = self._layouts.values()
+        self._windows = [layout for layout in layouts if layout.group.kind == "window"]
+        self._encoders = [layout for layout in layouts if isinstance(layout, EncoderLayout)]
         self.has_state = any(group.kind == "state" for group in groups)
         self.is_plain = all(group.kind == "pages" for group in groups)
         self.prefix_cache = prefix_cache
@@ -105,8 +107,12 @@ class CacheManager:
         """Whether an encoder's output of so many rows could ever be held."""
         return all(layout.group.pages_for(rows) <= layout.group.most_pages for layout in self._encoders)
 
-    def _of_kind(self, kind: str) -> list[Layout]:
-        return [layout for layout in self._layouts.values() if layout.group.kind == kind]
+    def rows_to_encode(self, sequence: EngineSequence) -> int:
+        """Rows of the encoder's output that a waiting sequence needs, and that are not found."""
+        encoder = sequence.prompt.encoder
+        if encoder is None or (self.prefix_cache and all(layout.found(encoder) for layout in self._encoders)):
+            return 0
+        return encoder.rows
 
     # A sequence comes
 
@@ -255,8 +261,8 @@ class CacheManager:
         if not self.prefix_cache:
             return
         held, pages = sequence.held, sequence.num_computed // self.page_size
-        for layout in self._encoders:
-            layout.commit(held.by_group[layout.group.name], [], 0, 0, sequence.prompt)
+        for encoder in self._encoders:
+            encoder.commit(held.by_group[encoder.group.name], [], 0, 0, sequence.prompt)
         if not self._reuses or pages <= held.num_registered:
             return
         self._name_pages(sequence)

@@ -8,7 +8,7 @@ from typing import Any
 
 from cai_runtime.engine.cache_groups import NO_LIMIT
 from cai_runtime.engine.pages import PageBook
-from cai_runtime.engine.segments import Prompt
+from cai_runtime.engine.segments import EncoderInput, Prompt
 from cai_runtime.kernels.cache_groups import CacheGroup
 
 SCRATCH = 0  # what a table says of a page before the window; nobody reads it
@@ -277,10 +277,14 @@ class EncoderLayout(Layout):
         encoder = prompt.encoder
         if encoder is None:
             return Encoded([], 0, True)
-        count = self.group.pages_for(encoder.rows)
-        found = [self.book.find(self._name(encoder.digest, i)) for i in range(count)] if reuse else [None]
+        pages = self.found(encoder) if reuse else None
+        return Encoded([], self.group.pages_for(encoder.rows), False) if pages is None else Encoded(pages, 0, True)
+
+    def found(self, encoder: EncoderInput) -> list[int] | None:
+        """The pages of an equal input's output, if all of them are still there."""
+        found = [self.book.find(self._name(encoder.digest, i)) for i in range(self.group.pages_for(encoder.rows))]
         pages = [page for page in found if page is not None]
-        return Encoded(pages, 0, True) if len(pages) == count else Encoded([], count, False)
+        return pages if len(pages) == len(found) else None
 
     def _name(self, digest: bytes, page: int) -> tuple[str, bytes]:
         return self.group.name, page.to_bytes(4, "little") + digest

@@ -24,6 +24,7 @@ from cai_runtime.engine.outbox import Outbox, TokenLog
 from cai_runtime.engine.output import OutputSpec, TextOutput
 from cai_runtime.engine.proposers import Proposer
 from cai_runtime.engine.request import Request, SamplingParams
+from cai_runtime.engine.request_checks import check_parts
 from cai_runtime.engine.runner import Runner
 from cai_runtime.engine.sampling import SequenceSampler
 from cai_runtime.engine.segments import Prompt, lay_out
@@ -154,7 +155,7 @@ class Engine:
     def _sequence(self, request: Request, prompt: Prompt, prompt_digests: list[bytes], log: TokenLog) -> Sequence:
         params, prompt_ids = request.sampling, prompt.known_ids
         self._check(prompt, params)
-        self._check_pooling(request)
+        check_parts(request, prompt, able=self._able, has_head=self.has_head)
         arrival = next(self._arrivals)
         request = replace(request, request_id=request.request_id or f"request-{arrival}")
         ends: dict[int, str | None] = dict.fromkeys(() if params.ignore_eos else self.eos_token_ids)
@@ -198,26 +199,6 @@ class Engine:
         if prompt.encoder is not None and not self._loop.scheduler.cache.room_for_encoder(prompt.encoder.rows):
             raise RequestTooLargeError(
                 f"the encoder's output of {prompt.encoder.rows} rows is too long for this model: split the input"
-            )
-
-    def _check_pooling(self, request: Request) -> None:
-        params = request.sampling
-        if request.pooling is None:
-            if not self.has_head:
-                raise InvalidRequestError(
-                    "this model has no language-model head: it makes embeddings alone, and no text"
-                )
-            return
-        if request.pooling not in ("mean", "last"):
-            raise InvalidRequestError(f"pooling is {request.pooling!r}; it must be 'mean' or 'last'")
-        if "hidden_states" not in self._able:
-            raise InvalidRequestError(
-                "pooling needs hidden states, but this model lacks the capability 'hidden_states'"
-            )
-        scores = params.logprobs is not None or params.prompt_logprobs is not None
-        if params.max_tokens or scores or request.mask or request.rules:
-            raise InvalidRequestError(
-                "an embedding has no text: with pooling, max_tokens is 0, without logprobs, mask and rules"
             )
 
     def _check_ids(self, name: str, ids: Collection[int]) -> None:

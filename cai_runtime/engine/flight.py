@@ -34,6 +34,7 @@ class Launched:
     masked: list[MaskedRow] = field(default_factory=list)
     mask_errors: dict[int, Exception] = field(default_factory=dict)  # by row
     tokens: list[int | Exception] = field(default_factory=list)  # instead of `sampled`
+    encoded: int = 0  # rows of encoders' outputs
     found: Sampled | None = None  # once it was waited for, where rows want logprobs
 
     def wait(self) -> list[int | Exception]:
@@ -67,7 +68,7 @@ class Launched:
 
 @dataclass(slots=True)
 class Flight:
-    """A step under way. begin: time of its launch."""
+    """A step under way. begin: time of its launch. prompt_tokens: with the rows of encoders' outputs."""
 
     parts: list[Launched]
     begin: float
@@ -85,6 +86,12 @@ def take_rows(
     if sequence.pool is not None:
         return 0, take_hidden(sequence.pool, planned.feed.hidden, sequence.log, at_end=planned.at_end)
     params, scored = sequence.request.sampling, planned.scored
+    if sequence.aligner is not None:
+        wrong = sequence.aligner.take(planned.feed.attention)
+        if wrong is not None:
+            return 0, wrong
+        if planned.at_end:
+            sequence.log.attention = sequence.aligner.result()
     if scored:
         error = next((row for row in rows[:scored] if isinstance(row, Exception)), None)
         if error is not None:

@@ -98,6 +98,7 @@ class Handle:
             else tuple(found for delta in deltas for found in delta.logprobs or ()),
             prompt_logprobs=self.prompt_logprobs,
             embedding=self._log.embedding,
+            attention=self._log.attention,
         )
 
     def __del__(self) -> None:

@@ -127,6 +127,7 @@ class EngineLoop:
         size = self._limits.sequences or len(step)
         parts = [self._launch_part(step[at : at + size]) for at in range(0, len(step), size)]
         prompt_tokens = sum(len(planned.feed.ids) for planned in step if not planned.is_decode)
+        prompt_tokens += sum(launched.encoded for launched in parts)
         self._flight = Flight(parts, begin, prompt_tokens)
 
     def _launch_ahead(self) -> Flight | None:
@@ -151,7 +152,9 @@ class EngineLoop:
             if again or sequence.held.is_changed:
                 step.pages += cache.page_changes(sequence, everything=again)
             if sequence.prompt.encoder is not None:
-                step.encode += cache.encoder_passes(sequence)
+                passes = cache.encoder_passes(sequence)
+                step.encode += passes
+                launched.encoded += sum(encoder.input.rows for encoder in passes)
             end = feed.start + len(feed.ids)
             if planned.scored:
                 first, k = end - feed.wanted + 1, sequence.request.sampling.prompt_logprobs

@@ -36,6 +36,7 @@ class TokenLog:
         # Of the prompt's tokens, where the request wants them; there before the first delta.
         self.prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
         self.embedding: Any = None  # of the prompt, where the request wants it; there before the last delta
+        self.attention: Any = None  # likewise
         self.times = RequestTimes()
         self.outbox = outbox or Outbox()
         self.index = index

@@ -18,6 +18,8 @@ class PrefillPace:
     The estimate is the mean of seconds per prompt token, the last step counting half: the cost of attention grows with
     the position, and the mean follows it.
 
+    The rows of an encoder's output count as tokens of its prompt, here and in `observe`.
+
     seconds: None: time does not matter. most: prompt tokens of a step at most.
     """
 

@@ -11,6 +11,7 @@ from cai_runtime.engine.stats import RequestTimes
 if TYPE_CHECKING:
     import numpy as np
 
+    from cai_runtime.engine.alignment import Alignment
     from cai_runtime.engine.masks import MaskFactory
     from cai_runtime.engine.output import OutputFactory
     from cai_runtime.engine.pooling import Pooling
@@ -31,9 +32,9 @@ class SamplingParams:
 
     The order of the logits processors is: `Request.rules`, repetition penalty (Keskar et al. 2019), frequency and presence
     penalties (OpenAI's definition, over generated tokens; repetition also over the prompt), logit bias, min_tokens' ban of
-    stop tokens, temperature, top_k, top_p, min_p. That is transformers' order; vLLM V1 adds the bias before the penalties and
-    applies min_p before top_k and top_p. Random numbers depend on (seed, absolute position) alone. The exact definition
-    is in kernels/sampling.py.
+    stop tokens, temperature, top_k, top_p, min_p. That is transformers' order; vLLM V1 adds the bias before the penalties
+    and applies min_p before top_k and top_p. Random numbers depend on (seed, absolute position) alone. The exact
+    definition is in kernels/sampling.py.
     """
 
     max_tokens: int = 16  # 0: only the prompt is computed, such as for its logprobs
@@ -67,6 +68,8 @@ class Request:
     the text. rules: change each row of logits before everything else. They are a part of the model's distribution: log
     probabilities are of the logits after them. What they raise fails the request alone. Their rows are sampled on the host.
     pooling: the embedding of the prompt is wanted, and no text: `max_tokens` is 0 then, and nothing else is asked.
+    alignment: the cross-attention of the prompt's last tokens is wanted, and no text: `max_tokens` is 0 then; it may ask
+    for `prompt_logprobs`, too.
     """
 
     prompt_ids: list[int] = field(default_factory=list)
@@ -79,6 +82,7 @@ class Request:
     mask: MaskFactory | None = None
     rules: LogitsRules | None = None
     pooling: Pooling | None = None
+    alignment: Alignment | None = None
 
 
 @dataclass(slots=True, unsafe_hash=True)  # frozen, it would take twice the time: one is made for each token
@@ -147,9 +151,10 @@ class Finished:
     times: RequestTimes = field(default_factory=RequestTimes, compare=False)
     logprobs: tuple[TokenLogprobs, ...] | None = None  # of `token_ids`, where the request wants them
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # of the prompt's tokens; None for the first
-    embedding: np.ndarray | None = field(
-        default=None, compare=False
-    )  # fp64 [hidden], where it is wanted; not normalized
+    # Where `Request.pooling` wants it: fp64 [hidden], not normalized.
+    embedding: np.ndarray | None = field(default=None, compare=False)
+    # Where `Request.alignment` wants them: fp32 [heads, count, rows], a softmax over the rows of the encoder's output.
+    attention: np.ndarray | None = field(default=None, compare=False)
 
     @property
     def text(self) -> str:

@@ -32,7 +32,8 @@ class Runner(Protocol):
 
     A runner with an attribute `ahead = True` takes `NEXT` in a feed: the token that the seat sampled last. The engine then
     launches a step before it has read the tokens of the one before. One whose attribute `able` has "hidden_states" serves
-    `Feed.hidden`; one with `has_head = False` serves nothing else.
+    `Feed.hidden`; one with `has_head = False` serves nothing else. One whose `able` has "cross_attention" serves
+    `Feed.attention`.
     """
 
     page_size: int  # positions per page

@@ -1,7 +1,9 @@
 """Which tokens of which sequences go into the next step. Continuous batching with chunked prefill.
 
 First come, first served: `running` and `waiting` are ordered by arrival. Every running sequence that decodes takes
-part in every step; prompts share a budget of tokens a step, oldest first. A sequence gets the pages of its whole
+part in every step; prompts share a budget of tokens a step, oldest first. The rows of an encoder's output count as tokens
+of the prompt that they belong to; they are computed in one pass, which may exceed the budget of a step that feeds no other
+prompt. A sequence gets the pages of its whole
 prompt when it is admitted, and one more whenever it grows over a page. When none is left, the youngest running sequence
 gives its pages up and waits to be computed again (preemption by recompute). So the oldest always advances, and nothing
 starves.
@@ -55,6 +57,8 @@ class Planned:
             return cls(sequence, feed, (), False, at_end=end == known)
         scored = sequence.rows_to_score(start, end)
         feed = Feed(sequence.seat, start, ids, scored + wanted, inputs)
+        if sequence.aligner is not None:
+            feed.attention = sequence.aligner.wanted(start, end)
         return cls(sequence, feed, draft, count == 1 and end == known > sequence.num_prompt, scored, end == known)
 
     def known(self) -> Planned:
@@ -105,7 +109,7 @@ class Scheduler:
 
     def schedule(self, budget: int) -> list[Planned]:
         """The next step, with at most `budget` prompt tokens, at least one: never empty while there is work."""
-        step, preempted, rows = [], False, SCORED_ROWS
+        step, preempted, rows, whole = [], False, SCORED_ROWS, budget
         for sequence in list(self.running):  # oldest first, so that nobody in `step` is preempted any more
             held = sequence.held
             if not held.by_group:
@@ -133,7 +137,7 @@ class Scheduler:
                 draft = self._affordable_draft(sequence) if is_decode else None
                 step.append(Planned.of(sequence, end - start, draft))
         if self.waiting and not preempted:
-            self._admit(step, budget, rows)
+            self._admit(step, budget, rows, untouched=budget == whole)
         return step
 
     def schedule_ahead(self, under_way: list[Planned]) -> list[Planned]:
@@ -156,9 +160,9 @@ class Scheduler:
             step.append(Planned.decode(sequence, known, NEXT))
         return step
 
-    def _admit(self, step: list[Planned], budget: int, rows: int) -> None:
+    def _admit(self, step: list[Planned], budget: int, rows: int, *, untouched: bool) -> None:
         """Move waiting sequences into the batch while there are seats, pages and budget. rows: of prompts, that may still be
-        wanted in the step."""
+        wanted in the step. untouched: whether the step feeds no prompt yet."""
         being_computed = self._being_computed()
         for sequence in list(self.waiting):
             if budget <= 0 or len(self.running) >= self.max_batch:
@@ -169,6 +173,9 @@ class Scheduler:
             found = self.cache.find(sequence)
             if self.cache.waits_for(sequence, found, being_computed):
                 continue  # it can share that in a few steps; computing it twice would be waste
+            encoded = self.cache.rows_to_encode(sequence)
+            if encoded > budget and not untouched:
+                return
             # One spare page for each running sequence, so that the newcomer is not preempted right away.
             admission = self.cache.admit(sequence, found, most, spare=len(self.running))
             if admission is None and self.cache.reclaim(self.running):
@@ -186,7 +193,8 @@ class Scheduler:
                 self.stats.prompt_tokens += sequence.num_prompt
                 self.stats.prefix_hit_tokens += sequence.num_computed
             count = admission.end - admission.start
-            budget -= count
+            budget -= count + encoded
+            untouched = False
             step.append(Planned.of(sequence, count))
             rows -= step[-1].scored
             being_computed.update(self.cache.being_computed(sequence))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 
+from cai_runtime.engine.alignment import Aligner
 from cai_runtime.engine.cache import Held
 from cai_runtime.engine.masks import TokenMask
 from cai_runtime.engine.outbox import TokenLog
@@ -37,6 +38,7 @@ class Sequence:
     logprobs: list[TokenLogprobs] | None = field(init=False)  # of the generated tokens; None: not wanted
     prompt_logprobs: list[TokenLogprobs | None] | None = field(init=False)  # of the prompt's, as far as they are known
     pool: Pool | None = field(init=False)  # where the embedding of the prompt is wanted
+    aligner: Aligner | None = field(init=False)  # where its cross-attention is wanted
     asks_more: bool = field(init=False)  # than tokens: logprobs, or nothing but a prompt
     was_admitted: bool = False
     prompt_digests: list[bytes] = field(default_factory=list)  # of the prompt's full pages; shared by equal prompts
@@ -55,6 +57,10 @@ class Sequence:
             self.add_prompt_logprobs([None])  # nothing comes before the first token
         pooling = self.request.pooling
         self.pool = None if pooling is None else Pool(pooling, self.num_prompt)
+        alignment, encoder = self.request.alignment, self.prompt.encoder
+        self.aligner = None
+        if alignment is not None and encoder is not None:
+            self.aligner = Aligner(alignment, self.num_prompt, encoder.rows)
         self.asks_more = self.logprobs is not None or self.prompt_logprobs is not None or params.max_tokens == 0
 
     @property
@@ -72,7 +78,8 @@ class Sequence:
         computed."""
         if self.pool is not None:
             return min(self.pool.count + 1, self.num_prompt)
-        return len(self.token_ids if self.prompt_logprobs is None else self.prompt_logprobs)
+        most = len(self.token_ids if self.prompt_logprobs is None else self.prompt_logprobs)
+        return most if self.aligner is None else min(self.aligner.next + 1, most)
 
     @property
     def is_scoring(self) -> bool:

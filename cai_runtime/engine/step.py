@@ -22,6 +22,18 @@ class HiddenRows:
     rows: Any = None
 
 
+@dataclass(slots=True)
+class AttentionRows:
+    """Cross-attention weights of the last `count` tokens of a feed, at least one.
+
+    heads: (layer, head) pairs. weights: fp32 [heads, count, rows], a numpy array, once the pass is done; the runner sets it.
+    rows: of the encoder's output, over which the weights are a softmax."""
+
+    heads: tuple[tuple[int, int], ...]
+    count: int
+    weights: Any = None
+
+
 @dataclass(slots=True)  # not frozen: one is made for each sequence in each step
 class Feed:
     """One sequence's tokens in a step: a chunk of its prompt, its newest token, or that and a draft of the next ones."""
@@ -32,6 +44,7 @@ class Feed:
     wanted: int  # logits of the last so many tokens: 0 for a chunk, 1 to decode, 1 + n with n drafted tokens
     inputs: tuple[Any, ...] = ()  # rows given in place of embeddings
     hidden: HiddenRows | None = None  # wanted beside logits, of runners that are able
+    attention: AttentionRows | None = None  # likewise
 
 
 @dataclass(slots=True)

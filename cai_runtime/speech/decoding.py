@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from cai_runtime.engine.output import TokenOutput
-from cai_runtime.engine.request import BeamSearch, Finished, Request, SamplingParams
+from cai_runtime.engine.request import Finished, Request, SamplingParams
 from cai_runtime.engine.segments import EncoderInput
 from cai_runtime.speech.options import Options
 from cai_runtime.speech.prompts import SpeechText, WindowPrompt
@@ -27,12 +27,13 @@ from cai_runtime.speech.tokens import SpeechTokens
 class Decoded:
     """What one attempt gave.
 
-    tokens: without the end token. logprobs: of each of them. text: of the text tokens, stripped. avg_logprob: sum of the
-    log probabilities, the end's included / (tokens + 1). generated, prompted: tokens computed for the window, in all
-    attempts.
+    tokens: without the end token. ended: whether that came, rather than the limit. logprobs: of each of the tokens.
+    text: of the text tokens, stripped. avg_logprob: sum of the log probabilities, the end's included / (tokens + 1).
+    generated, prompted: tokens computed for the window, in all attempts.
     """
 
     tokens: tuple[int, ...]
+    ended: bool
     logprobs: tuple[float, ...]
     text: str
     temperature: float
@@ -55,6 +56,8 @@ class ShareOf:
         self.shares = np.zeros(len(wanted))  # float64
 
     def __call__(self, row: np.ndarray, generated: Sequence[int]) -> None:
+        if generated:  # a draft behind the token that was asked about
+            return
         pool = row if self._among is None else row[self._among]
         top = pool.max()
         total = np.exp(pool - top).sum(dtype=np.float64)
@@ -112,18 +115,15 @@ class WindowTask:
             max_tokens=self._most, temperature=temperature, logprobs=0, stop_token_ids=(self.tokens.eot,)
         )
         if temperature == 0:
-            beam = None
-            if options.beam_size > 1:
-                beam = BeamSearch(options.beam_size, options.patience, options.length_penalty)
-            found = [self._request(base, beam)]
+            found = [self._request(base)]
         else:
             found = [self._request(replace(base, seed=self._seed(i))) for i in range(options.best_of)]
         if self._attempt == 0:
             found.append(probe(self.encoder, self.prompt.begin, self._share))
         return found
 
-    def _request(self, sampling: SamplingParams, beam: BeamSearch | None = None) -> Request:
-        return Request(segments=self._segments, sampling=sampling, rules=self._rules, beam=beam, output=TokenOutput)
+    def _request(self, sampling: SamplingParams) -> Request:
+        return Request(segments=self._segments, sampling=sampling, rules=self._rules, output=TokenOutput)
 
     def _seed(self, candidate: int) -> int:
         """A seed that no other sample of the file has."""
@@ -159,6 +159,7 @@ class WindowTask:
         text = self.text.decode(ids).strip()
         return Decoded(
             tokens=tuple(ids),
+            ended=ended,
             logprobs=tuple(logprobs[: len(ids)]),
             text=text,
             temperature=self.temperature,

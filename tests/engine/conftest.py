@@ -113,6 +113,7 @@ class GroupRunner:
     """
 
     able = frozenset({"given_rows", "encoder"})
+    fold = staticmethod(fold)
     max_context, vocab_size = 128, VOCAB
 
     def __init__(self, kinds, num_pages=64, page_size=4, window=6, slots=12, encoder_pages=6, shared=True, align=8):
