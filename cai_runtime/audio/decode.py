@@ -6,7 +6,9 @@ decides, never a name.
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, Protocol
@@ -17,8 +19,26 @@ from cai_runtime.audio.source import ByteSource
 from cai_runtime.errors import NoAudioTrackError, UnsupportedAudioError
 
 BLOCK = 1 << 16  # samples of a block, about
+TAG = 1 << 16  # bytes from the start in which an MP3's tag is looked for
+GAP = 0.2  # seconds that a frame's timestamp must lie behind the samples before it to be filled with silence
+MOST_SILENCE = 6 * 3600  # seconds filled in one input: timestamps that jump further are wrong
+UNKNOWN_SIZE = 0x7FFFF000  # bytes of samples, from here on, in the header of a file that was written without seeking
 LOWEST_RATE, HIGHEST_RATE = 1_000, 1_000_000  # samples per second
 MOST_CHANNELS = 64
+
+EXACT_FORMATS = {
+    "mov",
+    "matroska",
+    "flac",
+    "wav",
+    "w64",
+    "aiff",
+    "caf",
+    "wv",
+    "tta",
+    "ape",
+    "avi",
+}  # their headers say a length
 
 Blocks = Iterator[tuple[int, np.ndarray]]  # (rate, fp32 [samples])
 
@@ -74,7 +94,7 @@ class SoundFileDecoder:
         self._source = source
         try:
             self._file = soundfile.SoundFile(source)
-        except (OSError, RuntimeError, TypeError, ValueError) as e:
+        except Exception as e:
             source.check()
             raise Refused(f"soundfile: {_reason(e)}") from e
         try:
@@ -85,6 +105,10 @@ class SoundFileDecoder:
             raise
         frames, rate = self._file.frames, self._file.samplerate
         self._claimed = frames if 0 < frames < 1 << 62 else None
+        # libsndfile takes a cut file for a whole one, and notes the size that the header says.
+        said = re.search(r"(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)", self._file.extra_info)
+        if said and int(said[2]) < int(said[1]) < UNKNOWN_SIZE:
+            self.damage = f"its header says {said[1]} bytes of samples, and it holds {said[2]}"
         self.duration = seconds_or_none(self._claimed / rate if self._claimed else None)
 
     def blocks(self) -> Blocks:
@@ -94,7 +118,7 @@ class SoundFileDecoder:
         while True:
             try:
                 found = self._file.read(out=buffer)
-            except (OSError, RuntimeError) as e:
+            except Exception as e:  # noqa: BLE001
                 self._source.check()
                 self.damage = f"it can't be decoded beyond {count / rate:.2f} s ({_reason(e)})"
                 return
@@ -103,7 +127,7 @@ class SoundFileDecoder:
                 break
             count += len(found)
             # The buffer is used again for the next block.
-            yield rate, found[:, 0].copy() if channels == 1 else found.mean(axis=1)
+            yield rate, found[:, 0].copy() if channels == 1 else mono(found.T, self._source.label)
         if self._claimed and count < self._claimed:
             self.damage = f"its header says {self._claimed / rate:.2f} s, and it holds {count / rate:.2f} s"
 
@@ -120,16 +144,21 @@ class AvDecoder:
             raise MissingPackage(f"av is not installed ({e})") from e
         self.damage: str | None = None
         self._source = source
+        self._origin: float | None = None  # timestamp of the first sample, seconds
+        self._seconds = self._silence = 0.0  # given so far, and the silence within
+        tagged = re.search(b"Xing|Info|VBRI", source.head(TAG)) is not None  # an MP3 that says its number of frames
         try:
             options = {"format_whitelist": AV_FORMATS, "protocol_whitelist": "none"}
             self._container = av.open(source, "r", options=options, metadata_errors="replace")
-        except (av.FFmpegError, OSError, ValueError, RuntimeError) as e:
+        except Exception as e:
             source.check()
             raise Refused(f"PyAV: {_reason(e)}") from e
         try:
             source.check()
             self._stream = self._audio_track()
             self.duration = self._length()
+            exact = EXACT_FORMATS | ({"mp3"} if tagged else set())
+            self._claimed = self.duration if exact & set(self._container.format.name.split(",")) else None
         except BaseException:
             self._container.close()
             raise
@@ -156,15 +185,37 @@ class AvDecoder:
         rate = size = 0
         for frame in self._frames():
             samples = _average(frame, self._source.label)
-            check_shape(self._source.label, frame.sample_rate, 1)
-            if held and (size + len(samples) > BLOCK or frame.sample_rate != rate):
+            lag = self._lag(frame, len(samples))
+            if held and (lag or size + len(samples) > BLOCK or frame.sample_rate != rate):
                 yield rate, np.concatenate(held)
                 held, size = [], 0
             rate = frame.sample_rate
+            for begin in range(0, lag, BLOCK):
+                yield rate, np.zeros(min(BLOCK, lag - begin), np.float32)
             held.append(samples)
             size += len(samples)
         if held:
             yield rate, np.concatenate(held)
+
+    def _lag(self, frame: Any, count: int) -> int:
+        """Samples of silence before a frame of `count`, whose track starts late or pauses. Times stay those of the file."""
+        silence = 0
+        if frame.time is not None:
+            if self._origin is None:
+                start = self._container.start_time
+                self._origin = start / 1e6 if start is not None else frame.time
+            lag = frame.time - self._origin - self._seconds
+            most = MOST_SILENCE - self._silence
+            if self.duration:  # a damaged timestamp may lie hours ahead
+                most = min(most, self.duration + 1 - self._seconds)
+            if GAP < lag <= most:
+                silence = round(lag * frame.sample_rate)
+                self._silence += lag
+                self._seconds += lag
+            elif abs(lag) > GAP:  # the timestamps start anew
+                self._origin += lag
+        self._seconds += count / frame.sample_rate
+        return silence
 
     def _frames(self) -> Iterator[Any]:
         """Every frame that decodes; `damage` counts the packets that don't."""
@@ -175,27 +226,29 @@ class AvDecoder:
         try:
             demuxed = self._container.demux(self._stream)
             while True:
+                packet = None
                 try:
                     packet = next(demuxed, None)
-                except (av.FFmpegError, OSError, ValueError) as e:
-                    self._source.check()
-                    reason, packet = _reason(e), None
-                    bad += 1
-                    demuxed = iter(())
+                except IndexError:  # PyAV on a packet of a track that appears on the way: read on behind it
+                    demuxed = self._container.demux(self._stream)
+                    continue
+                except Exception as e:  # noqa: BLE001
+                    reason, bad = _reason(e), bad + 1
                 self._source.check()
                 packets += 1
                 try:
                     yield from packet.decode() if packet is not None else self._stream.codec_context.decode(None)
                 except (av.EOFError, av.BlockingIOError):
                     pass
-                except (av.FFmpegError, OSError, ValueError) as e:
-                    reason = _reason(e)
-                    bad += 1
+                except Exception as e:  # noqa: BLE001
+                    reason, bad = _reason(e), bad + 1
                 if packet is None:
                     return
         finally:
             if bad:
                 self.damage = f"{bad} of its {packets} packets can't be decoded ({reason})"
+            elif self._claimed and self._seconds < 0.98 * self._claimed - 0.5:
+                self.damage = f"its header says {self._claimed:.2f} s, and it holds {self._seconds:.2f} s"
 
     def close(self) -> None:
         with suppress(Exception):  # nothing is written: a failed close loses nothing
@@ -223,8 +276,8 @@ def mono(values: np.ndarray, label: str) -> np.ndarray:
     """
     kind = values.dtype
     if kind.kind == "f":
-        average = values[0] if len(values) == 1 else values.mean(axis=0, dtype=np.promote_types(kind, np.float32))
-        with np.errstate(over="ignore"):  # a double beyond fp32 becomes infinity, which is refused by its time
+        with np.errstate(over="ignore", invalid="ignore"):  # such samples are refused by their time
+            average = values[0] if len(values) == 1 else values.mean(axis=0, dtype=np.promote_types(kind, np.float32))
             return average.astype(np.float32, copy=False)
     if kind not in (np.uint8, np.int8, np.int16, np.int32):
         raise UnsupportedAudioError(
@@ -238,12 +291,21 @@ def mono(values: np.ndarray, label: str) -> np.ndarray:
 
 
 def _reason(error: BaseException) -> str:
-    """A decoder's message without the input's name and without a line break."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """A decoder's message without number, the input's name and line breaks."""
+    text = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
     return text.split(">: ", 1)[-1].rstrip(".")
 
 
-DECODERS: tuple[Callable[[ByteSource], Decoder], ...] = (SoundFileDecoder, AvDecoder)
+def decoders(head: bytes) -> tuple[Callable[[ByteSource], Decoder], ...]:
+    """The decoders to try, in order, for content that starts with `head`.
+
+    MPEG audio goes to PyAV, since libsndfile's decoder of it (libmpg123) prints warnings to stderr; to soundfile only
+    without PyAV.
+    """
+    mpeg = head.startswith(b"ID3") or (len(head) > 1 and head[0] == 0xFF and head[1] >= 0xE0)
+    if not mpeg:
+        return SoundFileDecoder, AvDecoder
+    return (AvDecoder,) if importlib.util.find_spec("av") else (SoundFileDecoder,)
 
 
 def looks_like(head: bytes) -> str | None:

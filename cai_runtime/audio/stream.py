@@ -9,13 +9,13 @@ import numpy as np
 
 from cai_runtime.audio.decode import (
     BLOCK,
-    DECODERS,
     MOST_CHANNELS,
     Blocks,
     Decoder,
     MissingPackage,
     Refused,
     check_shape,
+    decoders,
     looks_like,
     mono,
 )
@@ -117,7 +117,7 @@ def _of_bytes(data: ByteSource) -> AudioStream:
     """The stream of the first decoder that finds a sample."""
     refused: list[Refused] = []
     empty = False
-    for open_decoder in DECODERS:
+    for open_decoder in decoders(data.head(HEAD)):
         data.seek(0)
         try:
             decoder = open_decoder(data)
