@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "program.h"
 
@@ -84,15 +85,37 @@ Ahead ahead_of(const Team& team, const LinearGroup& group, const Pieces& pieces,
 Int padded16(Int n) { return (n + 15) / 16 * 16; }
 
 // Up to this many elements, every thread computes the whole input itself: that is faster than sharing the work in a phase.
-constexpr Int kPrivateNorm = 8192, kPrivateSwiglu = 4096, kPrivateCodes = 8192;
+constexpr Int kPrivateNorm = 8192, kPrivateGated = 4096, kPrivateCodes = 8192;
 
 void apply_prologue(const LinearCall& c, Int row0, Int row1, float* to) {
   const Int K = c.group->in_features;
-  if (c.prologue == Prologue::kNorm) {
-    kernels().rms_norm(c.x, nullptr, c.norm_weight, c.eps, K, row0, row1, nullptr, to);
-  } else {
-    kernels().swiglu(c.x, c.ldx, K, row0, row1, to);
+  const KernelTable& k = kernels();
+  switch (c.prologue) {
+    case Prologue::kNone: return;
+    case Prologue::kNorm: return k.rms_norm(c.x, nullptr, c.norm_weight, c.eps, K, row0, row1, nullptr, to);
+    case Prologue::kLayerNorm: return k.layer_norm(c.x, c.norm_weight, c.norm_bias, c.eps, K, row0, row1, to);
+    case Prologue::kGelu: return k.gelu(c.x, c.ldx, K, row0, row1, to);
+    case Prologue::kSwiglu: return k.swiglu(c.x, c.ldx, K, row0, row1, to);
   }
+}
+
+// The windows of a convolution after the prologue, each between two rows of zeros.
+void pad_windows(Team& team, const LinearCall& c, float* to) {
+  const Int columns = c.group->in_features / kTaps, windows = c.M * c.stride / c.window, padded = c.window + 2;
+  const Int piece = std::max<Int>(1, c.window * windows / (team.threads() * 8));
+  const Int pieces = (c.window + piece - 1) / piece;
+  team.deal(windows * pieces, [&](Int p) {
+    const Int w = p / pieces, row0 = p % pieces * piece, row1 = std::min(c.window, row0 + piece);
+    const float* from = c.x + w * c.window * columns;
+    float* target = to + (w * padded + 1) * columns;
+    if (c.prologue == Prologue::kGelu) {
+      kernels().gelu(from, columns, columns, row0, row1, target);
+    } else {
+      std::memcpy(target + row0 * columns, from + row0 * columns, static_cast<size_t>((row1 - row0) * columns) * sizeof(float));
+    }
+    if (row0 == 0) std::fill(target - columns, target, 0.0f);
+    if (row1 == c.window) std::fill(target + c.window * columns, target + (c.window + 1) * columns, 0.0f);
+  });
 }
 
 // Memory for rows rounded to int8.
@@ -123,9 +146,16 @@ class Input {
  public:
   Input(Team& team, const LinearCall& c) : c_(c), x_(c.x), ldx_(c.ldx), coded_(takes_codes(*c.group, 0)) {
     const Int K = c.group->in_features, elements = c.M * K;
+    if (c.window > 0) {
+      pad_windows(team, c, c.scratch);
+      team.sync();
+      use(c.scratch, c.stride * K / kTaps);
+      return;
+    }
     const bool transformed = c.prologue != Prologue::kNone;
     if (!transformed && !coded_) return;
-    lazy_ = elements <= (c.prologue == Prologue::kSwiglu ? kPrivateSwiglu : kPrivateNorm);
+    const bool gated = c.prologue == Prologue::kSwiglu || c.prologue == Prologue::kGelu;
+    lazy_ = elements <= (gated ? kPrivateGated : kPrivateNorm);
     if (lazy_) return;
     float* to = c.scratch + c.M * c.group->z_columns;
     Codes codes = codes_at(to + (transformed ? elements : 0), c.M, K);
@@ -200,6 +230,10 @@ Int scratch_floats(const LinearGroup& group, Int M) {
   return (bytes + Int(sizeof(float)) - 1) / Int(sizeof(float));
 }
 
+Int convolution_floats(const LinearGroup& group, Int M, Int window, Int stride) {
+  return M * stride / window * (window + 2) * (group.in_features / kTaps);
+}
+
 Int output_width(const LinearGroup& group) {
   Int width = 0;
   for (Int i = 0; i < group.members; ++i) width += group[i].out_features;
@@ -213,6 +247,22 @@ const LinearGroup& checked_group(const void* data, Int size) {
     TVM_FFI_THROW(ValueError) << "a group of linears has 1 to " << kMaxMembers << " members, " << kMember
                               << " numbers each after the first " << kHead << ", not " << size << " numbers in all";
   return *group;
+}
+
+Prologue checked_convolution(const LinearGroup& group, Int prologue, Int window, Int stride) {
+  const Member& m = group[0];
+  const bool floats = m.kind == Kind::kDense && m.core[0].store <= Store::kFp16;
+  if (group.members != 1 || !floats || group.in_features % kTaps || window < 1 || stride < 1 || window % stride ||
+      (prologue != Int(Prologue::kNone) && prologue != Int(Prologue::kGelu)))
+    TVM_FFI_THROW(ValueError) << "a convolution is one dense linear of float weights over three rows, with GELU before it or "
+                                 "nothing, and its window is a multiple of its stride";
+  return static_cast<Prologue>(prologue);
+}
+
+LinearCall convolution_call(const LinearGroup& group, const float* x, Int rows, Prologue prologue, Int window, Int stride,
+                            float* out, float* scratch) {
+  const Int width = output_width(group);
+  return {&group, x, 0, rows / stride, prologue, nullptr, nullptr, 0, nullptr, 0, out, width, scratch, window, stride};
 }
 
 void linear_group(Team& team, const LinearCall& c, const char* after) {
@@ -238,6 +288,12 @@ void linear_group(Team& team, const LinearCall& c, const char* after) {
       k.linear_int4(int4, rows, w, at.block0, at.block1, e, ahead);
     } else if (group.int8_activations && w.store == Store::kInt8) {
       k.linear_int8(codes, c.M, w, at.block0, at.block1, e, ahead);
+    } else if (c.window > 0) {
+      const Int rows = c.window / c.stride, floats = (c.window + 2) * (group.in_features / kTaps);
+      for (Int m = 0; m < c.M; m += rows) {
+        k.linear(x + m / rows * floats, rows, ldx, w, at.block0, at.block1, e, ahead);
+        e.skip_rows(rows);
+      }
     } else {
       k.linear(x, c.M, ldx, w, at.block0, at.block1, e, ahead);
     }
@@ -313,17 +369,19 @@ void linear_group(Team& team, const LinearCall& c, const char* after) {
 namespace {
 
 // inputs: x, then the residual if there is one. attributes: prologue, eps. bindings: group (a CpuLinear's numbers), weight
-// (the norm's).
+// and bias (the norm's).
 class RecordedLinear : public OperationOf<LinearCall, kLinearPhases> {
  public:
   explicit RecordedLinear(const Noted& n) {
     const Tensor numbers = n.tensor("group");
     group_ = &checked_group(checked_array<const Int>(numbers, "a linear's group", kInt64, 0, true), numbers.numel());
-    prologue_ = checked_prologue(n.integer("prologue"), n.has_binding("weight"));
-    if (prologue_ == Prologue::kNorm) {
+    prologue_ = checked_prologue(n.integer("prologue"), n.has_binding("weight"), n.has_binding("bias"));
+    if (n.has_binding("weight")) {
       weight_ = checked_array<float>(n.tensor("weight"), "the norm's weight", kFloat, group_->in_features);
       eps_ = static_cast<float>(n.number("eps"));
     }
+    if (n.has_binding("bias"))
+      bias_ = checked_array<float>(n.tensor("bias"), "the norm's bias", kFloat, group_->in_features);
     width_ = output_width(*group_);
     ldx_ = group_->in_features * (prologue_ == Prologue::kSwiglu ? 2 : 1);
     x_ = n.input(0, ldx_);
@@ -331,7 +389,7 @@ class RecordedLinear : public OperationOf<LinearCall, kLinearPhases> {
     out_ = n.checked_output(width_);
   }
   Int prepare(const Step& step, LinearCall& c) const override {
-    c = {group_, step.at<const float>(x_), ldx_, step.rows(x_), prologue_, weight_, eps_,
+    c = {group_, step.at<const float>(x_), ldx_, step.rows(x_), prologue_, weight_, bias_, eps_,
          residual_ < 0 ? nullptr : step.at<const float>(residual_), width_, step.at<float>(out_), width_, step.scratch};
     return 0;
   }
@@ -343,11 +401,47 @@ class RecordedLinear : public OperationOf<LinearCall, kLinearPhases> {
  private:
   const LinearGroup* group_;
   Prologue prologue_;
-  const float* weight_ = nullptr;
+  const float *weight_ = nullptr, *bias_ = nullptr;
   float eps_ = 0;
   Int width_, ldx_, x_, residual_ = -1, out_;
 };
 CAI_OPERATION("linear", RecordedLinear);
+
+// input: x, `side` rows of a window side by side in one row. attributes: prologue (none or GELU), stride, window (rows).
+// binding: group (a CpuLinear's numbers).
+class RecordedConvolution : public OperationOf<LinearCall, kLinearPhases> {
+ public:
+  explicit RecordedConvolution(const Noted& n) : window_(n.integer("window")), stride_(n.integer("stride")) {
+    const Tensor numbers = n.tensor("group");
+    group_ = &checked_group(checked_array<const Int>(numbers, "a linear's group", kInt64, 0, true), numbers.numel());
+    prologue_ = checked_convolution(*group_, n.integer("prologue"), window_, stride_);
+    const Int columns = group_->in_features / kTaps, width = n.inputs.empty() ? 0 : n.value(n.inputs[0]).width;
+    side_ = width / columns;
+    if (side_ < 1 || side_ % stride_) n.fail("takes whole steps of rows side by side, not " + std::to_string(width) + " columns");
+    x_ = n.input(0, side_ * columns);
+    out_ = n.checked_output(side_ / stride_ * output_width(*group_));
+  }
+  Int prepare(const Step& step, LinearCall& c) const override {
+    const Int rows = step.rows(x_) * side_;
+    if (rows % window_)
+      TVM_FFI_THROW(ValueError) << "a convolution takes windows of " << window_ << " rows, not " << rows << " rows";
+    c = convolution_call(*group_, step.at<const float>(x_), rows, prologue_, window_, stride_, step.at<float>(out_), step.scratch);
+    return 0;
+  }
+  void run(Team& team, const LinearCall& c, const char* after) const override { linear_group(team, c, after); }
+  bool has_weights() const override { return true; }
+  const char* first_weights(const Team& team) const override { return cai::first_weights(team, *group_); }
+  Int scratch_floats(const Step& step) const override {
+    return convolution_floats(*group_, step.rows(x_) * side_ / stride_, window_, stride_);
+  }
+
+ private:
+  const LinearGroup* group_;
+  const Int window_, stride_;
+  Prologue prologue_;
+  Int side_, x_, out_;
+};
+CAI_OPERATION("convolution", RecordedConvolution);
 
 }  // namespace
 }  // namespace cai

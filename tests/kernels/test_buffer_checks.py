@@ -44,6 +44,32 @@ def attention_arguments() -> list[Any]:
     return [torch.ones(3, 16), *batch, torch.ones(8, 2), heads, 0.5, k, v, 2, sinks, norms, 1e-5, torch.ones(3, 8)]
 
 
+def encoder_arguments() -> list[Any]:
+    return [torch.ones(6, 16), 2, 1, 4, 3, 0.5, torch.ones(6, 8)]
+
+
+def cross_cache() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """heads, keys and values of 3 pages."""
+    return integers([2, 1, 4, 16, 0]), torch.zeros(3 * 1 * 4 * 16), torch.zeros(3 * 1 * 16 * 16)
+
+
+def cross_arguments() -> list[Any]:
+    starts, pages = torch.tensor([0, 1, 3], dtype=torch.int32), torch.tensor([[0, 2], [1, 2]], dtype=torch.int32)
+    heads, k, v = cross_cache()
+    return [torch.ones(3, 8), starts, pages, heads, 0.5, k, v, 3, 20, torch.ones(3, 8)]
+
+
+def cross_write_arguments() -> list[Any]:
+    heads, k, v = cross_cache()
+    return [torch.ones(20, 8), torch.tensor([[0, 2]], dtype=torch.int32), heads, k, v, 3, 20]
+
+
+def cross_weights_arguments() -> list[Any]:
+    pages, which = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([1, 0], dtype=torch.int32)
+    heads, k, v = cross_cache()
+    return [torch.ones(3, 8), pages, which, heads, 0.5, k, v, 3, 20, torch.ones(6, 20)]
+
+
 def norm_arguments() -> list[Any]:
     return [torch.ones(3, 8), torch.ones(3, 8), torch.ones(8), 1e-5, torch.ones(3, 8), torch.ones(3, 8)]
 
@@ -54,6 +80,10 @@ ARGUMENTS: dict[str, Callable[[], list[Any]]] = {
     "swiglu": lambda: [torch.ones(3, 8), torch.ones(3, 4)],
     "gather": gather_arguments,
     "attention": attention_arguments,
+    "encoder_attention": encoder_arguments,
+    "cross_attention": cross_arguments,
+    "cross_write": cross_write_arguments,
+    "cross_weights": cross_weights_arguments,
     "pack_int4": lambda: [torch.ones(3, 4, dtype=torch.uint8), 8, torch.zeros(16 * 32 // 2, dtype=torch.uint8)],
 }
 
