@@ -105,6 +105,47 @@ class ConversionError(CaiError):
     """A GGUF or other foreign file can't be converted. The message names the file and the part."""
 
 
+class AudioError(CaiError):
+    """An audio input can't be used. The message names the input, what is wrong and what to do. `.param` is the API's
+    parameter that it came by."""
+
+    def __init__(self, message: str, *, param: str = "file"):
+        self.param = param
+        super().__init__(message)
+
+
+class AudioSourceError(AudioError):
+    """There is nothing to decode: no such file, a directory, text instead of bytes, a wrong type, a failed read."""
+
+
+class EmptyAudioError(AudioError):
+    """The input has no bytes, or no samples."""
+
+
+class UnreadableAudioError(AudioError):
+    """No decoder reads the input: it is no audio, of an unknown format, encrypted, or damaged from its start."""
+
+
+class NoAudioTrackError(UnreadableAudioError):
+    """The container holds other tracks, such as video, and none of audio."""
+
+
+class UnsupportedAudioError(AudioError):
+    """The sampling rate, the number of channels or the type of the samples is not one that this version takes."""
+
+
+class NonFiniteAudioError(AudioError):
+    """A sample is NaN, infinite, or too large for any scale of audio. `.seconds` is its time."""
+
+    def __init__(self, message: str, *, seconds: float, param: str = "file"):
+        self.seconds = seconds
+        super().__init__(message, param=param)
+
+
+class AudioPackageError(AudioError):
+    """A package that the input needs is not installed. The message names it and the extra that brings it."""
+
+
 class CompressionError(CaiError):
     """A model can't be compressed as asked."""
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from cai_runtime.errors import CompressionError
+from cai_runtime.audio.mel import RATE
+from cai_runtime.audio.stream import open_audio
+from cai_runtime.errors import AudioError, CompressionError
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 LIST_SUFFIXES = (".jsonl", ".tsv")
-RATE = 16_000  # samples per second
 WINDOW = 30  # seconds of a model's input
 LOOK_BACK = 5.0  # a window is cut within its last seconds, this many
 PAUSE = 0.2  # seconds over which the power is summed to find the quietest moment
@@ -58,28 +59,18 @@ def find_clips(source: Source) -> list[Clip]:
 def read_audio(path: str | Path) -> np.ndarray:
     """Read a whole audio file as fp32 [samples] at 16 kHz: channels averaged, resampled by soxr.
 
-    Raises CompressionError for a file that can't be decoded, is empty or holds NaN or infinity, or for a missing package.
+    Raises CompressionError for a file that can't be decoded whole, is empty or holds NaN or infinity, or for a missing
+    package.
     """
     try:
-        import soundfile
-    except (ImportError, OSError) as e:  # OSError: without its C library
-        raise CompressionError(f"{path} needs soundfile to be read: pip install 'cai-runtime[audio]' ({e})") from e
-    try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (OSError, RuntimeError) as e:
+        with open_audio(path) as stream:
+            samples = stream.read()
+            damage = stream.damage
+    except AudioError as e:
         raise CompressionError(f"audio file {path} can't be read: {e}") from e
-    mono = samples.mean(axis=1)
-    if not mono.size or not np.isfinite(mono).all():
-        raise CompressionError(f"audio file {path} {'holds NaN or infinity' if mono.size else 'is empty'}")
-    if rate == RATE:
-        return mono
-    try:
-        import soxr
-    except ImportError as e:
-        raise CompressionError(
-            f"{path} has {rate} samples a second and needs soxr to get {RATE}: pip install 'cai-runtime[audio]'"
-        ) from e
-    return np.asarray(soxr.resample(mono, rate, RATE), dtype=np.float32)
+    if damage:  # its transcript says more than is left
+        raise CompressionError(f"audio file {path} can't be read whole: {damage}")
+    return samples
 
 
 def cut_windows(audio: np.ndarray, seconds: float = WINDOW) -> list[np.ndarray]:
