@@ -15,7 +15,7 @@ from cai_runtime.speech.options import Options
 from cai_runtime.speech.prompts import Prompts, SpeechText
 from cai_runtime.speech.record import Record
 from cai_runtime.speech.results import Segment
-from cai_runtime.speech.steps import FRAMES_PER_SECOND, Done, Need, Step, Windows
+from cai_runtime.speech.steps import FRAMES, FRAMES_PER_SECOND, Done, Need, Step, Windows
 from cai_runtime.speech.tokens import SpeechTokens
 
 
@@ -35,8 +35,11 @@ class Job:
 
     def hear(self, start: int, end: float) -> tuple[np.ndarray, int]:
         """(features, frames of them that count) of the window at frame `start`; what lies at `end` or behind is silent."""
+        most = FRAMES if end == math.inf else round(end) - start
+        if most <= 0:
+            return np.zeros((0, self.tokens.mels), np.float32), 0
         features, real = self.windows.features(start)
-        frames = int(min(real, max(round(end - start) if end < math.inf else real, 0)))
+        frames = min(real, most)
         if frames < real:
             silence(features, frames)
         return features, frames

@@ -104,7 +104,9 @@ def _finish(job: Job, window: _Window, decoded: Decoded) -> Generator[Step, Any,
     heard, segments, rest = window.frames, [], None
     if not is_silence(decoded, job.options):
         pieces, heard = _pieces(job, window, decoded)
-        if window.frames - heard >= LEAST_REST:
+        if window.frames - heard < LEAST_REST:
+            heard = window.frames
+        else:
             features = np.full_like(window.features, window.features.min())
             features[: FRAMES - heard] = window.features[heard:]
             rest = yield from _begin(job, window.seek + heard, features, window.frames - heard)
