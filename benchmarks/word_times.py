@@ -200,10 +200,10 @@ def main() -> None:
                     for name in ("all", case.group):
                         compare(case, words, groups.setdefault(name, Errors()))
                 results.setdefault(model, {})[side] = {name: errors.summary() for name, errors in groups.items()}
-    print(
-        "| model | | around | words found | start: median | p95 | largest | bias | end: median | p95 | largest | bias | wrong |"
-    )
-    print("| --- " * 13 + "|")
+    heads = ["model", "", "around", "words found"]
+    heads += [f"{edge}: {figure}" for edge in ("start", "end") for figure in ("median", "p95", "largest", "bias")]
+    print(f"| {' | '.join([*heads, 'wrong'])} |")
+    print("| --- " * (len(heads) + 1) + "|")
     for model, sides_of in results.items():
         for side, groups_of in sides_of.items():
             for name, s in groups_of.items():
