@@ -6,15 +6,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .alignment import Alignment
+    from .beam_search import BeamSearch
     from .engine import Engine
     from .handle import Handle
     from .output import TokenOutput
     from .request import Delta, Finished, Request, SamplingParams
     from .stats import EngineStats
 
-__all__ = ["Delta", "Engine", "EngineStats", "Finished", "Handle", "Request", "SamplingParams", "TokenOutput"]
+__all__ = [
+    "Alignment", "BeamSearch", "Delta", "Engine", "EngineStats", "Finished", "Handle", "Request", "SamplingParams",
+    "TokenOutput",
+]  # fmt: skip
 
 _MODULES = {
+    "Alignment": "alignment",
+    "BeamSearch": "beam_search",
     "Delta": "request",
     "Engine": "engine",
     "EngineStats": "stats",

@@ -42,6 +42,7 @@ class Held:
     num_registered: int = 0  # pages offered to others
     room: int = 0  # positions that the pages of every group cover
     is_changed: bool = False  # the runner does not know all of the page tables
+    copies: list[PageCopy] = field(default_factory=list)  # of a fork, before its first pass
 
     def __bool__(self) -> bool:
         return bool(self.by_group)
@@ -106,6 +107,14 @@ class CacheManager:
     def room_for_encoder(self, rows: int) -> bool:
         """Whether an encoder's output of so many rows could ever be held."""
         return all(layout.group.pages_for(rows) <= layout.group.most_pages for layout in self._encoders)
+
+    def room_for_beams(self, prompt: int, length: int, width: int) -> bool:
+        """Whether `width` texts of up to `length` tokens that share a prompt could be held beside each other, with nothing
+        else. They share the prompt's full pages at least."""
+        needed: Counter[PageBook] = Counter()
+        for layout in self._layouts.values():
+            needed[layout.book] += layout.most_forked(prompt, length, width, self.align)
+        return all(count <= book.num_pages for book, count in needed.items())
 
     def rows_to_encode(self, sequence: EngineSequence) -> int:
         """Rows of the encoder's output that a waiting sequence needs, and that are not found."""
@@ -307,6 +316,7 @@ class CacheManager:
         child.held.digests = list(held.digests[: position // self.page_size])
         child.held.num_registered = min(held.num_registered, len(child.held.digests))
         child.num_computed = position
+        child.held.copies = copies
         self._note_change(child.held)
         held.is_changed = True  # of a state
         return copies

@@ -77,6 +77,10 @@ class Layout:
     def is_encoded(self, held: Any) -> bool:
         return True
 
+    def most_forked(self, prompt: int, length: int, width: int, align: int) -> int:
+        """Pages that `width` sequences of up to `length` positions hold at most, which were forked behind a prompt."""
+        return width * self.group.needed(length, align)
+
     def fork_needs(self, held: Any, position: int) -> int:
         """Pages that `fork` allocates."""
         raise NotImplementedError
@@ -156,6 +160,10 @@ class PagedLayout(Layout):
     def pages(self, held: Pages) -> list[int]:
         return held.table[held.first :]
 
+    def most_forked(self, prompt: int, length: int, width: int, align: int) -> int:
+        shared = 0 if self.group.window is not None else prompt // self.group.page_size
+        return shared + width * (self.group.needed(length, align) - shared)
+
     def fork_needs(self, held: Pages, position: int) -> int:
         return int(position % self.group.page_size > 0)
 
@@ -202,9 +210,10 @@ class StateLayout(Layout):
         old, held.read = held.read, held.write
         aligned = self.group.reuse == "snapshot" and position % self.group.align == 0
         if old is not None:
-            if held.pending is not None and held.pending[0] == old and not aligned and self.book.num_available:
+            keeps = held.pending is not None and held.pending[0] == old and not aligned
+            if keeps and not held.spare and self.book.num_available:
                 held.spare += self.book.allocate(1)  # in place of the slot that is kept until it is known to be good
-            else:
+            if not keeps or not held.spare:
                 if held.pending is not None and held.pending[0] == old:
                     held.pending = None
                 self._let_go(held, old)
@@ -214,7 +223,9 @@ class StateLayout(Layout):
         held.write = held.spare.pop()
 
     def _let_go(self, held: State, slot: int) -> None:
-        if self.book.is_private(slot):
+        if not held.spare and self.book.is_private(
+            slot
+        ):  # the last of a fork's sequences to go on has a spare one already
             held.spare.append(slot)
         else:
             self.book.release([slot])
@@ -250,6 +261,9 @@ class StateLayout(Layout):
             own.append(held.pending[0])
         return own + held.spare
 
+    def most_forked(self, prompt: int, length: int, width: int, align: int) -> int:
+        return 2 if width == 1 else 3 * width  # a slot that is read with others may need one in its place
+
     def fork_needs(self, held: State, position: int) -> int:
         return 3 if held.read is not None and self.book.is_private(held.read) else 2
 
@@ -268,6 +282,7 @@ class Encoded:
     missing: int  # pages to allocate
     done: bool  # whether the encoder's pass went through
     told: bool = False
+    offered: bool = False
 
 
 class EncoderLayout(Layout):
@@ -300,7 +315,10 @@ class EncoderLayout(Layout):
         held.done = True
 
     def commit(self, held: Encoded, digests: Sequence[bytes], first: int, count: int, prompt: Prompt) -> None:
+        if held.offered:  # nearly always
+            return
         if held.done and prompt.encoder is not None and self.group.reuse == "content":
+            held.offered = True
             for i, page in enumerate(held.table):
                 self.book.register(page, self._name(prompt.encoder.digest, i))
 
@@ -316,12 +334,15 @@ class EncoderLayout(Layout):
     def is_encoded(self, held: Encoded) -> bool:
         return held.done
 
+    def most_forked(self, prompt: int, length: int, width: int, align: int) -> int:
+        return self.group.most_pages
+
     def fork_needs(self, held: Encoded, position: int) -> int:
         return 0
 
     def fork(self, held: Encoded, position: int, copies: list[PageCopy]) -> Encoded:
         self.book.share(held.table)
-        return Encoded(list(held.table), 0, held.done)
+        return Encoded(list(held.table), 0, held.done, offered=held.offered)
 
 
 def layout_of(group: CacheGroup, book: PageBook) -> Layout:

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from cai_runtime.byte_sizes import format_bytes
+from cai_runtime.engine.beams import BeamGroup, BeamSampler
 from cai_runtime.engine.cache_groups import bytes_held, bytes_wanted, groups_of, positions_held, split_pages
 from cai_runtime.engine.detokenizer import TokenDecoder
 from cai_runtime.engine.handle import Handle
@@ -24,7 +25,7 @@ from cai_runtime.engine.outbox import Outbox, TokenLog
 from cai_runtime.engine.output import OutputSpec, TextOutput
 from cai_runtime.engine.proposers import Proposer
 from cai_runtime.engine.request import Request, SamplingParams
-from cai_runtime.engine.request_checks import check_parts
+from cai_runtime.engine.request_checks import check_beam, check_beam_stops, check_parts, rows_of
 from cai_runtime.engine.runner import Runner
 from cai_runtime.engine.sampling import SequenceSampler
 from cai_runtime.engine.segments import Prompt, lay_out
@@ -83,6 +84,7 @@ class Engine:
         positions, _ = positions_held(*groups_of(runner))
         self.max_context = min(runner.max_context, positions)
         self._able: frozenset[str] = frozenset(getattr(runner, "able", ()))
+        self._copies_pages = hasattr(runner, "launch") or hasattr(runner, "copy_pages")
         self.has_head: bool = getattr(runner, "has_head", True)
         self.model_context: int = getattr(runner, "model_context", runner.max_context)
         self.context_limit = _context_limit(runner, self.model_context)
@@ -156,18 +158,21 @@ class Engine:
         params, prompt_ids = request.sampling, prompt.known_ids
         self._check(prompt, params)
         check_parts(request, prompt, able=self._able, has_head=self.has_head)
+        check_beam(request, prompt, self._loop.scheduler, copies=self._copies_pages)
         arrival = next(self._arrivals)
         request = replace(request, request_id=request.request_id or f"request-{arrival}")
         ends: dict[int, str | None] = dict.fromkeys(() if params.ignore_eos else self.eos_token_ids)
         ends |= dict.fromkeys(params.stop_token_ids)
         ends |= {token_id: stop for stop in params.stop if (token_id := self.decoder.special_id(stop)) is not None}
+        check_beam_stops(request, ends)
         possible = [token_id for token_id in ends if 0 <= token_id < self.vocab_size]
         spec = OutputSpec(self.decoder, prompt_ids, ends, params.stop, params.min_tokens, request.skip_special_tokens)
-        return Sequence(
+        sampler = SequenceSampler(params, prompt_ids, possible, seed=secrets.randbits(64), rules=request.rules)
+        sequence = Sequence(
             arrival=arrival,
             request=request,
             prompt=prompt,
-            sampler=SequenceSampler(params, prompt_ids, possible, seed=secrets.randbits(64), rules=request.rules),
+            sampler=sampler if request.beam is None else BeamSampler(sampler, rows_of(request.beam, params.logprobs)),
             output=(request.output or TextOutput)(spec),
             log=log,
             ends=frozenset(ends),
@@ -175,6 +180,9 @@ class Engine:
             prompt_digests=prompt_digests,
             submitted_at=self._loop.clock(),
         )
+        if request.beam is not None:
+            sequence.beam = BeamGroup(sequence, request.beam)
+        return sequence
 
     def _checked_prompt(self, request: Request) -> Prompt:
         segments = request.segments or (request.prompt_ids,)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from cai_runtime.engine.masks import MaskedRow, dead_end
 from cai_runtime.engine.pooling import take_hidden
 from cai_runtime.engine.runner import Pass, PendingSampled
-from cai_runtime.engine.sampling import SequenceSampler, TokenScorer, logprobs_of, tokens_or_errors
+from cai_runtime.engine.sampling import RowSampler, logprobs_of, tokens_or_errors
 from cai_runtime.engine.scheduler import Planned
 from cai_runtime.engine.sequence import Sequence
 from cai_runtime.kernels.sampling import NOTHING_ALLOWED, Sampled
@@ -28,7 +28,7 @@ class Launched:
     made: Pass | None = None
     sampled: PendingSampled | None = None
     error: Exception | None = None  # the launch failed
-    samplers: list[SequenceSampler | TokenScorer] = field(default_factory=list)  # of the wanted rows
+    samplers: list[RowSampler] = field(default_factory=list)  # of the wanted rows
     positions: list[int] = field(default_factory=list)  # of the rows' tokens
     drafted: dict[int, list[int] | tuple[int, ...]] = field(default_factory=dict)  # row -> tokens before it
     masked: list[MaskedRow] = field(default_factory=list)
@@ -85,6 +85,9 @@ def take_rows(
         return append_sampled(sequence, planned.draft, rows)
     if sequence.pool is not None:
         return 0, take_hidden(sequence.pool, planned.feed.hidden, sequence.log, at_end=planned.at_end)
+    if sequence.beam is not None:
+        planned.at_end = False  # its group goes on when all members have their rows
+        return 0, sequence.beam.take(sequence, rows, found, at)
     params, scored = sequence.request.sampling, planned.scored
     if sequence.aligner is not None:
         wrong = sequence.aligner.take(planned.feed.attention)

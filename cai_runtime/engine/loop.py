@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
+from cai_runtime.engine.beams import search_on
 from cai_runtime.engine.cache import CacheManager
 from cai_runtime.engine.cache_groups import groups_of
 from cai_runtime.engine.flight import (
@@ -151,6 +152,7 @@ class EngineLoop:
             step.feeds.append(feed)
             if again or sequence.held.is_changed:
                 step.pages += cache.page_changes(sequence, everything=again)
+                step.copies += sequence.held.copies
             if sequence.prompt.encoder is not None:
                 passes = cache.encoder_passes(sequence)
                 step.encode += passes
@@ -198,6 +200,8 @@ class EngineLoop:
         failed = self.stats.retries
         for launched in flight.parts:
             self._settle(launched)
+        if self.scheduler.groups:
+            search_on(self.scheduler, self.stats, self.clock(), self._put_out)
         if self.stats.retries == failed:
             self._pace.observe(flight.prompt_tokens, self.clock() - flight.begin)
             self._limits.relax(most_sequences=self.scheduler.max_batch, most_tokens=self._pace.most)
@@ -238,7 +242,8 @@ class EngineLoop:
         return self._try_halves(part)
 
     def _try(self, part: list[Planned]) -> bool:
-        return self._settle(self._launch_part(part, again=True))
+        part = [planned for planned in part if self._is_alive(planned.sequence)]  # a request may have several sequences
+        return not part or self._settle(self._launch_part(part, again=True))
 
     def _try_halves(self, part: list[Planned]) -> bool:
         if len(part) > 1:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from cai_runtime.engine.alignment import Alignment
+    from cai_runtime.engine.beam_search import BeamSearch
     from cai_runtime.engine.masks import MaskFactory
     from cai_runtime.engine.output import OutputFactory
     from cai_runtime.engine.pooling import Pooling
@@ -67,6 +68,9 @@ class Request:
     mask: makes what says which tokens may come (see `masks.TokenMask`); `Engine.submit` calls it with the tokens that end
     the text. rules: change each row of logits before everything else. They are a part of the model's distribution: log
     probabilities are of the logits after them. What they raise fails the request alone. Their rows are sampled on the host.
+    beam: search for the likeliest text with several beside each other, by the logits after rules, penalties, logit_bias and
+    min_tokens. The temperature is 0 then. Nothing is put out before the end, and `Finished.logprobs` are there always: of
+    the logits that the search went by.
     pooling: the embedding of the prompt is wanted, and no text: `max_tokens` is 0 then, and nothing else is asked.
     alignment: the cross-attention of the prompt's last tokens is wanted, and no text: `max_tokens` is 0 then; it may ask
     for `prompt_logprobs`, too.
@@ -81,6 +85,7 @@ class Request:
     cache_salt: bytes = b""
     mask: MaskFactory | None = None
     rules: LogitsRules | None = None
+    beam: BeamSearch | None = None
     pooling: Pooling | None = None
     alignment: Alignment | None = None
 
@@ -149,7 +154,8 @@ class Finished:
     cached_tokens: int  # prompt tokens whose KV came from the prefix cache
     stop_string: str | None = None
     times: RequestTimes = field(default_factory=RequestTimes, compare=False)
-    logprobs: tuple[TokenLogprobs, ...] | None = None  # of `token_ids`, where the request wants them
+    # Of `token_ids`, where `SamplingParams.logprobs` or `Request.beam` is given.
+    logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # of the prompt's tokens; None for the first
     # Where `Request.pooling` wants it: fp64 [hidden], not normalized.
     embedding: np.ndarray | None = field(default=None, compare=False)

@@ -28,7 +28,7 @@ class Runner(Protocol):
     """Runs a model over a paged KV cache, one step after another. Called from the engine's thread only.
 
     A row of logits does not depend on which other sequences are in the step, nor on how its prompt was chunked. After a
-    failure the engine may feed the same tokens at the same positions again.
+    failure the engine may feed the same tokens at the same positions again, and ask for the same page copies.
 
     A runner with an attribute `ahead = True` takes `NEXT` in a feed: the token that the seat sampled last. The engine then
     launches a step before it has read the tokens of the one before. One whose attribute `able` has "hidden_states" serves
@@ -55,7 +55,8 @@ class Runner(Protocol):
 
 
 class SimpleRunner(Protocol):
-    """A runner whose model is a function. `RunnerThread` makes a `Runner` of it; `sample` is optional: the CPU kernels'."""
+    """A runner whose model is a function. `RunnerThread` makes a `Runner` of it. Optional are `sample`, in place of the CPU
+    kernels', and `copy_pages(pairs)`, which beam search needs: copies pages, (source, target) of each, in order."""
 
     page_size: int
     num_pages: int

@@ -144,10 +144,13 @@ class RunnerThread:
     def launch(self, step: Step) -> Promise[Any]:
         for change in step.pages:
             self._pages[change.seat][change.at : change.at + len(change.pages)] = change.pages
+        copies = [(copy.source, copy.target) for copy in step.copies]
         feeds = [ScheduledSequence(f.ids, f.start, self._pages[f.seat], f.wanted) for f in step.feeds]
-        return self._thread.submit(partial(self._run, feeds, step.rows), small=len(feeds) <= SMALL)
+        return self._thread.submit(partial(self._run, feeds, step.rows, copies), small=len(feeds) <= SMALL)
 
-    def _run(self, feeds: list[ScheduledSequence], rows: int) -> Any:
+    def _run(self, feeds: list[ScheduledSequence], rows: int, copies: list[tuple[int, int]]) -> Any:
+        if copies:
+            cast(Any, self._simple).copy_pages(copies)  # which the engine has found that it can
         logits = self._simple.run(feeds)
         expected = (rows, self._simple.vocab_size)
         found = getattr(logits, "shape", None)

@@ -6,10 +6,11 @@ position, so that a seeded request gives the same text alone, in a batch, and af
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -114,6 +115,27 @@ class TokenCounts:
         return self._counts[: self._size]
 
 
+class RowSampler(Protocol):
+    """How a row of a step is sampled. row_bytes: of ROW. tables: as these say. logprobs: as `SamplingBatch` has them; None:
+    none. scored: likewise. wants_more: whether it has logprobs or a processor."""
+
+    row_bytes: Any
+    tables: RowTables
+    wants_more: bool
+    scored: int
+
+    @property
+    def logprobs(self) -> int | None: ...
+
+    def tables_after(self, drafted: Sequence[int]) -> RowTables:
+        """The tables of a row that follows the text and these tokens, which are not yet part of it."""
+        ...
+
+    def processor_after(self, drafted: Sequence[int]) -> LogitsProcessor | None:
+        """Likewise, what comes before everything else."""
+        ...
+
+
 class TokenScorer:
     """A row that samples nothing: it gives the logprob of a token of the prompt, and the k likeliest ones'."""
 
@@ -193,13 +215,21 @@ class SequenceSampler:
             return  # the tables are as before
         self._write_tables()
 
+    def fork(self) -> SequenceSampler:
+        """One of its own for another sequence that goes on from the same text."""
+        made = copy.copy(self)
+        made._generated = list(self._generated)
+        made._counts = None if self._counts is None else self._counts.plus(())
+        made.row = self.row.copy()
+        made.row_bytes = made.row.view(np.uint8).data
+        made._write_tables()
+        return made
+
     def tables_after(self, drafted: Sequence[int]) -> RowTables:
-        """The tables of a row that follows tokens which are not yet part of the text."""
         counts = self._counts.plus(drafted) if self._counts is not None else None
         return self._tables(counts, self._num_generated + len(drafted))
 
     def processor_after(self, drafted: Sequence[int]) -> LogitsProcessor | None:
-        """The rules of a row that follows the text and these tokens, which are not yet part of it."""
         return None if self.rules is None else partial(_follow, self.rules, (*self._generated, *drafted))
 
     def _tables(self, counts: TokenCounts | None, num_generated: int) -> RowTables:
@@ -243,7 +273,7 @@ def _bias_table(bias: Mapping[int, float], banned: Iterable[int]) -> tuple[np.nd
 
 
 def sampling_batch(
-    samplers: Sequence[SequenceSampler | TokenScorer],
+    samplers: Sequence[RowSampler],
     positions: Sequence[int],
     drafted: Mapping[int, Sequence[int]] | None = None,
     mask: np.ndarray | None = None,

@@ -3,10 +3,10 @@
 First come, first served: `running` and `waiting` are ordered by arrival. Every running sequence that decodes takes
 part in every step; prompts share a budget of tokens a step, oldest first. The rows of an encoder's output count as tokens
 of the prompt that they belong to; they are computed in one pass, which may exceed the budget of a step that feeds no other
-prompt. A sequence gets the pages of its whole
-prompt when it is admitted, and one more whenever it grows over a page. When none is left, the youngest running sequence
-gives its pages up and waits to be computed again (preemption by recompute). So the oldest always advances, and nothing
-starves.
+prompt. A request with beam search has a seat for each of its texts from the beginning. A sequence gets the pages of its
+whole prompt when it is admitted, and one more whenever it grows over a page. When none is left, the youngest running
+sequence gives its pages up and waits to be computed again (preemption by recompute). So the oldest always advances, and
+nothing starves.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cai_runtime.engine.beams import BeamGroup
 from cai_runtime.engine.cache import CacheManager
 from cai_runtime.engine.sequence import Sequence
 from cai_runtime.engine.stats import EngineStats
@@ -87,6 +88,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.newly_admitted: list[Sequence] = []  # for the first time; the step loop empties it
+        self.groups: list[BeamGroup] = []  # of running requests with beam search
         self._free_seats = list(range(max_batch - 1, -1, -1))
 
     @property
@@ -103,7 +105,9 @@ class Scheduler:
         insort(self.waiting, sequence, key=_arrival)
 
     def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, finished or not, and free its pages."""
+        """Forget a sequence, finished or not, and free its pages; with beam search, all sequences of its request."""
+        if sequence.beam is not None:
+            sequence = self._disband(sequence.beam)
         (self.running if sequence in self.running else self.waiting).remove(sequence)
         self._take_pages(sequence)
 
@@ -136,7 +140,9 @@ class Scheduler:
             else:
                 draft = self._affordable_draft(sequence) if is_decode else None
                 step.append(Planned.of(sequence, end - start, draft))
-        if self.waiting and not preempted:
+        if preempted:  # a group may have lost its pages for one of its last members
+            return [planned for planned in step if planned.sequence.held.by_group]
+        if self.waiting:
             self._admit(step, budget, rows, untouched=budget == whole)
         return step
 
@@ -144,7 +150,7 @@ class Scheduler:
         """The step behind one that is under way, as far as it is known: each sequence goes on with the token that it is
         about to get. Empty where it depends on that token (penalties, logits processors), where a prompt or a draft is
         fed, where somebody could be admitted, where pages run short, or where a state's slots change with the step."""
-        if self.cache.has_state or self._draft is not None or (self.waiting and len(self.running) < self.max_batch):
+        if self.cache.has_state or self._draft is not None or (self.waiting and self._free_seats):
             return []
         if len(under_way) != len(self.running):
             return []
@@ -165,7 +171,8 @@ class Scheduler:
         wanted in the step. untouched: whether the step feeds no prompt yet."""
         being_computed = self._being_computed()
         for sequence in list(self.waiting):
-            if budget <= 0 or len(self.running) >= self.max_batch:
+            seats = 1 if sequence.beam is None else sequence.beam.width
+            if budget <= 0 or len(self._free_seats) < seats:
                 return
             if sequence.is_scoring and rows <= 0:
                 continue
@@ -176,15 +183,19 @@ class Scheduler:
             encoded = self.cache.rows_to_encode(sequence)
             if encoded > budget and not untouched:
                 return
-            # One spare page for each running sequence, so that the newcomer is not preempted right away.
-            admission = self.cache.admit(sequence, found, most, spare=len(self.running))
+            # One spare page for each seat that is taken, so that the newcomer is not preempted right away.
+            spare = self.max_batch - len(self._free_seats) + seats - 1 if self.running else 0
+            admission = self.cache.admit(sequence, found, most, spare=spare)
             if admission is None and self.cache.reclaim(self.running):
-                admission = self.cache.admit(sequence, found, most, spare=len(self.running))
+                admission = self.cache.admit(sequence, found, most, spare=spare)
             if admission is None:
                 return
             self.waiting.remove(sequence)
             insort(self.running, sequence, key=_arrival)
             sequence.seat = self._free_seats.pop()
+            if sequence.beam is not None:
+                sequence.beam.idle = [self._free_seats.pop() for _ in range(seats - 1)]
+                self.groups.append(sequence.beam)
             sequence.num_computed = admission.start
             if not sequence.was_admitted:
                 sequence.was_admitted = True
@@ -204,7 +215,7 @@ class Scheduler:
 
     def _affordable_draft(self, sequence: Sequence) -> list[int]:
         """A draft of what follows a decoding sequence, cut to its pages when none is left: nobody is preempted for it."""
-        draft = self._draft(sequence) if self._draft is not None else []
+        draft = self._draft(sequence) if self._draft is not None and sequence.beam is None else []
         known = len(sequence.token_ids)
         if draft and not self.cache.grow(sequence, known + len(draft)):
             del draft[sequence.held.room - known :]
@@ -217,8 +228,12 @@ class Scheduler:
             sequence.request.request_id,
             sequence.num_computed,
         )
+        if sequence.beam is not None:
+            sequence = self._disband(sequence.beam)
         self.running.remove(sequence)
         self._take_pages(sequence)
+        if sequence.beam is not None:
+            sequence.beam.restart()
         self.add(sequence)
 
     def _take_pages(self, sequence: Sequence) -> None:
@@ -227,6 +242,58 @@ class Scheduler:
             self._free_seats.append(sequence.seat)
             sequence.seat = -1
         sequence.num_computed = 0
+
+    def regroup(self, group: BeamGroup, parents: list[int]) -> bool:
+        """Make the members of a group those of its next texts, of which each follows the text of the member that `parents`
+        has in its place. False: no page was left, and the group waits to begin again. Call it between two steps."""
+        if group.members.index(group.leader) not in parents:
+            group.lead(parents[0])
+        before, followed = group.members, set(parents)
+        for i, member in enumerate(before):
+            if i not in followed:  # first of all: its pages may be needed
+                self.running.remove(member)
+                self.cache.release(member)
+                group.idle.append(member.seat)
+        group.members = [before[i] for i in followed]
+        members: list[Sequence] = []
+        for i in parents:
+            if i in followed:
+                followed.remove(i)
+                members.append(before[i])
+                continue
+            child = self._fork(group, before[i])
+            if child is None:
+                return False
+            group.members.append(child)
+            members.append(child)
+        group.members = members
+        return True
+
+    def _fork(self, group: BeamGroup, parent: Sequence) -> Sequence | None:
+        """Another running sequence of the same text. None if the group itself had to be preempted."""
+        child = group.branch(parent)
+        while self.cache.fork(parent, child) is None:
+            if self.cache.reclaim(self.running):
+                continue
+            if self.running[-1].beam is group:
+                group.idle.append(child.seat)
+                self._preempt(group.leader)
+                return None
+            self._preempt(self.running[-1])
+        insort(self.running, child, key=_arrival)
+        return child
+
+    def _disband(self, group: BeamGroup) -> Sequence:
+        """Drop all sequences of a group but the leader, which is returned, and free their seats."""
+        for member in group.members:
+            if member is not group.leader:
+                self.running.remove(member)
+                self._take_pages(member)
+        self._free_seats += group.idle
+        group.members, group.idle = [group.leader], []
+        if group in self.groups:
+            self.groups.remove(group)
+        return group.leader
 
     def advance(self, planned: Planned, taken: int = 0) -> None:
         """Note that a feed was computed. taken: tokens that were sampled after it and became part of the text; a drafted
@@ -256,6 +323,13 @@ class Scheduler:
             if sequence.held or sequence.num_computed:
                 raise AssertionError(f"waiting sequence {sequence.arrival} holds pages")
         seats = [*self._free_seats, *(sequence.seat for sequence in self.running)]
+        for group in self.groups:
+            seats += group.idle
+            if len(group.members) + len(group.idle) != group.width or group.leader not in group.members:
+                raise AssertionError(f"a group of width {group.width} has {len(group.members)} members")
+        searching = [sequence for sequence in self.running if sequence.beam is not None]
+        if sorted(map(id, searching)) != sorted(id(member) for group in self.groups for member in group.members):
+            raise AssertionError("groups and running sequences disagree")
         if sorted(seats) != list(range(self.max_batch)):
             raise AssertionError(f"seats are free or taken twice, or lost: {seats}")
         for queue in (self.running, self.waiting):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from cai_runtime.engine.alignment import Aligner
 from cai_runtime.engine.cache import Held
@@ -15,6 +16,9 @@ from cai_runtime.engine.request import Delta, Request, TokenLogprobs
 from cai_runtime.engine.sampling import SequenceSampler
 from cai_runtime.engine.segments import Prompt
 
+if TYPE_CHECKING:
+    from cai_runtime.engine.beams import BeamGroup, BeamSampler
+
 
 @dataclass(eq=False)
 class Sequence:
@@ -23,11 +27,12 @@ class Sequence:
     arrival: int  # smaller is older
     request: Request
     prompt: Prompt
-    sampler: SequenceSampler
+    sampler: SequenceSampler | BeamSampler
     output: Output
     log: TokenLog
     ends: Collection[int] = ()  # tokens that end the text once min_tokens were generated
     mask: TokenMask | None = None
+    beam: BeamGroup | None = None  # where it is one of several that search
 
     token_ids: list[int] = field(init=False)  # prompt, then generated
     num_prompt: int = field(init=False)
@@ -61,7 +66,8 @@ class Sequence:
         self.aligner = None
         if alignment is not None and encoder is not None:
             self.aligner = Aligner(alignment, self.num_prompt, encoder.rows)
-        self.asks_more = self.logprobs is not None or self.prompt_logprobs is not None or params.max_tokens == 0
+        scores = self.logprobs is not None or self.prompt_logprobs is not None
+        self.asks_more = scores or params.max_tokens == 0 or self.request.beam is not None
 
     @property
     def num_generated(self) -> int:

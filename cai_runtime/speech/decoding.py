@@ -27,12 +27,13 @@ from cai_runtime.speech.tokens import SpeechTokens
 class Decoded:
     """What one attempt gave.
 
-    tokens: without the end token. logprobs: of each of them. text: of the text tokens, stripped. avg_logprob: sum of the
-    log probabilities, the end's included / (tokens + 1). generated, prompted: tokens computed for the window, in all
-    attempts.
+    tokens: without the end token. ended: whether that came, rather than the limit. logprobs: of each of the tokens.
+    text: of the text tokens, stripped. avg_logprob: sum of the log probabilities, the end's included / (tokens + 1).
+    generated, prompted: tokens computed for the window, in all attempts.
     """
 
     tokens: tuple[int, ...]
+    ended: bool
     logprobs: tuple[float, ...]
     text: str
     temperature: float
@@ -114,15 +115,20 @@ class WindowTask:
             max_tokens=self._most, temperature=temperature, logprobs=0, stop_token_ids=(self.tokens.eot,)
         )
         if temperature == 0:
-            found = [self._request(base)]
+            beam = None
+            if options.beam_size > 1:
+                from cai_runtime.engine.beam_search import BeamSearch
+
+                beam = BeamSearch(options.beam_size, options.patience, options.length_penalty)
+            found = [self._request(base, **({"beam": beam} if beam else {}))]
         else:
             found = [self._request(replace(base, seed=self._seed(i))) for i in range(options.best_of)]
         if self._attempt == 0:
             found.append(probe(self.encoder, self.prompt.begin, self._share))
         return found
 
-    def _request(self, sampling: SamplingParams) -> Request:
-        return Request(segments=self._segments, sampling=sampling, rules=self._rules, output=TokenOutput)
+    def _request(self, sampling: SamplingParams, **more) -> Request:
+        return Request(segments=self._segments, sampling=sampling, rules=self._rules, output=TokenOutput, **more)
 
     def _seed(self, candidate: int) -> int:
         """A seed that no other sample of the file has."""
@@ -158,6 +164,7 @@ class WindowTask:
         text = self.text.decode(ids).strip()
         return Decoded(
             tokens=tuple(ids),
+            ended=ended,
             logprobs=tuple(logprobs[: len(ids)]),
             text=text,
             temperature=self.temperature,

@@ -8,11 +8,14 @@ from typing import Any, Protocol
 
 from cai_runtime.engine.request import Finished, Request
 from cai_runtime.speech.results import Transcript
-from cai_runtime.speech.steps import Answer, Ask, Done, Step, Steps
+from cai_runtime.speech.steps import Answer, Ask, Done, Ready, Step, Steps
 
 
 class Running(Protocol):
     """A submitted request, such as an engine's `Handle`."""
+
+    @property
+    def done(self) -> bool: ...
 
     def result(self) -> Finished: ...
 
@@ -42,7 +45,9 @@ def drive(steps: Steps, engine: Submits) -> Generator[Done, None, Transcript]:
                 yield step
             else:
                 answer = tickets.of(step)
-                if not isinstance(step, Ask):
+                if isinstance(step, Ready):
+                    answer = all(handle.done for handle in answer)
+                elif not isinstance(step, Ask):
                     answer = tickets.spend(answer, [handle.result() for handle in answer])
             ended, step = _advance(steps, answer)
         return step
@@ -71,7 +76,9 @@ async def adrive(steps: Steps, engine: Submits) -> AsyncGenerator[Done | Transcr
                 return
             else:
                 answer = tickets.of(step)
-                if not isinstance(step, Ask):
+                if isinstance(step, Ready):
+                    answer = all(handle.done for handle in answer)
+                elif not isinstance(step, Ask):
                     answer = tickets.spend(answer, [await handle.aresult() for handle in answer])
     finally:
         tickets.abort()
@@ -98,7 +105,7 @@ class _Tickets:
 
     def of(self, step: Step) -> Sequence[Running]:
         """The ticket that a step means: a new one, unless it brings one."""
-        if isinstance(step, Answer):
+        if isinstance(step, (Answer, Ready)):
             return step.ticket
         assert not isinstance(step, Done)
         self._open.append(self._engine.submit_all(step.requests))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,8 @@ from cai_runtime.speech.decoding import ShareOf, WindowTask, encoder_input, prob
 from cai_runtime.speech.options import Options
 from cai_runtime.speech.prompts import Prompts, SpeechText
 from cai_runtime.speech.record import Record
-from cai_runtime.speech.steps import Need, Step, Windows
+from cai_runtime.speech.results import Segment
+from cai_runtime.speech.steps import FRAMES, FRAMES_PER_SECOND, Done, Need, Step, Windows
 from cai_runtime.speech.tokens import SpeechTokens
 
 
@@ -33,11 +35,13 @@ class Job:
 
     def hear(self, start: int, end: float) -> tuple[np.ndarray, int]:
         """(features, frames of them that count) of the window at frame `start`; what lies at `end` or behind is silent."""
+        most = FRAMES if end == math.inf else round(end) - start
+        if most <= 0:
+            return np.zeros((0, self.tokens.mels), np.float32), 0
         features, real = self.windows.features(start)
-        frames = int(min(real, max(end - start, 0)))
+        frames = min(real, most)
         if frames < real:
-            # No frame is quieter than the least value: 80 dB below the peak.
-            features[frames:] = features.min()
+            silence(features, frames)
         return features, frames
 
     def know_language(self, encoder: EncoderInput) -> Generator[Step, Any, str]:
@@ -60,5 +64,15 @@ class Job:
         prompt = self.prompts.window(self.tokens.start(language, self.options.task), previous, first=first)
         return WindowTask(encoder, prompt, start, self.tokens, self.options, self.text)
 
+    def done(self, segments: list[Segment], frame: int) -> Done:
+        """What is said when a window ends at a frame. Segments are final."""
+        known = self.windows.seconds_known
+        return Done(segments, min(self.record.clock.end(frame / FRAMES_PER_SECOND), known), known)
+
     def encode(self, features: np.ndarray) -> EncoderInput:
         return encoder_input(features, self.tokens.positions)
+
+
+def silence(features: np.ndarray, start: int) -> None:
+    """Make log-mel features [frames, mels] silent from frame `start` on: no value is less than 80 dB below the peak."""
+    features[start:] = features.min()

@@ -218,10 +218,10 @@ def _clips(name: str, value: Any) -> tuple[float, ...]:
         values = list(value)
     else:
         raise _wrong(name, value, allowed)
-    points = [as_number(item) for item in values]
-    if any(p is None or p < 0 for p in points) or any(b < a for a, b in zip(points, points[1:], strict=False)):  # type: ignore[operator]
+    points = [float(point) for item in values if (point := as_number(item)) is not None and point >= 0]
+    if len(points) < len(values) or points != sorted(points):
         raise _wrong(name, value, allowed)
-    return tuple(float(p) for p in points if p is not None)
+    return tuple(points)
 
 
 def _vad(name: str, value: Any) -> Mapping[str, Any] | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cai_runtime.speech.decoding import Decoded
 from cai_runtime.speech.prompts import SpeechText
 from cai_runtime.speech.results import Segment, Transcript, Word
+from cai_runtime.speech.steps import FRAMES_PER_SECOND
 
 _SPACE = 1e-9  # seconds; shorter differences are rounding
 
@@ -22,16 +23,29 @@ class Timed:
     words: tuple[Word, ...] | None = None
 
 
+class Clock:
+    """Times of what is heard, as times of the audio, in seconds. They are the same here; a clock of audio from which silence
+    was cut out says otherwise."""
+
+    def start(self, seconds: float) -> float:
+        """Of the beginning of something."""
+        return seconds
+
+    def end(self, seconds: float) -> float:
+        """Of the end of something: at a cut, where what is before it ends."""
+        return seconds
+
+    def word(self, start: float, end: float) -> tuple[float, float]:
+        """Of a word, which lies on one side of every cut."""
+        return start, end
+
+
 @dataclass(eq=False)
 class Record:
-    """Segments of a file in order. Their times never fall, and lie within the audio.
-
-    restore: from seconds of what is heard to seconds of the audio; they differ where silence was cut out. at_end: whether
-    the time is an end, which belongs to what is before it.
-    """
+    """Segments of a file in order. Their times never fall, and lie within the audio."""
 
     text: SpeechText
-    restore: Callable[[float, bool], float] = lambda seconds, at_end: seconds
+    clock: Clock = field(default_factory=Clock)
     segments: list[Segment] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)  # of all text so far
     generated: int = 0
@@ -59,15 +73,15 @@ class Record:
     def add(self, pieces: Sequence[Timed], decoded: Decoded, seek: int) -> list[Segment]:
         """The segments of a window's pieces; those without text or length are left out.
 
-        seek: the window's first frame in the audio.
+        seek: the window's first frame, of what is heard.
         """
         found = []
         for piece in pieces:
             text = self.text.decode(piece.tokens)
             if piece.end <= piece.start or not text.strip():
                 continue
-            start = max(self.restore(piece.start, False), self._reached)
-            end = max(self.restore(piece.end, True), start)
+            start = max(self.clock.start(piece.start), self._reached)
+            end = max(self.clock.end(piece.end), start)
             if end - start < _SPACE:
                 continue
             self._reached = end
@@ -75,7 +89,7 @@ class Record:
             found.append(
                 Segment(
                     id=len(self.segments),
-                    seek=seek,
+                    seek=round(self.clock.start(seek / FRAMES_PER_SECOND) * FRAMES_PER_SECOND),
                     start=start,
                     end=end,
                     text=text,
@@ -84,7 +98,9 @@ class Record:
                     avg_logprob=decoded.avg_logprob,
                     compression_ratio=decoded.compression_ratio,
                     no_speech_prob=decoded.no_speech_prob,
-                    words=None if piece.words is None else tuple(self._restored(word, start, end) for word in piece.words),
+                    words=None
+                    if piece.words is None
+                    else tuple(self._restored(word, start, end) for word in piece.words),
                 )
             )
             self.segments.append(found[-1])
@@ -92,8 +108,9 @@ class Record:
 
     def _restored(self, word: Word, start: float, end: float) -> Word:
         """A word at its time in the audio, inside its segment."""
-        begin = min(max(self.restore(word.start, False), start), end)
-        return Word(begin, min(max(self.restore(word.end, True), begin), end), word.word, word.probability)
+        first, last = self.clock.word(word.start, word.end)
+        first = min(max(first, start), end)
+        return Word(first, min(max(last, first), end), word.word, word.probability)
 
     def transcript(self, task: str, language: str, probability: float, duration: float, *, words: bool) -> Transcript:
         segments = tuple(self.segments)

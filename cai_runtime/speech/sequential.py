@@ -7,25 +7,24 @@ from typing import Any
 
 from cai_runtime.speech.decoding import is_silence
 from cai_runtime.speech.job import Job
-from cai_runtime.speech.record import Timed
 from cai_runtime.speech.results import Segment
 from cai_runtime.speech.segments import split_by_times
-from cai_runtime.speech.steps import FRAMES_PER_SECOND, Done, Need, Step
+from cai_runtime.speech.steps import FRAMES_PER_SECOND, Need, Step
+from cai_runtime.speech.timing import Timing, last_word_end, plain_pieces, timed_pieces
 
 
 def in_sequence(job: Job) -> Generator[Step, Any, None]:
     """Transcribe the clips of the options, or everything, into `job.record`."""
     seek = 0
     for start, end in job.options.clips:
-        seek, last = max(seek, round(start * FRAMES_PER_SECOND)), end * FRAMES_PER_SECOND
-        while seek < last:
-            features, frames = job.hear(seek, round(last) if last < float("inf") else last)
+        seek = max(seek, round(start * FRAMES_PER_SECOND))
+        while True:
+            features, frames = job.hear(seek, end * FRAMES_PER_SECOND)
             if frames == 0:
                 break
             advance, segments = yield from _window(job, features, frames, seek)
             seek += min(max(advance, 1), frames)  # whatever the tokens were, the end comes nearer
-            known = job.windows.seconds_known
-            yield Done(segments, min(seek / FRAMES_PER_SECOND, known), known)
+            yield job.done(segments, seek)
 
 
 def _window(job: Job, features: Any, frames: int, seek: int) -> Generator[Step, Any, tuple[int, list[Segment]]]:
@@ -42,8 +41,16 @@ def _window(job: Job, features: Any, frames: int, seek: int) -> Generator[Step, 
     if is_silence(decoded, options):
         return frames, []
     split = split_by_times(decoded.tokens, job.tokens, frames)
-    pieces = [Timed(*piece.seconds(seek), piece.tokens) for piece in split.pieces]
+    advance = split.advance
+    if options.word_timestamps:
+        timing = Timing(job, encoder, language, decoded, split.pieces, features[:frames], task.prompt.lead)
+        pieces = yield from timed_pieces(timing, seek)
+        end = last_word_end(pieces)
+        if end is not None and not split.ends_open and round(end * FRAMES_PER_SECOND) > seek:
+            advance = round(end * FRAMES_PER_SECOND) - seek
+    else:
+        pieces = plain_pieces(split.pieces, seek)
     segments = record.add(pieces, decoded, seek)
     if not options.condition_on_previous_text or decoded.temperature > options.prompt_reset_on_temperature:
         record.forget()
-    return split.advance, segments
+    return advance, segments

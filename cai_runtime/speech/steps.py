@@ -1,19 +1,19 @@
 """What a transcription, a generator, says to whoever drives it.
 
 It yields one of these and is sent the answer: `Need` the results of all its requests, in order; `Ask` a ticket of the
-driver's, at once; `Answer` the results of the requests that the ticket stands for; `Done` nothing. Closing the generator
-ends the transcription; the driver aborts what runs then.
+driver's, at once; `Ready` whether a ticket's requests are finished; `Answer` their results; `Done` nothing. Closing the
+generator ends the transcription; the driver aborts what runs then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
-from cai_runtime.engine.request import Finished, Request
+from cai_runtime.engine.request import Request
 from cai_runtime.speech.results import Segment, Transcript
 
 FRAMES = 3000  # of a window: 30 s
@@ -41,6 +41,13 @@ class Answer:
     ticket: Any
 
 
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """Whether the requests of a ticket are finished. Answer: bool, at once."""
+
+    ticket: Any
+
+
 @dataclass(frozen=True)
 class Done:
     """Segments that are final, maybe none; the audio up to `end` (seconds) is transcribed. `duration`: seconds of audio
@@ -51,7 +58,7 @@ class Done:
     duration: float = 0.0
 
 
-Step = Need | Ask | Answer | Done
+Step = Need | Ask | Ready | Answer | Done
 Steps = Generator[Step, Any, Transcript]
 
 
@@ -70,8 +77,3 @@ class Windows(Protocol):
     def samples(self, start: int, end: int) -> np.ndarray:
         """fp32 mono samples at 16 kHz, by number; fewer at the end."""
         ...
-
-
-def words_of(segments: Sequence[Segment]) -> tuple[Any, ...]:
-    """The words of all segments that have some."""
-    return tuple(word for segment in segments for word in segment.words or ())

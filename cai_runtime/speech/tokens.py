@@ -57,7 +57,15 @@ class SpeechTokens:
     @property
     def controls(self) -> tuple[int, ...]:
         """Tokens that are never a part of a transcript: all that stand before the times, but the end and languages."""
-        named = (self.sot, self.sot_prev, self.sot_lm, self.no_speech, self.no_timestamps, self.transcribe, self.translate)
+        named = (
+            self.sot,
+            self.sot_prev,
+            self.sot_lm,
+            self.no_speech,
+            self.no_timestamps,
+            self.transcribe,
+            self.translate,
+        )
         return tuple(token for token in named if token is not None)
 
     def start(self, language: str, task: str) -> list[int]:
@@ -135,7 +143,9 @@ class _Checkpoint:
             suppress_tokens=self._ids("suppress_tokens"),
             begin_suppress_tokens=self._ids("begin_suppress_tokens"),
             alignment_heads=self._upper_heads() if heads is None else self._heads(heads),
-            max_initial_timestamp=self._optional(self._value("max_initial_timestamp_index"), "max_initial_timestamp_index"),
+            max_initial_timestamp=self._optional(
+                self._value("max_initial_timestamp_index"), "max_initial_timestamp_index"
+            ),
             max_context=self._size("max_target_positions", 448),
             positions=self._size("max_source_positions", 1500),
             mels=self._size("num_mel_bins", 80),
@@ -189,10 +199,12 @@ class _Checkpoint:
             many = bool(stored) or self._size("vocab_size", len(self._names) or 1) >= _MULTILINGUAL_VOCABULARY
         if not many:
             return {}
-        names = {**self._names, **(stored or {})} if not stored else stored
+        names = stored or self._names
         found = {m[1]: self._integer(at, name) for name, at in names.items() if (m := _LANGUAGE.fullmatch(name))}
         if not found:
-            raise InvalidConfigError("the model is multilingual, but its languages' tokens are not to be found", file=self.path)
+            raise InvalidConfigError(
+                "the model is multilingual, but its languages' tokens are not to be found", file=self.path
+            )
         return dict(sorted(found.items(), key=lambda item: item[1]))
 
     def _heads(self, value: Any) -> tuple[tuple[int, int], ...]:
@@ -207,7 +219,9 @@ class _Checkpoint:
         if layers is None or heads is None:
             return ()
         count = self._integer(layers, "decoder_layers")
-        return tuple((i, j) for i in range(count // 2, count) for j in range(self._integer(heads, "decoder_attention_heads")))
+        return tuple(
+            (i, j) for i in range(count // 2, count) for j in range(self._integer(heads, "decoder_attention_heads"))
+        )
 
 
 def _token_names(path: Path) -> dict[str, int]:
@@ -215,7 +229,9 @@ def _token_names(path: Path) -> dict[str, int]:
     names: dict[str, int] = {}
     added = (_read(path / "tokenizer_config.json") or {}).get("added_tokens_decoder")
     if isinstance(added, dict):
-        names |= {str(item.get("content")): int(at) for at, item in added.items() if isinstance(item, dict) and at.isdigit()}
+        names |= {
+            str(item.get("content")): int(at) for at, item in added.items() if isinstance(item, dict) and at.isdigit()
+        }
     plain = _read(path / "added_tokens.json") or {}
     names |= {name: at for name, at in plain.items() if isinstance(at, int)}
     listed = (_read(path / "tokenizer.json") or {}).get("added_tokens")

@@ -9,6 +9,7 @@ from cai_runtime.speech.prompts import Prompts, SpeechText
 from cai_runtime.speech.record import Record
 from cai_runtime.speech.sequential import in_sequence
 from cai_runtime.speech.steps import Steps, Windows
+from cai_runtime.speech.together import together
 from cai_runtime.speech.tokens import SpeechTokens
 
 
@@ -44,9 +45,7 @@ def _steps(job: Job) -> Steps:
     if options.language is not None or not job.tokens.is_multilingual:
         job.language = options.language or "en"
     record.begin(job.prompts.initial)
-    yield from in_sequence(job)
+    yield from together(job) if options.batched else in_sequence(job)
     language = job.language or next(iter(job.tokens.languages))  # of no audio at all, no language is detected
     duration = job.windows.seconds_known
-    return record.transcript(
-        options.task, language, job.language_probability, duration, words=options.word_timestamps
-    )
+    return record.transcript(options.task, language, job.language_probability, duration, words=options.word_timestamps)

@@ -70,6 +70,10 @@ class HashRunner:
                         rows[-1][5] = np.nan
         return np.stack(rows) if rows else np.zeros((0, self.vocab_size), np.float32)
 
+    def copy_pages(self, pairs):
+        for source, target in pairs:
+            self.slots[target] = self.slots[source]
+
     def _slot(self, s, position):
         return s.pages[position // self.page_size], position % self.page_size
 
@@ -139,6 +143,8 @@ class GroupRunner:
             table = self.tables.setdefault((change.seat, change.group), [])
             table[change.at :] = change.pages + table[change.at + len(change.pages) :]
         self.steps.append([len(feed.ids) for feed in step.feeds])
+        for copy in step.copies:
+            self.memory[copy.group][copy.target] = self.memory[copy.group][copy.source]
         for encode in step.encode:
             self.encoded.append(encode.input.digest)
             for i in range(encode.input.rows):

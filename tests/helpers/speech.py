@@ -1,4 +1,4 @@
-"""Models and engines for tests of transcription: scripted, random, and transformers' Whisper behind the engine's requests."""
+"""Models and engines for tests of transcription: scripted ones, and an engine that answers requests one row at a time."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ import numpy as np
 
 from cai_runtime.engine.request import Finished, Request, TokenLogprobs
 from cai_runtime.engine.segments import EncoderInput
+from cai_runtime.speech.drive import drive
+from cai_runtime.speech.options import Options
+from cai_runtime.speech.prompts import SpeechText
 from cai_runtime.speech.tokens import SpeechTokens
+from cai_runtime.speech.transcriber import transcribe_steps
 
+PLACE = 1e-6  # of a frame's number in its last feature, too small to sound
 WORDS = 100  # text tokens of the small vocabulary
 
 
@@ -45,7 +50,7 @@ class Track:
     def __init__(self, frames: int, features: np.ndarray | None = None, mels: int = 2):
         self.frames, self.mels = frames, mels
         self.all = np.zeros((frames, mels), np.float32) if features is None else features
-        self.all[:, -1] = np.arange(frames)  # so that each window knows where it lies
+        self.all[:, -1] = np.arange(frames) * PLACE  # so that each window knows where it lies
         self.starts: list[int] = []
 
     @property
@@ -60,8 +65,10 @@ class Track:
         window[: len(part)] = part
         return window, len(part)
 
-    def samples(self, start: int, end: int) -> np.ndarray:
-        return np.zeros(max(min(end, self.frames * 160) - start, 0), np.float32)
+
+def place(encoder: EncoderInput) -> int:
+    """The frame at which a window of a `Track` begins."""
+    return round(float(encoder.features[0, -1]) / PLACE)
 
 
 Logits = Callable[[EncoderInput, list[int], int], np.ndarray]
@@ -72,6 +79,7 @@ Logits = Callable[[EncoderInput, list[int], int], np.ndarray]
 class FakeHandle:
     run: Callable[[], Finished]
     aborted: bool = False
+    done: bool = True
 
     def result(self) -> Finished:
         return self.run()
@@ -150,7 +158,9 @@ class FakeEngine:
             if len(ended) >= wanted or not live:
                 break
         ended += live[: max(wanted - len(ended), 0)]
-        return max(ended, key=lambda p: sum(p[1]) / max(len(p[0]), 1) ** beam.length_penalty)
+        lengths = [len(found) - (found[-1:] == [self.eot]) for found, _ in ended]
+        scores = [sum(p) / max(n, 1) ** beam.length_penalty for (_, p), n in zip(ended, lengths, strict=True)]
+        return ended[int(np.argmax(scores))]
 
 
 def log_softmax(row: np.ndarray) -> np.ndarray:
@@ -174,3 +184,73 @@ def scripted(script: Callable[[EncoderInput], list[int]], tokens: SpeechTokens, 
         return row
 
     return logits
+
+
+def run(logits: Logits | None, options: Options, tokens: SpeechTokens, track: Track, *, text=None, engine=None):
+    """(transcript, what was done, engine) of a track, by a model or an engine."""
+    engine = engine or FakeEngine(logits, tokens.eot)
+    text = text or SpeechText(WordTokenizer(), tokens)
+    driven = drive(transcribe_steps(track, tokens, options, text), engine)
+    found = []
+    while True:
+        try:
+            found.append(next(driven))
+        except StopIteration as end:
+            return end.value, found, engine
+
+
+def draw_tokens(draw: np.random.Generator, tokens: SpeechTokens) -> list[int]:
+    """Up to 12 tokens; times are as frequent as words, small times more frequent than others, so that windows are many."""
+    found = []
+    for _ in range(draw.integers(0, 13)):
+        kind = draw.integers(0, 4)
+        time = tokens.timestamp_begin + draw.integers(0, 1501 if kind == 2 else 300)
+        found.append(int(draw.integers(1, 90) if kind < 2 else time))
+    return found
+
+
+class WhisperLogits:
+    """Logits of transformers' Whisper, with a cache of keys and values for the texts that go on."""
+
+    def __init__(self, path):
+        import torch
+        from transformers import WhisperForConditionalGeneration
+
+        self.model = WhisperForConditionalGeneration.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="eager"
+        )
+        self.model.eval()
+        self._encoded: dict[bytes, object] = {}
+        self._texts: dict[tuple[bytes, tuple[int, ...]], tuple[object, np.ndarray]] = {}
+
+    def __call__(self, encoder: EncoderInput, so_far: list[int], prompt: int) -> np.ndarray:
+        import copy
+
+        key = encoder.digest, tuple(so_far)
+        if key not in self._texts:
+            before = self._texts.get((encoder.digest, tuple(so_far[:-1])))
+            cache = copy.deepcopy(before[0]) if before else None  # texts part where several samples are drawn
+            output = self.forward(encoder, so_far[-1:] if before else so_far, past_key_values=cache, use_cache=True)
+            if len(self._texts) > 64:
+                self._texts.pop(next(iter(self._texts)))
+            self._texts[key] = output.past_key_values, output.logits[0, -1].numpy().copy()
+        return self._texts[key][1]
+
+    def forward(self, encoder: EncoderInput, token_ids: Sequence[int], **options):
+        import torch
+        from transformers.modeling_outputs import BaseModelOutput
+
+        with torch.inference_mode():
+            if encoder.digest not in self._encoded:
+                features = torch.from_numpy(encoder.features.T.copy())[None]
+                self._encoded[encoder.digest] = self.model.get_encoder()(features).last_hidden_state
+            encoded = BaseModelOutput(last_hidden_state=self._encoded[encoder.digest])
+            ids = torch.tensor([list(token_ids)])
+            return self.model(encoder_outputs=encoded, decoder_input_ids=ids, **options)
+
+    def attention(self, request: Request) -> np.ndarray:
+        """What a request for an alignment wants."""
+        encoder, prompt = request.segments
+        weights = self.forward(encoder, prompt, output_attentions=True, use_cache=False).cross_attentions
+        wanted = request.alignment
+        return np.stack([weights[layer][0, head, -wanted.count :].numpy() for layer, head in wanted.heads])

@@ -1,0 +1,134 @@
+"""Windows decoded together: the audio is cut beforehand, where it is quiet, and several windows are in the engine at once.
+
+Every window has all of the caller's options: prompt, times, thresholds and a fallback of its own. Text before it is no
+prompt, for windows do not wait for each other. Results are taken in the order of the audio. What a window leaves unheard,
+because its tokens end at a pair of timestamps or at their limit, becomes the next window.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cai_runtime.engine.segments import EncoderInput
+from cai_runtime.speech.decoding import Decoded, WindowTask, is_silence
+from cai_runtime.speech.job import Job, silence
+from cai_runtime.speech.segments import Piece, split_by_times
+from cai_runtime.speech.steps import FRAMES, FRAMES_PER_SECOND, Answer, Ask, Ready, Step
+from cai_runtime.speech.timing import Timing, plain_pieces, timed_pieces
+
+SEARCHED = 1000  # frames at a window's end in which it is cut: 10 s
+QUIET = 30  # frames over which loudness is averaged: 0.3 s
+LEAST_REST = 50  # frames: a shorter rest of a window holds no word
+
+
+@dataclass(eq=False)
+class _Window:
+    """A window in the engine. features: fp32 [3000, mels], `frames` of them audio. ticket: of the requests that run."""
+
+    seek: int
+    features: np.ndarray
+    frames: int
+    encoder: EncoderInput
+    language: str
+    task: WindowTask
+    ticket: Any = None
+    decoded: Decoded | None = None
+
+
+def together(job: Job) -> Generator[Step, Any, None]:
+    """Transcribe the clips of the options, or everything, into `job.record`."""
+    most = job.options.windows_together
+    waiting: deque[_Window] = deque()  # in the order of the audio
+    cuts = _cuts(job)
+    more = True
+    while more or waiting:
+        while more and sum(one.decoded is None for one in waiting) < most and len(waiting) < 2 * most:
+            cut = next(cuts, None)
+            if cut is None:
+                more = False
+            else:
+                waiting.append((yield from _begin(job, *cut)))
+        if not waiting:
+            break
+        for window in list(waiting):  # those that failed are asked again beside the others
+            if window.decoded is None and (window is waiting[0] or (yield Ready(window.ticket))):
+                window.decoded = window.task.take((yield Answer(window.ticket)))
+                if window.decoded is None:
+                    window.ticket = yield Ask(window.task.requests())
+        if (decoded := waiting[0].decoded) is not None:
+            rest = yield from _finish(job, waiting.popleft(), decoded)
+            if rest is not None:
+                waiting.appendleft(rest)
+
+
+def _cuts(job: Job) -> Iterator[tuple[int, np.ndarray, int]]:
+    """(first frame, features, frames of audio) of the windows."""
+    seek = 0
+    for start, end in job.options.clips:
+        seek = max(seek, round(start * FRAMES_PER_SECOND))
+        while True:
+            features, frames = job.hear(seek, end * FRAMES_PER_SECOND)
+            if frames == 0:
+                break
+            if frames == FRAMES:
+                frames = FRAMES - SEARCHED + quietest(features[-SEARCHED:])
+                silence(features, frames)
+            yield seek, features, frames
+            seek += frames
+
+
+def quietest(features: np.ndarray) -> int:
+    """The frame in whose neighbourhood log-mel features [frames, mels] are quietest; the last of equals."""
+    power = np.power(10.0, features.astype(np.float64) * 4).mean(axis=1)
+    around = np.convolve(power, np.ones(QUIET), mode="valid")
+    return len(around) - 1 - int(around[::-1].argmin()) + QUIET // 2
+
+
+def _begin(job: Job, seek: int, features: np.ndarray, frames: int) -> Generator[Step, Any, _Window]:
+    encoder = job.encode(features)
+    language = yield from job.know_language(encoder)
+    task = job.task(encoder, language, seek, job.prompts.initial)
+    window = _Window(seek, features, frames, encoder, language, task)
+    window.ticket = yield Ask(task.requests())
+    return window
+
+
+def _finish(job: Job, window: _Window, decoded: Decoded) -> Generator[Step, Any, _Window | None]:
+    """Record a window; returns what it left unheard, in the engine already."""
+    job.record.count(decoded)
+    heard, segments, rest = window.frames, [], None
+    if not is_silence(decoded, job.options):
+        pieces, heard = _pieces(job, window, decoded)
+        if window.frames - heard < LEAST_REST:
+            heard = window.frames
+        else:
+            features = np.full_like(window.features, window.features.min())
+            features[: FRAMES - heard] = window.features[heard:]
+            rest = yield from _begin(job, window.seek + heard, features, window.frames - heard)
+        if job.options.word_timestamps:
+            audio = window.features[: window.frames]
+            timing = Timing(job, window.encoder, window.language, decoded, pieces, audio, window.task.prompt.lead)
+            timed = yield from timed_pieces(timing, window.seek)
+        else:
+            timed = plain_pieces(pieces, window.seek)
+        segments = job.record.add(timed, decoded, window.seek)
+    yield job.done(segments, window.seek + heard)
+    return rest
+
+
+def _pieces(job: Job, window: _Window, decoded: Decoded) -> tuple[list[Piece], int]:
+    """(pieces of a window, frames that they cover)."""
+    split = split_by_times(decoded.tokens, job.tokens, window.frames)
+    pieces = list(split.pieces)
+    tail = decoded.tokens[sum(len(piece.tokens) for piece in pieces) :]
+    if not decoded.ended or not any(token < job.tokens.eot for token in tail):
+        return pieces, split.advance
+    # The window was cut where it is quiet: text without an end time ends there.
+    start = split.advance if split.advance < window.frames else pieces[-1].end
+    pieces.append(Piece(min(start, window.frames), window.frames, tail))
+    return pieces, window.frames
