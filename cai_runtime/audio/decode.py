@@ -169,8 +169,9 @@ class AvDecoder:
     def _audio_track(self) -> Any:
         streams = self._container.streams
         if not streams.audio:
-            held = sorted({stream.type for stream in streams}) or ["nothing"]
-            raise NoAudioTrackError(f"{self._source.label} has no audio track: it holds {', '.join(held)}")
+            # Not stream.type, which ends the process for an unknown one until PyAV 15.
+            held = "video only" if streams.video else "other tracks only" if len(streams) else "no track at all"
+            raise NoAudioTrackError(f"{self._source.label} has no audio track: it holds {held}")
         best = getattr(streams, "best", None)
         stream = (best("audio") if best else None) or streams.audio[0]
         if stream.codec_context is None:
@@ -306,11 +307,11 @@ def _reason(error: BaseException) -> str:
 def decoders(head: bytes) -> tuple[Callable[[ByteSource], Decoder], ...]:
     """The decoders to try, in order, for content that starts with `head`.
 
-    MPEG audio goes to PyAV, since libsndfile's decoder of it (libmpg123) prints warnings to stderr; to soundfile only
+    MPEG audio and CAF go to PyAV, since libsndfile's decoders of them (libmpg123, ALAC) print warnings; to soundfile only
     without PyAV.
     """
     mpeg = head.startswith(b"ID3") or (len(head) > 1 and head[0] == 0xFF and head[1] >= 0xE0)
-    if not mpeg:
+    if not mpeg and not head.startswith(b"caff"):
         return SoundFileDecoder, AvDecoder
     return (AvDecoder,) if importlib.util.find_spec("av") else (SoundFileDecoder,)
 
