@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -41,16 +42,12 @@ def main() -> None:
         ours, theirs = LogMel(mels), WhisperFeatureExtractor(feature_size=mels)
         found = ours(samples)
         wanted = theirs(samples, sampling_rate=RATE, return_tensors="np").input_features[0].T
-        times = np.array(
-            [
-                (
-                    milliseconds(lambda: ours(samples)),
-                    milliseconds(lambda: theirs(samples, sampling_rate=RATE, return_tensors="np")),
-                    milliseconds(lambda: theirs._np_extract_fbank_features(samples[None], "cpu")),
-                )
-                for _ in range(given.runs)
-            ]
-        ).min(axis=0)
+        works = (
+            partial(ours, samples),
+            partial(theirs, samples, sampling_rate=RATE, return_tensors="np"),
+            partial(theirs._np_extract_fbank_features, samples[None], "cpu"),
+        )
+        times = np.min([[milliseconds(work) for work in works] for _ in range(given.runs)], axis=0)
         print(
             f"{mels:4}  {times[0]:7.2f}  {times[1]:15.2f}  {times[1] / times[0]:5.2f}  {times[2]:12.2f}  "
             f"{times[2] / times[0]:5.1f}  {np.abs(found - wanted).max():.1e}"

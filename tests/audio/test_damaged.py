@@ -182,7 +182,7 @@ NUMBERS = st.sampled_from([b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff"
 
 @st.composite
 def corrupted(draw):
-    """(index of a file, changes of it, another file's index, name). A place is a fraction of the length, small ones likelier."""
+    """(index of a file, changes of it, another file's index, name). A place is a fraction of the length."""
     place = st.floats(0, 1).map(lambda x: x**3) | st.floats(0, 1)
     change = st.one_of(
         st.tuples(st.just("cut"), place),

@@ -83,12 +83,8 @@ def test_windows_are_slices_of_the_whole_files_features(long):
 
 def test_features_do_not_depend_on_blocks_or_on_windows_before(long):
     wanted = MelWindows([long], 80).features(1_500)[0]
-    for size in (1, 160, 30_001):
-        windows = MelWindows(blocks(long[: 40 * RATE], size) if size == 1 else blocks(long, size), 80)
-        if size == 1:
-            wanted_here = MelWindows([long[: 40 * RATE]], 80).features(0)[0]
-            assert np.array_equal(windows.features(0)[0], wanted_here)
-            continue
+    for size in (159, 160, 30_001):
+        windows = MelWindows(blocks(long, size), 80)
         windows.features(700)
         windows.samples(20 * RATE, 45 * RATE)  # read ahead
         assert np.array_equal(windows.features(1_500)[0], wanted)
