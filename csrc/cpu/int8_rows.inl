@@ -1,6 +1,6 @@
 // int8 activations: rows of x rounded to int8 meet int8 weights, and the sums are exact. Part of kernels.inl.
 // See kernels/quantized_rows.py for the rounding. Where the instruction needs unsigned codes of x (kInt8Shifted), they are
-// kept 128 too high, and the sums of the weights' codes are taken off.
+// kept 128 too high, and the sums of the weights' codes are taken off. Simd::store_codes writes codes so.
 
 constexpr int8_t kZeroCode = Simd::kInt8Shifted ? -128 : 0;
 
@@ -9,25 +9,33 @@ void quantize_rows(const float* x, int64_t ldx, int64_t K, int64_t row0, int64_t
   for (int64_t i = row0; i < row1; ++i) {
     const float* from = x + i * ldx;
     int8_t* to = codes + i * ld;
-    V top = Simd::zero(), odd = Simd::zero();  // odd: not zero if an element is infinite or NaN
-    for (int64_t k = 0; k < K; k += kW) {
-      const V v = Simd::load_part(from + k, static_cast<int>(lesser<int64_t>(kW, K - k)));
-      top = Simd::max(top, Simd::max(v, Simd::sub(Simd::zero(), v)));
-      odd = Simd::fma(v, Simd::zero(), odd);
-    }
-    const bool finite = Simd::sum(odd) == 0.0f;
-    const float peak = finite ? Simd::maximum(top) : 0.0f;
+    // In four chains, which hide each other's latency. odd: not zero if an element is infinite or NaN.
+    V top[4], odd[4];
+    for (int c = 0; c < 4; ++c) top[c] = odd[c] = Simd::zero();
+    const auto look = [&](V v, int c) {
+      top[c] = Simd::max(top[c], Simd::max(v, Simd::sub(Simd::zero(), v)));
+      odd[c] = Simd::fma(v, Simd::zero(), odd[c]);
+    };
+    int64_t at = 0;
+    for (; at + 4 * kW <= K; at += 4 * kW)
+#pragma GCC unroll 4
+      for (int c = 0; c < 4; ++c) look(Simd::load(from + at + c * kW), c);
+    for (; at < K; at += kW) look(Simd::load_part(from + at, static_cast<int>(lesser<int64_t>(kW, K - at))), 0);
+    const bool finite = Simd::sum(Simd::add(Simd::add(odd[0], odd[1]), Simd::add(odd[2], odd[3]))) == 0.0f;
+    const V greatest = Simd::max(Simd::max(top[0], top[1]), Simd::max(top[2], top[3]));
+    const float peak = finite ? Simd::maximum(greatest) : 0.0f;
     const V inverse = Simd::set1(peak > 0.0f ? 127.0f / peak : 0.0f);
     scale[i] = finite ? peak / 127.0f : std::numeric_limits<float>::quiet_NaN();
     std::memset(to + K / 16 * 16, kZeroCode, ld - K / 16 * 16);
-    for (int64_t k = 0; k < K; k += kW) {
-      const int n = static_cast<int>(lesser<int64_t>(kW, K - k));
-      float rounded[kW];
-      const V v = Simd::round(Simd::mul(n == kW ? Simd::load(from + k) : Simd::load_part(from + k, n), inverse));
-      Simd::store(rounded, Simd::min(Simd::max(v, Simd::set1(-127.0f)), Simd::set1(127.0f)));
-      int8_t codes_of[kW];
-      for (int j = 0; j < kW; ++j) codes_of[j] = static_cast<int8_t>(static_cast<int32_t>(rounded[j])) ^ kZeroCode;
-      std::memcpy(to + k, codes_of, n);
+    const auto code = [&](V v) {
+      return Simd::min(Simd::max(Simd::round(Simd::mul(v, inverse)), Simd::set1(-127.0f)), Simd::set1(127.0f));
+    };
+    const int64_t whole = K / kW * kW;
+    for (int64_t k = 0; k < whole; k += kW) Simd::store_codes(to + k, code(Simd::load(from + k)));
+    if (whole < K) {
+      int8_t last[kW];
+      Simd::store_codes(last, code(Simd::load_part(from + whole, static_cast<int>(K - whole))));
+      std::memcpy(to + whole, last, K - whole);
     }
   }
 }

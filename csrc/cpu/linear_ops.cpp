@@ -181,7 +181,8 @@ class Input {
     if (lazy_) return;
     float* to = c.scratch + c.M * c.group->z_columns;
     Codes codes = codes_at(to + (transformed ? elements : 0), c.M, K);
-    const Int rows = std::max<Int>(1, c.M / (team.threads() * 4));
+    // Few rows at a time, which are still in the second-level cache when they are rounded.
+    const Int rows = std::clamp<Int>(c.M / (team.threads() * 4), 1, std::max<Int>(1, 65536 / std::max<Int>(1, K)));
     team.deal((c.M + rows - 1) / rows, [&](Int p) {
       const Int row0 = p * rows, row1 = std::min(c.M, row0 + rows);
       if (transformed) apply_prologue(c, row0, row1, to);

@@ -96,6 +96,11 @@ struct Simd {
   // w with x's sign give the same products. Two of them (at most 127 * 127 each) fit 16 bits.
   static constexpr bool kInt8Shifted = false;
   static constexpr int kInt8TileM = 2, kInt8Blocks = 2;
+  static void store_codes(int8_t* p, V v) {  // whole numbers from -127 to 127
+    const __m256i codes = _mm256_cvtps_epi32(v);
+    const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(halves, halves));
+  }
   static constexpr int kInt8ManyM = 0;  // no int8_dots
   struct Int8Sums {
     __m256i rows01, rows23;

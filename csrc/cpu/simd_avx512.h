@@ -84,6 +84,10 @@ struct Simd {
     asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(weights));
     return acc;
   }
+  static void store_codes(int8_t* p, V v) {  // whole numbers from -127 to 127
+    const __m128i codes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_xor_si128(codes, _mm_set1_epi8(-128)));
+  }
   static constexpr int kInt8ManyM = 6;  // rows of x in a tile with four blocks, see int8_many
   // The sums of one row of x with four blocks, 16 rows of weights; row_sum: of those.
   static V int8_dots(const Int8Sums acc[4], const int32_t* row_sum) {

@@ -154,6 +154,9 @@ struct Simd {
   // Sums of 16 columns of x times four rows of weights, 64 bytes.
   static constexpr bool kInt8Shifted = false;  // whether 128 is added to the codes of x, and corrected by row sums
   static constexpr int kInt8TileM = 2, kInt8Blocks = 1;
+  static void store_codes(int8_t* p, V v) {  // whole numbers from -127 to 127
+    for (int i = 0; i < 8; ++i) p[i] = static_cast<int8_t>(v[i]);
+  }
   static constexpr int kInt8ManyM = 0;  // no int8_dots
   struct Int8Sums {
     int32_t row[4];

@@ -136,6 +136,11 @@ struct Simd {
   static constexpr bool kInt8Shifted = false;
   static constexpr int kInt8TileM = 3;  // 3 x 4 accumulators; with 16 GCC begins to spill
   static constexpr int kInt8Blocks = 1;
+  static void store_codes(int8_t* p, V v) {  // whole numbers from -127 to 127
+    int32_t codes[4];
+    vst1q_s32(codes, vcvtq_s32_f32(v));
+    for (int i = 0; i < 4; ++i) p[i] = static_cast<int8_t>(codes[i]);
+  }
   static constexpr int kInt8ManyM = 0;  // no int8_dots
   struct Int8Sums {
     int32x4_t row[4];
