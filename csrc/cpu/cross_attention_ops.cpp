@@ -1,9 +1,9 @@
 // Attention of a decoder to an encoder's output in pages: the write of the output's keys and values, the attention, and the
 // weights of single heads for alignment.
 //
-// Consecutive sequences with the same pages, the beams of one window, are attended together, so that keys and values are read
-// once for all of them. With fewer pieces than the threads need, splits of the positions are separate pieces, and a second
-// phase merges them.
+// Consecutive sequences with the same pages, the beams of one window, are attended together, so that keys and values are
+// read once for all of them. With fewer pieces than the threads need, splits of the positions are separate pieces, and a
+// second phase merges them.
 #include <tvm/ffi/tvm_ffi.h>
 
 #include <algorithm>
@@ -85,8 +85,8 @@ void check_batch(const CrossCall& c) {
   const Batch& b = c.batch;
   if (b.query_start[0] < 0) TVM_FFI_THROW(IndexError) << "query_start begins at " << b.query_start[0];
   if (b.pages_per_sequence < c.layer.pages_of_output() && b.sequences > 0)
-    TVM_FFI_THROW(IndexError) << c.layer.rows << " positions take " << c.layer.pages_of_output() << " pages, and page_table has "
-                              << b.pages_per_sequence;
+    TVM_FFI_THROW(IndexError) << c.layer.rows << " positions take " << c.layer.pages_of_output()
+                              << " pages, and page_table has " << b.pages_per_sequence;
   for (Int i = 0; i < b.sequences; ++i) {
     const Int rows = b.query_start[i + 1] - b.query_start[i];
     if (rows < 0 || b.query_start[i + 1] > c.M)
@@ -157,8 +157,8 @@ void cross_attention(Team& team, const CrossCall& c) {
   const Int rows = c.batch.query_start[c.batch.sequences] - c.first_row();
   team.deal(rows * s.kv_heads, [&](Int t) {
     const Int row = c.first_row() + t / s.kv_heads, kv_head = t % s.kv_heads;
-    kernels().combine(c.partial + (row * s.kv_heads + kv_head) * c.splits * c.state_stride(), c.splits, c.state_stride(), kv_head,
-                      s, c.out + row * c.layer.width());
+    kernels().combine(c.partial + (row * s.kv_heads + kv_head) * c.splits * c.state_stride(), c.splits, c.state_stride(),
+                      kv_head, s, c.out + row * c.layer.width());
   });
 }
 
@@ -252,8 +252,8 @@ void cross_write_alone(Tensor kv, Tensor page_numbers, Tensor heads, Tensor k_ca
   parallel(threads_for(kv_rows * c.layer.kv_width()), 1, [&](Team& team) { cross_write(team, c); });
 }
 
-// inputs: kv, and pages, int32 [outputs, pages of an output]. The output, [outputs, 1], is zeros: an operation gives something.
-// attributes: pages, rows. bindings: heads, k_cache, v_cache.
+// inputs: kv, and pages, int32 [outputs, pages of an output]. attributes: pages, rows. bindings: heads, k_cache, v_cache.
+// Every operation has an output: this one's, [outputs, 1], is zeros.
 class RecordedCrossWrite : public OperationOf<CrossWriteCall, 1> {
  public:
   explicit RecordedCrossWrite(const Noted& n)

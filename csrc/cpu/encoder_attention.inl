@@ -1,8 +1,9 @@
 // Full attention over one window of an encoder. Part of kernels.inl.
 //
 // A window's keys and values are packed once per KV head, in blocks of kKeyBlock positions: keys [head_dim][kKeyBlock], so
-// that one vector holds one dimension of many keys, then values [kKeyBlock][round_up(head_dim, 16)]. A block and kEncoderRows
-// queries stay in the first-level cache. Scores of a block exist for one tile of queries at a time, to the base 2.
+// that one vector holds one dimension of many keys, then values [kKeyBlock][round_up(head_dim, 16)]. A block and
+// kEncoderRows queries stay in the first-level cache. Scores of a block exist for one tile of queries at a time, to the
+// base 2.
 //
 // Order of sums. A running softmax (Milakov and Gimelshein 2018) takes one block after the other. Each lane of the sum of
 // weights is a chain of its own. No operation mixes queries, so a row's bits depend on its window alone.
@@ -11,8 +12,8 @@ constexpr int kEncoderQ = Simd::kTileM;  // queries of a tile
 constexpr int kEncoderTiles = kEncoderRows / kEncoderQ;
 static_assert(kEncoderRows % kEncoderQ == 0 && kKeyBlock % (4 * kW) == 0, "whole tiles, and whole groups of vectors");
 
-// 2^x for x <= 0, error below 3 ulp on [-126, 0], clamped below. A third fewer instructions than exp_ps. The coefficients are
-// a minimax fit of 2^r on [-1/2, 1/2] through 1 at 0.
+// 2^x for x <= 0, error below 3 ulp on [-126, 0], clamped below. A third fewer instructions than exp_ps. The coefficients
+// are a minimax fit of 2^r on [-1/2, 1/2] through 1 at 0.
 inline V exp2_ps(V x) {
   x = Simd::max(Simd::set1(-126.0f), x);  // a NaN is kept as second operand
   const V rounding = Simd::set1(12582912.0f);  // 1.5 x 2^23: the whole number is in the low bits of the sum
@@ -27,6 +28,12 @@ inline V exp2_ps(V x) {
   return Simd::mul(p, Simd::times_pow2(Simd::set1(1.0f), shifted));
 }
 
+// Rows of a window lie pages of memory apart, so the hardware does not predict them.
+constexpr int64_t kRowsAhead = 12;
+inline void fetch_row(const float* row, int64_t D) {
+  for (int64_t d = 0; d < D; d += 16) Simd::prefetch(reinterpret_cast<const char*>(row + d));
+}
+
 void pack_window(const float* k, const float* v, int64_t ld, int64_t rows, int64_t head_dim, float* packed) {
   const int64_t D = head_dim, DV = round_up(D, 16);
   for (int64_t first = 0; first < rows; first += kKeyBlock) {
@@ -34,6 +41,9 @@ void pack_window(const float* k, const float* v, int64_t ld, int64_t rows, int64
     float *keys = packed, *values = packed + D * kKeyBlock;
     for (int64_t j = 0; j < count; ++j) {
       const float *key = k + (first + j) * ld, *value = v + (first + j) * ld;
+      const int64_t ahead = lesser(first + j + kRowsAhead, rows - 1) * ld;
+      fetch_row(k + ahead, D);
+      fetch_row(v + ahead, D);
       for (int64_t d = 0; d < D; ++d) keys[d * kKeyBlock + j] = key[d];
       std::memcpy(values + j * DV, value, D * sizeof(float));
       for (int64_t d = D; d < DV; ++d) values[j * DV + d] = 0.0f;
@@ -87,8 +97,10 @@ struct EncoderState {
 };
 
 // The scores of `count` keys become weights relative to 2^maximum. What was summed before is scaled to a new maximum.
+// kWhole: count is kKeyBlock.
+template <bool kWhole>
 inline void encoder_softmax(EncoderState& s, float* score, int64_t count, int64_t DV, float* sums) {
-  const int64_t padded = round_up(count, kW);
+  const int64_t padded = kWhole ? kKeyBlock : round_up(count, kW);
   V top[kEncoderQ];
   for (int i = 0; i < kEncoderQ; ++i) {
     float* p = score + i * kKeyBlock;
@@ -96,34 +108,29 @@ inline void encoder_softmax(EncoderState& s, float* score, int64_t count, int64_
     top[i] = Simd::load(p);
     for (int64_t j = kW; j < padded; j += kW) top[i] = Simd::max(top[i], Simd::load(p + j));
   }
-  for (int first = 0; first < kEncoderQ; first += 4) {
-    const auto at = [&](int i) { return top[lesser(first + i, kEncoderQ - 1)]; };
-    float found[4];
-    Simd::maximum4(at(0), at(1), at(2), at(3), found);
-    for (int i = first; i < lesser(first + 4, kEncoderQ); ++i) {
-      const float maximum = greater(s.maximum[i], found[i - first]);
-      if (maximum != s.maximum[i]) {
-        const bool none = s.maximum[i] == kNothing;
-        const V factor = none ? Simd::zero() : exp2_ps(Simd::set1(s.maximum[i] - maximum));
-        float* sum = sums + i * DV;
-        for (int64_t d = 0; d < DV; d += kW) Simd::store(sum + d, Simd::mul(factor, Simd::load(sum + d)));
-        s.total[i] = Simd::mul(factor, s.total[i]);
-        s.maximum[i] = maximum;
-      }
-    }
+  float found[(kEncoderQ + 3) / 4 * 4];
+  for (int i = 0; i < kEncoderQ; i += 4) {
+    const auto at = [&](int place) { return top[lesser(i + place, kEncoderQ - 1)]; };
+    Simd::maximum4(at(0), at(1), at(2), at(3), found + i);
+  }
+  for (int i = 0; i < kEncoderQ; ++i) {
+    const float maximum = greater(s.maximum[i], found[i]);
+    if (maximum == s.maximum[i]) continue;
+    const bool none = s.maximum[i] == kNothing;
+    const V factor = none ? Simd::zero() : exp2_ps(Simd::set1(s.maximum[i] - maximum));
+    float* sum = sums + i * DV;
+    for (int64_t d = 0; d < DV; d += kW) Simd::store(sum + d, Simd::mul(factor, Simd::load(sum + d)));
+    s.total[i] = Simd::mul(factor, s.total[i]);
+    s.maximum[i] = maximum;
   }
   for (int i = 0; i < kEncoderQ; ++i) {
     float* p = score + i * kKeyBlock;
     const V maximum = Simd::set1(s.maximum[i]);
-    for (int64_t j = 0; j < padded; j += kW) {
-      const V weight = exp2_ps(Simd::sub(Simd::load(p + j), maximum));
-      Simd::store(p + j, weight);
-      if (j + kW <= count) s.total[i] = Simd::add(s.total[i], weight);
-    }
-    if (count < padded) {
-      for (int64_t j = count; j < padded; ++j) p[j] = 0.0f;
-      s.total[i] = Simd::add(s.total[i], Simd::load(p + padded - kW));
-    }
+    for (int64_t j = 0; j < padded; j += kW) Simd::store(p + j, exp2_ps(Simd::sub(Simd::load(p + j), maximum)));
+    for (int64_t j = count; j < padded; ++j) p[j] = 0.0f;
+    V total = s.total[i];
+    for (int64_t j = 0; j < padded; j += kW) total = Simd::add(total, Simd::load(p + j));
+    s.total[i] = total;
   }
 }
 
@@ -133,7 +140,11 @@ inline void encoder_block(EncoderState& s, const float* q, const float* block, i
   int64_t j = 0;
   for (; j + 4 * kW <= round_up(count, kW); j += 4 * kW) encoder_scores<4>(q, block + j, D, score + j);
   for (; j < count; j += kW) encoder_scores<1>(q, block + j, D, score + j);
-  encoder_softmax(s, score, count, DV, sums);
+  if (count == kKeyBlock) {
+    encoder_softmax<true>(s, score, kKeyBlock, DV, sums);
+  } else {
+    encoder_softmax<false>(s, score, count, DV, sums);
+  }
   const float* values = block + D * kKeyBlock;
   int64_t d = 0;
   for (; d + 4 * kW <= DV; d += 4 * kW) encoder_values<4>(score, values + d, count, DV, sums + d);
@@ -159,6 +170,8 @@ void encoder_attention(const float* q, int64_t ldq, int64_t count, const float* 
       }
     }
     std::memset(sums, 0, tiles * kEncoderQ * DV * sizeof(float));
+    for (int64_t r = 0; r < kEncoderRows && first + kEncoderRows + r < count; ++r)
+      fetch_row(q + (first + kEncoderRows + r) * ldq, D);
     const float* block = packed;
     for (int64_t key = 0; key < rows; key += kKeyBlock, block += kKeyBlock * (D + DV))
       for (int t = 0; t < tiles; ++t)

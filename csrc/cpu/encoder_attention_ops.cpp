@@ -25,8 +25,8 @@ constexpr Int kPhases = 1;
 
 void check(const EncoderAttentionCall& c) {
   if (c.query_heads < 1 || c.kv_heads < 1 || c.query_heads % c.kv_heads || c.head_dim < 1 || c.rows < 1)
-    TVM_FFI_THROW(ValueError) << "encoder attention takes whole groups of query heads and windows of 1 position or more, not "
-                              << c.query_heads << " query heads of " << c.head_dim << ", " << c.kv_heads
+    TVM_FFI_THROW(ValueError) << "encoder attention takes whole groups of query heads and windows of 1 position or more, "
+                              << "not " << c.query_heads << " query heads of " << c.head_dim << ", " << c.kv_heads
                               << " KV heads, and windows of " << c.rows;
 }
 

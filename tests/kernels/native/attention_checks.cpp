@@ -1,5 +1,4 @@
-// rotate, write_kv, attention and combine, over caches laid out as attention.inl says: keys
-// [page][kv_head][head_dim][page_size], values [page][kv_head][page_size][round_up(head_dim, 16)].
+// rotate, write_kv, attention and combine.
 #include <algorithm>
 #include <cmath>
 #include <limits>
