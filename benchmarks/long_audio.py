@@ -25,6 +25,7 @@ from speech_work import (
     CORPUS,
     MemoryWatch,
     add_arguments,
+    cells,
     contenders,
     corpus,
     open_worker,
@@ -71,15 +72,9 @@ def main() -> None:
     lines = [line for line in corpus() if line["language"] == "en"]
     file = CORPUS / f"long-{args.hours:g}h.flac"
     scene = build(file, args.hours, lines)
-    for model, weights, mode, beam, vad in itertools.product(
-        args.models, args.weights, args.modes, args.beams, args.vad
-    ):
-        for who in contenders(args):
-            cell = {
-                "file_hours": args.hours, "model": model, "weights": weights, "mode": mode, "beam": beam,
-                "vad": vad == "on",
-            }  # fmt: skip
-            row = measure(who, cell, args, file, scene)
+    for cell, vad in itertools.product(cells(args), args.vad):
+        for who in contenders(args, cell["weights"]):
+            row = measure(who, {"file_hours": args.hours, **cell, "vad": vad == "on"}, args, file, scene)
             write_results(args.json, "long audio", [row], KEY)
             print({name: row[name] for name in row if name not in ("invented_words", "versions")}, flush=True)
 

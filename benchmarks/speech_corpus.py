@@ -7,6 +7,8 @@ DIR (default: speech-corpus in cai_runtime's cache) gets FLAC files at 16 kHz an
 file: "audio", "text", "language", "voice", "kind" ("recorded" or "synthesized"), "seconds" and "sentences", each with its
 start and end in seconds. Files are kept; a run goes on where the last one stopped.
 
+DIR/calibration gets six more files of joe's, of sentences that are in no other file, to make checkpoints with.
+
 Always made, from packages: Beckett's line of the speech sample; sentences of the Wikipedia sample's last quarter, spoken by
 Piper's joe and by a voice of Kokoro; seven Spanish passages, spoken by two voices of Kokoro.
 --repositories: a folder with clones of openai/whisper, cmusphinx/pocketsphinx and coqui-ai/TTS, named whisper, pocketsphinx
@@ -39,7 +41,7 @@ from cai_runtime.home import cai_home
 TEXTS = Path(__file__).with_name("speech_texts.json")
 BECKETT = "Ever tried. Ever failed. No matter. Try again. Fail again. Fail better."
 KENNEDY = "And so, my fellow Americans, ask not what your country can do for you, ask what you can do for your country."
-JOE_FILES, KOKORO_FILES, SENTENCES = 9, 3, 12  # English files of each voice, and sentences in each
+JOE_FILES, KOKORO_FILES, CALIBRATION_FILES, SENTENCES = 9, 3, 6, 12  # English files of each, and sentences in each
 PROMPTS, PROMPT_FILES, PROMPT_WORDS = 10, 6, 5  # announcements of a file, files of a language, fewest words of one
 PAUSES = 0.25, 0.9  # shortest and longest silence between sentences, seconds
 
@@ -105,13 +107,22 @@ def synthesize(voice: Any, language: str, texts: Iterable[str]) -> Iterator[Spok
         yield Spoken(text, np.asarray(0.5 * sound / max(float(np.abs(sound).max()), 1e-6), np.float32))
 
 
-def add_synthesized(corpus: Corpus) -> None:
-    phonemes = Phonemes()
-    texts = iter(list(sentences(split_articles(wikipedia_articles()).test)))
-    groups = [[next(texts) for _ in range(SENTENCES)] for _ in range(JOE_FILES + KOKORO_FILES)]
-    joe = Joe(phonemes)
-    for number, group in enumerate(groups[:JOE_FILES], 1):
+def groups_of(articles: list[str], count: int) -> list[list[str]]:
+    texts = sentences(articles)
+    return [[next(texts) for _ in range(SENTENCES)] for _ in range(count)]
+
+
+def add_joe(corpus: Corpus, joe: Joe, groups: Sequence[list[str]]) -> None:
+    for number, group in enumerate(groups, 1):
         corpus.add(f"en-joe-{number}", "en", "joe", "synthesized", lambda g=group: synthesize(joe, "en", g))
+
+
+def add_synthesized(corpus: Corpus, calibration: Corpus) -> None:
+    phonemes = Phonemes()
+    splits, joe = split_articles(wikipedia_articles()), Joe(phonemes)
+    add_joe(calibration, joe, groups_of(splits.calibration, CALIBRATION_FILES))
+    groups = groups_of(splits.test, JOE_FILES + KOKORO_FILES)
+    add_joe(corpus, joe, groups[:JOE_FILES])
     plan = [("en", "jf_alpha", groups[JOE_FILES:])]
     passages = [re.split(r"(?<=\.) ", text) for text in json.loads(TEXTS.read_text())["es"]]
     plan += [("es", voice, passages) for voice in ("jf_tebukuro", "jm_kumo")]
@@ -194,7 +205,7 @@ def main() -> None:
         add_repositories(corpus, args.repositories)
     if args.debian is not None:
         add_announcements(corpus, args.debian)
-    add_synthesized(corpus)
+    add_synthesized(corpus, Corpus(args.out / "calibration"))
     print(total(list(corpus.lines.values())))
 
 

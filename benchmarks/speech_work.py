@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -22,6 +24,7 @@ from cai_runtime.home import cai_home
 HERE = Path(__file__).parent
 CORPUS = cai_home() / "speech-corpus"
 INT8 = cai_home() / "speech-int8"  # our models with dense weights in int8
+SLIM = "slim"  # what `weights` is of a cell of slim checkpoints
 SAMPLE_SECONDS = 1.0  # between two looks at a worker's memory
 
 
@@ -112,16 +115,16 @@ class MemoryWatch:
 
 
 def open_worker(who: str, model: str, args: Any, **settings: Any) -> Worker:
-    """A worker of "ours" or "peer" for a named model. args: peer_python, peer_models, threads, int8_activations."""
+    """A worker of "ours" or "peer" for a named model. args: peer_python, peer_models, threads, int8_activations, slim."""
     given = {"threads": args.threads, "options": {}, "batched": 0, **settings}
     if who == "peer":
         return Worker(args.peer_python, "speech_peer.py", {**given, "model": str(args.peer_models / model)})
-    path, engine = pull(f"whisper-{model}"), {}
-    if given["weights"] == "fp32":
-        engine = {"dtype": "fp32"}
+    engine = {"dtype": "fp32"} if given["weights"] == "fp32" else {"int8_activations": args.int8_activations}
+    if given["weights"] == SLIM:
+        path = args.slim[model]
     else:
-        path = int8_of(model, path)
-        engine = {"int8_activations": args.int8_activations}
+        path = pull(f"whisper-{model}")
+        path = path if given["weights"] == "fp32" else int8_of(model, path)
     return Worker(sys.executable, "speech_ours.py", {**given, "model": str(path), "engine": engine})
 
 
@@ -129,8 +132,8 @@ def int8_of(model: str, path: Path) -> Path:
     """Our checkpoint of a model with every layer dense and its weights in int8; made at first."""
     into = INT8 / model
     if not (into / "config.json").is_file():
-        calibration = {"calibration": str(CORPUS / "corpus.jsonl")}
-        compress(path, into, keep=1.0, store="int8", refine_epochs=0, heal_tokens=0, evaluate=False, **calibration)
+        clips = str(CORPUS / "calibration/corpus.jsonl")
+        compress(path, into, keep=1.0, store="int8", refine_epochs=0, heal_tokens=0, evaluate=False, calibration=clips)
     return into
 
 
@@ -140,13 +143,35 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--peer-models", type=Path, metavar="DIR", help="CTranslate2's models: tiny.en and base in it")
     parser.add_argument("--only", choices=("ours", "peer"), help="measure one of the two")
     parser.add_argument("--threads", type=int, default=2, metavar="N")
+    parser.add_argument("--slim", action=Slim, nargs="+", default={}, metavar="MODEL=DIR", help="our slim checkpoints")
     parser.add_argument(
         "--int8-activations", action="store_true", help="ours rounds inputs to int8 as well, as theirs does"
     )
 
 
-def contenders(args: Any) -> list[str]:
-    found = [args.only] if args.only else ["ours", "peer"]
+def cells(args: Any) -> list[dict[str, Any]]:
+    """Every model, weights, mode and beam that is asked for, and the slim checkpoints in each mode and beam."""
+    found = []
+    for model in args.models:
+        weights = [*args.weights, *([SLIM] if model in args.slim else [])]
+        for weight, mode, beam in itertools.product(weights, args.modes, args.beams):
+            found.append({"model": model, "weights": weight, "mode": mode, "beam": beam})
+    return found
+
+
+class Slim(argparse.Action):
+    """MODEL=DIR ... as a dict of directories."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        pairs = [value.split("=", 1) for value in values]
+        if any(len(pair) != 2 for pair in pairs):
+            parser.error(f"{option} takes MODEL=DIR, such as base=models/base-slim")
+        setattr(namespace, self.dest, {model: Path(directory) for model, directory in pairs})
+
+
+def contenders(args: Any, weights: str = "") -> list[str]:
+    """Who is measured; slim checkpoints are ours alone."""
+    found = [args.only] if args.only else ["ours"] if weights == SLIM else ["ours", "peer"]
     if "peer" in found and not (args.peer_python and args.peer_models):
         raise SystemExit("the peer needs --peer-python and --peer-models; --only ours leaves it out")
     return found

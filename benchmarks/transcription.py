@@ -17,7 +17,6 @@ Writes benchmarks/results/transcription.json after each cell: what is measured a
 from __future__ import annotations
 
 import argparse
-import itertools
 import tempfile
 import time
 from collections import defaultdict
@@ -32,6 +31,7 @@ from speech_work import (
     Normalizer,
     Worker,
     add_arguments,
+    cells,
     contenders,
     corpus,
     errors,
@@ -114,7 +114,7 @@ def measure_cell(cell: Mapping[str, Any], args: argparse.Namespace, lines: list[
     settings = {"weights": cell["weights"], "beam": cell["beam"], "batched": BATCH if cell["mode"] == "batched" else 0}
     with ExitStack() as stack:
         workers, loaded = {}, {}
-        for who in contenders(args):
+        for who in contenders(args, cell["weights"]):
             workers[who] = stack.enter_context(open_worker(who, cell["model"], args, **settings))
             loaded[who] = workers[who].memory()[0]
             workers[who].hear(heard[0]["audio"], heard[0]["language"])  # untimed
@@ -128,7 +128,7 @@ def measure_cell(cell: Mapping[str, Any], args: argparse.Namespace, lines: list[
         if args.rounds:
             for who, worker in workers.items():
                 rows[who] |= {"loaded_mb": round(loaded[who] / 1e6), "peak_mb": round(worker.memory()[1] / 1e6)}
-    if args.int8_activations and cell["weights"] == "int8" and "ours" in rows:
+    if args.int8_activations and cell["weights"] != "fp32" and "ours" in rows:
         rows["ours"]["int8_activations"] = True
     return list(rows.values())
 
@@ -160,8 +160,7 @@ def main() -> None:
         speech = file, speech_file(lines, args.minutes, file)
         lines = [line for line in lines if args.files in line["audio"].stem]
         print(f"| {' | '.join(KEY)} | speed | peak MB | word error % |\n|{'---|' * 8}", flush=True)
-        for model, weights, mode, beam in itertools.product(args.models, args.weights, args.modes, args.beams):
-            cell = {"model": model, "weights": weights, "mode": mode, "beam": beam}
+        for cell in cells(args):
             rows = measure_cell(cell, args, lines, speech)
             write_results(args.json, "transcription", rows, KEY)
             print("\n".join(map(shown, rows)), flush=True)
