@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -165,13 +166,13 @@ async def _transcribe_all(args: argparse.Namespace, jobs: list[Job], outcome: Ou
     async with _client(args) as client:
         await client.engine()  # whose errors are told once
         seconds = await asyncio.to_thread(_durations, args, jobs)
-        bar = progress_bar("transcribe", total=sum(seconds.values()) or None, unit="s", show=args.progress)
+        bar = progress_bar("transcribe", total=round(sum(seconds.values())) or None, unit="s", show=args.progress)
         left = iter(jobs)
         with bar:
 
             async def work() -> None:
                 for job in left:
-                    await _transcribe(client, args, job, seconds.get(job.name, 0.0), bar, outcome)
+                    await _transcribe(client, args, job, seconds.get(job.name), bar, outcome)
 
             try:
                 async with asyncio.TaskGroup() as group:
@@ -182,10 +183,14 @@ async def _transcribe_all(args: argparse.Namespace, jobs: list[Job], outcome: Ou
 
 
 def _client(args: argparse.Namespace) -> AsyncClient:
+    from cai_runtime.api.host import ResolvedModel
+    from cai_runtime.api.models import require_speech
     from cai_runtime.cli.options import client_options, find_model
     from cai_runtime.client import AsyncClient
 
     name, path = find_model(args.model or _largest(), pull=args.pull)
+    if path is not None:
+        require_speech(ResolvedModel(name, path))  # before its weights are loaded
     options = {**client_options(args), "timeout": args.timeout, "progress": args.progress}
     return AsyncClient(name, models={} if path is None else {name: path}, **options)
 
@@ -223,27 +228,29 @@ def _durations(args: argparse.Namespace, jobs: list[Job]) -> dict[str, float]:
             continue
         try:
             with open_audio(job.name) as stream:
-                found[job.name] = stream.duration or 0.0
+                if stream.duration is not None:
+                    found[job.name] = stream.duration
         except AudioError:  # its transcription will say it
             continue
     return found
 
 
 async def _transcribe(
-    client: AsyncClient, args: argparse.Namespace, job: Job, seconds: float, bar: Any, outcome: Outcome
+    client: AsyncClient, args: argparse.Namespace, job: Job, seconds: float | None, bar: Any, outcome: Outcome
 ) -> None:
-    """One file, from its audio to its output. seconds: of audio, as its header says."""
+    """One file, from its audio to its output. seconds: of audio, as its header says; None: it does not say."""
     from cai_runtime.api.errors import APIError, APITimeoutError, BadRequestError, InternalServerError
 
     audio = client.audio.transcriptions if args.task == "transcribe" else client.audio.translations
-    shown = 0.0
+    shown, most = 0.0, math.inf if seconds is None else seconds
     try:
         source: Any = ("standard input", sys.stdin.buffer) if job.name == STANDARD else job.name
         async with await audio.create(file=source, stream=True, **_request(args)) as events:
             async for event in events:
                 if event.type == "transcript.text.segment":
-                    bar.update(max(0.0, min(event.end, seconds) - shown))
-                    shown = max(shown, min(event.end, seconds))
+                    heard = max(shown, min(event.end, most))
+                    bar.update(heard - shown)
+                    shown = heard
                 elif event.type == "transcript.text.done":
                     reply = event.transcription
         text = _formatted(reply, args.format)
@@ -262,7 +269,8 @@ async def _transcribe(
         outcome.done += 1
         if reply.damage:
             outcome.damaged[job.name] = reply.damage
-    bar.update(max(0.0, seconds - shown))
+    if seconds is not None:
+        bar.update(max(0.0, seconds - shown))
 
 
 def _request(args: argparse.Namespace) -> dict[str, Any]:

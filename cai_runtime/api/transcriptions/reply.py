@@ -115,7 +115,8 @@ class SpeechEvents:
             {
                 "type": "transcript.text.done",
                 "text": reply.text,
-                "languages": [{"code": transcript.language}],  # unknown to older versions of the package
+                # Unknown to older versions of the package. Of silence there is none.
+                "languages": [{"code": transcript.language}] if transcript.language else [],
                 "usage": TokenUsage(
                     type="tokens",
                     input_tokens=transcript.prompt_tokens,
