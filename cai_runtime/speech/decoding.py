@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from cai_runtime.engine.beam_search import BeamSearch
 from cai_runtime.engine.output import TokenOutput
 from cai_runtime.engine.request import Finished, Request, SamplingParams
 from cai_runtime.engine.segments import EncoderInput
@@ -117,18 +118,16 @@ class WindowTask:
         if temperature == 0:
             beam = None
             if options.beam_size > 1:
-                from cai_runtime.engine.beam_search import BeamSearch
-
                 beam = BeamSearch(options.beam_size, options.patience, options.length_penalty)
-            found = [self._request(base, **({"beam": beam} if beam else {}))]
+            found = [self._request(base, beam)]
         else:
             found = [self._request(replace(base, seed=self._seed(i))) for i in range(options.best_of)]
         if self._attempt == 0:
             found.append(probe(self.encoder, self.prompt.begin, self._share))
         return found
 
-    def _request(self, sampling: SamplingParams, **more) -> Request:
-        return Request(segments=self._segments, sampling=sampling, rules=self._rules, output=TokenOutput, **more)
+    def _request(self, sampling: SamplingParams, beam: BeamSearch | None = None) -> Request:
+        return Request(segments=self._segments, sampling=sampling, rules=self._rules, beam=beam, output=TokenOutput)
 
     def _seed(self, candidate: int) -> int:
         """A seed that no other sample of the file has."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,8 @@ from cai_runtime.speech.tokens import SpeechTokens
 
 @dataclass(eq=False)
 class Job:
-    """language: None until it is known. started: whether a window was begun, after which no prefix is given."""
+    """clips: (start, end) in seconds of what is heard. language: None until it is known. started: whether a window was
+    begun, after which no prefix is given."""
 
     windows: Windows
     tokens: SpeechTokens
@@ -29,6 +30,7 @@ class Job:
     text: SpeechText
     prompts: Prompts
     record: Record
+    clips: Sequence[tuple[float, float]]
     language: str | None = None
     language_probability: float = 1.0
     started: bool = False

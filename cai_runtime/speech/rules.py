@@ -106,7 +106,7 @@ def rules_for(tokens: SpeechTokens, options: Options, lead: Sequence[int] = ()) 
     return Rules(
         eot=tokens.eot,
         timestamp_begin=tokens.timestamp_begin,
-        timestamp_end=tokens.timestamp_begin + tokens.positions + 1,
+        timestamp_end=tokens.vocabulary,
         no_timestamps=tokens.no_timestamps,
         suppressed=np.array(sorted(suppressed), np.int64),
         suppressed_first=np.array(tokens.begin_suppress_tokens if options.suppress_blank else (), np.int64),

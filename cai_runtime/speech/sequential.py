@@ -12,15 +12,17 @@ from cai_runtime.speech.segments import split_by_times
 from cai_runtime.speech.steps import FRAMES_PER_SECOND, Need, Step
 from cai_runtime.speech.timing import Timing, last_word_end, plain_pieces, timed_pieces
 
+LEAST_REST = 10  # frames: what is left behind a window holds no word if it is shorter
+
 
 def in_sequence(job: Job) -> Generator[Step, Any, None]:
     """Transcribe the clips of the options, or everything, into `job.record`."""
     seek = 0
-    for start, end in job.options.clips:
-        seek = max(seek, round(start * FRAMES_PER_SECOND))
+    for start, end in job.clips:
+        first = seek = max(seek, round(start * FRAMES_PER_SECOND))
         while True:
             features, frames = job.hear(seek, end * FRAMES_PER_SECOND)
-            if frames == 0:
+            if frames == 0 or (frames < LEAST_REST and seek > first):
                 break
             advance, segments = yield from _window(job, features, frames, seek)
             seek += min(max(advance, 1), frames)  # whatever the tokens were, the end comes nearer

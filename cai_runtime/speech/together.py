@@ -69,7 +69,7 @@ def together(job: Job) -> Generator[Step, Any, None]:
 def _cuts(job: Job) -> Iterator[tuple[int, np.ndarray, int]]:
     """(first frame, features, frames of audio) of the windows."""
     seek = 0
-    for start, end in job.options.clips:
+    for start, end in job.clips:
         seek = max(seek, round(start * FRAMES_PER_SECOND))
         while True:
             features, frames = job.hear(seek, end * FRAMES_PER_SECOND)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cai_runtime.errors import InvalidConfigError, MissingFileError, TranscriptionError
+from cai_runtime.speech.words import word_heads
 
 _LANGUAGE = re.compile(r"<\|([a-z]{2,3})\|>")
 _MULTILINGUAL_VOCABULARY = 51865  # tokens; OpenAI's own criterion: an English-only model has fewer
@@ -27,7 +28,7 @@ class SpeechTokens:
         transcribe, translate, sot_lm: the tasks; None where the checkpoint has none.
         languages: code -> token; empty for an English-only model.
         suppress_tokens, begin_suppress_tokens: ids that never come, and that do not come first.
-        alignment_heads: (layer, head) of the cross-attention that follows the words.
+        alignment_heads: (layer, head) of the cross-attention that words are aligned by; see `words.word_heads`.
         max_initial_timestamp: steps of 0.02 s; the checkpoint's, for whoever wants it.
         max_context: positions of the decoder. positions: of the encoder, in a window. mels: of a frame.
     """
@@ -53,6 +54,11 @@ class SpeechTokens:
     @property
     def is_multilingual(self) -> bool:
         return bool(self.languages)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that there are: the last is the time 30.00. A checkpoint may pad its logits."""
+        return self.timestamp_begin + self.positions + 1
 
     @property
     def controls(self) -> tuple[int, ...]:
@@ -127,7 +133,6 @@ class _Checkpoint:
             raise InvalidConfigError("task_to_id is not an object", file=self.path)
         no_timestamps = self._token("<|notimestamps|>", "no_timestamps_token_id")
         first = self._names.get("<|0.00|>", no_timestamps + 1)  # transformers takes the next id, too
-        heads = self._value("alignment_heads")
         return SpeechTokens(
             sot=self._token("<|startoftranscript|>", "decoder_start_token_id"),
             eot=self._token("<|endoftext|>", "eos_token_id"),
@@ -142,7 +147,7 @@ class _Checkpoint:
             languages=self._languages(),
             suppress_tokens=self._ids("suppress_tokens"),
             begin_suppress_tokens=self._ids("begin_suppress_tokens"),
-            alignment_heads=self._upper_heads() if heads is None else self._heads(heads),
+            alignment_heads=self._heads(),
             max_initial_timestamp=self._optional(
                 self._value("max_initial_timestamp_index"), "max_initial_timestamp_index"
             ),
@@ -207,21 +212,17 @@ class _Checkpoint:
             )
         return dict(sorted(found.items(), key=lambda item: item[1]))
 
-    def _heads(self, value: Any) -> tuple[tuple[int, int], ...]:
-        pairs = value if isinstance(value, list) else [None]
-        if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-            raise InvalidConfigError("alignment_heads is not a list of [layer, head]", file=self.path)
-        return tuple((self._integer(a, "alignment_heads"), self._integer(b, "alignment_heads")) for a, b in pairs)
-
-    def _upper_heads(self) -> tuple[tuple[int, int], ...]:
-        """Every head of the upper half of the layers, as OpenAI's own code does where no heads are named."""
-        layers, heads = self._config.get("decoder_layers"), self._config.get("decoder_attention_heads")
-        if layers is None or heads is None:
-            return ()
-        count = self._integer(layers, "decoder_layers")
-        return tuple(
-            (i, j) for i in range(count // 2, count) for j in range(self._integer(heads, "decoder_attention_heads"))
-        )
+    def _heads(self) -> tuple[tuple[int, int], ...]:
+        """The heads that words are aligned by: of those that the checkpoint names, or of all."""
+        named = self._value("alignment_heads")
+        if named is not None:
+            pairs = named if isinstance(named, list) else [None]
+            if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+                raise InvalidConfigError("alignment_heads is not a list of [layer, head]", file=self.path)
+            named = [(self._integer(a, "alignment_heads"), self._integer(b, "alignment_heads")) for a, b in pairs]
+        if "decoder_layers" not in self._config or "decoder_attention_heads" not in self._config:
+            return tuple(named or ())
+        return word_heads(self._size("decoder_layers", 1), self._size("decoder_attention_heads", 1), named)
 
 
 def _token_names(path: Path) -> dict[str, int]:

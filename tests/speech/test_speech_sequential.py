@@ -183,6 +183,7 @@ def test_language_is_detected_once():
         (Options(task="translate"), "task"),
         (Options(language="de"), "language"),
         (Options(initial_prompt=[TOKENS.sot]), "initial_prompt"),
+        (Options(suppress_tokens=[TOKENS.vocabulary]), "suppress_tokens"),
     ],
 )
 def test_what_the_model_lacks_is_refused_at_once(options, param):
