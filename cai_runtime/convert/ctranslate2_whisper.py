@@ -163,20 +163,21 @@ class Whisper:
             found["lang_to_id"] = {self.vocabulary[at]: at for at in range(first, last)}
             found["task_to_id"] = {task: self._id(f"<|{task}|>") for task in ("transcribe", "translate")}
             found["task"] = "transcribe"  # transformers' generate names no task without it
-        lists = {
-            "suppress_ids": "suppress_tokens",
-            "suppress_ids_begin": "begin_suppress_tokens",
-            "alignment_heads": "alignment_heads",
-        }
-        for theirs, ours in lists.items():
-            value = self._extra.get(theirs)
-            if value is None or value == []:  # as the converter found it: nothing is suppressed, or known
+        place = self._file.path.with_name("config.json")
+        for theirs, ours in {"suppress_ids": "suppress_tokens", "suppress_ids_begin": "begin_suppress_tokens"}.items():
+            ids = self._extra.get(theirs)
+            if ids is None or ids == []:  # nothing is suppressed
                 continue
-            listed = value if isinstance(value, list) else []
-            ids = [i for item in listed for i in (item if isinstance(item, list) else [item])]
-            if not ids or not all(isinstance(i, int) and 0 <= i < len(self.vocabulary) for i in ids):
-                raise ConversionError(f"{self._file.path.with_name('config.json')}: {theirs} is not a list of ids")
-            found[ours] = value
+            if not isinstance(ids, list) or not all(_below(i, len(self.vocabulary)) for i in ids):
+                raise ConversionError(f"{place}: {theirs} is not a list of ids")
+            found[ours] = ids
+        pairs = self._extra.get("alignment_heads")
+        if pairs:
+            layers, heads = self._layers("decoder"), int(self._file.scalar("decoder/num_heads"))
+            whole = isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
+            if not whole or not all(_below(layer, layers) and _below(head, heads) for layer, head in pairs):
+                raise ConversionError(f"{place}: alignment_heads is not a list of [layer, head] of the decoder")
+            found["alignment_heads"] = pairs
         return found
 
     def preprocessor_config(self) -> dict[str, Any]:
@@ -307,6 +308,10 @@ def expected_shapes(
             if side == "decoder":
                 shapes |= attention(f"{name}.encoder_attn")
     return shapes
+
+
+def _below(value: Any, bound: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < bound
 
 
 def _weights_of(variable: str, shape: tuple[int, ...]) -> list[Weight]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cai_runtime.errors import InvalidConfigError, MissingFileError, TranscriptionError
-from cai_runtime.speech.words import word_heads
+from cai_runtime.speech.heads import word_heads
 
 _LANGUAGE = re.compile(r"<\|([a-z]{2,3})\|>")
 _MULTILINGUAL_VOCABULARY = 51865  # tokens; OpenAI's own criterion: an English-only model has fewer
@@ -147,7 +147,7 @@ class _Checkpoint:
             languages=self._languages(),
             suppress_tokens=self._ids("suppress_tokens"),
             begin_suppress_tokens=self._ids("begin_suppress_tokens"),
-            alignment_heads=self._heads(),
+            alignment_heads=self._word_heads(),
             max_initial_timestamp=self._optional(
                 self._value("max_initial_timestamp_index"), "max_initial_timestamp_index"
             ),
@@ -212,15 +212,15 @@ class _Checkpoint:
             )
         return dict(sorted(found.items(), key=lambda item: item[1]))
 
-    def _heads(self) -> tuple[tuple[int, int], ...]:
-        """The heads that words are aligned by: of those that the checkpoint names, or of all."""
+    def _word_heads(self) -> tuple[tuple[int, int], ...]:
+        """The heads that time words; none if the checkpoint names none and does not say how many there are."""
         named = self._value("alignment_heads")
         if named is not None:
             pairs = named if isinstance(named, list) else [None]
             if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
                 raise InvalidConfigError("alignment_heads is not a list of [layer, head]", file=self.path)
-            named = [(self._integer(a, "alignment_heads"), self._integer(b, "alignment_heads")) for a, b in pairs]
-        if "decoder_layers" not in self._config or "decoder_attention_heads" not in self._config:
+            named = [tuple(self._integer(part, "alignment_heads") for part in pair) for pair in pairs]
+        if any(self._config.get(key) is None for key in ("decoder_layers", "decoder_attention_heads")):
             return tuple(named or ())
         return word_heads(self._size("decoder_layers", 1), self._size("decoder_attention_heads", 1), named)
 

@@ -216,6 +216,23 @@ def test_nothing_to_suppress(write, tmp_path):
             ctranslate2_to_hf(write(suppress=(bad, [])), tmp_path / "bad", progress=False)
 
 
+def with_heads(directory, heads):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"alignment_heads": heads}))
+    return directory
+
+
+def test_alignment_heads_are_kept(write, tmp_path):
+    out = ctranslate2_to_hf(with_heads(write(), [[0, 1], [0, 0]]), tmp_path / "hf", progress=False)
+    assert GenerationConfig.from_pretrained(out).alignment_heads == [[0, 1], [0, 0]]
+
+
+@pytest.mark.parametrize("heads", [[[1, 0]], [[0, 2]], [[0, -1]], [[0]], [0, 1], "all", [[0, True]]])
+def test_alignment_heads_that_there_are_not(write, tmp_path, heads):
+    with pytest.raises(ConversionError, match="alignment_heads is not a list of"):
+        ctranslate2_to_hf(with_heads(write(), heads), tmp_path / "bad", progress=False)
+
+
 def test_what_stands_around_the_weights(write, tmp_path):
     out = ctranslate2_to_hf(write(), tmp_path / "hf", progress=False)
     processor = AutoProcessor.from_pretrained(out)

@@ -92,6 +92,12 @@ def test_heads_of_words(tmp_path):
     assert SpeechTokens.from_checkpoint(write(tmp_path, names_from(7), {}, {})).alignment_heads == ()
 
 
+def test_without_named_heads_the_upper_layers_align(tmp_path):
+    sizes = {"vocab_size": 100, "decoder_layers": 4, "decoder_attention_heads": 2}
+    tokens = SpeechTokens.from_checkpoint(write(tmp_path, names_from(7), config=sizes))
+    assert tokens.alignment_heads == tuple((layer, head) for layer in (1, 2, 3) for head in (0, 1))
+
+
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(MissingFileError):
         SpeechTokens.from_checkpoint(tmp_path)

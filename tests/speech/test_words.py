@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cai_runtime.speech.heads import word_heads
 from cai_runtime.speech.sounding import intersect, sounding_spans
-from cai_runtime.speech.words import Line, WordOptions, window_words, word_heads, word_timings
+from cai_runtime.speech.words import Line, WordOptions, window_words, word_timings
 
 MELS = 8
 RNG = np.random.default_rng(0)
