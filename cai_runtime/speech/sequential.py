@@ -7,10 +7,11 @@ from typing import Any
 
 from cai_runtime.speech.decoding import is_silence
 from cai_runtime.speech.job import Job
+from cai_runtime.speech.record import last_word_end
 from cai_runtime.speech.results import Segment
 from cai_runtime.speech.segments import split_by_times
 from cai_runtime.speech.steps import FRAMES_PER_SECOND, Need, Step
-from cai_runtime.speech.timing import Timing, last_word_end, plain_pieces, timed_pieces
+from cai_runtime.speech.timing import Timing, plain_pieces, timed_pieces
 
 LEAST_REST = 10  # frames: what is left behind a window holds no word if it is shorter
 
@@ -50,6 +51,8 @@ def _window(job: Job, features: Any, frames: int, seek: int) -> Generator[Step, 
         end = last_word_end(pieces)
         if end is not None and not split.ends_open and round(end * FRAMES_PER_SECOND) > seek:
             advance = round(end * FRAMES_PER_SECOND) - seek
+        pieces, again = job.without_invented(pieces, seek, frames)
+        advance = advance if again is None else again
     else:
         pieces = plain_pieces(split.pieces, seek)
     segments = record.add(pieces, decoded, seek)

@@ -126,8 +126,3 @@ def timed_pieces(timing: Timing, seek: int) -> Generator[Step, Any, list[Timed]]
 def plain_pieces(pieces: Sequence[Piece], seek: int) -> list[Timed]:
     """The pieces with the times of their timestamps."""
     return [Timed(*piece.seconds(seek), piece.tokens) for piece in pieces]
-
-
-def last_word_end(pieces: Sequence[Timed]) -> float | None:
-    """Seconds at which the last word ends; None if there is no word."""
-    return next((piece.words[-1].end for piece in reversed(pieces) if piece.words), None)

@@ -104,18 +104,20 @@ def _finish(job: Job, window: _Window, decoded: Decoded) -> Generator[Step, Any,
     heard, segments, rest = window.frames, [], None
     if not is_silence(decoded, job.options):
         pieces, heard = _pieces(job, window, decoded)
+        if job.options.word_timestamps:
+            audio = window.features[: window.frames]
+            timing = Timing(job, window.encoder, window.language, decoded, pieces, audio, window.task.prompt.lead)
+            timed = yield from timed_pieces(timing, window.seek)
+            timed, again = job.without_invented(timed, window.seek, window.frames)
+            heard = heard if again is None else again
+        else:
+            timed = plain_pieces(pieces, window.seek)
         if window.frames - heard < LEAST_REST:
             heard = window.frames
         else:
             features = np.full_like(window.features, window.features.min())
             features[: FRAMES - heard] = window.features[heard:]
             rest = yield from _begin(job, window.seek + heard, features, window.frames - heard)
-        if job.options.word_timestamps:
-            audio = window.features[: window.frames]
-            timing = Timing(job, window.encoder, window.language, decoded, pieces, audio, window.task.prompt.lead)
-            timed = yield from timed_pieces(timing, window.seek)
-        else:
-            timed = plain_pieces(pieces, window.seek)
         segments = job.record.add(timed, decoded, window.seek)
     yield job.done(segments, window.seek + heard)
     return rest

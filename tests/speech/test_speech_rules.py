@@ -130,6 +130,13 @@ def test_what_a_padded_vocabulary_has_behind_the_times_never_comes():
     assert best(row, [FIRST, 3]) < len(row) - 7
 
 
+def test_a_loop_ends_the_text():
+    said = [FIRST, 1, *[3, 4] * 11]
+    assert best(row_of(w3=9.0), said) == TOKENS.eot
+    assert best(row_of(w3=9.0), [*said[:-1], 5]) == 3
+    assert best(row_of(w3=9.0), said, compression_ratio_threshold=None) == 3
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_logits_that_are_not_finite_stay_so(value):
     row = row_of(w3=value)
