@@ -153,8 +153,7 @@ class EngineLoop:
             if again or sequence.held.is_changed:
                 step.pages += cache.page_changes(sequence, everything=again)
                 step.copies += sequence.held.copies
-            if sequence.prompt.encoder is not None:
-                passes = cache.encoder_passes(sequence)
+            if sequence.prompt.encoder is not None and (passes := cache.encoder_passes(sequence)):
                 step.encode += passes
                 launched.encoded += sum(encoder.input.rows for encoder in passes)
             end = feed.start + len(feed.ids)

@@ -65,15 +65,22 @@ class Request:
 
     The prompt is `prompt_ids`, or, where it is more than tokens, `segments` in their place: see `segments.Segment`. It must
     not be empty. cache_salt: what else determines what the model computes for it; requests of unlike salts share no cache.
+
     mask: makes what says which tokens may come (see `masks.TokenMask`); `Engine.submit` calls it with the tokens that end
-    the text. rules: change each row of logits before everything else. They are a part of the model's distribution: log
-    probabilities are of the logits after them. What they raise fails the request alone. Their rows are sampled on the host.
+    the text.
+
+    rules: change each row of logits before everything else. They are a part of the model's distribution: log probabilities
+    of generated tokens are of the logits after them (`prompt_logprobs`: of those without). What they raise fails the request
+    alone. Their rows are sampled on the host.
+
     beam: search for the likeliest text with several beside each other, by the logits after rules, penalties, logit_bias and
-    min_tokens. The temperature is 0 then. Nothing is put out before the end, and `Finished.logprobs` are there always: of
+    min_tokens. The temperature is 0 then. Nothing is put out before the end, and `Finished.logprobs` are always there: of
     the logits that the search went by.
+
     pooling: the embedding of the prompt is wanted, and no text: `max_tokens` is 0 then, and nothing else is asked.
-    alignment: the cross-attention of the prompt's last tokens is wanted, and no text: `max_tokens` is 0 then; it may ask
-    for `prompt_logprobs`, too.
+
+    alignment: the cross-attention of the prompt's last tokens is wanted, and no text: `max_tokens` is 0 then. It may ask for
+    `prompt_logprobs`, too.
     """
 
     prompt_ids: list[int] = field(default_factory=list)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from cai_runtime.engine.alignment import Alignment
 from cai_runtime.engine.beam_search import BeamSearch
 from cai_runtime.engine.request import Request
 from cai_runtime.engine.sampling import MAX_LOGPROBS
@@ -28,6 +29,8 @@ def check_parts(request: Request, prompt: Prompt, *, able: frozenset[str], has_h
         raise InvalidRequestError("this model has no language-model head: it makes embeddings alone, and no text")
     if request.alignment is not None:
         _check_alignment(request, prompt, able)
+    if request.rules is not None and not callable(request.rules):
+        raise InvalidRequestError(f"rules is {request.rules!r}; it must be a function of a row of logits and of tokens")
 
 
 def _check_pooling(request: Request, able: frozenset[str]) -> None:
@@ -45,7 +48,8 @@ def _check_pooling(request: Request, able: frozenset[str]) -> None:
 
 def _check_alignment(request: Request, prompt: Prompt, able: frozenset[str]) -> None:
     alignment, length = request.alignment, len(prompt.token_ids)
-    assert alignment is not None
+    if not isinstance(alignment, Alignment):
+        raise InvalidRequestError(f"alignment is {alignment!r}; it must be an Alignment")
     if "cross_attention" not in able:
         raise InvalidRequestError(
             "alignment needs cross-attention, but this model lacks the capability 'cross_attention'"
@@ -56,9 +60,9 @@ def _check_alignment(request: Request, prompt: Prompt, able: frozenset[str]) -> 
         raise InvalidRequestError(
             "an alignment is of a prompt alone: with alignment, max_tokens is 0, without logprobs and pooling"
         )
-    if not alignment.heads or not all(_is_head(pair) for pair in alignment.heads):
+    if not isinstance(alignment.heads, tuple) or not alignment.heads or not all(map(_is_head, alignment.heads)):
         raise InvalidRequestError(
-            f"alignment.heads is {alignment.heads!r}; give at least one pair (layer, head) of integers from 0"
+            f"alignment.heads is {alignment.heads!r}; give a tuple of at least one pair (layer, head) of integers from 0"
         )
     if not _is_int(alignment.count) or not 1 <= alignment.count <= length:
         raise InvalidRequestError(
@@ -86,6 +90,8 @@ def check_beam(request: Request, prompt: Prompt, scheduler: Scheduler, *, copies
     beam, params = request.beam, request.sampling
     if beam is None:
         return
+    if not isinstance(beam, BeamSearch):
+        raise InvalidRequestError(f"beam is {beam!r}; it must be a BeamSearch")
     if not copies:
         raise InvalidRequestError("beam search needs copies of cache pages, which this model's runner does not make")
     if not _is_int(beam.width) or not 1 <= beam.width <= MOST_BEAMS:

@@ -219,10 +219,11 @@ class SequenceSampler:
         """One of its own for another sequence that goes on from the same text."""
         made = copy.copy(self)
         made._generated = list(self._generated)
-        made._counts = None if self._counts is None else self._counts.plus(())
-        made.row = self.row.copy()
-        made.row_bytes = made.row.view(np.uint8).data
-        made._write_tables()
+        if self._counts is not None or self._num_generated < self.params.min_tokens:  # else nothing else changes
+            made._counts = None if self._counts is None else self._counts.plus(())
+            made.row = self.row.copy()
+            made.row_bytes = made.row.view(np.uint8).data
+            made._write_tables()
         return made
 
     def tables_after(self, drafted: Sequence[int]) -> RowTables:

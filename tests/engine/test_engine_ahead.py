@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 
+from cai_runtime.engine.beam_search import BeamSearch
 from cai_runtime.engine.request import Request, SamplingParams
 from cai_runtime.engine.runner_thread import CallThread
 from cai_runtime.engine.step import NEXT, ScheduledSequence
@@ -38,6 +39,7 @@ class Device:
         for change in step.pages:
             table = self.pages.setdefault(change.seat, [])
             table[change.at : change.at + len(change.pages)] = change.pages
+        self.simple.copy_pages([(copy.source, copy.target) for copy in step.copies])
         feeds = []
         for f in step.feeds:
             ids = [self.last[f.seat] if token_id == NEXT else token_id for token_id in f.ids]
@@ -183,3 +185,16 @@ def test_a_failed_step_before_a_masked_one(make_engine, make_runner, prompts, ha
     engine = make_engine(Device(simple), prefill_time=None)
     assert [done.token_ids for done in run_all(engine, requests)] == alone
     assert engine.stats().retries > 0 and engine.stats().failed == 0
+
+
+def test_searches_beside_plain_requests(make_engine, make_runner, prompts, greedy):
+    """Which tokens a search goes on with is known after its step: nothing is launched ahead while one runs."""
+    requests = [greedy(prompt, 4 + i) for i, prompt in enumerate(prompts)]
+    for i, request in enumerate(requests):
+        request.beam = BeamSearch(1 + i % 4) if i % 3 == 0 else None
+    plain = make_engine()
+    alone = [plain.submit(request).result().token_ids for request in requests]
+    for pages in (512, 45):
+        device = Device(make_runner(num_pages=pages))
+        assert [done.token_ids for done in run_all(make_engine(device), requests)] == alone
+        assert device.nexts > 0

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from cai_runtime.engine import model_runner
+from cai_runtime.engine.beam_search import BeamSearch
 from cai_runtime.engine.cache_layouts import PageCopy
 from cai_runtime.engine.engine import Engine
 from cai_runtime.engine.request import Request, SamplingParams
@@ -13,6 +14,8 @@ from cai_runtime.engine.step import Feed, NewPages, ScheduledSequence, Step
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels.batch import FULL
 from cai_runtime.kernels.sampling import NEUTRAL, NO_TABLES, SamplingBatch
+from cai_runtime.kernels.sampling_reference import logprobs as reference_logprobs
+from tests.engine.test_beam_search import definition
 from tests.engine.test_cuda_graphs import Replays, checkpoint, open_runner  # noqa: F401 - a fixture
 
 IDS = [7, 3, 300, 41, 5, 5, 19, 2, 260, 77, 8, 120, 33, 64, 1, 9, 310, 44, 6, 28]
@@ -145,4 +148,28 @@ def test_pages_are_copied_in_order(checkpoint, backend):  # noqa: F811
         step = Step([Feed(0, len(ids), [9], 1)], [NewPages(0, FULL, 0, [1, 2, place])], copies)
         torch.testing.assert_close(runner.launch(step).wait(), expected, rtol=0, atol=2e-6)
         copies = []
+    runner.close()
+
+
+@pytest.mark.parametrize("capture", [None, Replays])
+def test_a_search_with_a_real_model_is_its_definition(checkpoint, capture):  # noqa: F811
+    """Forks copy the pages of a real cache. The definition feeds each text anew, without a cache."""
+    runner = open_runner(checkpoint, capture=None, backend="cpu")
+
+    def row_of(tokens):
+        row = runner.run([ScheduledSequence([*IDS[:7], *tokens], 0, PAGES, 1)])[0].numpy().copy()
+        return reference_logprobs(row)
+
+    beams = [BeamSearch(1), BeamSearch(3), BeamSearch(4, 1.5, 0.0)]
+    wanted = [definition(row_of, beam, 14, ends=(5, 41)) for beam in beams]
+    sampling = SamplingParams(max_tokens=14, temperature=0.0, stop_token_ids=(5, 41))
+    requests = [Request(IDS[:7], sampling, beam=beam) for beam in beams]
+    requests.append(Request(IDS[:7], SamplingParams(max_tokens=14, temperature=0.0)))
+    opened = open_runner(checkpoint, capture=None if capture is None else capture(), backend="cpu")
+    with Engine(opened, Words(), eos_token_ids=[]) as engine:
+        found = [handle.result(timeout=60) for handle in engine.submit_all(requests)]
+        engine.check_integrity()
+    for done, (tokens, total) in zip(found, wanted, strict=False):
+        assert done.token_ids == tokens
+        assert sum(step.logprob for step in done.logprobs) == pytest.approx(total, abs=1e-4)
     runner.close()
