@@ -21,7 +21,7 @@ from cai_runtime.speech.segments import Piece, split_by_times
 from cai_runtime.speech.steps import FRAMES, FRAMES_PER_SECOND, Answer, Ask, Ready, Step
 from cai_runtime.speech.timing import Timing, plain_pieces, timed_pieces
 
-SEARCHED = 1000  # frames at a window's end in which it is cut: 10 s
+SEARCHED = 600  # frames at a window's end in which it is cut: 6 s
 QUIET = 30  # frames over which loudness is averaged: 0.3 s
 LEAST_REST = 50  # frames: a shorter rest of a window holds no word
 

@@ -37,9 +37,11 @@ def transcribe_steps(windows: Windows, tokens: SpeechTokens, options: Options, t
 
 def check(tokens: SpeechTokens, options: Options) -> None:
     """Raise TranscriptionError if the model can't do what the options ask for."""
+    for code in options.languages:
+        if code not in (tokens.languages or ("en",)):
+            known = ", ".join(sorted(tokens.languages)) or "en"
+            raise TranscriptionError(f"languages has {code!r}; this model has {known}", param="languages")
     if tokens.is_multilingual:
-        for code in options.languages:
-            tokens.language_token(code)
         tokens.start(options.language or next(iter(tokens.languages)), options.task)
     else:
         tokens.start(options.language or "en", options.task)

@@ -182,6 +182,7 @@ def test_language_is_detected_once():
     [
         (Options(task="translate"), "task"),
         (Options(language="de"), "language"),
+        (Options(languages=("en", "de")), "languages"),
         (Options(initial_prompt=[TOKENS.sot]), "initial_prompt"),
         (Options(suppress_tokens=[TOKENS.vocabulary]), "suppress_tokens"),
     ],
