@@ -2,7 +2,8 @@
 
 The order of attempts and their judgement are OpenAI's `decode_with_fallback` with faster-whisper's two refinements: text
 that is unlikely in a window that probably holds no speech has not failed (it is skipped later), and if every attempt
-failed, the likeliest of those whose text does not repeat itself is taken.
+failed, the likeliest of those whose text does not repeat itself is taken. Beyond them, a loop is found by its tokens, and
+text that loops in every attempt ends with the loop's first turn.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from cai_runtime.engine.beam_search import BeamSearch
 from cai_runtime.engine.output import TokenOutput
 from cai_runtime.engine.request import Finished, Request, SamplingParams
 from cai_runtime.engine.segments import EncoderInput
+from cai_runtime.speech.loops import find_loop
 from cai_runtime.speech.options import Options
 from cai_runtime.speech.prompts import SpeechText, WindowPrompt
 from cai_runtime.speech.rules import rules_for
@@ -29,6 +32,7 @@ class Decoded:
 
     tokens: without the end token. ended: whether that came, rather than the limit. logprobs: of each of the tokens.
     text: of the text tokens, stripped. avg_logprob: sum of the log probabilities, the end's included / (tokens + 1).
+    looping: whether text tokens repeat themselves without end (`loops.find_loop`).
     generated, prompted: tokens computed for the window, in all attempts.
     """
 
@@ -39,6 +43,7 @@ class Decoded:
     temperature: float
     avg_logprob: float
     compression_ratio: float
+    looping: bool = False
     no_speech_prob: float = 0.0
     generated: int = 0
     prompted: int = 0
@@ -117,18 +122,16 @@ class WindowTask:
         if temperature == 0:
             beam = None
             if options.beam_size > 1:
-                from cai_runtime.engine.beam_search import BeamSearch
-
                 beam = BeamSearch(options.beam_size, options.patience, options.length_penalty)
-            found = [self._request(base, **({"beam": beam} if beam else {}))]
+            found = [self._request(base, beam)]
         else:
             found = [self._request(replace(base, seed=self._seed(i))) for i in range(options.best_of)]
         if self._attempt == 0:
             found.append(probe(self.encoder, self.prompt.begin, self._share))
         return found
 
-    def _request(self, sampling: SamplingParams, **more) -> Request:
-        return Request(segments=self._segments, sampling=sampling, rules=self._rules, output=TokenOutput, **more)
+    def _request(self, sampling: SamplingParams, beam: BeamSearch | None = None) -> Request:
+        return Request(segments=self._segments, sampling=sampling, rules=self._rules, beam=beam, output=TokenOutput)
 
     def _seed(self, candidate: int) -> int:
         """A seed that no other sample of the file has."""
@@ -148,9 +151,10 @@ class WindowTask:
             return self._whole(best)
         if self._attempt < len(self.options.temperature):
             return None
-        threshold = self.options.compression_ratio_threshold
-        varied = [one for one in self._tried if threshold is None or one.compression_ratio <= threshold]
+        varied = [one for one in self._tried if not self._repeats(one)]
         likeliest = max(varied or self._tried, key=lambda one: one.avg_logprob)
+        if likeliest.looping and self._repeats(likeliest):
+            likeliest = self._first_turn(likeliest)
         # The last temperature, so that the text counts as one that went wrong, and is no prompt for the next window.
         return self._whole(replace(likeliest, temperature=self.options.temperature[-1]))
 
@@ -170,6 +174,7 @@ class WindowTask:
             temperature=self.temperature,
             avg_logprob=float(sum(logprobs)) / (len(ids) + 1),
             compression_ratio=compression_ratio(text),
+            looping=find_loop([token for token in ids if token < self.tokens.eot]) is not None,
         )
 
     def _score(self, decoded: Decoded) -> float:
@@ -179,11 +184,31 @@ class WindowTask:
     def _passes(self, decoded: Decoded) -> bool:
         """Whether the text is good enough, or there is nothing to transcribe."""
         options = self.options
-        ratio, least = options.compression_ratio_threshold, options.log_prob_threshold
+        least = options.log_prob_threshold
         unlikely = least is not None and decoded.avg_logprob < least
         if unlikely and options.no_speech_threshold is not None and self._no_speech > options.no_speech_threshold:
             return True
-        return not unlikely and (ratio is None or decoded.compression_ratio <= ratio)
+        return not unlikely and not self._repeats(decoded)
+
+    def _repeats(self, decoded: Decoded) -> bool:
+        threshold = self.options.compression_ratio_threshold
+        return threshold is not None and (decoded.looping or decoded.compression_ratio > threshold)
+
+    def _first_turn(self, decoded: Decoded) -> Decoded:
+        """A text in a loop, cut behind the loop's first turn; what follows is heard again where its time is known."""
+        first, eot = self.tokens.timestamp_begin, self.tokens.eot
+        places = [at for at, token in enumerate(decoded.tokens) if token < eot]
+        loop = find_loop([decoded.tokens[at] for at in places])
+        assert loop is not None
+        stop = places[loop.cut - 1] + 1
+        ids, logprobs = list(decoded.tokens[:stop]), list(decoded.logprobs[:stop])
+        if stop < len(decoded.tokens) and decoded.tokens[stop] >= first:
+            ids += [decoded.tokens[stop]] * 2  # a pair of times, at which the next window begins
+            logprobs += [0.0] * 2
+        text = self.text.decode(ids).strip()
+        return replace(
+            decoded, tokens=tuple(ids), logprobs=tuple(logprobs), text=text, compression_ratio=compression_ratio(text)
+        )
 
 
 def is_silence(decoded: Decoded, options: Options) -> bool:

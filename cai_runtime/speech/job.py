@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +13,17 @@ from cai_runtime.engine.segments import EncoderInput
 from cai_runtime.speech.decoding import ShareOf, WindowTask, encoder_input, probe
 from cai_runtime.speech.options import Options
 from cai_runtime.speech.prompts import Prompts, SpeechText
-from cai_runtime.speech.record import Record
+from cai_runtime.speech.record import Record, Timed, last_word_end
 from cai_runtime.speech.results import Segment
+from cai_runtime.speech.silences import drop_invented
 from cai_runtime.speech.steps import FRAMES, FRAMES_PER_SECOND, Done, Need, Step, Windows
 from cai_runtime.speech.tokens import SpeechTokens
 
 
 @dataclass(eq=False)
 class Job:
-    """language: None until it is known. started: whether a window was begun, after which no prefix is given."""
+    """clips: (start, end) in seconds of what is heard. language: None until it is known. started: whether a window was
+    begun, after which no prefix is given. spoken: second of what is heard at which the last word ended."""
 
     windows: Windows
     tokens: SpeechTokens
@@ -29,9 +31,11 @@ class Job:
     text: SpeechText
     prompts: Prompts
     record: Record
+    clips: Sequence[tuple[float, float]]
     language: str | None = None
     language_probability: float = 1.0
     started: bool = False
+    spoken: float = 0.0
 
     def hear(self, start: int, end: float) -> tuple[np.ndarray, int]:
         """(features, frames of them that count) of the window at frame `start`; what lies at `end` or behind is silent."""
@@ -63,6 +67,24 @@ class Job:
         first, self.started = not self.started, True
         prompt = self.prompts.window(self.tokens.start(language, self.options.task), previous, first=first)
         return WindowTask(encoder, prompt, start, self.tokens, self.options, self.text)
+
+    def without_invented(self, pieces: list[Timed], seek: int, frames: int) -> tuple[list[Timed], int | None]:
+        """(pieces of a window that stay, frames of the window after which it is to be heard again, if at all)."""
+        threshold = self.options.hallucination_silence_threshold
+        again = None
+        if threshold is not None:
+            start, end = seek / FRAMES_PER_SECOND, (seek + frames) / FRAMES_PER_SECOND
+            pieces, again = drop_invented(
+                pieces,
+                threshold=threshold,
+                before=self.spoken,
+                start=start,
+                end=end,
+                window=FRAMES / FRAMES_PER_SECOND,
+                last=frames < FRAMES,
+            )
+        self.spoken = last_word_end(pieces) or self.spoken
+        return pieces, None if again is None else max(round(again * FRAMES_PER_SECOND) - seek, 1)
 
     def done(self, segments: list[Segment], frame: int) -> Done:
         """What is said when a window ends at a frame. Segments are final."""

@@ -55,6 +55,8 @@ def loops_at_end(tokens: Sequence[int]) -> bool:
     """Whether the tokens end in a loop as `find_loop` finds them: for every step of decoding, in microseconds."""
     length = len(tokens)
     for period in range(1, min(LONGEST_TURN, length // TURNS) + 1):
+        if tokens[-1] != tokens[-1 - period]:
+            continue
         surplus = max(SURPLUS, (TURNS - 1) * period)
         if surplus + period <= length and all(tokens[-k] == tokens[-k - period] for k in range(1, surplus + 1)):
             return True

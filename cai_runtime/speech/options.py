@@ -191,7 +191,10 @@ def _temperatures(name: str, value: Any) -> tuple[float, ...]:
 def _prompt(name: str, value: Any) -> str | tuple[int, ...] | None:
     if value is None or isinstance(value, str):
         return value or None
-    return _ids(name, value) or None
+    ids = _ids(name, value)
+    if any(token < 0 for token in ids):
+        raise _wrong(name, value, "a text, or a list of token ids")
+    return ids or None
 
 
 def _ids(name: str, value: Any) -> tuple[int, ...]:
@@ -202,6 +205,13 @@ def _ids(name: str, value: Any) -> tuple[int, ...]:
     if None in ids or (not ids and not isinstance(value, Sequence)) or isinstance(value, (str, bytes)):
         raise _wrong(name, value, "a list of token ids")
     return tuple(item for item in ids if item is not None)
+
+
+def _suppressed(name: str, value: Any) -> tuple[int, ...]:
+    ids = _ids(name, value)
+    if any(token < CHECKPOINT for token in ids):
+        raise _wrong(name, value, "a list of token ids, or -1 for the checkpoint's list")
+    return ids
 
 
 def _clips(name: str, value: Any) -> tuple[float, ...]:
@@ -255,7 +265,7 @@ _CHECKS: dict[str, Any] = {
     "prefix": _text_or_none,
     "hotwords": _text_or_none,
     "suppress_blank": _flag,
-    "suppress_tokens": _ids,
+    "suppress_tokens": _suppressed,
     "without_timestamps": _flag,
     "max_initial_timestamp": _number(0, 30),
     "max_new_tokens": _whole(1, 1 << 20, none=True),

@@ -23,6 +23,11 @@ class Timed:
     words: tuple[Word, ...] | None = None
 
 
+def last_word_end(pieces: Sequence[Timed]) -> float | None:
+    """Seconds at which the last word ends; None if there is no word."""
+    return next((piece.words[-1].end for piece in reversed(pieces) if piece.words), None)
+
+
 class Clock:
     """Times of what is heard, as times of the audio, in seconds. They are the same here; a clock of audio from which silence
     was cut out says otherwise."""

@@ -3,6 +3,7 @@
 The rules are those of OpenAI's decoder (`SuppressBlank`, `SuppressTokens`, `ApplyTimestampRules`), which transformers'
 `WhisperTimeStampLogitsProcessor` repeats, in this order:
 
+0. Text in a loop (`loops.find_loop`) ends: it has failed, and the limit of tokens is far.
 1. Repetition penalty and n-gram ban over the text tokens. Timestamps are left out: they come in equal pairs.
 2. Suppressed tokens; and at the beginning, those suppressed there.
 3. Timestamps come in pairs, except before the end; they never fall, and a segment is longer than 0. The first token is a
@@ -15,16 +16,18 @@ over the vocabulary. A row of 51,865 takes about 20 microseconds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from cai_runtime.speech.loops import SURPLUS, loops_at_end
 from cai_runtime.speech.options import CHECKPOINT, Options
 from cai_runtime.speech.tokens import SpeechTokens
 
 STEP = 0.02  # seconds between two timestamps
 _BANNED = -np.inf
+_LOOKED_EVERY = 8  # tokens, at which a loop is looked for
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +37,7 @@ class Rules:
     eot, timestamp_begin, no_timestamps: tokens. timestamp_end: the id behind the last timestamp; what a padded vocabulary
     has from there on never comes. suppressed, suppressed_first: int64 ids. lead: tokens that stand in the
     prompt but belong to the transcript (a prefix). timestamps: whether there are any. max_initial: steps of 0.02 s.
-    repetition_penalty, no_repeat_ngram: 1 and 0 are off.
+    repetition_penalty, no_repeat_ngram: 1 and 0 are off. ends_loops: text that has come to repeat itself ends.
     """
 
     eot: int
@@ -48,9 +51,13 @@ class Rules:
     max_initial: int | None = None
     repetition_penalty: float = 1.0
     no_repeat_ngram: int = 0
+    ends_loops: bool = False
 
     def __call__(self, row: np.ndarray, generated: Sequence[int]) -> None:
         """Change fp32 [vocabulary] logits in place; generated: the tokens of the transcript so far."""
+        if self._has_looped(generated):
+            row[: self.eot] = row[self.eot + 1 :] = _BANNED
+            return
         if self.repetition_penalty != 1.0 or self.no_repeat_ngram:
             self._repetitions(row, [token for token in (*self.lead, *generated) if token < self.eot])
         row[self.suppressed] = _BANNED
@@ -59,6 +66,11 @@ class Rules:
             row[self.suppressed_first] = _BANNED
         if self.timestamps:
             self._times(row, [*self.lead, *generated] if self.lead else generated)
+
+    def _has_looped(self, generated: Sequence[int]) -> bool:
+        if not self.ends_loops or len(generated) < SURPLUS or len(generated) % _LOOKED_EVERY:
+            return False
+        return loops_at_end([token for token in generated if token < self.eot])
 
     def _times(self, row: np.ndarray, tokens: Sequence[int]) -> None:
         first = self.timestamp_begin
@@ -103,16 +115,23 @@ def rules_for(tokens: SpeechTokens, options: Options, lead: Sequence[int] = ()) 
     suppressed = {token for token in listed if token != CHECKPOINT} | set(tokens.controls)
     if CHECKPOINT in listed:
         suppressed |= set(tokens.suppress_tokens)
+    first = tokens.begin_suppress_tokens if options.suppress_blank else ()
     return Rules(
         eot=tokens.eot,
         timestamp_begin=tokens.timestamp_begin,
-        timestamp_end=tokens.timestamp_begin + tokens.positions + 1,
+        timestamp_end=tokens.vocabulary,
         no_timestamps=tokens.no_timestamps,
-        suppressed=np.array(sorted(suppressed), np.int64),
-        suppressed_first=np.array(tokens.begin_suppress_tokens if options.suppress_blank else (), np.int64),
+        suppressed=_ids(suppressed, tokens),
+        suppressed_first=_ids(first, tokens),
         lead=tuple(lead),
         timestamps=not options.without_timestamps,
         max_initial=round(options.max_initial_timestamp / STEP),
         repetition_penalty=options.repetition_penalty,
         no_repeat_ngram=options.no_repeat_ngram_size,
+        ends_loops=options.compression_ratio_threshold is not None,
     )
+
+
+def _ids(listed: Iterable[int], tokens: SpeechTokens) -> np.ndarray:
+    """Ids as an index; without those that the vocabulary lacks, which some checkpoints list."""
+    return np.array(sorted(token for token in listed if token < tokens.vocabulary), np.int64)

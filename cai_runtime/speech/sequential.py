@@ -7,20 +7,23 @@ from typing import Any
 
 from cai_runtime.speech.decoding import is_silence
 from cai_runtime.speech.job import Job
+from cai_runtime.speech.record import last_word_end
 from cai_runtime.speech.results import Segment
 from cai_runtime.speech.segments import split_by_times
 from cai_runtime.speech.steps import FRAMES_PER_SECOND, Need, Step
-from cai_runtime.speech.timing import Timing, last_word_end, plain_pieces, timed_pieces
+from cai_runtime.speech.timing import Timing, plain_pieces, timed_pieces
+
+LEAST_REST = 10  # frames: what is left behind a window holds no word if it is shorter
 
 
 def in_sequence(job: Job) -> Generator[Step, Any, None]:
     """Transcribe the clips of the options, or everything, into `job.record`."""
     seek = 0
-    for start, end in job.options.clips:
-        seek = max(seek, round(start * FRAMES_PER_SECOND))
+    for start, end in job.clips:
+        first = seek = max(seek, round(start * FRAMES_PER_SECOND))
         while True:
             features, frames = job.hear(seek, end * FRAMES_PER_SECOND)
-            if frames == 0:
+            if frames == 0 or (frames < LEAST_REST and seek > first):
                 break
             advance, segments = yield from _window(job, features, frames, seek)
             seek += min(max(advance, 1), frames)  # whatever the tokens were, the end comes nearer
@@ -48,6 +51,8 @@ def _window(job: Job, features: Any, frames: int, seek: int) -> Generator[Step, 
         end = last_word_end(pieces)
         if end is not None and not split.ends_open and round(end * FRAMES_PER_SECOND) > seek:
             advance = round(end * FRAMES_PER_SECOND) - seek
+        pieces, again = job.without_invented(pieces, seek, frames)
+        advance = advance if again is None else again
     else:
         pieces = plain_pieces(split.pieces, seek)
     segments = record.add(pieces, decoded, seek)

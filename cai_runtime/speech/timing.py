@@ -18,6 +18,7 @@ from cai_runtime.speech.record import Timed
 from cai_runtime.speech.results import Word
 from cai_runtime.speech.segments import Piece
 from cai_runtime.speech.steps import FRAMES_PER_SECOND, Need, Step
+from cai_runtime.speech.words import Line, WordOptions, window_words
 
 
 class Timing:
@@ -81,13 +82,13 @@ class Timing:
         found = self._words(finished[0], seek / FRAMES_PER_SECOND)
         return [
             # Times of a timestamp token are coarser than those of the words between them.
-            Timed(words[0].start, words[-1].end, piece.tokens, words) if words else Timed(*time, piece.tokens, ())
+            Timed(words[0].start, words[-1].end, piece.tokens, words)
+            if words and words[0].start < words[-1].end
+            else Timed(*time, piece.tokens, words)
             for time, piece, words in zip(times, self._pieces, found, strict=True)
         ]
 
     def _words(self, finished: Finished, offset: float) -> list[tuple[Word, ...]]:
-        from cai_runtime.speech.words import Line, WordOptions, window_words
-
         assert finished.attention is not None
         options = self._job.options
         lines = [
@@ -106,9 +107,8 @@ class Timing:
                 self._language, prepend=options.prepend_punctuations, append=options.append_punctuations
             ),
         )
-        most = (
-            offset + len(self._features) / FRAMES_PER_SECOND
-        )  # encoder positions are two frames, the audio may end between
+        # An encoder position is two frames, between which the audio may end.
+        most = offset + len(self._features) / FRAMES_PER_SECOND
         words = [
             tuple(Word(min(one.start, most), min(one.end, most), one.word, one.probability) for one in line)
             for line in made
@@ -126,8 +126,3 @@ def timed_pieces(timing: Timing, seek: int) -> Generator[Step, Any, list[Timed]]
 def plain_pieces(pieces: Sequence[Piece], seek: int) -> list[Timed]:
     """The pieces with the times of their timestamps."""
     return [Timed(*piece.seconds(seek), piece.tokens) for piece in pieces]
-
-
-def last_word_end(pieces: Sequence[Timed]) -> float | None:
-    """Seconds at which the last word ends; None if there is no word."""
-    return next((piece.words[-1].end for piece in reversed(pieces) if piece.words), None)

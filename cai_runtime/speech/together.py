@@ -21,7 +21,7 @@ from cai_runtime.speech.segments import Piece, split_by_times
 from cai_runtime.speech.steps import FRAMES, FRAMES_PER_SECOND, Answer, Ask, Ready, Step
 from cai_runtime.speech.timing import Timing, plain_pieces, timed_pieces
 
-SEARCHED = 1000  # frames at a window's end in which it is cut: 10 s
+SEARCHED = 600  # frames at a window's end in which it is cut: 6 s
 QUIET = 30  # frames over which loudness is averaged: 0.3 s
 LEAST_REST = 50  # frames: a shorter rest of a window holds no word
 
@@ -69,7 +69,7 @@ def together(job: Job) -> Generator[Step, Any, None]:
 def _cuts(job: Job) -> Iterator[tuple[int, np.ndarray, int]]:
     """(first frame, features, frames of audio) of the windows."""
     seek = 0
-    for start, end in job.options.clips:
+    for start, end in job.clips:
         seek = max(seek, round(start * FRAMES_PER_SECOND))
         while True:
             features, frames = job.hear(seek, end * FRAMES_PER_SECOND)
@@ -104,18 +104,20 @@ def _finish(job: Job, window: _Window, decoded: Decoded) -> Generator[Step, Any,
     heard, segments, rest = window.frames, [], None
     if not is_silence(decoded, job.options):
         pieces, heard = _pieces(job, window, decoded)
+        if job.options.word_timestamps:
+            audio = window.features[: window.frames]
+            timing = Timing(job, window.encoder, window.language, decoded, pieces, audio, window.task.prompt.lead)
+            timed = yield from timed_pieces(timing, window.seek)
+            timed, again = job.without_invented(timed, window.seek, window.frames)
+            heard = heard if again is None else again
+        else:
+            timed = plain_pieces(pieces, window.seek)
         if window.frames - heard < LEAST_REST:
             heard = window.frames
         else:
             features = np.full_like(window.features, window.features.min())
             features[: FRAMES - heard] = window.features[heard:]
             rest = yield from _begin(job, window.seek + heard, features, window.frames - heard)
-        if job.options.word_timestamps:
-            audio = window.features[: window.frames]
-            timing = Timing(job, window.encoder, window.language, decoded, pieces, audio, window.task.prompt.lead)
-            timed = yield from timed_pieces(timing, window.seek)
-        else:
-            timed = plain_pieces(pieces, window.seek)
         segments = job.record.add(timed, decoded, window.seek)
     yield job.done(segments, window.seek + heard)
     return rest

@@ -28,7 +28,7 @@ class SpeechTokens:
         transcribe, translate, sot_lm: the tasks; None where the checkpoint has none.
         languages: code -> token; empty for an English-only model.
         suppress_tokens, begin_suppress_tokens: ids that never come, and that do not come first.
-        alignment_heads: (layer, head) of the cross-attention that follows the words.
+        alignment_heads: (layer, head) of the cross-attention that words are aligned by; see `words.word_heads`.
         max_initial_timestamp: steps of 0.02 s; the checkpoint's, for whoever wants it.
         max_context: positions of the decoder. positions: of the encoder, in a window. mels: of a frame.
     """
@@ -54,6 +54,11 @@ class SpeechTokens:
     @property
     def is_multilingual(self) -> bool:
         return bool(self.languages)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that there are: the last is the time 30.00. A checkpoint may pad its logits."""
+        return self.timestamp_begin + self.positions + 1
 
     @property
     def controls(self) -> tuple[int, ...]:

@@ -30,10 +30,6 @@ def small_tokens(languages: Sequence[str] = (), **fields) -> SpeechTokens:
     return SpeechTokens(**ids, languages=spoken, timestamp_begin=begin, **{**known, **fields})
 
 
-def vocabulary_of(tokens: SpeechTokens) -> int:
-    return tokens.timestamp_begin + tokens.positions + 1
-
-
 class WordTokenizer:
     """Token k is the word " wk"."""
 
@@ -98,20 +94,21 @@ class FakeEngine:
     logits: Logits
     eot: int
     attention: Callable[[Request], np.ndarray] | None = None
+    done: bool = True  # whether requests are finished before anybody waits for them
     requests: list[Request] = field(default_factory=list)
     handles: list[FakeHandle] = field(default_factory=list)
 
     def submit_all(self, requests: Sequence[Request]) -> list[FakeHandle]:
-        made = [FakeHandle(lambda request=request: self.answer(request)) for request in requests]
+        made = [FakeHandle(lambda one=one: self.answer(one), done=self.done) for one in requests]
         self.requests += requests
         self.handles += made
         return made
 
     def answer(self, request: Request) -> Finished:
         encoder, prompt = request.segments
-        if getattr(request, "alignment", None) is not None:
+        if request.alignment is not None:
             return finished((), (), len(prompt), attention=self.attention(request))
-        if getattr(request, "beam", None) is not None:
+        if request.beam is not None:
             found, logprobs = self._beam(encoder, list(prompt), request)
         else:
             found, logprobs = self._single(encoder, list(prompt), request)
@@ -177,7 +174,7 @@ def scripted(script: Callable[[EncoderInput], list[int]], tokens: SpeechTokens, 
     """A model that says `script(encoder input)` and ends. sure: how far its choice lies above all other logits."""
 
     def logits(encoder: EncoderInput, so_far: list[int], prompt: int) -> np.ndarray:
-        row = np.zeros(vocabulary_of(tokens), np.float32)
+        row = np.zeros(tokens.vocabulary, np.float32)
         words = script(encoder)
         at = len(so_far) - prompt
         row[words[at] if at < len(words) else tokens.eot] = sure
@@ -226,10 +223,14 @@ class WhisperLogits:
     def __call__(self, encoder: EncoderInput, so_far: list[int], prompt: int) -> np.ndarray:
         import copy
 
+        from transformers import EncoderDecoderCache
+
         key = encoder.digest, tuple(so_far)
         if key not in self._texts:
-            before = self._texts.get((encoder.digest, tuple(so_far[:-1])))
-            cache = copy.deepcopy(before[0]) if before else None  # texts part where several samples are drawn
+            before, cache = self._texts.get((encoder.digest, tuple(so_far[:-1]))), None
+            if before:  # several texts may go on from it
+                own = copy.deepcopy(before[0].self_attention_cache)
+                cache = EncoderDecoderCache(own, before[0].cross_attention_cache)
             output = self.forward(encoder, so_far[-1:] if before else so_far, past_key_values=cache, use_cache=True)
             if len(self._texts) > 64:
                 self._texts.pop(next(iter(self._texts)))

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from speech import FakeEngine, WordTokenizer, finished, log_softmax, scripted, small_tokens, vocabulary_of
+from speech import FakeEngine, WordTokenizer, finished, log_softmax, scripted, small_tokens
 
 from cai_runtime.speech.decoding import ShareOf, WindowTask, compression_ratio, encoder_input, is_silence
 from cai_runtime.speech.options import Options
@@ -74,7 +74,19 @@ def test_if_all_fail_the_likeliest_that_does_not_repeat_itself_is_taken():
     result = answered(task(), *attempts)
     assert result.text == "w3 w17" and result.temperature == 1.0  # of the last attempt: no prompt for what follows
     result = answered(task(), *[(LOOP, -1.0 - k) for k in range(6)])
-    assert result.avg_logprob == pytest.approx(-1.0)
+    assert result.avg_logprob == pytest.approx(-1.0) and result.text == "w5 w6"
+
+
+def test_text_that_loops_in_every_attempt_ends_with_the_first_turn():
+    turn = [5, 6, 7, 8, 9]
+    said = [T, 1, T + 50, T + 50, *turn, T + 100, T + 100, *turn, T + 150, T + 150, *turn, T + 200]
+    result = answered(task(Options(temperature=0)), (said, -0.1))
+    assert result.tokens == (T, 1, T + 50, T + 50, *turn, T + 100, T + 100)
+    assert len(result.logprobs) == len(result.tokens)
+    assert answered(task(Options(temperature=0)), ([1, *[5] * 20], -0.1)).tokens == (1, 5)
+    whole = Options(temperature=0, compression_ratio_threshold=None)
+    assert answered(task(whole), (said, -0.1)).tokens == tuple(said)
+    assert answered(task(), (said, -0.1), (VARIED, -0.9)).text == "w3 w17 w44 w9 w61"
 
 
 def test_requests_of_each_attempt():
@@ -155,4 +167,3 @@ def test_equal_features_have_equal_digests():
     features = np.random.default_rng(0).standard_normal((3000, 2)).astype(np.float32)
     assert encoder_input(features, 1500).digest == encoder_input(features[:, ::-1][:, ::-1], 1500).digest
     assert encoder_input(features, 1500).digest != encoder_input(features * 2, 1500).digest
-    assert vocabulary_of(TOKENS) == T + 1501

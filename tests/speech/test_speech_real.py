@@ -38,8 +38,8 @@ def sample() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def long_audio(sample) -> np.ndarray:
-    """The sample four times with pauses: about 65 s."""
-    pauses = [np.zeros(round(seconds * RATE), np.float32) for seconds in (0.7, 12, 3, 1)]
+    """The sample three times with pauses: about 45 s."""
+    pauses = [np.zeros(round(seconds * RATE), np.float32) for seconds in (0.7, 12, 1)]
     return np.concatenate([part for pause in pauses for part in (sample, pause)])
 
 
@@ -105,7 +105,7 @@ def test_long_form_equals_transformers(logits, tokens, text, long_audio, feature
     theirs = [(round(float(s["start"]), 2), [int(t) for t in s["tokens"] if t < tokens.eot]) for s in expected]
     ours = [(round(s.start, 2), [t for t in s.tokens if t < tokens.eot]) for s in transcript.segments]
     assert ours == [one for one in theirs if one[1]]
-    assert len(ours) >= 4
+    assert len(ours) >= 3
 
 
 @pytest.mark.parametrize("batched", [False, True])
@@ -121,7 +121,7 @@ def test_every_option_at_once(logits, tokens, text, long_audio, features_of, bat
         word_timestamps=True,
     )
     transcript = transcribe(logits, tokens, text, features_of(long_audio), options)
-    assert transcript.text.lower().count("fail better") == 4
+    assert transcript.text.lower().count("fail better") == 3
     assert transcript.words == tuple(word for segment in transcript.segments for word in segment.words)
     assert "".join(word.word for word in transcript.words) == transcript.text
     reached = 0.0
@@ -129,9 +129,6 @@ def test_every_option_at_once(logits, tokens, text, long_audio, features_of, bat
         assert reached <= word.start <= word.end <= transcript.duration
         assert 0 <= word.probability <= 1
         reached = word.end
-    plain = transcribe(logits, tokens, text, features_of(long_audio), replace(options, word_timestamps=False))
-    assert plain.words is None
-    assert plain.text.lower().count("fail better") == 4
 
 
 def test_prefix_and_plain_text(logits, tokens, text, sample, features_of):

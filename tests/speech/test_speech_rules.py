@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from speech import WORDS, small_tokens, vocabulary_of
+from speech import WORDS, small_tokens
 
 from cai_runtime.speech.options import Options
 from cai_runtime.speech.rules import rules_for
@@ -55,7 +55,7 @@ def transformers_rules(options: Options):
 )
 def test_rules_equal_transformers(seed, generated, likely, initial, blank, plain):
     options = Options(max_initial_timestamp=initial, suppress_blank=blank, without_timestamps=plain)
-    row = np.random.default_rng(seed).standard_normal(vocabulary_of(TOKENS)).astype(np.float32)
+    row = np.random.default_rng(seed).standard_normal(TOKENS.vocabulary).astype(np.float32)
     row[FIRST:] += {"flat": 0.0, "times": 2.0, "text": -6.0}[likely]
     expected = transformers_rules(options)(row, generated)
     rules_for(TOKENS, options)(row, generated)
@@ -64,7 +64,7 @@ def test_rules_equal_transformers(seed, generated, likely, initial, blank, plain
 
 def row_of(**logits: float) -> np.ndarray:
     """Zeros but for the given logits, named by kind and number: w3 a text token, t5 a time, eot."""
-    row = np.zeros(vocabulary_of(TOKENS), np.float32)
+    row = np.zeros(TOKENS.vocabulary, np.float32)
     for name, logit in logits.items():
         at = TOKENS.eot if name == "eot" else {"w": 0, "t": FIRST}[name[0]] + int(name[1:])
         row[at] = logit
@@ -105,29 +105,36 @@ def test_no_ngram_comes_twice_across_segments():
 
 
 def test_control_tokens_never_come_whatever_the_caller_lifts():
-    row = np.zeros(vocabulary_of(TOKENS), np.float32)
+    row = np.zeros(TOKENS.vocabulary, np.float32)
     row[list(TOKENS.controls)] = 9.0
     assert best(row, [FIRST], suppress_tokens=()) not in TOKENS.controls
 
 
 def test_callers_list_joins_the_checkpoints_or_takes_its_place():
-    tokens = small_tokens(suppress_tokens=(5,), positions=40)
+    tokens = small_tokens(suppress_tokens=(5, 10**6), positions=40)
 
     def banned(*ids: int) -> set[int]:
-        row = np.zeros(vocabulary_of(tokens), np.float32)
+        row = np.zeros(tokens.vocabulary, np.float32)
         rules_for(tokens, Options(suppress_tokens=ids, without_timestamps=True))(row, [1])
         return set(np.flatnonzero(np.isneginf(row[:WORDS])).tolist())
 
-    assert banned(-1) == {5}
+    assert banned(-1) == {5}  # the id that the vocabulary lacks is passed over
     assert banned(-1, 6) == {5, 6}
     assert banned(6) == {6}
     assert banned() == set()
 
 
 def test_what_a_padded_vocabulary_has_behind_the_times_never_comes():
-    row = np.zeros(vocabulary_of(TOKENS) + 7, np.float32)
+    row = np.zeros(TOKENS.vocabulary + 7, np.float32)
     row[-7:] = 99.0
     assert best(row, [FIRST, 3]) < len(row) - 7
+
+
+def test_a_loop_ends_the_text():
+    said = [FIRST, 1, *[3, 4] * 11]
+    assert best(row_of(w3=9.0), said) == TOKENS.eot
+    assert best(row_of(w3=9.0), [*said[:-1], 5]) == 3
+    assert best(row_of(w3=9.0), said, compression_ratio_threshold=None) == 3
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -36,7 +36,7 @@ def test_tiny_en(whisper_dir):
     assert not tokens.is_multilingual
     assert tokens.begin_suppress_tokens == (220, 50256)
     assert len(tokens.suppress_tokens) == 90
-    assert (1, 0) in tokens.alignment_heads
+    assert tokens.alignment_heads == tuple((layer, head) for layer in (1, 2, 3) for head in range(6))
     assert (tokens.max_context, tokens.positions, tokens.mels) == (448, 1500, 80)
     assert tokens.start("en", "transcribe") == [50257]
 
@@ -80,6 +80,16 @@ def test_a_generation_config_alone_is_enough(tmp_path):
 def test_an_english_only_tokenizer_names_languages_all_the_same(tmp_path):
     tokens = SpeechTokens.from_checkpoint(write(tmp_path, names_from(50256), config={"vocab_size": 51864}))
     assert tokens.languages == {}
+
+
+def test_heads_of_words(tmp_path):
+    """A deep decoder's are those that its checkpoint names; without sizes there are no others."""
+    sizes = {"vocab_size": 100, "decoder_layers": 24, "decoder_attention_heads": 2}
+    named = {"is_multilingual": False, "alignment_heads": [[3, 1]]}
+    tokens = SpeechTokens.from_checkpoint(write(tmp_path, names_from(7), named, sizes))
+    assert tokens.alignment_heads == ((3, 1),)
+    assert SpeechTokens.from_checkpoint(write(tmp_path, names_from(7), named, {})).alignment_heads == ((3, 1),)
+    assert SpeechTokens.from_checkpoint(write(tmp_path, names_from(7), {}, {})).alignment_heads == ()
 
 
 def test_without_named_heads_the_upper_layers_align(tmp_path):
