@@ -169,9 +169,8 @@ class SpanFinder:
 
     def __init__(self, options: VadOptions):
         self._threshold = options.threshold
-        self._negative = options.neg_threshold
-        if self._negative is None:
-            self._negative = max(options.threshold - _NEGATIVE, _LEAST)
+        negative = options.neg_threshold
+        self._negative = max(options.threshold - _NEGATIVE, _LEAST) if negative is None else negative
         self._least = RATE * options.min_speech_duration_ms / 1000
         self._silence = RATE * options.min_silence_duration_ms / 1000
         self._after = RATE * options.speech_pad_ms / 1000

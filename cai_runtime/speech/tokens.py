@@ -214,14 +214,13 @@ class _Checkpoint:
 
     def _word_heads(self) -> tuple[tuple[int, int], ...]:
         """The heads that time words; none if the checkpoint names none and does not say how many there are."""
-        named = self._value("alignment_heads")
-        if named is not None:
-            pairs = named if isinstance(named, list) else [None]
-            if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-                raise InvalidConfigError("alignment_heads is not a list of [layer, head]", file=self.path)
-            named = [tuple(self._integer(part, "alignment_heads") for part in pair) for pair in pairs]
+        stored = self._value("alignment_heads")
+        pairs = [] if stored is None else stored if isinstance(stored, list) else [None]
+        if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+            raise InvalidConfigError("alignment_heads is not a list of [layer, head]", file=self.path)
+        named = tuple((self._integer(a, "alignment_heads"), self._integer(b, "alignment_heads")) for a, b in pairs)
         if any(self._config.get(key) is None for key in ("decoder_layers", "decoder_attention_heads")):
-            return tuple(named or ())
+            return named
         return word_heads(self._size("decoder_layers", 1), self._size("decoder_attention_heads", 1), named)
 
 
