@@ -31,7 +31,7 @@ EXACT_FORMATS = frozenset(["mov", "matroska", "flac", "wav", "w64", "aiff", "caf
 
 AV_DTYPES = {"u8": np.uint8, "s16": np.int16, "s32": np.int32, "flt": np.float32, "dbl": np.float64}
 
-Blocks = Iterator[tuple[int, np.ndarray]]  # (rate, fp32 [samples])
+Blocks = Iterator[tuple[float, np.ndarray]]  # (rate, fp32 [samples])
 
 # What PyAV may open: audio, and video with audio. No playlists or manifests, which name other files and addresses, and no
 # subtitles or images, which text and pictures would pass for.
