@@ -200,6 +200,7 @@ def wrong_sources(folder: Path):
         (np.zeros(9), 0, "0 samples a second"),
         (np.zeros(9), float("nan"), "nan samples a second"),
         (np.zeros(9), 10**400, "samples a second"),
+        (np.zeros(9), -(10**400), "samples a second"),
         (np.zeros(0), 16_000, "empty: no samples"),
         (np.zeros((9, 0)), 16_000, "empty: no samples"),
         (np.zeros((2, 3, 4)), 16_000, "3 dimensions"),
