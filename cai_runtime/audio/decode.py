@@ -21,28 +21,17 @@ from cai_runtime.errors import NoAudioTrackError, UnsupportedAudioError
 BLOCK = 1 << 16  # samples of a block, about
 TAG = 1 << 16  # bytes from the start in which an MP3's tag is looked for
 GAP = 0.2  # seconds that a frame's timestamp must lie behind the samples before it to be filled with silence
-MOST_SILENCE = 2 * 3600  # seconds filled in one input: timestamps that jump further are wrong
+BYTES_OF_SECOND = 500  # a file of fewer for each second, silence included, has wrong timestamps: 4 kbit/s
 UNKNOWN_SIZE = 0x7FFFF000  # bytes of samples, from here on, in the header of a file that was written without seeking
 LOWEST_RATE, HIGHEST_RATE = 1_000, 1_000_000  # samples per second
 MOST_CHANNELS = 64
 
-EXACT_FORMATS = {
-    "mov",
-    "matroska",
-    "flac",
-    "wav",
-    "w64",
-    "aiff",
-    "caf",
-    "wv",
-    "tta",
-    "ape",
-    "avi",
-}  # their headers say a length
+# Formats of PyAV whose headers say a length; that of others is an estimate.
+EXACT_FORMATS = frozenset(["mov", "matroska", "flac", "wav", "w64", "aiff", "caf", "wv", "tta", "ape", "avi"])
 
 AV_DTYPES = {"u8": np.uint8, "s16": np.int16, "s32": np.int32, "flt": np.float32, "dbl": np.float64}
 
-Blocks = Iterator[tuple[int, np.ndarray]]  # (rate, fp32 [samples])
+Blocks = Iterator[tuple[float, np.ndarray]]  # (rate, fp32 [samples])
 
 # What PyAV may open: audio, and video with audio. No playlists or manifests, which name other files and addresses, and no
 # subtitles or images, which text and pictures would pass for.
@@ -147,7 +136,7 @@ class AvDecoder:
         self.damage: str | None = None
         self._source = source
         self._origin: float | None = None  # timestamp of the first sample, seconds
-        self._seconds = self._silence = 0.0  # given so far, and the silence within
+        self._seconds = 0.0  # given so far
         tagged = re.search(b"Xing|Info|VBRI", source.head(TAG)) is not None  # an MP3 that says its number of frames
         try:
             # Not `options=`: until PyAV 18 it corrupts memory for formats whose tracks appear late, such as MPEG.
@@ -209,12 +198,10 @@ class AvDecoder:
                 start = self._container.start_time
                 self._origin = start / 1e6 if start is not None else frame.time
             lag = frame.time - self._origin - self._seconds
-            most = MOST_SILENCE - self._silence
-            if self.duration:  # a damaged timestamp may lie hours ahead
-                most = min(most, self.duration + 1 - self._seconds)
+            # A damaged timestamp, or length, may lie hours ahead.
+            most = min(self._source.size / BYTES_OF_SECOND, self.duration or math.inf) + 1 - self._seconds
             if GAP < lag <= most:
                 silence = round(lag * frame.sample_rate)
-                self._silence += lag
                 self._seconds += lag
             elif abs(lag) > GAP:  # the timestamps start anew
                 self._origin += lag
@@ -226,33 +213,33 @@ class AvDecoder:
         import av
 
         packets = bad = 0
-        reason = ""
-        try:
-            demuxed = self._container.demux(self._stream)
-            while True:
-                packet = None
-                try:
-                    packet = next(demuxed, None)
-                except IndexError:  # PyAV on a packet of a track that appears on the way: read on behind it
-                    demuxed = self._container.demux(self._stream)
-                    continue
-                except Exception as e:  # noqa: BLE001
-                    reason, bad = _reason(e), bad + 1
-                self._source.check()
-                packets += 1
-                try:
-                    yield from packet.decode() if packet is not None else self._stream.codec_context.decode(None)
-                except (av.EOFError, av.BlockingIOError):
-                    pass
-                except Exception as e:  # noqa: BLE001
-                    reason, bad = _reason(e), bad + 1
-                if packet is None:
-                    return
-        finally:
-            if bad:
+        demuxed = self._container.demux(self._stream)
+        while True:
+            packet = reason = None
+            try:
+                packet = next(demuxed, None)
+            except IndexError:  # PyAV on a packet of a track that appears on the way: read on behind it
+                demuxed = self._container.demux(self._stream)
+                continue
+            except Exception as e:  # noqa: BLE001
+                reason = _reason(e)
+            self._source.check()
+            packets += 1
+            frames = []
+            try:
+                frames = packet.decode() if packet is not None else self._stream.codec_context.decode(None)
+            except (av.EOFError, av.BlockingIOError):
+                pass
+            except Exception as e:  # noqa: BLE001
+                reason = _reason(e)
+            if reason:
+                bad += 1
                 self.damage = f"{bad} of its {packets} packets can't be decoded ({reason})"
-            elif self._claimed and self._seconds < 0.98 * self._claimed - 0.5:
-                self.damage = f"its header says {self._claimed:.2f} s, and it holds {self._seconds:.2f} s"
+            yield from frames
+            if packet is None:
+                break
+        if not bad and self._claimed and self._seconds < 0.98 * self._claimed - 0.5:
+            self.damage = f"its header says {self._claimed:.2f} s, and it holds {self._seconds:.2f} s"
 
     def close(self) -> None:
         with suppress(Exception):  # nothing is written: a failed close loses nothing

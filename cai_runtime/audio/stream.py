@@ -161,6 +161,7 @@ def _of_array(source: Any, rate: Any, label: str) -> AudioStream:
         raise AudioSourceError(f"{label} needs its rate, in samples per second")
     if isinstance(rate, bool) or not isinstance(rate, int | float | np.integer | np.floating):
         raise AudioSourceError(f"the rate of {label} is {rate!r}: give a number of samples per second")
+    rate = float(min(max(rate, -1), 2**63))  # an integer may be too large for a float
     if values.ndim not in (1, 2):
         raise UnsupportedAudioError(f"{label} has {values.ndim} dimensions: give [samples], or [samples, channels]")
     if not values.size:
@@ -177,7 +178,7 @@ def _of_array(source: Any, rate: Any, label: str) -> AudioStream:
     return stream
 
 
-def _chained(first: tuple[int, np.ndarray], rest: Blocks) -> Blocks:
+def _chained(first: tuple[float, np.ndarray], rest: Blocks) -> Blocks:
     yield first
     yield from rest
 

@@ -55,7 +55,7 @@ def test_every_format_of_the_reference(suffix, wide, clip, tmp_path):
     assert found.dtype == np.float32 and stream.samples_read == len(found) and len(blocks) > 1
     assert len(found) == pytest.approx(len(clip), abs=0.08 * RATE)
     assert likeness(found, clip) > 0.98  # a codec may delay by a part of a sample
-    assert np.square(found).mean() == pytest.approx(np.square(clip * 0.75).mean(), rel=0.02)
+    assert np.square(found).mean() == pytest.approx(np.square(clip * 0.75).mean(), rel=0.15)
     if suffix in LOSSLESS:
         assert np.abs(found - read(wide, 48_000)).max() < 1e-4
     # A wrong name changes nothing.
@@ -90,6 +90,9 @@ def test_every_source(suffix, clip, tmp_path):
     with path.open("rb", buffering=0) as file:
         assert np.array_equal(read(file), wanted)
         assert not file.closed
+    with open_audio(data) as stream:
+        next(stream)
+    assert stream.damage is None  # closed early, not cut
 
 
 def test_arrays(clip):
@@ -196,6 +199,8 @@ def wrong_sources(folder: Path):
         (np.zeros(9), "fast", "give a number of samples per second"),
         (np.zeros(9), 0, "0 samples a second"),
         (np.zeros(9), float("nan"), "nan samples a second"),
+        (np.zeros(9), 10**400, "samples a second"),
+        (np.zeros(9), -(10**400), "samples a second"),
         (np.zeros(0), 16_000, "empty: no samples"),
         (np.zeros((9, 0)), 16_000, "empty: no samples"),
         (np.zeros((2, 3, 4)), 16_000, "3 dimensions"),
