@@ -175,7 +175,7 @@ class CacheManager:
         names = sequence.held.digests[sequence.held.num_registered :]
         encoder = sequence.prompt.encoder
         if encoder is not None and any(
-            not layout.is_encoded(sequence.held.by_group[layout.group.name]) for layout in self._encoders
+            layout.will_offer(sequence.held.by_group[layout.group.name]) for layout in self._encoders
         ):
             names.append(encoder.digest)
         return names
