@@ -4,7 +4,7 @@ Signals of a piece of text, each of which may be unknown, and what it says:
 
     no_speech_prob  above 0.6: the model takes its window to hold no speech (OpenAI's threshold)
     avg_logprob     below -1: the model finds its own tokens unlikely (OpenAI's threshold), or its words look anomalous
-    heard           below 0.1: the share of its stretch that voice activity detection, or else energy, finds to be sound
+    heard           below 0.05: the share of its stretch in which voice activity detection hears speech
     following       below 0.18: the attention of its tokens does not move with the audio; from 0.22 on it does
 
 Two signals together make text invented, unless its attention follows the audio. The last signal is the sharpest. Measured
@@ -15,6 +15,7 @@ clicks); the ranges are:
                     tiny.en: speech   none             base: speech     none
     following       0.36 to 0.47      0.00 to 0.20     0.24 to 0.34     0.00 to 0.11
     no_speech_prob  0.00 to 0.42      0.79 to 0.96     0.00 to 0.49     0.73 to 1.00
+    heard           0.10 to 1.00      0.00             not measured
     avg_logprob    -0.91 to -0.22    -2.97 to -0.29   -0.94 to -0.18   -3.04 to -0.39
 
 `following` of 12 windows without speech each; the other six gave one token, too few for this signal. Likely text without
@@ -31,7 +32,7 @@ import numpy as np
 from cai_runtime.speech.alignment import token_matrix, token_starts
 
 NO_SPEECH, UNLIKELY = 0.6, -1.0  # OpenAI's thresholds
-UNHEARD = 0.1  # share of a stretch
+UNHEARD = 0.05  # share of a stretch
 ASTRAY, FOLLOWS = 0.18, 0.22  # of `following`; between them it says nothing
 FEWEST = 3  # tokens whose attention says something
 SIGNALS = 2  # that make text invented
@@ -44,7 +45,8 @@ class Evidence:
     """What is known of a piece of text; None: not known.
 
     tokens: how many text tokens it has. avg_logprob: their mean natural log probability. no_speech_prob: of its window.
-    heard: share of its stretch of audio, 0 to 1, in which there is speech or sound. following: as `following` gives it.
+    heard: share of its stretch of audio, 0 to 1, in which there is speech; energy alone is no substitute, as noise is loud,
+    too. following: as `following` gives it.
     anomalous: whether its words look invented (`silences.is_anomalous`).
     """
 
@@ -75,7 +77,7 @@ def judge(evidence: Evidence, *, no_speech: float | None = NO_SPEECH, unlikely: 
     elif evidence.anomalous:  # of improbable words, too, so the same signal
         reasons.append("words too unlikely, short or long")
     if evidence.heard is not None and evidence.heard < UNHEARD:
-        reasons.append(f"sound in {evidence.heard:.0%} of its time")
+        reasons.append(f"speech in {evidence.heard:.0%} of its time")
     known = evidence.following is not None and evidence.tokens >= FEWEST
     if known and evidence.following < ASTRAY:  # type: ignore[operator]
         reasons.append(f"attention does not follow the audio: {evidence.following:.2f}")

@@ -35,7 +35,7 @@ BAD = {
     "no_speech_prob": (0.9, "no speech with probability 0.90"),
     "avg_logprob": (-2.0, "unlikely: mean log probability -2.00"),
     "anomalous": (True, "words too"),
-    "heard": (0.0, "sound in 0% of its time"),
+    "heard": (0.0, "speech in 0% of its time"),
     "following": (0.05, "attention does not follow the audio: 0.05"),
 }
 
