@@ -16,7 +16,7 @@ over the vocabulary. A row of 51,865 takes about 20 microseconds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,13 +115,14 @@ def rules_for(tokens: SpeechTokens, options: Options, lead: Sequence[int] = ()) 
     suppressed = {token for token in listed if token != CHECKPOINT} | set(tokens.controls)
     if CHECKPOINT in listed:
         suppressed |= set(tokens.suppress_tokens)
+    first = tokens.begin_suppress_tokens if options.suppress_blank else ()
     return Rules(
         eot=tokens.eot,
         timestamp_begin=tokens.timestamp_begin,
         timestamp_end=tokens.vocabulary,
         no_timestamps=tokens.no_timestamps,
-        suppressed=np.array(sorted(suppressed), np.int64),
-        suppressed_first=np.array(tokens.begin_suppress_tokens if options.suppress_blank else (), np.int64),
+        suppressed=_ids(suppressed, tokens),
+        suppressed_first=_ids(first, tokens),
         lead=tuple(lead),
         timestamps=not options.without_timestamps,
         max_initial=round(options.max_initial_timestamp / STEP),
@@ -129,3 +130,8 @@ def rules_for(tokens: SpeechTokens, options: Options, lead: Sequence[int] = ()) 
         no_repeat_ngram=options.no_repeat_ngram_size,
         ends_loops=options.compression_ratio_threshold is not None,
     )
+
+
+def _ids(listed: Iterable[int], tokens: SpeechTokens) -> np.ndarray:
+    """Ids as an index; without those that the vocabulary lacks, which some checkpoints list."""
+    return np.array(sorted(token for token in listed if token < tokens.vocabulary), np.int64)

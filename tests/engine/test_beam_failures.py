@@ -68,7 +68,7 @@ def test_what_happens_to_one_text_ends_its_request_once(
     greedy,
     expected,
     attribute,
-    error,  # noqa: F811
+    error,
 ):
     request, wanted = make_beam([1, 2, 3], BeamSearch(4), 12, logit_bias={EOS: -100.0})
     bad = next(t for t in wanted[3:] if t not in wanted[:3])
