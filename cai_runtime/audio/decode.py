@@ -21,26 +21,17 @@ from cai_runtime.errors import NoAudioTrackError, UnsupportedAudioError
 BLOCK = 1 << 16  # samples of a block, about
 TAG = 1 << 16  # bytes from the start in which an MP3's tag is looked for
 GAP = 0.2  # seconds that a frame's timestamp must lie behind the samples before it to be filled with silence
-MOST_SILENCE = 6 * 3600  # seconds filled in one input: timestamps that jump further are wrong
+BYTES_OF_SECOND = 500  # a file of fewer for each second, silence included, has wrong timestamps: 4 kbit/s
 UNKNOWN_SIZE = 0x7FFFF000  # bytes of samples, from here on, in the header of a file that was written without seeking
 LOWEST_RATE, HIGHEST_RATE = 1_000, 1_000_000  # samples per second
 MOST_CHANNELS = 64
 
-EXACT_FORMATS = {
-    "mov",
-    "matroska",
-    "flac",
-    "wav",
-    "w64",
-    "aiff",
-    "caf",
-    "wv",
-    "tta",
-    "ape",
-    "avi",
-}  # their headers say a length
+# Formats of PyAV whose headers say a length; that of others is an estimate.
+EXACT_FORMATS = frozenset(["mov", "matroska", "flac", "wav", "w64", "aiff", "caf", "wv", "tta", "ape", "avi"])
 
-Blocks = Iterator[tuple[int, np.ndarray]]  # (rate, fp32 [samples])
+AV_DTYPES = {"u8": np.uint8, "s16": np.int16, "s32": np.int32, "flt": np.float32, "dbl": np.float64}
+
+Blocks = Iterator[tuple[float, np.ndarray]]  # (rate, fp32 [samples])
 
 # What PyAV may open: audio, and video with audio. No playlists or manifests, which name other files and addresses, and no
 # subtitles or images, which text and pictures would pass for.
@@ -145,11 +136,12 @@ class AvDecoder:
         self.damage: str | None = None
         self._source = source
         self._origin: float | None = None  # timestamp of the first sample, seconds
-        self._seconds = self._silence = 0.0  # given so far, and the silence within
+        self._seconds = 0.0  # given so far
         tagged = re.search(b"Xing|Info|VBRI", source.head(TAG)) is not None  # an MP3 that says its number of frames
         try:
-            options = {"format_whitelist": AV_FORMATS, "protocol_whitelist": "none"}
-            self._container = av.open(source, "r", options=options, metadata_errors="replace")
+            # Not `options=`: until PyAV 18 it corrupts memory for formats whose tracks appear late, such as MPEG.
+            allowed = {"format_whitelist": AV_FORMATS, "protocol_whitelist": "none"}
+            self._container = av.open(source, "r", container_options=allowed, metadata_errors="replace")
         except Exception as e:
             source.check()
             raise Refused(f"PyAV: {_reason(e)}") from e
@@ -166,8 +158,9 @@ class AvDecoder:
     def _audio_track(self) -> Any:
         streams = self._container.streams
         if not streams.audio:
-            held = sorted({stream.type for stream in streams}) or ["nothing"]
-            raise NoAudioTrackError(f"{self._source.label} has no audio track: it holds {', '.join(held)}")
+            # Not stream.type, which ends the process for an unknown one until PyAV 15.
+            held = "video only" if streams.video else "other tracks only" if len(streams) else "no track at all"
+            raise NoAudioTrackError(f"{self._source.label} has no audio track: it holds {held}")
         best = getattr(streams, "best", None)
         stream = (best("audio") if best else None) or streams.audio[0]
         if stream.codec_context is None:
@@ -205,12 +198,10 @@ class AvDecoder:
                 start = self._container.start_time
                 self._origin = start / 1e6 if start is not None else frame.time
             lag = frame.time - self._origin - self._seconds
-            most = MOST_SILENCE - self._silence
-            if self.duration:  # a damaged timestamp may lie hours ahead
-                most = min(most, self.duration + 1 - self._seconds)
+            # A damaged timestamp, or length, may lie hours ahead.
+            most = min(self._source.size / BYTES_OF_SECOND, self.duration or math.inf) + 1 - self._seconds
             if GAP < lag <= most:
                 silence = round(lag * frame.sample_rate)
-                self._silence += lag
                 self._seconds += lag
             elif abs(lag) > GAP:  # the timestamps start anew
                 self._origin += lag
@@ -222,33 +213,33 @@ class AvDecoder:
         import av
 
         packets = bad = 0
-        reason = ""
-        try:
-            demuxed = self._container.demux(self._stream)
-            while True:
-                packet = None
-                try:
-                    packet = next(demuxed, None)
-                except IndexError:  # PyAV on a packet of a track that appears on the way: read on behind it
-                    demuxed = self._container.demux(self._stream)
-                    continue
-                except Exception as e:  # noqa: BLE001
-                    reason, bad = _reason(e), bad + 1
-                self._source.check()
-                packets += 1
-                try:
-                    yield from packet.decode() if packet is not None else self._stream.codec_context.decode(None)
-                except (av.EOFError, av.BlockingIOError):
-                    pass
-                except Exception as e:  # noqa: BLE001
-                    reason, bad = _reason(e), bad + 1
-                if packet is None:
-                    return
-        finally:
-            if bad:
+        demuxed = self._container.demux(self._stream)
+        while True:
+            packet = reason = None
+            try:
+                packet = next(demuxed, None)
+            except IndexError:  # PyAV on a packet of a track that appears on the way: read on behind it
+                demuxed = self._container.demux(self._stream)
+                continue
+            except Exception as e:  # noqa: BLE001
+                reason = _reason(e)
+            self._source.check()
+            packets += 1
+            frames = []
+            try:
+                frames = packet.decode() if packet is not None else self._stream.codec_context.decode(None)
+            except (av.EOFError, av.BlockingIOError):
+                pass
+            except Exception as e:  # noqa: BLE001
+                reason = _reason(e)
+            if reason:
+                bad += 1
                 self.damage = f"{bad} of its {packets} packets can't be decoded ({reason})"
-            elif self._claimed and self._seconds < 0.98 * self._claimed - 0.5:
-                self.damage = f"its header says {self._claimed:.2f} s, and it holds {self._seconds:.2f} s"
+            yield from frames
+            if packet is None:
+                break
+        if not bad and self._claimed and self._seconds < 0.98 * self._claimed - 0.5:
+            self.damage = f"its header says {self._claimed:.2f} s, and it holds {self._seconds:.2f} s"
 
     def close(self) -> None:
         with suppress(Exception):  # nothing is written: a failed close loses nothing
@@ -257,16 +248,20 @@ class AvDecoder:
 
 def _average(frame: Any, label: str) -> np.ndarray:
     """A frame's samples as fp32 [samples], channels averaged, integers scaled to -1..1."""
+    from av.audio.plane import AudioPlane
+
     name = frame.format.name
     channels = len(frame.layout.channels)
     check_shape(label, frame.sample_rate, channels)
-    try:
-        values = frame.to_ndarray()
-    except ValueError as e:
-        raise UnsupportedAudioError(f"{label} has samples of the type {name}: {e}") from e
-    if not name.endswith("p"):  # packed: the channels of a sample side by side
-        values = values.reshape(-1, channels).T
-    return mono(values, label)
+    kind = AV_DTYPES.get(name.removesuffix("p"))
+    if kind is None:
+        raise UnsupportedAudioError(f"{label} has samples of the type {name}: convert it to WAV or FLAC first")
+    # Neither frame.planes nor to_ndarray: for eight channels or more they read beyond the pointers that there are.
+    if name.endswith("p"):  # planar: a channel after the other
+        planes = [np.frombuffer(AudioPlane(frame, k), kind, frame.samples) for k in range(channels)]
+        return mono(np.stack(planes) if channels > 1 else planes[0][None], label)
+    packed = np.frombuffer(AudioPlane(frame, 0), kind, frame.samples * channels)
+    return mono(packed.reshape(-1, channels).T, label)
 
 
 def mono(values: np.ndarray, label: str) -> np.ndarray:
@@ -299,11 +294,11 @@ def _reason(error: BaseException) -> str:
 def decoders(head: bytes) -> tuple[Callable[[ByteSource], Decoder], ...]:
     """The decoders to try, in order, for content that starts with `head`.
 
-    MPEG audio goes to PyAV, since libsndfile's decoder of it (libmpg123) prints warnings to stderr; to soundfile only
+    MPEG audio and CAF go to PyAV, since libsndfile's decoders of them (libmpg123, ALAC) print warnings; to soundfile only
     without PyAV.
     """
     mpeg = head.startswith(b"ID3") or (len(head) > 1 and head[0] == 0xFF and head[1] >= 0xE0)
-    if not mpeg:
+    if not mpeg and not head.startswith(b"caff"):
         return SoundFileDecoder, AvDecoder
     return (AvDecoder,) if importlib.util.find_spec("av") else (SoundFileDecoder,)
 

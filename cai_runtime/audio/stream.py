@@ -9,7 +9,6 @@ import numpy as np
 
 from cai_runtime.audio.decode import (
     BLOCK,
-    MOST_CHANNELS,
     Blocks,
     Decoder,
     MissingPackage,
@@ -146,6 +145,8 @@ def _of_bytes(data: ByteSource) -> AudioStream:
         raise UnreadableAudioError(f"{data.label} is no audio: it looks like {seems}")
     if missing:
         raise AudioPackageError(f"{data.label} can't be decoded: pip install 'cai-runtime[audio]' ({reasons})")
+    if data.head(8)[4:] == b"ftyp":
+        reasons = f"an MP4 without its index, which is written last: was it cut off? {reasons}"
     raise UnreadableAudioError(
         f"{data.label} can't be decoded as audio: it may be damaged, encrypted, or of an unknown format ({reasons})"
     )
@@ -160,13 +161,14 @@ def _of_array(source: Any, rate: Any, label: str) -> AudioStream:
         raise AudioSourceError(f"{label} needs its rate, in samples per second")
     if isinstance(rate, bool) or not isinstance(rate, int | float | np.integer | np.floating):
         raise AudioSourceError(f"the rate of {label} is {rate!r}: give a number of samples per second")
+    rate = float(min(max(rate, -1), 2**63))  # an integer may be too large for a float
     if values.ndim not in (1, 2):
         raise UnsupportedAudioError(f"{label} has {values.ndim} dimensions: give [samples], or [samples, channels]")
     if not values.size:
         raise EmptyAudioError(f"{label} is empty: no samples")
     if values.ndim == 1:
         values = values[None]
-    elif values.shape[1] <= min(values.shape[0], MOST_CHANNELS):
+    elif values.shape[1] <= values.shape[0]:
         values = values.T
     check_shape(label, rate, len(values))
     mono(values[:, :0], label)  # the dtype, before the first block
@@ -176,7 +178,7 @@ def _of_array(source: Any, rate: Any, label: str) -> AudioStream:
     return stream
 
 
-def _chained(first: tuple[int, np.ndarray], rest: Blocks) -> Blocks:
+def _chained(first: tuple[float, np.ndarray], rest: Blocks) -> Blocks:
     yield first
     yield from rest
 
