@@ -215,7 +215,7 @@ class _Checkpoint:
     def _word_heads(self) -> tuple[tuple[int, int], ...]:
         """The heads that time words; none if the checkpoint names none and does not say how many there are."""
         stored = self._value("alignment_heads")
-        pairs = [] if stored is None else stored if isinstance(stored, list) else [None]
+        pairs: list[Any] = [] if stored is None else stored if isinstance(stored, list) else [None]
         if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
             raise InvalidConfigError("alignment_heads is not a list of [layer, head]", file=self.path)
         named = tuple((self._integer(a, "alignment_heads"), self._integer(b, "alignment_heads")) for a, b in pairs)
