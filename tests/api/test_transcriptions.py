@@ -20,6 +20,7 @@ from pydantic import TypeAdapter
 import cai_runtime
 from cai_runtime import APITimeoutError, BadRequestError, InternalServerError, RateLimitError
 from cai_runtime.api.transcriptions import languages
+from cai_runtime.audio.vad import VadOptions
 from cai_runtime.speech.options import TEMPERATURES, Options
 
 EVENT = TypeAdapter(TranscriptionStreamEvent)
@@ -365,10 +366,9 @@ class TestOptions:
         assert options(prompt="Names: Ada").initial_prompt == "Names: Ada"
         assert options(keywords=["Ada", "Bayes rule"]).hotwords == "Ada, Bayes rule"
         assert options(chunking_strategy="auto").vad == {}
-        vad = {"type": "server_vad", "threshold": 0.4, "silence_duration_ms": 300, "prefix_padding_ms": 20}
-        assert options(chunking_strategy=vad).vad == {
-            "threshold": 0.4, "min_silence_duration_ms": 300, "speech_pad_ms": 20,
-        }  # fmt: skip
+        vad = {"type": "server_vad", "threshold": np.float64(0.25), "silence_duration_ms": 300, "prefix_padding_ms": 20}
+        found = VadOptions.of(options(chunking_strategy=vad).vad)
+        assert found == VadOptions.server(threshold=0.25, silence_duration_ms=300, prefix_padding_ms=20)
         assert options(languages=["english", "de"]).languages == ("en", "de")
         assert not options(timestamp_granularities=["segment"]).word_timestamps
 
@@ -410,6 +410,7 @@ class TestOptions:
          ({"timestamp_granularities": ["letter"]}, "timestamp_granularities"),
          ({"timestamp_granularities": "word"}, "timestamp_granularities"),
          ({"chunking_strategy": "none"}, "chunking_strategy"),
+         ({"chunking_strategy": {"threshold": 0.5}}, "chunking_strategy"),
          ({"chunking_strategy": {"type": "server_vad", "threshold": 2}}, "chunking_strategy"),
          ({"chunking_strategy": {"type": "server_vad", "x": 2}}, "chunking_strategy"),
          ({"keywords": "Ada"}, "keywords"), ({"keywords": [""]}, "keywords"), ({"languages": "en"}, "languages"),
@@ -418,6 +419,7 @@ class TestOptions:
          ({"known_speaker_names": ["a"]}, "known_speaker_names"), ({"beam_size": 0}, "beam_size"),
          ({"beam_size": "5"}, "beam_size"), ({"beam_size": True}, "beam_size"), ({"best_of": 0}, "best_of"),
          ({"patience": 0}, "patience"), ({"length_penalty": "x"}, "length_penalty"), ({"vad": 3}, "vad"),
+         ({"vad": {"x": 1}}, "vad"), ({"vad": {"threshold": 2}}, "vad"),
          ({"vad": True, "chunking_strategy": "auto"}, "vad"),
          ({"prompt": "a", "initial_prompt": "b"}, "initial_prompt"),
          ({"keywords": ["a"], "hotwords": "b"}, "hotwords"), ({"prompt": 3}, "prompt"),

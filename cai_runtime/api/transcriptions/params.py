@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import IO, Annotated, Any, Literal, Required
 
 import numpy as np
@@ -15,18 +15,15 @@ from cai_runtime.api.errors import as_api_errors, invalid
 from cai_runtime.api.params import STRICT, CallOptions, Unsupported, validated
 from cai_runtime.api.transcriptions.languages import AUTO, language_code
 from cai_runtime.api.values import Flag, ModelName, Whole, without_arrays
-from cai_runtime.scalars import as_integer, as_number, shown
+from cai_runtime.audio.vad import VadOptions
+from cai_runtime.errors import OptionTypeError, OptionValueError
+from cai_runtime.scalars import as_bool, as_integer, as_number, shown
 from cai_runtime.speech.options import TEMPERATURES, Options
 
 Task = Literal["transcribe", "translate"]
 FORMATS = ("json", "verbose_json", "text", "srt", "vtt")
 MAX_RATE = 10_000_000  # samples per second
-# OpenAI's names for the options of voice activity detection, and silero's.
-SERVER_VAD = {
-    "threshold": "threshold",
-    "silence_duration_ms": "min_silence_duration_ms",
-    "prefix_padding_ms": "speech_pad_ms",
-}
+SERVER_VAD = ("threshold", "silence_duration_ms", "prefix_padding_ms")  # fields of a `chunking_strategy`
 
 
 @dataclass(frozen=True)
@@ -98,14 +95,27 @@ def _chunking(value: Any) -> dict[str, Any]:
         return {}
     if not isinstance(value, Mapping) or value.get("type") != "server_vad":
         raise PydanticCustomError("chunking", 'must be "auto" or an object of the type "server_vad"')
-    given = {name: item for name, item in value.items() if name != "type" and item is not None}
+    given = {name: without_arrays(item) for name, item in value.items() if name != "type" and item is not None}
     if wrong := [name for name in given if name not in SERVER_VAD]:
         raise PydanticCustomError("chunking", "has an unknown field {name}", {"name": shown(wrong[0])})
-    for name, item in given.items():
-        number, most = as_number(item), 1 if name == "threshold" else 600_000
-        if number is None or not 0 <= number <= most:
-            raise PydanticCustomError("chunking", "must have a {name} from 0 to {most}", {"name": name, "most": most})
-    return {SERVER_VAD[name]: without_arrays(item) for name, item in given.items()}
+    try:
+        found = VadOptions.server(**given)
+    except (OptionTypeError, OptionValueError) as error:
+        raise PydanticCustomError("chunking", "can't be used: {why}", {"why": str(error)}) from None
+    return {name: item for name, item in asdict(found).items() if item is not None}
+
+
+def _vad(value: Any) -> bool | dict[str, Any]:
+    if (flag := as_bool(value)) is not None:
+        return flag
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise PydanticCustomError("vad_type", "must be true, false, or an object of options")
+    given = {name: without_arrays(item) for name, item in value.items()}
+    try:
+        VadOptions.of(given)
+    except (OptionTypeError, OptionValueError) as error:
+        raise PydanticCustomError("vad", "can't be used: {why}", {"why": str(error)}) from None
+    return given
 
 
 def _keywords(value: Any) -> list[str]:
@@ -179,7 +189,7 @@ class SpeechParams(CallOptions, total=False):
     timestamp_granularities: Annotated[Sequence[str], PlainValidator(_granularities)] | None
     word_timestamps: Switch | None
     chunking_strategy: Annotated[str | Mapping[str, Any], PlainValidator(_chunking)] | None
-    vad: Annotated[bool | Mapping[str, Any], SkipValidation] | None
+    vad: Annotated[bool | Mapping[str, Any], PlainValidator(_vad)] | None
     multilingual: Switch | None
     beam_size: Count | None
     best_of: Count | None
