@@ -72,13 +72,14 @@ class CacheManager:
         self.align = largest_align(groups)
         if any(self.align % group.align for group in groups) or (self.align > 1 and self.align % self.page_size):
             raise ValueError("the groups' aligns must divide the largest one, and page_size must divide them")
+        # Behind an encoder's input nothing else is found again: what was computed lately is worth keeping, not all of it.
+        lean = any(group.kind == "encoder" for group in groups)
         self._books: list[PageBook] = []
         self._layouts: dict[str, Layout] = {}
         for pool in pools(groups):
             if len({counts[group.name] for group in pool}) > 1:
                 raise ValueError(f"the groups {[group.name for group in pool]} share a pool, but their counts differ")
-            # Of an encoder's output whatever was encoded lately is worth keeping, not everything that was ever encoded.
-            self._books.append(PageBook(counts[pool[0].name], lean=pool[0].kind == "encoder"))
+            self._books.append(PageBook(counts[pool[0].name], lean=lean))
             for group in pool:
                 self._layouts[group.name] = layout_of(group, self._books[-1])
         layouts = self._layouts.values()

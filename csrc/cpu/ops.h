@@ -21,7 +21,7 @@ inline T* pointer(Int address) {
 const KernelTable& kernels();
 
 // Memory of the calling thread, 64-byte aligned, that stays until the next call with the same purpose.
-enum class Private { kInput, kCodes, kInt4, kPanel, kQuery, kPartial, kWindow, kSampling, kCandidates, kSaved, kCount };
+enum class Private { kValues, kInput, kCodes, kInt4, kPanel, kQuery, kPartial, kWindow, kSampling, kCandidates, kSaved, kCount };
 void* private_memory(Private purpose, Int bytes);
 
 // Threads for `work` multiply-adds or so: waking them costs microseconds.

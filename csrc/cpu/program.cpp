@@ -4,6 +4,8 @@
 // pieces, and prefetch the next weights while they wait.
 #include "program.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstddef>
 #include <cstdlib>
@@ -26,11 +28,20 @@ struct Free {
 };
 using Memory = std::unique_ptr<float, Free>;
 
-// Floats on a cache line's boundary.
-Memory allocate(Int floats) {
-  void* memory = std::aligned_alloc(64, static_cast<size_t>(std::max<Int>(16, (floats + 15) / 16 * 16)) * sizeof(float));
-  if (memory == nullptr)
-    throw std::runtime_error("out of memory: " + std::to_string(floats * Int(sizeof(float))) + " bytes for a step's values");
+// Up to so many bytes of a step's values stay with their thread: the system zeroes the pages that it gives. More are given
+// back, and come in huge pages. Four blocks of 768 columns over 1,500 rows take 0.96 of the time with it, with int8
+// activations 0.84.
+constexpr Int kKeptBytes = Int(64) << 20;
+
+// Bytes in huge pages where the system has them.
+Memory allocate(Int bytes) {
+  constexpr Int kHuge = Int(2) << 20;
+  const Int size = (bytes + kHuge - 1) / kHuge * kHuge;
+  void* memory = std::aligned_alloc(static_cast<size_t>(kHuge), static_cast<size_t>(size));
+  if (memory == nullptr) throw std::runtime_error("out of memory: " + std::to_string(bytes) + " bytes for a step's values");
+#ifdef MADV_HUGEPAGE
+  madvise(memory, static_cast<size_t>(size), MADV_HUGEPAGE);  // it may refuse, and then the pages are small
+#endif
   return Memory(static_cast<float*>(memory));
 }
 
@@ -162,11 +173,13 @@ void Program::run(ffi::PackedArgs arguments) const {
     call_bytes += (operation->call_bytes() + kAlign - 1) / kAlign * kAlign;
     phases += operation->phases();
   }
-  const Memory workspace = allocate(floats + scratch);
-  step.scratch = workspace.get() + floats;
+  const Int bytes = (floats + scratch) * Int(sizeof(float));
+  const Memory own_workspace = bytes > kKeptBytes ? allocate(bytes) : nullptr;
+  float* workspace = bytes > kKeptBytes ? own_workspace.get() : static_cast<float*>(private_memory(Private::kValues, bytes));
+  step.scratch = workspace + floats;
   for (size_t v = 0; v < values_.size(); ++v) {
     const Int a = static_cast<Int>(values_[v].axis);
-    if (places_[v] >= 0) step.addresses[v] = workspace.get() + begin[a] + places_[v] * step.counts[a];
+    if (places_[v] >= 0) step.addresses[v] = workspace + begin[a] + places_[v] * step.counts[a];
   }
 
   struct Call {
