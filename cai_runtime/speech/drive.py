@@ -85,7 +85,14 @@ async def adrive(steps: Steps, engine: Submits) -> AsyncGenerator[Done | Transcr
         if thread is None or thread.done():
             steps.close()
         else:  # the generator can't be closed while the thread runs it
-            thread.add_done_callback(lambda done: (done.exception(), steps.close()))
+            thread.add_done_callback(lambda done: _close(done, steps))
+
+
+def _close(done: asyncio.Future[Any], steps: Steps) -> None:
+    """Close the steps that a thread was busy with; nobody waits for what it found."""
+    if not done.cancelled():
+        done.exception()
+    steps.close()
 
 
 def _advance(steps: Steps, answer: Any) -> tuple[bool, Any]:
