@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cai_runtime.engine.segments import EncoderInput
-from cai_runtime.speech.decoding import ShareOf, WindowTask, encoder_input, probe
+from cai_runtime.speech.decoding import Decoded, ShareOf, WindowTask, encoder_input, probe
 from cai_runtime.speech.options import Options
 from cai_runtime.speech.prompts import Prompts, SpeechText
 from cai_runtime.speech.record import Record, Timed, last_word_end
@@ -18,6 +18,21 @@ from cai_runtime.speech.results import Segment
 from cai_runtime.speech.silences import drop_invented
 from cai_runtime.speech.steps import FRAMES, FRAMES_PER_SECOND, Done, Need, Step, Windows
 from cai_runtime.speech.tokens import SpeechTokens
+
+
+@dataclass(eq=False)
+class Window:
+    """A window that is being transcribed. features: fp32 [3000, mels], `frames` of them audio; seek: the first of them.
+    ticket: of the requests that run for it, where they are not waited for. decoded: its result, once there is one."""
+
+    seek: int
+    features: np.ndarray
+    frames: int
+    encoder: EncoderInput
+    language: str
+    task: WindowTask
+    ticket: Any = None
+    decoded: Decoded | None = None
 
 
 @dataclass(eq=False)
@@ -62,11 +77,14 @@ class Job:
             self.language, self.language_probability = codes[best], float(share.shares[best])
         return codes[best]
 
-    def task(self, encoder: EncoderInput, language: str, start: int, previous: list[int]) -> WindowTask:
-        """The attempts at a window. start: its first frame. previous: the tokens before its transcript."""
+    def begin(self, seek: int, features: np.ndarray, frames: int, previous: list[int]) -> Generator[Step, Any, Window]:
+        """A window that is ready to be asked about. previous: the tokens before its transcript."""
+        encoder = encoder_input(features, self.tokens.positions)
+        language = yield from self.know_language(encoder)
         first, self.started = not self.started, True
         prompt = self.prompts.window(self.tokens.start(language, self.options.task), previous, first=first)
-        return WindowTask(encoder, prompt, start, self.tokens, self.options, self.text)
+        task = WindowTask(encoder, prompt, seek, self.tokens, self.options, self.text)
+        return Window(seek, features, frames, encoder, language, task)
 
     def without_invented(self, pieces: list[Timed], seek: int, frames: int) -> tuple[list[Timed], int | None]:
         """(pieces of a window that stay, frames of the window after which it is to be heard again, if at all)."""
@@ -90,9 +108,6 @@ class Job:
         """What is said when a window ends at a frame. Segments are final."""
         known = self.windows.seconds_known
         return Done(segments, min(self.record.clock.end(frame / FRAMES_PER_SECOND), known), known)
-
-    def encode(self, features: np.ndarray) -> EncoderInput:
-        return encoder_input(features, self.tokens.positions)
 
 
 def silence(features: np.ndarray, start: int) -> None:

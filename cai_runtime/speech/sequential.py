@@ -11,7 +11,7 @@ from cai_runtime.speech.record import last_word_end
 from cai_runtime.speech.results import Segment
 from cai_runtime.speech.segments import split_by_times
 from cai_runtime.speech.steps import FRAMES_PER_SECOND, Need, Step
-from cai_runtime.speech.timing import Timing, plain_pieces, timed_pieces
+from cai_runtime.speech.timing import timed_pieces
 
 LEAST_REST = 10  # frames: what is left behind a window holds no word if it is shorter
 
@@ -33,29 +33,22 @@ def in_sequence(job: Job) -> Generator[Step, Any, None]:
 def _window(job: Job, features: Any, frames: int, seek: int) -> Generator[Step, Any, tuple[int, list[Segment]]]:
     """(frames to the next window, segments) of the window at `seek`."""
     options, record = job.options, job.record
-    encoder = job.encode(features)
-    language = yield from job.know_language(encoder)
-    task = job.task(encoder, language, seek, record.previous)
+    window = yield from job.begin(seek, features, frames, record.previous)
     decoded = None
     while decoded is None:
-        finished = yield Need(task.requests())
-        decoded = task.take(finished)
+        finished = yield Need(window.task.requests())
+        decoded = window.task.take(finished)
     record.count(decoded)
     if is_silence(decoded, options):
         return frames, []
     split = split_by_times(decoded.tokens, job.tokens, frames)
     advance = split.advance
-    if options.word_timestamps:
-        timing = Timing(job, encoder, language, decoded, split.pieces, features[:frames], task.prompt.lead)
-        pieces = yield from timed_pieces(timing, seek)
-        end = last_word_end(pieces)
-        if end is not None and not split.ends_open and round(end * FRAMES_PER_SECOND) > seek:
-            advance = round(end * FRAMES_PER_SECOND) - seek
-        pieces, again = job.without_invented(pieces, seek, frames)
-        advance = advance if again is None else again
-    else:
-        pieces = plain_pieces(split.pieces, seek)
+    pieces = yield from timed_pieces(job, window, decoded, split.pieces)
+    end = last_word_end(pieces)
+    if end is not None and not split.ends_open and round(end * FRAMES_PER_SECOND) > seek:
+        advance = round(end * FRAMES_PER_SECOND) - seek
+    pieces, again = job.without_invented(pieces, seek, frames)
     segments = record.add(pieces, decoded, seek)
     if not options.condition_on_previous_text or decoded.temperature > options.prompt_reset_on_temperature:
         record.forget()
-    return advance, segments
+    return advance if again is None else again, segments

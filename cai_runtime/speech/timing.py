@@ -1,4 +1,7 @@
-"""Word times of a window: one request for the cross-attention of its text, and what its words say of its pieces."""
+"""What the cross-attention of a window says of its text: the times of its words, and whether it was invented.
+
+One request brings it, made where word times are wanted, or where a signal speaks against the text.
+"""
 
 from __future__ import annotations
 
@@ -10,119 +13,112 @@ import numpy as np
 
 from cai_runtime.engine.alignment import Alignment
 from cai_runtime.engine.output import TokenOutput
-from cai_runtime.engine.request import Finished, Request, SamplingParams
-from cai_runtime.engine.segments import EncoderInput
+from cai_runtime.engine.request import Request, SamplingParams
 from cai_runtime.speech.decoding import Decoded
-from cai_runtime.speech.job import Job
+from cai_runtime.speech.guards import Evidence, following, is_suspicious, judge
+from cai_runtime.speech.job import Job, Window
 from cai_runtime.speech.record import Timed
 from cai_runtime.speech.results import Word
 from cai_runtime.speech.segments import Piece
+from cai_runtime.speech.silences import is_anomalous
 from cai_runtime.speech.steps import FRAMES_PER_SECOND, Need, Step
 from cai_runtime.speech.words import Line, WordOptions, window_words
 
 
-class Timing:
-    """The words of a window's pieces.
+def timed_pieces(
+    job: Job, window: Window, decoded: Decoded, pieces: Sequence[Piece]
+) -> Generator[Step, Any, list[Timed]]:
+    """A window's pieces in seconds of what is heard, with their words where the options ask for them.
 
-    lead: text tokens in the prompt that the audio begins with. features: fp32 [frames, mels], without padding.
+    Pieces that were invented over silence, noise or music are left out.
     """
-
-    def __init__(
-        self,
-        job: Job,
-        encoder: EncoderInput,
-        language: str,
-        decoded: Decoded,
-        pieces: Sequence[Piece],
-        features: np.ndarray,
-        lead: Sequence[int] = (),
-    ):
-        self._job, self._encoder, self._language, self._pieces, self._features = (
-            job,
-            encoder,
-            language,
-            pieces,
-            features,
-        )
-        self._lead = [token for token in lead if token < job.tokens.eot]
-        self._texts: list[list[int]] = []
-        self._probabilities: list[list[float]] = []
-        at = 0  # pieces are a beginning of the tokens, without gaps
-        for piece in pieces:
-            logprobs = decoded.logprobs[at : at + len(piece.tokens)]
-            spoken = [(t, math.exp(p)) for t, p in zip(piece.tokens, logprobs, strict=True) if t < job.tokens.eot]
-            self._texts.append([token for token, _ in spoken])
-            self._probabilities.append([probability for _, probability in spoken])
-            at += len(piece.tokens)
-
-    def requests(self) -> list[Request]:
-        """The request for the attention; none where there is no text."""
-        text = [token for line in self._texts for token in line]
-        if not text:
-            return []
-        tokens, options = self._job.tokens, self._job.options
-        prompt = [*tokens.start(self._language, options.task), tokens.no_timestamps, *self._lead, *text]
-        return [
-            Request(
-                segments=(self._encoder, prompt),
-                sampling=SamplingParams(max_tokens=0, temperature=0.0),
-                alignment=Alignment(tokens.alignment_heads, len(prompt)),
-                output=TokenOutput,
-            )
-        ]
-
-    def take(self, finished: Sequence[Finished], seek: int) -> list[Timed]:
-        """The pieces with their words, whose times they take, in seconds of what is heard.
-
-        seek: the window's first frame.
-        """
-        times = [piece.seconds(seek) for piece in self._pieces]
-        if not finished:
-            return [Timed(*time, piece.tokens, ()) for time, piece in zip(times, self._pieces, strict=True)]
-        found = self._words(finished[0], seek / FRAMES_PER_SECOND)
-        return [
-            # Times of a timestamp token are coarser than those of the words between them.
-            Timed(words[0].start, words[-1].end, piece.tokens, words)
-            if words and words[0].start < words[-1].end
-            else Timed(*time, piece.tokens, words)
-            for time, piece, words in zip(times, self._pieces, found, strict=True)
-        ]
-
-    def _words(self, finished: Finished, offset: float) -> list[tuple[Word, ...]]:
+    lines = _lines(pieces, decoded, job.tokens.eot)
+    evidence = [_evidence(line, decoded) for line in lines]
+    suspicious = [is_suspicious(one, **_thresholds(job)) for one in evidence]
+    words: list[tuple[Word, ...] | None] = [() if job.options.word_timestamps else None] * len(pieces)
+    invented = [False] * len(pieces)
+    wanted = job.options.word_timestamps or (any(suspicious) and bool(job.tokens.alignment_heads))
+    if wanted and any(line.tokens for line in lines):
+        lead = [token for token in window.task.prompt.lead if token < job.tokens.eot]
+        (finished,) = yield Need([_alignment(job, window, [*lead, *(t for line in lines for t in line.tokens)])])
         assert finished.attention is not None
-        options = self._job.options
-        lines = [
-            Line(text, probabilities, piece.start / FRAMES_PER_SECOND, piece.end / FRAMES_PER_SECOND)
-            for text, probabilities, piece in zip(self._texts, self._probabilities, self._pieces, strict=True)
+        if job.options.word_timestamps:
+            words = list(_words(job, window, finished.attention, lead, lines))
+        counts = [len(lead), *(len(line.tokens) for line in lines)]
+        follows = following(finished.attention, counts, window.frames)[1:] if any(suspicious) else [None] * len(pieces)
+        invented = [
+            odd and judge(_evidence(line, decoded, follow, said or ()), **_thresholds(job)).invented
+            for odd, line, follow, said in zip(suspicious, lines, follows, words, strict=True)
         ]
-        if self._lead:
-            lines.insert(0, Line(self._lead, [1.0] * len(self._lead)))
-        made = window_words(
-            finished.attention,
-            lines,
-            self._job.text.decode,
-            self._features,
-            offset=offset,
-            options=WordOptions(
-                self._language, prepend=options.prepend_punctuations, append=options.append_punctuations
-            ),
-        )
-        # An encoder position is two frames, between which the audio may end.
-        most = offset + len(self._features) / FRAMES_PER_SECOND
-        words = [
-            tuple(Word(min(one.start, most), min(one.end, most), one.word, one.probability) for one in line)
-            for line in made
-        ]
-        return words[1:] if self._lead else words
+    return [
+        _timed(piece, window.seek, said)
+        for piece, said, dropped in zip(pieces, words, invented, strict=True)
+        if not dropped
+    ]
 
 
-def timed_pieces(timing: Timing, seek: int) -> Generator[Step, Any, list[Timed]]:
-    """Ask for the attention and give the pieces their words."""
-    requests = timing.requests()
-    finished = (yield Need(requests)) if requests else []
-    return timing.take(finished, seek)
+def _lines(pieces: Sequence[Piece], decoded: Decoded, eot: int) -> list[Line]:
+    """The text of each piece, with the probabilities of its tokens and the times of its timestamps."""
+    lines, at = [], 0  # pieces are a beginning of the tokens, without gaps
+    for piece in pieces:
+        logprobs = decoded.logprobs[at : at + len(piece.tokens)]
+        said = [(token, math.exp(p)) for token, p in zip(piece.tokens, logprobs, strict=True) if token < eot]
+        tokens, probabilities = [token for token, _ in said], [probability for _, probability in said]
+        lines.append(Line(tokens, probabilities, piece.start / FRAMES_PER_SECOND, piece.end / FRAMES_PER_SECOND))
+        at += len(piece.tokens)
+    return lines
 
 
-def plain_pieces(pieces: Sequence[Piece], seek: int) -> list[Timed]:
-    """The pieces with the times of their timestamps."""
-    return [Timed(*piece.seconds(seek), piece.tokens) for piece in pieces]
+def _evidence(line: Line, decoded: Decoded, follow: float | None = None, words: Sequence[Word] = ()) -> Evidence:
+    logprobs = [math.log(max(probability, 1e-30)) for probability in line.probabilities]
+    return Evidence(
+        tokens=len(line.tokens),
+        avg_logprob=sum(logprobs) / len(logprobs) if logprobs else None,
+        no_speech_prob=decoded.no_speech_prob,
+        following=follow,
+        anomalous=is_anomalous(words),
+    )
+
+
+def _thresholds(job: Job) -> dict[str, float | None]:
+    return {"no_speech": job.options.no_speech_threshold, "unlikely": job.options.log_prob_threshold}
+
+
+def _alignment(job: Job, window: Window, text: Sequence[int]) -> Request:
+    """A request for the attention of a text, whose rows begin with those of the control tokens before it."""
+    tokens = job.tokens
+    prompt = [*tokens.start(window.language, job.options.task), tokens.no_timestamps, *text]
+    return Request(
+        segments=(window.encoder, prompt),
+        sampling=SamplingParams(max_tokens=0, temperature=0.0),
+        alignment=Alignment(tokens.alignment_heads, len(prompt)),
+        output=TokenOutput,
+    )
+
+
+def _words(
+    job: Job, window: Window, attention: np.ndarray, lead: Sequence[int], lines: Sequence[Line]
+) -> list[tuple[Word, ...]]:
+    """The words of each line, in seconds of what is heard. lead: text tokens that the audio begins with, of a prefix."""
+    options, offset = job.options, window.seek / FRAMES_PER_SECOND
+    made = window_words(
+        attention,
+        [Line(lead, [1.0] * len(lead)), *lines],
+        job.text.decode,
+        window.features[: window.frames],
+        offset=offset,
+        options=WordOptions(window.language, prepend=options.prepend_punctuations, append=options.append_punctuations),
+    )
+    # An encoder position is two frames, between which the audio may end.
+    most = offset + window.frames / FRAMES_PER_SECOND
+    return [
+        tuple(Word(min(one.start, most), min(one.end, most), one.word, one.probability) for one in line)
+        for line in made[1:]
+    ]
+
+
+def _timed(piece: Piece, seek: int, words: tuple[Word, ...] | None) -> Timed:
+    """A piece with the times of its words, which are finer than those of its timestamps."""
+    if words and words[0].start < words[-1].end:
+        return Timed(words[0].start, words[-1].end, piece.tokens, words)
+    return Timed(*piece.seconds(seek), piece.tokens, words)

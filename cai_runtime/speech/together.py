@@ -9,41 +9,25 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from cai_runtime.engine.segments import EncoderInput
-from cai_runtime.speech.decoding import Decoded, WindowTask, is_silence
-from cai_runtime.speech.job import Job, silence
+from cai_runtime.speech.decoding import Decoded, is_silence
+from cai_runtime.speech.job import Job, Window, silence
 from cai_runtime.speech.segments import Piece, split_by_times
 from cai_runtime.speech.steps import FRAMES, FRAMES_PER_SECOND, Answer, Ask, Ready, Step
-from cai_runtime.speech.timing import Timing, plain_pieces, timed_pieces
+from cai_runtime.speech.timing import timed_pieces
 
 SEARCHED = 600  # frames at a window's end in which it is cut: 6 s
 QUIET = 30  # frames over which loudness is averaged: 0.3 s
 LEAST_REST = 50  # frames: a shorter rest of a window holds no word
 
 
-@dataclass(eq=False)
-class _Window:
-    """A window in the engine. features: fp32 [3000, mels], `frames` of them audio. ticket: of the requests that run."""
-
-    seek: int
-    features: np.ndarray
-    frames: int
-    encoder: EncoderInput
-    language: str
-    task: WindowTask
-    ticket: Any = None
-    decoded: Decoded | None = None
-
-
 def together(job: Job) -> Generator[Step, Any, None]:
     """Transcribe the clips of the options, or everything, into `job.record`."""
     most = job.options.windows_together
-    waiting: deque[_Window] = deque()  # in the order of the audio
+    waiting: deque[Window] = deque()  # in the order of the audio
     cuts = _cuts(job)
     more = True
     while more or waiting:
@@ -89,29 +73,21 @@ def quietest(features: np.ndarray) -> int:
     return len(around) - 1 - int(around[::-1].argmin()) + QUIET // 2
 
 
-def _begin(job: Job, seek: int, features: np.ndarray, frames: int) -> Generator[Step, Any, _Window]:
-    encoder = job.encode(features)
-    language = yield from job.know_language(encoder)
-    task = job.task(encoder, language, seek, job.prompts.initial)
-    window = _Window(seek, features, frames, encoder, language, task)
-    window.ticket = yield Ask(task.requests())
+def _begin(job: Job, seek: int, features: np.ndarray, frames: int) -> Generator[Step, Any, Window]:
+    window = yield from job.begin(seek, features, frames, job.prompts.initial)
+    window.ticket = yield Ask(window.task.requests())
     return window
 
 
-def _finish(job: Job, window: _Window, decoded: Decoded) -> Generator[Step, Any, _Window | None]:
+def _finish(job: Job, window: Window, decoded: Decoded) -> Generator[Step, Any, Window | None]:
     """Record a window; returns what it left unheard, in the engine already."""
     job.record.count(decoded)
     heard, segments, rest = window.frames, [], None
     if not is_silence(decoded, job.options):
         pieces, heard = _pieces(job, window, decoded)
-        if job.options.word_timestamps:
-            audio = window.features[: window.frames]
-            timing = Timing(job, window.encoder, window.language, decoded, pieces, audio, window.task.prompt.lead)
-            timed = yield from timed_pieces(timing, window.seek)
-            timed, again = job.without_invented(timed, window.seek, window.frames)
-            heard = heard if again is None else again
-        else:
-            timed = plain_pieces(pieces, window.seek)
+        timed = yield from timed_pieces(job, window, decoded, pieces)
+        timed, again = job.without_invented(timed, window.seek, window.frames)
+        heard = heard if again is None else again
         if window.frames - heard < LEAST_REST:
             heard = window.frames
         else:
@@ -123,7 +99,7 @@ def _finish(job: Job, window: _Window, decoded: Decoded) -> Generator[Step, Any,
     return rest
 
 
-def _pieces(job: Job, window: _Window, decoded: Decoded) -> tuple[list[Piece], int]:
+def _pieces(job: Job, window: Window, decoded: Decoded) -> tuple[list[Piece], int]:
     """(pieces of a window, frames that they cover)."""
     split = split_by_times(decoded.tokens, job.tokens, window.frames)
     pieces = list(split.pieces)

@@ -93,7 +93,7 @@ class FakeEngine:
 
     logits: Logits
     eot: int
-    attention: Callable[[Request], np.ndarray] | None = None
+    attention: Callable[[Request], np.ndarray] | None = None  # None: it moves along the audio
     done: bool = True  # whether requests are finished before anybody waits for them
     requests: list[Request] = field(default_factory=list)
     handles: list[FakeHandle] = field(default_factory=list)
@@ -107,7 +107,7 @@ class FakeEngine:
     def answer(self, request: Request) -> Finished:
         encoder, prompt = request.segments
         if request.alignment is not None:
-            return finished((), (), len(prompt), attention=self.attention(request))
+            return finished((), (), len(prompt), attention=(self.attention or moving)(request))
         if request.beam is not None:
             found, logprobs = self._beam(encoder, list(prompt), request)
         else:
@@ -158,6 +158,27 @@ class FakeEngine:
         lengths = [len(found) - (found[-1:] == [self.eot]) for found, _ in ended]
         scores = [sum(p) / max(n, 1) ** beam.length_penalty for (_, p), n in zip(ended, lengths, strict=True)]
         return ended[int(np.argmax(scores))]
+
+
+def moving(request: Request) -> np.ndarray:
+    """The attention [heads, count, positions] of tokens that stand side by side along a whole window."""
+    return _attention(request, lambda row, count: row)
+
+
+def resting(request: Request) -> np.ndarray:
+    """The attention of tokens that all look at the same place."""
+    return _attention(request, lambda row, count: count // 3)
+
+
+def _attention(request: Request, part_of: Callable[[int, int], int]) -> np.ndarray:
+    encoder, wanted = request.segments[0], request.alignment
+    draw = np.random.default_rng(0)
+    weights = draw.random((len(wanted.heads), wanted.count, encoder.rows)) * 0.2 + 0.01
+    edges = np.linspace(0, encoder.rows, wanted.count + 1).round().astype(int)
+    for row in range(wanted.count):
+        part = part_of(row, wanted.count)
+        weights[:, row, edges[part] : edges[part + 1]] += 2.0
+    return (weights / weights.sum(-1, keepdims=True)).astype(np.float32)
 
 
 def log_softmax(row: np.ndarray) -> np.ndarray:
