@@ -30,7 +30,8 @@ def transcribe_steps(windows: Windows, tokens: SpeechTokens, options: Options, t
     if options.vad is not None:
         from cai_runtime.speech.heard import SpeechOnly  # needs the audio package
 
-        windows = speech = SpeechOnly(windows, options.vad, clips)
+        speech = SpeechOnly(windows, options.vad, clips)
+        windows = speech
         record.clock, clips = speech.clock, [(0.0, math.inf)]
     return _steps(Job(windows, tokens, options, text, Prompts(tokens, options, text), record, clips))
 
