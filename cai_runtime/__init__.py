@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from cai_runtime.client import AsyncClient, AsyncStream, Client, Stream
     from cai_runtime.compressor.pipeline import compress
     from cai_runtime.errors import CaiError
-    from cai_runtime.functions import batch, chat, close, complete, configure, embed, list_models, respond
+    from cai_runtime.functions import batch, chat, close, complete, configure, embed, list_models, respond, transcribe
     from cai_runtime.judge.comparison import compare
     from cai_runtime.options import EngineOptions
 
@@ -61,6 +61,7 @@ _HOME_OF = {
     "embed": "cai_runtime.functions",
     "list_models": "cai_runtime.functions",
     "respond": "cai_runtime.functions",
+    "transcribe": "cai_runtime.functions",
 }
 
 __all__ = [
@@ -90,6 +91,7 @@ __all__ = [
     "embed",
     "list_models",
     "respond",
+    "transcribe",
 ]
 
 

@@ -21,6 +21,7 @@ from openai import NOT_GIVEN, NotGiven, Omit, Timeout
 
 from cai_runtime.api.generation import AsyncStream, Stream
 from cai_runtime.api.host import EngineFactory, ModelHost
+from cai_runtime.api.methods.audio import AsyncAudio, Audio
 from cai_runtime.api.methods.batch import AsyncBatching, Batching
 from cai_runtime.api.methods.chat import AsyncChat, Chat
 from cai_runtime.api.methods.completions import AsyncCompletions, Completions
@@ -199,8 +200,8 @@ def _open_engine(path: Path, **options: Any) -> Any:
 
 
 class Client(Batching, _BaseClient):
-    """An in-process client: `chat.completions`, `completions`, `responses`, `embeddings` and `models`, as in the `openai`
-    package, and `batch`. Thread-safe."""
+    """An in-process client: `chat.completions`, `completions`, `responses`, `embeddings`, `audio` and `models`, as in the
+    `openai` package, and `batch`. Thread-safe."""
 
     @cached_property
     def chat(self) -> Chat:
@@ -217,6 +218,10 @@ class Client(Batching, _BaseClient):
     @cached_property
     def embeddings(self) -> Embeddings:
         return Embeddings(self._host, self._timeout)
+
+    @cached_property
+    def audio(self) -> Audio:
+        return Audio(self._host, self._timeout)
 
     @cached_property
     def models(self) -> Models:
@@ -259,6 +264,10 @@ class AsyncClient(AsyncBatching, _BaseClient):
     @cached_property
     def embeddings(self) -> AsyncEmbeddings:
         return AsyncEmbeddings(self._host, self._timeout)
+
+    @cached_property
+    def audio(self) -> AsyncAudio:
+        return AsyncAudio(self._host, self._timeout)
 
     @cached_property
     def models(self) -> AsyncModels:

@@ -101,6 +101,16 @@ def embed(input: Any, **params: Any) -> Any:
     return client().embeddings.create(input=input, **params)
 
 
+def transcribe(file: Any, **params: Any) -> Any:
+    """The text of speech: `Client.audio.transcriptions.create` on the shared client.
+
+    Args:
+        file: a path, bytes, an open file, (name, bytes), or (samples, rate).
+        params: as for `create`, such as `model`, `language`, `stream`, `timestamp_granularities`.
+    """
+    return client().audio.transcriptions.create(file=file, **params)
+
+
 def list_models() -> SyncPage[Model]:
     """The models there are: `Client.models.list` on the shared client."""
     return client().models.list()

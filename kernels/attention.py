@@ -178,8 +178,9 @@ class CpuKVCache:
         k, v = self._page_sizes(page_size, heads, dtype)
         self._k = cpu_library.system_memory(pages * k)
         self._v = cpu_library.system_memory(pages * v)
-        self.k = torch.frombuffer(self._k, dtype=dtype)
-        self.v = torch.frombuffer(self._v, dtype=dtype)
+        # The system gives whole pages of its own: there may be more than was asked for.
+        self.k = torch.frombuffer(self._k, dtype=dtype)[: pages * k // dtype.itemsize]
+        self.v = torch.frombuffer(self._v, dtype=dtype)[: pages * v // dtype.itemsize]
         self.pages = pages
 
     @staticmethod

@@ -20,7 +20,7 @@ class PageTable:
     A slot is page * page_size + offset.
     """
 
-    slots: torch.Tensor  # [T]: where each new token's key and value are written
+    slots: torch.Tensor  # [T]: where each new token's key and value are written; [0] of an encoder's output
     pages: torch.Tensor  # [S, P]: the pages of each sequence, in order
 
 

@@ -16,9 +16,18 @@ import torch
 
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels import cpu_library
-from cai_runtime.kernels.activation import swiglu_cpu, swiglu_reference
+from cai_runtime.kernels.activation import gelu_cpu, gelu_reference, swiglu_cpu, swiglu_reference
 from cai_runtime.kernels.cpu_library import EMPTY_MATRIX, Arena, PackedMatrix, check_rows
-from cai_runtime.kernels.norm import RmsNorm, checked_weight, rms_norm_cpu, rms_norm_reference
+from cai_runtime.kernels.norm import (
+    LayerNorm,
+    RmsNorm,
+    checked_weight,
+    layer_norm_cpu,
+    layer_norm_reference,
+    layer_norm_torch,
+    rms_norm_cpu,
+    rms_norm_reference,
+)
 from cai_runtime.kernels.program import NotRecordable, Value
 from cai_runtime.kernels.quantized_rows import rounded_rows
 from cai_runtime.kernels.weights import Core, LinearWeights
@@ -35,44 +44,84 @@ class PreparedLinear(Protocol):
         x: torch.Tensor,
         residual: torch.Tensor | None = None,
         *,
-        norm: RmsNorm | None = None,
+        norm: RmsNorm | LayerNorm | None = None,
         swiglu: bool = False,
+        gelu: bool = False,
     ) -> torch.Tensor:
         """x [M, in_features] -> [M, out_features], the members side by side, plus `residual` of the same shape.
 
         norm: apply it to x first. swiglu: x is [M, 2 in_features], gate and up side by side, and silu(gate) * up goes in.
-        At most one of them. A backend may fuse them: with one or without, the bits are the same for every number of rows.
+        gelu: apply the exact GELU to x first. At most one of them. A backend may fuse them: the bits are
+        the same for every number of rows.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Prologue:
-    """What a linear does to its input first: RMSNorm, or silu(gate) * up of rows that hold both, or nothing."""
+    """What a linear does to its input first: a norm, silu(gate) * up of rows that hold both, GELU, or nothing."""
 
-    norm: RmsNorm | None = None
+    norm: RmsNorm | LayerNorm | None = None
     swiglu: bool = False
+    gelu: bool = False
 
     def __post_init__(self) -> None:
-        if self.norm is not None and self.swiglu:
-            raise KernelError("a linear's input is normed or gated, not both")
+        if (self.norm is not None) + self.swiglu + self.gelu > 1:
+            raise KernelError("a linear's input is normed or gated (swiglu, gelu), not both")
 
-    def apply(self, x: Any, norm_op: Callable[[Any, torch.Tensor, float], Any], swiglu_op: Callable[[Any], Any]) -> Any:
+    def apply(
+        self,
+        x: Any,
+        norm_op: Callable[[Any, torch.Tensor, float], Any],
+        swiglu_op: Callable[[Any], Any],
+        layer_norm_op: Callable[[Any, torch.Tensor, torch.Tensor, float], Any] = layer_norm_reference,
+        gelu_op: Callable[[Any], Any] = gelu_reference,
+    ) -> Any:
         """Run the prologue as an operation of its own, for backends that don't fuse it."""
+        if isinstance(self.norm, LayerNorm):
+            return layer_norm_op(x, self.norm.weight, self.norm.bias, self.norm.eps)
         if self.norm is not None:
             return norm_op(x, self.norm.weight, self.norm.eps)
-        return swiglu_op(x) if self.swiglu else x
+        return swiglu_op(x) if self.swiglu else gelu_op(x) if self.gelu else x
+
+    def by_torch(self, x: torch.Tensor) -> tuple[torch.Tensor, Prologue]:
+        """Run LayerNorm or GELU by torch's functions: (x after it, the prologue that is left).
+
+        For backends whose kernels have RMSNorm and SwiGLU alone. Raises KernelError for a norm of another width than x.
+        """
+        if isinstance(self.norm, LayerNorm):
+            for vector in (self.norm.weight, self.norm.bias):
+                if x.dim() != 2 or tuple(vector.shape) != (x.shape[1],):
+                    raise KernelError(f"slim_linear: a norm of {list(vector.shape)} for x {list(x.shape)}")
+            return layer_norm_torch(x, self.norm.weight, self.norm.bias, self.norm.eps), Prologue()
+        return (torch.nn.functional.gelu(x), Prologue()) if self.gelu else (x, self)
 
 
 class Linear(ABC):
-    """A `PreparedLinear` whose backend fills in `_run`. On the CPU, x and residual may be Values of a recorded pass."""
+    """A `PreparedLinear` whose backend fills in `_run`. On the CPU, x and residual may be Values of a recorded pass.
+
+    takes_every_prologue: whether `_run` takes LayerNorm and GELU too; if not, torch's functions run before it.
+    """
 
     in_features: int
     out_features: int
+    takes_every_prologue = False
 
-    def __call__(self, x: Any, residual: Any = None, *, norm: RmsNorm | None = None, swiglu: bool = False) -> Any:
-        """See `PreparedLinear.__call__`. Raises KernelError for both norm and swiglu, and as the backend's class says."""
-        return self._run(x, Prologue(norm, swiglu), residual)
+    def __call__(
+        self,
+        x: Any,
+        residual: Any = None,
+        *,
+        norm: RmsNorm | LayerNorm | None = None,
+        swiglu: bool = False,
+        gelu: bool = False,
+    ) -> Any:
+        """See `PreparedLinear.__call__`. Raises KernelError for two of norm, swiglu and gelu, and as the backend's class
+        says."""
+        prologue = Prologue(norm, swiglu, gelu)
+        if not self.takes_every_prologue:
+            x, prologue = prologue.by_torch(x)
+        return self._run(x, prologue, residual)
 
     @abstractmethod
     def _run(self, x: Any, prologue: Prologue, residual: Any) -> Any:
@@ -147,6 +196,8 @@ def contract_mpo(
 class ReferenceLinear(Linear):
     """The reference as a prepared group: plain torch, on any device."""
 
+    takes_every_prologue = True
+
     def __init__(self, members: Sequence[LinearWeights], int8_activations: bool = False):
         self.members = tuple(members)
         self.in_features = members[0].in_features
@@ -163,7 +214,7 @@ class ReferenceLinear(Linear):
 
 # csrc/cpu/ops.h: Kind, Prologue, kMaxMembers
 KIND_CODES = {"dense": 0, "lowrank": 1, "interpolative": 2}
-NO_PROLOGUE, NORM, SWIGLU_INPUT = range(3)
+NO_PROLOGUE, NORM, SWIGLU_INPUT, LAYER_NORM, GELU_INPUT = range(5)
 MAX_MEMBERS = 64
 
 
@@ -182,6 +233,8 @@ class CpuLinear(Linear):
     The weights are copied into `arena` (or the heap): the tensors given may be dropped afterwards. int8_activations: see
     `prepare`.
     """
+
+    takes_every_prologue = True
 
     def __init__(self, members: Sequence[LinearWeights], arena: Arena | None = None, *, int8_activations: bool = False):
         if len(members) > MAX_MEMBERS:
@@ -221,14 +274,18 @@ class CpuLinear(Linear):
 
     def _run(self, x: Any, prologue: Prologue, residual: Any) -> Any:
         norm, swiglu = prologue.norm, prologue.swiglu
-        code = NORM if norm is not None else SWIGLU_INPUT if swiglu else NO_PROLOGUE
-        weight, eps = None, 0.0
+        code = SWIGLU_INPUT if swiglu else GELU_INPUT if prologue.gelu else NO_PROLOGUE
+        vectors, eps = {}, 0.0  # the norm's
         if norm is not None:
-            weight, eps = checked_weight(norm.weight, "slim_linear's norm"), norm.eps
-            if weight.shape[0] != self.in_features:
-                raise KernelError(f"slim_linear: a norm of {weight.shape[0]} for {self.in_features} features")
+            code, eps = NORM, norm.eps
+            vectors["weight"] = checked_weight(norm.weight, "slim_linear's norm")
+            if isinstance(norm, LayerNorm):
+                code, vectors["bias"] = LAYER_NORM, checked_weight(norm.bias, "slim_linear's norm's bias")
+            for vector in vectors.values():
+                if vector.shape[0] != self.in_features:
+                    raise KernelError(f"slim_linear: a norm of {vector.shape[0]} for {self.in_features} features")
         if isinstance(x, Value):
-            bindings = {"group": self.descriptor} | ({} if weight is None else {"weight": weight})
+            bindings = {"group": self.descriptor} | vectors
             return x.recorder.note(
                 "linear", [x] if residual is None else [x, residual], self.out_features,
                 attributes={"prologue": code, "eps": eps}, bindings=bindings, keep=self,
@@ -241,15 +298,18 @@ class CpuLinear(Linear):
         rows = x.shape[0]
         out = cpu_library.empty(rows, self.out_features)
         scratch = cpu_library.empty(rows, self.scratch_columns)
-        self.native(self.descriptor, x, code, weight, eps, residual, out, scratch)
+        weight, bias = vectors.get("weight"), vectors.get("bias")
+        self.native(self.descriptor, x, code, weight, bias, eps, residual, out, scratch)
         return out
 
 
 class MpoLinear(Linear):
     """A matrix product operator: each core is one row-wise linear. cores: prepared, one for each core of `w`.
 
-    norm_op, swiglu_op: the backend's. check: called with x and its columns, raises KernelError for an x that does not fit.
+    norm_op to gelu_op: the backend's. check: called with x and its columns, raises KernelError for an x that does not fit.
     """
+
+    takes_every_prologue = True
 
     def __init__(
         self,
@@ -258,18 +318,20 @@ class MpoLinear(Linear):
         norm_op: Callable[[Any, torch.Tensor, float], Any],
         swiglu_op: Callable[[Any], Any],
         check: Callable[[torch.Tensor, int], object],
+        layer_norm_op: Callable[[Any, torch.Tensor, torch.Tensor, float], Any] = layer_norm_torch,
+        gelu_op: Callable[[Any], Any] = gelu_reference,
     ):
         self.in_features, self.out_features = w.in_features, w.out_features
         # Not `w` itself: its tensors may have been copied for the kernels.
         self.shape = MpoShape(w.in_features, w.out_features, w.out_dims, w.in_dims, w.bonds)
         self.cores, self.bias = tuple(cores), w.bias
-        self._norm_op, self._swiglu_op, self._check = norm_op, swiglu_op, check
+        self._ops, self._check = (norm_op, swiglu_op, layer_norm_op, gelu_op), check
 
     def _run(self, x: Any, prologue: Prologue, residual: Any) -> Any:
         if isinstance(x, Value):
             raise NotRecordable("a matrix product operator permutes its input between cores")
         self._check(x, self.in_features * (2 if prologue.swiglu else 1))
-        y = contract_mpo(prologue.apply(x, self._norm_op, self._swiglu_op), self.shape, self.cores)
+        y = contract_mpo(prologue.apply(x, *self._ops), self.shape, self.cores)
         if residual is not None and (residual.shape, residual.dtype, residual.device) != (y.shape, y.dtype, y.device):
             raise KernelError(
                 f"residual is {residual.dtype} {list(residual.shape)} on {residual.device}, expected {y.dtype} "
@@ -280,22 +342,24 @@ class MpoLinear(Linear):
         return y if residual is None else y + residual
 
 
-def as_dense(core: Core) -> LinearWeights:
+def as_dense(core: Core, bias: torch.Tensor | None = None) -> LinearWeights:
     """A single core as a projection of its own."""
     rows, cols = core.shape
-    return LinearWeights("dense", cols, rows, (core,))
+    return LinearWeights("dense", cols, rows, (core,), bias=bias)
 
 
 def side_by_side(
     parts: Iterable[Callable[..., torch.Tensor]], x: torch.Tensor, prologue: Prologue, residual: torch.Tensor | None
 ) -> torch.Tensor:
     """Call linears with one input, each with the prologue, and concatenate their outputs."""
-    y = torch.cat([part(x, norm=prologue.norm, swiglu=prologue.swiglu) for part in parts], dim=1)
+    y = torch.cat([part(x, norm=prologue.norm, swiglu=prologue.swiglu, gelu=prologue.gelu) for part in parts], dim=1)
     return y if residual is None else y + residual
 
 
 class SideBySide(Linear):
     """Prepared linears over one input whose outputs are concatenated; for members that no single call can serve."""
+
+    takes_every_prologue = True
 
     def __init__(self, parts: Sequence[PreparedLinear]):
         self.parts = tuple(parts)
@@ -308,4 +372,12 @@ class SideBySide(Linear):
 
 def cpu_mpo(w: LinearWeights, arena: Arena | None = None, *, int8_activations: bool = False) -> MpoLinear:
     cores = [CpuLinear([as_dense(c)], arena, int8_activations=int8_activations) for c in w.cores]
-    return MpoLinear(w, cores, rms_norm_cpu, swiglu_cpu, lambda x, columns: check_rows(x, columns, "slim_linear"))
+    return MpoLinear(
+        w,
+        cores,
+        rms_norm_cpu,
+        swiglu_cpu,
+        lambda x, columns: check_rows(x, columns, "slim_linear"),
+        layer_norm_cpu,
+        gelu_cpu,
+    )

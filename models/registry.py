@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from cai_runtime.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from cai_runtime.kernels.batch import AttentionBatch, GivenEmbeddings
@@ -22,6 +23,7 @@ MODELS = {
     "mistral": ("mistral", "Mistral"),
     "qwen2": ("qwen2", "Qwen2"),
     "qwen3": ("qwen3", "Qwen3"),
+    "whisper": ("whisper", "Whisper"),
 }
 
 
@@ -35,10 +37,19 @@ def has_head(config: Mapping[str, Any]) -> bool:
     return not (isinstance(named, (list, tuple)) and named and named[0] in HEADLESS)
 
 
+SPEECH = frozenset({"whisper"})  # model_types that transcribe audio, and answer no text
+
+
+def is_speech(config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint of this config.json transcribes speech."""
+    return config.get("model_type") in SPEECH
+
+
 class CausalLM(Protocol):
     """What the engine asks of a language model.
 
-    One without a head has an attribute `has_head = False`, and neither `logits` nor `step`.
+    One without a head has an attribute `has_head = False`, and neither `logits` nor `step`. One with an attribute `able`
+    says there what it takes besides tokens, see `engine.runner.Runner`; with "encoder" it is an `EncoderDecoderLM`.
     """
 
     vocab_size: int
@@ -72,6 +83,28 @@ class CausalLM(Protocol):
         self, ids: torch.Tensor, wanted: torch.Tensor, batch: AttentionBatch, given: GivenEmbeddings | None = None
     ) -> torch.Tensor:
         """Both: ids int32 [T], wanted int32 [N] rows of them -> fp32 [N, vocabulary]."""
+        ...
+
+
+class EncoderDecoderLM(CausalLM, Protocol):
+    """What the engine asks of a model whose decoder attends to an encoder's output, in pages of kind "encoder"."""
+
+    encoder_rows: int  # positions of the encoder's output
+
+    def encode(self, features: Sequence[np.ndarray], pages: np.ndarray) -> None:
+        """Put the encoder's output of each input into its pages, int32 [inputs, pages of an output]."""
+        ...
+
+    def forward_attending(
+        self, ids: torch.Tensor, batch: AttentionBatch, layers: frozenset[int]
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """`forward`, and the queries [T, hidden] of the cross-attention of some layers."""
+        ...
+
+    def attention_weights(
+        self, layer: int, heads: Sequence[int], queries: torch.Tensor, pages: torch.Tensor
+    ) -> np.ndarray:
+        """Cross-attention weights of heads of a layer: fp32 [heads, T, rows]. pages: int32, of one output."""
         ...
 
 

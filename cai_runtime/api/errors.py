@@ -170,6 +170,12 @@ def api_error(error: BaseException) -> APIError:
             return error
         case library.ConversationError():
             return BadRequestError(message, param=error.param, code=error.code)
+        case library.AudioPackageError():
+            return BadRequestError(message, param=error.param, code="missing_package")
+        case library.AudioError():
+            return BadRequestError(message, param=error.param, code="invalid_audio")
+        case library.TranscriptionError():
+            return BadRequestError(message, param=error.param, code=_code_of_capability(error.capability))
         case library.RequestTooLargeError():
             return BadRequestError(message, code="context_length_exceeded")
         case library.GrammarError():
@@ -194,6 +200,10 @@ def api_error(error: BaseException) -> APIError:
             return InternalServerError(message)
         case _:
             return InternalServerError(f"{type(error).__name__}: {message}")
+
+
+def _code_of_capability(capability: str | None) -> str:
+    return f"{capability}_not_supported" if capability else "invalid_value"
 
 
 @contextmanager

@@ -23,7 +23,28 @@ from cai_runtime.formats.events import ChatEvent
 
 Chunk = TypeVar("Chunk")
 Whole = TypeVar("Whole")
+Chunk_co = TypeVar("Chunk_co", covariant=True)
 Whole_co = TypeVar("Whole_co", covariant=True)
+
+
+class Consumed(Protocol[Chunk_co, Whole_co]):
+    """A request while it runs. To be consumed once, by one of these; what is not consumed any more is to be aborted."""
+
+    timeout: float | None  # seconds that a stream waits for its next chunk
+
+    def abort(self) -> None: ...
+    def whole(self, timeout: float | None = None) -> Whole_co: ...
+    async def awhole(self) -> Whole_co: ...
+    def chunks(self) -> Generator[Chunk_co]: ...
+    def achunks(self) -> AsyncGenerator[Chunk_co]: ...
+
+
+class Submitted(Protocol[Chunk_co, Whole_co]):
+    """A request that is ready to run."""
+
+    def submit(self, engine: Any) -> Consumed[Chunk_co, Whole_co]:
+        """Hand it to the engine. Raises RateLimitError if that takes no more."""
+        ...
 
 
 class ReplyFormat(Protocol[Chunk, Whole_co]):
@@ -138,7 +159,7 @@ class Stream(Generic[Chunk]):
     """Chunks of a running request; a context manager. Closing it, or dropping it before its end, aborts the request.
     Several threads may iterate it: each chunk goes to one of them."""
 
-    def __init__(self, running: Running[Chunk, Any]):
+    def __init__(self, running: Consumed[Chunk, Any]):
         self._running = running
         self._chunks = running.chunks()
         self._turn = threading.RLock()  # of the thread that waits for the next chunk
@@ -181,7 +202,7 @@ class Stream(Generic[Chunk]):
 class AsyncStream(Generic[Chunk]):
     """The same for `async for` and `async with`. Several tasks of one event loop may iterate it."""
 
-    def __init__(self, running: Running[Chunk, Any]):
+    def __init__(self, running: Consumed[Chunk, Any]):
         self._running = running
         self._chunks = running.achunks()
         self._turn = asyncio.Lock()

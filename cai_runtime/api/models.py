@@ -16,10 +16,11 @@ from cai_runtime.errors import CaiError
 from cai_runtime.formats.find import tools_of
 from cai_runtime.formats.template import template_of
 from cai_runtime.models.catalog import Capabilities, CatalogEntry, catalog, format_parameters
-from cai_runtime.models.registry import has_head
+from cai_runtime.models.registry import has_head, is_speech
 from cai_runtime.scalars import shown
 from cai_runtime.slim.embedding_files import EmbeddingFiles
 from cai_runtime.slim.reader import Checkpoint
+from cai_runtime.speech.tokens import SpeechTokens
 
 UNKNOWN = "unknown"
 
@@ -56,17 +57,35 @@ def retrieve_model(host: ModelHost, name: Any) -> Model:
 
 
 def require_text(model: ResolvedModel) -> None:
-    """Refuse a catalogue model that writes no text, before its weights are loaded.
+    """Refuse a model that does not answer text, one that transcribes speech above all, before its weights are loaded.
 
     Raises:
         BadRequestError: naming the capability.
     """
     entry = catalog().get(model.name.removesuffix("-r") if model.reasons else model.name)
-    if entry is not None and not entry.capabilities.support_chat_completion:
+    hears = is_speech(read_config(model.path))
+    if hears or (entry is not None and not entry.capabilities.support_chat_completion):
+        instead = " It transcribes speech: client.audio.transcriptions.create." if hears else ""
         raise BadRequestError(
-            f"The model '{model.name}' can't write text: it lacks the capability 'support_chat_completion'.",
+            f"The model {shown(model.name)} can't answer text: it lacks the capability 'support_chat_completion'.{instead}",
             param="model",
             code="chat_not_supported",
+        )
+
+
+def require_speech(model: ResolvedModel) -> None:
+    """Refuse a model that does not transcribe speech, before its weights are loaded.
+
+    Raises:
+        BadRequestError: naming the capability.
+    """
+    config = read_config(model.path)
+    if config and not is_speech(config):  # without a config.json, opening it says what is wrong
+        raise BadRequestError(
+            f"The model {shown(model.name)} can't transcribe audio: it lacks the capability 'supports_audio'. "
+            "Name a Whisper model, such as whisper-tiny.en, which `cai pull whisper-tiny.en` fetches.",
+            param="model",
+            code="audio_not_supported",
         )
 
 
@@ -76,12 +95,14 @@ def _as_model(entry: CatalogEntry) -> Model:
 
 
 def _local_model(host: ModelHost, name: str, path: Path) -> Model:
-    """With two fields more than the API has: `tools`, "native" if the chat template takes them, "generic" if they are put to
-    the model as text, None if it can't chat; and `capabilities.supports_embeddings`."""
-    chats = bool(template_of(path)[0]) and has_head(read_config(path))
+    """With three fields more than the API has: `tools`, "native" if the chat template takes them, "generic" if they are put
+    to the model as text, None if it can't chat; `supports_embeddings` and `supports_translation` of `capabilities`."""
+    config = read_config(path)
+    hears = is_speech(config)
+    chats = bool(template_of(path)[0]) and has_head(config) and not hears
     tools = tools_of(path) if chats else None
     capabilities = Capabilities(
-        supports_audio=False,
+        supports_audio=hears,
         supports_image=False,
         supports_function_calling=tools is not None,
         support_chat_completion=chats,
@@ -94,7 +115,15 @@ def _local_model(host: ModelHost, name: str, path: Path) -> Model:
     entry = CatalogEntry(name, created, "local", _parameters_number(path, host.keep), capabilities)
     fields: dict[str, Any] = {**dataclasses.asdict(entry), "tools": tools}
     fields["capabilities"]["supports_embeddings"] = _embeds(path)
+    fields["capabilities"]["supports_translation"] = hears and _translates(path)
     return Model(**fields)
+
+
+def _translates(path: Path) -> bool:
+    try:
+        return SpeechTokens.from_checkpoint(path).is_multilingual
+    except CaiError:  # as of `_parameters_number`
+        return False
 
 
 def _embeds(path: Path) -> bool:

@@ -18,6 +18,8 @@ from cai_runtime.grammars import Grammars
 from cai_runtime.scalars import shown
 from cai_runtime.slim.embedding_files import EmbeddingFiles
 from cai_runtime.slim.generation_defaults import GenerationDefaults
+from cai_runtime.speech.prompts import SpeechText
+from cai_runtime.speech.tokens import SpeechTokens
 
 
 @dataclass
@@ -67,6 +69,17 @@ class OpenModel:
         """How this model makes embeddings, by its files; None if they don't say. Raises CheckpointError or
         UnsupportedModelError."""
         return None if self.path is None else EmbeddingFiles.read(self.path)
+
+    @cached_property
+    def speech_tokens(self) -> SpeechTokens:
+        """The control tokens of a model that transcribes. Raises CheckpointError."""
+        assert self.path is not None
+        return SpeechTokens.from_checkpoint(self.path)
+
+    @cached_property
+    def speech_text(self) -> SpeechText:
+        """Its text to tokens and back."""
+        return SpeechText(self.tokenizer, self.speech_tokens)
 
     def require_head(self, name: str) -> None:
         """Refuse to write text with a model that has no language-model head. name: as the request names it."""

@@ -8,13 +8,14 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
 from cai_runtime.api.errors import InternalServerError
-from cai_runtime.api.generation import AsyncStream, Generation, Running, Stream
+from cai_runtime.api.generation import AsyncStream, Consumed, Stream, Submitted
 from cai_runtime.api.host import ModelHost, ResolvedModel
 from cai_runtime.api.models import require_text
 from cai_runtime.api.open_model import OpenModel
 from cai_runtime.api.timeouts import timed_out
 
-Submit = Callable[[Generation[Any, Any], Any], Awaitable[Running[Any, Any]]]
+Require = Callable[[ResolvedModel], None]
+Submit = Callable[[Submitted[Any, Any], Any], Awaitable[Consumed[Any, Any]]]
 
 
 class Endpoint(Protocol):
@@ -24,24 +25,32 @@ class Endpoint(Protocol):
         """The checked call, with `.model`, `.params` and `.stream`, before anything is loaded. Raises BadRequestError."""
         ...
 
-    def prepare(self, request: Any, model: ResolvedModel, opened: OpenModel, /) -> Generation[Any, Any]:
+    def prepare(self, request: Any, model: ResolvedModel, opened: OpenModel, /) -> Submitted[Any, Any]:
         """What to run for it. Raises BadRequestError."""
         ...
 
 
-def create(endpoint: Endpoint, host: ModelHost, params: Mapping[str, Any], timeout: float | None) -> Any:
+def create(
+    endpoint: Endpoint,
+    host: ModelHost,
+    params: Mapping[str, Any],
+    timeout: float | None,
+    *,
+    require: Require = require_text,
+) -> Any:
     """The reply to a call of `create`, or its stream.
 
     Args:
         endpoint: parses and prepares the request: `api.chat`, `api.completions`, a ResponsesEndpoint.
         params: the keyword arguments as they came.
         timeout: seconds, of a request that names none.
+        require: refuses a model that lacks the capability, before its weights are loaded.
     """
     request = endpoint.parse(params)
     seconds = _timeout_of(params, request, timeout)
     end = None if seconds is None else time.monotonic() + seconds
     model = host.resolve(request.model)
-    require_text(model)
+    require(model)
     opened = host.open(model, seconds)
     try:
         running = endpoint.prepare(request, model, opened).submit(opened.engine)
@@ -54,7 +63,7 @@ def create(endpoint: Endpoint, host: ModelHost, params: Mapping[str, Any], timeo
     return Stream(running) if request.stream else running.whole(_left(end))
 
 
-async def submit_at_once(generation: Generation[Any, Any], engine: Any) -> Running[Any, Any]:
+async def submit_at_once(generation: Submitted[Any, Any], engine: Any) -> Consumed[Any, Any]:
     """Hand a request to the engine. Raises RateLimitError if that takes no more."""
     return generation.submit(engine)
 
@@ -65,6 +74,8 @@ async def acreate(
     params: Mapping[str, Any],
     timeout: float | None,
     submit: Submit = submit_at_once,
+    *,
+    require: Require = require_text,
 ) -> Any:
     """`create` without blocking the event loop.
 
@@ -75,7 +86,7 @@ async def acreate(
     request = endpoint.parse(params)
     seconds = _timeout_of(params, request, timeout)
     model = host.resolve(request.model)
-    require_text(model)
+    require(model)
     try:
         async with asyncio.timeout(seconds):
             running = await _start(endpoint, host, request, model, submit)
@@ -89,7 +100,7 @@ async def acreate(
 
 async def _start(
     endpoint: Endpoint, host: ModelHost, request: Any, model: ResolvedModel, submit: Submit
-) -> Running[Any, Any]:
+) -> Consumed[Any, Any]:
     opened = await host.aopen(model)
     generation = await asyncio.to_thread(endpoint.prepare, request, model, opened)
     try:

@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": "perplexity, divergence, agreement and samples of one checkpoint, or of two side by side",
     "chat": "talk to a model in the terminal",
     "complete": "continue a text",
+    "transcribe": "transcribe audio files to text, subtitles or JSON",
     "batch": "answer a file of requests in OpenAI's batch format",
     "models": "list the catalogue and the models on this machine",
     "bench": "measure the speed of a checkpoint, alone or beside other engines",
@@ -76,11 +77,20 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
     """Keeps the docstring's line breaks."""
 
 
+class _CommandFormatter(argparse.HelpFormatter):
+    """Has every command's help beside its name: argparse forgets that the names are indented."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        self._action_max_length = max(self._action_max_length, 4 + max(map(len, COMMANDS)))
+
+
 def _top_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cai",
         description="In-process inference for language models stored as tensor-network factors.",
         epilog="`cai COMMAND --help` explains a command.",
+        formatter_class=_CommandFormatter,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

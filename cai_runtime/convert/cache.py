@@ -50,7 +50,7 @@ def entry(
     kind: str,
     name: str,
     identity: str,
-    build: Callable[[Path], None],
+    build: Callable[[Path], object],
     *,
     force: bool = False,
     keep_partial: bool = False,

@@ -208,6 +208,8 @@ class Whisper:
             "eos_token": end,
             "unk_token": end,
             "pad_token": end,
+            # transformers takes what comes behind the last of its special tokens for times.
+            "additional_special_tokens": self.vocabulary[self._id(end) : self.first_timestamp],
             "add_prefix_space": False,
             "clean_up_tokenization_spaces": False,
             "model_max_length": self._shape("model.decoder.embed_positions.weight")[0],

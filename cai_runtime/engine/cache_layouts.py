@@ -293,7 +293,11 @@ class EncoderLayout(Layout):
         if encoder is None:
             return Encoded([], 0, True)
         pages = self.found(encoder) if reuse else None
-        return Encoded([], self.group.pages_for(encoder.rows), False) if pages is None else Encoded(pages, 0, True)
+        return (
+            Encoded([], self.group.pages_for(encoder.rows), False)
+            if pages is None
+            else Encoded(pages, 0, True, offered=True)
+        )
 
     def found(self, encoder: EncoderInput) -> list[int] | None:
         """The pages of an equal input's output, if all of them are still there."""
@@ -333,6 +337,10 @@ class EncoderLayout(Layout):
 
     def is_encoded(self, held: Encoded) -> bool:
         return held.done
+
+    def will_offer(self, held: Encoded) -> bool:
+        """Whether the output will be found by others, and is not yet."""
+        return bool(held.table) and not held.offered and self.group.reuse == "content"
 
     def most_forked(self, prompt: int, length: int, width: int, align: int) -> int:
         return self.group.most_pages

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -24,8 +24,10 @@ from cai_runtime.kernels.cache_groups import CacheGroup, pools
 from cai_runtime.kernels.sampling import Sampled, SamplingBatch, sample_cpu
 
 if TYPE_CHECKING:
+    from cai_runtime.engine.cache import EncoderPass
+    from cai_runtime.kernels.batch import AttentionBatch
     from cai_runtime.kernels.triton.sampling import TritonSampler
-    from cai_runtime.models.registry import CausalLM
+    from cai_runtime.models.registry import CausalLM, EncoderDecoderLM
 
 # Rows of logits computed at a time, so that a large batch at a large vocabulary needs no gigabytes at once.
 LOGIT_ROWS = 256
@@ -41,10 +43,9 @@ class ModelRunner:
     caches then have one page more than `counts`, for padding.
     capture: how a step is made repeatable, for tests; see `cuda_graphs.DecodeGraphs`.
 
-    Attributes: `page_size`, of all groups; `num_pages`, from 0 on, may be named by sequences that have no seat.
+    Attributes: `page_size`, of all groups but an encoder's; `num_pages`, from 0 on, may be named by sequences that have no
+    seat. `able`: what it takes and gives besides tokens and logits, see `Runner`.
     """
-
-    able = frozenset({"given_rows", "hidden_states"})
 
     def __init__(
         self,
@@ -65,9 +66,14 @@ class ModelRunner:
             )
         if cuda_graphs and capture is None and model.device.type != "cuda":
             raise KernelError(f"CUDA graphs need a model on a GPU, this one is on {model.device}: cuda_graphs=False")
+        self.able: frozenset[str] = getattr(model, "able", frozenset({"given_rows", "hidden_states"}))
+        if cuda_graphs and "encoder" in self.able:
+            raise KernelError("CUDA graphs are not recorded of a decoder with an encoder: cuda_graphs=False")
         self.groups, self.counts = tuple(groups), dict(counts)
         self.page_size = page_size = groups[0].page_size
-        self._shares = {g.name: (len(pool), i) for pool in pools(groups) for i, g in enumerate(pool)}
+        self._encoders = [group.name for group in groups if group.kind == "encoder"]
+        paged = [group for group in groups if group.kind != "encoder"]
+        self._shares = {g.name: (len(pool), i) for pool in pools(paged) for i, g in enumerate(pool)}
         self.num_pages = min(counts[name] // n for name, (n, _) in self._shares.items())
         self.vocab_size = model.vocab_size
         self.model_context = model.max_context
@@ -79,7 +85,7 @@ class ModelRunner:
         self._threaded = model.device.type == "cpu" and not cuda_graphs
         self._thread = CallThread(f"cai-runner-{id(self):x}")
         names = [group.name for group in groups]
-        self._seats, self._unseated = Seats(page_size, names), Seats(page_size, names)
+        self._seats, self._unseated = (Seats(page_size, names, self._encoders) for _ in range(2))
         self.ahead = not self._threaded
         self._last = torch.zeros(max_batch, dtype=torch.int32, device=model.device)  # by seat, the token sampled last
         self._sampler: TritonSampler | None = None
@@ -127,11 +133,11 @@ class ModelRunner:
     @torch.inference_mode()
     def _logits(self, seats: Seats, step: Step) -> torch.Tensor:
         """fp32 [rows wanted, vocabulary] on the model's device."""
-        if step.encode:
-            raise KernelError("this model has no encoder")
         seats.write(step.pages)
         if step.copies:
             self._copy_pages(step.copies)
+        if step.encode:
+            self._encode(seats, step.encode)
         model, numbers = self._opened, seats.numbers(step.feeds)
         known = self._with_sampled(step, numbers.ids) if (numbers.ids == NEXT).any() else None
         given = None
@@ -143,9 +149,10 @@ class ModelRunner:
         ids, wanted, batch = numbers.on(self._device)
         ids = ids if known is None else known
         keeps_hidden = any(feed.hidden is not None for feed in step.feeds)
-        if len(wanted) <= LOGIT_ROWS and not keeps_hidden and self.has_head:
+        attends = any(feed.attention is not None for feed in step.feeds)
+        if len(wanted) <= LOGIT_ROWS and not keeps_hidden and not attends and self.has_head:
             return model.step(ids, wanted, batch, given)
-        states = model.forward(ids, batch, given)
+        states = self._attend(seats, step.feeds, ids, batch) if attends else model.forward(ids, batch, given)
         if keeps_hidden:
             _give_hidden(step.feeds, states)
         hidden = states.index_select(0, wanted)
@@ -155,6 +162,32 @@ class ModelRunner:
         for part, place in zip(hidden.split(LOGIT_ROWS), logits.split(LOGIT_ROWS), strict=True):
             place.copy_(self.logits(part))
         return logits
+
+    def _encode(self, seats: Seats, passes: Sequence[EncoderPass]) -> None:
+        """Run the encoder over the inputs of a step, all at once."""
+        if not self._encoders:
+            raise KernelError("this model has no encoder")
+        pages = seats.pages(self._encoders[0], [p.seat for p in passes])
+        self._encoder_decoder.encode([p.input.features for p in passes], pages)
+
+    def _attend(self, seats: Seats, feeds: Sequence[Feed], ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+        """The hidden states of a step [tokens, hidden]. Feeds that want cross-attention weights get them."""
+        model = self._encoder_decoder
+        layers = frozenset(layer for feed in feeds if feed.attention for layer, _ in feed.attention.heads)
+        states, queries = model.forward_attending(ids, batch, layers)
+        end = 0
+        for feed in feeds:
+            end += len(feed.ids)
+            if feed.attention is None:
+                continue
+            rows, pages = slice(end - feed.attention.count, end), seats.pages(self._encoders[0], [feed.seat])[0]
+            table = torch.from_numpy(pages).to(self._device)
+            found = [
+                model.attention_weights(layer, [head], queries[layer][rows], table)
+                for layer, head in feed.attention.heads
+            ]
+            feed.attention.weights = np.concatenate(found)
+        return states
 
     def _copy_pages(self, copies: Sequence[PageCopy]) -> None:
         """Carry out page copies in order: several of a group at once, unless one reads what another writes."""
@@ -234,6 +267,10 @@ class ModelRunner:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Of rows of hidden states, [rows, hidden], fp32 [rows, vocabulary] on the device."""
         return self._opened.logits(hidden)
+
+    @property
+    def _encoder_decoder(self) -> EncoderDecoderLM:
+        return cast("EncoderDecoderLM", self._opened)
 
     @property
     def _opened(self) -> CausalLM:

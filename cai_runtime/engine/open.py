@@ -91,7 +91,7 @@ def load_runner(
     from cai_runtime.engine.memory import cache_budget
     from cai_runtime.engine.model_runner import ModelRunner
     from cai_runtime.layers.linear import WeightLoader
-    from cai_runtime.models.registry import build_model, has_head
+    from cai_runtime.models.registry import build_model
     from cai_runtime.progress import progress_bar
     from cai_runtime.slim.reader import Checkpoint
 
@@ -104,7 +104,7 @@ def load_runner(
         _check_context(options.max_context, _stated_positions(config))  # before the weights are loaded
         weights = choose_dtype(options.dtype, config, kernels)
         loader = WeightLoader(checkpoint, place, weights, kernels, int8_activations=options.int8_activations)
-        layers = int(config.get("num_hidden_layers") or 0)
+        layers = sum(int(config.get(key) or 0) for key in _layer_counts(config))
         with progress_bar("load", total=layers, unit="layer", show=options.progress) as bar:
             model = build_model(loader, bar.update)
     _check_context(options.max_context, model.max_context)
@@ -132,7 +132,7 @@ def load_runner(
             counts,
             cache_dtype=cache_dtype,
             max_context=options.max_context,
-            cuda_graphs=(on_gpu if options.cuda_graphs is None else options.cuda_graphs) and has_head(config),
+            cuda_graphs=(on_gpu if options.cuda_graphs is None else options.cuda_graphs) and _records(config),
             max_batch=options.max_batch,
         )
     except (torch.OutOfMemoryError, OSError, MemoryError) as e:
@@ -152,13 +152,25 @@ def load_runner(
     return runner, config
 
 
+def _layer_counts(config: dict[str, Any]) -> tuple[str, ...]:
+    """The keys of config.json that say how many layers are loaded."""
+    return ("encoder_layers", "decoder_layers") if config.get("is_encoder_decoder") else ("num_hidden_layers",)
+
+
+def _records(config: dict[str, Any]) -> bool:
+    """Whether the model's decode steps can be CUDA graphs."""
+    from cai_runtime.models.registry import has_head
+
+    return has_head(config) and not config.get("is_encoder_decoder")
+
+
 def _stated_positions(config: dict[str, Any]) -> int | None:
     """The context that config.json states. None if only the model can tell: dynamic RoPE has more positions than
     max_position_embeddings says, and an impossible value is the model's to refuse."""
     for key in ("rope_scaling", "rope_parameters"):
         if isinstance(rope := config.get(key), dict) and "dynamic" in (rope.get("rope_type"), rope.get("type")):
             return None
-    positions = config.get("max_position_embeddings")
+    positions = config.get("max_target_positions" if config.get("is_encoder_decoder") else "max_position_embeddings")
     return positions if isinstance(positions, int) and positions > 0 else None
 
 

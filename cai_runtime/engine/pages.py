@@ -46,10 +46,14 @@ class PageBook:
 
     Every page is in exactly one state: *free* (holds nothing), *cached* (has a name and no user; may be evicted) or
     *used* (referenced once or more).
+
+    lean: no more pages are cached than were ever used at once, and pages that were written before are handed out first:
+    memory that the system commits page by page then grows to twice what was used at once, rather than to the whole pool.
     """
 
-    def __init__(self, num_pages: int):
+    def __init__(self, num_pages: int, *, lean: bool = False):
         self.num_pages = num_pages
+        self._lean, self._most_used = lean, 0
         self._free = list(range(num_pages - 1, -1, -1))
         self._references = [0] * num_pages
         self._name_of: list[Name | None] = [None] * num_pages  # of registered pages
@@ -97,6 +101,7 @@ class PageBook:
             page = self._free.pop() if self._free else self._evict()
             self._references[page] = 1
             pages.append(page)
+        self._most_used = max(self._most_used, self.num_used)
         return pages
 
     def _evict(self) -> int:
@@ -133,6 +138,8 @@ class PageBook:
                     self._free.append(page)
                 else:
                     self._unused[page] = None
+        while self._lean and len(self._unused) > self._most_used:
+            self._free.append(self._evict())
 
     def check_integrity(self, owners: Iterable[Sequence[int]]) -> None:
         """Raise AssertionError unless every page is in exactly one state and its count is that of `owners`, the page

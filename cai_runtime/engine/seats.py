@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,12 +11,14 @@ import torch
 from cai_runtime.engine.step import Feed, NewPages
 from cai_runtime.kernels.batch import FULL, AttentionBatch, PageTable
 
+_NO_SLOTS = np.zeros(0, np.int32)  # a step writes nothing to an encoder's output
+
 
 @dataclass(frozen=True)
 class StepNumbers:
     """A step's T tokens of S sequences on the host, all int32: what `AttentionBatch` holds, with ids and wanted rows.
 
-    tables: by cache group, slots [T] and pages [S, P].
+    tables: by cache group, slots [T] and pages [S, P]; of an encoder's output slots [0].
     """
 
     ids: np.ndarray  # [T]
@@ -53,12 +55,14 @@ class StepNumbers:
 class Seats:
     """Page tables by cache group and seat. They grow with the seats and pages that are named.
 
-    page_size: of every group.
+    page_size: of every group. encoders: those of `groups` that hold an encoder's output, whole at once, whose pages may be
+    of another size.
     """
 
-    def __init__(self, page_size: int, groups: Sequence[str] = (FULL,)):
+    def __init__(self, page_size: int, groups: Sequence[str] = (FULL,), encoders: Collection[str] = ()):
         self._page_size = page_size
         self._tables = {group: np.zeros((1, 1), np.int32) for group in groups}
+        self._encoders = frozenset(encoders)
 
     def write(self, changes: Iterable[NewPages]) -> None:
         """Carry out page changes."""
@@ -70,6 +74,10 @@ class Seats:
                 grown[: table.shape[0], : table.shape[1]] = table
                 self._tables[change.group] = table = grown
             table[change.seat, change.at : end] = change.pages
+
+    def pages(self, group: str, seats: Sequence[int]) -> np.ndarray:
+        """int32 [seats, pages]: a group's table at seats that were written."""
+        return self._tables[group][list(seats)]
 
     def numbers(self, feeds: Sequence[Feed]) -> StepNumbers:
         """The numbers of a step, at least one feed."""
@@ -92,7 +100,10 @@ class Seats:
         width = (int(context_len.max()) + size - 1) // size
         page, offset = np.divmod(positions, size)
         tables = {
-            group: (table[seat_of, page] * size + offset, table[seats, :width]) for group, table in self._tables.items()
+            group: (_NO_SLOTS, table[seats])
+            if group in self._encoders
+            else (table[seat_of, page] * size + offset, table[seats, :width])
+            for group, table in self._tables.items()
         }
         return StepNumbers(ids, positions, query_start, context_len, rows, tables)
 

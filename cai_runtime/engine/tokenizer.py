@@ -14,7 +14,15 @@ _GENERIC = frozenset({"TokenizersBackend", "PreTrainedTokenizer"})
 # Classes that build a pipeline of their own from the vocabulary, whatever tokenizer.json says. For byte-level files it
 # is the wrong one, in some versions of transformers: LlamaTokenizer drops every space.
 _OWN_PIPELINE = frozenset(
-    {"LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "GPT2Tokenizer", "GPTNeoXTokenizer", "Qwen2Tokenizer"}
+    {
+        "LlamaTokenizer",
+        "CodeLlamaTokenizer",
+        "GemmaTokenizer",
+        "GPT2Tokenizer",
+        "GPTNeoXTokenizer",
+        "Qwen2Tokenizer",
+        "WhisperTokenizer",
+    }
 )
 
 

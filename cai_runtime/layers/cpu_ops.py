@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 
-from cai_runtime.kernels.activation import swiglu_cpu
+from cai_runtime.kernels.activation import gelu_cpu, swiglu_cpu
 from cai_runtime.kernels.attention import CpuAttention, CpuKVCache, HeadLayout
+from cai_runtime.kernels.convolution import CpuConvolution
 from cai_runtime.kernels.cpu_library import Arena
-from cai_runtime.kernels.embedding import CpuEmbedding, take_rows
-from cai_runtime.kernels.norm import rms_norm_cpu
+from cai_runtime.kernels.cross_attention import CpuCrossAttention
+from cai_runtime.kernels.embedding import CpuEmbedding, add_rows_cpu, take_rows
+from cai_runtime.kernels.encoder_attention import CpuEncoderAttention
+from cai_runtime.kernels.norm import layer_norm_cpu, rms_norm_cpu
 from cai_runtime.kernels.prepare import prepare
 from cai_runtime.kernels.program import Input, NotRecordable, Program, record
 from cai_runtime.kernels.slim_linear import CpuLinear, PreparedLinear
@@ -22,13 +25,21 @@ class CpuOps:
     """Implements `Ops`. Every operation takes a tensor, or a Value of a pass being recorded."""
 
     rms_norm = staticmethod(rms_norm_cpu)
+    layer_norm = staticmethod(layer_norm_cpu)
     swiglu = staticmethod(swiglu_cpu)
+    gelu = staticmethod(gelu_cpu)
     take_rows = staticmethod(take_rows)
+    add_rows = staticmethod(add_rows_cpu)
     attention = staticmethod(CpuAttention)
+    encoder_attention = staticmethod(CpuEncoderAttention)
+    cross_attention = staticmethod(CpuCrossAttention)
     page_bytes = staticmethod(CpuKVCache.page_bytes)
 
     def __init__(self, backend: str, device: torch.device, arena: Arena | None = None):
         self._arena = arena
+
+    def convolution(self, weight: torch.Tensor, bias: torch.Tensor, stride: int, rows: int) -> CpuConvolution:
+        return CpuConvolution(weight, bias, stride, rows, self._arena)
 
     def kv_cache(self, heads: HeadLayout, pages: int, page_size: int, dtype: torch.dtype) -> CpuKVCache:
         return CpuKVCache(pages, page_size, heads, dtype)

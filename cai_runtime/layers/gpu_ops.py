@@ -1,4 +1,4 @@
-"""The operations between linears on a GPU, by the Triton kernels."""
+"""The operations between linears on a GPU, by the Triton kernels; LayerNorm, GELU and convolution by torch's functions."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from typing import Any
 
 import torch
 
+from cai_runtime.kernels.activation import gelu_reference
 from cai_runtime.kernels.attention import HeadLayout, LayerAttention, ReferenceKVCache
 from cai_runtime.kernels.batch import AttentionBatch
+from cai_runtime.kernels.convolution import TorchConvolution
 from cai_runtime.kernels.cpu_library import Arena
-from cai_runtime.kernels.embedding import embedding_reference, take_rows
+from cai_runtime.kernels.cross_attention import TorchCrossAttention
+from cai_runtime.kernels.embedding import add_rows, embedding_reference, take_rows
+from cai_runtime.kernels.encoder_attention import TorchEncoderAttention
+from cai_runtime.kernels.norm import layer_norm_torch
 from cai_runtime.kernels.prepare import prepare
 from cai_runtime.kernels.program import Input
 from cai_runtime.kernels.slim_linear import PreparedLinear
@@ -40,8 +45,14 @@ class GpuAttention(LayerAttention[ReferenceKVCache]):
 class GpuOps:
     """Implements `Ops`. backend: "triton" or "cuda", for the linears."""
 
+    layer_norm = staticmethod(layer_norm_torch)
+    gelu = staticmethod(gelu_reference)
     take_rows = staticmethod(take_rows)
+    add_rows = staticmethod(add_rows)
+    convolution = staticmethod(TorchConvolution)
     attention = staticmethod(GpuAttention)
+    encoder_attention = staticmethod(TorchEncoderAttention)
+    cross_attention = staticmethod(TorchCrossAttention)
     page_bytes = staticmethod(ReferenceKVCache.page_bytes)
 
     def __init__(self, backend: str, device: torch.device, arena: Arena | None = None):

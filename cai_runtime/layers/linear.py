@@ -136,14 +136,20 @@ class WeightLoader:
 
     def vector(self, name: str, size: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A norm's weight, copied, in `dtype` (default: the activations')."""
+        return self.tensor(name, (size,), dtype)
+
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A tensor that is no linear's weight, copied, in `dtype` (default: the activations').
+
+        Raises TensorShapeError when the checkpoint's is of another shape."""
         name = self.stored_name(name)
         stored = self.checkpoint.tensor(name)
-        if tuple(stored.shape) != (size,):
-            message = f"tensor {name} is {list(stored.shape)}, but config.json asks for [{size}]"
+        if tuple(stored.shape) != shape:
+            message = f"tensor {name} is {list(stored.shape)}, but config.json asks for {list(shape)}"
             raise TensorShapeError(message, file=self.checkpoint.path, tensor=name)
-        vector = stored.to(self.device, dtype or self.activation_dtype, copy=True)
+        copied = stored.to(self.device, dtype or self.activation_dtype, copy=True)
         self.checkpoint.release(name)
-        return vector
+        return copied
 
     @property
     def activation_dtype(self) -> torch.dtype:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from cai_runtime.kernels.attention import HeadLayout, HeadNorms
 from cai_runtime.kernels.batch import FULL, AttentionBatch
+from cai_runtime.kernels.convolution import Convolution
 from cai_runtime.kernels.cpu_library import Arena
 from cai_runtime.kernels.program import Input
 from cai_runtime.kernels.slim_linear import PreparedLinear
@@ -45,11 +46,49 @@ class Attention(Protocol):
     ) -> torch.Tensor: ...
 
 
+class EncoderAttention(Protocol):
+    """Attention of one layer of an encoder: every position sees all of its window."""
+
+    def __call__(self, qkv: torch.Tensor, scale: float) -> torch.Tensor:
+        """qkv [windows * rows, (Hq + 2 Hkv) D] -> [windows * rows, Hq D]."""
+        ...
+
+
+class CrossAttention(Protocol):
+    """Attention of one decoder layer to the encoder outputs in its pages; see kernels/cross_attention.py."""
+
+    def __call__(self, q: torch.Tensor, batch: AttentionBatch, scale: float) -> torch.Tensor:
+        """q [T, Hq D] -> [T, Hq D]: each query sees all positions of its sequence's encoder output."""
+        ...
+
+    def write(self, kv: torch.Tensor, pages: torch.Tensor) -> Any:
+        """Put keys and values [outputs * rows, 2 Hkv D], keys first, into pages, int32 [outputs, pages of one]."""
+        ...
+
+    def weights(self, q: torch.Tensor, pages: torch.Tensor, heads: Sequence[int], scale: float) -> torch.Tensor:
+        """q [T, Hq D], the pages of one encoder output int32 [P] -> fp32 [len(heads), T, rows]: each head's softmax."""
+        ...
+
+
 class Ops(Protocol):
     """What a model definition needs besides linears. Tensors are on the model's device, activations in its dtype."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor: ...
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor: ...
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor: ...
+    def gelu(self, x: torch.Tensor) -> torch.Tensor:
+        """x Phi(x), element by element: the exact form. x [M, I] -> [M, I]."""
+        ...
+
+    def add_rows(self, x: torch.Tensor, table: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
+        """x [M, H] + rows of table [N, H] by number, int32 [M]; None: row m of x and row m modulo N of the table."""
+        ...
+
+    def convolution(self, weight: torch.Tensor, bias: torch.Tensor, stride: int, rows: int) -> Convolution:
+        """A convolution over windows of `rows` rows, prepared. weight [out, in, 3] of any float dtype, bias [out]; see
+        `kernels.convolution.Convolution`."""
+        ...
+
     def take_rows(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Rows of x [M, H] by number, int32 [N] -> [N, H]."""
         ...
@@ -68,6 +107,15 @@ class Ops(Protocol):
     ) -> Attention:
         """One layer's attention over its pages. cache: what `kv_cache` made. sinks: fp32 [query_heads], see
         `paged_attention_reference`. group: the cache group whose page table it reads. norms: of queries and keys."""
+        ...
+
+    def encoder_attention(self, heads: HeadLayout, rows: int) -> EncoderAttention:
+        """One encoder layer's attention. rows: positions of a window."""
+        ...
+
+    def cross_attention(self, heads: HeadLayout, cache: Any, rows: int, group: str) -> CrossAttention:
+        """One decoder layer's attention to an encoder. cache: what `kv_cache` made. rows: positions of an encoder's output.
+        group: the cache group whose page table names the output's pages."""
         ...
 
     def page_bytes(self, page_size: int, heads: HeadLayout, dtype: torch.dtype) -> int:

@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 
-from cai_runtime.kernels.activation import swiglu_reference
+from cai_runtime.kernels.activation import gelu_reference, swiglu_reference
 from cai_runtime.kernels.attention import HeadLayout, ReferenceAttention, ReferenceKVCache
+from cai_runtime.kernels.convolution import TorchConvolution
 from cai_runtime.kernels.cpu_library import Arena
-from cai_runtime.kernels.embedding import embedding_reference, take_rows
-from cai_runtime.kernels.norm import rms_norm_reference
+from cai_runtime.kernels.cross_attention import ReferenceCrossAttention
+from cai_runtime.kernels.embedding import add_rows, embedding_reference, take_rows
+from cai_runtime.kernels.encoder_attention import ReferenceEncoderAttention
+from cai_runtime.kernels.norm import layer_norm_reference, rms_norm_reference
 from cai_runtime.kernels.prepare import prepare
 from cai_runtime.kernels.program import Input
 from cai_runtime.kernels.slim_linear import PreparedLinear
@@ -22,9 +25,15 @@ class ReferenceOps:
     """Implements `Ops`."""
 
     rms_norm = staticmethod(rms_norm_reference)
+    layer_norm = staticmethod(layer_norm_reference)
     swiglu = staticmethod(swiglu_reference)
+    gelu = staticmethod(gelu_reference)
     take_rows = staticmethod(take_rows)
+    add_rows = staticmethod(add_rows)
+    convolution = staticmethod(TorchConvolution)
     attention = staticmethod(ReferenceAttention)
+    encoder_attention = staticmethod(ReferenceEncoderAttention)
+    cross_attention = staticmethod(ReferenceCrossAttention)
     page_bytes = staticmethod(ReferenceKVCache.page_bytes)
 
     def __init__(self, backend: str, device: torch.device, arena: Arena | None = None):

@@ -23,6 +23,8 @@ Int qkv_width(const AttentionShape& s) { return (s.query_heads + 2 * s.kv_heads)
 void check_batch(const AttentionCall& c) {
   const Batch& b = c.batch;
   const Int size = c.layer.shape.page_size, pages = c.layer.pages, positions = c.layer.positions;
+  if (b.slots == nullptr && c.M > 0)
+    TVM_FFI_THROW(ValueError) << "slots must be int32 of " << c.M << " elements where keys and values are written, not empty";
   for (Int i = 0; i < c.M; ++i) {
     if (b.slots[i] < 0 || b.slots[i] >= pages * size)
       TVM_FFI_THROW(IndexError) << "slot " << b.slots[i] << " is outside the cache's " << pages << " pages of " << size;

@@ -53,23 +53,22 @@ namespace {
 
 // -------------------------------------------------------------------------------------- one operation, one region
 
-// Threads for `work` multiply-adds or so: waking them costs microseconds.
-int threads_for(Int work) { return work < (Int(1) << 16) ? 1 : num_threads(); }
-
-// group: the int64 numbers of a CpuLinear. norm_weight: given where the prologue is a norm.
-void linear_group_alone(Tensor group, Tensor x, Int prologue, MaybeTensor norm_weight, double eps, MaybeTensor residual,
-                        Tensor out, Tensor scratch) {
+// group: the int64 numbers of a CpuLinear. norm_weight, norm_bias: given where the prologue is a norm that has them.
+void linear_group_alone(Tensor group, Tensor x, Int prologue, MaybeTensor norm_weight, MaybeTensor norm_bias, double eps,
+                        MaybeTensor residual, Tensor out, Tensor scratch) {
   const Int* numbers = checked_array<const Int>(group, "a linear's group", kInt64, 0, true);
   const LinearGroup& g = checked_group(numbers, group.numel());
-  const Prologue before = checked_prologue(prologue, norm_weight.has_value());
+  const Prologue before = checked_prologue(prologue, norm_weight.has_value(), norm_bias.has_value());
   const Int width = output_width(g);
   const Rows in = checked_rows(x, "x", -1, g.in_features * (before == Prologue::kSwiglu ? 2 : 1));
-  LinearCall c{&g, in.data, in.stride, in.count, before, nullptr, static_cast<float>(eps), nullptr, 0,
+  LinearCall c{&g, in.data, in.stride, in.count, before, nullptr, nullptr, static_cast<float>(eps), nullptr, 0,
                checked_matrix<float>(out, "out", kFloat, in.count, width), width,
                checked_array<float>(scratch, "scratch", kFloat, scratch_floats(g, in.count), true)};
   if (norm_weight.has_value())
     c.norm_weight = checked_array<float>(norm_weight.value(), "the norm's weight", kFloat, g.in_features);
-  if (before == Prologue::kNorm && in.count > 1 && in.stride != g.in_features)
+  if (norm_bias.has_value())
+    c.norm_bias = checked_array<float>(norm_bias.value(), "the norm's bias", kFloat, g.in_features);
+  if (norm_weight.has_value() && in.count > 1 && in.stride != g.in_features)
     TVM_FFI_THROW(ValueError) << "x must be contiguous where a norm is applied to it";
   if (residual.has_value()) {
     const Rows r = checked_rows(residual.value(), "the residual", in.count, width);
@@ -78,6 +77,22 @@ void linear_group_alone(Tensor group, Tensor x, Int prologue, MaybeTensor norm_w
   }
   if (in.count == 0) return;
   parallel(threads_for(linear_work(g) * in.count), kLinearPhases, [&](Team& team) { linear_group(team, c, nullptr); });
+}
+
+// group: the int64 numbers of the CpuLinear of a CpuConvolution. x [n * window, columns].
+void convolution_alone(Tensor group, Tensor x, Int prologue, Int window, Int stride, Tensor out, Tensor scratch) {
+  const Int* numbers = checked_array<const Int>(group, "a linear's group", kInt64, 0, true);
+  const LinearGroup& g = checked_group(numbers, group.numel());
+  const Prologue before = checked_convolution(g, prologue, window, stride);
+  const Int rows = rows_of(x, "x"), M = rows / stride;
+  const float* from = checked_matrix<float>(x, "x", kFloat, rows, g.in_features / kTaps);
+  if (rows % window) TVM_FFI_THROW(ValueError) << "a convolution takes windows of " << window << " rows, not " << rows << " rows";
+  float* memory =
+      checked_array<float>(scratch, "scratch", kFloat, convolution_floats(g, M, window, stride), true);
+  const LinearCall c = convolution_call(g, from, rows, before, window, stride,
+                                        checked_matrix<float>(out, "out", kFloat, M, output_width(g)), memory);
+  if (rows == 0) return;
+  parallel(threads_for(linear_work(g) * M), kLinearPhases, [&](Team& team) { linear_group(team, c, nullptr); });
 }
 
 // residual and residual_out: both given or neither.
@@ -92,6 +107,31 @@ void rms_norm_alone(Tensor x, MaybeTensor residual, Tensor weight, double eps, M
     c.residual_out = checked_matrix<float>(residual_out.value(), "residual_out", kFloat, M, width);
   }
   parallel(threads_for(M * width), 1, [&](Team& team) { rms_norm(team, c); });
+}
+
+void layer_norm_alone(Tensor x, Tensor weight, Tensor bias, double eps, Tensor out) {
+  const Int M = rows_of(x, "x"), width = x.size(1);
+  const LayerNormCall c{checked_matrix<float>(x, "x", kFloat, M, width), checked_array<float>(weight, "weight", kFloat, width),
+                        checked_array<float>(bias, "bias", kFloat, width), static_cast<float>(eps), width, M,
+                        checked_matrix<float>(out, "out", kFloat, M, width)};
+  parallel(threads_for(M * width), 1, [&](Team& team) { layer_norm(team, c); });
+}
+
+void gelu_alone(Tensor x, Tensor out) {
+  const Int M = rows_of(out, "out"), width = out.size(1);
+  const Rows in = checked_rows(x, "x", M, width);
+  const GeluCall c{in.data, in.stride, width, M, checked_matrix<float>(out, "out", kFloat, M, width)};
+  parallel(threads_for(2 * M * width), 1, [&](Team& team) { gelu(team, c); });
+}
+
+// index: none for row m of x and row m modulo its rows of the table.
+void add_rows_alone(Tensor x, Tensor table, MaybeTensor index, Tensor out) {
+  const Int M = rows_of(x, "x"), width = x.size(1), rows = rows_of(table, "the table");
+  AddRowsCall c{checked_matrix<float>(x, "x", kFloat, M, width), checked_matrix<float>(table, "the table", kFloat, rows, width),
+                nullptr, rows, width, M, checked_matrix<float>(out, "out", kFloat, M, width)};
+  if (index.has_value()) c.index = checked_array<int32_t>(index.value(), "the numbers of rows", kInt32, M);
+  check_add_rows(c);
+  parallel(threads_for(M * width), 1, [&](Team& team) { add_rows(team, c); });
 }
 
 void swiglu_alone(Tensor gate_up, Tensor out) {
@@ -192,6 +232,10 @@ Int threads() { return num_threads(); }
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear_group, cai::linear_group_alone);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(rms_norm, cai::rms_norm_alone);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(convolution, cai::convolution_alone);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_norm, cai::layer_norm_alone);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(gelu, cai::gelu_alone);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_rows, cai::add_rows_alone);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(swiglu, cai::swiglu_alone);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gather, cai::gather_alone);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention, cai::attention_alone);

@@ -74,7 +74,8 @@ struct Ahead {
   const char* next;
 };
 
-// Rows of x rounded to int8 (see int8_rows.inl): codes [M, ld] of ceil(K/16) * 16 columns, scale [M].
+// Rows of x rounded to int8 (see int8_rows.inl): codes [M, ld] of ceil(K/16) * 16 columns, as quantize_rows writes them, and
+// scale [M].
 struct Int8Rows {
   const int8_t* codes;
   int64_t ld;
@@ -103,6 +104,24 @@ struct AttentionShape {
   Store store;  // of the cache
 };
 
+// Up to kCrossQueries query vectors [head_dim] that see the same keys, and where their results go: partial[i] gets a state of
+// state_floats floats, or, where it is null, out[i] the result [head_dim].
+constexpr int kCrossQueries = 8;
+struct CrossQueries {
+  int64_t count;
+  const float* q[kCrossQueries];
+  float *partial[kCrossQueries], *out[kCrossQueries];
+};
+
+// Attention over an encoder's window (encoder_attention.inl): positions of a block of packed keys and values, and query rows
+// that share one pass over the blocks.
+constexpr int64_t kKeyBlock = 64, kEncoderRows = 24;
+// Floats of a window packed for one KV head, and of the memory that the kernel works in.
+inline int64_t window_floats(int64_t rows, int64_t head_dim) {
+  return (rows + kKeyBlock - 1) / kKeyBlock * kKeyBlock * (head_dim + (head_dim + 15) / 16 * 16);
+}
+inline int64_t encoder_work_floats(int64_t head_dim) { return kEncoderRows * (head_dim + (head_dim + 15) / 16 * 16); }
+
 // Sampling processes the vocabulary in blocks of this many tokens.
 constexpr int64_t kSampleBlock = 128;
 
@@ -111,18 +130,30 @@ struct KernelTable {
   // y[m, row] for row blocks [block0, block1) and all M rows of x. Float and int8 weights.
   void (*linear)(const float* x, int64_t M, int64_t ldx, const PackedMatrix& w, int64_t block0, int64_t block1,
                  const Epilogue& e, const Ahead& ahead);
-  // The same for int8 weights and rows of x rounded to int8.
+  // Weights of row blocks [block0, block1) as fp32 blocks, which is nothing to do for fp32 itself. Float and int8 weights.
+  void (*widen)(const PackedMatrix& w, int64_t block0, int64_t block1, float* panel);
+  // The same as `linear`, faster from some rows of x on. panel: what widen wrote for these blocks, or fp32 weights themselves.
+  void (*linear_many)(const float* x, int64_t M, int64_t ldx, const PackedMatrix& w, const float* panel, int64_t block0,
+                      int64_t block1, const Epilogue& e);
+  // The same as `linear` for int8 weights and rows of x rounded to int8.
   void (*linear_int8)(const Int8Rows& x, int64_t M, const PackedMatrix& w, int64_t block0, int64_t block1,
                       const Epilogue& e, const Ahead& ahead);
   // The same for int4 weights and at most kInt4Chunk rows of x.
   void (*linear_int4)(Int4Input& x, int64_t M, const PackedMatrix& w, int64_t block0, int64_t block1,
                       const Epilogue& e, const Ahead& ahead);
-  // Rows [row0, row1) of x [M, K] to codes [M, ld] (padded with zero codes) and scale [M].
+  // Rows [row0, row1) of x [M, K] to codes [M, ld] (padded with zero_code) and scale [M]. A code's sign bit is turned where
+  // that of zero is: zero_code is 0 or -128.
   void (*quantize_rows)(const float* x, int64_t ldx, int64_t K, int64_t row0, int64_t row1, int8_t* codes, int64_t ld,
                         float* scale);
+  int8_t zero_code;
   // out = x / rms(x) * weight for rows [row0, row1); when residual_out is given, x + residual is stored there first.
   void (*rms_norm)(const float* x, const float* residual, const float* weight, float eps, int64_t H, int64_t row0,
                    int64_t row1, float* residual_out, float* out);
+  // out = (x - mean) / sqrt(variance + eps) * weight + bias for rows [row0, row1).
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t H, int64_t row0,
+                     int64_t row1, float* out);
+  // out[m, i] = x[m, i] Phi(x[m, i])
+  void (*gelu)(const float* x, int64_t ldx, int64_t I, int64_t row0, int64_t row1, float* out);
   // out[m, i] = silu(gate_up[m, i]) * gate_up[m, I + i]
   void (*swiglu)(const float* gate_up, int64_t ld, int64_t I, int64_t row0, int64_t row1, float* out);
   // Rows of a packed matrix, dequantized.
@@ -142,6 +173,22 @@ struct KernelTable {
   // Merges the states of `splits` splits, `stride` floats apart, in order, and finishes one row's heads of one KV head.
   void (*combine)(const float* partial, int64_t splits, int64_t stride, int64_t kv_head, const AttentionShape& shape,
                   float* out);
+  // Packs keys and values [rows, ld] of one KV head of an encoder's window, window_floats of them.
+  void (*pack_window)(const float* k, const float* v, int64_t ld, int64_t rows, int64_t head_dim, float* packed);
+  // Attention of `count` query rows of one head over all rows of a packed window. work: encoder_work_floats floats.
+  void (*encoder_attention)(const float* q, int64_t ldq, int64_t count, const float* packed, int64_t rows,
+                            int64_t head_dim, float scale, float* work, float* out, int64_t ldo);
+  // Keys and values [count, ld] of one KV head into the first `count` places of a page.
+  void (*write_page)(const float* k, const float* v, int64_t ld, int64_t count, int64_t page, int64_t kv_head,
+                     const AttentionShape& shape, void* k_cache, void* v_cache);
+  // Attention to all `rows` positions in `pages`, without a causal limit, for one KV head and the splits [split0, split1).
+  // Results are finished only if these are all splits.
+  void (*cross_attention)(const CrossQueries& queries, int64_t kv_head, const int32_t* pages, int64_t rows,
+                          const void* k_cache, const void* v_cache, const AttentionShape& shape, int64_t split0,
+                          int64_t split1);
+  // The softmax [rows] of one query vector over the keys in `pages`.
+  void (*cross_weights)(const float* q, int64_t kv_head, const int32_t* pages, int64_t rows, const void* k_cache,
+                        const AttentionShape& shape, float* out);
   // Sampling (sampling_ops.cpp). The greatest of each block of `count` logits; returns whether one of them is NaN, which
   // leaves the peaks undefined.
   bool (*logit_peaks)(const float* logits, int64_t count, float* peaks);

@@ -35,6 +35,8 @@ inline V exp_ps(V x) {
 
 #include "linear.inl"
 
+#include "many_rows.inl"
+
 #include "int4.inl"
 
 #include "int8_rows.inl"
@@ -43,8 +45,13 @@ inline V exp_ps(V x) {
 
 #include "attention.inl"
 
+#include "encoder_attention.inl"
+
+#include "cross_attention.inl"
+
 #include "sampling.inl"
 
-const KernelTable kTable = {Simd::kName, linear, linear_int8, linear_int4, quantize_rows, rms_norm, swiglu,
+const KernelTable kTable = {Simd::kName, linear, widen, linear_many, linear_int8, linear_int4, quantize_rows, kZeroCode, rms_norm, layer_norm, gelu, swiglu,
                             gather,      rotate, write_kv,    attention,   combine,
+                            pack_window, encoder_attention, write_page, cross_attention, cross_weights,
                             logit_peaks, mask_logits, token_weights, weight_blocks, sum_from, collect};

@@ -3,18 +3,25 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "program.h"
 
 namespace cai {
 namespace {
 
-// The row blocks of one core of every member, cut into pieces small enough to balance and large enough to stream. For
-// int4, many rows of x are also cut into chunks: a thread prepares a chunk of x once for all its pieces.
+// From so many rows of x on, weights are multiplied as panels that stay in a cache (linear_many).
+constexpr Int kManyRows = 24;
+constexpr Int kPanelBytes = 768 << 10;  // of a panel in fp32, or of codes
+constexpr Int kRowUnit = 12;            // rows of x in a chunk are a multiple of it: of every instruction set's tiles
+
+// The row blocks of one core of every member, cut into pieces small enough to balance and large enough to stream. Many rows of
+// x are cut into chunks, too. For int4, a thread prepares a chunk of x once for all its pieces; for other stores, a panel of
+// weights once for all chunks.
 struct Pieces {
   Int first[kMaxMembers + 1];  // prefix sums of pieces
 
-  Pieces(const LinearGroup& group, int core, int threads, Int M) : M_(M) {
+  Pieces(const LinearGroup& group, int core, int threads, Int M) : M_(M), threads_(threads) {
     Int total = 0;
     for (Int i = 0; i < group.members; ++i) total += (group[i].core[core].rows + kBlockRows - 1) / kBlockRows;
     rows_ = kBlockRows * std::min<Int>(32, std::max<Int>(2, total / (threads * 6) / 2 * 2));
@@ -26,15 +33,22 @@ struct Pieces {
     members = group.members;
   }
   Int total() const { return first[members]; }
-  Int chunks(const PackedMatrix& w) const { return w.store == Store::kInt4 ? (M_ + kInt4Chunk - 1) / kInt4Chunk : 1; }
+  bool many(const PackedMatrix& w) const { return M_ >= kManyRows && w.store != Store::kInt4; }
+  Int chunks(const PackedMatrix& w) const {
+    if (w.store == Store::kInt4) return (M_ + kInt4Chunk - 1) / kInt4Chunk;
+    return many(w) ? (M_ + chunk_rows() - 1) / chunk_rows() : 1;
+  }
 
   // Where a piece of w, the member's core, lies.
   struct Place {
     Int block0, block1, row0, row1;  // of the weights, of x
   };
   Place place(const PackedMatrix& w, Int member, Int piece) const {
-    const Int run = (piece - first[member]) % runs(w), chunk = (piece - first[member]) / runs(w), n = chunks(w);
-    return {run * blocks(w), std::min((run + 1) * blocks(w), blocks_of(w)), M_ * chunk / n, M_ * (chunk + 1) / n};
+    const Int n = chunks(w), local = piece - first[member];
+    const Int run = many(w) ? local / n : local % runs(w), chunk = many(w) ? local % n : local / runs(w);
+    const Int block0 = run * blocks(w), block1 = std::min((run + 1) * blocks(w), blocks_of(w));
+    if (many(w)) return {block0, block1, chunk * chunk_rows(), std::min(M_, (chunk + 1) * chunk_rows())};
+    return {block0, block1, M_ * chunk / n, M_ * (chunk + 1) / n};
   }
   Int member_of(Int piece) const {
     Int i = 0;
@@ -43,11 +57,20 @@ struct Pieces {
   }
 
  private:
+  Int chunk_rows() const { return std::clamp<Int>(M_ / (threads_ * 8), 4, 8) * kRowUnit; }
   // Blocks of one piece of w, at most, and into how many pieces that cuts it.
-  Int blocks(const PackedMatrix& w) const { return std::max<Int>(1, rows_ / block_rows(w)); }
+  Int blocks(const PackedMatrix& w) const {
+    if (!many(w)) return std::max<Int>(1, rows_ / block_rows(w));
+    // Panels of equal size, and enough of them to balance where there are few chunks.
+    constexpr Int kUnit = 4;  // blocks, see many_rows.inl
+    const Int bytes = std::max<Int>(1, w.cols) * kBlockRows * Int(sizeof(float)), all = std::max<Int>(1, blocks_of(w));
+    const Int most = std::max(kUnit, kPanelBytes / bytes / kUnit * kUnit);
+    const Int wanted = std::max((all + most - 1) / most, (threads_ * 4 + chunks(w) - 1) / chunks(w));
+    return ((all + wanted - 1) / wanted + kUnit - 1) / kUnit * kUnit;
+  }
   Int runs(const PackedMatrix& w) const { return (blocks_of(w) + blocks(w) - 1) / blocks(w); }
 
-  Int members, rows_, M_;
+  Int members, rows_, M_, threads_;
 };
 
 const char* address(const PackedMatrix& w, Int block) {
@@ -84,15 +107,37 @@ Ahead ahead_of(const Team& team, const LinearGroup& group, const Pieces& pieces,
 Int padded16(Int n) { return (n + 15) / 16 * 16; }
 
 // Up to this many elements, every thread computes the whole input itself: that is faster than sharing the work in a phase.
-constexpr Int kPrivateNorm = 8192, kPrivateSwiglu = 4096, kPrivateCodes = 8192;
+constexpr Int kPrivateNorm = 8192, kPrivateGated = 4096, kPrivateCodes = 8192;
 
 void apply_prologue(const LinearCall& c, Int row0, Int row1, float* to) {
   const Int K = c.group->in_features;
-  if (c.prologue == Prologue::kNorm) {
-    kernels().rms_norm(c.x, nullptr, c.norm_weight, c.eps, K, row0, row1, nullptr, to);
-  } else {
-    kernels().swiglu(c.x, c.ldx, K, row0, row1, to);
+  const KernelTable& k = kernels();
+  switch (c.prologue) {
+    case Prologue::kNone: return;
+    case Prologue::kNorm: return k.rms_norm(c.x, nullptr, c.norm_weight, c.eps, K, row0, row1, nullptr, to);
+    case Prologue::kLayerNorm: return k.layer_norm(c.x, c.norm_weight, c.norm_bias, c.eps, K, row0, row1, to);
+    case Prologue::kGelu: return k.gelu(c.x, c.ldx, K, row0, row1, to);
+    case Prologue::kSwiglu: return k.swiglu(c.x, c.ldx, K, row0, row1, to);
   }
+}
+
+// The windows of a convolution after the prologue, each between two rows of zeros.
+void pad_windows(Team& team, const LinearCall& c, float* to) {
+  const Int columns = c.group->in_features / kTaps, windows = c.M * c.stride / c.window, padded = c.window + 2;
+  const Int piece = std::max<Int>(1, c.window * windows / (team.threads() * 8));
+  const Int pieces = (c.window + piece - 1) / piece;
+  team.deal(windows * pieces, [&](Int p) {
+    const Int w = p / pieces, row0 = p % pieces * piece, row1 = std::min(c.window, row0 + piece);
+    const float* from = c.x + w * c.window * columns;
+    float* target = to + (w * padded + 1) * columns;
+    if (c.prologue == Prologue::kGelu) {
+      kernels().gelu(from, columns, columns, row0, row1, target);
+    } else {
+      std::memcpy(target + row0 * columns, from + row0 * columns, static_cast<size_t>((row1 - row0) * columns) * sizeof(float));
+    }
+    if (row0 == 0) std::fill(target - columns, target, 0.0f);
+    if (row1 == c.window) std::fill(target + c.window * columns, target + (c.window + 1) * columns, 0.0f);
+  });
 }
 
 // Memory for rows rounded to int8.
@@ -123,13 +168,21 @@ class Input {
  public:
   Input(Team& team, const LinearCall& c) : c_(c), x_(c.x), ldx_(c.ldx), coded_(takes_codes(*c.group, 0)) {
     const Int K = c.group->in_features, elements = c.M * K;
+    if (c.window > 0) {
+      pad_windows(team, c, c.scratch);
+      team.sync();
+      use(c.scratch, c.stride * K / kTaps);
+      return;
+    }
     const bool transformed = c.prologue != Prologue::kNone;
     if (!transformed && !coded_) return;
-    lazy_ = elements <= (c.prologue == Prologue::kSwiglu ? kPrivateSwiglu : kPrivateNorm);
+    const bool gated = c.prologue == Prologue::kSwiglu || c.prologue == Prologue::kGelu;
+    lazy_ = elements <= (gated ? kPrivateGated : kPrivateNorm);
     if (lazy_) return;
     float* to = c.scratch + c.M * c.group->z_columns;
     Codes codes = codes_at(to + (transformed ? elements : 0), c.M, K);
-    const Int rows = std::max<Int>(1, c.M / (team.threads() * 4));
+    // Few rows at a time, which are still in the second-level cache when they are rounded.
+    const Int rows = std::clamp<Int>(c.M / (team.threads() * 4), 1, std::max<Int>(1, 65536 / std::max<Int>(1, K)));
     team.deal((c.M + rows - 1) / rows, [&](Int p) {
       const Int row0 = p * rows, row1 = std::min(c.M, row0 + rows);
       if (transformed) apply_prologue(c, row0, row1, to);
@@ -200,6 +253,10 @@ Int scratch_floats(const LinearGroup& group, Int M) {
   return (bytes + Int(sizeof(float)) - 1) / Int(sizeof(float));
 }
 
+Int convolution_floats(const LinearGroup& group, Int M, Int window, Int stride) {
+  return M * stride / window * (window + 2) * (group.in_features / kTaps);
+}
+
 Int output_width(const LinearGroup& group) {
   Int width = 0;
   for (Int i = 0; i < group.members; ++i) width += group[i].out_features;
@@ -215,6 +272,68 @@ const LinearGroup& checked_group(const void* data, Int size) {
   return *group;
 }
 
+namespace {
+
+// A thread's panel of fp32 weights, kept while the pieces that follow want the same one.
+class Panel {
+ public:
+  const float* of(const PackedMatrix& w, Int block0, Int block1) {
+    if (w.store == Store::kFp32) return reinterpret_cast<const float*>(address(w, block0));
+    if (&w != w_ || block0 != block0_) {
+      const Int bytes = (block1 - block0) * kBlockRows * padded16(w.cols) * Int(sizeof(float));
+      memory_ = static_cast<float*>(private_memory(Private::kPanel, bytes));
+      kernels().widen(w, block0, block1, memory_);
+      w_ = &w;
+      block0_ = block0;
+    }
+    return memory_;
+  }
+
+ private:
+  const PackedMatrix* w_ = nullptr;
+  Int block0_ = 0;
+  float* memory_ = nullptr;
+};
+
+// A piece of a float product. panel: null for few rows. e: of x's first row.
+void multiply_rows(const LinearCall& c, const float* x, Int ldx, const PackedMatrix& w, const Pieces::Place& at,
+                   const float* panel, const Epilogue& e, const Ahead& ahead) {
+  const KernelTable& k = kernels();
+  // The rows of a convolution's windows lie apart.
+  const Int window = c.window > 0 ? c.window / c.stride : c.M;
+  const Int apart = c.window > 0 ? (c.window + 2) * (c.group->in_features / kTaps) : 0;
+  for (Int m = at.row0; m < at.row1;) {
+    const Int rows = std::min(at.row1, (m / window + 1) * window) - m;
+    const float* from = x + m / window * apart + m % window * ldx;
+    Epilogue part = e;
+    part.skip_rows(m);
+    if (panel != nullptr) {
+      k.linear_many(from, rows, ldx, w, panel, at.block0, at.block1, part);
+    } else {
+      k.linear(from, rows, ldx, w, at.block0, at.block1, part, ahead);
+    }
+    m += rows;
+  }
+}
+
+}  // namespace
+
+Prologue checked_convolution(const LinearGroup& group, Int prologue, Int window, Int stride) {
+  const Member& m = group[0];
+  const bool floats = m.kind == Kind::kDense && m.core[0].store <= Store::kFp16;
+  if (group.members != 1 || !floats || group.in_features % kTaps || window < 1 || stride < 1 || window % stride ||
+      (prologue != Int(Prologue::kNone) && prologue != Int(Prologue::kGelu)))
+    TVM_FFI_THROW(ValueError) << "a convolution is one dense linear of float weights over three rows, with GELU before it or "
+                                 "nothing, and its window is a multiple of its stride";
+  return static_cast<Prologue>(prologue);
+}
+
+LinearCall convolution_call(const LinearGroup& group, const float* x, Int rows, Prologue prologue, Int window, Int stride,
+                            float* out, float* scratch) {
+  const Int width = output_width(group);
+  return {&group, x, 0, rows / stride, prologue, nullptr, nullptr, 0, nullptr, 0, out, width, scratch, window, stride};
+}
+
 void linear_group(Team& team, const LinearCall& c, const char* after) {
   const LinearGroup& group = *c.group;
   const KernelTable& k = kernels();
@@ -224,7 +343,8 @@ void linear_group(Team& team, const LinearCall& c, const char* after) {
 
   Int4Input int4{};
   Int int4_cols = 0;
-  auto multiply = [&](const PackedMatrix& w, const float* x, Int ldx, const Int8Rows& codes, const Pieces::Place& at,
+  Panel panel;
+  auto multiply = [&](const PackedMatrix& w, const float* x, Int ldx, const Int8Rows& codes, const Pieces::Place& at, bool many,
                       Epilogue e, const Ahead& ahead) {
     if (w.store == Store::kInt4) {
       const Int rows = at.row1 - at.row0;
@@ -237,9 +357,11 @@ void linear_group(Team& team, const LinearCall& c, const char* after) {
       e.skip_rows(at.row0);
       k.linear_int4(int4, rows, w, at.block0, at.block1, e, ahead);
     } else if (group.int8_activations && w.store == Store::kInt8) {
-      k.linear_int8(codes, c.M, w, at.block0, at.block1, e, ahead);
+      const Int8Rows rows{codes.codes + at.row0 * codes.ld, codes.ld, codes.scale + at.row0};
+      e.skip_rows(at.row0);
+      k.linear_int8(rows, at.row1 - at.row0, w, at.block0, at.block1, e, ahead);
     } else {
-      k.linear(x, c.M, ldx, w, at.block0, at.block1, e, ahead);
+      multiply_rows(c, x, ldx, w, at, many ? panel.of(w, at.block0, at.block1) : nullptr, e, ahead);
     }
   };
   auto epilogue = [&](const Member& m) {
@@ -262,8 +384,8 @@ void linear_group(Team& team, const LinearCall& c, const char* after) {
         e.out = nullptr;
       }
     }
-    multiply(m.core[0], input.x(), input.ldx(), input.rows(), pieces0.place(m.core[0], i, piece), e,
-             ahead_of(team, group, pieces0, 0, piece, second));
+    multiply(m.core[0], input.x(), input.ldx(), input.rows(), pieces0.place(m.core[0], i, piece), pieces0.many(m.core[0]),
+             e, ahead_of(team, group, pieces0, 0, piece, second));
   });
   if (!two) return;
   team.sync(Fetcher(second));
@@ -305,25 +427,27 @@ void linear_group(Team& team, const LinearCall& c, const char* after) {
       round_member(i, 0, c.M);
       made[i] = true;
     }
-    multiply(m.core[1], z + m.z_offset, group.z_columns, codes[i].rows(), pieces1.place(m.core[1], i, piece), e,
-             ahead_of(team, group, pieces1, 1, piece, after));
+    multiply(m.core[1], z + m.z_offset, group.z_columns, codes[i].rows(), pieces1.place(m.core[1], i, piece),
+             pieces1.many(m.core[1]), e, ahead_of(team, group, pieces1, 1, piece, after));
   });
 }
 
 namespace {
 
 // inputs: x, then the residual if there is one. attributes: prologue, eps. bindings: group (a CpuLinear's numbers), weight
-// (the norm's).
+// and bias (the norm's).
 class RecordedLinear : public OperationOf<LinearCall, kLinearPhases> {
  public:
   explicit RecordedLinear(const Noted& n) {
     const Tensor numbers = n.tensor("group");
     group_ = &checked_group(checked_array<const Int>(numbers, "a linear's group", kInt64, 0, true), numbers.numel());
-    prologue_ = checked_prologue(n.integer("prologue"), n.has_binding("weight"));
-    if (prologue_ == Prologue::kNorm) {
+    prologue_ = checked_prologue(n.integer("prologue"), n.has_binding("weight"), n.has_binding("bias"));
+    if (n.has_binding("weight")) {
       weight_ = checked_array<float>(n.tensor("weight"), "the norm's weight", kFloat, group_->in_features);
       eps_ = static_cast<float>(n.number("eps"));
     }
+    if (n.has_binding("bias"))
+      bias_ = checked_array<float>(n.tensor("bias"), "the norm's bias", kFloat, group_->in_features);
     width_ = output_width(*group_);
     ldx_ = group_->in_features * (prologue_ == Prologue::kSwiglu ? 2 : 1);
     x_ = n.input(0, ldx_);
@@ -331,7 +455,7 @@ class RecordedLinear : public OperationOf<LinearCall, kLinearPhases> {
     out_ = n.checked_output(width_);
   }
   Int prepare(const Step& step, LinearCall& c) const override {
-    c = {group_, step.at<const float>(x_), ldx_, step.rows(x_), prologue_, weight_, eps_,
+    c = {group_, step.at<const float>(x_), ldx_, step.rows(x_), prologue_, weight_, bias_, eps_,
          residual_ < 0 ? nullptr : step.at<const float>(residual_), width_, step.at<float>(out_), width_, step.scratch};
     return 0;
   }
@@ -343,11 +467,47 @@ class RecordedLinear : public OperationOf<LinearCall, kLinearPhases> {
  private:
   const LinearGroup* group_;
   Prologue prologue_;
-  const float* weight_ = nullptr;
+  const float *weight_ = nullptr, *bias_ = nullptr;
   float eps_ = 0;
   Int width_, ldx_, x_, residual_ = -1, out_;
 };
 CAI_OPERATION("linear", RecordedLinear);
+
+// input: x, `side` rows of a window side by side in one row. attributes: prologue (none or GELU), stride, window (rows).
+// binding: group (a CpuLinear's numbers).
+class RecordedConvolution : public OperationOf<LinearCall, kLinearPhases> {
+ public:
+  explicit RecordedConvolution(const Noted& n) : window_(n.integer("window")), stride_(n.integer("stride")) {
+    const Tensor numbers = n.tensor("group");
+    group_ = &checked_group(checked_array<const Int>(numbers, "a linear's group", kInt64, 0, true), numbers.numel());
+    prologue_ = checked_convolution(*group_, n.integer("prologue"), window_, stride_);
+    const Int columns = group_->in_features / kTaps, width = n.inputs.empty() ? 0 : n.value(n.inputs[0]).width;
+    side_ = width / columns;
+    if (side_ < 1 || side_ % stride_) n.fail("takes whole steps of rows side by side, not " + std::to_string(width) + " columns");
+    x_ = n.input(0, side_ * columns);
+    out_ = n.checked_output(side_ / stride_ * output_width(*group_));
+  }
+  Int prepare(const Step& step, LinearCall& c) const override {
+    const Int rows = step.rows(x_) * side_;
+    if (rows % window_)
+      TVM_FFI_THROW(ValueError) << "a convolution takes windows of " << window_ << " rows, not " << rows << " rows";
+    c = convolution_call(*group_, step.at<const float>(x_), rows, prologue_, window_, stride_, step.at<float>(out_), step.scratch);
+    return 0;
+  }
+  void run(Team& team, const LinearCall& c, const char* after) const override { linear_group(team, c, after); }
+  bool has_weights() const override { return true; }
+  const char* first_weights(const Team& team) const override { return cai::first_weights(team, *group_); }
+  Int scratch_floats(const Step& step) const override {
+    return convolution_floats(*group_, step.rows(x_) * side_ / stride_, window_, stride_);
+  }
+
+ private:
+  const LinearGroup* group_;
+  const Int window_, stride_;
+  Prologue prologue_;
+  Int side_, x_, out_;
+};
+CAI_OPERATION("convolution", RecordedConvolution);
 
 }  // namespace
 }  // namespace cai

@@ -21,8 +21,11 @@ inline T* pointer(Int address) {
 const KernelTable& kernels();
 
 // Memory of the calling thread, 64-byte aligned, that stays until the next call with the same purpose.
-enum class Private { kInput, kCodes, kInt4, kQuery, kPartial, kSampling, kCandidates, kSaved, kCount };
+enum class Private { kInput, kCodes, kInt4, kPanel, kQuery, kPartial, kWindow, kSampling, kCandidates, kSaved, kCount };
 void* private_memory(Private purpose, Int bytes);
+
+// Threads for `work` multiply-adds or so: waking them costs microseconds.
+inline int threads_for(Int work) { return work < (Int(1) << 16) ? 1 : num_threads(); }
 
 // Prefetches the next phase's weights into the second-level cache while a thread waits in Team::sync.
 class Fetcher {
@@ -57,21 +60,34 @@ struct LinearGroup {
 };
 constexpr Int kMaxMembers = 64;
 
-enum class Prologue : Int { kNone = 0, kNorm = 1, kSwiglu = 2 };
+enum class Prologue : Int { kNone = 0, kNorm = 1, kSwiglu = 2, kLayerNorm = 3, kGelu = 4 };
 
 struct LinearCall {
   const LinearGroup* group;
   const float* x;  // [M, in_features]; with kSwiglu [M, 2 in_features]
   Int ldx, M;
   Prologue prologue;
-  const float* norm_weight;
+  const float *norm_weight, *norm_bias;
   float eps;
   const float* residual;  // [M, ldr] or null
   Int ldr;
   float* out;  // [M, ldo]: the members' outputs side by side (+ residual)
   Int ldo;
-  float* scratch;  // scratch_floats(group, M) floats
+  float* scratch;  // scratch_floats(group, M) floats; of a convolution convolution_floats
+  // Of a convolution (see below), else 0: rows of x in a window, and the rows of x from one row of the output to the next.
+  Int window = 0, stride = 0;
 };
+
+// A convolution with three taps over windows of rows is a linear over rows that overlap, in_features = 3 * columns of x:
+// after the prologue (none or GELU), the windows are copied with a row of zeros before and behind each. Then row m of a
+// window's output takes the three padded rows from m * stride on. x [M * stride, in_features / 3], contiguous.
+constexpr Int kTaps = 3;
+Int convolution_floats(const LinearGroup& group, Int M, Int window, Int stride);
+// Raises ValueError for a group, prologue, window or stride that a convolution can't have.
+Prologue checked_convolution(const LinearGroup& group, Int prologue, Int window, Int stride);
+// x: `rows` rows, whole windows. scratch: convolution_floats(group, rows / stride, window, stride) floats.
+LinearCall convolution_call(const LinearGroup& group, const float* x, Int rows, Prologue prologue, Int window, Int stride,
+                            float* out, float* scratch);
 Int scratch_floats(const LinearGroup& group, Int M);
 Int output_width(const LinearGroup& group);  // of all members together
 // The group in an int64 tensor of `size` elements. Raises ValueError where it is not laid out as CpuLinear does it.
@@ -93,6 +109,31 @@ struct NormCall {
 };
 void rms_norm(Team& team, const NormCall& call);
 
+struct LayerNormCall {
+  const float *x, *weight, *bias;
+  float eps;
+  Int width, M;
+  float* out;
+};
+void layer_norm(Team& team, const LayerNormCall& call);
+
+struct GeluCall {
+  const float* x;  // [M, ldx]
+  Int ldx, width, M;
+  float* out;
+};
+void gelu(Team& team, const GeluCall& call);
+
+// out = x + table[index], or table[m % table_rows] for row m where index is null.
+struct AddRowsCall {
+  const float *x, *table;
+  const int32_t* index;
+  Int table_rows, width, M;
+  float* out;
+};
+void check_add_rows(const AddRowsCall& call);  // raises IndexError for a number outside the table
+void add_rows(Team& team, const AddRowsCall& call);
+
 struct SwigluCall {
   const float* gate_up;  // [M, 2 width]
   Int width, M;
@@ -113,7 +154,7 @@ void gather(Team& team, const GatherCall& call);
 
 // The rows of each sequence and the pages of one cache group; see AttentionBatch in kernels/batch.py.
 struct Batch {
-  const int32_t *positions, *slots, *query_start, *context_len, *page_table;
+  const int32_t *positions, *slots, *query_start, *context_len, *page_table;  // slots: null where nothing is written
   Int sequences, pages_per_sequence;
 };
 

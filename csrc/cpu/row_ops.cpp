@@ -26,6 +26,33 @@ void rms_norm(Team& team, const NormCall& c) {
   });
 }
 
+void layer_norm(Team& team, const LayerNormCall& c) {
+  over_rows(team, c.M, c.width,
+            [&](Int r0, Int r1) { kernels().layer_norm(c.x, c.weight, c.bias, c.eps, c.width, r0, r1, c.out); });
+}
+
+void gelu(Team& team, const GeluCall& c) {
+  over_rows(team, c.M, 2 * c.width, [&](Int r0, Int r1) { kernels().gelu(c.x, c.ldx, c.width, r0, r1, c.out); });
+}
+
+void check_add_rows(const AddRowsCall& c) {
+  if (c.table_rows < 1 && c.M > 0) TVM_FFI_THROW(IndexError) << "add_rows has a table without rows";
+  for (Int i = 0; c.index != nullptr && i < c.M; ++i)
+    if (c.index[i] < 0 || c.index[i] >= c.table_rows)
+      TVM_FFI_THROW(IndexError) << "row " << c.index[i] << " is added of a table of " << c.table_rows << " rows";
+}
+
+void add_rows(Team& team, const AddRowsCall& c) {
+  over_rows(team, c.M, c.width, [&](Int r0, Int r1) {
+    for (Int r = r0; r < r1; ++r) {
+      const float* x = c.x + r * c.width;
+      const float* row = c.table + (c.index != nullptr ? c.index[r] : r % c.table_rows) * c.width;
+      float* out = c.out + r * c.width;
+      for (Int k = 0; k < c.width; ++k) out[k] = x[k] + row[k];
+    }
+  });
+}
+
 void swiglu(Team& team, const SwigluCall& c) {
   over_rows(team, c.M, 4 * c.width,
             [&](Int r0, Int r1) { kernels().swiglu(c.gate_up, 2 * c.width, c.width, r0, r1, c.out); });
@@ -115,6 +142,72 @@ class RecordedNorm : public OperationOf<NormCall, 1> {
   Int x_, out_;
 };
 CAI_OPERATION("rms_norm", RecordedNorm);
+
+// input: x. attribute: eps. bindings: weight, bias.
+class RecordedLayerNorm : public OperationOf<LayerNormCall, 1> {
+ public:
+  explicit RecordedLayerNorm(const Noted& n)
+      : width_(n.value(n.output).width),
+        eps_(static_cast<float>(n.number("eps"))),
+        weight_(checked_array<float>(n.tensor("weight"), "the norm's weight", kFloat, width_)),
+        bias_(checked_array<float>(n.tensor("bias"), "the norm's bias", kFloat, width_)),
+        x_(n.input(0, width_)),
+        out_(n.checked_output(width_)) {}
+  Int prepare(const Step& step, LayerNormCall& c) const override {
+    c = {step.at<const float>(x_), weight_, bias_, eps_, width_, step.rows(x_), step.at<float>(out_)};
+    return 0;
+  }
+  void run(Team& team, const LayerNormCall& c, const char*) const override { layer_norm(team, c); }
+
+ private:
+  const Int width_;
+  const float eps_;
+  const float *weight_, *bias_;
+  const Int x_, out_;
+};
+CAI_OPERATION("layer_norm", RecordedLayerNorm);
+
+// input: x.
+class RecordedGelu : public OperationOf<GeluCall, 1> {
+ public:
+  explicit RecordedGelu(const Noted& n)
+      : width_(n.value(n.output).width), x_(n.input(0, width_)), out_(n.checked_output(width_)) {}
+  Int prepare(const Step& step, GeluCall& c) const override {
+    c = {step.at<const float>(x_), width_, width_, step.rows(x_), step.at<float>(out_)};
+    return 0;
+  }
+  void run(Team& team, const GeluCall& c, const char*) const override { gelu(team, c); }
+
+ private:
+  const Int width_, x_, out_;
+};
+CAI_OPERATION("gelu", RecordedGelu);
+
+// inputs: x, and numbers of the table's rows, int32 [rows, 1], if they are not those of x's rows modulo the table's.
+// binding: table.
+class RecordedAddRows : public OperationOf<AddRowsCall, 1> {
+ public:
+  explicit RecordedAddRows(const Noted& n)
+      : width_(n.value(n.output).width),
+        table_rows_(rows_of(n.tensor("table"), "the table")),
+        table_(checked_matrix<float>(n.tensor("table"), "the table", kFloat, table_rows_, width_)),
+        x_(n.input(0, width_)),
+        index_(n.inputs.size() > 1 ? n.input(1, 1, ValueType::kInt32) : -1),
+        out_(n.checked_output(width_)) {}
+  Int prepare(const Step& step, AddRowsCall& c) const override {
+    c = {step.at<const float>(x_), table_, index_ < 0 ? nullptr : step.at<const int32_t>(index_), table_rows_, width_,
+         step.rows(x_), step.at<float>(out_)};
+    check_add_rows(c);
+    return 0;
+  }
+  void run(Team& team, const AddRowsCall& c, const char*) const override { add_rows(team, c); }
+
+ private:
+  const Int width_, table_rows_;
+  const float* table_;
+  const Int x_, index_, out_;
+};
+CAI_OPERATION("add_rows", RecordedAddRows);
 
 // input: gate and up side by side.
 class RecordedSwiglu : public OperationOf<SwigluCall, 1> {

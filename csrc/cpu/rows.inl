@@ -1,4 +1,4 @@
-// Row-wise operations: embedding rows, RMSNorm, SwiGLU. Part of kernels.inl.
+// Row-wise operations: embedding rows, RMSNorm, LayerNorm, GELU, SwiGLU. Part of kernels.inl.
 
 template <class T>
 void gather_store(const PackedMatrix& w, const int32_t* ids, int64_t row0, int64_t row1, float* out) {
@@ -52,6 +52,64 @@ void rms_norm(const float* x, const float* residual, const float* weight, float 
     }
     const float inverse = 1.0f / std::sqrt(Simd::sum(acc) / static_cast<float>(H) + eps);
     for (int64_t k = 0; k < H; ++k) out[i * H + k] = weight[k] * (from[k] * inverse);
+  }
+}
+
+void layer_norm(const float* x, const float* weight, const float* bias, float eps, int64_t H, int64_t row0, int64_t row1,
+                float* out) {
+  const int64_t whole = H / kW * kW;
+  const int tail = static_cast<int>(H - whole);
+  for (int64_t i = row0; i < row1; ++i) {
+    const float* from = x + i * H;
+    V acc = Simd::zero();
+    for (int64_t k = 0; k < whole; k += kW) acc = Simd::add(acc, Simd::load(from + k));
+    if (tail) acc = Simd::add(acc, Simd::load_part(from + whole, tail));
+    const float mean = Simd::sum(acc) / static_cast<float>(H);
+    const V middle = Simd::set1(mean);
+    acc = Simd::zero();
+    for (int64_t k = 0; k < whole; k += kW) {
+      const V v = Simd::sub(Simd::load(from + k), middle);
+      acc = Simd::fma(v, v, acc);
+    }
+    float squares = 0;  // of the last elements, apart from the zeros of load_part
+    for (int64_t k = whole; k < H; ++k) squares += (from[k] - mean) * (from[k] - mean);
+    const float inverse = 1.0f / std::sqrt((Simd::sum(acc) + squares) / static_cast<float>(H) + eps);
+    for (int64_t k = 0; k < H; ++k) out[i * H + k] = (from[k] - mean) * inverse * weight[k] + bias[k];
+  }
+}
+
+// x Phi(x), error below 1e-6. Phi(x) - 1/2 is x times a polynomial in x^2 (fitted by least squares for the smallest error of
+// x Phi(x) on [-5.5, 5.5]), which reaches 1/2 before the end of that range and is cut off there. No division, no e^x.
+inline V gelu_ps(V x) {
+  constexpr float kEnd = 5.5f;
+  constexpr float kTerms[] = {
+      -2.022313420e-04f, 6.073421100e-04f, -6.443282473e-04f, 7.984791300e-04f, -2.265773248e-03f,
+      4.523391835e-03f, -6.921453867e-03f, 1.028817985e-02f, -1.496366784e-02f, 2.034590580e-02f,
+      -2.605443448e-02f, 3.207295388e-02f, -3.879232705e-02f, 4.773748294e-02f, -6.417234987e-02f,
+      1.285519302e-01f};
+  const V half = Simd::set1(0.5f);
+  // The limits come first: max and min return a NaN only if it is their second operand.
+  const V t = Simd::min(Simd::set1(kEnd), Simd::max(Simd::set1(-kEnd), x));
+  const V v = Simd::fma(Simd::mul(t, t), Simd::set1(2 / (kEnd * kEnd)), Simd::set1(-1.0f));
+  V p = Simd::set1(kTerms[0]);
+#pragma GCC unroll 16
+  for (int i = 1; i < 16; ++i) p = Simd::fma(p, v, Simd::set1(kTerms[i]));
+  const V e = Simd::max(Simd::sub(Simd::zero(), half), Simd::min(half, Simd::mul(t, p)));
+  return Simd::mul(x, Simd::add(half, e));
+}
+
+void gelu(const float* x, int64_t ldx, int64_t I, int64_t row0, int64_t row1, float* out) {
+  const int64_t whole = I / kW * kW;
+  const int tail = static_cast<int>(I - whole);
+  for (int64_t i = row0; i < row1; ++i) {
+    const float* from = x + i * ldx;
+    float* to = out + i * I;
+    for (int64_t k = 0; k < whole; k += kW) Simd::store(to + k, gelu_ps(Simd::load(from + k)));
+    if (tail) {
+      float buffer[kW];
+      Simd::store(buffer, gelu_ps(Simd::load_part(from + whole, tail)));
+      std::memcpy(to + whole, buffer, tail * sizeof(float));
+    }
   }
 }
 

@@ -96,6 +96,12 @@ struct Simd {
   // w with x's sign give the same products. Two of them (at most 127 * 127 each) fit 16 bits.
   static constexpr bool kInt8Shifted = false;
   static constexpr int kInt8TileM = 2, kInt8Blocks = 2;
+  static void store_codes(int8_t* p, V v) {  // whole numbers from -127 to 127
+    const __m256i codes = _mm256_cvtps_epi32(v);
+    const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(halves, halves));
+  }
+  static constexpr int kInt8ManyM = 0;  // no int8_dots
   struct Int8Sums {
     __m256i rows01, rows23;
   };
@@ -159,6 +165,11 @@ struct Simd {
     const auto pair = [](V v, V w) { return _mm256_max_ps(_mm256_unpacklo_ps(v, w), _mm256_unpackhi_ps(v, w)); };
     const V abcd = pair(pair(a, c), pair(b, d));
     _mm_storeu_ps(out, _mm_max_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+  }
+  // sum4 of a and of b.
+  static void sum8(const V a[4], const V b[4], float* sums_a, float* sums_b) {
+    sum4(a[0], a[1], a[2], a[3], sums_a);
+    sum4(b[0], b[1], b[2], b[3], sums_b);
   }
   static void sum4(V a, V b, V c, V d, float out[4]) {
     __m256 ab = _mm256_hadd_ps(a, b), cd = _mm256_hadd_ps(c, d);

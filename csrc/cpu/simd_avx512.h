@@ -72,15 +72,33 @@ struct Simd {
     return _mm512_cvtepi32_ps(_mm512_and_si512(w, _mm512_set1_epi32(15 << (J % 7 * 4))));
   }
   // Sums of 16 columns of x times four rows of weights, 64 bytes: lane 4 r + i sums columns 4 i to 4 i + 3 of row r.
-  // VNNI's first operand is unsigned, so 128 is added to the codes of x.
+  // VNNI's first operand is unsigned, so the codes of x are kept 128 too high.
   static constexpr bool kInt8Shifted = true;
   static constexpr int kInt8TileM = 4, kInt8Blocks = 4;
   using Int8Sums = __m512i;
   static Int8Sums int8_zero() { return _mm512_setzero_si512(); }
   static Int8Sums int8_add(Int8Sums acc, const int8_t* x, const int8_t* w) {
     const __m512i codes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-    const __m512i shifted = _mm512_xor_si512(codes, _mm512_set1_epi8(-128));
-    return _mm512_dpbusd_epi32(acc, shifted, _mm512_loadu_si512(w));
+    const __m512i weights = _mm512_loadu_si512(w);
+    // Not the intrinsic: GCC 12 copies every sum before it and spills the copies.
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(weights));
+    return acc;
+  }
+  static void store_codes(int8_t* p, V v) {  // whole numbers from -127 to 127
+    const __m128i codes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_xor_si128(codes, _mm_set1_epi8(-128)));
+  }
+  static constexpr int kInt8ManyM = 6;  // rows of x in a tile with four blocks, see int8_many
+  // The sums of one row of x with four blocks, 16 rows of weights; row_sum: of those.
+  static V int8_dots(const Int8Sums acc[4], const int32_t* row_sum) {
+    const auto pairs = [](__m512i a, __m512i b) {
+      return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    };
+    const __m512i low = pairs(acc[0], acc[1]), high = pairs(acc[2], acc[3]);
+    const __m512i by_row = _mm512_add_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i shift = _mm512_slli_epi32(_mm512_loadu_si512(row_sum), 7);
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_permutexvar_epi32(order, by_row), shift));
   }
   static void int8_sums(Int8Sums acc, int32_t out[4]) {
     const __m128i ab = _mm_hadd_epi32(_mm512_castsi512_si128(acc), _mm512_extracti32x4_epi32(acc, 1));
@@ -129,6 +147,22 @@ struct Simd {
     const auto pair = [](__m256 v, __m256 w) { return _mm256_max_ps(_mm256_unpacklo_ps(v, w), _mm256_unpackhi_ps(v, w)); };
     const __m256 ac = pair(fold(a), fold(c)), bd = pair(fold(b), fold(d)), abcd = pair(ac, bd);
     _mm_storeu_ps(out, _mm_max_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+  }
+  // sum4 of a and of b, with the same tree of sums and fewer instructions.
+  static void sum8(const V a[4], const V b[4], float* sums_a, float* sums_b) {
+    // The upper half of each vector onto the lower: a's sums in the lower half, b's in the upper.
+    const auto halves = [](V low, V high) {
+      return _mm512_add_ps(_mm512_mask_blend_ps(0xff00, low, high), _mm512_shuffle_f32x4(low, high, 0x4e));
+    };
+    const auto neighbours = [](V low, V high) {
+      return _mm512_add_ps(_mm512_shuffle_ps(low, high, 0x88), _mm512_shuffle_ps(low, high, 0xdd));
+    };
+    const V pairs01 = neighbours(halves(a[0], b[0]), halves(a[1], b[1]));
+    const V pairs23 = neighbours(halves(a[2], b[2]), halves(a[3], b[3]));
+    const V quarters = neighbours(pairs01, pairs23);
+    const V sums = _mm512_add_ps(quarters, _mm512_shuffle_f32x4(quarters, quarters, 0xb1));
+    _mm_storeu_ps(sums_a, _mm512_castps512_ps128(sums));
+    _mm_storeu_ps(sums_b, _mm512_extractf32x4_ps(sums, 2));
   }
   static void sum4(V a, V b, V c, V d, float out[4]) {
     __m256 ab = _mm256_hadd_ps(fold(a), fold(b)), cd = _mm256_hadd_ps(fold(c), fold(d));

@@ -154,6 +154,10 @@ struct Simd {
   // Sums of 16 columns of x times four rows of weights, 64 bytes.
   static constexpr bool kInt8Shifted = false;  // whether 128 is added to the codes of x, and corrected by row sums
   static constexpr int kInt8TileM = 2, kInt8Blocks = 1;
+  static void store_codes(int8_t* p, V v) {  // whole numbers from -127 to 127
+    for (int i = 0; i < 8; ++i) p[i] = static_cast<int8_t>(v[i]);
+  }
+  static constexpr int kInt8ManyM = 0;  // no int8_dots
   struct Int8Sums {
     int32_t row[4];
   };
@@ -214,6 +218,11 @@ struct Simd {
     out[1] = maximum(b);
     out[2] = maximum(c);
     out[3] = maximum(d);
+  }
+  // sum4 of a and of b.
+  static void sum8(const V a[4], const V b[4], float* sums_a, float* sums_b) {
+    sum4(a[0], a[1], a[2], a[3], sums_a);
+    sum4(b[0], b[1], b[2], b[3], sums_b);
   }
   static void sum4(V a, V b, V c, V d, float out[4]) {
     out[0] = sum(a);

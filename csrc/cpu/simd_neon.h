@@ -123,6 +123,11 @@ struct Simd {
   static void maximum4(V a, V b, V c, V d, float out[4]) {
     vst1q_f32(out, vpmaxq_f32(vpmaxq_f32(a, b), vpmaxq_f32(c, d)));
   }
+  // sum4 of a and of b.
+  static void sum8(const V a[4], const V b[4], float* sums_a, float* sums_b) {
+    sum4(a[0], a[1], a[2], a[3], sums_a);
+    sum4(b[0], b[1], b[2], b[3], sums_b);
+  }
   static void sum4(V a, V b, V c, V d, float out[4]) {
     vst1q_f32(out, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));
   }
@@ -131,6 +136,12 @@ struct Simd {
   static constexpr bool kInt8Shifted = false;
   static constexpr int kInt8TileM = 3;  // 3 x 4 accumulators; with 16 GCC begins to spill
   static constexpr int kInt8Blocks = 1;
+  static void store_codes(int8_t* p, V v) {  // whole numbers from -127 to 127
+    int32_t codes[4];
+    vst1q_s32(codes, vcvtq_s32_f32(v));
+    for (int i = 0; i < 4; ++i) p[i] = static_cast<int8_t>(codes[i]);
+  }
+  static constexpr int kInt8ManyM = 0;  // no int8_dots
   struct Int8Sums {
     int32x4_t row[4];
   };

@@ -85,36 +85,41 @@ inline ElementType element_type(Store store) {
   return store == Store::kFp32 ? kFloat : store == Store::kBf16 ? kBfloat16 : kHalf;
 }
 
-// Raises ValueError for a prologue that is unknown, or a norm's weight with another prologue.
-inline Prologue checked_prologue(Int prologue, bool has_weight) {
-  if (prologue < 0 || prologue > static_cast<Int>(Prologue::kSwiglu) ||
-      has_weight != (prologue == static_cast<Int>(Prologue::kNorm)))
-    TVM_FFI_THROW(ValueError) << "prologue " << prologue << (has_weight ? " with" : " without") << " a norm's weight";
-  return static_cast<Prologue>(prologue);
+// Raises ValueError for a prologue that is unknown, or a norm's weight or bias that it lacks or does not take.
+inline Prologue checked_prologue(Int number, bool has_weight, bool has_bias) {
+  const Prologue prologue = static_cast<Prologue>(number);
+  const bool layer_norm = prologue == Prologue::kLayerNorm;
+  if (number < 0 || number > static_cast<Int>(Prologue::kGelu) ||
+      has_weight != (layer_norm || prologue == Prologue::kNorm) || has_bias != layer_norm)
+    TVM_FFI_THROW(ValueError) << "prologue " << number << (has_weight ? " with" : " without") << " a norm's weight and"
+                              << (has_bias ? " with" : " without") << " its bias";
+  return prologue;
 }
 
-// Positions, slots, query_start, context_len and page_table of a step; see AttentionBatch in kernels/batch.py.
+// Positions, slots, query_start, context_len and page_table of a step; see AttentionBatch in kernels/batch.py. A cache group
+// that a step only reads has no slots: then the batch's are null.
 inline Batch checked_batch(const Tensor& positions, const Tensor& slots, const Tensor& query_start,
                            const Tensor& context_len, const Tensor& page_table, Int rows) {
   const Int sequences = context_len.ndim() == 1 ? context_len.size(0) : 0;
   const Int pages = page_table.ndim() == 2 ? page_table.size(1) : 0;
   return {checked_array<int32_t>(positions, "positions", kInt32, rows),
-          checked_array<int32_t>(slots, "slots", kInt32, rows),
+          slots.ndim() == 1 && slots.size(0) == 0 ? nullptr : checked_array<int32_t>(slots, "slots", kInt32, rows),
           checked_array<int32_t>(query_start, "query_start", kInt32, sequences + 1),
           checked_array<int32_t>(context_len, "context_len", kInt32, sequences),
           checked_matrix<int32_t>(page_table, "page_table", kInt32, sequences, pages),
           sequences, pages};
 }
 
-// `heads`: query_heads, kv_heads, head_dim, page_size, window (0: none). k_cache and v_cache hold `pages` pages in the layout
-// of attention.inl. sinks: float32 [query_heads] or none. head_norms: float32 [2, head_dim] or none.
-inline AttentionLayer checked_layer(const Tensor& heads, double scale, const Tensor& cos_sin, const Tensor& k_cache,
-                                    const Tensor& v_cache, Int pages, const MaybeTensor& sinks,
-                                    const MaybeTensor& head_norms, double norm_eps) {
+// The heads of a layer and its cache, of `pages` pages in the layout of attention.inl.
+struct CacheLayer {
+  AttentionShape shape;  // with scale 1, and without sinks and pages_per_sequence
+  void *k_cache, *v_cache;
+};
+
+// `heads`: query_heads, kv_heads, head_dim, page_size, window (0: none).
+inline CacheLayer checked_cache(const Tensor& heads, const Tensor& k_cache, const Tensor& v_cache, Int pages) {
   const Int* h = checked_array<const Int>(heads, "heads", kInt64, 5);
-  AttentionLayer layer{};
-  AttentionShape& s = layer.shape;
-  s = {h[0], h[1], h[2], h[3], 0, h[4], nullptr, static_cast<float>(scale), Store::kFp32};
+  AttentionShape s = {h[0], h[1], h[2], h[3], 0, h[4], nullptr, 1.0f, Store::kFp32};
   if (s.head_dim < 1 || s.head_dim > 512 || s.page_size < 16 || s.page_size > 64 || s.page_size % 16 || s.kv_heads < 1 ||
       s.query_heads < 1 || s.query_heads % s.kv_heads || s.window < 0 || pages < 0)
     TVM_FFI_THROW(ValueError) << "attention takes head_dim up to 512, a page_size of 16, 32, 48 or 64, and whole groups of "
@@ -125,9 +130,22 @@ inline AttentionLayer checked_layer(const Tensor& heads, double scale, const Ten
     s.store = static_cast<Store>(static_cast<Int>(s.store) + 1);
   }
   const Int keys = pages * s.kv_heads * s.page_size, padded = (s.head_dim + 15) / 16 * 16;
+  return {s, checked_array<void>(k_cache, "the key cache", element_type(s.store), keys * s.head_dim, true),
+          checked_array<void>(v_cache, "the value cache", element_type(s.store), keys * padded, true)};
+}
+
+// heads, k_cache, v_cache, pages: see checked_cache. sinks: float32 [query_heads] or none. head_norms: float32 [2, head_dim] or
+// none.
+inline AttentionLayer checked_layer(const Tensor& heads, double scale, const Tensor& cos_sin, const Tensor& k_cache,
+                                    const Tensor& v_cache, Int pages, const MaybeTensor& sinks,
+                                    const MaybeTensor& head_norms, double norm_eps) {
+  const CacheLayer cache = checked_cache(heads, k_cache, v_cache, pages);
+  AttentionLayer layer{};
+  AttentionShape& s = layer.shape = cache.shape;
+  s.scale = static_cast<float>(scale);
   layer.pages = pages;
-  layer.k_cache = checked_array<void>(k_cache, "the key cache", element_type(s.store), keys * s.head_dim, true);
-  layer.v_cache = checked_array<void>(v_cache, "the value cache", element_type(s.store), keys * padded, true);
+  layer.k_cache = cache.k_cache;
+  layer.v_cache = cache.v_cache;
   layer.positions = rows_of(cos_sin, "cos_sin");
   layer.rotary_dim = cos_sin.size(1);
   layer.cos_sin = checked_matrix<float>(cos_sin, "cos_sin", kFloat, layer.positions, layer.rotary_dim);

@@ -32,7 +32,7 @@ from cai_runtime.kernels.backend import resolve_backend
 from cai_runtime.kernels.batch import FULL, AttentionBatch, PageTable
 from cai_runtime.kernels.cpu_library import Arena
 from cai_runtime.kernels.embedding import CpuEmbedding
-from cai_runtime.kernels.norm import RmsNorm
+from cai_runtime.kernels.norm import LayerNorm, RmsNorm
 from cai_runtime.kernels.prepare import prepare
 from cai_runtime.kernels.slim_linear import (
     MpoLinear,
@@ -79,11 +79,13 @@ class LinearModule(torch.nn.Module, ABC):
         x: torch.Tensor,
         residual: torch.Tensor | None = None,
         *,
-        norm: RmsNorm | None = None,
+        norm: RmsNorm | LayerNorm | None = None,
         swiglu: bool = False,
+        gelu: bool = False,
     ) -> torch.Tensor:
         """x [M, in_features] -> [M, out_features] in x's dtype; the arguments of `PreparedLinear.__call__`."""
-        return self._run(x, Prologue(norm, swiglu), residual)
+        x, prologue = Prologue(norm, swiglu, gelu).by_torch(x)  # the operators have no LayerNorm and no GELU
+        return self._run(x, prologue, residual)
 
     @abstractmethod
     def _run(self, x: torch.Tensor, prologue: Prologue, residual: torch.Tensor | None) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch
 import triton
 
 from cai_runtime.errors import KernelError
-from cai_runtime.kernels.norm import RmsNorm
+from cai_runtime.kernels.norm import LayerNorm, RmsNorm
 from cai_runtime.kernels.slim_linear import Linear, Prologue
 from cai_runtime.kernels.triton import products as p
 from cai_runtime.kernels.triton.checks import (
@@ -78,6 +78,7 @@ class TritonLinear(Linear):
 
     def _run(self, x: torch.Tensor, prologue: Prologue, residual: torch.Tensor | None) -> torch.Tensor:
         norm, swiglu = prologue.norm, prologue.swiglu
+        assert not isinstance(norm, LayerNorm)  # torch's functions came before, see `Linear`
         check_activation("x", x, self.in_features * (2 if swiglu else 1))
         if x.device != self.device:
             raise KernelError(f"x is on {x.device}, expected {self.device}: the weights are there")

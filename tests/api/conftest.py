@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_speech import FakeSpeech, make_speech_dir
 
 from cai_runtime.client import AsyncClient, Client
 from cai_runtime.engine.engine import Engine
@@ -225,3 +226,34 @@ def valid():
 def ask():
     """Parameters of a question that the alphabet answers at temperature 0."""
     return {"messages": [{"role": "user", "content": "hi"}], "temperature": 0}
+
+
+@pytest.fixture
+def speech(monkeypatch):
+    """Has clients read audio that is text; see FakeSpeech."""
+    import cai_runtime.api.transcriptions as endpoint
+
+    fake = FakeSpeech()
+    monkeypatch.setattr(endpoint, "begin_work", fake)
+    return fake
+
+
+@pytest.fixture
+def speech_models(tmp_path, model_dir):
+    """Three names: a multilingual model, one that knows English alone, and one that answers text."""
+    return {
+        "whisper": make_speech_dir(tmp_path / "whisper"),
+        "whisper.en": make_speech_dir(tmp_path / "whisper.en", multilingual=False),
+        "abc": model_dir,
+    }
+
+
+@pytest.fixture
+def hearing(speech, speech_models, new_client):
+    """A client of these, whose default is the multilingual one."""
+    return new_client("whisper", models=speech_models)
+
+
+@pytest.fixture
+def async_hearing(speech, speech_models, factory):
+    return AsyncClient("whisper", models=speech_models, _engine_factory=factory)

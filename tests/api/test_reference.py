@@ -4,11 +4,12 @@ import json
 
 import pytest
 from openai.types import Completion, Model
+from openai.types.audio import TranscriptionVerbose
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from cai_runtime import AsyncClient, Client
+from cai_runtime import Client
 
 STREAM_EVENT = TypeAdapter(ResponseStreamEvent)
 MODEL = "cai-llama-3-1-8b-slim"
@@ -40,6 +41,14 @@ ENTRY = json.loads("""{
 "id": "cai-llama-3-1-8b-slim", "created": 1753892192, "object": "model", "owned_by": "multiverse_computing",
 "parameters_number": "3.28B", "capabilities": {"supports_audio": false, "supports_image": false,
 "supports_function_calling": true, "support_chat_completion": true, "supports_responses": false}}""")
+TRANSCRIPT = json.loads("""{
+"task": "transcribe", "language": "en", "duration": 12.6,
+"text": "Welcome to the quarterly planning meeting. Let's review the agenda.",
+"segments": [
+{"id": 0, "start": 0.0, "end": 7.5, "text": "Welcome to the quarterly planning meeting.", "temperature": 0.0,
+"avg_logprob": -0.12, "no_speech_prob": 0.01},
+{"id": 1, "start": 7.5, "end": 12.6, "text": "Let's review the agenda.", "temperature": 0.0, "avg_logprob": -0.15,
+"no_speech_prob": 0.02}]}""")
 IDS = [
     "llama-4-scout", "cai-llama-4-scout-slim", "cai-llama-3-1-8b-slim", "llama-3-1-8b", "cai-llama-3-3-70b-slim",
     "llama-3-3-70b", "mistral-small-3-1", "cai-mistral-small-3-1-slim", "nemotron-3-nano-omni", "gpt-oss-20b",
@@ -171,7 +180,18 @@ def test_completions(client, valid):
     assert reply.id.startswith("cmpl-") and reply.model == MODEL
 
 
-@pytest.mark.parametrize("kind", [Client, AsyncClient])
-def test_transcriptions_are_not_there_yet(kind):
-    """The reference's example of /audio/transcriptions waits for them; docs/api.md says so."""
-    assert not hasattr(kind(), "audio")
+def test_transcriptions(speech, speech_models, factory, valid, tmp_path):
+    """`language="en"`, `temperature=0` and a path, as in the reference's example."""
+    file = tmp_path / "meeting_minutes.mp3"
+    file.write_bytes(b"wx")
+    models = {"whisper-large-v3": speech_models["whisper"]}
+    with Client(models=models, _engine_factory=factory) as client:
+        model = client.models.retrieve("whisper-large-v3")
+        assert model.owned_by == "openai" and model.capabilities["supports_audio"]
+        with file.open("rb") as opened:
+            reply = client.audio.transcriptions.create(
+                file=opened, model="whisper-large-v3", language="en", temperature=0
+            )
+    valid(reply, TranscriptionVerbose)
+    compare(TRANSCRIPT, reply)
+    assert reply.text == "".join(segment.text for segment in reply.segments).strip()

@@ -17,6 +17,7 @@ from cai_runtime.api.chat import ChatParams
 from cai_runtime.api.completions import CompletionParams
 from cai_runtime.api.embeddings import EmbeddingParams
 from cai_runtime.api.responses.params import ResponseParams
+from cai_runtime.api.transcriptions.params import SpeechParams
 
 DOC = Path(__file__).parents[2] / "docs" / "api.md"
 # Two switches for thoughts, so that every level of reasoning has one.
@@ -130,6 +131,22 @@ RESPONSE = {
     "prompt": Refused({"id": "p"}),
 }
 RESPONSE_STREAMING = {"stream": True, "stream_options": Served({"include_obfuscation": False}, stream=True)}
+SPEECH = {
+    **EVERY,
+    "file": b"wx",
+    "model": "whisper",
+    "prompt": "Names: Ada.",
+    "temperature": 0.2,
+    "language": "de",
+    "response_format": "srt",
+    # beyond the openai client's, of translations or of both
+    "languages": ["en", "de"],
+    "keywords": ["Ada"],
+    "timestamp_granularities": ["word", "segment"],
+    "chunking_strategy": {"type": "server_vad", "threshold": 0.5},
+    "beam_size": 2,
+    "vad": True,
+}
 STORED = {**EVERY, "response_id": "STORED"}
 CASES = {
     "chat.completions.create": {**CHAT, **STREAMING},
@@ -163,10 +180,18 @@ CASES = {
         **EVERY, "input": ["a b", "c"], "model": "default", "dimensions": 8, "encoding_format": "base64", "user": "me",
         "prompt_name": "query",
     },
+    "audio.transcriptions.create": {
+        **SPEECH, "stream": True, "include": Refused(["logprobs"]), "known_speaker_names": Refused(["me"]),
+        "known_speaker_references": Refused(["data:audio/wav;base64,AAAA"]),
+    },
+    "audio.translations.create": {**SPEECH, "stream": True},
     "models.list": EVERY,
     "models.retrieve": {**EVERY, "model": "abc"},
 }  # fmt: skip
-REQUIRED = {"chat": "messages", "completions": "prompt", "embeddings": "input", "models.retrieve": "model"}
+REQUIRED = {
+    "chat": "messages", "completions": "prompt", "embeddings": "input", "models.retrieve": "model", "audio": "file",
+}  # fmt: skip
+FIXTURES = {"embeddings": "embedding", "audio": "hearing"}  # the client of an endpoint, if not "everything"
 # Where the rows of a method are; the first level of headings is that of the endpoint.
 SECTIONS = {
     "chat": ("Every method", "Chat and text completions", "Chat alone", "Tools and reasoning", "Structured output",
@@ -195,6 +220,7 @@ LACKING = {
     "chat.completions": {"retrieve", "update", "list", "delete", "messages"},
     "responses": {"compact", "connect", "input_tokens"},
     "models": {"delete"},
+    "audio": {"speech", "voices", "voice_consents"},
 }
 OF_HTTP = {"with_raw_response", "with_streaming_response"}
 
@@ -253,7 +279,7 @@ def all_cases():
 
 @pytest.mark.parametrize(("path", "name", "case"), list(all_cases()))
 def test_every_parameter_is_served_or_refused(request, path, name, case):
-    everything = request.getfixturevalue("embedding" if path.startswith("embeddings") else "everything")
+    everything = request.getfixturevalue(FIXTURES.get(path.split(".")[0], "everything"))
     cases = CASES[path]
     required = REQUIRED.get(path) or REQUIRED.get(path.split(".")[0])
     params = {required: cases[required]} if required else {}
@@ -311,22 +337,34 @@ def test_every_parameter_has_a_row(endpoint):
         "completions": CompletionParams,
         "responses": ResponseParams,
         "embeddings": EmbeddingParams,
+        "audio": SpeechParams,
     }.get(endpoint)
     wanted |= set(ours.__annotations__ if ours else ())
-    if endpoint == "audio":
-        for path in ("transcriptions", "translations"):
-            wanted |= set(inspect.signature(at(theirs().audio, path).create).parameters)
     assert wanted - there == set(), "docs/api.md has no row"
 
 
-@pytest.mark.parametrize("endpoint", ["chat", "completions", "responses"])
-def test_the_references_parameters_are_ours(endpoint):
-    ours = {"chat": "chat.completions", "completions": "completions", "responses": "responses"}[endpoint]
+@pytest.mark.parametrize(
+    ("endpoint", "ours"),
+    [("chat", "chat.completions"), ("completions", "completions"), ("responses", "responses"),
+     ("audio", "audio.transcriptions")],
+)  # fmt: skip
+def test_the_references_parameters_are_ours(endpoint, ours):
     assert set(REFERENCE[endpoint].split()) <= set(CASES[f"{ours}.create"])
 
 
 @pytest.mark.parametrize(
-    "path", ["chat.completions", "completions", "embeddings", "responses", "responses.input_items", "models"]
+    "path",
+    [
+        "chat.completions",
+        "completions",
+        "embeddings",
+        "responses",
+        "responses.input_items",
+        "models",
+        "audio",
+        "audio.transcriptions",
+        "audio.translations",
+    ],
 )
 def test_methods_that_the_openai_client_has_beside(path):
     def names(one):

@@ -185,13 +185,13 @@ def corrupted(draw):
     """(index of a file, changes of it, another file's index, name). A place is a fraction of the length."""
     place = st.floats(0, 1).map(lambda x: x**3) | st.floats(0, 1)
     change = st.one_of(
-        st.tuples(st.just("cut"), place),
+        st.tuples(st.just("cut"), st.floats(0.01, 1)),
         st.tuples(st.just("turn"), place, st.integers(0, 7)),
         st.tuples(st.just("put"), place, NUMBERS | st.binary(min_size=1, max_size=30)),
         st.tuples(st.just("drop"), place, st.integers(1, 3_000)),
         st.tuples(st.just("splice"), place, place),
     )
-    changes = draw(st.lists(change, min_size=1, max_size=12))
+    changes = draw(st.lists(change, min_size=1, max_size=5))
     name = draw(st.sampled_from([*FORMATS, ".txt", ".png", "", "/../a.raw"]))
     return draw(st.integers(0, 99)), changes, draw(st.integers(0, 99)), f"a{name}"
 

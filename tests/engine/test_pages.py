@@ -149,3 +149,23 @@ def test_random_use_keeps_integrity():
         cache.release(pages)
     cache.check_integrity([])
     assert cache.num_used == 0
+
+
+def test_a_lean_pool_keeps_no_more_than_was_used_at_once():
+    cache = PageBook(100, lean=True)
+    seen = set()
+    for window in range(20):
+        pages = cache.allocate(3)
+        seen |= set(pages)
+        for page in pages:
+            cache.register(page, ("encoder", bytes([window, page])))
+        cache.release(pages)
+        cache.check_integrity([])
+        assert cache.num_cached == 3 and all(cache.find(("encoder", bytes([window, page]))) == page for page in pages)
+    assert len(seen) <= 6  # memory of the pool that was ever touched
+    two = [cache.allocate(3), cache.allocate(3)]
+    for pages in two:
+        for page in pages:
+            cache.register(page, ("encoder", bytes([99, page])))
+        cache.release(pages)
+    assert cache.num_cached == 6

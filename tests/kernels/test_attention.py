@@ -100,6 +100,21 @@ def test_chunks_batches_and_page_ids_do_not_change_the_bits(isa: str):
         cpu_library.use_instruction_set(best)
 
 
+@pytest.mark.parametrize("made", [CpuKVCache, ReferenceKVCache])
+def test_copied_pages_are_the_same(made: type):
+    """41 pages take no whole number of the system's own pages: the memory has more than was asked for."""
+    heads = HeadLayout(2, 1, 16, 16)
+    device = (torch.device("cpu"),) if made is ReferenceKVCache else ()
+    cache = made(41, PAGE, heads, torch.float32, *device)
+    for part in (cache.k, cache.v):
+        part.copy_(torch.arange(part.numel()).view(part.shape))
+    before = [part.clone().view(41, -1) for part in (cache.k, cache.v)]
+    cache.copy_pages(torch.tensor([0, 40, 3]), torch.tensor([7, 8, 39]))
+    for part, old in zip((cache.k, cache.v), before, strict=True):
+        old[[7, 8, 39]] = old[[0, 40, 3]]
+        assert torch.equal(part.view(41, -1), old)
+
+
 def test_pages_before_the_window_may_be_gone():
     """A cache group that slides frees them; their entries in the page table mean nothing any more."""
     heads, g = HeadLayout(4, 2, 16, 16, window=20), torch.Generator().manual_seed(2)

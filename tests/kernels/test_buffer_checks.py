@@ -12,8 +12,9 @@ from kernel_cases import random_linear
 
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels import cpu_library
+from cai_runtime.kernels.convolution import CpuConvolution
 from cai_runtime.kernels.cpu_library import PackedMatrix, integers
-from cai_runtime.kernels.slim_linear import CpuLinear
+from cai_runtime.kernels.slim_linear import GELU_INPUT, LAYER_NORM, CpuLinear
 from cai_runtime.kernels.weights import Core
 
 KEEP: list[Any] = []  # what descriptors point to
@@ -24,7 +25,15 @@ def linear_arguments() -> list[Any]:
     linear = CpuLinear([random_linear("lowrank", 20, 12, 6, ["int8", "fp32"], True, g)], int8_activations=True)
     KEEP.append(linear)
     x, residual, out = torch.ones(3, 20), torch.ones(3, 12), torch.ones(3, 12)
-    return [linear.descriptor, x, 1, torch.ones(20), 1e-5, residual, out, torch.ones(3, linear.scratch_columns)]
+    scratch = torch.ones(3, linear.scratch_columns)
+    return [linear.descriptor, x, LAYER_NORM, torch.ones(20), torch.ones(20), 1e-5, residual, out, scratch]
+
+
+def convolution_arguments() -> list[Any]:
+    convolution = CpuConvolution(torch.ones(5, 4, 3), torch.ones(5), 2, 6)
+    KEEP.append(convolution)
+    x, out, padded = torch.ones(12, 4), torch.ones(6, 5), torch.ones(2 * 8 * 4)
+    return [convolution.linear.descriptor, x, GELU_INPUT, 6, 2, out, padded]
 
 
 def gather_arguments() -> list[Any]:
@@ -44,6 +53,32 @@ def attention_arguments() -> list[Any]:
     return [torch.ones(3, 16), *batch, torch.ones(8, 2), heads, 0.5, k, v, 2, sinks, norms, 1e-5, torch.ones(3, 8)]
 
 
+def encoder_arguments() -> list[Any]:
+    return [torch.ones(6, 16), 2, 1, 4, 3, 0.5, torch.ones(6, 8)]
+
+
+def cross_cache() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """heads, keys and values of 3 pages."""
+    return integers([2, 1, 4, 16, 0]), torch.zeros(3 * 1 * 4 * 16), torch.zeros(3 * 1 * 16 * 16)
+
+
+def cross_arguments() -> list[Any]:
+    starts, pages = torch.tensor([0, 1, 3], dtype=torch.int32), torch.tensor([[0, 2], [1, 2]], dtype=torch.int32)
+    heads, k, v = cross_cache()
+    return [torch.ones(3, 8), starts, pages, heads, 0.5, k, v, 3, 20, torch.ones(3, 8)]
+
+
+def cross_write_arguments() -> list[Any]:
+    heads, k, v = cross_cache()
+    return [torch.ones(20, 8), torch.tensor([[0, 2]], dtype=torch.int32), heads, k, v, 3, 20]
+
+
+def cross_weights_arguments() -> list[Any]:
+    pages, which = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([1, 0], dtype=torch.int32)
+    heads, k, v = cross_cache()
+    return [torch.ones(3, 8), pages, which, heads, 0.5, k, v, 3, 20, torch.ones(6, 20)]
+
+
 def norm_arguments() -> list[Any]:
     return [torch.ones(3, 8), torch.ones(3, 8), torch.ones(8), 1e-5, torch.ones(3, 8), torch.ones(3, 8)]
 
@@ -51,9 +86,17 @@ def norm_arguments() -> list[Any]:
 ARGUMENTS: dict[str, Callable[[], list[Any]]] = {
     "linear_group": linear_arguments,
     "rms_norm": norm_arguments,
+    "layer_norm": lambda: [torch.ones(3, 8), torch.ones(8), torch.ones(8), 1e-5, torch.ones(3, 8)],
+    "convolution": convolution_arguments,
+    "gelu": lambda: [torch.ones(3, 8), torch.ones(3, 8)],
+    "add_rows": lambda: [torch.ones(3, 8), torch.ones(5, 8), torch.ones(3, dtype=torch.int32), torch.ones(3, 8)],
     "swiglu": lambda: [torch.ones(3, 8), torch.ones(3, 4)],
     "gather": gather_arguments,
     "attention": attention_arguments,
+    "encoder_attention": encoder_arguments,
+    "cross_attention": cross_arguments,
+    "cross_write": cross_write_arguments,
+    "cross_weights": cross_weights_arguments,
     "pack_int4": lambda: [torch.ones(3, 4, dtype=torch.uint8), 8, torch.zeros(16 * 32 // 2, dtype=torch.uint8)],
 }
 

@@ -27,6 +27,7 @@ def test_every_kernel_against_float64(machine: native.Machine, harness: Path, ta
     assert done.returncode == 0, done.stdout
     checked = set(re.findall(rf"^{table}  +(\w+)", done.stdout, re.MULTILINE))
     assert checked >= {"linear", "linear_int8", "quantize_rows", "gather", "rms_norm", "swiglu", "rotate", "attention"}
+    assert checked >= {"encoder_attention", "write_page", "cross_attention", "cross_weights"}
     for store in ("fp32", "bf16", "fp16", "int8", "int4"):
         values = re.search(rf"^{table} +linear {store} +(\d+) values", done.stdout, re.MULTILINE)
         assert values is not None and int(values.group(1)) > 1000, done.stdout

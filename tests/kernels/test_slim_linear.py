@@ -108,6 +108,25 @@ def test_a_row_is_the_same_bits_whatever_the_batch(kind: str, dtype: torch.dtype
         cpu_library.use_instruction_set(best)
 
 
+@pytest.mark.parametrize("isa", cpu_library.instruction_sets())
+@pytest.mark.parametrize("dtype", STORES)
+def test_many_rows_of_many_columns_have_the_bits_of_one(dtype: torch.dtype, isa: str):
+    """Many rows take panels of weights, chunks of rows and spans of columns."""
+    best = cpu_library.instruction_set()
+    cpu_library.use_instruction_set(isa)
+    try:
+        g = torch.Generator().manual_seed(8)
+        weights = random_linear("lowrank", 2100, 149, 133, dtype, True, g)
+        x, residual = torch.randn(211, 2100, generator=g), torch.randn(211, 149, generator=g)
+        for int8_activations in (False, True):
+            linear = prepare([weights], backend="cpu", int8_activations=int8_activations)
+            together = linear(x, residual)
+            for row in (0, 5, 95, 96, 97, 204, 209, 210):
+                assert torch.equal(linear(x[row : row + 1], residual[row : row + 1]), together[row : row + 1])
+    finally:
+        cpu_library.use_instruction_set(best)
+
+
 def test_one_wide_row_with_int8_activations_has_room_for_its_codes():
     """Above 8,192 columns the codes lie in the scratch memory, which was too small where the row had no prologue."""
     g = torch.Generator().manual_seed(4)

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 from cai_runtime.api import chat, completions, embeddings
 from cai_runtime.api.batch.lines import BatchRequest, BatchResult, answered
 from cai_runtime.api.errors import APIError, BadRequestError, RateLimitError, api_error
-from cai_runtime.api.generation import Generation, Running
+from cai_runtime.api.generation import Consumed, Submitted
 from cai_runtime.api.host import ModelHost, ResolvedModel
 from cai_runtime.api.open_model import OpenModel
 from cai_runtime.api.responses import ResponsesEndpoint
@@ -59,7 +59,7 @@ class BatchServer:
         finally:
             self._freed.set()
 
-    async def _submit(self, generation: Generation[Any, Any], engine: Any) -> Running[Any, Any]:
+    async def _submit(self, generation: Submitted[Any, Any], engine: Any) -> Consumed[Any, Any]:
         """Hand a request to the engine. Where that takes no more, wait until it does, in order."""
         async with self._turns.setdefault(engine, asyncio.Lock()):
             while True:
@@ -90,5 +90,5 @@ class _Whole:
             )
         return request
 
-    def prepare(self, request: Any, model: ResolvedModel, opened: OpenModel, /) -> Generation[Any, Any]:
+    def prepare(self, request: Any, model: ResolvedModel, opened: OpenModel, /) -> Submitted[Any, Any]:
         return self._endpoint.prepare(request, model, opened)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cai_runtime.kernels.norm import RmsNorm
+from cai_runtime.kernels.norm import LayerNorm, RmsNorm
 from cai_runtime.kernels.quantized_rows import quantize_rows
 from cai_runtime.kernels.slim_linear import contract_mpo
 from cai_runtime.kernels.weights import Core, LinearWeights
@@ -120,6 +120,29 @@ def normed(x: torch.Tensor, norm: RmsNorm, dtype: torch.dtype, growth: Growth = 
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
     value = wide * scale * norm.weight.double()
     return Bounded(value, value.abs() * (gamma(x.shape[1], growth) / 2 + 6 * U32)).rounded(dtype)
+
+
+def layer_normed(x: torch.Tensor, norm: LayerNorm, dtype: torch.dtype, growth: Growth = worst_case) -> Bounded:
+    """LayerNorm of exact rows. The mean is off by gamma_H mean|x|, and so is every deviation; the variance of the
+    deviations has no cancellation, and what the mean is off adds at most the square of that."""
+    wide = x.double()
+    deviation = wide - wide.mean(-1, keepdim=True)
+    variance = deviation.pow(2).mean(-1, keepdim=True)
+    off = gamma(x.shape[1] + 2, growth) * wide.abs().mean(-1, keepdim=True) + 2 * U32 * wide.abs()
+    spread = off.pow(2).mean(-1, keepdim=True) + 2 * (deviation.abs() * off).mean(-1, keepdim=True)
+    scale = torch.rsqrt(variance + norm.eps)
+    relative = spread / (variance + norm.eps) + gamma(x.shape[1], growth) + 8 * U32
+    weight = norm.weight.double()
+    scaled = deviation * scale * weight
+    error = (off * scale * weight.abs() + scaled.abs() * relative) * (1 + relative)
+    return Bounded(scaled, error + 2 * U32 * scaled.abs()).plus(norm.bias, torch.float32).rounded(dtype)
+
+
+def gelued(x: torch.Tensor, dtype: torch.dtype) -> Bounded:
+    """x Phi(x) of exact numbers. Phi is good to 8 units of 1."""
+    wide = x.double()
+    value = torch.nn.functional.gelu(wide)
+    return Bounded(value, 8 * U32 * wide.abs()).rounded(dtype, 2)
 
 
 def gated(gate_up: torch.Tensor, dtype: torch.dtype) -> Bounded:

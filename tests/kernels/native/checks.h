@@ -124,10 +124,13 @@ void check_linear_int8(const KernelTable& table, Report& report);
 void check_quantize_rows(const KernelTable& table, Report& report);
 void check_gather(const KernelTable& table, Report& report);
 void check_rms_norm(const KernelTable& table, Report& report);
+void check_layer_norm(const KernelTable& table, Report& report);
+void check_gelu(const KernelTable& table, Report& report);
 void check_swiglu(const KernelTable& table, Report& report);
 void check_rotate(const KernelTable& table, Report& report);
 void check_write_kv(const KernelTable& table, Report& report);
 void check_attention(const KernelTable& table, Report& report);
+void check_full_attention(const KernelTable& table, Report& report);
 void check_sampling(const KernelTable& table, Report& report);
 
 // Each lane-wise function of one Simd type (simd_checks.cpp, compiled once per instruction set).

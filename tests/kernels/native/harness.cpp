@@ -40,10 +40,13 @@ int check_all(const Tested& tested) {
   check::check_quantize_rows(*tested.table, kernels);
   check::check_gather(*tested.table, kernels);
   check::check_rms_norm(*tested.table, kernels);
+  check::check_layer_norm(*tested.table, kernels);
+  check::check_gelu(*tested.table, kernels);
   check::check_swiglu(*tested.table, kernels);
   check::check_rotate(*tested.table, kernels);
   check::check_write_kv(*tested.table, kernels);
   check::check_attention(*tested.table, kernels);
+  check::check_full_attention(*tested.table, kernels);
   check::check_sampling(*tested.table, kernels);
   return lanes.print() + kernels.print();
 }

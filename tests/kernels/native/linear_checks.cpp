@@ -29,6 +29,7 @@ struct Case {
   Parts parts;
   Buffer<int32_t> index;
   Buffer<float> bias, residual;
+  bool many = false;  // by linear_many
 
   int64_t blocks() const { return blocks_of(w.packed()); }
 
@@ -61,6 +62,17 @@ struct Case {
       Int4Input input{x.data(), rows.ldx, memory.data(), false, false};
       table.linear_int4(input, m1 - m0, w.packed(), 0, split, e, ahead);
       table.linear_int4(input, m1 - m0, w.packed(), split, blocks(), e, ahead);
+      return r;
+    }
+    if (many) {
+      const PackedMatrix packed = w.packed();
+      for (const auto& [block0, block1] : {std::pair<int64_t, int64_t>(0, split), std::pair<int64_t, int64_t>(split, blocks())}) {
+        Buffer<float> panel((block1 - block0) * kBlockRows * round_up(w.cols, kBlockCols));
+        table.widen(packed, block0, block1, panel.data());
+        const char* stored = data + block0 * block_bytes(packed);
+        const float* from = w.store == Store::kFp32 ? reinterpret_cast<const float*>(stored) : panel.data();
+        table.linear_many(x.data(), m1 - m0, rows.ldx, packed, from, block0, block1, e);
+      }
       return r;
     }
     table.linear(x.data(), m1 - m0, rows.ldx, w.packed(), 0, split, e, ahead);
@@ -110,6 +122,13 @@ void check_case(const KernelTable& table, Random& random, const Matrix& w, int64
   const Results split = c.run(0, M, random.between(0, c.blocks()));
   report.same(all.out, split.out, kernel, "the bits depend on how the row blocks are split");
   report.same(all.copy, split.copy, kernel, "the copy's bits depend on how the row blocks are split");
+  if (w.store != Store::kInt4) {
+    c.many = true;
+    const Results many = c.run(0, M, random.between(0, c.blocks()));
+    report.same(all.out, many.out, kernel, "linear_many has other bits than linear");
+    report.same(all.copy, many.copy, kernel, "linear_many copies other bits than linear");
+    c.many = false;
+  }
   for (int64_t m = 0; m < M; ++m) {
     const Results one = c.run(m, m + 1, random.between(0, c.blocks()));
     const auto row = [m](const Buffer<float>& v, int64_t ld) {
@@ -170,6 +189,11 @@ void check_linear(const KernelTable& table, Report& report) {
     check_case(table, random, w, 1, {false, false, false, false, true}, report);
   }
   check_tiny_int4(table, random, report);
+  // Columns in more than one span of linear_many.
+  for (Store store : {Store::kFp32, Store::kInt8}) {
+    const Matrix w = random_matrix(random, store, 37, 3001);
+    check_case(table, random, w, 14, {true, false, true, true, false}, report);
+  }
   // More rows than the panel of x that stays in the second-level cache (about 512 KiB).
   for (Store store : {Store::kInt8, Store::kInt4}) {
     const Matrix w = random_matrix(random, store, 5, 4000);

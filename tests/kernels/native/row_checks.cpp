@@ -1,4 +1,4 @@
-// rms_norm, swiglu and gather.
+// rms_norm, layer_norm, gelu, swiglu and gather.
 #include <cmath>
 
 #include "checks.h"
@@ -44,6 +44,67 @@ void check_rms_norm(const KernelTable& table, Report& report) {
         report.expect(std::memcmp(one.data() + i * H, out.data() + i * H, H * sizeof(float)) == 0, "rms_norm",
                       "a row's bits depend on the rows it came with");
       }
+    }
+  }
+}
+
+void check_layer_norm(const KernelTable& table, Report& report) {
+  Random random(11);
+  for (int64_t H : {1, 2, 7, 15, 16, 17, 33, 64, 100, 577}) {
+    const int64_t M = random.between(1, 6), row0 = random.between(0, M - 1);
+    const float eps = random.uniform(1e-6f, 1e-3f);
+    const Buffer<float> x = random.floats(M * H, -1, 3), weight = random.floats(H), bias = random.floats(H);
+    auto run = [&](int64_t first, int64_t last) {
+      Buffer<float> out(M * H, kUntouched);
+      table.layer_norm(x.data(), weight.data(), bias.data(), eps, H, first, last, out.data());
+      return out;
+    };
+    const Buffer<float> out = run(row0, M);
+    for (int64_t i = 0; i < M; ++i) {
+      double mean = 0, squares = 0;
+      for (int64_t k = 0; k < H; ++k) mean += static_cast<double>(x[i * H + k]) / H;
+      for (int64_t k = 0; k < H; ++k) squares += (x[i * H + k] - mean) * (x[i * H + k] - mean);
+      for (int64_t k = 0; k < H; ++k) {
+        const double scale = weight[k] / std::sqrt(squares / H + eps), want = (x[i * H + k] - mean) * scale + bias[k];
+        if (i < row0) {
+          report.expect(out[i * H + k] == kUntouched, "layer_norm", "wrote a row it was not given");
+        } else {
+          report.value("layer_norm", out[i * H + k], want, 4 * std::fabs(scale) + std::fabs(want), 1e-6);
+        }
+      }
+      if (i < row0) continue;
+      const Buffer<float> one = run(i, i + 1);
+      report.expect(std::memcmp(one.data() + i * H, out.data() + i * H, H * sizeof(float)) == 0, "layer_norm",
+                    "a row's bits depend on the rows it came with");
+    }
+  }
+}
+
+void check_gelu(const KernelTable& table, Report& report) {
+  Random random(12);
+  for (int64_t width : {1, 3, 4, 7, 8, 15, 16, 17, 50, 131}) {
+    const int64_t M = random.between(1, 5), row0 = random.between(0, M - 1), ld = width + random.between(0, 3);
+    Buffer<float> in = random.floats((M - 1) * ld + width, -8, 8);
+    in[row0 * ld] = random.uniform(0, 1) < 0.5f ? -200.0f : 200.0f;
+    auto run = [&](int64_t first, int64_t last) {
+      Buffer<float> out(M * width, kUntouched);
+      table.gelu(in.data(), ld, width, first, last, out.data());
+      return out;
+    };
+    const Buffer<float> out = run(row0, M);
+    for (int64_t i = 0; i < M; ++i) {
+      for (int64_t k = 0; k < width; ++k) {
+        const double v = in[i * ld + k];
+        if (i < row0) {
+          report.expect(out[i * width + k] == kUntouched, "gelu", "wrote a row it was not given");
+        } else {
+          report.value("gelu", out[i * width + k], 0.5 * v * std::erfc(-v / std::sqrt(2.0)), 1, 1e-6);
+        }
+      }
+      if (i < row0) continue;
+      const Buffer<float> one = run(i, i + 1);
+      report.expect(std::memcmp(one.data() + i * width, out.data() + i * width, width * sizeof(float)) == 0, "gelu",
+                    "a row's bits depend on the rows it came with");
     }
   }
 }

@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[3]
 TESTS = [
     "slim_linear",
     "attention",
+    "encoder_attention",
+    "cross_attention",
     "rows",
     "program",
     "buffer_checks",

@@ -1,0 +1,170 @@
+"""Word errors, speed and memory of transcription, beside faster-whisper with the same weights.
+
+    pip install whisper-normalizer jiwer
+    python benchmarks/speech_corpus.py --repositories DIR --debian DIR
+    python benchmarks/transcription.py --peer-python PROGRAM --peer-models DIR
+
+A cell is a model, its weights (fp32, int8), a beam, and whether a file's windows are decoded one after another or 8
+together. Every contender of a cell is a process of its own, with the model loaded and one file heard; both live side by side
+and take turns, file by file. Words come from one pass over the corpus (English alone for tiny.en). Speed is seconds of audio
+per second, of decoding a file of --minutes of English speech and transcribing it, the median of --rounds; memory is the
+process's peak. Options are each library's defaults, but the language is given. faster-whisper's batched mode by default
+finds speech first and writes no times; ours is measured as its caller asks for it, with times.
+
+Writes benchmarks/results/transcription.json after each cell: what is measured again replaces what is there, the rest stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from speech_work import (
+    Errors,
+    Normalizer,
+    Worker,
+    add_arguments,
+    cells,
+    contenders,
+    corpus,
+    errors,
+    join,
+    open_worker,
+    today,
+    write_results,
+)
+
+BATCH = 8
+REST = 0.3  # seconds, until another process's threads have gone to sleep
+KEY = ("model", "weights", "mode", "beam", "who")
+SPEECH = (
+    "en-ljspeech",
+    "en-jf_alpha-1",
+    "en-joe-1",
+    "en-jf_alpha-2",
+    "en-joe-2",
+    "en-jf_alpha-3",
+    "en-joe-3",
+    "en-joe-4",
+)
+
+
+def speech_file(lines: list[dict[str, Any]], minutes: float, out: Path) -> float:
+    """A file of English speech, at least as long as asked for while there is any; returns its seconds."""
+    named = {line["audio"].stem: line for line in lines}
+    chosen, seconds = [], 0.0
+    for name in SPEECH:
+        if name in named and seconds < minutes * 60:
+            chosen.append(named[name])
+            seconds += named[name]["seconds"]
+    return join(chosen, out)
+
+
+def measure_words(workers: Mapping[str, Worker], lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """For each contender: errors in all and by language and kind, and speed over this one pass."""
+    normal = Normalizer()
+    found: dict[str, defaultdict[str, Errors]] = {who: defaultdict(Errors) for who in workers}
+    seconds = dict.fromkeys(workers, 0.0)
+    by_file: dict[str, dict[str, float]] = {who: {} for who in workers}
+    for line in lines:
+        for who, worker in workers.items():
+            time.sleep(REST)
+            answer = worker.hear(line["audio"], line["language"])
+            heard = " ".join(text.strip() for _, _, text in answer["segments"])
+            count = errors(normal(line["text"], line["language"]), normal(heard, line["language"]))
+            for group in ("all", f"{line['language']} {line['kind']}"):
+                found[who][group] += count
+            seconds[who] += answer["seconds"]
+            by_file[who][line["audio"].stem] = round(count.percent, 2)
+    audio = sum(line["seconds"] for line in lines)
+    return {
+        who: {
+            "minutes": round(audio / 60, 2),
+            "word_errors": {group: count.row() for group, count in found[who].items()},
+            "word_error_by_file": by_file[who],
+            "pass_speed": round(audio / seconds[who], 2),
+        }
+        for who in workers
+    }
+
+
+def measure_speed(workers: Mapping[str, Worker], file: Path, seconds: float, rounds: int) -> dict[str, dict[str, Any]]:
+    times: dict[str, list[float]] = {who: [] for who in workers}
+    for _ in range(rounds):
+        for who, worker in workers.items():
+            time.sleep(REST)
+            times[who].append(worker.hear(file, "en")["seconds"])
+    return {
+        who: {"speed": round(seconds / median(each), 2), "speed_seconds": [round(t, 3) for t in each]}
+        for who, each in times.items()
+    }
+
+
+def measure_cell(cell: Mapping[str, Any], args: argparse.Namespace, lines: list[dict[str, Any]], speech: Any) -> Any:
+    """The rows of a cell, one for each contender."""
+    file, seconds = speech
+    heard = [line for line in lines if line["language"] == "en" or not cell["model"].endswith(".en")]
+    settings = {"weights": cell["weights"], "beam": cell["beam"], "batched": BATCH if cell["mode"] == "batched" else 0}
+    with ExitStack() as stack:
+        workers, loaded = {}, {}
+        for who in contenders(args, cell["weights"]):
+            workers[who] = stack.enter_context(open_worker(who, cell["model"], args, **settings))
+            loaded[who] = workers[who].memory()[0]
+            workers[who].hear(heard[0]["audio"], heard[0]["language"])  # untimed
+        rows = {who: {**cell, "who": who, "date": today(), "versions": w.versions} for who, w in workers.items()}
+        if args.rounds:
+            for who, found in measure_speed(workers, file, seconds, args.rounds).items():
+                rows[who] |= found
+        if not args.no_words:
+            for who, found in measure_words(workers, heard).items():
+                rows[who] |= found
+        if args.rounds:
+            for who, worker in workers.items():
+                rows[who] |= {"loaded_mb": round(loaded[who] / 1e6), "peak_mb": round(worker.memory()[1] / 1e6)}
+    if args.int8_activations and cell["weights"] != "fp32" and "ours" in rows:
+        rows["ours"]["int8_activations"] = True
+    return list(rows.values())
+
+
+def shown(row: Mapping[str, Any]) -> str:
+    words = row.get("word_errors", {})
+    parts = [f"{group} {count['percent']:.2f}" for group, count in words.items()]
+    speed = f"{row['speed']:.1f} x" if "speed" in row else "-"
+    return f"| {' | '.join(str(row[k]) for k in KEY)} | {speed} | {row.get('peak_mb', '-')} | {', '.join(parts)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--models", nargs="+", default=["tiny.en", "base"], metavar="NAME")
+    parser.add_argument("--weights", nargs="+", choices=("fp32", "int8"), default=["fp32", "int8"])
+    parser.add_argument("--modes", nargs="+", choices=("sequential", "batched"), default=["sequential", "batched"])
+    parser.add_argument("--beams", nargs="+", type=int, default=[1, 5], metavar="N")
+    parser.add_argument("--minutes", type=float, default=5.0, help="of the file that speed is measured on (default 5)")
+    parser.add_argument("--rounds", type=int, default=3, help="of it; 0: measure words alone")
+    parser.add_argument("--no-words", action="store_true", help="measure speed and memory alone")
+    parser.add_argument("--files", default="", metavar="TEXT", help="only corpus files with this in their name")
+    parser.add_argument("--corpus", type=Path, metavar="DIR")
+    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results/transcription.json")
+    args = parser.parse_args()
+    lines = corpus(args.corpus)
+    with tempfile.TemporaryDirectory(prefix="cai-bench-") as scratch:
+        file = Path(scratch) / "speech.flac"
+        speech = file, speech_file(lines, args.minutes, file)
+        lines = [line for line in lines if args.files in line["audio"].stem]
+        print(f"| {' | '.join(KEY)} | speed | peak MB | word error % |\n|{'---|' * 8}", flush=True)
+        for cell in cells(args):
+            rows = measure_cell(cell, args, lines, speech)
+            write_results(args.json, "transcription", rows, KEY)
+            print("\n".join(map(shown, rows)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
