@@ -56,7 +56,9 @@ def add_rows(x: Any, table: torch.Tensor, index: Any = None) -> Any:
     if table.dim() != 2 or x.dim() != 2 or x.shape[1] != table.shape[1]:
         raise KernelError(f"add_rows: a table {list(table.shape)} for x {list(x.shape)}")
     if index is None:
-        return x + table.index_select(0, torch.arange(x.shape[0], device=x.device) % max(table.shape[0], 1))
+        return x + table.index_select(
+            0, torch.arange(x.shape[0], dtype=torch.int64, device=x.device) % max(table.shape[0], 1)
+        )
     if tuple(index.shape) != (x.shape[0],):
         raise KernelError(f"add_rows: {list(index.shape)} numbers of rows for x {list(x.shape)}")
     if x.device.type == "cpu" and index.numel() and not (0 <= int(index.min()) <= int(index.max()) < table.shape[0]):

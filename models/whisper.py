@@ -211,7 +211,7 @@ class Whisper:
         """Give every layer of the decoder its pages. Call once, before `forward`."""
         c = self.config
         heads = c.decoder_heads
-        self.cos_sin = torch.zeros(max_context, 0, device=self.device)  # nothing is rotated
+        self.cos_sin = torch.zeros(max_context, 0, dtype=torch.float32, device=self.device)  # nothing is rotated
         for block in self.decoder:
             own = self.ops.kv_cache(heads, counts[FULL], page_size, dtype)
             block.paged = self.ops.attention(heads, own)

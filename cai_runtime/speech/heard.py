@@ -17,7 +17,7 @@ from cai_runtime.audio.mel import RATE
 from cai_runtime.audio.vad import SpeechDetector, VadOptions
 from cai_runtime.errors import OptionTypeError, OptionValueError, TranscriptionError
 from cai_runtime.speech.record import Clock
-from cai_runtime.speech.steps import FRAMES, FRAMES_PER_SECOND, Windows
+from cai_runtime.speech.steps import FRAMES, FRAMES_PER_SECOND, SampledWindows
 
 LONGEST = 30.0  # seconds of a span, at most: a speech of hours is given out in parts, which are put together again
 _READ = 10 * RATE  # samples that the detector hears at a time
@@ -76,20 +76,19 @@ class CutClock(Clock):
 class SpeechOnly:
     """`Windows` over the speech in others.
 
-    windows: with `samples(start, end)`, such as `MelWindows`. options: fields of `VadOptions`. clips: (start, end) seconds
+    options: fields of `VadOptions`. clips: (start, end) seconds
     of the audio that count; the end may be infinity.
 
     Raises TranscriptionError for options that are wrong, AudioPackageError without the extra `vad`.
     """
 
-    def __init__(self, windows: Any, options: Mapping[str, Any], clips: Sequence[tuple[float, float]]):
+    def __init__(self, windows: SampledWindows, options: Mapping[str, Any], clips: Sequence[tuple[float, float]]):
         try:
             vad = VadOptions.of(options)
         except (OptionTypeError, OptionValueError) as error:
             raise TranscriptionError(str(error), param="vad") from error
         self.clock = CutClock()
-        self._windows: Windows = windows
-        self._samples = windows.samples
+        self._windows = windows
         self._detector = SpeechDetector(replace(vad, max_speech_duration_s=min(vad.max_speech_duration_s, LONGEST)))
         self._clips = [(round(a * FRAMES_PER_SECOND), b * FRAMES_PER_SECOND) for a, b in clips]
         self._read = 0  # samples that the detector heard
@@ -118,7 +117,7 @@ class SpeechOnly:
 
     def _hear(self) -> None:
         """Let the detector hear more, and take the frames of the spans that it found."""
-        samples = self._samples(self._read, self._read + _READ)
+        samples = self._windows.samples(self._read, self._read + _READ)
         self._read += len(samples)
         ended = len(samples) < _READ or self._read >= self._clips[-1][1] / FRAMES_PER_SECOND * RATE
         spans = self._detector.feed(samples)

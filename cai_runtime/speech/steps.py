@@ -73,3 +73,11 @@ class Windows(Protocol):
     def features(self, start: int) -> tuple[np.ndarray, int]:
         """(fp32 [3000, mels] from frame `start` on, frames of them that hold audio: 0 at the end)."""
         ...
+
+
+class SampledWindows(Windows, Protocol):
+    """Windows whose samples can be heard, too."""
+
+    def samples(self, start: int, end: int) -> np.ndarray:
+        """fp32 mono samples at 16 kHz, by number; fewer at the end."""
+        ...

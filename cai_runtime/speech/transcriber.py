@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 from cai_runtime.errors import TranscriptionError
 from cai_runtime.speech.job import Job
@@ -10,7 +11,7 @@ from cai_runtime.speech.options import Options
 from cai_runtime.speech.prompts import Prompts, SpeechText
 from cai_runtime.speech.record import Record
 from cai_runtime.speech.sequential import in_sequence
-from cai_runtime.speech.steps import Done, Steps, Windows
+from cai_runtime.speech.steps import Done, SampledWindows, Steps, Windows
 from cai_runtime.speech.together import together
 from cai_runtime.speech.tokens import SpeechTokens
 
@@ -30,7 +31,7 @@ def transcribe_steps(windows: Windows, tokens: SpeechTokens, options: Options, t
     if options.vad is not None:
         from cai_runtime.speech.heard import SpeechOnly  # needs the audio package
 
-        speech = SpeechOnly(windows, options.vad, clips)
+        speech = SpeechOnly(cast(SampledWindows, windows), options.vad, clips)
         windows = speech
         record.clock, clips = speech.clock, [(0.0, math.inf)]
     return _steps(Job(windows, tokens, options, text, Prompts(tokens, options, text), record, clips))

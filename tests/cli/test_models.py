@@ -21,7 +21,8 @@ def test_catalogue_comes_first_and_nothing_is_local(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1 : 1 + len(catalog())]] == list(catalog())
     assert all(line.endswith("no") for line in lines[1 : 1 + len(catalog())])
-    assert lines[-1] == f"to fetch with `cai pull NAME`: {NAME}, qwen2.5-coder-0.5b-instruct, whisper-tiny.en"
+    others = "qwen2.5-coder-0.5b-instruct, whisper-tiny.en, whisper-base, whisper-small"
+    assert lines[-1] == f"to fetch with `cai pull NAME`: {NAME}, {others}"
 
 
 def test_json_is_the_api_s_with_paths(capsys, pulled):

@@ -18,6 +18,12 @@ MEMORY = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=a
 THREAD = ["-O1", "-g1", "-fsanitize=thread"]
 
 
+def _failed(done: subprocess.CompletedProcess[str]) -> str:
+    """What a harness said of its failures, and how it ended."""
+    wrong = [line for line in done.stdout.splitlines() if "failures" in line and not line.endswith(" 0 failures")]
+    return "\n".join([*wrong[:40], done.stdout[-3000:]])
+
+
 def skip_without(machine: native.Machine, flags: list[str], folder: Path) -> None:
     """Skips where the compiler does not link a program with these sanitizers."""
     source = folder / "empty.cpp"
@@ -52,7 +58,7 @@ def checked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def test_kernels_keep_to_their_memory(checked: Checked):
     done = native.run(checked.machine, checked.harness, *checked.tables)
-    assert done.returncode == 0, done.stdout[-6000:]
+    assert done.returncode == 0, _failed(done)
     assert all(f"{name} " in done.stdout for name in checked.tables)
 
 
@@ -60,13 +66,13 @@ def test_masked_loads_keep_to_their_memory(checked: Checked):
     if checked.machine.emulator:
         pytest.skip("test_neon.py does this")
     done = native.run(checked.machine, checked.harness, "--guard", *checked.tables)
-    assert done.returncode == 0, done.stdout[-6000:]
+    assert done.returncode == 0, _failed(done)
 
 
 def test_a_read_past_the_end_is_seen(checked: Checked):
     for table in checked.tables:
         done = native.run(checked.machine, checked.harness, "--overread", table)
-        assert done.returncode != 0 and "AddressSanitizer" in done.stdout, done.stdout[-6000:]
+        assert done.returncode != 0 and "AddressSanitizer" in done.stdout, _failed(done)
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +91,9 @@ def stress(tmp_path_factory: pytest.TempPathFactory) -> tuple[native.Machine, Pa
 
 def test_the_thread_pool_has_no_race(stress: tuple[native.Machine, Path]):
     done = native.run(*stress, "1500")
-    assert done.returncode == 0 and "4500 regions" in done.stdout, done.stdout[-6000:]
+    assert done.returncode == 0 and "4500 regions" in done.stdout, _failed(done)
 
 
 def test_a_race_is_seen(stress: tuple[native.Machine, Path]):
     done = native.run(*stress, "--race")
-    assert done.returncode != 0 and "data race" in done.stdout, done.stdout[-6000:]
+    assert done.returncode != 0 and "data race" in done.stdout, _failed(done)

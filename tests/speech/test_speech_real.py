@@ -88,6 +88,7 @@ def transcribe(logits, tokens, text, features, options):
     return transcript
 
 
+@pytest.mark.slow
 def test_long_form_equals_transformers(logits, tokens, text, long_audio, features_of):
     import torch
 
@@ -108,6 +109,7 @@ def test_long_form_equals_transformers(logits, tokens, text, long_audio, feature
     assert len(ours) >= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batched", [False, True])
 def test_every_option_at_once(logits, tokens, text, long_audio, features_of, batched):
     options = Options(
