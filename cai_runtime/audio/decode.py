@@ -248,8 +248,6 @@ class AvDecoder:
 
 def _average(frame: Any, label: str) -> np.ndarray:
     """A frame's samples as fp32 [samples], channels averaged, integers scaled to -1..1."""
-    from av.audio.plane import AudioPlane
-
     name = frame.format.name
     channels = len(frame.layout.channels)
     check_shape(label, frame.sample_rate, channels)
@@ -258,10 +256,18 @@ def _average(frame: Any, label: str) -> np.ndarray:
         raise UnsupportedAudioError(f"{label} has samples of the type {name}: convert it to WAV or FLAC first")
     # Neither frame.planes nor to_ndarray: for eight channels or more they read beyond the pointers that there are.
     if name.endswith("p"):  # planar: a channel after the other
-        planes = [np.frombuffer(AudioPlane(frame, k), kind, frame.samples) for k in range(channels)]
+        planes = [_plane(frame, k, kind, frame.samples) for k in range(channels)]
         return mono(np.stack(planes) if channels > 1 else planes[0][None], label)
-    packed = np.frombuffer(AudioPlane(frame, 0), kind, frame.samples * channels)
+    packed = _plane(frame, 0, kind, frame.samples * channels)
     return mono(packed.reshape(-1, channels).T, label)
+
+
+def _plane(frame: Any, number: int, kind: Any, count: int) -> np.ndarray:
+    """The first `count` samples of a plane."""
+    from av.audio.plane import AudioPlane
+
+    plane: Any = AudioPlane(frame, number)  # a buffer, which its types don't say
+    return np.frombuffer(plane, kind, count)
 
 
 def mono(values: np.ndarray, label: str) -> np.ndarray:
