@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import time
 from typing import Any
 
-answers = os.fdopen(os.dup(1), "w", buffering=1)
-os.dup2(2, 1)  # whatever a library prints goes to standard error
+import speech_answers
 
 
 def hear(client: Any, settings: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
@@ -28,18 +24,12 @@ def hear(client: Any, settings: dict[str, Any], job: dict[str, Any]) -> dict[str
 
 
 def main() -> None:
-    settings = json.loads(sys.stdin.readline())
+    settings = speech_answers.settings()
     import cai_runtime
     from cai_runtime.bench.machine import versions
 
     with cai_runtime.Client(model=settings["model"], device="cpu", **settings["engine"]) as client:
-        print(json.dumps({"versions": versions()}), file=answers)
-        for line in sys.stdin:
-            try:
-                answer = hear(client, settings, json.loads(line))
-            except Exception as error:  # noqa: BLE001 - the parent raises it
-                answer = {"error": repr(error)}
-            print(json.dumps(answer), file=answers)
+        speech_answers.serve(versions(), lambda job: hear(client, settings, job))
 
 
 if __name__ == "__main__":

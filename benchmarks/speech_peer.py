@@ -1,16 +1,12 @@
 """faster-whisper as a worker of the speech benchmarks. Runs in its own Python, which needs `pip install faster-whisper`.
 
-Reads JSON lines: first the settings, then a file each; answers each with a JSON line. See speech_work.py.
+See speech_answers.py and speech_work.py.
 """
 
-import json
-import os
-import sys
 import time
 from importlib.metadata import version
 
-answers = os.fdopen(os.dup(1), "w", buffering=1)
-os.dup2(2, 1)  # whatever a library prints goes to standard error
+import speech_answers
 
 
 def hear(model, settings, job):
@@ -29,7 +25,7 @@ def hear(model, settings, job):
 
 
 def main():
-    settings = json.loads(sys.stdin.readline())
+    settings = speech_answers.settings()
     from faster_whisper import BatchedInferencePipeline, WhisperModel
 
     model = WhisperModel(
@@ -39,13 +35,7 @@ def main():
     if settings["batched"]:
         model = BatchedInferencePipeline(model)
     names = ("faster-whisper", "ctranslate2", "onnxruntime", "av")
-    print(json.dumps({"versions": {name: version(name) for name in names}}), file=answers)
-    for line in sys.stdin:
-        try:
-            answer = hear(model, settings, json.loads(line))
-        except Exception as error:  # noqa: BLE001 - the parent raises it
-            answer = {"error": repr(error)}
-        print(json.dumps(answer), file=answers)
+    speech_answers.serve({name: version(name) for name in names}, lambda job: hear(model, settings, job))
 
 
 if __name__ == "__main__":

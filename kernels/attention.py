@@ -61,6 +61,17 @@ class HeadNorms:
             raise KernelError(f"the norms of heads have weights [2, {heads.head_dim}], not {list(self.weight.shape)}")
 
 
+def check_whole(heads: HeadLayout, rows: int, name: str, what: str) -> None:
+    """Raises KernelError for heads of an attention `name` over all `rows` of `what` that can't be computed: with a sliding
+    window, in no whole groups, or over less than a row."""
+    if heads.window is not None:
+        raise KernelError(f"{name} sees the whole of {what}: its heads take no sliding window")
+    if heads.query_heads % heads.kv_heads:
+        raise KernelError(f"{name} takes whole groups of query heads, not {heads}")
+    if rows < 1:
+        raise KernelError(f"{what} has 1 position or more, not {rows}")
+
+
 # ------------------------------------------------------------------------------------------------------ reference
 
 

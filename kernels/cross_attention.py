@@ -14,7 +14,7 @@ import torch
 
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels import cpu_library
-from cai_runtime.kernels.attention import Cache, CpuKVCache, HeadLayout, ReferenceKVCache
+from cai_runtime.kernels.attention import Cache, CpuKVCache, HeadLayout, ReferenceKVCache, check_whole
 from cai_runtime.kernels.batch import AttentionBatch
 from cai_runtime.kernels.cpu_library import check_rows
 from cai_runtime.kernels.program import Value
@@ -30,12 +30,7 @@ class LayerCrossAttention(Generic[Cache]):
     """
 
     def __init__(self, heads: HeadLayout, cache: Cache, rows: int, group: str) -> None:
-        if heads.window is not None:
-            raise KernelError("cross-attention sees every position: its heads take no sliding window")
-        if heads.query_heads % heads.kv_heads:
-            raise KernelError(f"cross-attention takes whole groups of query heads, not {heads}")
-        if rows < 1:
-            raise KernelError(f"an encoder's output has 1 position or more, not {rows}")
+        check_whole(heads, rows, "cross-attention", "an encoder's output")
         self.heads, self.cache, self.rows, self.group = heads, cache, rows, group
         self.pages = -(-rows // cache.page_size)  # type: ignore[attr-defined]
         """Pages that one output takes."""

@@ -9,7 +9,7 @@ import torch
 
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels import cpu_library
-from cai_runtime.kernels.attention import HeadLayout
+from cai_runtime.kernels.attention import HeadLayout, check_whole
 from cai_runtime.kernels.cpu_library import check_rows
 from cai_runtime.kernels.program import Value
 
@@ -21,12 +21,7 @@ class LayerEncoderAttention:
     """
 
     def __init__(self, heads: HeadLayout, rows: int) -> None:
-        if heads.window is not None:
-            raise KernelError("encoder attention sees the whole window: its heads take no sliding window")
-        if heads.query_heads % heads.kv_heads:
-            raise KernelError(f"encoder attention takes whole groups of query heads, not {heads}")
-        if rows < 1:
-            raise KernelError(f"a window of an encoder has 1 position or more, not {rows}")
+        check_whole(heads, rows, "encoder attention", "an encoder's window")
         self.heads, self.rows = heads, rows
 
     def windows(self, qkv: torch.Tensor) -> int:

@@ -89,8 +89,6 @@ class CausalLM(Protocol):
 class EncoderDecoderLM(CausalLM, Protocol):
     """What the engine asks of a model whose decoder attends to an encoder's output, in pages of kind "encoder"."""
 
-    encoder_rows: int  # positions of the encoder's output
-
     def encode(self, features: Sequence[np.ndarray], pages: np.ndarray) -> None:
         """Put the encoder's output of each input into its pages, int32 [inputs, pages of an output]."""
         ...

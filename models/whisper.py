@@ -125,7 +125,6 @@ class Whisper:
     sequences of a step, each of which has such pages."""
 
     able = frozenset({"encoder", "cross_attention"})
-    has_head = True
 
     def __init__(self, loader: WeightLoader, on_layer: Callable[[], object] = lambda: None):
         self.config = c = WhisperConfig.from_config(loader.checkpoint.config)
@@ -180,11 +179,6 @@ class Whisper:
         self.compiled_encode: Compiled | None = None
 
     @property
-    def encoder_rows(self) -> int:
-        """Positions of the encoder's output."""
-        return self.config.rows
-
-    @property
     def features_shape(self) -> tuple[int, int]:
         """(frames, mels) of a window."""
         return 2 * self.config.rows, self.config.mels
@@ -222,9 +216,9 @@ class Whisper:
             lambda ids, positions, wanted: self._wanted_logits(ids, positions, wanted, None),
             {"ids": number, "positions": number, "wanted": wanted},
         )
-        frames, places = Input(Axis.ENCODER, 2 * c.mels), Input(Axis.ENCODER, 1, torch.int32)
+        frames = Input(Axis.ENCODER, 2 * c.mels)
         pages = Input(Axis.SEQUENCES, self.pages_of_window, torch.int32)
-        self.compiled_encode = self.ops.compile(self._encode, {"frames": frames, "places": places, "pages": pages})
+        self.compiled_encode = self.ops.compile(self._encode, {"frames": frames, "pages": pages})
 
     def copy_pages(self, group: str, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy pages of a group, by number, in all layers. No target is a source too."""
@@ -246,29 +240,23 @@ class Whisper:
                 raise KernelError(
                     f"features have shape {list(window.shape)}; this model takes {list(self.features_shape)}"
                 )
-        rows = np.arange(self.config.rows, dtype=np.int32)
         table = torch.from_numpy(np.ascontiguousarray(pages, np.int32)).to(self.device)
         frames = torch.from_numpy(np.ascontiguousarray(np.concatenate(features), np.float32))
         frames = frames.view(-1, 2 * self.config.mels).to(self.device, self.dtype)
-        places = torch.from_numpy(np.tile(rows, len(features))).to(self.device)
-        inputs = {"frames": frames, "places": places, "pages": table}
-        if self.compiled_encode is not None:
-            self.compiled_encode(**inputs)
-        else:
-            self._encode(**inputs)
+        (self.compiled_encode or self._encode)(frames=frames, pages=table)
 
     # The same on tensors, or on Values of a pass being recorded. Two frames are a row of `frames`.
 
-    def _encode(self, frames: Any, places: Any, pages: Any) -> Any:
-        x, written = self._encoded(frames, places), None
+    def _encode(self, frames: Any, pages: Any) -> Any:
+        x, written = self._encoded(frames), None
         for block in self.decoder:
             written = block.crossed.write(block.cross_kv(x), pages)
         return written
 
-    def _encoded(self, frames: Any, places: Any) -> Any:
+    def _encoded(self, frames: Any) -> Any:
         """[windows * rows, hidden], after the last norm."""
         ops = self.ops
-        x = ops.add_rows(ops.gelu(self.conv2(self.conv1(frames), gelu=True)), self.encoder_positions, places)
+        x = ops.add_rows(ops.gelu(self.conv2(self.conv1(frames), gelu=True)), self.encoder_positions)
         for block in self.encoder:
             mixed = self.encoder_attention(block.attention.qkv(x, norm=block.attention.norm), self.encoder_scale)
             x = block.attention.output(mixed, x)

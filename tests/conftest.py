@@ -41,6 +41,14 @@ def qwen_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def whisper_dir() -> Path:
+    """Whisper tiny.en as a Hugging Face directory."""
+    from cai_runtime.convert.sources import pull
+
+    return pull("whisper-tiny.en")
+
+
+@pytest.fixture(scope="session")
 def wikipedia_texts() -> list[str]:
     """Plain text of about a hundred English Wikipedia articles, in file order."""
     from cai_runtime.convert.texts import wikipedia_articles

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -183,8 +185,8 @@ class ModelRunner:
             rows, pages = slice(end - feed.attention.count, end), seats.pages(self._encoders[0], [feed.seat])[0]
             table = torch.from_numpy(pages).to(self._device)
             found = [
-                model.attention_weights(layer, [head], queries[layer][rows], table)
-                for layer, head in feed.attention.heads
+                model.attention_weights(layer, [head for _, head in heads], queries[layer][rows], table)
+                for layer, heads in groupby(feed.attention.heads, key=itemgetter(0))
             ]
             feed.attention.weights = np.concatenate(found)
         return states

@@ -76,8 +76,7 @@ class CutClock(Clock):
 class SpeechOnly:
     """`Windows` over the speech in others.
 
-    options: fields of `VadOptions`. clips: (start, end) seconds
-    of the audio that count; the end may be infinity.
+    options: fields of `VadOptions`. clips: (start, end) seconds of the audio that count; the end may be infinity.
 
     Raises TranscriptionError for options that are wrong, AudioPackageError without the extra `vad`.
     """

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from cai_runtime.speech.steps import FRAMES_PER_SECOND
+
 Span = tuple[float, float]  # seconds
 
-FRAMES_PER_SECOND = 100
 FLAT = 12.0  # dB between quiet and loud frames below which a window has no silence to be found
 SILENCE = 0.3  # seconds of quiet that part two spans: shorter pauses occur within words
 CLICK = 0.05  # seconds: a shorter sound is no word

@@ -15,7 +15,8 @@ import numpy as np
 
 from cai_runtime.speech.alignment import token_matrix, token_starts
 from cai_runtime.speech.results import Word
-from cai_runtime.speech.sounding import FRAMES_PER_SECOND, Span, intersect, sounding_spans
+from cai_runtime.speech.sounding import Span, intersect, sounding_spans
+from cai_runtime.speech.steps import FRAMES_PER_SECOND
 from cai_runtime.speech.word_split import (
     APPEND_PUNCTUATIONS,
     PREPEND_PUNCTUATIONS,

@@ -7,30 +7,21 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import audio_clips
 import numpy as np
 import pytest
 import soundfile
 import torch
 
 from cai_runtime import AsyncClient, BadRequestError, Client
-from cai_runtime.audio.files import read_audio
 
 RATE = 16_000
 
 
 @pytest.fixture(scope="module")
-def whisper_dir() -> Path:
-    from cai_runtime.convert.sources import pull
-
-    return pull("whisper-tiny.en")
-
-
-@pytest.fixture(scope="module")
 def speech() -> np.ndarray:
     """Ten seconds, fp32 at 16 kHz."""
-    from cai_runtime.convert.sources import fetch_file
-
-    return read_audio(fetch_file("speech-sample"))
+    return audio_clips.speech(RATE)
 
 
 @pytest.fixture(scope="module")

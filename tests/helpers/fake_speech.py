@@ -7,7 +7,7 @@ from cai_runtime.api.transcriptions.work import SpeechWork
 from cai_runtime.engine.request import Request, SamplingParams
 from cai_runtime.errors import UnreadableAudioError
 from cai_runtime.speech.results import Segment, Transcript, Word
-from cai_runtime.speech.steps import Answer, Ask, Done, Need
+from cai_runtime.speech.steps import Answer, Ask, Done, Need, Ready
 
 WINDOW = 2.5  # seconds of a letter
 # What SpeechTokens looks for.
@@ -80,6 +80,7 @@ class FakeSpeech:
                 elif letter.isalpha():
                     done = Answer(tickets[i]) if options.batched else Need([self.request(letter, options, opened)])
                     (finished,) = yield done
+                    assert not options.batched or (yield Ready(tickets[i])) is True
                     found = [self.segment(len(segments), i, finished, options)]
                 segments += found
                 yield Done(found, (i + 1) * WINDOW, (i + 1) * WINDOW)

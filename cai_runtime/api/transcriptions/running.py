@@ -17,7 +17,7 @@ from cai_runtime.api.transcriptions.work import SpeechWork
 from cai_runtime.engine.handle import HandleGroup
 from cai_runtime.errors import CaiError, RequestAbortedError
 from cai_runtime.speech.results import Segment, Transcript
-from cai_runtime.speech.steps import Answer, Ask, Done, Need
+from cai_runtime.speech.steps import Answer, Ask, Done, Need, Ready
 
 LOOK_AGAIN = 0.05  # seconds after which an engine that takes no more requests is asked again
 
@@ -151,6 +151,8 @@ class SpeechRunning:
             submitted, self._submitted = self._submitted, None
             if awaited is not None:
                 self._groups.remove(awaited)
+        if isinstance(step, Ready):
+            return all(handle.done for handle in step.ticket.handles)
         return submitted if isinstance(step, Ask) else results
 
     def _is_submitted(self, step: Need | Ask) -> bool:
