@@ -25,7 +25,10 @@ inline void tile(const float* x, int64_t ldx, const T* w, int64_t cols, const Ah
   for (int64_t k = 0; k < whole; k += kBlockCols) {
     for (int v = 0; v < kBlockCols; v += kW) {
       V xv[MT];
-      for (int m = 0; m < MT; ++m) xv[m] = Simd::load(x + m * ldx + k + v);
+      for (int m = 0; m < MT; ++m) {
+        xv[m] = Simd::load(x + m * ldx + k + v);
+        Simd::hold(xv[m]);
+      }
       const T* wk = w + k * kBlockRows + v;
       for (int r = 0; r < 4; ++r) {
         const V wv = Simd::load(wk + r * kBlockCols);

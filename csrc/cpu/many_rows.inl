@@ -40,7 +40,10 @@ inline void span_tile(const float* x, int64_t ldx, const float* w, int64_t cols,
     for (int v = 0; v < kBlockCols; v += kW) {
       V xv[MT];
 #pragma GCC unroll 8
-      for (int m = 0; m < MT; ++m) xv[m] = Simd::load(x + m * ldx + k + v);
+      for (int m = 0; m < MT; ++m) {
+        xv[m] = Simd::load(x + m * ldx + k + v);
+        Simd::hold(xv[m]);
+      }
       const float* wk = w + k * kBlockRows + v;
 #pragma GCC unroll 4
       for (int r = 0; r < 4; ++r) {

@@ -139,6 +139,9 @@ struct Simd {
   static void store(Fp16* p, V v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
+  // Keeps v in a register: the compiler would rather read it from memory again for every product, and two loads a cycle are
+  // the limit then.
+  static void hold(V& v) { asm("" : "+x"(v)); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
   static V add(V a, V b) { return _mm256_add_ps(a, b); }
   static V sub(V a, V b) { return _mm256_sub_ps(a, b); }
