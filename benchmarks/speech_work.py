@@ -187,14 +187,14 @@ def corpus(path: Path | None = None) -> list[dict[str, Any]]:
     return [{**line, "audio": folder / line["audio"]} for line in lines]
 
 
-def join(lines: Sequence[Mapping[str, Any]], out: Path) -> float:
-    """Write the sounds of these lines behind each other; returns the seconds."""
+def join(lines: Sequence[Mapping[str, Any]], out: Path, skipped: int = 0) -> float:
+    """Write the sounds of these lines behind each other, without the first `skipped` samples; returns the seconds."""
     import numpy as np
     import soundfile
 
     from cai_runtime.audio.files import RATE, read_audio
 
-    sound = np.concatenate([read_audio(line["audio"]) for line in lines])
+    sound = np.concatenate([read_audio(line["audio"]) for line in lines])[skipped:]
     soundfile.write(out, sound, RATE)
     return len(sound) / RATE
 

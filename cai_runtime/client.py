@@ -82,7 +82,8 @@ class _BaseClient:
                 Default: the largest that the checkpoint holds.
             kv_cache: the key-value cache's budget for each model: bytes, a text such as "2GiB", or a fraction of the
                 free memory as a float. Default: the engine chooses.
-            kv_dtype: of the cached keys and values, as `dtype`. Default: the activations'.
+            kv_dtype: of the cached keys and values, as `dtype`. Default: the activations'; for an encoder's output that of the
+                checkpoint's float weights, unless `dtype` is given.
             max_context: positions a sequence may have. Default: what the model was made for.
             max_batch: sequences that run at once. Default: the engine's.
             prefill_chunk: prompt tokens fed in one step, at most. Default: the engine's.

@@ -34,7 +34,8 @@ class EngineOptions:
         keep: of an elastic checkpoint, the share of its dense parameters to open, at most, in (0, 1]. None: the largest.
         kv_cache: the KV cache's budget: bytes, a text such as "2GiB", or a fraction of the free memory as a float in
             (0, 1]. None: see `engine.memory.cache_budget`.
-        kv_dtype: of the cached keys and values, as `dtype`; "auto": the activations'.
+        kv_dtype: of the cached keys and values, as `dtype`; "auto": the activations'. Those of an encoder's output are then
+            held as the checkpoint's float weights are, unless `dtype` says otherwise.
         max_context: positions that a sequence may have, at most the model's. None: the model's.
         max_batch: sequences that run at once, at least 1.
         prefill_chunk: prompt tokens fed in one step at most, at least 1. None: `Engine`'s default.

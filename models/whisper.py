@@ -174,6 +174,9 @@ class Whisper:
         self.encoder_scale = 1.0 / math.sqrt(c.encoder_heads.head_dim)
         self.scale = 1.0 / math.sqrt(c.decoder_heads.head_dim)
         self.encoder_attention = self.ops.encoder_attention(c.encoder_heads, c.rows)
+        # A step reads the keys and values of a whole window. Where they come from weights of 16 bits, these are enough for them.
+        narrow = loader.cache_dtype is None and loader.dtype is None
+        self._cross_dtype = loader.stored_dtype if narrow and loader.stored_dtype != torch.float32 else None
         self.cos_sin: torch.Tensor | None = None
         self.compiled_step: Compiled | None = None
         self.compiled_encode: Compiled | None = None
@@ -192,7 +195,8 @@ class Whisper:
     def cache_groups(self, page_size: int, dtype: torch.dtype) -> tuple[CacheGroup, ...]:
         """The text's pages, and those of the encoder's output."""
         c, layers = self.config, self.config.decoder_layers
-        own, cross = (self.ops.page_bytes(size, c.decoder_heads, dtype) for size in (page_size, ENCODER_PAGE))
+        own = self.ops.page_bytes(page_size, c.decoder_heads, dtype)
+        cross = self.ops.page_bytes(ENCODER_PAGE, c.decoder_heads, self._cross_dtype or dtype)
         pages = self.pages_of_window
         return (
             CacheGroup(FULL, page_bytes=layers * own, page_size=page_size),
@@ -209,7 +213,7 @@ class Whisper:
         for block in self.decoder:
             own = self.ops.kv_cache(heads, counts[FULL], page_size, dtype)
             block.paged = self.ops.attention(heads, own)
-            cross = self.ops.kv_cache(heads, counts[ENCODER], ENCODER_PAGE, dtype)
+            cross = self.ops.kv_cache(heads, counts[ENCODER], ENCODER_PAGE, self._cross_dtype or dtype)
             block.crossed = self.ops.cross_attention(heads, cross, c.rows, ENCODER)
         number, wanted = Input(Axis.TOKENS, 1, torch.int32), Input(Axis.WANTED, 1, torch.int32)
         self.compiled_step = self.ops.compile(

@@ -103,12 +103,15 @@ def load_runner(
         config = checkpoint.config
         _check_context(options.max_context, _stated_positions(config))  # before the weights are loaded
         weights = choose_dtype(options.dtype, config, kernels)
-        loader = WeightLoader(checkpoint, place, weights, kernels, int8_activations=options.int8_activations)
+        loader = WeightLoader(
+            checkpoint, place, weights, kernels, int8_activations=options.int8_activations,
+            cache_dtype=None if options.kv_dtype == "auto" else named_dtype(options.kv_dtype),
+        )  # fmt: skip
         layers = sum(int(config.get(key) or 0) for key in _layer_counts(config))
         with progress_bar("load", total=layers, unit="layer", show=options.progress) as bar:
             model = build_model(loader, bar.update)
     _check_context(options.max_context, model.max_context)
-    cache_dtype = model.dtype if options.kv_dtype == "auto" else named_dtype(options.kv_dtype)
+    cache_dtype = loader.cache_dtype or model.dtype
     context = options.max_context or model.max_context
     groups = model.cache_groups(PAGE_SIZE, cache_dtype)
     if keep_all:

@@ -58,7 +58,8 @@ class WeightLoader:
     dtype: activations' and float weights' dtype; None keeps float weights as stored (the CPU kernels convert in registers).
     backend: a resolved kernel backend. prefix: of the base model. transformers takes it off or puts it before a name where
     that gives a tensor of the model, and so do all methods here: a checkpoint of the base model alone lacks the prefix, one
-    saved from inside a wrapper may have it twice. int8_activations: the inputs of int8 cores are rounded to int8 (W8A8, see
+    saved from inside a wrapper may have it twice. cache_dtype: of cached keys and values as asked for; None: as the model
+    chooses. int8_activations: the inputs of int8 cores are rounded to int8 (W8A8, see
     `kernels.quantized_rows`), in every linear that `linear` gives.
     """
 
@@ -68,6 +69,7 @@ class WeightLoader:
     backend: str
     arena: Arena | None = field(default=None)
     int8_activations: bool = False
+    cache_dtype: torch.dtype | None = None
     prefix: str = "model"
 
     def __post_init__(self) -> None:
@@ -157,6 +159,13 @@ class WeightLoader:
         if self.backend == "cpu" or self.dtype is None:
             return torch.float32
         return self.dtype
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """What config.json names as the dtype of the float weights; fp32 if it names none that is known."""
+        config = self.checkpoint.config
+        name = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+        return {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(name, torch.float32)
 
     def _own(self, w: LinearWeights) -> LinearWeights:
         """A copy of what is still a view of the mapped file."""

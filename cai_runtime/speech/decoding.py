@@ -85,7 +85,8 @@ def probe(encoder: EncoderInput, prompt_ids: Sequence[int], share: ShareOf) -> R
 class WindowTask:
     """The attempts at one window.
 
-    key: what else than the seed of the options determines its samples, such as the window's first frame.
+    key: what else than the seed of the options determines its samples, such as the window's first frame. whole: as for
+    `rules.Rules`.
     Ask `requests()`, give their results to `take()`, and again until it returns the window's result.
     """
 
@@ -95,6 +96,7 @@ class WindowTask:
     tokens: SpeechTokens
     options: Options
     text: SpeechText
+    whole: int = 0
     _attempt: int = 0
     _tried: list[Decoded] = field(default_factory=list)
     _no_speech: float = 0.0
@@ -102,7 +104,7 @@ class WindowTask:
     _prompted: int = 0
 
     def __post_init__(self) -> None:
-        self._rules = rules_for(self.tokens, self.options, self.prompt.lead)
+        self._rules = rules_for(self.tokens, self.options, self.prompt.lead, self.whole)
         self._segments = (self.encoder, list(self.prompt.ids))  # one object, so that its pages are computed once
         self._share = ShareOf([self.tokens.no_speech])
         room = self.tokens.max_context - len(self.prompt.ids)

@@ -15,6 +15,7 @@ from cai_runtime.speech.options import Options
 from cai_runtime.speech.prompts import Prompts, SpeechText
 from cai_runtime.speech.record import Record, Timed, last_word_end
 from cai_runtime.speech.results import Segment
+from cai_runtime.speech.segments import FRAMES_PER_STEP
 from cai_runtime.speech.silences import drop_invented
 from cai_runtime.speech.steps import FRAMES, FRAMES_PER_SECOND, Done, Need, Step, Windows
 from cai_runtime.speech.tokens import SpeechTokens
@@ -77,13 +78,16 @@ class Job:
             self.language, self.language_probability = codes[best], float(share.shares[best])
         return codes[best]
 
-    def begin(self, seek: int, features: np.ndarray, frames: int, previous: list[int]) -> Generator[Step, Any, Window]:
-        """A window that is ready to be asked about. previous: the tokens before its transcript."""
+    def begin(
+        self, seek: int, features: np.ndarray, frames: int, previous: list[int], whole: int = 0
+    ) -> Generator[Step, Any, Window]:
+        """A window that is ready to be asked about. previous: the tokens before its transcript. whole: frames in which no
+        segment that has begun is left to the next window."""
         encoder = encoder_input(features, self.tokens.positions)
         language = yield from self.know_language(encoder)
         first, self.started = not self.started, True
         prompt = self.prompts.window(self.tokens.start(language, self.options.task), previous, first=first)
-        task = WindowTask(encoder, prompt, seek, self.tokens, self.options, self.text)
+        task = WindowTask(encoder, prompt, seek, self.tokens, self.options, self.text, whole // FRAMES_PER_STEP)
         return Window(seek, features, frames, encoder, language, task)
 
     def without_invented(self, pieces: list[Timed], seek: int, frames: int) -> tuple[list[Timed], int | None]:

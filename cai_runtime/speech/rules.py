@@ -7,7 +7,8 @@ The rules are those of OpenAI's decoder (`SuppressBlank`, `SuppressTokens`, `App
 1. Repetition penalty and n-gram ban over the text tokens. Timestamps are left out: they come in equal pairs.
 2. Suppressed tokens; and at the beginning, those suppressed there.
 3. Timestamps come in pairs, except before the end; they never fall, and a segment is longer than 0. The first token is a
-   timestamp, within the longest initial time.
+   timestamp, within the longest initial time. Behind a pair, more was heard: where a window is to be heard whole, the end
+   does not follow it (OpenAI's rules let it, and hear the rest in the next window).
 4. If all timestamps together are likelier than the likeliest other token, a timestamp comes.
 
 The fourth compares logits with a log sum over the times alone: the normalizer cancels, so that no exponential is taken
@@ -37,6 +38,7 @@ class Rules:
     eot, timestamp_begin, no_timestamps: tokens. timestamp_end: the id behind the last timestamp; what a padded vocabulary
     has from there on never comes. suppressed, suppressed_first: int64 ids. lead: tokens that stand in the
     prompt but belong to the transcript (a prefix). timestamps: whether there are any. max_initial: steps of 0.02 s.
+    whole: steps before which a segment that has begun is not left without text; 0: it may be left everywhere.
     repetition_penalty, no_repeat_ngram: 1 and 0 are off. ends_loops: text that has come to repeat itself ends.
     """
 
@@ -49,6 +51,7 @@ class Rules:
     lead: tuple[int, ...] = ()
     timestamps: bool = True
     max_initial: int | None = None
+    whole: int = 0
     repetition_penalty: float = 1.0
     no_repeat_ngram: int = 0
     ends_loops: bool = False
@@ -83,6 +86,8 @@ class Rules:
         after_time = tokens[-1] >= first
         if after_time and (len(tokens) < 2 or tokens[-2] >= first):
             row[first:] = _BANNED  # a segment has begun: text
+            if len(tokens) > 1 and tokens[-1] - first < self.whole:
+                row[self.eot] = _BANNED
             return
         if after_time:
             row[: self.eot] = _BANNED  # a segment has ended: the next begins, or the end
@@ -109,8 +114,8 @@ class Rules:
                     row[text[at + n - 1]] = _BANNED
 
 
-def rules_for(tokens: SpeechTokens, options: Options, lead: Sequence[int] = ()) -> Rules:
-    """The rules of one window. lead: see `Rules`."""
+def rules_for(tokens: SpeechTokens, options: Options, lead: Sequence[int] = (), whole: int = 0) -> Rules:
+    """The rules of one window. lead, whole: see `Rules`."""
     listed = set(options.suppress_tokens)
     suppressed = {token for token in listed if token != CHECKPOINT} | set(tokens.controls)
     if CHECKPOINT in listed:
@@ -126,6 +131,7 @@ def rules_for(tokens: SpeechTokens, options: Options, lead: Sequence[int] = ()) 
         lead=tuple(lead),
         timestamps=not options.without_timestamps,
         max_initial=round(options.max_initial_timestamp / STEP),
+        whole=whole,
         repetition_penalty=options.repetition_penalty,
         no_repeat_ngram=options.no_repeat_ngram_size,
         ends_loops=options.compression_ratio_threshold is not None,

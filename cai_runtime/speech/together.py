@@ -1,8 +1,9 @@
 """Windows decoded together: the audio is cut beforehand, where it is quiet, and several windows are in the engine at once.
 
 Every window has all of the caller's options: prompt, times, thresholds and a fallback of its own. Text before it is no
-prompt, for windows do not wait for each other. Results are taken in the order of the audio. What a window leaves unheard,
-because its tokens end at a pair of timestamps or at their limit, becomes the next window.
+prompt, for windows do not wait for each other. Results are taken in the order of the audio. A phrase at a window's end is
+not left to the next one, which begins behind it. What a window leaves unheard all the same, because its tokens end at their
+limit or in a loop, becomes a window of its own.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def quietest(features: np.ndarray) -> int:
 
 
 def _begin(job: Job, seek: int, features: np.ndarray, frames: int) -> Generator[Step, Any, Window]:
-    window = yield from job.begin(seek, features, frames, job.prompts.initial)
+    window = yield from job.begin(seek, features, frames, job.prompts.initial, whole=frames - LEAST_REST)
     window.ticket = yield Ask(window.task.requests())
     return window
 

@@ -111,6 +111,22 @@ def test_half_precision(tmp_path: Path, open_runner: Opener, dtype: str, toleran
     assert float((ours - expected).norm() / expected.norm()) < tolerance
 
 
+@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
+def test_cross_attention_is_cached_as_the_weights_are_stored(tmp_path: Path, open_runner: Opener, stored: str):
+    """Keys and values of 16 bits where the weights have 16; of 32 where the caller asks for it."""
+    model = tiny_whisper(tmp_path)
+    model.to(getattr(torch, stored)).save_pretrained(tmp_path)
+    (features,) = windows(1)
+    sizes, logits = {}, {}
+    for name, options in {"auto": {}, "kv": {"kv_dtype": "fp32"}, "fp32": {"dtype": "fp32"}}.items():
+        runner = open_runner(tmp_path, backend="cpu", **options)
+        sizes[name] = tuple(group.page_bytes for group in runner.groups)
+        logits[name] = run(runner, Seated(runner, 0, features).step(IDS, len(IDS)))
+    assert sizes["kv"] == sizes["fp32"] == (sizes["auto"][0], 2 * sizes["auto"][1])
+    off = float((logits["auto"] - logits["kv"]).norm() / logits["kv"].norm())
+    assert 0 < off < 0.02
+
+
 def test_features_of_another_shape_are_refused(tmp_path: Path, open_runner: Opener):
     tiny_whisper(tmp_path)
     runner = open_runner(tmp_path)

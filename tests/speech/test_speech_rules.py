@@ -85,6 +85,20 @@ def test_times_together_outweigh_a_likelier_word():
     assert best(row, [FIRST, 7]) == 3
 
 
+def test_a_window_that_is_heard_whole_does_not_end_behind_a_pair_of_times():
+    def best_of(generated, whole):
+        row = row_of(eot=9.0, w3=5.0)
+        rules_for(TOKENS, Options(), whole=whole)(row, generated)
+        return int(row.argmax())
+
+    pair = [FIRST, 7, FIRST + 5, FIRST + 5]
+    assert best_of(pair, 6) == 3
+    assert best_of(pair, 5) == TOKENS.eot  # what is left holds no word
+    assert best_of(pair, 0) == TOKENS.eot
+    assert best_of(pair[:-1], 6) == TOKENS.eot  # behind a single time, nothing was heard
+    assert best_of([FIRST], 6) == TOKENS.eot  # a window may hold no speech
+
+
 def test_a_prefix_counts_as_the_transcripts_beginning():
     lead = (FIRST, 7, 8)
     assert best(row_of(w3=9.0), [], lead) == 3

@@ -122,12 +122,25 @@ def test_a_window_that_failed_is_asked_again_alone():
 def test_what_a_window_leaves_unheard_is_heard_next():
     def script(encoder):
         begin = place(encoder)
-        if begin == 0:  # ends at a pair of times, though more is spoken
-            return [T, 1, T + 500, T + 500]
+        if begin == 0:  # comes to its limit of tokens at a pair of times
+            return [T, 1, T + 500, T + 500, 4, T + 900]
         return [T, 2, T + 200] if begin == 1000 else [T, 3, T + 100]
 
-    transcript, _, _, _ = run(2900, scripted(script, TOKENS), BATCHED)
+    transcript, _, _, _ = run(2900, scripted(script, TOKENS), replace(BATCHED, max_new_tokens=4))
     assert [(s.text, s.start, s.end) for s in transcript.segments] == [(" w1", 0.0, 10.0), (" w2", 10.0, 14.0)]
+
+
+def test_a_phrase_at_the_end_is_not_left_to_a_window_that_begins_behind_it():
+    said = scripted(lambda encoder: [T, 1, T + 500, T + 500], TOKENS)
+
+    def logits(encoder, so_far, prompt):
+        row = said(encoder, so_far, prompt)
+        row[2] = row.max() - 1.0  # the second choice: a word
+        return row
+
+    transcript, _, engine, _ = run(2900, logits, BATCHED)
+    assert transcript.segments[1].text.startswith(" w2")
+    assert len({r.segments[0].digest for r in engine.requests}) == 1
 
 
 def test_text_without_an_end_time_is_kept():
