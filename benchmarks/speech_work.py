@@ -119,7 +119,7 @@ def open_worker(who: str, model: str, args: Any, **settings: Any) -> Worker:
     given = {"threads": args.threads, "options": {}, "batched": 0, **settings}
     if who == "peer":
         return Worker(args.peer_python, "speech_peer.py", {**given, "model": str(args.peer_models / model)})
-    engine = {"dtype": "fp32"} if given["weights"] == "fp32" else {"int8_activations": args.int8_activations}
+    engine = {"dtype": "fp32"} if given["weights"] == "fp32" else {"int8_activations": args.int8_activations or None}
     if given["weights"] == SLIM:
         path = args.slim[model]
     else:

@@ -82,8 +82,8 @@ class _BaseClient:
                 Default: the largest that the checkpoint holds.
             kv_cache: the key-value cache's budget for each model: bytes, a text such as "2GiB", or a fraction of the
                 free memory as a float. Default: the engine chooses.
-            kv_dtype: of the cached keys and values, as `dtype`. Default: the activations'; for an encoder's output that of the
-                checkpoint's float weights, unless `dtype` is given.
+            kv_dtype: of the cached keys and values, as `dtype`. Default: the activations'; for an encoder's output that of
+                the checkpoint's float weights, unless `dtype` is given.
             max_context: positions a sequence may have. Default: what the model was made for.
             max_batch: sequences that run at once. Default: the engine's.
             prefill_chunk: prompt tokens fed in one step, at most. Default: the engine's.
@@ -92,7 +92,7 @@ class _BaseClient:
             max_waiting: requests that may wait for their turn; further ones raise RateLimitError. Default: no limit.
             backend: kernels to use: "reference", "cpu", "triton" or "cuda". Default: the device's.
             int8_activations: round the inputs of int8 weights to int8 as well (W8A8): faster prefill for some accuracy.
-                Default: no.
+                Default: in encoders (Whisper's) alone.
             cuda_graphs: record decode steps as CUDA graphs. Default: where there is a GPU.
             progress: show a bar while weights load; None shows it on a terminal only.
             generation_config: "model": a request that names no temperature, top_k, top_p, min_p or repetition_penalty

@@ -45,7 +45,8 @@ class EngineOptions:
         max_waiting: requests that may wait before further ones are refused, at least 0. None: any number.
         backend: kernels to use: "reference", "cpu", "triton" or "cuda". None: the device's.
         int8_activations: round the inputs of int8 weights to int8 too (W8A8): faster prefill for some accuracy. The
-            output embedding is left out.
+            output embedding is left out. None: in encoders alone, whose passes have many rows and whose text stays as good
+            (docs/results.md).
         cuda_graphs: record decode steps as CUDA graphs. None: where there is a GPU.
         progress: show a bar while weights load. None: on a terminal only.
     """
@@ -62,7 +63,7 @@ class EngineOptions:
     prefix_cache: bool = True
     max_waiting: int | None = None
     backend: str | None = None
-    int8_activations: bool = False
+    int8_activations: bool | None = None
     cuda_graphs: bool | None = None
     progress: bool | None = None
 

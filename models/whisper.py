@@ -131,7 +131,7 @@ class Whisper:
         self.device, self.dtype = loader.device, loader.activation_dtype
         self.vocab_size, self.max_context = c.vocab_size, c.positions
         self.ops: Ops = make_ops(loader.backend, loader.device, loader.arena)
-        parts = _Parts(loader, c.hidden_size)
+        parts, inner = _Parts(loader, c.hidden_size), _Parts(loader, c.hidden_size, encoder=True)
         ends = ("model.decoder.embed_tokens", "proj_out")
         embedding, head = loader.embedding_and_head(*ends, (c.vocab_size, c.hidden_size), tied=c.tied)
         self.embed, self.head = self.ops.embedding_and_head(embedding, head, self.dtype)
@@ -152,7 +152,7 @@ class Whisper:
         self.encoder: list[EncoderBlock] = []
         for i in range(c.encoder_layers):
             at = f"model.encoder.layers.{i}."
-            self.encoder.append(EncoderBlock(parts.attention(at), parts.mlp(at, c.encoder_wide)))
+            self.encoder.append(EncoderBlock(inner.attention(at), inner.mlp(at, c.encoder_wide)))
             on_layer()
         self.encoder_norm = parts.norm("model.encoder.layer_norm")
         self.decoder: list[DecoderBlock] = []
@@ -174,7 +174,7 @@ class Whisper:
         self.encoder_scale = 1.0 / math.sqrt(c.encoder_heads.head_dim)
         self.scale = 1.0 / math.sqrt(c.decoder_heads.head_dim)
         self.encoder_attention = self.ops.encoder_attention(c.encoder_heads, c.rows)
-        # A step reads the keys and values of a whole window. Where they come from weights of 16 bits, these are enough for them.
+        # A step reads the keys and values of a whole window: from weights of 16 bits, 16 bits are enough for them.
         narrow = loader.cache_dtype is None and loader.dtype is None
         self._cross_dtype = loader.stored_dtype if narrow and loader.stored_dtype != torch.float32 else None
         self.cos_sin: torch.Tensor | None = None
@@ -337,8 +337,8 @@ def _through(mlp: Mlp, x: Any) -> Any:
 class _Parts:
     """Reads the parts of blocks, whose names are the same in encoder and decoder."""
 
-    def __init__(self, loader: WeightLoader, hidden: int):
-        self._loader, self._hidden = loader, hidden
+    def __init__(self, loader: WeightLoader, hidden: int, *, encoder: bool = False):
+        self._loader, self._hidden, self._encoder = loader, hidden, encoder
 
     def norm(self, name: str) -> LayerNorm:
         weight, bias = (self._loader.vector(f"{name}.{part}", self._hidden) for part in ("weight", "bias"))
@@ -346,7 +346,7 @@ class _Parts:
 
     def linear(self, *names: str) -> PreparedLinear:
         """Projections from and to the hidden size, with the biases that they have (keys have none)."""
-        return self._loader.linear(list(names), [(self._hidden, self._hidden)] * len(names))
+        return self._linear(names, [(self._hidden, self._hidden)] * len(names))
 
     def attention(self, at: str) -> SelfAttention:
         own = f"{at}self_attn."
@@ -354,6 +354,9 @@ class _Parts:
         return SelfAttention(self.norm(f"{at}self_attn_layer_norm"), qkv, self.linear(f"{own}out_proj"))
 
     def mlp(self, at: str, wide: int) -> Mlp:
-        up = self._loader.linear([f"{at}fc1"], [(wide, self._hidden)])
-        down = self._loader.linear([f"{at}fc2"], [(self._hidden, wide)])
+        up = self._linear([f"{at}fc1"], [(wide, self._hidden)])
+        down = self._linear([f"{at}fc2"], [(self._hidden, wide)])
         return Mlp(self.norm(f"{at}final_layer_norm"), up, down)
+
+    def _linear(self, names: Sequence[str], shapes: Sequence[tuple[int, int]]) -> PreparedLinear:
+        return self._loader.linear(names, shapes, encoder=self._encoder)

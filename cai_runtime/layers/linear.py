@@ -59,8 +59,8 @@ class WeightLoader:
     backend: a resolved kernel backend. prefix: of the base model. transformers takes it off or puts it before a name where
     that gives a tensor of the model, and so do all methods here: a checkpoint of the base model alone lacks the prefix, one
     saved from inside a wrapper may have it twice. cache_dtype: of cached keys and values as asked for; None: as the model
-    chooses. int8_activations: the inputs of int8 cores are rounded to int8 (W8A8, see
-    `kernels.quantized_rows`), in every linear that `linear` gives.
+    chooses. int8_activations: the inputs of int8 cores are rounded to int8 (W8A8, see `kernels.quantized_rows`), in every
+    linear that `linear` gives; None: in those of an encoder.
     """
 
     checkpoint: Checkpoint
@@ -68,7 +68,7 @@ class WeightLoader:
     dtype: torch.dtype | None
     backend: str
     arena: Arena | None = field(default=None)
-    int8_activations: bool = False
+    int8_activations: bool | None = False
     cache_dtype: torch.dtype | None = None
     prefix: str = "model"
 
@@ -99,10 +99,13 @@ class WeightLoader:
         # The CPU backend packs, that is copies; the others keep the tensors that they are given.
         return weights if self.backend == "cpu" else self._own(weights)
 
-    def linear(self, names: Sequence[str], shapes: Sequence[tuple[int, int]], *, bias: bool = True) -> PreparedLinear:
-        """Projections that share their input, as one prepared group. bias: as in `weights`."""
+    def linear(
+        self, names: Sequence[str], shapes: Sequence[tuple[int, int]], *, bias: bool = True, encoder: bool = False
+    ) -> PreparedLinear:
+        """Projections that share their input, as one prepared group. bias: as in `weights`. encoder: of an encoder."""
         members = [self.weights(n, s, bias=bias) for n, s in zip(names, shapes, strict=True)]
-        group = prepare(members, backend=self.backend, arena=self.arena, int8_activations=self.int8_activations)
+        rounds = encoder if self.int8_activations is None else self.int8_activations
+        group = prepare(members, backend=self.backend, arena=self.arena, int8_activations=rounds)
         del members
         for name in names:
             self.release(name)

@@ -15,6 +15,7 @@ from cai_runtime.engine.model_runner import ModelRunner
 from cai_runtime.engine.open import load_runner
 from cai_runtime.engine.step import AttentionRows
 from cai_runtime.errors import InvalidConfigError, KernelError, TensorShapeError, UnsupportedModelError
+from cai_runtime.kernels.prepare import prepare
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -125,6 +126,29 @@ def test_cross_attention_is_cached_as_the_weights_are_stored(tmp_path: Path, ope
     assert sizes["kv"] == sizes["fp32"] == (sizes["auto"][0], 2 * sizes["auto"][1])
     off = float((logits["auto"] - logits["kv"]).norm() / logits["kv"].norm())
     assert 0 < off < 0.02
+
+
+@pytest.mark.parametrize(
+    ("option", "encoder", "decoder"), [(None, True, False), (True, True, True), (False, False, False)]
+)
+def test_int8_activations_are_the_encoders_by_default(
+    tmp_path: Path,
+    open_runner: Opener,
+    monkeypatch: pytest.MonkeyPatch,
+    option: bool | None,
+    encoder: bool,
+    decoder: bool,
+):
+    tiny_whisper(tmp_path)
+    rounded = []
+
+    def noted(*args: Any, int8_activations: bool, **options: Any) -> Any:
+        rounded.append(int8_activations)
+        return prepare(*args, int8_activations=int8_activations, **options)
+
+    monkeypatch.setattr("cai_runtime.layers.linear.prepare", noted)
+    open_runner(tmp_path, backend="cpu", int8_activations=option)
+    assert rounded == [encoder] * 8 + [decoder] * 14  # qkv, output, up, down of 2 layers; and 3 more of the decoder's
 
 
 def test_features_of_another_shape_are_refused(tmp_path: Path, open_runner: Opener):
