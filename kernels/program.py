@@ -101,6 +101,10 @@ class Recorder:
         self.keep.append(keep)
         return output
 
+    def forget(self) -> None:
+        """Let go of everything. Each Value holds its recorder: a cycle otherwise, and the weights in it."""
+        self.values, self.operations, self.keep = [], [], []
+
     def group(self, name: str) -> str:
         """Have the program take the page table of this cache group."""
         if name not in self.groups:
@@ -213,4 +217,6 @@ def record(function: Callable[..., Value], inputs: Mapping[str, Input]) -> Progr
     """
     recorder = Recorder()
     values = {name: recorder.value(i.axis, i.width, i.dtype) for name, i in inputs.items()}
-    return Program(recorder, values, function(**values))
+    program = Program(recorder, values, function(**values))
+    recorder.forget()
+    return program

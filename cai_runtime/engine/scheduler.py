@@ -108,6 +108,7 @@ class Scheduler:
         """Forget a sequence, finished or not, and free its pages; with beam search, all sequences of its request."""
         if sequence.beam is not None:
             sequence = self._disband(sequence.beam)
+            sequence.beam = None  # which holds the sequence: a cycle, and what was encoded for it in it
         (self.running if sequence in self.running else self.waiting).remove(sequence)
         self._take_pages(sequence)
 

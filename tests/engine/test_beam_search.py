@@ -1,6 +1,8 @@
 """Requests with beam search give what the definition gives, whatever runs beside them and however little memory there is."""
 
+import gc
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -265,6 +267,23 @@ def test_an_encoders_output_is_shared(make_engine, make_groups):
     assert first.token_ids == again.token_ids and first.logprobs == again.logprobs
     assert greedy.token_ids == runner.defined([1, 2, 3], 9, 777)
     assert runner.encoded == [b"777"]
+
+
+def test_nothing_of_a_request_outlives_it(make_engine, make_groups):
+    """What was encoded is megabytes, and the collector of cycles comes late."""
+    engine = make_engine(make_groups(("full", "encoder")), max_batch=4)
+    audio = EncoderInput(777, 9, b"777")
+    seen = weakref.ref(audio)
+    sampling = SamplingParams(max_tokens=9, temperature=0.0)
+    requests = [Request(segments=(audio, [1, 2, 3]), sampling=sampling, beam=BeamSearch(3), output=TokenOutput)]
+    gc.disable()
+    try:
+        results(engine, requests)
+        del audio, requests
+        engine.close()
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 def test_drafts_are_for_plain_requests(make_engine, make_runner, searches, greedy, prompts, expected):

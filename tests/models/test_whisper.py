@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from cai_runtime.engine.open import load_runner
 from cai_runtime.engine.step import AttentionRows
 from cai_runtime.errors import InvalidConfigError, KernelError, TensorShapeError, UnsupportedModelError
 from cai_runtime.kernels.prepare import prepare
+from cai_runtime.models.whisper import Whisper
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -149,6 +152,23 @@ def test_int8_activations_are_the_encoders_by_default(
     monkeypatch.setattr("cai_runtime.layers.linear.prepare", noted)
     open_runner(tmp_path, backend="cpu", int8_activations=option)
     assert rounded == [encoder] * 8 + [decoder] * 14  # qkv, output, up, down of 2 layers; and 3 more of the decoder's
+
+
+def test_a_closed_runner_holds_no_weights(tmp_path: Path):
+    tiny_whisper(tmp_path)
+    runner, _ = load_runner(tmp_path, kv_cache="32MiB", progress=False, backend="cpu")
+    (features,) = windows(1)
+    gc.disable()
+    try:
+        run(runner, Seated(runner, 0, features).step(IDS, 1))
+        model = runner._model
+        assert isinstance(model, Whisper)
+        weights = [weakref.ref(model.encoder[0].attention.qkv), weakref.ref(model.decoder[0].crossed.cache)]
+        del model
+        runner.close()
+        assert [found() for found in weights] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_features_of_another_shape_are_refused(tmp_path: Path, open_runner: Opener):
