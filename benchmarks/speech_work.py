@@ -24,6 +24,7 @@ from cai_runtime.home import cai_home
 HERE = Path(__file__).parent
 CORPUS = cai_home() / "speech-corpus"
 INT8 = cai_home() / "speech-int8"  # our models with dense weights in int8
+STORED = "ours as stored"  # by default we keep these models' weights in fp16, as their files do, and compute in fp32
 SLIM = "slim"  # what `weights` is of a cell of slim checkpoints
 SAMPLE_SECONDS = 1.0  # between two looks at a worker's memory
 
@@ -115,11 +116,15 @@ class MemoryWatch:
 
 
 def open_worker(who: str, model: str, args: Any, **settings: Any) -> Worker:
-    """A worker of "ours" or "peer" for a named model. args: peer_python, peer_models, threads, int8_activations, slim."""
+    """A worker of "ours", "ours as stored" or "peer" for a named model.
+
+    args: peer_python, peer_models, threads, int8_activations, slim."""
     given = {"threads": args.threads, "options": {}, "batched": 0, **settings}
     if who == "peer":
         return Worker(args.peer_python, "speech_peer.py", {**given, "model": str(args.peer_models / model)})
-    engine = {"dtype": "fp32"} if given["weights"] == "fp32" else {"int8_activations": args.int8_activations or None}
+    engine: dict[str, Any] = {"int8_activations": args.int8_activations or None}
+    if given["weights"] == "fp32":
+        engine = {} if who == STORED else {"dtype": "fp32"}
     if given["weights"] == SLIM:
         path = args.slim[model]
     else:
@@ -172,6 +177,8 @@ class Slim(argparse.Action):
 def contenders(args: Any, weights: str = "") -> list[str]:
     """Who is measured; slim checkpoints are ours alone."""
     found = [args.only] if args.only else ["ours"] if weights == SLIM else ["ours", "peer"]
+    if weights == "fp32" and "ours" in found:
+        found.insert(1, STORED)
     if "peer" in found and not (args.peer_python and args.peer_models):
         raise SystemExit("the peer needs --peer-python and --peer-models; --only ours leaves it out")
     return found

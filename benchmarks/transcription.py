@@ -5,12 +5,13 @@
     python benchmarks/transcription.py --peer-python PROGRAM --peer-models DIR
 
 A cell is a model, its weights (fp32, int8), a beam, and whether a file's windows are decoded one after another or 8
-together. Every contender of a cell is a process of its own, with the model loaded and one file heard; both live side by side
-and take turns, file by file. Words come from one pass over the corpus (English alone for tiny.en). Speed is seconds of audio
-per second, of decoding a file of --minutes of English speech and transcribing it, the median of --rounds. Each round's file
+together. At fp32, "ours as stored" computes as "ours" does, with weights held in fp16 as in the file, which is our default.
+Every contender of a cell is a process of its own, with the model loaded and one file heard; both live side by side and take
+turns, file by file. Words come from one pass over the corpus (English alone for tiny.en). Speed is seconds of audio per
+second, of decoding a file of --minutes of English speech and transcribing it, the median of --rounds. Each round's file
 begins a little later, since our encoder's pages are found again by their content. Memory is the process's peak. Options are
-each library's defaults, but the language is given. faster-whisper's batched mode by default finds speech first and writes no
-times; ours is measured as its caller asks for it, with times.
+each library's defaults, but the language is given. faster-whisper's batched mode by default finds speech first and writes
+no times; ours is measured as its caller asks for it, with times.
 
 Writes benchmarks/results/transcription.json after each cell: what is measured again replaces what is there, the rest stays.
 """
