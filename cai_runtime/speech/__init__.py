@@ -2,7 +2,7 @@
 
 `options` what the caller wants; `tokens` a checkpoint's control tokens; `rules` which token may come next; `prompts` what
 the decoder is given; `decoding` one window, with its fallback to higher temperatures; `segments` from tokens to times;
-`sequential` and `batched` a whole file; `transcriber` ties them; `drive` runs them on an engine.
+`sequential` and `together` a whole file; `transcriber` ties them; `api.transcriptions.running` runs them on an engine.
 
 A transcription is a generator. It yields requests for an engine and is sent their results, so it knows no thread, no event
 loop and no tensor. Sources: Radford et al., "Robust speech recognition via large-scale weak supervision" (2022), whose

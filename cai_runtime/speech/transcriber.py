@@ -17,7 +17,7 @@ from cai_runtime.speech.tokens import SpeechTokens
 
 
 def transcribe_steps(windows: Windows, tokens: SpeechTokens, options: Options, text: SpeechText) -> Steps:
-    """A generator that transcribes audio; see `steps` for what it yields, and `drive` for what runs it.
+    """A generator that transcribes audio; see `steps` for what it yields.
 
     It returns the Transcript. Errors of the audio and of requests pass through. No audio is read before the first step.
 

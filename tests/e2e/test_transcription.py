@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 import soundfile
 import torch
 
-from cai_runtime import AsyncClient, BadRequestError, Client
+from cai_runtime import Client
 
 RATE = 16_000
 
@@ -67,13 +66,6 @@ def test_greedy_tokens_are_transformers(client: Client, whisper_dir: Path, speec
         assert ours == [token for token in expected[start + 1 :] if token != end]
 
 
-def test_words_lie_in_their_segments(client: Client, speech: np.ndarray):
-    reply = _one(client, speech, timestamp_granularities=["word", "segment"])
-    assert "".join(word.word for word in reply.words).strip() == reply.text
-    times = [time for word in reply.words for time in (word.start, word.end)]
-    assert times == sorted(times) and times[0] >= 0 and times[-1] <= reply.duration
-
-
 def test_twenty_files_beside_twenty_chats_are_as_alone(client: Client, clips: list[np.ndarray]):
     alone = [_timed(_one(client, clip)) for clip in clips]
     found: dict[int, list] = {}
@@ -94,18 +86,6 @@ def test_twenty_files_beside_twenty_chats_are_as_alone(client: Client, clips: li
         thread.join()
     assert [found[i] for i in range(20)] == alone
     assert len(said) == 20 and all(said.values())
-
-
-def test_tasks_and_one_bad_file(whisper_dir: Path, clips: list[np.ndarray], client: Client):
-    async def all_at_once() -> list:
-        async with AsyncClient(model=whisper_dir, progress=False) as own:
-            files = [(clip, RATE) for clip in clips[:5]] + [b"this is no audio"]
-            calls = [own.audio.transcriptions.create(file=file, beam_size=1) for file in files]
-            return await asyncio.gather(*calls, return_exceptions=True)
-
-    *replies, refused = asyncio.run(all_at_once())
-    assert [_timed(reply) for reply in replies] == [_timed(_one(client, clip)) for clip in clips[:5]]
-    assert isinstance(refused, BadRequestError) and refused.param == "file"
 
 
 def test_leaving_a_stream_early_frees_the_engine(client: Client, speech: np.ndarray):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from cai_runtime.engine.request import Finished, Request, TokenLogprobs
 from cai_runtime.engine.segments import EncoderInput
-from cai_runtime.speech.drive import drive
 from cai_runtime.speech.options import Options
 from cai_runtime.speech.prompts import SpeechText
+from cai_runtime.speech.results import Transcript
+from cai_runtime.speech.steps import Answer, Ask, Done, Need, Ready, Steps
 from cai_runtime.speech.tokens import SpeechTokens
 from cai_runtime.speech.transcriber import transcribe_steps
 
@@ -74,17 +76,10 @@ Logits = Callable[[EncoderInput, list[int], int], np.ndarray]
 @dataclass
 class FakeHandle:
     run: Callable[[], Finished]
-    aborted: bool = False
     done: bool = True
 
     def result(self) -> Finished:
         return self.run()
-
-    async def aresult(self) -> Finished:
-        return self.run()
-
-    def abort(self) -> None:
-        self.aborted = True
 
 
 @dataclass
@@ -215,6 +210,27 @@ def run(logits: Logits | None, options: Options, tokens: SpeechTokens, track: Tr
             found.append(next(driven))
         except StopIteration as end:
             return end.value, found, engine
+
+
+def drive(steps: Steps, engine: FakeEngine) -> Generator[Done, None, Transcript]:
+    """Run a transcription; yields what is `Done`, and returns the Transcript. tests/api has the tests of the real driver."""
+    answer: Any = None
+    while True:
+        try:
+            step = steps.send(answer)
+        except StopIteration as end:
+            return end.value
+        answer = None
+        match step:
+            case Done():
+                yield step
+            case Ask():
+                answer = engine.submit_all(step.requests)
+            case Ready():
+                answer = all(handle.done for handle in step.ticket)
+            case Need() | Answer():
+                handles = engine.submit_all(step.requests) if isinstance(step, Need) else step.ticket
+                answer = [handle.result() for handle in handles]
 
 
 def draw_tokens(draw: np.random.Generator, tokens: SpeechTokens) -> list[int]:

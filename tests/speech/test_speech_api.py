@@ -78,8 +78,7 @@ def test_words(client, sample):
     assert times == sorted(times) and times[0] >= 0 and times[-1] <= reply.duration
 
 
-@pytest.mark.parametrize("count", COUNTS)
-def test_threads_equal_one_by_one_beside_chats(client, files, alone, count):
+def test_threads_equal_one_by_one_beside_chats(client, files, alone, count=4):
     chat = {"model": "chat", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 20, "temperature": 0}
     answer = client.chat.completions.create(**chat).choices[0].message.content
     found, answers = [None] * count, [None] * count

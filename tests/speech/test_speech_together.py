@@ -9,10 +9,9 @@ import pytest
 import speech
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from speech import FakeEngine, Track, WordTokenizer, draw_tokens, place, scripted, small_tokens
+from speech import FakeEngine, Track, WordTokenizer, draw_tokens, drive, place, scripted, small_tokens
 
 from cai_runtime.speech.decoding import ShareOf
-from cai_runtime.speech.drive import drive
 from cai_runtime.speech.options import Options
 from cai_runtime.speech.prompts import SpeechText
 from cai_runtime.speech.together import quietest
