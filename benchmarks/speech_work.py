@@ -259,8 +259,8 @@ def write_results(path: Path, name: str, rows: Sequence[Mapping[str, Any]], key:
     kept = json.loads(path.read_text())["results"] if path.exists() else []
     new: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in [*kept, *rows]:
-        name = tuple(row[k] for k in key)
-        new[name] = {**new.get(name, {}), **row}
+        cell = tuple(row[k] for k in key)
+        new[cell] = {**new.get(cell, {}), **row}
     document = {"benchmark": name, "machine": describe_machine(), "results": list(new.values())}
     path.write_text(json.dumps(document, indent=1) + "\n")
 
