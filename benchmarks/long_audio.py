@@ -40,7 +40,7 @@ BATCH = 8
 def measure(
     who: str, cell: dict[str, Any], args: argparse.Namespace, file: Path, scene: dict[str, Any]
 ) -> dict[str, Any]:
-    options = {("vad" if who == "ours" else "vad_filter"): cell["vad"]}
+    options = {("vad_filter" if who == "peer" else "vad"): cell["vad"]}
     settings = {"weights": cell["weights"], "beam": cell["beam"], "batched": BATCH if cell["mode"] == "batched" else 0}
     until = 60 * args.stop_after if args.stop_after else float("inf")
     with open_worker(who, cell["model"], args, options=options, **settings) as worker:

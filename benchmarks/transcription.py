@@ -45,9 +45,7 @@ from speech_work import (
 
 BATCH = 8
 REST = 0.3  # seconds, until another process's threads have gone to sleep
-SKIPPED = (
-    859  # samples that each round's file begins later, no whole number of frames: the windows are new in every round
-)
+SKIPPED = 859  # samples that each round's file begins later; no whole number of frames, so that its windows are new
 KEY = ("model", "weights", "mode", "beam", "who")
 SPEECH = (
     "en-ljspeech",
@@ -73,10 +71,9 @@ def speech_file(lines: list[dict[str, Any]], minutes: float, out: Path, skipped:
 
 
 def measure_words(workers: Mapping[str, Worker], lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """For each contender: errors in all and by language and kind, and speed over this one pass."""
+    """For each contender: errors in all and by language and kind."""
     normal = Normalizer()
     found: dict[str, defaultdict[str, Errors]] = {who: defaultdict(Errors) for who in workers}
-    seconds = dict.fromkeys(workers, 0.0)
     by_file: dict[str, dict[str, float]] = {who: {} for who in workers}
     for line in lines:
         for who, worker in workers.items():
@@ -86,7 +83,6 @@ def measure_words(workers: Mapping[str, Worker], lines: list[dict[str, Any]]) ->
             count = errors(normal(line["text"], line["language"]), normal(heard, line["language"]))
             for group in ("all", f"{line['language']} {line['kind']}"):
                 found[who][group] += count
-            seconds[who] += answer["seconds"]
             by_file[who][line["audio"].stem] = round(count.percent, 2)
     audio = sum(line["seconds"] for line in lines)
     return {
@@ -94,7 +90,6 @@ def measure_words(workers: Mapping[str, Worker], lines: list[dict[str, Any]]) ->
             "minutes": round(audio / 60, 2),
             "word_errors": {group: count.row() for group, count in found[who].items()},
             "word_error_by_file": by_file[who],
-            "pass_speed": round(audio / seconds[who], 2),
         }
         for who in workers
     }
@@ -102,12 +97,11 @@ def measure_words(workers: Mapping[str, Worker], lines: list[dict[str, Any]]) ->
 
 def measure_speed(workers: Mapping[str, Worker], speech: Sequence[tuple[Path, float]]) -> dict[str, dict[str, Any]]:
     times: dict[str, list[float]] = {who: [] for who in workers}
-    speeds: dict[str, list[float]] = {who: [] for who in workers}
-    for file, seconds in speech:
+    for file, _ in speech:
         for who, worker in workers.items():
             time.sleep(REST)
             times[who].append(worker.hear(file, "en")["seconds"])
-            speeds[who].append(seconds / times[who][-1])
+    speeds = {who: [seconds / t for (_, seconds), t in zip(speech, each, strict=True)] for who, each in times.items()}
     return {
         who: {"speed": round(median(speeds[who]), 2), "speed_seconds": [round(t, 3) for t in each]}
         for who, each in times.items()

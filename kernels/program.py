@@ -217,6 +217,7 @@ def record(function: Callable[..., Value], inputs: Mapping[str, Input]) -> Progr
     """
     recorder = Recorder()
     values = {name: recorder.value(i.axis, i.width, i.dtype) for name, i in inputs.items()}
-    program = Program(recorder, values, function(**values))
-    recorder.forget()
-    return program
+    try:
+        return Program(recorder, values, function(**values))
+    finally:
+        recorder.forget()

@@ -23,7 +23,7 @@ from cai_runtime.kernels.cache_groups import CacheGroup
 from cai_runtime.kernels.norm import LayerNorm
 from cai_runtime.kernels.program import Axis, Input
 from cai_runtime.kernels.slim_linear import PreparedLinear
-from cai_runtime.layers.linear import WeightLoader
+from cai_runtime.layers.linear import WeightLoader, stored_dtype
 from cai_runtime.layers.ops import Attention, Compiled, Ops, make_ops
 from cai_runtime.models.config import MOST_LAYERS, flag, whole
 
@@ -175,8 +175,8 @@ class Whisper:
         self.scale = 1.0 / math.sqrt(c.decoder_heads.head_dim)
         self.encoder_attention = self.ops.encoder_attention(c.encoder_heads, c.rows)
         # A step reads the keys and values of a whole window: from weights of 16 bits, 16 bits are enough for them.
-        narrow = loader.cache_dtype is None and loader.dtype is None
-        self._cross_dtype = loader.stored_dtype if narrow and loader.stored_dtype != torch.float32 else None
+        is_left_to_us = loader.cache_dtype is None and loader.dtype is None
+        self._cross_dtype = stored_dtype(loader.checkpoint.config) if is_left_to_us else None
         self.cos_sin: torch.Tensor | None = None
         self.compiled_step: Compiled | None = None
         self.compiled_encode: Compiled | None = None

@@ -213,5 +213,6 @@ def choose_dtype(dtype: str, config: dict[str, Any], backend: str) -> torch.dtyp
         return named_dtype(dtype)
     if backend == "cpu":
         return None
-    stored = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    return named_dtype(stored if stored in DTYPES else "float32")
+    from cai_runtime.layers.linear import stored_dtype
+
+    return stored_dtype(config)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from cai_runtime.slim.stores import CoreData
 
 logger = logging.getLogger(__name__)
+
+
+def stored_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """What a config.json names as the dtype of the float weights; fp32 if it names none that is known."""
+    name = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    narrow = {"float16": torch.float16, "fp16": torch.float16, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
+    return narrow.get(name, torch.float32)
 
 
 def kernel_weights(module: ModuleWeights, *, dtype: torch.dtype | None, device: torch.device) -> LinearWeights:
@@ -162,13 +169,6 @@ class WeightLoader:
         if self.backend == "cpu" or self.dtype is None:
             return torch.float32
         return self.dtype
-
-    @property
-    def stored_dtype(self) -> torch.dtype:
-        """What config.json names as the dtype of the float weights; fp32 if it names none that is known."""
-        config = self.checkpoint.config
-        name = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
-        return {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(name, torch.float32)
 
     def _own(self, w: LinearWeights) -> LinearWeights:
         """A copy of what is still a view of the mapped file."""

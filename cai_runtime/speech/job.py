@@ -87,7 +87,8 @@ class Job:
         language = yield from self.know_language(encoder)
         first, self.started = not self.started, True
         prompt = self.prompts.window(self.tokens.start(language, self.options.task), previous, first=first)
-        task = WindowTask(encoder, prompt, seek, self.tokens, self.options, self.text, whole // FRAMES_PER_STEP)
+        steps = whole // FRAMES_PER_STEP
+        task = WindowTask(encoder, prompt, seek, self.tokens, self.options, self.text, whole=steps)
         return Window(seek, features, frames, encoder, language, task)
 
     def without_invented(self, pieces: list[Timed], seek: int, frames: int) -> tuple[list[Timed], int | None]:

@@ -189,8 +189,8 @@ struct Simd {
   static void store(Fp16* p, V v) {
     for (int i = 0; i < 8; ++i) p[i].bits = float_to_fp16(v[i]);
   }
-  // Not fused: where there is no instruction for it, a fused multiply-add is a slow library call.
   static void hold(V&) {}
+  // Not fused: where there is no instruction for it, a fused multiply-add is a slow library call.
   static V fma(V a, V b, V c) { return a * b + c; }
   static V add(V a, V b) { return a + b; }
   static V sub(V a, V b) { return a - b; }

@@ -78,7 +78,8 @@ def test_words(client, sample):
     assert times == sorted(times) and times[0] >= 0 and times[-1] <= reply.duration
 
 
-def test_threads_equal_one_by_one_beside_chats(client, files, alone, count=4):
+def test_threads_equal_one_by_one_beside_chats(client, files, alone):
+    count = 4  # of twenty: tests/e2e
     chat = {"model": "chat", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 20, "temperature": 0}
     answer = client.chat.completions.create(**chat).choices[0].message.content
     found, answers = [None] * count, [None] * count
