@@ -37,9 +37,8 @@ def sounding_spans(features: np.ndarray) -> list[Span]:
     if loud - quiet < FLAT:
         return [(0.0, frames / FRAMES_PER_SECOND)]
     threshold = min(max(quiet + 0.3 * (loud - quiet), loud - 40.0), loud - 8.0)
-    runs = _runs(levels > threshold)
     joined: list[list[int]] = []
-    for begin, end in runs:
+    for begin, end in runs(levels > threshold):
         if joined and begin - joined[-1][1] < SILENCE * FRAMES_PER_SECOND:
             joined[-1][1] = end
         else:
@@ -71,7 +70,7 @@ def intersect(one: list[Span], other: list[Span]) -> list[Span]:
     return found
 
 
-def _runs(mask: np.ndarray) -> list[tuple[int, int]]:
+def runs(mask: np.ndarray) -> list[tuple[int, int]]:
     """Begin and end of each run of true values."""
     edges = np.flatnonzero(np.diff(np.concatenate(([False], mask, [False])).astype(np.int8)))
     return [(int(begin), int(end)) for begin, end in zip(edges[::2], edges[1::2], strict=True)]

@@ -1,4 +1,4 @@
-"""Windows decoded together: the audio is cut beforehand, where it is quiet, and several windows are in the engine at once.
+"""Windows decoded together: the audio is cut beforehand, in pauses, and several windows are in the engine at once.
 
 Every window has all of the caller's options: prompt, times, thresholds and a fallback of its own. Text before it is no
 prompt, for windows do not wait for each other. Results are taken in the order of the audio. A phrase at a window's end is
@@ -17,11 +17,13 @@ import numpy as np
 from cai_runtime.speech.decoding import Decoded, is_silence
 from cai_runtime.speech.job import Job, Window, silence
 from cai_runtime.speech.segments import Piece, split_by_times
+from cai_runtime.speech.sounding import frame_levels, runs
 from cai_runtime.speech.steps import FRAMES, FRAMES_PER_SECOND, Answer, Ask, Ready, Step
 from cai_runtime.speech.timing import timed_pieces
 
 SEARCHED = 600  # frames at a window's end in which it is cut: 6 s
-QUIET = 30  # frames over which loudness is averaged: 0.3 s
+SMOOTHED = 5  # frames over which loudness is averaged
+LONG_PAUSE = 60  # frames: of pauses from 0.6 s on, the last is best
 LEAST_REST = 50  # frames: a shorter rest of a window holds no word
 
 
@@ -61,17 +63,24 @@ def _cuts(job: Job) -> Iterator[tuple[int, np.ndarray, int]]:
             if frames == 0:
                 break
             if frames == FRAMES:
-                frames = FRAMES - SEARCHED + quietest(features[-SEARCHED:])
+                frames = FRAMES - SEARCHED + longest_pause(features[-SEARCHED:])
                 silence(features, frames)
             yield seek, features, frames
             seek += frames
 
 
-def quietest(features: np.ndarray) -> int:
-    """The frame in whose neighbourhood log-mel features [frames, mels] are quietest; the last of equals."""
-    power = np.power(10.0, features.astype(np.float64) * 4).mean(axis=1)
-    around = np.convolve(power, np.ones(QUIET), mode="valid")
-    return len(around) - 1 - int(around[::-1].argmin()) + QUIET // 2
+def longest_pause(features: np.ndarray) -> int:
+    """A frame in the longest pause in log-mel features [frames, mels], the last of equals, at most 0.3 s before its end.
+
+    Sentences end in longer pauses than words do, and a window of whole sentences is heard better. The quietest frame
+    is a pause if there is no other.
+    """
+    levels = np.convolve(frame_levels(features), np.ones(SMOOTHED) / SMOOTHED, mode="valid")
+    quiet, loud = np.percentile(levels, (3, 95))
+    threshold = max(min(quiet + 0.3 * (loud - quiet), loud - 8.0), levels.min())  # dB
+    lengths = [(min(end - begin, LONG_PAUSE), end) for begin, end in runs(levels <= threshold)]
+    length, end = max(lengths)
+    return end - length // 2 + SMOOTHED // 2
 
 
 def _begin(job: Job, seek: int, features: np.ndarray, frames: int) -> Generator[Step, Any, Window]:

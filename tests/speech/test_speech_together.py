@@ -14,7 +14,7 @@ from speech import FakeEngine, Track, WordTokenizer, draw_tokens, drive, place, 
 from cai_runtime.speech.decoding import ShareOf
 from cai_runtime.speech.options import Options
 from cai_runtime.speech.prompts import SpeechText
-from cai_runtime.speech.together import quietest
+from cai_runtime.speech.together import SMOOTHED, longest_pause
 from cai_runtime.speech.transcriber import transcribe_steps
 
 TOKENS = small_tokens()
@@ -169,12 +169,27 @@ def test_windows_together_do_not_change_the_text():
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.parametrize("quiet", [0, 250, 485, 970])
-def test_quietest_place(quiet):
-    features = np.random.default_rng(0).uniform(0.5, 1.0, (1000, 4)).astype(np.float32)
-    features[quiet : quiet + 30] = -0.5
-    assert quietest(features) == quiet + 15
-    assert quietest(np.zeros((1000, 4), np.float32)) > 970  # of equals the last: windows are long
+@pytest.mark.parametrize(
+    ("pauses", "cut"),
+    [
+        ([(100, 20), (300, 40), (500, 30)], 320),  # the longest
+        ([(100, 40), (400, 40)], 420),  # the last of equals
+        ([(200, 90), (450, 70)], 490),  # from 0.6 s on, all are equals; near the pause's end
+        ([(0, 50), (580, 20)], 25),  # at the edges, too
+        ([(0, 600)], 570),  # nothing but a pause
+    ],
+)
+def test_windows_are_cut_in_their_longest_pause(pauses, cut):
+    features = np.random.default_rng(0).uniform(0.8, 1.0, (600, 4)).astype(np.float32)
+    for begin, length in pauses:
+        features[begin : begin + length] = -0.5
+    assert abs(longest_pause(features) - cut) <= SMOOTHED
+
+
+def test_without_a_pause_a_window_is_cut_where_it_is_quietest():
+    features = np.full((600, 4), 0.9, np.float32)
+    features[440:450] = 0.85
+    assert 440 <= longest_pause(features) < 450
 
 
 @settings(max_examples=300, deadline=None)
