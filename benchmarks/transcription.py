@@ -7,7 +7,8 @@
 A cell is a model, its weights (fp32, int8), a beam, and whether a file's windows are decoded one after another or 8
 together. At fp32, "ours as stored" computes as "ours" does, with weights held in fp16 as in the file, which is our default.
 Every contender of a cell is a process of its own, with the model loaded and one file heard; both live side by side and take
-turns, file by file. Words come from one pass over the corpus (English alone for tiny.en). Speed is seconds of audio per
+turns, file by file. Words come from --starts passes over the corpus (English alone for tiny.en): a file that begins a
+little later is heard a little differently, and one pass may be half a point from the next. Speed is seconds of audio per
 second, of decoding a file of --minutes of English speech and transcribing it, the median of --rounds. Each round's file
 begins a little later, since our encoder's pages are found again by their content. Memory is the process's peak. Options are
 each library's defaults, but the language is given. faster-whisper's batched mode by default finds speech first and writes
@@ -19,6 +20,7 @@ Writes benchmarks/results/transcription.json after each cell: what is measured a
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 import time
 from collections import defaultdict
@@ -70,26 +72,33 @@ def speech_file(lines: list[dict[str, Any]], minutes: float, out: Path, skipped:
     return join(chosen, out, skipped)
 
 
-def measure_words(workers: Mapping[str, Worker], lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def measure_words(
+    workers: Mapping[str, Worker], lines: list[dict[str, Any]], starts: int, scratch: Path
+) -> dict[str, dict[str, Any]]:
     """For each contender: errors in all and by language and kind."""
     normal = Normalizer()
     found: dict[str, defaultdict[str, Errors]] = {who: defaultdict(Errors) for who in workers}
-    by_file: dict[str, dict[str, float]] = {who: {} for who in workers}
-    for line in lines:
+    by_file: dict[str, defaultdict[str, Errors]] = {who: defaultdict(Errors) for who in workers}
+    for line, start in itertools.product(lines, range(starts)):
+        file = line["audio"]
+        if start:
+            file = scratch / "shifted.flac"
+            join([line], file, start * SKIPPED)
         for who, worker in workers.items():
             time.sleep(REST)
-            answer = worker.hear(line["audio"], line["language"])
+            answer = worker.hear(file, line["language"])
             heard = " ".join(text.strip() for _, _, text in answer["segments"])
             count = errors(normal(line["text"], line["language"]), normal(heard, line["language"]))
             for group in ("all", f"{line['language']} {line['kind']}"):
                 found[who][group] += count
-            by_file[who][line["audio"].stem] = round(count.percent, 2)
+            by_file[who][line["audio"].stem] += count
     audio = sum(line["seconds"] for line in lines)
     return {
         who: {
             "minutes": round(audio / 60, 2),
+            "starts": starts,
             "word_errors": {group: count.row() for group, count in found[who].items()},
-            "word_error_by_file": by_file[who],
+            "word_error_by_file": {name: round(count.percent, 2) for name, count in by_file[who].items()},
         }
         for who in workers
     }
@@ -109,7 +118,11 @@ def measure_speed(workers: Mapping[str, Worker], speech: Sequence[tuple[Path, fl
 
 
 def measure_cell(
-    cell: Mapping[str, Any], args: argparse.Namespace, lines: list[dict[str, Any]], speech: Sequence[tuple[Path, float]]
+    cell: Mapping[str, Any],
+    args: argparse.Namespace,
+    lines: list[dict[str, Any]],
+    speech: Sequence[tuple[Path, float]],
+    scratch: Path,
 ) -> Any:
     """The rows of a cell, one for each contender."""
     heard = [line for line in lines if line["language"] == "en" or not cell["model"].endswith(".en")]
@@ -125,7 +138,7 @@ def measure_cell(
             for who, found in measure_speed(workers, speech).items():
                 rows[who] |= found
         if not args.no_words:
-            for who, found in measure_words(workers, heard).items():
+            for who, found in measure_words(workers, heard, args.starts, scratch).items():
                 rows[who] |= found
         if args.rounds:
             for who, worker in workers.items():
@@ -151,6 +164,7 @@ def main() -> None:
     parser.add_argument("--beams", nargs="+", type=int, default=[1, 5], metavar="N")
     parser.add_argument("--minutes", type=float, default=5.0, help="of the file that speed is measured on (default 5)")
     parser.add_argument("--rounds", type=int, default=3, help="of it; 0: measure words alone")
+    parser.add_argument("--starts", type=int, default=1, help="passes over the corpus, each a little later (default 1)")
     parser.add_argument("--no-words", action="store_true", help="measure speed and memory alone")
     parser.add_argument("--files", default="", metavar="TEXT", help="only corpus files with this in their name")
     parser.add_argument("--corpus", type=Path, metavar="DIR")
@@ -163,7 +177,7 @@ def main() -> None:
         lines = [line for line in lines if args.files in line["audio"].stem]
         print(f"| {' | '.join(KEY)} | speed | peak MB | word error % |\n|{'---|' * 8}", flush=True)
         for cell in cells(args):
-            rows = measure_cell(cell, args, lines, speech)
+            rows = measure_cell(cell, args, lines, speech, Path(scratch))
             write_results(args.json, "transcription", rows, KEY)
             print("\n".join(map(shown, rows)), flush=True)
 
