@@ -174,9 +174,9 @@ def test_windows_together_do_not_change_the_text():
     [
         ([(100, 20), (300, 40), (500, 30)], 320),  # the longest
         ([(100, 40), (400, 40)], 420),  # the last of equals
-        ([(200, 90), (450, 70)], 490),  # from 0.6 s on, all are equals; near the pause's end
+        ([(200, 90), (450, 70)], 480),  # from 0.6 s on, all are equals; near the pause's begin
         ([(0, 50), (580, 20)], 25),  # at the edges, too
-        ([(0, 600)], 570),  # nothing but a pause
+        ([(0, 600)], 30),  # nothing but a pause
     ],
 )
 def test_windows_are_cut_in_their_longest_pause(pauses, cut):
