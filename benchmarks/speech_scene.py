@@ -95,7 +95,7 @@ def judge(scene: Mapping[str, Any], segments: Sequence[Any], until: float = floa
     start before the one before them, or end behind the file.
     """
     normal = Normalizer()
-    parts = [part for part in scene["parts"] if part["end"] <= until]
+    parts = scene["parts"]
     heard: list[list[str]] = [[] for _ in parts]
     invented: list[tuple[float, str]] = []
     starts, ends = (np.array([part[name] for part in parts]) for name in ("start", "end"))
@@ -111,14 +111,16 @@ def judge(scene: Mapping[str, Any], segments: Sequence[Any], until: float = floa
                 heard[touched[away.argmin()]].append(word)
             elif normal(word, "en"):
                 invented.append((round(moment, 2), word))
-    total, passages, lost = Errors(), 0, 0
+    total, passages, lost, speech = Errors(), 0, 0, 0.0
     for part, words in zip(parts, heard, strict=True):
+        if part["end"] > until:
+            break
+        speech += (part["end"] - part["start"]) / 3600
         said, got = normal(part["text"], "en"), normal(" ".join(words), "en")
         total += errors(said, got)
         for run in lost_runs(said, got):
             passages, lost = passages + 1, lost + run
     hours = min(scene["seconds"], until) / 3600
-    speech = sum(part["end"] - part["start"] for part in parts) / 3600
     return {
         "hours": round(hours, 3),
         "speech_hours": round(speech, 3),

@@ -1,18 +1,23 @@
-"""Windows one after the other: each begins where the text before it ended, and has that text as its prompt."""
+"""Windows one after the other: each begins where the text before it ended, and has that text as its prompt.
+
+Where a window's text passes over sound, it is decoded again without the text before it, and the better result is taken.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Generator
 from typing import Any
 
-from cai_runtime.speech.decoding import is_silence
-from cai_runtime.speech.job import Job
+from cai_runtime.speech.decoding import Decoded, is_silence
+from cai_runtime.speech.job import Job, Window
 from cai_runtime.speech.record import last_word_end
 from cai_runtime.speech.results import Segment
 from cai_runtime.speech.segments import split_by_times
 from cai_runtime.speech.steps import FRAMES_PER_SECOND, Need, Step
 from cai_runtime.speech.timing import timed_pieces
+from cai_runtime.speech.unheard import unheard_seconds
 
+GAIN = 2.0  # seconds of sound that text without a prompt must have more text for, to be taken
 LEAST_REST = 10  # frames: what is left behind a window holds no word if it is shorter
 
 
@@ -30,18 +35,34 @@ def in_sequence(job: Job) -> Generator[Step, Any, None]:
             yield job.done(segments, seek)
 
 
-def _window(job: Job, features: Any, frames: int, seek: int) -> Generator[Step, Any, tuple[int, list[Segment]]]:
-    """(frames to the next window, segments) of the window at `seek`."""
-    options, record = job.options, job.record
-    window = yield from job.begin(seek, features, frames, record.previous)
+def _decode(
+    job: Job, seek: int, features: Any, frames: int, previous: list[int]
+) -> Generator[Step, Any, tuple[Window, Decoded]]:
+    window = yield from job.begin(seek, features, frames, previous)
     decoded = None
     while decoded is None:
         finished = yield Need(window.task.requests())
         decoded = window.task.take(finished)
-    record.count(decoded)
+    job.record.count(decoded)
+    return window, decoded
+
+
+def _window(job: Job, features: Any, frames: int, seek: int) -> Generator[Step, Any, tuple[int, list[Segment]]]:
+    """(frames to the next window, segments) of the window at `seek`."""
+    options, record = job.options, job.record
+    previous = record.previous
+    window, decoded = yield from _decode(job, seek, features, frames, previous)
     if is_silence(decoded, options):
         return frames, []
     split = split_by_times(decoded.tokens, job.tokens, frames)
+    if previous and record.segments and not options.without_timestamps:  # a caller's prompt is not taken away
+        unheard = unheard_seconds(split, features[:frames], job.tokens.eot)
+        other = (yield from _decode(job, seek, features, frames, [])) if unheard else (window, decoded)
+        other_split = split_by_times(other[1].tokens, job.tokens, frames)
+        sound = other[1].temperature <= options.prompt_reset_on_temperature and not is_silence(other[1], options)
+        if sound and unheard - unheard_seconds(other_split, features[:frames], job.tokens.eot) >= GAIN:
+            (window, decoded), split = other, other_split
+            record.forget()
     advance = split.advance
     pieces = yield from timed_pieces(job, window, decoded, split.pieces)
     end = last_word_end(pieces)

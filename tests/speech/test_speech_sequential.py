@@ -71,6 +71,37 @@ def test_text_before_is_the_prompt():
     assert prompts[:2] == [[TOKENS.sot_prev, 7, TOKENS.sot], [TOKENS.sot]]
 
 
+@pytest.mark.parametrize("better", [True, False])
+def test_sound_that_text_passes_over_is_heard_again_without_the_text_before(better):
+    full = [(3000 + k * 100, 3000 + k * 100 + 100, [k % 90 + 1, 7, 8]) for k in range(20)]
+    passed_over = [(3000, 5000, [5])]
+
+    def script(encoder, so_far, prompt):
+        begin = place(encoder)
+        words = (
+            [(0, 3000, [1] * 60)] if begin == 0 else passed_over if TOKENS.sot_prev in so_far or not better else full
+        )
+        said = []
+        for start, end, ids in words:
+            said += [T + (start - begin) // 2, *ids, T + (end - begin) // 2]
+        row = np.full(TOKENS.vocabulary, -1e3, np.float32)
+        done = len(so_far) - prompt
+        row[said[done] if done < len(said) else TOKENS.eot] = 0
+        return row
+
+    transcript, _, engine, _ = run(5000, script, replace(GREEDY, compression_ratio_threshold=None))
+    prompts = [request.segments[1] for request in engine.requests if request.sampling.max_tokens > 1]
+    assert [TOKENS.sot_prev in ids for ids in prompts] == [False, True, False]
+    heard = [(s.start, s.end) for s in transcript.segments]
+    expected = full if better else passed_over
+    assert heard == [(0.0, 30.0)] + [(start / 100, end / 100) for start, end, _ in expected]
+
+
+def test_a_callers_prompt_is_not_taken_away_where_text_passes_over_sound():
+    _, _, engine, _ = run(3000, spoken([(0, 2900, 1)]), replace(GREEDY, initial_prompt="w7"))
+    assert all(TOKENS.sot_prev in ids for ids in (r.segments[1] for r in engine.requests) if len(ids) > 1)
+
+
 def test_prefix_belongs_to_the_first_window_and_hotwords_to_all():
     options = replace(GREEDY, prefix="w5", hotwords="w9")
     script = scripted(lambda encoder: [1, T + 1000, T + 1000, 2] if place(encoder) == 0 else [T, 2, T + 700], TOKENS)
@@ -167,7 +198,7 @@ def test_language_is_detected_once():
     assert transcript.language == "de"
     assert transcript.language_probability == pytest.approx(1 / (1 + np.exp(-1) + np.exp(-3)), abs=1e-6)
     probes = [r for r in engine.requests if r.sampling.max_tokens == 1]
-    assert len(probes) == 3  # one for the language, one a window for whether there is speech
+    assert len(probes) == 4  # one for the language, one an attempt for whether there is speech
     assert engine.requests[1].segments[1] == [MANY.sot, MANY.languages["de"], MANY.transcribe]
     transcript, _, engine, _ = run(3000, german, replace(GREEDY, languages=("en", "fr")), tokens=MANY)
     assert transcript.language == "fr"

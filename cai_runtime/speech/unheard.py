@@ -1,0 +1,54 @@
+"""Finds sound that a window's text passes over: a sentence's time with a word in it, or no text at all.
+
+Text before a window, given as its prompt, can make the decoder skip speech: it goes on from a wrong place, or repeats a
+word that was invented over noise. The text is likely, so neither its probability nor its compression tells. Its rate does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cai_runtime.speech.segments import Split
+from cai_runtime.speech.sounding import Span, intersect, sounding_spans
+from cai_runtime.speech.steps import FRAMES_PER_SECOND
+
+SLOWEST = 1.0  # text tokens a second; speech has 3 to 5, and slow speech 2
+SHORTEST = 5.0  # seconds of sound in a stretch that count: shorter ones may be breath, laughter, a click
+
+
+def unheard_seconds(split: Split, features: np.ndarray, eot: int) -> float:
+    """Seconds of sound in stretches that hold less text than any speech.
+
+    split: of the window's tokens. features: fp32 [frames, mels], audio alone, no padding. eot: text tokens are below it.
+    A stretch is a piece, or the time between pieces, before the first one or behind the last one. Music and noise sound,
+    too, so that this is no proof that speech was missed.
+    """
+    sounding = sounding_spans(features)
+    return sum(
+        length
+        for span, count in _stretches(split, eot)
+        if (length := _length(intersect([span], sounding))) >= SHORTEST and count < SLOWEST * length
+    )
+
+
+def _stretches(split: Split, eot: int) -> list[tuple[Span, int]]:
+    """(seconds of a stretch, text tokens in it)."""
+    found, reached = [], 0
+    for piece in split.pieces:
+        if piece.start > reached:
+            found.append((_span(reached, piece.start), 0))
+        found.append((_span(piece.start, piece.end), sum(token < eot for token in piece.tokens)))
+        reached = max(reached, piece.end)
+    if split.advance > reached:
+        found.append((_span(reached, split.advance), 0))
+    return found
+
+
+def _span(begin: int, end: int) -> Span:
+    return begin / FRAMES_PER_SECOND, end / FRAMES_PER_SECOND
+
+
+def _length(spans: Sequence[Span]) -> float:
+    return sum(end - begin for begin, end in spans)
