@@ -12,7 +12,8 @@ from cai_runtime.speech.decoding import Decoded, is_silence
 from cai_runtime.speech.job import Job, Window
 from cai_runtime.speech.record import last_word_end
 from cai_runtime.speech.results import Segment
-from cai_runtime.speech.segments import split_by_times
+from cai_runtime.speech.segments import Split, split_by_times
+from cai_runtime.speech.sounding import sounding_spans
 from cai_runtime.speech.steps import FRAMES_PER_SECOND, Need, Step
 from cai_runtime.speech.timing import timed_pieces
 from cai_runtime.speech.unheard import unheard_seconds
@@ -47,6 +48,23 @@ def _decode(
     return window, decoded
 
 
+def _without_previous(
+    job: Job, window: Window, split: Split
+) -> Generator[Step, Any, tuple[Window, Decoded, Split] | None]:
+    """The window decoded without the text before it, where that passes over less sound; None where it does not."""
+    options, eot = job.options, job.tokens.eot
+    sounding = sounding_spans(window.features[: window.frames])
+    unheard = unheard_seconds(split, sounding, eot)
+    if not unheard:
+        return None
+    other, decoded = yield from _decode(job, window.seek, window.features, window.frames, [])
+    if is_silence(decoded, options) or decoded.temperature > options.prompt_reset_on_temperature:
+        return None
+    other_split = split_by_times(decoded.tokens, job.tokens, window.frames)
+    gained = unheard - unheard_seconds(other_split, sounding, eot)
+    return (other, decoded, other_split) if gained >= GAIN else None
+
+
 def _window(job: Job, features: Any, frames: int, seek: int) -> Generator[Step, Any, tuple[int, list[Segment]]]:
     """(frames to the next window, segments) of the window at `seek`."""
     options, record = job.options, job.record
@@ -56,12 +74,9 @@ def _window(job: Job, features: Any, frames: int, seek: int) -> Generator[Step, 
         return frames, []
     split = split_by_times(decoded.tokens, job.tokens, frames)
     if previous and record.segments and not options.without_timestamps:  # a caller's prompt is not taken away
-        unheard = unheard_seconds(split, features[:frames], job.tokens.eot)
-        other = (yield from _decode(job, seek, features, frames, [])) if unheard else (window, decoded)
-        other_split = split_by_times(other[1].tokens, job.tokens, frames)
-        sound = other[1].temperature <= options.prompt_reset_on_temperature and not is_silence(other[1], options)
-        if sound and unheard - unheard_seconds(other_split, features[:frames], job.tokens.eot) >= GAIN:
-            (window, decoded), split = other, other_split
+        better = yield from _without_previous(job, window, split)
+        if better is not None:
+            window, decoded, split = better
             record.forget()
     advance = split.advance
     pieces = yield from timed_pieces(job, window, decoded, split.pieces)

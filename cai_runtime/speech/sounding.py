@@ -1,4 +1,4 @@
-"""Finds where a window of log-mel features sounds, by its energy alone: for word times without voice activity detection."""
+"""Finds where a window of log-mel features sounds, and where it pauses, by its energy alone."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ FLAT = 12.0  # dB between quiet and loud frames below which a window has no sile
 SILENCE = 0.3  # seconds of quiet that part two spans: shorter pauses occur within words
 CLICK = 0.05  # seconds: a shorter sound is no word
 SPEECH_RANGE = 25.0  # dB between a span's loud frames and its first and last ones
+SMOOTHED = 5  # frames over which loudness is averaged to find pauses
+LONG_PAUSE = 60  # frames: of pauses from 0.6 s on, the last is best; the next window has what is behind 0.3 s of it
 MARGIN = 0.04  # seconds that a span begins earlier and ends later: soft consonants at a word's ends
 
 
@@ -36,9 +38,9 @@ def sounding_spans(features: np.ndarray) -> list[Span]:
     quiet, loud = np.percentile(levels, (10, 95))
     if loud - quiet < FLAT:
         return [(0.0, frames / FRAMES_PER_SECOND)]
-    threshold = min(max(quiet + 0.3 * (loud - quiet), loud - 40.0), loud - 8.0)
+    threshold = max(_quietest_sound(quiet, loud), loud - 40.0)
     joined: list[list[int]] = []
-    for begin, end in runs(levels > threshold):
+    for begin, end in _runs(levels > threshold):
         if joined and begin - joined[-1][1] < SILENCE * FRAMES_PER_SECOND:
             joined[-1][1] = end
         else:
@@ -56,6 +58,19 @@ def sounding_spans(features: np.ndarray) -> list[Span]:
     return found
 
 
+def longest_pause(features: np.ndarray) -> int:
+    """A frame in the longest pause in log-mel features [frames, mels], the last of equals, at most 0.3 s from its begin.
+
+    Sentences end in longer pauses than words do, and a window of whole sentences is heard better. The quietest frame
+    is a pause if there is no other.
+    """
+    levels = np.convolve(frame_levels(features), np.ones(SMOOTHED) / SMOOTHED, mode="valid")
+    quiet, loud = np.percentile(levels, (3, 95))
+    threshold = max(_quietest_sound(quiet, loud), levels.min())
+    length, begin = max((min(end - begin, LONG_PAUSE), begin) for begin, end in _runs(levels <= threshold))
+    return begin + length // 2 + SMOOTHED // 2
+
+
 def intersect(one: list[Span], other: list[Span]) -> list[Span]:
     """What two lists of spans, each in order and apart, have in common."""
     found, i, j = [], 0, 0
@@ -70,7 +85,12 @@ def intersect(one: list[Span], other: list[Span]) -> list[Span]:
     return found
 
 
-def runs(mask: np.ndarray) -> list[tuple[int, int]]:
+def _quietest_sound(quiet: float, loud: float) -> float:
+    """dB above which a frame sounds. quiet, loud: dB of quiet and of loud frames."""
+    return min(quiet + 0.3 * (loud - quiet), loud - 8.0)
+
+
+def _runs(mask: np.ndarray) -> list[tuple[int, int]]:
     """Begin and end of each run of true values."""
     edges = np.flatnonzero(np.diff(np.concatenate(([False], mask, [False])).astype(np.int8)))
     return [(int(begin), int(end)) for begin, end in zip(edges[::2], edges[1::2], strict=True)]

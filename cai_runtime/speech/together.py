@@ -17,13 +17,11 @@ import numpy as np
 from cai_runtime.speech.decoding import Decoded, is_silence
 from cai_runtime.speech.job import Job, Window, silence
 from cai_runtime.speech.segments import Piece, split_by_times
-from cai_runtime.speech.sounding import frame_levels, runs, sounding_spans
+from cai_runtime.speech.sounding import longest_pause, sounding_spans
 from cai_runtime.speech.steps import FRAMES, FRAMES_PER_SECOND, Answer, Ask, Ready, Step
 from cai_runtime.speech.timing import timed_pieces
 
 SEARCHED = 600  # frames at a window's end in which it is cut: 6 s
-SMOOTHED = 5  # frames over which loudness is averaged
-LONG_PAUSE = 60  # frames: of pauses from 0.6 s on, the last is best; the next window has what is behind 0.3 s of it
 LEAST_REST = 50  # frames: a shorter rest of a window holds no word
 
 
@@ -67,19 +65,6 @@ def _cuts(job: Job) -> Iterator[tuple[int, np.ndarray, int]]:
                 silence(features, frames)
             yield seek, features, frames
             seek += frames
-
-
-def longest_pause(features: np.ndarray) -> int:
-    """A frame in the longest pause in log-mel features [frames, mels], the last of equals, at most 0.3 s from its begin.
-
-    Sentences end in longer pauses than words do, and a window of whole sentences is heard better. The quietest frame
-    is a pause if there is no other.
-    """
-    levels = np.convolve(frame_levels(features), np.ones(SMOOTHED) / SMOOTHED, mode="valid")
-    quiet, loud = np.percentile(levels, (3, 95))
-    threshold = max(min(quiet + 0.3 * (loud - quiet), loud - 8.0), levels.min())  # dB
-    length, begin = max((min(end - begin, LONG_PAUSE), begin) for begin, end in runs(levels <= threshold))
-    return begin + length // 2 + SMOOTHED // 2
 
 
 def _begin(job: Job, seek: int, features: np.ndarray, frames: int) -> Generator[Step, Any, Window]:

@@ -8,24 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from cai_runtime.speech.segments import Split
-from cai_runtime.speech.sounding import Span, intersect, sounding_spans
+from cai_runtime.speech.sounding import Span, intersect
 from cai_runtime.speech.steps import FRAMES_PER_SECOND
 
 SLOWEST = 1.0  # text tokens a second; speech has 3 to 5, and slow speech 2
 SHORTEST = 5.0  # seconds of sound in a stretch that count: shorter ones may be breath, laughter, a click
 
 
-def unheard_seconds(split: Split, features: np.ndarray, eot: int) -> float:
+def unheard_seconds(split: Split, sounding: list[Span], eot: int) -> float:
     """Seconds of sound in stretches that hold less text than any speech.
 
-    split: of the window's tokens. features: fp32 [frames, mels], audio alone, no padding. eot: text tokens are below it.
+    split: of the window's tokens. sounding: spans of the window, see `sounding_spans`. eot: text tokens are below it.
     A stretch is a piece, or the time between pieces, before the first one or behind the last one. Music and noise sound,
     too, so that this is no proof that speech was missed.
     """
-    sounding = sounding_spans(features)
     return sum(
         length
         for span, count in _stretches(split, eot)

@@ -76,20 +76,20 @@ def test_sound_that_text_passes_over_is_heard_again_without_the_text_before(bett
     full = [(3000 + k * 100, 3000 + k * 100 + 100, [k % 90 + 1, 7, 8]) for k in range(20)]
     passed_over = [(3000, 5000, [5])]
 
-    def script(encoder, so_far, prompt):
-        begin = place(encoder)
-        words = (
-            [(0, 3000, [1] * 60)] if begin == 0 else passed_over if TOKENS.sot_prev in so_far or not better else full
-        )
-        said = []
-        for start, end, ids in words:
-            said += [T + (start - begin) // 2, *ids, T + (end - begin) // 2]
-        row = np.full(TOKENS.vocabulary, -1e3, np.float32)
-        done = len(so_far) - prompt
-        row[said[done] if done < len(said) else TOKENS.eot] = 0
-        return row
+    def saying(then):
+        def script(encoder):
+            begin = place(encoder)
+            words = then if begin else [(0, 3000, [1] * 60)]
+            return [t for start, end, ids in words for t in (T + (start - begin) // 2, *ids, T + (end - begin) // 2)]
 
-    transcript, _, engine, _ = run(5000, script, replace(GREEDY, compression_ratio_threshold=None))
+        return scripted(script, TOKENS)
+
+    with_text, without = saying(passed_over), saying(full if better else passed_over)
+
+    def model(encoder, so_far, prompt):
+        return (with_text if TOKENS.sot_prev in so_far else without)(encoder, so_far, prompt)
+
+    transcript, _, engine, _ = run(5000, model, replace(GREEDY, compression_ratio_threshold=None))
     prompts = [request.segments[1] for request in engine.requests if request.sampling.max_tokens > 1]
     assert [TOKENS.sot_prev in ids for ids in prompts] == [False, True, False]
     heard = [(s.start, s.end) for s in transcript.segments]

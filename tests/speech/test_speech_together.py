@@ -14,7 +14,7 @@ from speech import FakeEngine, Track, WordTokenizer, draw_tokens, drive, place, 
 from cai_runtime.speech.decoding import ShareOf
 from cai_runtime.speech.options import Options
 from cai_runtime.speech.prompts import SpeechText
-from cai_runtime.speech.together import SMOOTHED, longest_pause
+from cai_runtime.speech.sounding import SMOOTHED, longest_pause
 from cai_runtime.speech.transcriber import transcribe_steps
 
 TOKENS = small_tokens()

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from speech import small_tokens
 
 from cai_runtime.speech.segments import split_by_times
+from cai_runtime.speech.sounding import sounding_spans
 from cai_runtime.speech.unheard import unheard_seconds
-from tests.helpers.speech import small_tokens
 
 TOKENS = small_tokens()
 T = TOKENS.timestamp_begin
@@ -15,7 +16,7 @@ def unheard(token_ids, sounding=((0, 3000),), frames=3000):
     features = np.full((frames, 4), -0.8, np.float32)
     for begin, end in sounding:
         features[begin:end] = 0.9
-    return unheard_seconds(split_by_times(token_ids, TOKENS, frames), features, TOKENS.eot)
+    return unheard_seconds(split_by_times(token_ids, TOKENS, frames), sounding_spans(features), TOKENS.eot)
 
 
 def piece(start, end, words):
