@@ -2,6 +2,7 @@ import builtins
 import io
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -169,10 +170,13 @@ class Terminal:
     def wait_for(self, text):
         """Read on until `text` has come, and forget what came before its end."""
         while text not in self.seen:
-            piece = os.read(self.master, 4096)
-            assert piece, f"ended before {text!r}: {self.seen!r}"
-            self.seen += piece
+            self.read(f"no {text!r}")
         self.seen = self.seen.partition(text)[2]
+
+    def read(self, problem):
+        readable, _, _ = select.select([self.master], [], [], 120)
+        assert readable, f"{problem} for two minutes: {self.seen[-200:]!r}"
+        self.seen += os.read(self.master, 4096)
 
     def type(self, line):
         os.write(self.master, line + b"\n")
@@ -192,7 +196,7 @@ def test_at_a_terminal_ctrl_c_stops_a_real_answer(tiny_dir):
             terminal.type(b"go on for thousands of tokens")
             terminal.wait_for(b"tokens\r\n")
             while len(terminal.seen) < 20:  # the answer is under way
-                terminal.seen += os.read(terminal.master, 4096)
+                terminal.read("no answer")
             terminal.process.send_signal(signal.SIGINT)
             terminal.wait_for(b"(stopped)")
             terminal.wait_for(b"> ")
