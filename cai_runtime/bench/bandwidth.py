@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 MIN_BUFFER = 512 << 20
 PASSES = 5
+LONGEST = 2.0  # seconds of matrix products, after which no further pass begins
 MATRIX = {"cpu": 1536, "cuda": 8192}  # rows and columns of the square matrices
 MATRIX_DTYPES = ("float32", "bfloat16")
 
@@ -69,8 +70,8 @@ def matmul_rates(device: str = "cpu", *, threads: int | None = None, size: int |
     """Operations per second of torch's matrix product in fp32 and bf16, by dtype. A multiply-add is two operations.
 
     The matrices have `size` rows and columns; default 1536 on a CPU and 8192 on a GPU, enough for the best rate. The fastest
-    of five passes counts. The bf16 rate shows whether the processor has bf16 instructions. threads: as in
-    `read_bandwidth`.
+    of six passes counts, of fewer where they take more than two seconds: without bf16 instructions a pass may take ten. The
+    bf16 rate shows whether the processor has them. threads: as in `read_bandwidth`.
     """
     import torch
 
@@ -82,13 +83,13 @@ def matmul_rates(device: str = "cpu", *, threads: int | None = None, size: int |
     with torch.inference_mode():
         for name in MATRIX_DTYPES:
             a, b = (torch.rand(n, n, device=device).to(getattr(torch, name)) for _ in range(2))
-            out = torch.mm(a, b)
-            fastest = float("inf")
-            for _ in range(PASSES):
+            out = torch.empty_like(a)
+            seconds: list[float] = []
+            while len(seconds) <= PASSES and sum(seconds) < LONGEST:
                 start = time.perf_counter()
                 torch.mm(a, b, out=out)
                 if on_gpu:
                     torch.cuda.synchronize(device)
-                fastest = min(fastest, time.perf_counter() - start)
-            rates[name] = 2 * n**3 / fastest
+                seconds.append(time.perf_counter() - start)
+            rates[name] = 2 * n**3 / min(seconds)
     return rates
