@@ -7,7 +7,8 @@ DIR (default: speech-corpus in cai_runtime's cache) gets FLAC files at 16 kHz an
 file: "audio", "text", "language", "voice", "kind" ("recorded" or "synthesized"), "seconds" and "sentences", each with its
 start and end in seconds. Files are kept; a run goes on where the last one stopped.
 
-DIR/calibration gets six more files of joe's, of sentences that are in no other file, to make checkpoints with.
+DIR/calibration gets other sentences, to make checkpoints with: six files of joe's, of two more voices of Kokoro's each, and
+the announcements that are in no other file.
 
 Always made, from packages: Beckett's line of the speech sample; sentences of the Wikipedia sample's last quarter, spoken by
 Piper's joe and by a voice of Kokoro; seven Spanish passages, spoken by two voices of Kokoro.
@@ -42,6 +43,7 @@ TEXTS = Path(__file__).with_name("speech_texts.json")
 BECKETT = "Ever tried. Ever failed. No matter. Try again. Fail again. Fail better."
 KENNEDY = "And so, my fellow Americans, ask not what your country can do for you, ask what you can do for your country."
 JOE_FILES, KOKORO_FILES, CALIBRATION_FILES, SENTENCES = 9, 3, 6, 12  # English files of each, and sentences in each
+CALIBRATION_VOICES = "jf_gongitsune", "jf_nezumi"  # heard in no other file
 PROMPTS, PROMPT_FILES, PROMPT_WORDS = 10, 6, 5  # announcements of a file, files of a language, fewest words of one
 PAUSES = 0.25, 0.9  # shortest and longest silence between sentences, seconds
 
@@ -117,22 +119,29 @@ def add_joe(corpus: Corpus, joe: Joe, groups: Sequence[list[str]]) -> None:
         corpus.add(f"en-joe-{number}", "en", "joe", "synthesized", lambda g=group: synthesize(joe, "en", g))
 
 
+def add_kokoro(corpus: Corpus, voice: Kokoro, language: str, name: str, groups: Sequence[list[str]]) -> None:
+    for number, group in enumerate(groups, 1):
+        corpus.add(
+            f"{language}-{name}-{number}", language, name, "synthesized",
+            lambda g=group: synthesize(voice, language, g),
+        )  # fmt: skip
+
+
 def add_synthesized(corpus: Corpus, calibration: Corpus) -> None:
     phonemes = Phonemes()
     splits, joe = split_articles(wikipedia_articles()), Joe(phonemes)
-    add_joe(calibration, joe, groups_of(splits.calibration, CALIBRATION_FILES))
+    prepared = groups_of(splits.calibration, CALIBRATION_FILES * (1 + len(CALIBRATION_VOICES)))
+    add_joe(calibration, joe, prepared[:CALIBRATION_FILES])
+    for number, name in enumerate(CALIBRATION_VOICES, 1):
+        part = prepared[number * CALIBRATION_FILES : (number + 1) * CALIBRATION_FILES]
+        add_kokoro(calibration, Kokoro(phonemes, name), "en", name, part)
     groups = groups_of(splits.test, JOE_FILES + KOKORO_FILES)
     add_joe(corpus, joe, groups[:JOE_FILES])
     plan = [("en", "jf_alpha", groups[JOE_FILES:])]
     passages = [re.split(r"(?<=\.) ", text) for text in json.loads(TEXTS.read_text())["es"]]
     plan += [("es", voice, passages) for voice in ("jf_tebukuro", "jm_kumo")]
     for language, name, groups in plan:
-        kokoro = Kokoro(phonemes, name)
-        for number, group in enumerate(groups, 1):
-            corpus.add(
-                f"{language}-{name}-{number}", language, name, "synthesized",
-                lambda g=group, v=kokoro, to=language: synthesize(v, to, g),
-            )  # fmt: skip
+        add_kokoro(corpus, Kokoro(phonemes, name), language, name, groups)
 
 
 def add_packaged(corpus: Corpus) -> None:
@@ -165,7 +174,7 @@ def add_repositories(corpus: Corpus, root: Path) -> None:
     )  # fmt: skip
 
 
-def add_announcements(corpus: Corpus, root: Path) -> None:
+def add_announcements(corpus: Corpus, calibration: Corpus, root: Path) -> None:
     for language, folder in (("en", "en_US_f_Allison"), ("es", "es_MX_f_Allison")):
         texts = root / f"usr/share/doc/asterisk-core-sounds-{language}/core-sounds-{language}.txt.gz"
         found: dict[str, Path] = {}
@@ -176,9 +185,9 @@ def add_announcements(corpus: Corpus, root: Path) -> None:
             if plain and path.is_file():
                 found.setdefault(text.strip(), path)
         prompts = list(found.items())
-        for number in range(min(PROMPT_FILES, len(prompts) // PROMPTS)):
+        for number in range(len(prompts) // PROMPTS):
             group = prompts[number * PROMPTS : (number + 1) * PROMPTS]
-            corpus.add(
+            (corpus if number < PROMPT_FILES else calibration).add(
                 f"{language}-announcements-{number + 1}", language, "allison", "recorded",
                 lambda g=group: [Spoken(text, read_audio(path)) for text, path in g],
             )  # fmt: skip
@@ -199,14 +208,15 @@ def main() -> None:
     parser.add_argument("--repositories", type=Path, metavar="DIR", help="clones: whisper, pocketsphinx, TTS")
     parser.add_argument("--debian", type=Path, metavar="DIR", help="where Debian's sound packages were unpacked")
     args = parser.parse_args()
-    corpus = Corpus(args.out)
+    corpus, calibration = Corpus(args.out), Corpus(args.out / "calibration")
     add_packaged(corpus)
     if args.repositories is not None:
         add_repositories(corpus, args.repositories)
     if args.debian is not None:
-        add_announcements(corpus, args.debian)
-    add_synthesized(corpus, Corpus(args.out / "calibration"))
-    print(total(list(corpus.lines.values())))
+        add_announcements(corpus, calibration, args.debian)
+    add_synthesized(corpus, calibration)
+    for each in (corpus, calibration):
+        print(f"{each.directory}: {total(list(each.lines.values()))}")
 
 
 if __name__ == "__main__":

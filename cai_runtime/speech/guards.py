@@ -6,6 +6,7 @@ Signals of a piece of text, each of which may be unknown, and what it says:
     avg_logprob     below -1: the model finds its own tokens unlikely (OpenAI's threshold), or its words look anomalous
     heard           below 0.05: the share of its stretch in which voice activity detection hears speech
     following       below 0.18: the attention of its tokens does not move with the audio; from 0.22 on it does
+    rate            below 1 token a second of sound (`unheard`): a sentence's time with a word in it
 
 Two signals together make text invented, unless its attention follows the audio. The last signal is the sharpest. Measured
 with whisper-tiny.en and whisper-base, greedy: 44 windows of speech (clean, in noise as loud as the speech, beside music and
@@ -30,6 +31,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cai_runtime.speech.alignment import token_matrix, token_starts
+from cai_runtime.speech.unheard import SLOWEST
 
 NO_SPEECH, UNLIKELY = 0.6, -1.0  # OpenAI's thresholds
 UNHEARD = 0.05  # share of a stretch
@@ -46,7 +48,7 @@ class Evidence:
 
     tokens: how many text tokens it has. avg_logprob: their mean natural log probability. no_speech_prob: of its window.
     heard: share of its stretch of audio, 0 to 1, in which there is speech; energy alone is no substitute, as noise is loud,
-    too. following: as `following` gives it.
+    too. following: as `following` gives it. rate: text tokens a second of sound, of a stretch with enough sound to tell.
     anomalous: whether its words look invented (`silences.is_anomalous`).
     """
 
@@ -55,6 +57,7 @@ class Evidence:
     no_speech_prob: float | None = None
     heard: float | None = None
     following: float | None = None
+    rate: float | None = None
     anomalous: bool = False
 
 
@@ -68,7 +71,10 @@ class Verdict:
 
 
 def judge(evidence: Evidence, *, no_speech: float | None = NO_SPEECH, unlikely: float | None = UNLIKELY) -> Verdict:
-    """Whether a piece of text was invented. no_speech, unlikely: the caller's thresholds; None: that signal is not used."""
+    """Whether a piece of text was invented. no_speech, unlikely: the caller's thresholds; None: that signal is not used.
+
+    Without the first one, which says how much text over silence a caller accepts, the rate is not used either.
+    """
     reasons = []
     if no_speech is not None and evidence.no_speech_prob is not None and evidence.no_speech_prob > no_speech:
         reasons.append(f"no speech with probability {evidence.no_speech_prob:.2f}")
@@ -78,10 +84,14 @@ def judge(evidence: Evidence, *, no_speech: float | None = NO_SPEECH, unlikely: 
         reasons.append("words too unlikely, short or long")
     if evidence.heard is not None and evidence.heard < UNHEARD:
         reasons.append(f"speech in {evidence.heard:.0%} of its time")
+    slow = no_speech is not None and evidence.rate is not None and evidence.rate < SLOWEST
+    if slow:
+        reasons.append(f"{evidence.rate:.2f} tokens a second of sound")
     known = evidence.following is not None and evidence.tokens >= FEWEST
     if known and evidence.following < ASTRAY:  # type: ignore[operator]
         reasons.append(f"attention does not follow the audio: {evidence.following:.2f}")
-    follows = known and evidence.following >= FOLLOWS  # type: ignore[operator]
+    # Few tokens over a long stretch look at places far apart, whatever sounds: "Thank you." over 28 s of noise has 0.40.
+    follows = known and not slow and evidence.following >= FOLLOWS  # type: ignore[operator]
     return Verdict(len(reasons) >= SIGNALS and not follows, tuple(reasons), follows)
 
 

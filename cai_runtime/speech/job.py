@@ -17,18 +17,25 @@ from cai_runtime.speech.record import Record, Timed, last_word_end
 from cai_runtime.speech.results import Segment
 from cai_runtime.speech.segments import FRAMES_PER_STEP
 from cai_runtime.speech.silences import drop_invented
+from cai_runtime.speech.sounding import Span, sounding_spans
 from cai_runtime.speech.steps import FRAMES, FRAMES_PER_SECOND, Done, Need, Step, Windows
 from cai_runtime.speech.tokens import SpeechTokens
+
+LEAST_PART = 50  # frames: a shorter part at a window's end holds no word
 
 
 @dataclass(eq=False)
 class Window:
-    """A window that is being transcribed. features: fp32 [3000, mels], `frames` of them audio; seek: the first of them.
-    ticket: of the requests that run for it, where they are not waited for. decoded: its result, once there is one."""
+    """A window that is being transcribed.
+
+    features: fp32 [3000, mels], `frames` of them audio; seek: the first of them. sounding: seconds in which it sounds.
+    ticket: of the requests that run for it, where they are not waited for. decoded: its result, once there is one.
+    """
 
     seek: int
     features: np.ndarray
     frames: int
+    sounding: list[Span]
     encoder: EncoderInput
     language: str
     task: WindowTask
@@ -79,17 +86,20 @@ class Job:
         return codes[best]
 
     def begin(
-        self, seek: int, features: np.ndarray, frames: int, previous: list[int], whole: int = 0
+        self, seek: int, features: np.ndarray, frames: int, previous: list[int], *, whole: bool = False
     ) -> Generator[Step, Any, Window]:
-        """A window that is ready to be asked about. previous: the tokens before its transcript. whole: frames in which no
-        segment that has begun is left to the next window."""
+        """A window that is ready to be asked about. previous: the tokens before its transcript. whole: no segment that has
+        begun is left to the next window, as far as the window sounds."""
         encoder = encoder_input(features, self.tokens.positions)
         language = yield from self.know_language(encoder)
         first, self.started = not self.started, True
         prompt = self.prompts.window(self.tokens.start(language, self.options.task), previous, first=first)
-        steps = whole // FRAMES_PER_STEP
+        sounding = sounding_spans(features[:frames])
+        # Behind the last sound, nothing is left to be heard.
+        last = round(sounding[-1][1] * FRAMES_PER_SECOND) if whole and sounding else 0
+        steps = max(last - LEAST_PART, 0) // FRAMES_PER_STEP
         task = WindowTask(encoder, prompt, seek, self.tokens, self.options, self.text, whole=steps)
-        return Window(seek, features, frames, encoder, language, task)
+        return Window(seek, features, frames, sounding, encoder, language, task)
 
     def without_invented(self, pieces: list[Timed], seek: int, frames: int) -> tuple[list[Timed], int | None]:
         """(pieces of a window that stay, frames of the window after which it is to be heard again, if at all)."""

@@ -13,7 +13,6 @@ from cai_runtime.speech.job import Job, Window
 from cai_runtime.speech.record import last_word_end
 from cai_runtime.speech.results import Segment
 from cai_runtime.speech.segments import Split, split_by_times
-from cai_runtime.speech.sounding import sounding_spans
 from cai_runtime.speech.steps import FRAMES_PER_SECOND, Need, Step
 from cai_runtime.speech.timing import timed_pieces
 from cai_runtime.speech.unheard import unheard_seconds
@@ -53,15 +52,14 @@ def _without_previous(
 ) -> Generator[Step, Any, tuple[Window, Decoded, Split] | None]:
     """The window decoded without the text before it, where that passes over less sound; None where it does not."""
     options, eot = job.options, job.tokens.eot
-    sounding = sounding_spans(window.features[: window.frames])
-    unheard = unheard_seconds(split, sounding, eot)
+    unheard = unheard_seconds(split, window.sounding, eot)
     if not unheard:
         return None
     other, decoded = yield from _decode(job, window.seek, window.features, window.frames, [])
     if is_silence(decoded, options) or decoded.temperature > options.prompt_reset_on_temperature:
         return None
     other_split = split_by_times(decoded.tokens, job.tokens, window.frames)
-    gained = unheard - unheard_seconds(other_split, sounding, eot)
+    gained = unheard - unheard_seconds(other_split, window.sounding, eot)
     return (other, decoded, other_split) if gained >= GAIN else None
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ from cai_runtime.speech.record import Timed
 from cai_runtime.speech.results import Word
 from cai_runtime.speech.segments import Piece
 from cai_runtime.speech.silences import is_anomalous
+from cai_runtime.speech.sounding import Span
 from cai_runtime.speech.steps import FRAMES_PER_SECOND, Need, Step
+from cai_runtime.speech.unheard import slow_rate
 from cai_runtime.speech.words import Line, WordOptions, window_words
 
 
@@ -33,7 +36,8 @@ def timed_pieces(
     Pieces that were invented over silence, noise or music are left out.
     """
     lines = _lines(pieces, decoded, job.tokens.eot)
-    evidence = [_evidence(line, decoded) for line in lines]
+    spans = [(piece.start / FRAMES_PER_SECOND, piece.end / FRAMES_PER_SECOND) for piece in pieces]
+    evidence = [_evidence(line, decoded, span, window.sounding) for line, span in zip(lines, spans, strict=True)]
     suspicious = [is_suspicious(one, **_thresholds(job)) for one in evidence]
     words: list[tuple[Word, ...] | None] = [() if job.options.word_timestamps else None] * len(pieces)
     invented = [False] * len(pieces)
@@ -46,9 +50,12 @@ def timed_pieces(
             words = list(_words(job, window, finished.attention, lead, lines))
         counts = [len(lead), *(len(line.tokens) for line in lines)]
         follows = following(finished.attention, counts, window.frames)[1:] if any(suspicious) else [None] * len(pieces)
+        evidence = [
+            replace(one, following=follow, anomalous=is_anomalous(said or ()))
+            for one, follow, said in zip(evidence, follows, words, strict=True)
+        ]
         invented = [
-            odd and judge(_evidence(line, decoded, follow, said or ()), **_thresholds(job)).invented
-            for odd, line, follow, said in zip(suspicious, lines, follows, words, strict=True)
+            odd and judge(one, **_thresholds(job)).invented for odd, one in zip(suspicious, evidence, strict=True)
         ]
     return [
         _timed(piece, window.seek, said)
@@ -69,14 +76,13 @@ def _lines(pieces: Sequence[Piece], decoded: Decoded, eot: int) -> list[Line]:
     return lines
 
 
-def _evidence(line: Line, decoded: Decoded, follow: float | None = None, words: Sequence[Word] = ()) -> Evidence:
+def _evidence(line: Line, decoded: Decoded, span: Span, sounding: list[Span]) -> Evidence:
     logprobs = [math.log(max(probability, 1e-30)) for probability in line.probabilities]
     return Evidence(
         tokens=len(line.tokens),
         avg_logprob=sum(logprobs) / len(logprobs) if logprobs else None,
         no_speech_prob=decoded.no_speech_prob,
-        following=follow,
-        anomalous=is_anomalous(words),
+        rate=slow_rate(span, len(line.tokens), sounding),
     )
 
 

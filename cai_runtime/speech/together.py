@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 
 from cai_runtime.speech.decoding import Decoded, is_silence
-from cai_runtime.speech.job import Job, Window, silence
+from cai_runtime.speech.job import LEAST_PART, Job, Window, silence
 from cai_runtime.speech.segments import Piece, split_by_times
-from cai_runtime.speech.sounding import longest_pause, sounding_spans
+from cai_runtime.speech.sounding import longest_pause
 from cai_runtime.speech.steps import FRAMES, FRAMES_PER_SECOND, Answer, Ask, Ready, Step
 from cai_runtime.speech.timing import timed_pieces
 
 SEARCHED = 600  # frames at a window's end in which it is cut: 6 s
-LEAST_REST = 50  # frames: a shorter rest of a window holds no word
 
 
 def together(job: Job) -> Generator[Step, Any, None]:
@@ -68,9 +67,7 @@ def _cuts(job: Job) -> Iterator[tuple[int, np.ndarray, int]]:
 
 
 def _begin(job: Job, seek: int, features: np.ndarray, frames: int) -> Generator[Step, Any, Window]:
-    spans = sounding_spans(features[:frames])
-    last = round(spans[-1][1] * FRAMES_PER_SECOND) if spans else 0  # behind it, nothing is left to be heard
-    window = yield from job.begin(seek, features, frames, job.prompts.initial, whole=max(last - LEAST_REST, 0))
+    window = yield from job.begin(seek, features, frames, job.prompts.initial, whole=True)
     window.ticket = yield Ask(window.task.requests())
     return window
 
@@ -84,7 +81,7 @@ def _finish(job: Job, window: Window, decoded: Decoded) -> Generator[Step, Any, 
         timed = yield from timed_pieces(job, window, decoded, pieces)
         timed, again = job.without_invented(timed, window.seek, window.frames)
         heard = heard if again is None else again
-        if window.frames - heard < LEAST_REST:
+        if window.frames - heard < LEAST_PART:
             heard = window.frames
         else:
             features = np.full_like(window.features, window.features.min())

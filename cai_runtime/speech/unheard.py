@@ -30,6 +30,15 @@ def unheard_seconds(split: Split, sounding: list[Span], eot: int) -> float:
     )
 
 
+def slow_rate(span: Span, tokens: int, sounding: list[Span]) -> float | None:
+    """Text tokens a second of sound, of a piece that holds less text than any speech; None of any other piece.
+
+    span: seconds of the window in which the piece lies.
+    """
+    length = _length(intersect([span], sounding))
+    return tokens / length if length >= SHORTEST and tokens < SLOWEST * length else None
+
+
 def _stretches(split: Split, eot: int) -> list[tuple[Span, int]]:
     """(seconds of a stretch, text tokens in it)."""
     found, reached = [], 0

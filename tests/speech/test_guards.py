@@ -1,5 +1,7 @@
 """Invented text by its signals: what each says, that two are needed, and what outweighs them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -36,6 +38,7 @@ BAD = {
     "avg_logprob": (-2.0, "unlikely: mean log probability -2.00"),
     "anomalous": (True, "words too"),
     "heard": (0.0, "speech in 0% of its time"),
+    "rate": (0.07, "0.07 tokens a second of sound"),
     "following": (0.05, "attention does not follow the audio: 0.05"),
 }
 
@@ -75,6 +78,10 @@ def test_thresholds_are_the_callers():
     assert not judge(loop, no_speech=None).invented
     assert not judge(loop, no_speech=0.95).invented
     assert judge(loop, no_speech=None, unlikely=-0.3).invented
+    few = Evidence(tokens=2, avg_logprob=-2.0, rate=0.1)
+    assert judge(few).invented
+    assert not judge(few, no_speech=None).invented
+    assert judge(replace(few, tokens=3, following=FOLLOWS)).invented  # too few to follow
 
 
 @pytest.mark.parametrize("rows", [3, 12, 80])

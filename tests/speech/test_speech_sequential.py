@@ -99,7 +99,8 @@ def test_sound_that_text_passes_over_is_heard_again_without_the_text_before(bett
 
 def test_a_callers_prompt_is_not_taken_away_where_text_passes_over_sound():
     _, _, engine, _ = run(3000, spoken([(0, 2900, 1)]), replace(GREEDY, initial_prompt="w7"))
-    assert all(TOKENS.sot_prev in ids for ids in (r.segments[1] for r in engine.requests) if len(ids) > 1)
+    decoded = [r.segments[1] for r in engine.requests if r.alignment is None]
+    assert all(TOKENS.sot_prev in ids for ids in decoded if len(ids) > 1)
 
 
 def test_prefix_belongs_to_the_first_window_and_hotwords_to_all():
@@ -137,7 +138,7 @@ def test_text_of_a_control_token_is_no_control_token(whisper_dir):
 
 
 def test_silence_is_skipped_unless_the_text_is_likely():
-    logits = spoken([(0, 2900, 1)])
+    logits = spoken([(at, at + 80, at // 90 + 1) for at in range(0, 2900, 90)])
 
     def silent(encoder, so_far, prompt):
         row = logits(encoder, so_far, prompt) * (0.1 if len(so_far) > prompt else 1)
@@ -150,9 +151,9 @@ def test_silence_is_skipped_unless_the_text_is_likely():
     assert transcript.segments == ()
     assert {done.end for done in found} == {30.0}
     transcript, _, _, _ = run(3000, silent, replace(GREEDY, no_speech_threshold=None))
-    assert len(transcript.segments) == 1 and transcript.segments[0].no_speech_prob > 0.9
+    assert len(transcript.segments) == 33 and transcript.segments[0].no_speech_prob > 0.9
     transcript, _, _, _ = run(3000, silent, replace(GREEDY, log_prob_threshold=-99.0))
-    assert len(transcript.segments) == 1
+    assert len(transcript.segments) == 33
 
 
 def test_without_timestamps_windows_follow_each_other():

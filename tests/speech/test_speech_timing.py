@@ -14,7 +14,12 @@ from cai_runtime.speech.options import Options
 TOKENS = small_tokens(alignment_heads=((0, 0), (0, 1), (1, 0)))
 T = TOKENS.timestamp_begin
 MODES = pytest.mark.parametrize("batched", [False, True])
-SAID = [T, 1, 2, 3, 4, T + 750, T + 750, 5, 6, 7, 8, T + 1495]
+FIRST, SECOND = range(1, 21), range(21, 41)  # words
+SAID = [T, *FIRST, T + 750, T + 750, *SECOND, T + 1495]
+
+
+def spoken(words):
+    return [f" w{word}" for word in words]
 
 
 def run(options, *, batched=False, attention=moving, sure=20.0, no_speech=0.0, said=SAID, frames=2990):
@@ -38,16 +43,16 @@ def run(options, *, batched=False, attention=moving, sure=20.0, no_speech=0.0, s
 def test_words_lie_in_their_segments(batched):
     transcript, asked = run(Options(word_timestamps=True), batched=batched)
     assert [(s.text, [w.word for w in s.words]) for s in transcript.segments] == [
-        (" w1 w2 w3 w4", [" w1", " w2", " w3", " w4"]), (" w5 w6 w7 w8", [" w5", " w6", " w7", " w8"])
-    ]  # fmt: skip
+        ("".join(spoken(words)), spoken(words)) for words in (FIRST, SECOND)
+    ]
     assert [(s.words[0].start, s.words[-1].end) for s in transcript.segments] == [
         (s.start, s.end) for s in transcript.segments
     ]
     times = [time for word in transcript.words for time in (word.start, word.end)]
     assert times == sorted(times) and times[0] >= 0 and times[-1] <= 29.9
     assert all(word.probability > 0.99 for word in transcript.words)
-    assert [r.segments[1] for r in asked] == [[TOKENS.sot, TOKENS.no_timestamps, 1, 2, 3, 4, 5, 6, 7, 8]]
-    assert (asked[0].alignment.heads, asked[0].alignment.count) == (TOKENS.alignment_heads, 10)
+    assert [r.segments[1] for r in asked] == [[TOKENS.sot, TOKENS.no_timestamps, *FIRST, *SECOND]]
+    assert (asked[0].alignment.heads, asked[0].alignment.count) == (TOKENS.alignment_heads, 42)
     assert asked[0].sampling.max_tokens == 0
 
 
@@ -95,6 +100,17 @@ def test_suspicious_text_goes_where_its_attention_rests(batched, signs):
     assert len(asked) == 1 and transcript.segments == ()
     transcript, _ = run(Options(word_timestamps=True), batched=batched, attention=resting, **signs)
     assert transcript.segments == () and transcript.words == ()
+
+
+FEW = [T, 1, T + 1495]  # a word over 30 s that sound
+
+
+@MODES
+def test_a_word_over_sound_goes_where_the_model_hears_no_speech(batched):
+    assert len(run(Options(), batched=batched, said=FEW)[0].segments) == 1
+    assert run(Options(), batched=batched, said=FEW, **SILENT)[0].segments == ()
+    options = Options(no_speech_threshold=None)
+    assert len(run(options, batched=batched, said=FEW, **SILENT)[0].segments) == 1
 
 
 def test_callers_who_switch_the_thresholds_off_get_all_text():

@@ -1,4 +1,4 @@
-"""Sound without enough text: `unheard_seconds`."""
+"""Sound without enough text: `unheard_seconds`, and `slow_rate` of a piece."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from speech import small_tokens
 
 from cai_runtime.speech.segments import split_by_times
 from cai_runtime.speech.sounding import sounding_spans
-from cai_runtime.speech.unheard import unheard_seconds
+from cai_runtime.speech.unheard import slow_rate, unheard_seconds
 
 TOKENS = small_tokens()
 T = TOKENS.timestamp_begin
@@ -47,3 +47,18 @@ def test_seconds(tokens, sounding, seconds):
 
 def test_a_window_of_a_frame():
     assert unheard([], [(0, 1)], frames=1) == 0
+
+
+@pytest.mark.parametrize(
+    ("span", "tokens", "sounding", "rate"),
+    [
+        ((0, 30), 3, [(0, 30)], 0.1),
+        ((0, 30), 3, [(0, 10), (20, 30)], 0.15),
+        ((0, 30), 30, [(0, 30)], None),  # slow speech
+        ((0, 30), 3, [(0, 3), (28, 29)], None),  # words between silences
+        ((0, 4.9), 1, [(0, 30)], None),  # a word that is drawn out
+        ((0, 30), 3, [], None),
+    ],
+)
+def test_rate(span, tokens, sounding, rate):
+    assert slow_rate(span, tokens, sounding) == (None if rate is None else pytest.approx(rate))
