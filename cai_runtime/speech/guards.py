@@ -37,6 +37,8 @@ NO_SPEECH, UNLIKELY = 0.6, -1.0  # OpenAI's thresholds
 UNHEARD = 0.05  # share of a stretch
 ASTRAY, FOLLOWS = 0.18, 0.22  # of `following`; between them it says nothing
 FEWEST = 3  # tokens whose attention says something
+# Fewer tokens over a long stretch look at places far apart, whatever sounds: "Thank you." over 28 s of noise has 0.40.
+ENOUGH = 5
 SIGNALS = 2  # that make text invented
 _FRAMES_PER_POSITION = 2
 _STRETCH = 15  # positions of 0.02 s
@@ -90,8 +92,9 @@ def judge(evidence: Evidence, *, no_speech: float | None = NO_SPEECH, unlikely: 
     known = evidence.following is not None and evidence.tokens >= FEWEST
     if known and evidence.following < ASTRAY:  # type: ignore[operator]
         reasons.append(f"attention does not follow the audio: {evidence.following:.2f}")
-    # Few tokens over a long stretch look at places far apart, whatever sounds: "Thank you." over 28 s of noise has 0.40.
-    follows = known and not slow and evidence.following >= FOLLOWS  # type: ignore[operator]
+    follows = known and evidence.following >= FOLLOWS  # type: ignore[operator]
+    if slow and evidence.tokens < ENOUGH:
+        follows = False
     return Verdict(len(reasons) >= SIGNALS and not follows, tuple(reasons), follows)
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cai_runtime.speech.guards import ASTRAY, FOLLOWS, Evidence, following, is_suspicious, judge
+from cai_runtime.speech.guards import ASTRAY, ENOUGH, FOLLOWS, Evidence, following, is_suspicious, judge
 
 SPOKEN = Evidence(tokens=12, avg_logprob=-0.4, no_speech_prob=0.05, heard=0.9, following=0.35)
 
@@ -81,7 +81,8 @@ def test_thresholds_are_the_callers():
     few = Evidence(tokens=2, avg_logprob=-2.0, rate=0.1)
     assert judge(few).invented
     assert not judge(few, no_speech=None).invented
-    assert judge(replace(few, tokens=3, following=FOLLOWS)).invented  # too few to follow
+    assert judge(replace(few, tokens=ENOUGH - 1, following=FOLLOWS)).invented  # too few to follow
+    assert not judge(replace(few, tokens=ENOUGH, following=FOLLOWS)).invented
 
 
 @pytest.mark.parametrize("rows", [3, 12, 80])
