@@ -114,12 +114,7 @@ def groups_of(articles: list[str], count: int) -> list[list[str]]:
     return [[next(texts) for _ in range(SENTENCES)] for _ in range(count)]
 
 
-def add_joe(corpus: Corpus, joe: Joe, groups: Sequence[list[str]]) -> None:
-    for number, group in enumerate(groups, 1):
-        corpus.add(f"en-joe-{number}", "en", "joe", "synthesized", lambda g=group: synthesize(joe, "en", g))
-
-
-def add_kokoro(corpus: Corpus, voice: Kokoro, language: str, name: str, groups: Sequence[list[str]]) -> None:
+def add_voice(corpus: Corpus, voice: Joe | Kokoro, language: str, name: str, groups: Sequence[list[str]]) -> None:
     for number, group in enumerate(groups, 1):
         corpus.add(
             f"{language}-{name}-{number}", language, name, "synthesized",
@@ -131,17 +126,17 @@ def add_synthesized(corpus: Corpus, calibration: Corpus) -> None:
     phonemes = Phonemes()
     splits, joe = split_articles(wikipedia_articles()), Joe(phonemes)
     prepared = groups_of(splits.calibration, CALIBRATION_FILES * (1 + len(CALIBRATION_VOICES)))
-    add_joe(calibration, joe, prepared[:CALIBRATION_FILES])
+    add_voice(calibration, joe, "en", "joe", prepared[:CALIBRATION_FILES])
     for number, name in enumerate(CALIBRATION_VOICES, 1):
         part = prepared[number * CALIBRATION_FILES : (number + 1) * CALIBRATION_FILES]
-        add_kokoro(calibration, Kokoro(phonemes, name), "en", name, part)
+        add_voice(calibration, Kokoro(phonemes, name), "en", name, part)
     groups = groups_of(splits.test, JOE_FILES + KOKORO_FILES)
-    add_joe(corpus, joe, groups[:JOE_FILES])
+    add_voice(corpus, joe, "en", "joe", groups[:JOE_FILES])
     plan = [("en", "jf_alpha", groups[JOE_FILES:])]
     passages = [re.split(r"(?<=\.) ", text) for text in json.loads(TEXTS.read_text())["es"]]
     plan += [("es", voice, passages) for voice in ("jf_tebukuro", "jm_kumo")]
     for language, name, groups in plan:
-        add_kokoro(corpus, Kokoro(phonemes, name), language, name, groups)
+        add_voice(corpus, Kokoro(phonemes, name), language, name, groups)
 
 
 def add_packaged(corpus: Corpus) -> None:

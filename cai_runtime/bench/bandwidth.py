@@ -84,7 +84,7 @@ def matmul_rates(device: str = "cpu", *, threads: int | None = None, size: int |
         for name in MATRIX_DTYPES:
             a, b = (torch.rand(n, n, device=device).to(getattr(torch, name)) for _ in range(2))
             out = torch.empty_like(a)
-            seconds: list[float] = []
+            seconds: list[float] = []  # the first pass warms up, and counts where no other comes in time
             while len(seconds) <= PASSES and sum(seconds) < LONGEST:
                 start = time.perf_counter()
                 torch.mm(a, b, out=out)

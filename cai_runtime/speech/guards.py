@@ -6,9 +6,9 @@ Signals of a piece of text, each of which may be unknown, and what it says:
     avg_logprob     below -1: the model finds its own tokens unlikely (OpenAI's threshold), or its words look anomalous
     heard           below 0.05: the share of its stretch in which voice activity detection hears speech
     following       below 0.18: the attention of its tokens does not move with the audio; from 0.22 on it does
-    rate            below 1 token a second of sound (`unheard`): a sentence's time with a word in it
+    rate            known: its sound goes on for longer than any speech with so few tokens (`unheard.slow_rate`)
 
-Two signals together make text invented, unless its attention follows the audio. The last signal is the sharpest. Measured
+Two signals together make text invented, unless its attention follows the audio. That signal is the sharpest. Measured
 with whisper-tiny.en and whisper-base, greedy: 44 windows of speech (clean, in noise as loud as the speech, beside music and
 chords, at a hundredth of the level) against 18 without (silence, noise at -80 to -20 dB, hum, chords, plucked strings,
 clicks); the ranges are:
@@ -31,7 +31,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from cai_runtime.speech.alignment import token_matrix, token_starts
-from cai_runtime.speech.unheard import SLOWEST
 
 NO_SPEECH, UNLIKELY = 0.6, -1.0  # OpenAI's thresholds
 UNHEARD = 0.05  # share of a stretch
@@ -50,7 +49,7 @@ class Evidence:
 
     tokens: how many text tokens it has. avg_logprob: their mean natural log probability. no_speech_prob: of its window.
     heard: share of its stretch of audio, 0 to 1, in which there is speech; energy alone is no substitute, as noise is loud,
-    too. following: as `following` gives it. rate: text tokens a second of sound, of a stretch with enough sound to tell.
+    too. following: as `following` gives it. rate: text tokens a second of sound, as `unheard.slow_rate` gives it.
     anomalous: whether its words look invented (`silences.is_anomalous`).
     """
 
@@ -86,15 +85,14 @@ def judge(evidence: Evidence, *, no_speech: float | None = NO_SPEECH, unlikely: 
         reasons.append("words too unlikely, short or long")
     if evidence.heard is not None and evidence.heard < UNHEARD:
         reasons.append(f"speech in {evidence.heard:.0%} of its time")
-    slow = no_speech is not None and evidence.rate is not None and evidence.rate < SLOWEST
+    slow = no_speech is not None and evidence.rate is not None
     if slow:
         reasons.append(f"{evidence.rate:.2f} tokens a second of sound")
     known = evidence.following is not None and evidence.tokens >= FEWEST
     if known and evidence.following < ASTRAY:  # type: ignore[operator]
         reasons.append(f"attention does not follow the audio: {evidence.following:.2f}")
-    follows = known and evidence.following >= FOLLOWS  # type: ignore[operator]
-    if slow and evidence.tokens < ENOUGH:
-        follows = False
+    too_few = slow and evidence.tokens < ENOUGH
+    follows = known and not too_few and evidence.following >= FOLLOWS  # type: ignore[operator]
     return Verdict(len(reasons) >= SIGNALS and not follows, tuple(reasons), follows)
 
 

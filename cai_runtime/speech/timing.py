@@ -36,8 +36,9 @@ def timed_pieces(
     Pieces that were invented over silence, noise or music are left out.
     """
     lines = _lines(pieces, decoded, job.tokens.eot)
-    spans = [(piece.start / FRAMES_PER_SECOND, piece.end / FRAMES_PER_SECOND) for piece in pieces]
-    evidence = [_evidence(line, decoded, span, window.sounding) for line, span in zip(lines, spans, strict=True)]
+    evidence = [
+        _evidence(line, decoded, piece.seconds(0), window.sounding) for line, piece in zip(lines, pieces, strict=True)
+    ]
     suspicious = [is_suspicious(one, **_thresholds(job)) for one in evidence]
     words: list[tuple[Word, ...] | None] = [() if job.options.word_timestamps else None] * len(pieces)
     invented = [False] * len(pieces)
@@ -71,7 +72,7 @@ def _lines(pieces: Sequence[Piece], decoded: Decoded, eot: int) -> list[Line]:
         logprobs = decoded.logprobs[at : at + len(piece.tokens)]
         said = [(token, math.exp(p)) for token, p in zip(piece.tokens, logprobs, strict=True) if token < eot]
         tokens, probabilities = [token for token, _ in said], [probability for _, probability in said]
-        lines.append(Line(tokens, probabilities, piece.start / FRAMES_PER_SECOND, piece.end / FRAMES_PER_SECOND))
+        lines.append(Line(tokens, probabilities, *piece.seconds(0)))
         at += len(piece.tokens)
     return lines
 

@@ -6,8 +6,6 @@ word that was invented over noise. The text is likely, so neither its probabilit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from cai_runtime.speech.segments import Split
 from cai_runtime.speech.sounding import Span, intersect
 from cai_runtime.speech.steps import FRAMES_PER_SECOND
@@ -23,11 +21,7 @@ def unheard_seconds(split: Split, sounding: list[Span], eot: int) -> float:
     A stretch is a piece, or the time between pieces, before the first one or behind the last one. Music and noise sound,
     too, so that this is no proof that speech was missed.
     """
-    return sum(
-        length
-        for span, count in _stretches(split, eot)
-        if (length := _length(intersect([span], sounding))) >= SHORTEST and count < SLOWEST * length
-    )
+    return sum(_passed_over(span, count, sounding) for span, count in _stretches(split, eot))
 
 
 def slow_rate(span: Span, tokens: int, sounding: list[Span]) -> float | None:
@@ -35,8 +29,14 @@ def slow_rate(span: Span, tokens: int, sounding: list[Span]) -> float | None:
 
     span: seconds of the window in which the piece lies.
     """
-    length = _length(intersect([span], sounding))
-    return tokens / length if length >= SHORTEST and tokens < SLOWEST * length else None
+    length = _passed_over(span, tokens, sounding)
+    return tokens / length if length else None
+
+
+def _passed_over(span: Span, tokens: int, sounding: list[Span]) -> float:
+    """Seconds of sound in a stretch, if they are enough to tell and its text tokens are fewer than in any speech; else 0."""
+    length = sum(end - begin for begin, end in intersect([span], sounding))
+    return length if length >= SHORTEST and tokens < SLOWEST * length else 0.0
 
 
 def _stretches(split: Split, eot: int) -> list[tuple[Span, int]]:
@@ -45,7 +45,7 @@ def _stretches(split: Split, eot: int) -> list[tuple[Span, int]]:
     for piece in split.pieces:
         if piece.start > reached:
             found.append((_span(reached, piece.start), 0))
-        found.append((_span(piece.start, piece.end), sum(token < eot for token in piece.tokens)))
+        found.append((piece.seconds(0), sum(token < eot for token in piece.tokens)))
         reached = max(reached, piece.end)
     if split.advance > reached:
         found.append((_span(reached, split.advance), 0))
@@ -54,7 +54,3 @@ def _stretches(split: Split, eot: int) -> list[tuple[Span, int]]:
 
 def _span(begin: int, end: int) -> Span:
     return begin / FRAMES_PER_SECOND, end / FRAMES_PER_SECOND
-
-
-def _length(spans: Sequence[Span]) -> float:
-    return sum(end - begin for begin, end in spans)

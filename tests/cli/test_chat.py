@@ -176,7 +176,9 @@ class Terminal:
     def read(self, problem):
         readable, _, _ = select.select([self.master], [], [], 120)
         assert readable, f"{problem} for two minutes: {self.seen[-200:]!r}"
-        self.seen += os.read(self.master, 4096)
+        piece = os.read(self.master, 4096)
+        assert piece, f"ended, {problem}: {self.seen!r}"
+        self.seen += piece
 
     def type(self, line):
         os.write(self.master, line + b"\n")
