@@ -20,12 +20,13 @@ from cai_runtime.bench.machine import describe_machine
 from cai_runtime.compressor import compress
 from cai_runtime.convert.sources import pull
 from cai_runtime.home import cai_home
+from cai_runtime.slim.reader import REPORT_FILE
 
 HERE = Path(__file__).parent
 CORPUS = cai_home() / "speech-corpus"
 INT8 = cai_home() / "speech-int8"  # our models with dense weights in int8
 STORED = "ours as stored"  # by default we keep these models' weights in fp16, as their files do, and compute in fp32
-SLIM = "slim"  # what `weights` is of a cell of slim checkpoints
+DENSE = "ours dense"  # beside a slim checkpoint: the same model with every layer dense, in int8
 SAMPLE_SECONDS = 1.0  # between two looks at a worker's memory
 
 
@@ -116,7 +117,7 @@ class MemoryWatch:
 
 
 def open_worker(who: str, model: str, args: Any, **settings: Any) -> Worker:
-    """A worker of "ours", "ours as stored" or "peer" for a named model.
+    """A worker of "ours", "ours as stored", "ours dense" or "peer" for a named model.
 
     args: peer_python, peer_models, threads, int8_activations, slim."""
     given = {"threads": args.threads, "options": {}, "batched": 0, **settings}
@@ -125,8 +126,8 @@ def open_worker(who: str, model: str, args: Any, **settings: Any) -> Worker:
     engine: dict[str, Any] = {"int8_activations": args.int8_activations or None}
     if given["weights"] == "fp32":
         engine = {} if who == STORED else {"dtype": "fp32"}
-    if given["weights"] == SLIM:
-        path = args.slim[model]
+    if who == "ours" and given["weights"] in args.slim.get(model, {}):
+        path = args.slim[model][given["weights"]]
     else:
         path = pull(f"whisper-{model}")
         path = path if given["weights"] == "fp32" else int8_of(model, path)
@@ -158,25 +159,31 @@ def cells(args: Any) -> list[dict[str, Any]]:
     """Every model, weights, mode and beam that is asked for, and the slim checkpoints in each mode and beam."""
     found = []
     for model in args.models:
-        weights = [*args.weights, *([SLIM] if model in args.slim else [])]
+        weights = [*args.weights, *args.slim.get(model, {})]
         for weight, mode, beam in itertools.product(weights, args.modes, args.beams):
             found.append({"model": model, "weights": weight, "mode": mode, "beam": beam})
     return found
 
 
 class Slim(argparse.Action):
-    """MODEL=DIR ... as a dict of directories."""
+    """MODEL=DIR ... as {model: {"slim 0.8": directory}}: the share of the layers' parameters that is kept names it."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
         pairs = [value.split("=", 1) for value in values]
         if any(len(pair) != 2 for pair in pairs):
             parser.error(f"{option} takes MODEL=DIR, such as base=models/base-slim")
-        setattr(namespace, self.dest, {model: Path(directory) for model, directory in pairs})
+        found: dict[str, dict[str, Path]] = {}
+        for model, directory in pairs:
+            keep = json.loads((Path(directory) / REPORT_FILE).read_text())["keep"]["parameters"]
+            found.setdefault(model, {})[f"slim {keep:.2g}"] = Path(directory)
+        setattr(namespace, self.dest, found)
 
 
 def contenders(args: Any, weights: str = "") -> list[str]:
-    """Who is measured; slim checkpoints are ours alone."""
-    found = [args.only] if args.only else ["ours"] if weights == SLIM else ["ours", "peer"]
+    """Who is measured; slim checkpoints beside the dense one."""
+    if weights.startswith("slim"):
+        return ["ours", DENSE]
+    found = [args.only] if args.only else ["ours", "peer"]
     if weights == "fp32" and "ours" in found:
         found.insert(1, STORED)
     if "peer" in found and not (args.peer_python and args.peer_models):

@@ -5,7 +5,8 @@
     python benchmarks/transcription.py --peer-python PROGRAM --peer-models DIR
 
 A cell is a model, its weights (fp32, int8), a beam, and whether a file's windows are decoded one after another or 8
-together. At fp32, "ours as stored" computes as "ours" does, with weights held in fp16 as in the file, which is our default.
+together. A slim checkpoint (--slim) has cells of its own, where it stands beside the same model with every layer dense, in
+int8. At fp32, "ours as stored" computes as "ours" does, with weights held in fp16 as in the file, which is our default.
 Every contender of a cell is a process of its own, with the model loaded and one file heard; both live side by side and take
 turns, file by file. Words come from --starts passes over the corpus (English alone for tiny.en): a file that begins a
 little later is heard a little differently, and one pass may be half a point from the next. Speed is seconds of audio per
@@ -159,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--models", nargs="+", default=["tiny.en", "base"], metavar="NAME")
-    parser.add_argument("--weights", nargs="+", choices=("fp32", "int8"), default=["fp32", "int8"])
+    parser.add_argument("--weights", nargs="*", choices=("fp32", "int8"), default=["fp32", "int8"])
     parser.add_argument("--modes", nargs="+", choices=("sequential", "batched"), default=["sequential", "batched"])
     parser.add_argument("--beams", nargs="+", type=int, default=[1, 5], metavar="N")
     parser.add_argument("--minutes", type=float, default=5.0, help="of the file that speed is measured on (default 5)")
