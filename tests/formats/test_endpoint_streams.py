@@ -17,7 +17,7 @@ from cai_runtime.engine.tokenizer import load_tokenizer
 from cai_runtime.formats.find import find_format
 
 SETTINGS = settings(
-    max_examples=80, derandomize=True, deadline=None, database=None,
+    max_examples=200, derandomize=True, deadline=None, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 TEMPLATE = """

@@ -28,7 +28,7 @@ FAMILIES = ("smollm2", "qwen2_5", "llama3_1", "gptoss", "qwen3", "gemma3")
 # What a template looks for in content, to write other markers of its own: an honest difference.
 SEEN_BY_TEMPLATE = {"qwen3": {"<think>", "</think>", "<tool_response>", "</tool_response>"}}
 EVERY = settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 
 
