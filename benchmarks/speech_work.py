@@ -26,6 +26,7 @@ HERE = Path(__file__).parent
 CORPUS = cai_home() / "speech-corpus"
 INT8 = cai_home() / "speech-int8"  # our models with dense weights in int8
 STORED = "ours as stored"  # by default we keep these models' weights in fp16, as their files do, and compute in fp32
+SLIM = "slim"  # how the `weights` of a slim checkpoint's cells begin
 DENSE = "ours dense"  # beside a slim checkpoint: the same model with every layer dense, in int8
 SAMPLE_SECONDS = 1.0  # between two looks at a worker's memory
 
@@ -126,7 +127,7 @@ def open_worker(who: str, model: str, args: Any, **settings: Any) -> Worker:
     engine: dict[str, Any] = {"int8_activations": args.int8_activations or None}
     if given["weights"] == "fp32":
         engine = {} if who == STORED else {"dtype": "fp32"}
-    if who == "ours" and given["weights"] in args.slim.get(model, {}):
+    if who == "ours" and given["weights"].startswith(SLIM):
         path = args.slim[model][given["weights"]]
     else:
         path = pull(f"whisper-{model}")
@@ -174,14 +175,20 @@ class Slim(argparse.Action):
             parser.error(f"{option} takes MODEL=DIR, such as base=models/base-slim")
         found: dict[str, dict[str, Path]] = {}
         for model, directory in pairs:
-            keep = json.loads((Path(directory) / REPORT_FILE).read_text())["keep"]["parameters"]
-            found.setdefault(model, {})[f"slim {keep:.2g}"] = Path(directory)
+            try:
+                keep = json.loads((Path(directory) / REPORT_FILE).read_text())["keep"]["parameters"]
+            except OSError as error:
+                parser.error(f"{option}: {directory} is no checkpoint that cai compress made: {error}")
+            name = f"{SLIM} {keep:.2g}"
+            if name in found.setdefault(model, {}):
+                parser.error(f"{option}: {directory} and {found[model][name]} would both be {model}, {name}")
+            found[model][name] = Path(directory)
         setattr(namespace, self.dest, found)
 
 
 def contenders(args: Any, weights: str = "") -> list[str]:
     """Who is measured; slim checkpoints beside the dense one."""
-    if weights.startswith("slim"):
+    if weights.startswith(SLIM):
         return ["ours", DENSE]
     found = [args.only] if args.only else ["ours", "peer"]
     if weights == "fp32" and "ours" in found:

@@ -91,8 +91,8 @@ def compress(
         calibration: see `compressor.data.calibration.calibration_sequences`. None: "self", text that the model writes. A
             speech model needs audio, see `compressor.data.speech.speech_samples`.
         samples, sequence_length: number of sequences for calibration and refinement, and their length in tokens. Healing
-            uses further sequences. For a speech model the number of 30 s windows, and the most tokens of a transcript; a
-            window counts as a quarter of `sequence_length` in `heal_tokens`.
+            uses further sequences. For a speech model the number of 30 s windows, and the most tokens of a transcript;
+            every `sequence_length` of `heal_tokens` asks for one more window, and half as many steps hear 8 of them each.
         embedding_store: store of embedding and head, which stay dense. None: as `store`, but int8 with int4 stores (4 bits
             cost more there than in the layers). With `target_bytes` and without `store`, chosen under the budget.
         rank_multiple: ranks are multiples of this. None: 16, which aligns the rows of 8-bit cores for vector loads; with an
