@@ -5,8 +5,8 @@ apache-tvm-ffi's C ABI, so the build environment holds no torch and takes second
 
 Environment
   CXX               the C++ compiler (default: c++)
-  CAI_CUDA_ARCHS    comma list such as "8.0,9.0a,10.0a,12.0": build the CUDA library for these, GPU or not. Empty string:
-                    never build it. Unset: build when nvcc is found and a GPU is seen, for that GPU.
+  CAI_CUDA_ARCHS    comma list such as "9.0a,10.0a,12.0": build the CUDA library for these (9.0 or later), GPU or not. Empty
+                    string: never build it. Unset: build when nvcc is found and a GPU is seen, for that GPU.
   CUDA_HOME         the CUDA toolkit (default: the one nvcc on PATH belongs to)
   CAI_CXX_SANITIZE  e.g. "address,undefined": instrument the CPU library (development)
 """
@@ -66,7 +66,7 @@ def visible_gpu_archs() -> list[str]:
     if out.returncode != 0:
         return []
     caps = sorted({line.strip() for line in out.stdout.splitlines() if line.strip()})
-    caps = [c for c in caps if int(c.partition(".")[0]) >= 8]  # older ones have no asynchronous copies
+    caps = [c for c in caps if int(c.partition(".")[0]) >= 9]  # older ones have no bulk copies and no clusters
     # The "a" targets unlock the architecture's own instructions (wgmma, TMA) and exist from Hopper on.
     return [c + "a" if c in ("9.0", "10.0") else c for c in caps]
 
@@ -74,7 +74,11 @@ def visible_gpu_archs() -> list[str]:
 def cuda_archs() -> list[str]:
     wanted = os.environ.get("CAI_CUDA_ARCHS")
     if wanted is not None:
-        return [a.strip() for a in wanted.split(",") if a.strip()]
+        archs = [a.strip() for a in wanted.split(",") if a.strip()]
+        old = [a for a in archs if int(a.partition(".")[0]) < 9]
+        if old:
+            raise SystemExit(f"CAI_CUDA_ARCHS names {', '.join(old)}: the CUDA kernels need 9.0 or later; leave it out")
+        return archs
     return visible_gpu_archs() if nvcc_path() else []
 
 

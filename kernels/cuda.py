@@ -1,4 +1,4 @@
-"""The CUDA backend: slim linears at decode, 1 to 16 rows, in C++ (csrc/cuda).
+"""The CUDA backend: slim linears at decode, 1 to 16 rows of bfloat16 or float16, in C++ (csrc/cuda), on Hopper and later.
 
 The library is built by setup.py when nvcc finds a GPU or `CAI_CUDA_ARCHS` names architectures, and is loaded on first use.
 
@@ -7,8 +7,9 @@ first. Two launches rather than one with a barrier across the grid: every output
 either way its blocks wait for the slowest of the others, about a microsecond; programmatic dependent launch lets them wait
 with their weights already on the way, as a barrier would, and needs no grid that fits the device at once.
 
-A row's bits do not depend on how many rows there are, up to 16. They are not the bits of the Triton kernels, whose sums run
-in another order: a caller that promises batch invariance takes a sequence's prompt and its decode through the same one.
+Cores are packed when a `CudaLinear` is made (`cuda_packing.py`). A row's bits do not depend on how many rows there are, up
+to 16. They are not the bits of the Triton kernels, whose sums run in another order: a caller that promises batch invariance
+takes a sequence's prompt and its decode through the same one.
 """
 
 from __future__ import annotations
@@ -23,19 +24,21 @@ from typing import Any
 import torch
 
 from cai_runtime.errors import KernelError
+from cai_runtime.kernels.cuda_packing import STORES, pack
 from cai_runtime.kernels.slim_linear import Linear, Prologue
-from cai_runtime.kernels.weights import Core, LinearWeights
+from cai_runtime.kernels.weights import LinearWeights
 
 MAX_ROWS = 16
-FUSED_SWIGLU_ROWS = 2  # kFusedSwigluRows of csrc/cuda/tile.cuh
+FUSED_SWIGLU_ROWS = 4  # more rows than this are gated once, by a launch of their own: every cluster gates them again
+ACTIVATIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True)
 class CudaOptions:
     """How launches are made; for measurements: results do not depend on it.
 
-    dependent_launch: programmatic dependent launch, on GPUs that have it (compute capability 9.0 and later).
-    fused_swiglu_rows: up to how many rows (at most 2) the gate is applied inside the linear rather than by a launch before.
+    dependent_launch: programmatic dependent launch. fused_swiglu_rows: up to how many rows the gate is applied inside the
+    linear rather than by a launch before.
     """
 
     dependent_launch: bool = True
@@ -51,12 +54,10 @@ def library_path() -> Path:
 
 
 def available() -> bool:
-    """Whether the library is built and torch sees an NVIDIA GPU."""
-    if not library_path().exists():
+    """Whether the library is built and torch sees an NVIDIA GPU that has what it needs: compute capability 9.0 or later."""
+    if not library_path().exists() or not torch.cuda.is_available() or torch.version.hip is not None:
         return False
-    import torch
-
-    return torch.cuda.is_available() and torch.version.hip is None
+    return torch.cuda.get_device_capability()[0] >= 9
 
 
 @functools.cache
@@ -77,13 +78,14 @@ def library() -> Any:
 
 
 class CudaLinear(Linear):
-    """A group of linears over one input, ready to run: their tensors are handed to the library once.
+    """A group of linears over one input, ready to run: their cores are packed, and handed to the library once.
 
-    members: dense, lowrank or interpolative, on one CUDA device, cores fp32, bf16, fp16, int8 or int4, biases float32. The
-    tensors are kept alive. options: None for `default_options` at each call.
+    members: dense, lowrank or interpolative, on one CUDA device, cores bf16, fp16, int8 or int4, biases float32. Packed
+    cores are copies; pivots, biases and scales are kept alive. options: None for `default_options` at each call.
 
-    A call takes x [M, in_features] ([M, 2 in_features] with swiglu), M from 0 to 16, float32, bfloat16 or float16. It gives
-    a new tensor [M, out_features] in x's dtype. Its launches go to torch's current stream; a CUDA graph can capture them.
+    A call takes x [M, in_features] ([M, 2 in_features] with swiglu), M from 0 to 16, bfloat16 or float16: the dtype of the
+    16-bit cores, if there are any (`takes`). It gives a new tensor [M, out_features] in x's dtype. Its launches go to
+    torch's current stream; a CUDA graph can capture them.
 
     Raises KernelError when the library is missing or a tensor does not fit; a call, for any other x, residual or norm.
     """
@@ -102,8 +104,9 @@ class CudaLinear(Linear):
         )
         self.in_features = members[0].in_features
         self.out_features = sum(w.out_features for w in members)
-        self._first_stores = {w.cores[0].store for w in members}
+        self._floats = {c.store for w in members for c in w.cores} & set(ACTIVATIONS.values())
         tensors: list[torch.Tensor | None] = []
+        numbers: list[int] = []
         self._z_columns = 0
         for i, w in enumerate(members):
             require(
@@ -112,12 +115,18 @@ class CudaLinear(Linear):
             )
             _check_member(w, self.device, f"members[{i}]")
             for core in (*w.cores, None)[:2]:
-                tensors += [None, None, None] if core is None else _core_tensors(core)
+                packed = None if core is None else pack(core)
+                tensors += [None, None] if packed is None else [packed.data, packed.scale]
+                numbers += [0] * 5 if packed is None else packed.description
             tensors += [w.pivot if w.kind == "interpolative" else None, w.bias]
             if w.kind != "dense":
                 self._z_columns += -(-(w.rank or 0) // 16) * 16
         self._decode, self._swiglu = library().decode_linear, library().swiglu
-        self._members = _as_ffi_array(tensors)
+        self._members, self._numbers = _as_ffi_arrays(tensors, numbers)
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether activations of this dtype go through these kernels."""
+        return dtype in ACTIVATIONS and self._floats <= {ACTIVATIONS[dtype]}
 
     def _run(self, x: torch.Tensor, prologue: Prologue, residual: torch.Tensor | None) -> torch.Tensor:
         from cai_runtime.kernels.triton.checks import check_activation, check_tensor, require, rows_contiguous
@@ -125,6 +134,9 @@ class CudaLinear(Linear):
         norm, swiglu = prologue.norm, prologue.swiglu
         check_activation("x", x, self.in_features * (2 if swiglu else 1))
         require(x.device == self.device, f"x is on {x.device}, the weights on {self.device}")
+        if not self.takes(x.dtype):
+            taken = " or ".join(str(d) for d in ACTIVATIONS if self.takes(d)) or "none"
+            raise KernelError(f"x is {x.dtype}; these CUDA linears take {taken}: use triton")
         rows = x.shape[0]
         require(
             rows <= MAX_ROWS, f"x has {rows} rows; the CUDA decode kernel takes up to {MAX_ROWS}: use triton for more"
@@ -142,27 +154,19 @@ class CudaLinear(Linear):
         x = rows_contiguous(x)
         options = self._options or default_options
         dependent = options.dependent_launch
-        if norm is not None and not (self._norm_fuses(x) and norm.weight.dtype == x.dtype):
+        # The kernel multiplies x by the norm's weight before it knows the root mean square: a half could overflow.
+        if norm is not None and not (x.dtype == norm.weight.dtype == torch.bfloat16):
             from cai_runtime.kernels.triton import rms_norm
 
             x, norm = rms_norm(x, norm.weight, norm.eps), None
-        if swiglu and not (self._first_on_tensor_cores(x) and rows <= options.fused_swiglu_rows):
+        if swiglu and rows > options.fused_swiglu_rows:
             gated = torch.empty((rows, self.in_features), dtype=x.dtype, device=x.device)
             self._swiglu(x, gated, dependent)
             x, swiglu = gated, False
         z = torch.empty((rows, self._z_columns), dtype=x.dtype, device=x.device) if self._z_columns else None
         weight, eps = (None, 0.0) if norm is None else (norm.weight, float(norm.eps))
-        self._decode(x, residual, y, z, weight, eps, swiglu, dependent, self._members)
+        self._decode(x, residual, y, z, weight, eps, swiglu, dependent, self._members, self._numbers)
         return y
-
-    def _first_on_tensor_cores(self, x: torch.Tensor) -> bool:
-        """Whether every first core goes through the kernel that has prologues; `multiplies_matrices` of launch.cuh."""
-        own = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}.get(str(x.dtype))
-        return own is not None and self._first_stores <= {own, "int8", "int4"}
-
-    def _norm_fuses(self, x: torch.Tensor) -> bool:
-        # The kernel multiplies x by the norm's weight before it knows the root mean square: a half could overflow.
-        return str(x.dtype) == "torch.bfloat16" and self._first_on_tensor_cores(x)
 
 
 def _check_member(w: LinearWeights, device: torch.device, name: str) -> None:
@@ -174,7 +178,7 @@ def _check_member(w: LinearWeights, device: torch.device, name: str) -> None:
     require(w.in_features > 0 and w.out_features > 0, f"{name} has {w.in_features} inputs, {w.out_features} outputs")
     for i, c in enumerate(w.cores):
         at = f"{name}.cores[{i}]"
-        require(c.store in ("fp32", "bf16", "fp16", "int8", "int4"), f"{at} is stored as {c.store}")
+        require(c.store in STORES, f"{at} is stored as {c.store}, which has no CUDA kernel: {', '.join(STORES)} have")
         require(c.store != "int8" or c.scale is not None, f"{at} is int8 and has no scale: one fp32 scale per row")
         require(
             c.scale is None or c.store in ("int8", "int4"), f"{at} is {c.store} and has a scale: only int8 and int4 do"
@@ -194,31 +198,12 @@ def _check_member(w: LinearWeights, device: torch.device, name: str) -> None:
         check_tensor(f"{name}.bias", w.bias, shape=(w.out_features,), device=device, dtypes=(torch.float32,))
 
 
-def _core_tensors(core: Core) -> list[torch.Tensor | None]:
-    """Data, scale and zero points as the library takes them. An int4 core's scales and zero points are copied where their
-    rows lie so that the kernel could not fetch a chunk's with one copy."""
-    if not core.is_int4:
-        return [core.data, core.scale, None]
-    assert core.scale is not None
-
-    def aligned(t: torch.Tensor, multiple: int) -> torch.Tensor:
-        rows, groups = t.shape
-        width = -(-groups // multiple) * multiple
-        if t.stride(0) % multiple == 0 and (groups == 1 or t.stride(1) == 1):
-            return t
-        wide = t.new_zeros(rows, width)
-        wide[:, :groups] = t
-        return wide[:, :groups]
-
-    zero = None if core.zero is None else aligned(core.zero, 4)
-    return [core.data, aligned(core.scale, 4 if core.group == 32 else 2), zero]
-
-
-def _as_ffi_array(tensors: Sequence[torch.Tensor | None]) -> Any:
-    """The tensors as one object of the FFI, which shares their memory and keeps it alive."""
+def _as_ffi_arrays(tensors: Sequence[torch.Tensor | None], numbers: Sequence[int]) -> tuple[Any, Any]:
+    """As objects of the FFI, which share the tensors' memory and keep it alive."""
     import tvm_ffi
 
-    return tvm_ffi.convert([None if t is None else tvm_ffi.from_dlpack(t.detach()) for t in tensors])
+    shared = [None if t is None else tvm_ffi.from_dlpack(t.detach()) for t in tensors]
+    return tvm_ffi.convert(shared), tvm_ffi.convert(list(numbers))
 
 
 def slim_linear(x: torch.Tensor, w: LinearWeights, residual: torch.Tensor | None = None) -> torch.Tensor:

@@ -11,25 +11,29 @@ from cai_runtime.kernels.weights import LinearWeights
 
 
 class CudaOrTritonLinear(Linear):
-    """Up to 16 rows by the CUDA kernels, more by Triton's.
+    """Up to 16 rows of 16-bit activations by the CUDA kernels, all else by Triton's.
 
-    The two sum in different orders, so on a GPU a row's last bits may depend on which of them its batch took.
+    The two sum in different orders, so on a GPU a row's last bits may depend on which of them its batch took. Each keeps the
+    weights in a layout of its own, so that they take twice the memory.
     """
 
     def __init__(self, members: Sequence[LinearWeights], int8_activations: bool = False):
         from cai_runtime.kernels.cuda import CudaLinear
+        from cai_runtime.kernels.cuda_packing import STORES
         from cai_runtime.kernels.triton.linear import TritonLinear
 
         self.in_features = members[0].in_features
         self.out_features = sum(w.out_features for w in members)
         self._many = TritonLinear(members, int8_activations)
-        # The CUDA kernels have no int8 activations: with them, all rows go through Triton.
-        self._few = None if int8_activations else CudaLinear(members)
+        # The CUDA kernels have no int8 activations, and no fp32 weights: with them, all rows go through Triton.
+        fits = not int8_activations and all(c.store in STORES for w in members for c in w.cores)
+        self._few = CudaLinear(members) if fits else None
 
     def _run(self, x: torch.Tensor, prologue: Prologue, residual: torch.Tensor | None) -> torch.Tensor:
         from cai_runtime.kernels.cuda import MAX_ROWS
 
-        linear = self._many if self._few is None or x.shape[0] > MAX_ROWS else self._few
+        few = self._few is not None and x.shape[0] <= MAX_ROWS and self._few.takes(x.dtype)
+        linear = self._few if few and self._few is not None else self._many
         return linear._run(x, prologue, residual)
 
 

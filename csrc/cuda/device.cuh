@@ -12,6 +12,12 @@
 
 namespace cai {
 
+// What the launch asked for, aligned as bulk copies may need.
+__device__ __forceinline__ uint8_t* shared_memory() {
+  extern __shared__ __align__(128) uint8_t memory[];
+  return memory;
+}
+
 // ---------------------------------------------------------------------------------- programmatic dependent launch
 
 // Until the kernel before this one has ended and its writes are seen. Every kernel waits, also those that read nothing of
@@ -29,27 +35,63 @@ __device__ __forceinline__ void let_next_kernel_start() {
 #endif
 }
 
-// ------------------------------------------------------------------------------------------- asynchronous copies
+// ------------------------------------------------------------------------------------------------------ bulk copies
 
-// Copies BYTES (4, 8 or 16, aligned so) from global to shared memory; of them `valid` are read, the rest become zero.
-template <int BYTES>
-__device__ __forceinline__ void copy_async(void* shared, const void* global, int valid) {
-  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  if constexpr (BYTES == 16) {  // past the first-level cache, which is left to x
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid) : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global), "n"(BYTES), "r"(valid)
-                 : "memory");
-  }
+// A barrier in shared memory that a number of bytes completes. Its phases are told apart by their parity, 0 first.
+using CopyBarrier = uint64_t;
+
+__device__ __forceinline__ uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// The copies since the last call are a group. Groups end in order.
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// One thread, once for each barrier; then `publish_barriers`, before any copy names them.
+__device__ __forceinline__ void init_barrier(CopyBarrier* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+}
+__device__ __forceinline__ void publish_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 
-// Until all but the newest N groups of this thread have ended.
-template <int N>
-__device__ __forceinline__ void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+// Copies from global to shared memory, both aligned to 16 bytes, `bytes` a multiple of 16; the phase of `barrier` ends with
+// it. Weights are read once a step: the second-level cache may forget them first. One thread.
+__device__ __forceinline__ void copy_bulk(void* shared, const void* global, int bytes, CopyBarrier* barrier) {
+  const uint32_t to = shared_address(shared), at = shared_address(barrier);
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
+      "l"(global), "r"(bytes), "r"(at), "l"(policy)
+      : "memory");
+}
+
+// Until the phase of this parity has ended, and what its copies wrote is seen.
+__device__ __forceinline__ void wait_for_phase(CopyBarrier* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "AGAIN:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra AGAIN;\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// --------------------------------------------------------------------------------------------------------- clusters
+
+// Blocks of a cluster read and write each other's shared memory, once all of them have arrived at a barrier.
+__device__ __forceinline__ void arrive_at_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// Writes to the place that `shared` has in the block of this rank.
+__device__ __forceinline__ void store_in_block(float* shared, int rank, float value) {
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(shared)), "r"(rank));
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
 }
 
 // ---------------------------------------------------------------------------------------------- matrix products

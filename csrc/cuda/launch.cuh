@@ -4,32 +4,38 @@
 
 #include <cuda_runtime_api.h>
 
-#include "matrix_products.cuh"
+#include "arguments.cuh"
 
 namespace cai {
 
-enum class Store : int { kFloat32, kBFloat16, kFloat16, kInt8, kInt4 };
-constexpr int kStores = 5;
+// As kernels/cuda_packing.py numbers them. kOwn: 16-bit weights of the activations' type.
+enum class Store : int { kOwn, kInt8, kInt4 };
+
+// What the products of a launch have in common.
+struct Kind {
+  Store store;
+  int group;  // int4: 32, 64 or 128 columns share a scale; else 0
+  bool zero;  // int4: whether there are zero points
+
+  bool operator==(const Kind& other) const {
+    return store == other.store && group == other.group && zero == other.zero;
+  }
+};
 
 // How a launch is made; for measurements. Results don't depend on it.
 struct LaunchOptions {
   cudaStream_t stream;
-  bool dependent;  // programmatic dependent launch, where the device has it
+  bool dependent;  // programmatic dependent launch
 };
 
-// Whether the tensor cores' kernel takes the store for activations T.
+// Fills in the bytes and steps of a packed matrix of `p.cols` columns.
 template <typename T>
-bool multiplies_matrices(Store store) {
-  if (is_same<T, float>) return false;
-  return store == Store::kInt8 || store == Store::kInt4 ||
-         store == (is_same<T, __nv_bfloat16> ? Store::kBFloat16 : Store::kFloat16);
-}
+void measure(const Kind& kind, Product& p);
 
-// One launch for a group whose matrices share a store. A prologue needs `multiplies_matrices`; the norm bfloat16; the gate
-// kFusedSwigluRows rows at most.
+// One launch for a group whose matrices are of one kind; of several where the rows of x don't fit a block's shared memory
+// together. The norm is for bfloat16 alone.
 template <typename T>
-cudaError_t launch_group(Store store, Prologue prologue, const Rows<T>& rows, const Group& group,
-                         const LaunchOptions& options);
+cudaError_t launch_group(const Kind& kind, const Rows<T>& rows, const Group& group, const LaunchOptions& options);
 
 // y [count, columns] = silu(gate) * up of x [count, 2 columns].
 template <typename T>

@@ -17,8 +17,10 @@ namespace {
 namespace ffi = tvm::ffi;
 using ffi::TensorView;
 
-// Per member: core_0, scale_0, zero_0, core_1, scale_1, zero_1, pivot, bias; each may be None but the first.
-constexpr int kFields = 8;
+// Per member: core_0 packed, its scale, core_1 packed, its scale, pivot, bias; each may be None but the first.
+constexpr int kFields = 6;
+// Per core: rows, columns, store, columns of a scale group, whether it has zero points; zeros for an absent core.
+constexpr int kNumbers = 5;
 
 void require(bool condition, const char* message) {
   if (!condition) TVM_FFI_THROW(ValueError) << message;
@@ -30,16 +32,6 @@ bool is_type(const DLDataType& t, uint8_t code, int bits) { return t.code == cod
 TensorView view(const ffi::Optional<ffi::Tensor>& t) {
   const ffi::Tensor tensor = t.value();
   return TensorView(tensor);
-}
-
-Store store_of(const DLDataType& t) {
-  if (is_type(t, kDLFloat, 32)) return Store::kFloat32;
-  if (is_type(t, kDLBfloat, 16)) return Store::kBFloat16;
-  if (is_type(t, kDLFloat, 16)) return Store::kFloat16;
-  if (is_type(t, kDLInt, 8)) return Store::kInt8;
-  if (is_type(t, kDLUInt, 8)) return Store::kInt4;  // two codes to a byte
-  TVM_FFI_THROW(TypeError) << "decode_linear: tensors are float32, bfloat16 or float16, cores also int8 or int4 (uint8)";
-  return Store::kFloat32;  // not reached
 }
 
 // A matrix whose rows are contiguous, though they may lie apart.
@@ -64,80 +56,56 @@ const T* vector_or_null(const ffi::Optional<ffi::Tensor>& t, uint8_t code, int b
   return static_cast<const T*>(v.data_ptr());
 }
 
-// A product of one stage, with the store that says which launch it goes into.
+// A product of one stage, with what says which launch it goes into.
 struct Part {
-  Store store;
+  Kind kind;
   Product product;
 };
 
-// How many columns share one of `groups` scales in a row of `cols`, as a power of two. Where two would do, they mean the same.
-int group_bits_of(int64_t cols, int64_t groups) {
-  for (int bits : {5, 6, 7})
-    if (((cols - 1) >> bits) + 1 == groups) return bits;
-  TVM_FFI_THROW(ValueError) << "decode_linear: an int4 core of " << cols << " columns has scales in groups of 32, 64 or "
-                            << "128 columns, not " << groups << " of them";
-  return 0;  // not reached
-}
-
-// members[at], [at + 1], [at + 2]: a core [rows, cols], its scale and zero point.
-Part make_part(const ffi::Array<ffi::Optional<ffi::Tensor>>& members, size_t at, int64_t cols, int device) {
-  const TensorView core = view(members[at]);
-  require_rows(core, "a core", device);
-  Part part{store_of(core.dtype()), {}};
+// A core as `numbers` describe it, packed in `data`, with its scale.
+template <typename T>
+Part make_part(const ffi::Optional<ffi::Tensor>& data, const ffi::Optional<ffi::Tensor>& scale, const int64_t* numbers,
+               int64_t cols, int device) {
+  Part part{{static_cast<Store>(numbers[2]), static_cast<int>(numbers[3]), numbers[4] != 0}, {}};
+  const Kind& kind = part.kind;
+  require(numbers[2] >= 0 && numbers[2] <= 2, "decode_linear: unknown store");
+  const bool int4 = kind.store == Store::kInt4;
+  require(int4 ? kind.group == 32 || kind.group == 64 || kind.group == 128 : kind.group == 0 && !kind.zero,
+          "decode_linear: an int4 core has scales in groups of 32, 64 or 128 columns, others have none");
+  require(numbers[0] >= 0 && numbers[1] > 0 && numbers[0] < (int64_t{1} << 30) && numbers[1] < (int64_t{1} << 30),
+          "decode_linear: core too large, or without columns");
+  if (numbers[1] != cols) TVM_FFI_THROW(ValueError) << "decode_linear: a core of " << numbers[1] << " columns for " << cols;
   Product& p = part.product;
-  const int64_t width = part.store == Store::kInt4 ? (cols + 1) / 2 : cols;
-  if (core.size(1) != width)
-    TVM_FFI_THROW(ValueError) << "decode_linear: a core of " << cols << " columns has " << core.size(1) << " in memory";
-  require(core.size(0) < (int64_t{1} << 31) && cols < (int64_t{1} << 31), "decode_linear: core too large");
-  p.w = core.data_ptr();
-  p.w_stride = core.stride(0) * ((core.dtype().bits + 7) / 8);
-  p.rows = static_cast<int32_t>(core.size(0));
-  p.cols = static_cast<int32_t>(cols);
-  if (part.store == Store::kInt8) {
-    // Asked of the argument rather than the address: a core without rows has a scale without elements, at address 0.
-    require(members[at + 1].has_value(), "decode_linear: an int8 core needs a scale");
-    p.scale = vector_or_null<float>(members[at + 1], kDLFloat, 32, core.size(0), device, "an int8 core's scale");
-  } else if (part.store == Store::kInt4) {
-    require(members[at + 1].has_value(), "decode_linear: an int4 core needs scales");
-    const TensorView scale = view(members[at + 1]);
-    require_rows(scale, "an int4 core's scale", device);
-    require(is_type(scale.dtype(), kDLBfloat, 16) && scale.size(0) == core.size(0),
-            "decode_linear: an int4 core's scales are bfloat16 [rows, groups]");
-    p.group_bits = group_bits_of(cols, scale.size(1));
-    p.scale = scale.data_ptr();
-    p.scale_stride = static_cast<int32_t>(scale.stride(0));
-    if (members[at + 2].has_value()) {
-      const TensorView zero = view(members[at + 2]);
-      require_rows(zero, "an int4 core's zero point", device);
-      require(is_type(zero.dtype(), kDLUInt, 8) && zero.size(0) == scale.size(0) && zero.size(1) == scale.size(1),
-              "decode_linear: zero points are uint8 of the scales' shape");
-      p.zero = static_cast<const uint8_t*>(zero.data_ptr());
-      p.zero_stride = static_cast<int32_t>(zero.stride(0));
-    }
-  } else {
-    require(!members[at + 1].has_value(), "decode_linear: a float core has no scale");
-  }
+  p.rows = static_cast<int32_t>(numbers[0]);
+  p.cols = static_cast<int32_t>(numbers[1]);
+  measure<T>(kind, p);
+  const int64_t bytes = (numbers[0] + kTileRows - 1) / kTileRows * p.tile_bytes;
+  p.w = vector_or_null<uint8_t>(data, kDLUInt, 8, bytes, device, "a packed core");
+  require(p.rows == 0 || (p.w != nullptr && aligned_to(p.w, 16)), "decode_linear: a packed core is aligned to 16 bytes");
+  // Asked of the argument rather than the address: a core without rows has a scale without elements, at address 0.
+  require(scale.has_value() == (kind.store == Store::kInt8), "decode_linear: int8 cores have a scale, others don't");
+  p.scale = vector_or_null<float>(scale, kDLFloat, 32, numbers[0], device, "an int8 core's scale");
   return part;
 }
 
-// Launch a stage: products that share a store go together, kMaxMembers to a launch.
+// Launch a stage: products of one kind go together, kMaxMembers to a launch.
 template <typename T>
-void launch_stage(const std::vector<Part>& parts, Prologue prologue, const Rows<T>& rows, const LaunchOptions& options) {
-  std::array<Group, kStores> groups{};
-  const auto flush = [&](int store) {
-    if (groups[store].count == 0) return;
-    if (prologue != Prologue::kNone && !multiplies_matrices<T>(static_cast<Store>(store)))
-      TVM_FFI_THROW(ValueError) << "decode_linear: this activation type and store have no prologue";
-    TVM_FFI_CHECK_CUDA_ERROR(launch_group<T>(static_cast<Store>(store), prologue, rows, groups[store], options));
-    groups[store].count = 0;
-  };
-  for (const Part& part : parts) {
-    if (part.product.rows == 0) continue;  // an interpolative core_1 is empty at full rank
-    Group& group = groups[static_cast<int>(part.store)];
-    group.product[group.count++] = part.product;
-    if (group.count == kMaxMembers) flush(static_cast<int>(part.store));
+void launch_stage(std::vector<Part> parts, const Rows<T>& rows, const LaunchOptions& options) {
+  while (!parts.empty()) {
+    const Kind kind = parts.front().kind;
+    Group group{};
+    std::vector<Part> others;
+    for (const Part& part : parts) {
+      if (part.product.rows == 0) continue;  // an interpolative core_1 is empty at full rank
+      if (part.kind == kind && group.count < kMaxMembers) {
+        group.product[group.count++] = part.product;
+      } else {
+        others.push_back(part);
+      }
+    }
+    if (group.count > 0) TVM_FFI_CHECK_CUDA_ERROR(launch_group<T>(kind, rows, group, options));
+    parts = std::move(others);
   }
-  for (int store = 0; store < kStores; ++store) flush(store);
 }
 
 struct Arguments {
@@ -145,12 +113,51 @@ struct Arguments {
   const TensorView *residual, *z, *norm;
   double eps;
   Prologue prologue;
+  const ffi::Array<ffi::Optional<ffi::Tensor>>& members;
+  const ffi::Array<int64_t>& numbers;
 };
 
 template <typename T>
-void run(const Arguments& a, const std::vector<Part>& first, const std::vector<Part>& second,
-         const LaunchOptions& options) {
+void run(const Arguments& a, int64_t in, const LaunchOptions& options) {
+  const int device = a.x.device().device_id;
+  std::vector<Part> first, second;
+  int64_t z_col = 0, y_col = 0;
+  for (size_t member = 0; member < a.members.size() / kFields; ++member) {
+    const auto field = [&](int i) { return a.members[member * kFields + i]; };
+    std::array<int64_t, 2 * kNumbers> numbers{};
+    for (size_t i = 0; i < numbers.size(); ++i) numbers[i] = a.numbers[member * numbers.size() + i];
+    require(field(0).has_value(), "decode_linear: core_0 is missing");
+    const bool two = field(2).has_value(), interpolative = field(4).has_value();
+    require(two || !interpolative, "decode_linear: a pivot needs core_1");
+    Part part = make_part<T>(field(0), field(1), numbers.data(), in, device);
+    const int64_t rank = part.product.rows;
+    int64_t out = rank;
+    if (two) out = numbers[kNumbers] + (interpolative ? rank : 0);
+    require(y_col + out < (int64_t{1} << 31), "decode_linear: y is too wide");
+    const auto* pivot = vector_or_null<int32_t>(field(4), kDLInt, 32, out, device, "pivot");
+    const auto* bias = vector_or_null<float>(field(5), kDLFloat, 32, out, device, "bias");
+    part.product.index = pivot;
+    part.product.bias = bias;
+    part.product.destination = !two ? kToY : interpolative ? kToZ | kToY : kToZ;
+    part.product.z_col = static_cast<int32_t>(z_col);
+    part.product.y_col = static_cast<int32_t>(y_col);
+    first.push_back(part);
+    if (two) {
+      part = make_part<T>(field(2), field(3), numbers.data() + kNumbers, rank, device);
+      part.product.index = interpolative ? pivot + rank : nullptr;
+      part.product.bias = bias;
+      part.product.destination = kToY;
+      part.product.x_col = static_cast<int32_t>(z_col);
+      part.product.y_col = static_cast<int32_t>(y_col);
+      second.push_back(part);
+      z_col += (rank + 15) / 16 * 16;
+    }
+    y_col += out;
+  }
+  require(a.y.size(1) == y_col, "decode_linear: y's columns must be the members' outputs");
+  require(second.empty() || (a.z != nullptr && a.z->size(1) >= z_col), "decode_linear: z is missing, or has no room");
   Rows<T> rows{};
+  rows.prologue = a.prologue;
   rows.x = static_cast<const T*>(a.x.data_ptr());
   rows.x_stride = a.x.stride(0);
   rows.y = static_cast<T*>(a.y.data_ptr());
@@ -168,12 +175,13 @@ void run(const Arguments& a, const std::vector<Part>& first, const std::vector<P
     rows.norm = static_cast<const T*>(a.norm->data_ptr());
     rows.eps = static_cast<float>(a.eps);
   }
-  launch_stage(first, a.prologue, rows, options);
+  launch_stage(first, rows, options);
   if (second.empty()) return;
   rows.norm = nullptr;
+  rows.prologue = Prologue::kNone;
   rows.x = rows.z;
   rows.x_stride = rows.z_stride;
-  launch_stage(second, Prologue::kNone, rows, options);
+  launch_stage(second, rows, options);
 }
 
 LaunchOptions options_for(int device, bool dependent) {
@@ -184,16 +192,15 @@ bool alike(const TensorView& a, const TensorView& b) {
   return a.dtype().code == b.dtype().code && a.dtype().bits == b.dtype().bits;
 }
 
-// y [M, sum of out] = the members' linears of x [M, in], side by side, plus residual; 1 to 16 rows. members holds kFields
-// entries for each: core_0 [rows, in], core_1, pivot int32 [out], bias float32 [out]; scale: float32 [rows] of an int8 core,
-// bfloat16 [rows, groups] of an int4 core, which may have zero points, uint8 [rows, groups], too. Without core_1 a member
-// is dense, without pivot lowrank, else interpolative. z [M, columns] is scratch of x's type: every member with two cores
-// takes its rank of columns, rounded up to 16. norm [in]: x goes through RMSNorm with this weight and eps first (bfloat16
-// alone). swiglu: x is [M, 2 in] and goes through silu(gate) * up first (up to kFusedSwigluRows rows). dependent: use
-// programmatic dependent launch where the device has it.
+// y [M, sum of out] = the members' linears of x [M, in], side by side, plus residual; 1 to 16 rows of bfloat16 or float16.
+// members holds kFields entries for each, numbers twice kNumbers: cores packed as packed.cuh says, int8 cores with a scale
+// float32 [rows], pivot int32 [out], bias float32 [out]. Without core_1 a member is dense, without pivot lowrank, else
+// interpolative. z [M, columns] is scratch of x's type: every member with two cores takes its rank of columns, rounded up to 16.
+// norm [in]: x goes through RMSNorm with this weight and eps first (bfloat16 alone). swiglu: x is [M, 2 in] and goes through
+// silu(gate) * up first. dependent: use programmatic dependent launch.
 void decode_linear(TensorView x, ffi::Optional<TensorView> residual, TensorView y, ffi::Optional<TensorView> z,
                    ffi::Optional<TensorView> norm, double eps, bool swiglu, bool dependent,
-                   ffi::Array<ffi::Optional<ffi::Tensor>> members) {
+                   ffi::Array<ffi::Optional<ffi::Tensor>> members, ffi::Array<int64_t> numbers) {
   require(x.device().device_type == kDLCUDA, "decode_linear: x must be on a CUDA device");
   const int device = x.device().device_id;
   require_rows(x, "x", device);
@@ -201,54 +208,20 @@ void decode_linear(TensorView x, ffi::Optional<TensorView> residual, TensorView 
   require(x.size(0) >= 1 && x.size(0) <= kMaxRows, "decode_linear: x must have 1 to 16 rows");
   const auto matches = [&](const TensorView& t) { return t.size(0) == x.size(0) && alike(t, x); };
   require(matches(y), "decode_linear: y must have x's rows and dtype");
-  require(!members.empty() && members.size() % kFields == 0, "decode_linear: eight entries per member");
-  require(!swiglu || (x.size(1) % 2 == 0 && x.size(0) <= kFusedSwigluRows && !norm.has_value()),
-          "decode_linear: a gated x has up to two rows, gate and up, and no norm");
+  require(!members.empty() && members.size() % kFields == 0, "decode_linear: six entries per member");
+  require(numbers.size() == members.size() / kFields * 2 * kNumbers, "decode_linear: ten numbers per member");
+  require(!swiglu || (x.size(1) % 2 == 0 && !norm.has_value()), "decode_linear: a gated x is gate and up, and has no norm");
   const int64_t in = swiglu ? x.size(1) / 2 : x.size(1);
-
-  std::vector<Part> first, second;
-  int64_t z_col = 0, y_col = 0;
-  for (size_t at = 0; at < members.size(); at += kFields) {
-    require(members[at].has_value(), "decode_linear: core_0 is missing");
-    const bool two = members[at + 3].has_value(), interpolative = members[at + 6].has_value();
-    require(two || !interpolative, "decode_linear: a pivot needs core_1");
-    Part part = make_part(members, at, in, device);
-    const int64_t rank = part.product.rows;
-    int64_t out = rank;
-    if (two) out = view(members[at + 3]).size(0) + (interpolative ? rank : 0);
-    require(y_col + out < (int64_t{1} << 31), "decode_linear: y is too wide");
-    const auto* pivot = vector_or_null<int32_t>(members[at + 6], kDLInt, 32, out, device, "pivot");
-    const auto* bias = vector_or_null<float>(members[at + 7], kDLFloat, 32, out, device, "bias");
-    part.product.index = pivot;
-    part.product.bias = bias;
-    part.product.destination = !two ? kToY : interpolative ? kToZ | kToY : kToZ;
-    part.product.z_col = static_cast<int32_t>(z_col);
-    part.product.y_col = static_cast<int32_t>(y_col);
-    first.push_back(part);
-    if (two) {
-      part = make_part(members, at + 3, rank, device);
-      part.product.index = interpolative ? pivot + rank : nullptr;
-      part.product.bias = bias;
-      part.product.destination = kToY;
-      part.product.x_col = static_cast<int32_t>(z_col);
-      part.product.y_col = static_cast<int32_t>(y_col);
-      second.push_back(part);
-      z_col += (rank + 15) / 16 * 16;
-    }
-    y_col += out;
-  }
-  require(y.size(1) == y_col, "decode_linear: y's columns must be the members' outputs");
-  require(second.empty() || z.has_value(), "decode_linear: z is missing");
-  Arguments a{x, y, nullptr, nullptr, nullptr, eps, Prologue::kNone};
+  Arguments a{x, y, nullptr, nullptr, nullptr, eps, Prologue::kNone, members, numbers};
   if (z.has_value()) {
     a.z = &*z;
     require_rows(*a.z, "z", device);
-    require(matches(*a.z) && a.z->size(1) >= z_col, "decode_linear: z must have x's rows and dtype, and room");
+    require(matches(*a.z), "decode_linear: z must have x's rows and dtype");
   }
   if (residual.has_value()) {
     a.residual = &*residual;
     require_rows(*a.residual, "residual", device);
-    require(matches(*a.residual) && a.residual->size(1) == y_col, "decode_linear: residual must be like y");
+    require(matches(*a.residual) && a.residual->size(1) == y.size(1), "decode_linear: residual must be like y");
   }
   if (norm.has_value()) {
     a.norm = &*norm;
@@ -262,12 +235,9 @@ void decode_linear(TensorView x, ffi::Optional<TensorView> residual, TensorView 
 
   ffi::CUDADeviceGuard guard(device);
   const LaunchOptions options = options_for(device, dependent);
-  switch (store_of(x.dtype())) {
-    case Store::kFloat32: return run<float>(a, first, second, options);
-    case Store::kBFloat16: return run<__nv_bfloat16>(a, first, second, options);
-    case Store::kFloat16: return run<__half>(a, first, second, options);
-    default: require(false, "decode_linear: x is float32, bfloat16 or float16");
-  }
+  if (is_type(x.dtype(), kDLBfloat, 16)) return run<__nv_bfloat16>(a, in, options);
+  if (is_type(x.dtype(), kDLFloat, 16)) return run<__half>(a, in, options);
+  TVM_FFI_THROW(TypeError) << "decode_linear: x is bfloat16 or float16";
 }
 
 template <typename T>
@@ -287,12 +257,9 @@ void swiglu(TensorView x, TensorView y, bool dependent) {
   require(x.size(0) >= 1 && x.size(0) < 65536 && y.size(1) >= 1, "swiglu: x has 1 to 65535 rows");
   ffi::CUDADeviceGuard guard(device);
   const LaunchOptions options = options_for(device, dependent);
-  switch (store_of(x.dtype())) {
-    case Store::kFloat32: return run_swiglu<float>(x, y, options);
-    case Store::kBFloat16: return run_swiglu<__nv_bfloat16>(x, y, options);
-    case Store::kFloat16: return run_swiglu<__half>(x, y, options);
-    default: require(false, "swiglu: x is float32, bfloat16 or float16");
-  }
+  if (is_type(x.dtype(), kDLBfloat, 16)) return run_swiglu<__nv_bfloat16>(x, y, options);
+  if (is_type(x.dtype(), kDLFloat, 16)) return run_swiglu<__half>(x, y, options);
+  TVM_FFI_THROW(TypeError) << "swiglu: x is bfloat16 or float16";
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "device.cuh"
-#include "group.cuh"
+#include "arguments.cuh"
 
 namespace cai {
 
@@ -37,22 +37,12 @@ __device__ __forceinline__ uint32_t int4_offset(uint32_t zero) {
   return kOneInLastPlace<T> | zero | zero << 16;
 }
 
-// Eight codes in a word -> code - zero as the pairs (0, 4), (1, 5), (2, 6), (3, 7).
+// Eight codes in a word -> code - zero as the pairs (0, 1), (2, 3), (4, 5), (6, 7); see packed.cuh.
 template <typename T>
 __device__ __forceinline__ void unpack_int4(uint32_t word, uint32_t offset, uint32_t (&pairs)[4]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i)
     pairs[i] = subtract_pairs<T>(masked_or(word >> (4 * i), 0x000f000fu, kOneInLastPlace<T>), offset);
-}
-
-// x's pairs (0, 1), (2, 3), (4, 5), (6, 7) in the order of `unpack_int4`.
-__device__ __forceinline__ void order_as_int4(uint32_t (&x)[4]) {
-  const uint32_t a = permute_bytes(x[0], x[2], 0x5410), b = permute_bytes(x[0], x[2], 0x7632);
-  const uint32_t c = permute_bytes(x[1], x[3], 0x5410), d = permute_bytes(x[1], x[3], 0x7632);
-  x[0] = a;
-  x[1] = b;
-  x[2] = c;
-  x[3] = d;
 }
 
 }  // namespace cai

@@ -16,7 +16,7 @@ def on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
-LAYER = ["paged_attention_kernel", "merge_splits_kernel", *["cai::matrix_products_kernel<bf16>(Rows)"] * 8, "rope"]
+LAYER = ["paged_attention_kernel", "merge_splits_kernel", *["cai::decode_products_kernel<bf16>(Rows)"] * 8, "rope"]
 MICROSECONDS = [10.0, 2.0, 8.0, 4.0, 11.0, 31.0, 30.0, 5.0, 9.0, 5.0, 1.0]
 
 

@@ -120,13 +120,18 @@ def test_a_mixed_group_plain_normed_and_gated(rows: int):
     assert torch.equal(prepared(gate_up[:1], residual[:1], swiglu=True), got[:1])
 
 
-def test_a_core_of_another_float_takes_the_other_kernel():
-    """float32 weights under bfloat16 activations beside int8 ones; the gate is applied by a launch of its own."""
+def test_what_it_takes_follows_from_the_16_bit_cores():
     torch.manual_seed(0)
-    ws = [linear("lowrank", 96, 40, 24, "fp32", "int8"), linear("dense", 96, 20, 0, "int8", "")]
-    gate_up = torch.randn(2, 192).to(BF16)
-    got = HostLinear(ws)(gate_up, swiglu=True)
-    assert relative_error(got, together(swiglu_reference(gate_up.double()), ws)) < 1e-2
+    own, codes = (
+        HostLinear([linear("dense", 96, 20, 0, "bf16", "")]),
+        HostLinear([linear("dense", 96, 20, 0, "int8", "")]),
+    )
+    takes = [[p.takes(d) for d in (BF16, torch.float16, torch.float32)] for p in (own, codes)]
+    assert takes == [[True, False, False], [True, True, False]]
+    with pytest.raises(KernelError, match=r"x is torch.float16; these CUDA linears take torch.bfloat16: use triton"):
+        own(torch.randn(2, 96).half())
+    with pytest.raises(KernelError, match=r"cores\[0\] is stored as fp32, which has no CUDA kernel"):
+        HostLinear([linear("dense", 96, 20, 0, "fp32", "")])
 
 
 @pytest.mark.parametrize("store", ["int8", "int4/32/zero", "bf16"])
@@ -138,15 +143,22 @@ def test_an_interpolative_linear_of_full_rank_has_an_empty_second_core(store: st
     assert relative_error(HostLinear([w])(x), reference(x.double(), w)) < 1e-2
 
 
-def test_float32_activations_and_half():
+def test_half():
     torch.manual_seed(1)
     w = linear("interpolative", 64, 48, 20, "int8", "int4/32")
     x = torch.randn(3, 64).half()
-    assert relative_error(HostLinear([w])(x), reference(x.double(), w)) < 2e-3
-    wide = LinearWeights("dense", 64, 30, (core(30, 64, "fp32"),))
-    x = torch.randn(3, 64)
-    assert relative_error(HostLinear([wide])(x), reference(x.double(), wide)) < 1e-6
-    assert HostLinear([wide])(x[:0]).shape == (0, 30)
+    prepared = HostLinear([w])
+    assert relative_error(prepared(x), reference(x.double(), w)) < 2e-3
+    assert prepared(x[:0]).shape == (0, 48)
+
+
+def test_rows_that_do_not_fit_together_go_one_part_after_the_other():
+    torch.manual_seed(4)
+    w = linear("dense", 40_000, 16, 0, "int8", "")
+    x = torch.randn(16, 40_000).to(BF16)
+    got = HostLinear([w])(x)
+    assert relative_error(got, reference(x.double(), w)) < 1e-2
+    assert torch.equal(HostLinear([w])(x[:3]), got[:3])
 
 
 def test_default_options_are_read_at_each_call(monkeypatch: pytest.MonkeyPatch):
@@ -163,8 +175,8 @@ def test_bad_arguments_are_named():
     prepared = HostLinear([w])
     x = torch.randn(2, 24).to(BF16)
     one = RmsNorm(torch.ones(24, dtype=BF16), 1e-5)
-    half_bias = LinearWeights("dense", 24, 31, (Core(torch.zeros(31, 24)),), bias=torch.zeros(31).half())
-    scaled = LinearWeights("dense", 24, 31, (Core(torch.zeros(31, 24), torch.ones(31)),))
+    half_bias = LinearWeights("dense", 24, 31, (Core(torch.zeros(31, 24, dtype=BF16)),), bias=torch.zeros(31).half())
+    scaled = LinearWeights("dense", 24, 31, (Core(torch.zeros(31, 24, dtype=BF16), torch.ones(31)),))
     cases = [
         (lambda: prepared(x[:, :23]), "x has shape"),
         (lambda: prepared(x.double()), "x is torch.float64"),
@@ -174,7 +186,7 @@ def test_bad_arguments_are_named():
         (lambda: prepared(x, norm=RmsNorm(one.weight[:23], 1e-5)), "norm.weight has shape"),
         (lambda: prepared(x.repeat(1, 2), norm=one, swiglu=True), "not both"),
         (lambda: HostLinear([half_bias]), r"members\[0\].bias is torch.float16"),
-        (lambda: HostLinear([scaled]), r"members\[0\].cores\[0\] is fp32 and has a scale"),
+        (lambda: HostLinear([scaled]), r"members\[0\].cores\[0\] is bf16 and has a scale"),
     ]
     for call, message in cases:
         with pytest.raises(KernelError, match=message):

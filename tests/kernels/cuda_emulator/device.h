@@ -1,8 +1,9 @@
-// Enough of a CUDA device on a CPU to run a kernel and hold its results against a reference: threads are fibers that run in
-// turn until a barrier, so a missing or divergent barrier gives wrong numbers or an error, every time alike. Asynchronous
-// copies are made when they are waited for, not before, so a missing wait is seen too.
+// Enough of a CUDA device on a CPU to run a kernel and hold its results against a reference. The threads of a cluster of blocks
+// are fibers that run in turn, each until it has to wait, so a missing or divergent barrier gives wrong numbers or an error,
+// every time alike. Bulk copies are made when they are waited for, or at once where `eager` is set: a missing wait is seen in the
+// one case, a slot that is filled again too early in the other.
 //
-// Include before the kernel. Supports one-dimensional blocks, static shared memory, __syncthreads, __syncwarp,
+// Include before the kernel. Supports one-dimensional blocks, clusters, dynamic shared memory, __syncthreads, __syncwarp,
 // __shfl_xor_sync and, in its place, the functions of csrc/cuda/device.cuh.
 #pragma once
 #define CAI_DEVICE_FUNCTIONS
@@ -15,146 +16,179 @@
 #include <array>
 #include <cmath>
 #include <cstring>
-#include <deque>
 #include <exception>
 #include <functional>
+#include <map>
+#include <memory>
 #include <stdexcept>
 #include <vector>
 
 #undef __global__
 #undef __device__
 #undef __host__
-#undef __shared__
 #undef __launch_bounds__
 #undef __forceinline__
 #undef __grid_constant__
 #define __global__
 #define __device__
 #define __host__
-#define __shared__ static  // blocks run one after another
 #define __launch_bounds__(...)
 #define __forceinline__ inline
 #define __grid_constant__
 
 namespace emulator {
 
-enum class Wait { kNothing, kWarp, kBlock };
+inline bool eager = false;
+// What the kernel ahead does, last of all: run when the first thread waits for it.
+inline std::function<void()> previous;
+
+// All of a number of threads arrive, then all go on.
+struct Meeting {
+  int arrived = 0, phase = 0;
+
+  void arrive(int threads) {
+    if (++arrived < threads) return;
+    arrived = 0;
+    ++phase;
+  }
+};
 
 struct Copy {
   void* to;
   const void* from;
-  int bytes, valid;
+  int bytes;
+};
+
+// An mbarrier: one arrival and the bytes it expects end a phase.
+struct Barrier {
+  int phase = 0;
+  bool armed = false;
+  std::vector<Copy> copies;
 };
 
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
   bool done = false;
-  Wait wait = Wait::kNothing;
-  int turn = 0;
-  std::vector<Copy> asked;              // copies not yet in a group
-  std::deque<std::vector<Copy>> groups;  // not yet made
+  std::function<bool()> ready;  // empty: runs
+  int block = 0, thread = 0, turn = 0;
+  int clusters_met = 0;  // how often it has waited for its cluster
 };
 
 using Words = std::array<uint32_t, 8>;
 
 struct Block {
-  std::vector<Fiber> fibers;
-  ucontext_t scheduler;
-  int running = 0;
+  std::vector<uint8_t> shared;
   std::vector<Words> mail[2];  // words in exchange within a warp, two sets taken in turn
+  std::vector<Meeting> warps;
+  Meeting whole;
+
+  uint8_t* start() { return shared.data() + (128 - reinterpret_cast<uintptr_t>(shared.data()) % 128) % 128; }
+};
+
+struct Cluster {
+  std::vector<Fiber> fibers;
+  std::vector<Block> blocks;
+  std::map<const void*, Barrier> barriers;
+  Meeting meeting;
+  ucontext_t scheduler;
+  int threads = 0, running = 0, first_block = 0;
   std::function<void()> body;
   std::exception_ptr failure;
 };
 
-inline Block* current = nullptr;
+inline Cluster* current = nullptr;
 inline uint3 thread_index, block_index, grid_size;
 
 inline Fiber& fiber() { return current->fibers[current->running]; }
+inline Block& block() { return current->blocks[fiber().block]; }
 
-inline void wait_at(Wait what) {
-  fiber().wait = what;
+inline void wait_until(std::function<bool()> ready) {
+  if (ready()) return;
+  fiber().ready = std::move(ready);
   swapcontext(&fiber().context, &current->scheduler);
+}
+
+inline void wait_for(Meeting& meeting, int threads) {
+  const int phase = meeting.phase;
+  meeting.arrive(threads);
+  wait_until([&meeting, phase] { return meeting.phase != phase; });
 }
 
 inline void enter() {
   try {
     current->body();
-    for (const auto& group : fiber().groups)
-      if (!group.empty()) throw std::runtime_error("a thread left before its copies were made");
-    if (!fiber().asked.empty()) throw std::runtime_error("a thread left copies in no group");
   } catch (...) {
     current->failure = std::current_exception();
   }
   fiber().done = true;
 }
 
-// Runs the threads [first, first + 32) until all of them wait for the block or are done.
-inline void run_warp(Block& block, int first) {
-  const int end = first + 32 < static_cast<int>(block.fibers.size()) ? first + 32 : static_cast<int>(block.fibers.size());
-  for (;;) {
-    int waiting = 0;
-    for (int t = first; t < end; ++t) {
-      Fiber& f = block.fibers[t];
-      if (!f.done && f.wait == Wait::kNothing) {
-        block.running = t;
-        thread_index = {static_cast<unsigned>(t), 0, 0};
-        swapcontext(&block.scheduler, &f.context);
-        if (block.failure) std::rethrow_exception(block.failure);
-      }
-      waiting += !f.done && f.wait == Wait::kWarp;
-    }
-    if (waiting == 0) return;
-    if (waiting != end - first) throw std::runtime_error("threads of a warp wait at different barriers");
-    for (int t = first; t < end; ++t) block.fibers[t].wait = Wait::kNothing;
-  }
+inline void run(Cluster& cluster, int fiber_number) {
+  Fiber& f = cluster.fibers[fiber_number];
+  cluster.running = fiber_number;
+  thread_index = {static_cast<unsigned>(f.thread), 0, 0};
+  block_index = {static_cast<unsigned>(cluster.first_block + f.block), 0, 0};
+  f.ready = nullptr;
+  swapcontext(&cluster.scheduler, &f.context);
+  if (cluster.failure) std::rethrow_exception(cluster.failure);
 }
 
-inline void run_block(int threads, std::function<void()> body) {
-  Block block;
-  block.body = std::move(body);
-  block.fibers.resize(threads);
-  for (auto& set : block.mail) set.assign(threads, Words{});
-  current = &block;
-  for (Fiber& f : block.fibers) {
+inline void run_cluster(int first_block, int blocks, int threads, int shared_bytes, std::function<void()> body) {
+  Cluster cluster;
+  cluster.body = std::move(body);
+  cluster.threads = threads;
+  cluster.first_block = first_block;
+  cluster.blocks.resize(blocks);
+  for (Block& b : cluster.blocks) {
+    b.shared.assign(shared_bytes + 128, 0xff);  // NaN until it is written
+    b.warps.resize((threads + 31) / 32);
+    for (auto& set : b.mail) set.assign(threads, Words{});
+  }
+  cluster.fibers.resize(blocks * threads);
+  current = &cluster;
+  for (int i = 0; i < blocks * threads; ++i) {
+    Fiber& f = cluster.fibers[i];
+    f.block = i / threads;
+    f.thread = i % threads;
     f.stack.resize(64 << 10);
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.data();
     f.context.uc_stack.ss_size = f.stack.size();
-    f.context.uc_link = &block.scheduler;
+    f.context.uc_link = &cluster.scheduler;
     makecontext(&f.context, enter, 0);
   }
-  for (;;) {
-    for (int first = 0; first < threads; first += 32) run_warp(block, first);
-    int done = 0;
-    for (Fiber& f : block.fibers) {
-      done += f.done;
-      f.wait = Wait::kNothing;
+  for (int left = blocks * threads; left > 0;) {
+    bool moved = false;
+    for (int i = 0; i < blocks * threads; ++i) {
+      Fiber& f = cluster.fibers[i];
+      if (f.done || (f.ready && !f.ready())) continue;
+      moved = true;
+      run(cluster, i);
+      left -= f.done;
     }
-    if (done == threads) break;
-    if (done != 0) throw std::runtime_error("some threads left while others wait at a barrier");
+    if (!moved) throw std::runtime_error("threads wait for what will not happen: a barrier that not all reach, or a copy");
   }
+  for (const auto& [at, barrier] : cluster.barriers)
+    if (barrier.armed) throw std::runtime_error("a block ended before its copies were waited for");
   current = nullptr;
 }
 
 // Run `kernel()` for every thread of every block.
-inline void launch(int blocks, int threads, const std::function<void()>& kernel) {
+inline void launch(int blocks, int threads, const std::function<void()>& kernel, int cluster = 1, int shared_bytes = 0) {
   grid_size = {static_cast<unsigned>(blocks), 1, 1};
-  for (int b = 0; b < blocks; ++b) {
-    block_index = {static_cast<unsigned>(b), 0, 0};
-    run_block(threads, kernel);
-  }
+  if (blocks % cluster != 0) throw std::runtime_error("the grid is not whole clusters");
+  for (int b = 0; b < blocks; b += cluster) run_cluster(b, cluster, threads, shared_bytes, kernel);
 }
 
 // Every thread of the warp hands in words; afterwards each may read those of all, until it exchanges twice more.
 inline const Words* exchange(const Words& words) {
   Fiber& f = fiber();
-  auto& set = current->mail[f.turn];
+  auto& set = block().mail[f.turn];
   f.turn ^= 1;
-  const int thread = current->running;
-  set[thread] = words;
-  wait_at(Wait::kWarp);
-  return &set[thread / 32 * 32];
+  set[f.thread] = words;
+  wait_for(block().warps[f.thread / 32], 32);
+  return &set[f.thread / 32 * 32];
 }
 
 }  // namespace emulator
@@ -163,52 +197,80 @@ inline const Words* exchange(const Words& words) {
 #define blockIdx (emulator::block_index)
 #define gridDim (emulator::grid_size)
 
-inline void __syncthreads() { emulator::wait_at(emulator::Wait::kBlock); }
-inline void __syncwarp() { emulator::wait_at(emulator::Wait::kWarp); }
+inline void __syncthreads() { emulator::wait_for(emulator::block().whole, emulator::current->threads); }
+inline void __syncwarp() { emulator::wait_for(emulator::block().warps[emulator::fiber().thread / 32], 32); }
 
 inline float __shfl_xor_sync(unsigned, float value, int lanes) {
   emulator::Words words{};
   std::memcpy(words.data(), &value, sizeof value);
-  const int lane = emulator::current->running % 32;
+  const int lane = emulator::fiber().thread % 32;
   const emulator::Words* all = emulator::exchange(words);
   std::memcpy(&value, all[lane ^ lanes].data(), sizeof value);
   return value;
 }
 
-inline uint4 __ldcs(const uint4* from) {
-  if (reinterpret_cast<uintptr_t>(from) % 16) throw std::runtime_error("a 16-byte load is not aligned");
-  return *from;
-}
-
 namespace cai {
 
-inline void wait_for_previous_kernel() {}
+inline uint8_t* shared_memory() { return emulator::block().start(); }
+
+inline void wait_for_previous_kernel() {
+  if (emulator::previous) emulator::previous();
+  emulator::previous = nullptr;
+}
 inline void let_next_kernel_start() {}
 
-template <int BYTES>
-void copy_async(void* shared, const void* global, int valid) {
-  if (reinterpret_cast<uintptr_t>(shared) % BYTES || reinterpret_cast<uintptr_t>(global) % BYTES)
-    throw std::runtime_error("an asynchronous copy is not aligned");
-  if (valid < 0 || valid > BYTES) throw std::runtime_error("an asynchronous copy of more than its width");
-  emulator::fiber().asked.push_back({shared, global, BYTES, valid});
-}
+using CopyBarrier = uint64_t;
 
-inline void commit_copies() {
-  emulator::Fiber& f = emulator::fiber();
-  f.groups.push_back(std::move(f.asked));
-  f.asked.clear();
+inline void init_barrier(CopyBarrier* barrier) {
+  if (!emulator::current->barriers.emplace(barrier, emulator::Barrier{}).second)
+    throw std::runtime_error("a barrier is made twice");
 }
+inline void publish_barriers() {}
 
-template <int N>
-void wait_for_copies() {
-  auto& groups = emulator::fiber().groups;
-  while (groups.size() > N) {
-    for (const emulator::Copy& c : groups.front()) {
-      std::memset(c.to, 0, c.bytes);
-      std::memcpy(c.to, c.from, c.valid);
-    }
-    groups.pop_front();
+inline void copy_bulk(void* shared, const void* global, int bytes, CopyBarrier* barrier) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
+    throw std::runtime_error("a bulk copy is not aligned");
+  if (bytes <= 0 || bytes % 16) throw std::runtime_error("a bulk copy is not whole 16 bytes");
+  const auto& own = emulator::block().shared;
+  if (static_cast<uint8_t*>(shared) < own.data() || static_cast<uint8_t*>(shared) + bytes > own.data() + own.size())
+    throw std::runtime_error("a bulk copy leaves shared memory");
+  emulator::Barrier& b = emulator::current->barriers.at(barrier);
+  if (b.armed) throw std::runtime_error("a barrier is armed again before its phase has ended");
+  b.armed = true;
+  if (emulator::eager) {
+    std::memcpy(shared, global, bytes);
+  } else {
+    b.copies.push_back({shared, global, bytes});
   }
+}
+
+inline void wait_for_phase(CopyBarrier* barrier, uint32_t parity) {
+  emulator::Barrier& b = emulator::current->barriers.at(barrier);
+  emulator::wait_until([&b, parity] {
+    if (b.phase % 2 == static_cast<int>(parity) && b.armed) {
+      for (const emulator::Copy& c : b.copies) std::memcpy(c.to, c.from, c.bytes);
+      b.copies.clear();
+      b.armed = false;
+      ++b.phase;
+    }
+    return b.phase % 2 != static_cast<int>(parity);
+  });
+}
+
+inline void arrive_at_cluster() {
+  emulator::current->meeting.arrive(emulator::current->threads * static_cast<int>(emulator::current->blocks.size()));
+}
+inline void wait_for_cluster() {
+  emulator::Cluster& cluster = *emulator::current;
+  const int wanted = ++emulator::fiber().clusters_met;
+  emulator::wait_until([&cluster, wanted] { return cluster.meeting.phase >= wanted; });
+}
+
+inline void store_in_block(float* shared, int rank, float value) {
+  const auto offset = reinterpret_cast<uint8_t*>(shared) - shared_memory();
+  emulator::Cluster& cluster = *emulator::current;
+  if (cluster.meeting.phase < 1) throw std::runtime_error("another block's memory is written before it is known to run");
+  std::memcpy(cluster.blocks.at(rank).start() + offset, &value, sizeof value);
 }
 
 template <typename T>
@@ -229,7 +291,7 @@ uint32_t pair_of(float low, float high) {
 
 template <typename T>
 void multiply_accumulate(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  const int lane = emulator::current->running % 32, g = lane / 4, t = lane % 4;
+  const int lane = emulator::fiber().thread % 32, g = lane / 4, t = lane % 4;
   const emulator::Words* all = emulator::exchange({a[0], a[1], a[2], a[3], b0, b1});
   for (int i = 0; i < 4; ++i) {
     const int row = g + i / 2 * 8, column = 2 * t + i % 2;

@@ -9,49 +9,26 @@
 #include <tvm/ffi/function.h>
 #include <tvm/ffi/optional.h>
 
-#include "cuda/launch.cuh"
-#include "cuda/products.cuh"
+#include "cuda/dispatch.cuh"
 
 namespace cai {
 
-constexpr int kAtOnce = 3;  // blocks of the emulated device
-
-template <typename T, typename W, int kHalves, Prologue kPrologue>
-cudaError_t launch_tiles(Rows<T> rows, Group group) {
-  const int tiles = plan_tiles<T, W>(rows, group);
-  emulator::launch(blocks_for(tiles, kAtOnce), kTileThreads,
-                   [&] { matrix_products_kernel<T, W, kHalves, kPrologue>(rows, group, tiles); });
-  return cudaSuccess;
-}
-
-template <typename T, typename W>
-cudaError_t launch_matrix_products(Prologue prologue, const Rows<T>& rows, const Group& group) {
-  const bool few = rows.count <= 8;
-  if (prologue == Prologue::kSwiglu) return launch_tiles<T, W, 1, Prologue::kSwiglu>(rows, group);
-  if (prologue == Prologue::kNone)
-    return few ? launch_tiles<T, W, 1, Prologue::kNone>(rows, group)
-               : launch_tiles<T, W, 2, Prologue::kNone>(rows, group);
-  if constexpr (is_same<T, __nv_bfloat16>)
-    return few ? launch_tiles<T, W, 1, Prologue::kNorm>(rows, group)
-               : launch_tiles<T, W, 2, Prologue::kNorm>(rows, group);
-  return cudaErrorInvalidValue;
-}
+constexpr int kAtOnce = 3;  // clusters of the emulated device
 
 template <typename T>
-cudaError_t launch_group(Store store, Prologue prologue, const Rows<T>& rows, const Group& group,
-                         const LaunchOptions& options) {
-  if (!options.dependent) return cudaErrorNotSupported;  // the tests ask for it
-  if constexpr (!is_same<T, float>) {
-    if (store == Store::kInt8) return launch_matrix_products<T, int8_t>(prologue, rows, group);
-    if (store == Store::kInt4) return launch_matrix_products<T, Int4>(prologue, rows, group);
-    if (multiplies_matrices<T>(store)) return launch_matrix_products<T, T>(prologue, rows, group);
+struct EmulatedLaunch {
+  template <typename W, int kHalves>
+  cudaError_t run(const Rows<T>& rows, const Group& group, Cut cut) const {
+    choose_blocks(cut, kAtOnce);
+    emulator::launch(cut.blocks, kThreads, [&] { decode_products_kernel<T, W, kHalves>(rows, group, cut); }, cut.cluster, cut.bytes);
+    return cudaSuccess;
   }
-  if (store != Store::kFloat32 || prologue != Prologue::kNone || rows.count > kMostProductRows)
-    return cudaErrorInvalidValue;
-  Group planned = group;
-  const int blocks = plan<T, float>(rows, planned);
-  emulator::launch(blocks, kThreads, [&] { products_kernel<T, float, kMostProductRows>(rows, planned); });
-  return cudaSuccess;
+};
+
+template <typename T>
+cudaError_t launch_group(const Kind& kind, const Rows<T>& rows, const Group& group, const LaunchOptions& options) {
+  if (!options.dependent) return cudaErrorNotSupported;  // the tests ask for it
+  return launch_rows(kind, rows, group, EmulatedLaunch<T>{});
 }
 
 template <typename T>

@@ -1,70 +1,49 @@
-// The kernels of csrc/cuda on the emulated device, as C functions: products_kernel, matrix_products_kernel, swiglu_kernel.
+// The kernels of csrc/cuda on the emulated device, as C functions.
 #include "device.h"
 // The device comes first: it redefines what the kernels are written in.
-#include "cuda/matrix_products.cuh"
-#include "cuda/products.cuh"
+#include "cuda/plan.cuh"
 
 namespace {
 
-using cai::Int4;
-using cai::Prologue;
 using BFloat16 = __nv_bfloat16;
 
-template <typename T, typename W, int M>
-void run_products(const cai::Rows<T>& rows, cai::Group& group) {
-  const int blocks = cai::plan<T, W>(rows, group);
-  emulator::launch(blocks, cai::kThreads, [&] { cai::products_kernel<T, W, M>(rows, group); });
-}
-
-template <typename T, typename W>
-void run_products(int tile, const cai::Rows<T>& rows, cai::Group& group) {
-  switch (tile) {
-    case 1: return run_products<T, W, 1>(rows, group);
-    case 4: return run_products<T, W, 4>(rows, group);
-    case 8: return run_products<T, W, 8>(rows, group);
+// at_once: clusters that the device runs together. cluster: 0 for the one that the launch would choose.
+template <typename T, typename W, int kHalves>
+void run_instance(cai::Rows<T> rows, cai::Group& group, int cluster, int at_once) {
+  for (int i = 0; i < group.count; ++i) {
+    cai::Product& p = group.product[i];
+    const cai::TileSteps steps = cai::steps_of<W>(p.cols);
+    p.steps = steps.steps;
+    p.last_blocks = steps.last_blocks;
+    p.tile_bytes = cai::bytes_of_tile<W>(steps);
   }
-  throw std::runtime_error("no such tile");
-}
-
-template <typename T, typename W, int kHalves, Prologue kPrologue>
-void run_tiles(cai::Rows<T> rows, cai::Group& group, int at_once) {
-  const int tiles = cai::plan_tiles<T, W>(rows, group);
-  emulator::launch(cai::blocks_for(tiles, at_once), cai::kTileThreads,
-                   [&] { cai::matrix_products_kernel<T, W, kHalves, kPrologue>(rows, group, tiles); });
+  cai::Cut cut = cai::cut_launch<T, W>(rows, group, cluster);
+  if (cut.bytes == 0) throw std::runtime_error("the rows do not fit");
+  cai::choose_blocks(cut, at_once);
+  emulator::launch(cut.blocks, cai::kThreads, [&] { cai::decode_products_kernel<T, W, kHalves>(rows, group, cut); }, cut.cluster,
+                   cut.bytes);
 }
 
 template <typename T, typename W>
-void run_tiles(Prologue prologue, int tile, const cai::Rows<T>& rows, cai::Group& group, int at_once) {
-  const bool few = tile <= 8;
-  if (prologue == Prologue::kSwiglu) return run_tiles<T, W, 1, Prologue::kSwiglu>(rows, group, at_once);
-  if (prologue == Prologue::kNone)
-    return few ? run_tiles<T, W, 1, Prologue::kNone>(rows, group, at_once)
-               : run_tiles<T, W, 2, Prologue::kNone>(rows, group, at_once);
-  if constexpr (cai::is_same<T, BFloat16>)
-    return few ? run_tiles<T, W, 1, Prologue::kNorm>(rows, group, at_once)
-               : run_tiles<T, W, 2, Prologue::kNorm>(rows, group, at_once);
-  throw std::runtime_error("no norm for this type");
+void run_store(const cai::Rows<T>& rows, cai::Group& group, int cluster, int at_once, bool wide) {
+  return wide || rows.count > 8 ? run_instance<T, W, 2>(rows, group, cluster, at_once)
+                                : run_instance<T, W, 1>(rows, group, cluster, at_once);
 }
 
-// at_once 0: products_kernel. As launch_group of csrc/cuda/launch.cuh chooses, any store for float32, else what it takes.
+template <typename T, int kGroup>
+void run_int4(const cai::Rows<T>& rows, cai::Group& group, bool zero, int cluster, int at_once, bool wide) {
+  return zero ? run_store<T, cai::Int4<kGroup, true>>(rows, group, cluster, at_once, wide)
+              : run_store<T, cai::Int4<kGroup, false>>(rows, group, cluster, at_once, wide);
+}
+
 template <typename T>
-void run_group(int store, Prologue prologue, int tile, const cai::Rows<T>& rows, cai::Group& group, int at_once) {
-  if constexpr (cai::is_same<T, float>) {
-    switch (store) {
-      case 0: return run_products<T, float>(tile, rows, group);
-      case 1: return run_products<T, BFloat16>(tile, rows, group);
-      case 2: return run_products<T, __half>(tile, rows, group);
-      case 3: return run_products<T, int8_t>(tile, rows, group);
-      case 4: return run_products<T, Int4>(tile, rows, group);
-    }
-  } else {
-    constexpr int kOwn = cai::is_same<T, BFloat16> ? 1 : 2;
-    if (store == 0) return run_products<T, float>(tile, rows, group);
-    if (store == 3) return run_tiles<T, int8_t>(prologue, tile, rows, group, at_once);
-    if (store == 4) return run_tiles<T, Int4>(prologue, tile, rows, group, at_once);
-    if (store == kOwn) return run_tiles<T, T>(prologue, tile, rows, group, at_once);
-  }
-  throw std::runtime_error("no such store");
+void run_group(int store, int columns, bool zero, const cai::Rows<T>& rows, cai::Group& group, int cluster, int at_once,
+               bool wide) {
+  if (store == 0) return run_store<T, T>(rows, group, cluster, at_once, wide);
+  if (store == 1) return run_store<T, int8_t>(rows, group, cluster, at_once, wide);
+  if (columns == 32) return run_int4<T, 32>(rows, group, zero, cluster, at_once, wide);
+  if (columns == 64) return run_int4<T, 64>(rows, group, zero, cluster, at_once, wide);
+  return run_int4<T, 128>(rows, group, zero, cluster, at_once, wide);
 }
 
 const char* told(const std::function<void()>& run) {
@@ -80,18 +59,20 @@ const char* told(const std::function<void()>& run) {
 
 }  // namespace
 
-// Returns null, or what went wrong. `rows` is a cai::Rows of any T: its layout does not depend on T. tile: the number of
-// rows that the kernel is made for. at_once: blocks that the device runs together.
-extern "C" const char* run_linear(int activation, int store, int prologue, int tile, int at_once, const void* rows,
-                                  cai::Group* group) {
+// Returns null, or what went wrong. `rows` is a cai::Rows of any T: its layout does not depend on T. wide: by the kernel for up
+// to 16 rows, whatever there are. until: x's, which `rows` names, are written from here when the kernel waits for them.
+extern "C" const char* run_linear(int half, int store, int columns, int zero, int cluster, int at_once, int wide, int eager,
+                                  const void* rows, cai::Group* group, void* late, const void* then, int64_t bytes) {
+  emulator::eager = eager != 0;
+  emulator::previous = [=] {
+    if (bytes != 0) std::memcpy(late, then, static_cast<size_t>(bytes));
+  };
   return told([&] {
-    const auto p = static_cast<Prologue>(prologue);
-    switch (activation) {
-      case 0: return run_group(store, p, tile, *static_cast<const cai::Rows<float>*>(rows), *group, at_once);
-      case 1: return run_group(store, p, tile, *static_cast<const cai::Rows<BFloat16>*>(rows), *group, at_once);
-      case 2: return run_group(store, p, tile, *static_cast<const cai::Rows<__half>*>(rows), *group, at_once);
+    if (half) {
+      run_group(store, columns, zero != 0, *static_cast<const cai::Rows<__half>*>(rows), *group, cluster, at_once, wide != 0);
+    } else {
+      run_group(store, columns, zero != 0, *static_cast<const cai::Rows<BFloat16>*>(rows), *group, cluster, at_once, wide != 0);
     }
-    throw std::runtime_error("no such activation");
   });
 }
 

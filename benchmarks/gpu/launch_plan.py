@@ -1,0 +1,91 @@
+"""How launches of real shapes are cut up, by the CUDA library's own plan (cut.cu), compiled for the host."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+# Llama-3.1-8B: inputs, outputs of the members, prologue of the first cores (0 none, 1 norm, 2 gate).
+LAYER = {
+    "q/k/v": (4096, (4096, 1024, 1024), 1),
+    "o": (4096, (4096,), 0),
+    "gate/up": (4096, (14336, 14336), 1),
+    "down": (14336, (4096,), 2),
+}
+STORES = {"bf16": (0, 0), "int8": (1, 0), "int4/128": (2, 128)}
+ROWS = (1, 8, 16)
+FUSED_GATES = 4  # FUSED_SWIGLU_ROWS of kernels/cuda.py
+WARPS, SLOTS = 8, 4
+
+
+def rank(inputs: int, outputs: int, keep: float) -> int:
+    """Of an interpolative linear that keeps this part of the parameters, as a multiple of 16."""
+    half = (inputs + outputs) / 2
+    return int(half - math.sqrt(half * half - keep * inputs * outputs)) // 16 * 16
+
+
+def launches(multiprocessors: int, keep: float = 0.5) -> list[dict[str, Any]]:
+    """Of every launch of a layer: store, rows of x, tiles for each multiprocessor, cluster, blocks, shared memory, and the
+    bytes of weights that a multiprocessor has under way."""
+    wanted = []
+    for store, numbers in STORES.items():
+        for rows in ROWS:
+            for name, (inputs, outputs, prologue) in LAYER.items():
+                ranks = [rank(inputs, out, keep) for out in outputs]
+                starts = [sum(-(-r // 16) * 16 for r in ranks[:i]) for i in range(len(ranks))]
+                stages = [
+                    [(r, inputs, 0) for r in ranks],
+                    [(out - r, r, at) for out, r, at in zip(outputs, ranks, starts, strict=True)],
+                ]
+                for stage, products in enumerate(stages):
+                    first = 0 if stage or (prologue == 2 and rows > FUSED_GATES) else prologue
+                    line = [*numbers, 0, rows, first, multiprocessors, len(products), *(n for p in products for n in p)]
+                    wanted.append((store, rows, f"{name} {stage}", products, " ".join(map(str, line))))
+    found = []
+    for (store, rows, name, products, _), answer in zip(wanted, _cut([w[-1] for w in wanted]), strict=True):
+        cluster, blocks, groups, nbytes, slot = answer
+        tiles = sum(-(-n // 16) for n, _, _ in products)
+        found.append({
+            "store": store, "rows": rows, "launch": name, "tiles": tiles,
+            "tiles_a_multiprocessor": round(tiles / multiprocessors, 2), "cluster": cluster, "blocks": blocks,
+            "rounds": -(-groups * cluster // blocks), "shared_bytes": nbytes, "bytes_under_way": WARPS * SLOTS * slot,
+        })  # fmt: skip
+    return found
+
+
+def _cut(lines: list[str]) -> list[list[int]]:
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "cut"
+        source = ROOT / "benchmarks/gpu/cut.cu"
+        command = [
+            "nvcc",
+            "-std=c++17",
+            "--expt-relaxed-constexpr",
+            f"-I{ROOT / 'csrc'}",
+            str(source),
+            "-o",
+            str(program),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise SystemExit(f"nvcc failed:\n{done.stderr}")
+        answer = subprocess.run([program], input="\n".join(lines), capture_output=True, text=True, check=True)
+    return [[int(n) for n in line.split()] for line in answer.stdout.splitlines()]
+
+
+def table_of_launches(found: list[dict[str, Any]]) -> str:
+    lines = [
+        f"{'store':<10}{'rows':>5}  {'launch':<10}{'tiles':>6}{'a multiproc.':>13}{'cluster':>8}{'blocks':>7}{'rounds':>7}"
+        f"{'shared KiB':>11}{'under way KiB':>14}"
+    ]
+    for f in found:
+        lines.append(
+            f"{f['store']:<10}{f['rows']:>5}  {f['launch']:<10}{f['tiles']:>6}{f['tiles_a_multiprocessor']:>13}"
+            f"{f['cluster']:>8}{f['blocks']:>7}{f['rounds']:>7}{f['shared_bytes'] / 1024:>11.1f}"
+            f"{f['bytes_under_way'] / 1024:>14.1f}"
+        )
+    return "\n".join(lines)
