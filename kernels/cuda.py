@@ -122,6 +122,9 @@ class CudaLinear(Linear):
             if w.kind != "dense":
                 self._z_columns += -(-(w.rank or 0) // 16) * 16
         self._decode, self._swiglu = library().decode_linear, library().swiglu
+        if self.device.type == "cuda":
+            # A kernel asks for its weights before it waits for the kernel ahead of it, which might be one that packs them.
+            torch.cuda.current_stream(self.device).synchronize()
         self._members, self._numbers = _as_ffi_arrays(tensors, numbers)
 
     def takes(self, dtype: torch.dtype) -> bool:

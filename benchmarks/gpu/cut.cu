@@ -24,7 +24,7 @@ int main() {
       cai::measure<T>(kind, p);
     }
     cai::with_store<T>(kind, [&](auto w) {
-      cai::Cut cut = cai::cut_launch<T, decltype(w)>(rows, group);
+      cai::Cut cut = cai::cut_launch<T, decltype(w)>(rows, group, cai::kHopper);
       cai::choose_blocks(cut, multiprocessors / cut.cluster);
       std::cout << cut.cluster << ' ' << cut.blocks << ' ' << cut.groups << ' ' << cut.bytes << ' ' << cut.slot_bytes
                 << std::endl;

@@ -61,6 +61,12 @@ struct Rows {
   int32_t x_vector;  // filled in by the plan: whether 16-byte loads of x (and of the norm's weight) are aligned
 };
 
+// Shared memory that a block may have, of a device: at most, and so much that a block of the next kernel has room beside it,
+// which fetches its weights meanwhile.
+struct Room {
+  int32_t most, for_two;
+};
+
 // How a launch is cut up. A cluster of blocks takes as many tiles together: of each, every block sums the same
 // kParts / cluster parts, so that it needs no other columns of x.
 struct Cut {

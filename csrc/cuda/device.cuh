@@ -58,7 +58,7 @@ __device__ __forceinline__ void publish_barriers() {
 __device__ __forceinline__ void copy_bulk(void* shared, const void* global, int bytes, CopyBarrier* barrier) {
   const uint32_t to = shared_address(shared), at = shared_address(barrier);
   uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
@@ -83,9 +83,9 @@ __device__ __forceinline__ void wait_for_phase(CopyBarrier* barrier, uint32_t pa
 
 // Blocks of a cluster read and write each other's shared memory, once all of them have arrived at a barrier.
 __device__ __forceinline__ void arrive_at_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 }
-__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 // Writes to the place that `shared` has in the block of this rank.
 __device__ __forceinline__ void store_in_block(float* shared, int rank, float value) {

@@ -45,12 +45,12 @@ Rows<T> some_rows(const Rows<T>& rows, int first, int count) {
 
 // `launch` for a kernel's types, with rows, group and cut ready; for half of the rows at a time where all of them don't fit.
 template <typename T, typename Launch>
-cudaError_t launch_rows(const Kind& kind, const Rows<T>& rows, const Group& group, const Launch& launch) {
+cudaError_t launch_rows(const Kind& kind, const Rows<T>& rows, const Group& group, const Room& room, const Launch& launch) {
   return with_store<T>(kind, [&](auto store) -> cudaError_t {
     using W = decltype(store);
     Rows<T> ready = rows;
     Group planned = group;
-    const Cut cut = cut_launch<T, W>(ready, planned);
+    const Cut cut = cut_launch<T, W>(ready, planned, room);
     if (cut.groups == 0) return cudaSuccess;
     if (cut.bytes != 0) {
       if (rows.count <= 8) return launch.template run<W, 1>(ready, planned, cut);
@@ -58,8 +58,9 @@ cudaError_t launch_rows(const Kind& kind, const Rows<T>& rows, const Group& grou
     }
     if (rows.count == 1) return cudaErrorInvalidValue;  // a row beyond what eight blocks hold
     const int half = rows.count / 2;
-    const cudaError_t error = launch_rows(kind, some_rows(rows, 0, half), group, launch);
-    return error != cudaSuccess ? error : launch_rows(kind, some_rows(rows, half, rows.count - half), group, launch);
+    const cudaError_t error = launch_rows(kind, some_rows(rows, 0, half), group, room, launch);
+    if (error != cudaSuccess) return error;
+    return launch_rows(kind, some_rows(rows, half, rows.count - half), group, room, launch);
   });
 }
 

@@ -37,24 +37,48 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int 
 constexpr int kDevices = 64;
 constexpr int kClusterSizes = 4;  // 1, 2, 4, 8
 
+inline cudaError_t current_device(int& device) {
+  const cudaError_t error = cudaGetDevice(&device);
+  return error != cudaSuccess ? error : device < kDevices ? cudaSuccess : cudaErrorInvalidDevice;
+}
+
+// What the device has; an error if it lacks bulk copies and clusters.
+inline cudaError_t room_of_device(Room& room) {
+  static std::array<std::atomic<int>, kDevices> most{}, whole{};
+  int device = 0, major = 0;
+  cudaError_t error = current_device(device);
+  if (error != cudaSuccess) return error;
+  room.most = most[device].load(std::memory_order_acquire);
+  room.for_two = whole[device].load(std::memory_order_relaxed) / 2 - 1024;  // 1 KiB of each block is the system's
+  if (room.most != 0) return cudaSuccess;
+  error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess && major < 9) return cudaErrorNotSupported;
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&room.most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&room.for_two, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  if (error != cudaSuccess) return error;
+  whole[device].store(room.for_two, std::memory_order_relaxed);
+  most[device].store(room.most, std::memory_order_release);
+  room.for_two = room.for_two / 2 - 1024;
+  return cudaSuccess;
+}
+
 // How many clusters of a kernel run at once, with a block to a multiprocessor: clusters of eight leave some of those out, which
 // of a device's groups of multiprocessors have no eight left. Also lets the kernel's blocks have all their shared memory.
 template <typename Kernel>
 cudaError_t clusters_at_once(Kernel kernel, int cluster, int& clusters) {
   static std::array<std::array<std::atomic<int>, kClusterSizes>, kDevices> known{};  // of this kernel; 0: not yet
   int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
+  cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
-  if (device >= kDevices) return cudaErrorInvalidDevice;
   const int size = cluster == 1 ? 0 : cluster == 2 ? 1 : cluster == 4 ? 2 : 3;
   clusters = known[device][size].load(std::memory_order_relaxed);
   if (clusters != 0) return cudaSuccess;
-  int major = 0;
-  error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error == cudaSuccess && major < 9) return cudaErrorNotSupported;
+  Room room{};
+  error = room_of_device(room);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&clusters, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedForOne);
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room.most);
   // One share of the memory for all kernels: another one for the next would wait until the multiprocessor is empty.
   if (error == cudaSuccess)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
@@ -66,7 +90,7 @@ cudaError_t clusters_at_once(Kernel kernel, int cluster, int& clusters) {
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(clusters / cluster * cluster);
     config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = kSharedForOne;
+    config.dynamicSmemBytes = room.most;
     config.attrs = &attribute;
     config.numAttrs = 1;
     error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
@@ -94,7 +118,9 @@ struct DecodeLaunch {
 template <typename T>
 cudaError_t launch_group(const Kind& kind, const Rows<T>& rows, const Group& group, const LaunchOptions& options) {
   if (rows.prologue == Prologue::kNorm && !is_same<T, __nv_bfloat16>) return cudaErrorInvalidValue;
-  return launch_rows(kind, rows, group, DecodeLaunch<T>{options});
+  Room room{};
+  const cudaError_t error = room_of_device(room);
+  return error != cudaSuccess ? error : launch_rows(kind, rows, group, room, DecodeLaunch<T>{options});
 }
 
 template <typename T>

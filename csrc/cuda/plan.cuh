@@ -5,10 +5,8 @@
 
 namespace cai {
 
-// Shared memory of a block that leaves room for a block of the next kernel beside it, which fetches its weights meanwhile; and
-// what a block may have at most (compute capability 9.0: 228 KiB a multiprocessor, 1 KiB of each block the system's).
-constexpr int kSharedForTwo = (228 / 2 - 1) << 10;
-constexpr int kSharedForOne = 227 << 10;
+// Of compute capability 9.0: 228 KiB a multiprocessor, 1 KiB of each block the system's.
+constexpr Room kHopper{227 << 10, (228 / 2 - 1) << 10};
 // Gated elements of x that a block makes; a cluster divides them.
 constexpr int kGatedElements = 2048;
 
@@ -43,7 +41,7 @@ int stage_columns(Group& group, int cluster) {
 
 // The cut with clusters of this size. Fills in what it needs of every product.
 template <typename T, typename W>
-Cut cut_with(const Rows<T>& rows, Group& group, int cluster) {
+Cut cut_with(const Rows<T>& rows, Group& group, const Room& room, int cluster) {
   Cut cut{};
   cut.cluster = cluster;
   cut.slot_bytes = kStepsPerCopy * kFullStep<W>;
@@ -56,7 +54,7 @@ Cut cut_with(const Rows<T>& rows, Group& group, int cluster) {
   // Rows of x begin half a turn of the banks apart, so that the lanes of two rows read from different ones.
   cut.x_stride = rounded_up(stage_columns<W>(group, cluster) * 2, 128) + 64;
   const int64_t bytes = cut.x + static_cast<int64_t>(rows.count) * cut.x_stride;
-  cut.bytes = bytes > kSharedForOne ? 0 : static_cast<int>(bytes);
+  cut.bytes = bytes > room.most ? 0 : static_cast<int>(bytes);
   for (int i = 0; i < group.count; ++i) {
     Product& p = group.product[i];
     p.first_group = cut.groups;
@@ -67,22 +65,23 @@ Cut cut_with(const Rows<T>& rows, Group& group, int cluster) {
 }
 
 // Fills in what a launch needs of rows and products; `bytes` is 0 where the rows don't fit: fewer may. wanted: the size of
-// clusters, or 0 for the smallest that leaves room for the next kernel.
+// clusters, or 0 for the smallest that leaves room for the next kernel, else the smallest that fits.
 template <typename T, typename W>
-Cut cut_launch(Rows<T>& rows, Group& group, int wanted = 0) {
+Cut cut_launch(Rows<T>& rows, Group& group, const Room& room, int wanted = 0) {
   rows.x_vector = aligned_to(rows.x, 16) && rows.x_stride % 8 == 0 && aligned_to(rows.norm, 16);
   for (int i = 0; i < group.count; ++i) {
     const Product& p = group.product[i];
     rows.x_vector = rows.x_vector && p.x_col % 8 == 0 && (rows.prologue != Prologue::kSwiglu || p.cols % 8 == 0);
   }
-  if (wanted != 0) return cut_with<T, W>(rows, group, wanted);
-  for (int cluster = 1; cluster < kParts; cluster *= 2) {
-    const Cut cut = cut_with<T, W>(rows, group, cluster);
-    const bool gated = rows.prologue == Prologue::kSwiglu;
-    const bool short_enough = !gated || group.product[0].cols * rows.count <= kGatedElements * cluster;
-    if (cut.bytes != 0 && cut.bytes <= kSharedForTwo && short_enough) return cut;
-  }
-  return cut_with<T, W>(rows, group, kParts);
+  if (wanted != 0) return cut_with<T, W>(rows, group, room, wanted);
+  const bool gated = rows.prologue == Prologue::kSwiglu;
+  for (const int bytes : {room.for_two, room.most})
+    for (int cluster = 1; cluster <= kParts; cluster *= 2) {
+      const Cut cut = cut_with<T, W>(rows, group, room, cluster);
+      const bool short_enough = !gated || group.product[0].cols * rows.count <= kGatedElements * cluster;
+      if (cut.bytes != 0 && cut.bytes <= bytes && (short_enough || cluster == kParts)) return cut;
+    }
+  return cut_with<T, W>(rows, group, room, kParts);
 }
 
 // As many clusters as run at once at most, and every one the same number of groups of tiles, give or take one.

@@ -28,7 +28,7 @@ struct EmulatedLaunch {
 template <typename T>
 cudaError_t launch_group(const Kind& kind, const Rows<T>& rows, const Group& group, const LaunchOptions& options) {
   if (!options.dependent) return cudaErrorNotSupported;  // the tests ask for it
-  return launch_rows(kind, rows, group, EmulatedLaunch<T>{});
+  return launch_rows(kind, rows, group, kHopper, EmulatedLaunch<T>{});
 }
 
 template <typename T>

@@ -17,7 +17,7 @@ void run_instance(cai::Rows<T> rows, cai::Group& group, int cluster, int at_once
     p.last_blocks = steps.last_blocks;
     p.tile_bytes = cai::bytes_of_tile<W>(steps);
   }
-  cai::Cut cut = cai::cut_launch<T, W>(rows, group, cluster);
+  cai::Cut cut = cai::cut_launch<T, W>(rows, group, cai::kHopper, cluster);
   if (cut.bytes == 0) throw std::runtime_error("the rows do not fit");
   cai::choose_blocks(cut, at_once);
   emulator::launch(cut.blocks, cai::kThreads, [&] { cai::decode_products_kernel<T, W, kHalves>(rows, group, cut); }, cut.cluster,
