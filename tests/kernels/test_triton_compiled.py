@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,12 +18,15 @@ from attention_cases import Judge, normed_heads, rotated
 from error_bounds import Bounded, Growth, check, gated, linear, multiplied, normed, unit_roundoff
 from kernel_cases import STORES, random_linear
 from ptx.device import Device, put_in_place
+from sampling_cases import make_batch
 
 from cai_runtime.kernels import triton as backend
 from cai_runtime.kernels.attention import HeadLayout, HeadNorms
 from cai_runtime.kernels.norm import RmsNorm
 from cai_runtime.kernels.quantized_rows import quantize_rows
+from cai_runtime.kernels.sampling_reference import sample_reference
 from cai_runtime.kernels.triton import attention
+from cai_runtime.kernels.triton.sampling import TritonSampler
 from cai_runtime.kernels.weights import LinearWeights
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -277,3 +281,13 @@ def test_rope_and_kv_write(g: torch.Generator, dtype: torch.dtype, dim: int, rot
             if slot >= 0:
                 expected[slot // 16, :, slot % 16] = written[row]
         assert torch.equal(cache, expected)
+
+
+@pytest.mark.parametrize(("seed", "rows", "vocabulary"), [*((s, 3, 333) for s in range(4)), (4, 12, 5000)])
+def test_sampler(seed: int, rows: int, vocabulary: int):
+    """The reference's tokens, of one block of the vocabulary and of several."""
+    logits, batch = make_batch(np.random.default_rng(seed), rows, vocabulary)
+    wanted = sample_reference(logits, batch)
+    found = TritonSampler(torch.device("cpu"))(torch.from_numpy(logits.copy()), batch).wait()
+    np.testing.assert_array_equal(found.status, wanted.status)
+    np.testing.assert_array_equal(found.ids, wanted.ids)

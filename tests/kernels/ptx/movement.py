@@ -169,15 +169,24 @@ def _wait(left: int):
 def _shuffle(instruction: Instruction, slots: Slots) -> Step:
     _, _, mode, kind = instruction.words
     target, value, by, clamp, members = instruction.operands
-    if clamp != "31" or members != "-1" or mode not in ("bfly", "idx"):
+    if (
+        clamp != ("0" if mode == "up" else "31")
+        or members != "-1"
+        or mode not in ("bfly", "idx", "up")
+        or "|" in target
+    ):
         raise PtxError("an unknown shuffle")
-    read, read_by, write = slots.read(value, kind), slots.read(by, "u32"), slots.write(target.split("|")[0], kind)
+    read, read_by, write = slots.read(value, kind), slots.read(by, "u32"), slots.write(target, kind)
 
     def shuffle(machine, mask: Mask) -> None:
         machine.need_whole_warps(mask)
         by = spread(machine, read_by(machine.registers)).astype(np.int64)
         lane = machine.every % 32
-        source = machine.every - lane + ((lane ^ by if mode == "bfly" else by) & 31)
+        if mode == "up":  # the first lanes keep their own
+            from_lane = np.where(lane >= by, lane - by, lane)
+        else:
+            from_lane = (lane ^ by if mode == "bfly" else by) & 31
+        source = machine.every - lane + from_lane
         write(machine, spread(machine, read(machine.registers))[source], mask)
 
     return shuffle

@@ -61,6 +61,8 @@ def _float(instruction: Instruction, slots: Slots) -> Step:
     name, kind = instruction.words[0], instruction.words[-1]
     _check_words(instruction, "NaN")
     compute = FLOAT[name]
+    if kind == "f64" and name not in ("add", "sub", "mul", "div", "neg", "abs", "max", "min"):
+        raise PtxError("not known in float64, where numpy would round twice or by its own formula")
     if "NaN" in instruction.words:
         compute = {"max": np.maximum, "min": np.minimum}[name]
     if "ftz" in instruction.words:

@@ -23,7 +23,7 @@ Step = Callable[["Machine", Mask], None]
 
 UNSIGNED = {8: np.dtype(np.uint8), 16: np.dtype(np.uint16), 32: np.dtype(np.uint32), 64: np.dtype(np.uint64)}
 SIGNED = {8: np.dtype(np.int8), 16: np.dtype(np.int16), 32: np.dtype(np.int32), 64: np.dtype(np.int64)}
-FLOATS = ("f32", "f16", "bf16", "f16x2", "bf16x2")
+FLOATS = ("f64", "f32", "f16", "bf16", "f16x2", "bf16x2")
 
 
 @functools.cache
@@ -42,9 +42,11 @@ def bits_type(kind: str) -> np.dtype[Any]:
 
 
 def to_float(bits: Array, kind: str) -> Array:
-    """Bits as numbers: float32 [n], or [n, 2] for pairs."""
+    """Bits as numbers: float32 [n], or [n, 2] for pairs; float64 of f64."""
     if kind.endswith("x2"):
         return to_float(bits.view(np.uint16), kind[:-2]).reshape(-1, 2)
+    if kind == "f64":
+        return bits.view(np.float64)
     if kind == "bf16":
         return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return bits.view(np.float32) if kind == "f32" else bits.view(np.float16).astype(np.float32)
@@ -54,6 +56,8 @@ def from_float(x: Array, kind: str) -> Array:
     """Numbers as bits, rounded to nearest even."""
     if kind.endswith("x2"):
         return from_float(np.ascontiguousarray(x).reshape(-1), kind[:-2]).view(np.uint32)
+    if kind == "f64":
+        return x.astype(np.float64).view(np.uint64)
     x = x.astype(np.float32)
     if kind == "f32":
         return x.view(np.uint32)
@@ -101,7 +105,7 @@ class Slots:
         return self._slot(name, "pred")[0]
 
     def read(self, name: str, kind: str) -> Read:
-        """How to read an operand as `kind`: integers in its dtype, floats as float32, pairs of floats as [n, 2]."""
+        """How to read an operand as `kind`: integers in its dtype, floats as float32 (f64 as float64), pairs as [n, 2]."""
         slot, kept = self._slot(name, kind)
         wanted, there = width(kind), width(kept)
         if kind == "pred":
@@ -148,6 +152,8 @@ def constant(text: str) -> int:
     if text == "global_smem":
         return 0
     if re.fullmatch(r"0[fF][0-9a-fA-F]{8}", text):
+        return int(text[2:], 16)
+    if re.fullmatch(r"0[dD][0-9a-fA-F]{16}", text):
         return int(text[2:], 16)
     if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)U?", text):
         return int(text.rstrip("U"), 0)
