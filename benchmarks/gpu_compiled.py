@@ -117,9 +117,8 @@ def main() -> int:
         rows, sampled = kernels(monkeypatch), sampler(monkeypatch, args.sampled)
     print(f"\nsampler: {sampled['rows']} rows, {sampled['different']} differ from the reference")
     wrong = [r for r in rows if not r["right"]]
-    print(
-        f"Triton {triton.__version__}: {len(rows)} cases, {len(wrong)} beyond their bounds, {time.monotonic() - started:.0f} s"
-    )
+    took = time.monotonic() - started
+    print(f"Triton {triton.__version__}: {len(rows)} cases, {len(wrong)} beyond their bounds, {took:.0f} s")
     if args.json is not None:
         kept = json.loads(args.json.read_text()) if args.json.exists() else {}
         kept[triton.__version__] = {"torch": torch.__version__, "target": "sm_90", "sampler": sampled, "cases": rows}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,33 +29,46 @@ def rank(inputs: int, outputs: int, keep: float) -> int:
     return int(half - math.sqrt(half * half - keep * inputs * outputs)) // 16 * 16
 
 
-def launches(multiprocessors: int, keep: float = 0.5) -> list[dict[str, Any]]:
+def launches(multiprocessors: int, keep: float | None = 0.5, rows: Sequence[int] = ROWS) -> list[dict[str, Any]]:
     """Of every launch of a layer: store, rows of x, tiles for each multiprocessor, cluster, blocks, shared memory, and the
-    bytes of weights that a multiprocessor has under way."""
+    bytes of weights that a multiprocessor has under way. keep: None for dense linears."""
     wanted = []
     for store, numbers in STORES.items():
-        for rows in ROWS:
+        for count in rows:
             for name, (inputs, outputs, prologue) in LAYER.items():
-                ranks = [rank(inputs, out, keep) for out in outputs]
-                starts = [sum(-(-r // 16) * 16 for r in ranks[:i]) for i in range(len(ranks))]
-                stages = [
-                    [(r, inputs, 0) for r in ranks],
-                    [(out - r, r, at) for out, r, at in zip(outputs, ranks, starts, strict=True)],
-                ]
-                for stage, products in enumerate(stages):
-                    first = 0 if stage or (prologue == 2 and rows > FUSED_GATES) else prologue
-                    line = [*numbers, 0, rows, first, multiprocessors, len(products), *(n for p in products for n in p)]
-                    wanted.append((store, rows, f"{name} {stage}", products, " ".join(map(str, line))))
+                for stage, products in enumerate(_stages(inputs, outputs, keep)):
+                    first = 0 if stage or (prologue == 2 and count > FUSED_GATES) else prologue
+                    line = [
+                        *numbers,
+                        0,
+                        count,
+                        first,
+                        multiprocessors,
+                        len(products),
+                        *(n for p in products for n in p),
+                    ]
+                    wanted.append((store, count, f"{name} {stage}", first, products, " ".join(map(str, line))))
     found = []
-    for (store, rows, name, products, _), answer in zip(wanted, _cut([w[-1] for w in wanted]), strict=True):
+    for (store, count, name, prologue, products, _), answer in zip(wanted, _cut([w[-1] for w in wanted]), strict=True):
         cluster, blocks, groups, nbytes, slot = answer
         tiles = sum(-(-n // 16) for n, _, _ in products)
         found.append({
-            "store": store, "rows": rows, "launch": name, "tiles": tiles,
+            "store": store, "rows": count, "launch": name, "prologue": prologue, "tiles": tiles,
+            "weights": sum(n * k for n, k, _ in products),
             "tiles_a_multiprocessor": round(tiles / multiprocessors, 2), "cluster": cluster, "blocks": blocks,
             "rounds": -(-groups * cluster // blocks), "shared_bytes": nbytes, "bytes_under_way": WARPS * SLOTS * slot,
         })  # fmt: skip
     return found
+
+
+def _stages(inputs: int, outputs: Sequence[int], keep: float | None) -> list[list[tuple[int, int, int]]]:
+    """Rows, columns and first column of x of the products of each stage."""
+    if keep is None:
+        return [[(out, inputs, 0) for out in outputs]]
+    ranks = [rank(inputs, out, keep) for out in outputs]
+    starts = [sum(-(-r // 16) * 16 for r in ranks[:i]) for i in range(len(ranks))]
+    second = [(out - r, r, at) for out, r, at in zip(outputs, ranks, starts, strict=True)]
+    return [[(r, inputs, 0) for r in ranks], second]
 
 
 def _cut(lines: list[str]) -> list[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,18 @@ def test_kernels_that_measure_the_machine_compile_for_hopper():
     assert "ld.global" in ptx(kernels.read, {"BLOCK": 1024}, x="*i32", out="*i32", steps="i32")
     barriers = ptx(kernels.barriers, counter="*i32", programs="i32", rounds="i32")
     assert "atom" in barriers and "acq_rel" in barriers
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+def test_launches_of_real_shapes_take_every_tile_and_fit():
+    """Cut by the library's own plan; predicted for each of them."""
+    predict = importlib.import_module("gpu.predict")
+    for keep in (0.5, None):
+        cuts = predict.launches(132, keep, rows=(1, 4, 16))
+        assert {c["store"] for c in cuts} == {"bf16", "int8", "int4/128"}
+        for cut in cuts:
+            assert 0 < cut["blocks"] <= 132 and cut["blocks"] % cut["cluster"] == 0, cut
+            assert cut["rounds"] * cut["blocks"] >= cut["tiles"], cut
+            assert cut["bytes_under_way"] < cut["shared_bytes"] <= 227 << 10, cut
+            floor = cut["weights"] * predict.STORES[cut["store"]][0] / predict.BANDWIDTH * 1e6
+            assert floor - predict.OVERLAP < predict.launch_microseconds(cut) < 2 * floor + 5, cut

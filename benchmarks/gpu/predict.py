@@ -1,0 +1,95 @@
+"""Predicts the CUDA decode kernel's launches and steps at Llama-3.1-8B's shapes, before a GPU has measured them.
+
+    python benchmarks/gpu/predict.py [--write]
+
+--write puts them into predicted.json, beside which the suite puts what it measures. How launches are cut is the library's
+own plan (needs nvcc). A launch takes what is fixed, and the reading of its weights as far as it was not done before: the first
+64 KiB of a block are on their way while the kernel ahead ends. Reading is bound by memory, or by the busiest multiprocessor:
+by its port to the second-level cache, by the instructions it can start, or by the chain of products of its warps. All
+constants are estimates."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # PYTHONSAFEPATH omits it
+
+from gpu.launch_plan import FUSED_GATES, launches
+
+PREDICTED = Path(__file__).with_name("predicted.json")
+MULTIPROCESSORS, CLOCK, BANDWIDTH = 132, 1.755e9, 3.0e12
+PORT = 64  # bytes a cycle from the second-level cache to a multiprocessor
+STARTED = 2.6  # instructions a cycle that such code starts, of 4
+# By store: bytes of a weight; instructions for 1 KiB and cycles that a warp takes for it (gpu_code.py; the latter from the
+# latencies of loads from shared memory and of eight, four or two products in a chain).
+STORES = {"bf16": (2, 74, 110), "int8": (1, 132, 190), "int4/128": (0.5 + 2 / 128, 173, 330)}
+WARPS = 8
+# Microseconds. The end of the kernel ahead is seen, x is staged, the last tile's sums are added and stored.
+FIXED, NORM, GATE, CLUSTER = 2.0, 0.2, 0.4, 0.4
+OVERLAP = 1.0  # of reading, while the kernel ahead ends
+SMALL, ATTENTION, MERGE = 2.2, 10.2, 2.2  # a small kernel; attention of one row at context 1024 and its merge
+HEAD_BYTES, LAYERS = 128256 * 4096 * 2, 32
+
+
+def launch_microseconds(cut: dict[str, Any]) -> float:
+    per_weight, instructions, cycles = STORES[cut["store"]]
+    nbytes = cut["weights"] * per_weight
+    slower = 1.2 if cut["rows"] > 8 else 1.0
+    rate = min(PORT, 1024 * STARTED / instructions, WARPS * 1024 / (cycles * slower)) * CLOCK  # of a multiprocessor
+    busiest = nbytes * cut["rounds"] / cut["tiles"]
+    reading = max(nbytes / BANDWIDTH, busiest / rate) * 1e6
+    ahead = min(cut["blocks"] * cut["bytes_under_way"], nbytes) / BANDWIDTH * 1e6
+    fixed = FIXED + NORM * (cut["prologue"] == 1) + GATE * (cut["prologue"] == 2) + CLUSTER * (cut["cluster"] > 1)
+    return fixed + reading - min(ahead, OVERLAP)
+
+
+def predictions() -> dict[str, list[dict[str, Any]]]:
+    steps, single = [], []
+    for keep, kind in ((0.5, "interpolative"), (None, "dense")):
+        by_launch: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
+        for cut in launches(MULTIPROCESSORS, keep, rows=(1, 16)):
+            by_launch[cut["store"], cut["rows"]][cut["launch"]] = round(launch_microseconds(cut), 1)
+        for (store, rows), found in by_launch.items():
+            if kind == "dense" and store == "int8":
+                continue  # the suite has no such model
+            name = {"backend": "cuda", "weights": f"{kind} {store.split('/')[0]}", "rows": rows}
+            cache = 2 * 2 * 1024 * 8 * 128 * rows / (0.75 * BANDWIDTH) * 1e6
+            attention = max(ATTENTION, cache + SMALL) + (MERGE if rows * 8 < 256 else 0)
+            small = SMALL * (1 + (rows > FUSED_GATES))  # rope, and the gate
+            head = HEAD_BYTES / (0.93 * BANDWIDTH) * 1e6 + 5 * SMALL
+            total = LAYERS * (sum(found.values()) + attention + small) + head
+            steps.append(name | {"milliseconds": round(total / 1e3, 2)})
+            single.append(name | {"microseconds": found})
+    return {"steps": steps, "launches": single}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="put them into predicted.json")
+    args = parser.parse_args()
+    found = predictions()
+    for entry in found["steps"]:
+        print(f"{entry['weights']:<22}{entry['rows']:>3} rows {entry['milliseconds']:>7.2f} ms")
+    for entry in found["launches"]:
+        print(f"{entry['weights']:<22}{entry['rows']:>3} rows  {entry['microseconds']}")
+    if args.write:
+        kept = json.loads(PREDICTED.read_text())
+        for name, new in found.items():
+            mine = {(e["weights"], e["rows"]) for e in new}
+            others = [e for e in kept[name] if e["backend"] != "cuda" or (e["weights"], e["rows"]) not in mine]
+            kept[name] = new + others
+        lines = [json.dumps(kept["about"])]
+        body = ",\n".join(
+            f'"{name}": [\n' + ",\n".join(json.dumps(e) for e in kept[name]) + "\n]" for name in ("steps", "launches")
+        )
+        PREDICTED.write_text(f'{{\n"about": {lines[0]},\n{body}\n}}\n')
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
