@@ -3,10 +3,10 @@
     python benchmarks/gpu/predict.py [--write]
 
 --write puts them into predicted.json, beside which the suite puts what it measures. How launches are cut is the library's
-own plan (needs nvcc). A launch takes what is fixed, and the reading of its weights as far as it was not done before: the first
-64 KiB of a block are on their way while the kernel ahead ends. Reading is bound by memory, or by the busiest multiprocessor:
-by its port to the second-level cache, by the instructions it can start, or by the chain of products of its warps. All
-constants are estimates."""
+own plan (needs nvcc). A launch takes what is fixed, and the reading of its weights as far as it was not done before: the
+first 64 KiB of a block are on their way while the kernel ahead ends. Reading is bound by memory, or by the busiest
+multiprocessor: by its port to the second-level cache, by the instructions it can start, or by the chain of products of its
+warps. All constants are estimates."""
 
 from __future__ import annotations
 

@@ -37,6 +37,7 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+DEPENDENT_TARGETS = {"sm_90", "sm_100", "sm_120"}  # those with programmatic dependent launch, see dependent.py
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10}
 
 
@@ -82,6 +83,23 @@ def dot_problems(found: set[Dot]) -> list[str]:
     ]
 
 
+_GLOBAL_ACCESS = re.compile(
+    r"\b(ld|st|red|atom)\.(volatile\.|relaxed\.\w+\.|acquire\.\w+\.)?global|cp\.async\.\w+\.shared"
+)
+
+
+def wait_problems(ptx: str) -> list[str]:
+    """Of a kernel that starts while the one ahead of it ends: global memory before the wait, the next kernel before it."""
+    wait, start = ptx.find("griddepcontrol.wait"), ptx.find("griddepcontrol.launch_dependents")
+    access = _GLOBAL_ACCESS.search(ptx)
+    problems = []
+    if wait < 0 or start < wait:
+        problems.append("it does not wait for the kernel ahead before it lets the next one start")
+    if wait >= 0 and access is not None and access.start() < wait:
+        problems.append("global memory is used before the wait for the kernel ahead")
+    return problems
+
+
 class Orders:
     """Whether cases of one `Case.same_bits` and target add in one order: the run of a lane decides which columns an
     instruction adds together."""
@@ -110,11 +128,16 @@ def compile_case(case: Case, target_name: str) -> Outcome:
         signature[name] = kind.rstrip("!")
         if kind.endswith("!"):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(case.kernel, signature, constexprs=case.constants, attrs=attributes)
+    constants, dependent = dict(case.constants), target_name in DEPENDENT_TARGETS
+    if "DEPENDENT" in names:
+        constants["DEPENDENT"] = dependent
+    source = ASTSource(case.kernel, signature, constexprs=constants, attrs=attributes)
     options = compile_options(
         case.num_warps, case.num_stages, max_registers=case.max_registers, hip=target.backend == "hip"
     )
     options["enable_fp_fusion"] = case.fused
+    if dependent and "DEPENDENT" in names:
+        options["launch_pdl"] = True
     compiled = triton.compile(source, target=target, options=options)
     if target.backend == "hip":
         outcome = _read_amd(case, compiled)
@@ -123,6 +146,8 @@ def compile_case(case: Case, target_name: str) -> Outcome:
     found = dots(compiled.asm["ttgir"])
     outcome.orders = frozenset((d.dtype, d.run) for d in found)
     outcome.problems += dot_problems(found)
+    if dependent and "DEPENDENT" in names:
+        outcome.problems += wait_problems(compiled.asm["ptx"])
     if case.products and not case.fp32 and not case.int8 and not found:
         outcome.problems.append("no matrix product is found in Triton's GPU dialect, whose text may have changed")
     if outcome.spilled and case.decode:

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from cai_runtime.kernels.triton.checks import ACTIVATIONS, check_tensor, require
+from cai_runtime.kernels.triton.dependent import dependent_options, wait_for_previous_kernel
 from cai_runtime.kernels.triton.launch import compile_options, on_device, operand_dtype
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -119,10 +120,12 @@ def paged_attention_kernel(
     scale_log2, ldq, q_head, ldo, k_page, k_head, k_slot, v_page, v_head, v_slot, ldt,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
     COMPUTE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles, KV heads times parts, 1 or splits). Sequence s owns the tiles from query_start[s] // TOKENS + s on:
     enough for its tokens, and known without reading the lengths back to the host. With `states` [splits, rows, heads, 2] and
     `numerators` [splits, rows, heads, DIM], a program takes the split of its third index and leaves its state there."""
+    wait_for_previous_kernel(DEPENDENT)
     tile = tl.program_id(0)
     # A KV head's query heads take one program, or several of HEADS each when there are very many.
     parts = tl.cdiv(GROUP, HEADS)
@@ -182,9 +185,10 @@ def paged_attention_kernel(
 @triton.jit(do_not_specialize=["sequences"])
 def merge_splits_kernel(
     states, numerators, out, sinks, query_start, context_len, sequences, ldo,
-    DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK_D: tl.constexpr,
+    DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK_D: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """What the splits of one head of one row left, merged in order. Grid: (rows, heads)."""
+    wait_for_previous_kernel(DEPENDENT)
     row = tl.program_id(0)
     head = tl.program_id(1) + tl.zeros((1,), dtype=tl.int64)
     sequence = find_sequence(query_start, sequences, row, 0)
@@ -306,7 +310,8 @@ def paged_attention(
         states = torch.empty((splits, rows, q_heads, 2), dtype=torch.float32, device=device)
         numerators = torch.empty((splits, rows, q_heads, dim), dtype=torch.float32, device=device)
     block_d = max(16, triton.next_power_of_2(dim))
-    options = compile_options(tile.num_warps, 2, max_registers=tile.max_registers)
+    dependent = dependent_options(device)
+    options = compile_options(tile.num_warps, 2, max_registers=tile.max_registers) | dependent
     with on_device(q):
         paged_attention_kernel[(tiles, head_programs, 1 if states is None else splits)](
             q, k_cache, v_cache, out, states, numerators, sinks, query_start, context_len, page_table, sequences, rows,
@@ -317,6 +322,6 @@ def paged_attention(
         if states is not None:
             merge_splits_kernel[(rows, q_heads)](
                 states, numerators, out, sinks, query_start, context_len, sequences, out.stride(0), dim, window or 0,
-                block_d, num_warps=1,
+                block_d, num_warps=1, **dependent,
             )  # fmt: skip
     return out

@@ -28,6 +28,7 @@ from cai_runtime.kernels.triton.checks import (
     require,
     rows_contiguous,
 )
+from cai_runtime.kernels.triton.dependent import dependent_options
 from cai_runtime.kernels.triton.launch import compile_options, on_device, operand_dtype
 from cai_runtime.kernels.triton.plan import Input, Member, Plan, TileChoice
 from cai_runtime.kernels.triton.rows import rms_norm, swiglu
@@ -136,7 +137,7 @@ def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
     tile = default_tile(Products(False, x.dtype, "", 0, width, width, x.device))
     p.factor_kernel[(triton.cdiv(rows, tile.block_m),)](
         x, factor, rows, width, x.stride(0), eps, operand_dtype(x.dtype), tile.block_m, block_k(x.dtype, 0),
-        **compile_options(tile.num_warps, tile.num_stages),
+        **compile_options(tile.num_warps, tile.num_stages), **dependent_options(x.device),
     )  # fmt: skip
     return factor
 

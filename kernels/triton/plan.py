@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from cai_runtime.kernels.triton import products as p
+from cai_runtime.kernels.triton.dependent import launches_dependently
 from cai_runtime.kernels.triton.launch import Launcher, compile_options, number_class, operand_dtype, pointer_class
 from cai_runtime.kernels.triton.quantized_rows import quantize_slices
 from cai_runtime.kernels.triton.tiles import DECODE_ROWS, Products, Tile, block_k
@@ -128,8 +129,10 @@ class Launch:
         self._block_k = block_k(compute, first.group)
         kind = (compute, first.store, first.group, sum(self._rows), products[0].columns, first.data.device)
         self._tiles = {decode: tiles(Products(decode, *kind)) for decode in (True, False)}
+        self._dependent = launches_dependently(first.data.device)
+        more = {"launch_pdl": True} if self._dependent else {}
         self._options = {
-            decode: compile_options(t.num_warps, t.num_stages, max_registers=t.max_registers)
+            decode: compile_options(t.num_warps, t.num_stages, max_registers=t.max_registers) | more
             for decode, t in self._tiles.items()
         }
         self._grid = {d: sum(-(-n // t.block_n) for n in self._rows) for d, t in self._tiles.items()}
@@ -160,7 +163,7 @@ class Launch:
                 x.stride(0), ldr, 0 if z is None else z.stride(0), y.stride(0), source.eps,
             ),
             (self._first, self._later),
-            (source.prologue, self._compute, tile.block_m, tile.block_n, self._block_k),
+            (source.prologue, self._compute, tile.block_m, tile.block_n, self._block_k, self._dependent),
             self._options[decode],
         )  # fmt: skip
 

@@ -26,6 +26,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from cai_runtime.kernels.triton.dependent import wait_for_previous_kernel
+
 # Where a product goes.
 ABSENT, TO_Z, TO_Y, TO_BOTH = 0, 1, 2, 3
 # What happens to x first: nothing, or RMSNorm, with the mean square formed here or read from `factor`.
@@ -186,12 +188,14 @@ def products_kernel(
     GROUP_0: tl.constexpr, GROUP_1: tl.constexpr, GROUP_2: tl.constexpr,
     PROLOGUE: tl.constexpr,
     COMPUTE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One stage of up to three members. Member g reads x[:, x_col_g : x_col_g + K_g] and w_g [N_g, K_g]; its columns
     of z start at z_col_g, those of y at y_col_g. A row of w_g is pitch_g times 16 bytes, zeros beyond K_g; int4 has groups_g
     scales in a row. Of int8 x, the columns from x_col_g have row r's scale at x_scale[r, x_col_g / 16].
 
     Grid: (row tiles, column tiles of all members)."""
+    wait_for_previous_kernel(DEPENDENT)
     first_row = tl.program_id(0) * BLOCK_M
     tile = tl.program_id(1)
     tiles0 = tl.cdiv(N0, BLOCK_N)
@@ -224,9 +228,13 @@ def products_kernel(
 
 
 @triton.jit(do_not_specialize=["M"])
-def factor_kernel(x, factor, M, K, ldx, eps, COMPUTE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+def factor_kernel(
+    x, factor, M, K, ldx, eps,
+    COMPUTE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
     """factor [M] = 1 / rms of the rows of x, with the bits that NORM gives: for many rows, whose column tiles would each
     form it again. Grid: row tiles."""
+    wait_for_previous_kernel(DEPENDENT)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = rows < M
     ks = tl.arange(0, BLOCK_K)

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from cai_runtime.kernels.attention import HeadNorms
 from cai_runtime.kernels.triton.checks import ACTIVATIONS, check_tensor, require
+from cai_runtime.kernels.triton.dependent import dependent_options, wait_for_previous_kernel
 from cai_runtime.kernels.triton.launch import on_device
 
 
@@ -17,11 +18,12 @@ def rope_kv_write_kernel(
     qkv, positions, cos_sin, k_cache, v_cache, slots, norms, eps,
     ldq, ldc, page_size, k_page, k_head, k_slot, v_page, v_head, v_slot,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr,
-    BLOCK_HALF: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, BLOCK_DIM: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One head of one row per program: q heads are normalized, and their first ROTARY dimensions rotated, in place; k heads
     are also written to the cache, v heads only written. norms: weights [2, DIM] of q and of k heads, or None. Grid: (rows,
     Q_HEADS + 2 KV_HEADS)."""
+    wait_for_previous_kernel(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     HALF: tl.constexpr = ROTARY // 2
@@ -123,4 +125,5 @@ def rope_kv_write(
             qkv, positions, cos_sin, k_cache, v_cache, slots, weight, 0.0 if norms is None else norms.eps,
             qkv.stride(0), cos_sin.stride(0), k_cache.shape[2], *k_cache.stride()[:3], *v_cache.stride()[:3],
             Hq, Hkv, D, rotary, triton.next_power_of_2(rotary // 2), triton.next_power_of_2(D), num_warps=1,
+            **dependent_options(device),
         )  # fmt: skip

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from cai_runtime.kernels.triton.checks import ACTIVATIONS, check_activation, check_tensor, require, rows_contiguous
+from cai_runtime.kernels.triton.dependent import dependent_options, wait_for_previous_kernel
 from cai_runtime.kernels.triton.launch import on_device
 
 MAX_BLOCK = 8192
@@ -17,10 +18,12 @@ MAX_BLOCK = 8192
 
 @triton.jit
 def rms_norm_kernel(
-    x, residual, weight, normed, total, width, ldx, ldr, ldn, ldt, eps, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr
-):
+    x, residual, weight, normed, total, width, ldx, ldr, ldn, ldt, eps,
+    BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
     """normed = x * rsqrt(mean(x^2) + eps) * weight in float32; with a residual, of x + residual, rounded and kept in
     `total`."""
+    wait_for_previous_kernel(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     x += row * ldx
     normed += row * ldn
@@ -63,8 +66,9 @@ def rms_norm_kernel(
 
 
 @triton.jit
-def swiglu_kernel(gate_up, out, width, ldg, ldo, BLOCK: tl.constexpr):
+def swiglu_kernel(gate_up, out, width, ldg, ldo, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
     """out = silu(gate) * up in float32. Grid: (rows, blocks of the width)."""
+    wait_for_previous_kernel(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok = at < width
@@ -95,7 +99,7 @@ def _norm(
         rms_norm_kernel[(rows,)](
             x, residual, weight, normed, total, width,
             x.stride(0), residual.stride(0) if residual is not None else 0, width, width, float(eps),
-            block, width <= block, num_warps=max(1, min(8, block // 512)),
+            block, width <= block, num_warps=max(1, min(8, block // 512)), **dependent_options(x.device),
         )  # fmt: skip
     return normed, total
 
@@ -162,6 +166,13 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
         block = min(triton.next_power_of_2(width), 1024)
         with on_device(gate_up):
             swiglu_kernel[(rows, triton.cdiv(width, block))](
-                gate_up, out, width, gate_up.stride(0), width, block, num_warps=4
+                gate_up,
+                out,
+                width,
+                gate_up.stride(0),
+                width,
+                block,
+                num_warps=4,
+                **dependent_options(gate_up.device),
             )
     return out

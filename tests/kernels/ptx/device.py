@@ -11,6 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from cai_runtime.kernels.triton import dependent, plan
 from ptx.machine import run
 from ptx.memory import Global
 
@@ -107,4 +108,6 @@ def put_in_place(monkeypatch: Any, capability: int = 90) -> Device:
         there.launch(kernel, *args, **kwargs)
 
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", launch)
+    for module in (dependent, plan):
+        monkeypatch.setattr(module, "launches_dependently", lambda device: capability >= 90)
     return there

@@ -35,6 +35,7 @@ class Code:
         self.program = program
         self.slots = Slots(program)
         self.instructions = [self._decoded(instruction) for instruction in program.instructions]
+        self.waits = any(i.words[:2] == ("griddepcontrol", "wait") for i in program.instructions)
 
     def _decoded(self, instruction: Instruction) -> Decoded:
         try:
@@ -70,6 +71,7 @@ class Machine:
         self.copies: list[movement.Copy] = []
         self.groups = np.zeros(self.threads, np.int64)
         self._code = code
+        self._waited = not code.waits
         self._live = np.ones(self.threads, bool)
         thread = self.every % self.block_threads
         special = {"%tid.x": thread, "%laneid": thread % 32, "%warpid": thread // 32, "%ntid.x": self.block_threads}
@@ -80,6 +82,12 @@ class Machine:
             if name not in special:
                 raise PtxError(f"unknown register {name}")
             self.registers[slot] = np.atleast_1d(np.asarray(special[name])).astype(np.uint32)
+
+    def global_memory(self) -> Global:
+        """Raises PtxError for a kernel that has yet to wait for the one ahead of it."""
+        if not self._waited:
+            raise PtxError("global memory before griddepcontrol.wait")
+        return self.memory
 
     def need_whole_warps(self, mask: Mask) -> None:
         """Raises PtxError if a warp takes part with some of its threads only."""
@@ -120,6 +128,8 @@ class Machine:
             name = decoded.instruction.words[0]
             if name in ("bar", "barrier"):
                 self._need_whole_blocks(mask)
+            elif name == "griddepcontrol":
+                self._waited |= decoded.instruction.words[1] == "wait"
             elif name not in NOTHING:
                 goes = active if mask is None else active & np.broadcast_to(mask, active.shape)
                 if decoded.target is not None:

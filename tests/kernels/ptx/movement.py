@@ -64,7 +64,7 @@ def _load(instruction: Instruction, slots: Slots) -> Step:
         raise PtxError(f"{len(targets)} registers for {count} elements")
 
     def load(machine, mask: Mask) -> None:
-        memory, threads = machine.shared if shared else machine.memory, chosen(machine, mask)
+        memory, threads = machine.shared if shared else machine.global_memory(), chosen(machine, mask)
         offsets = memory.offsets(spread(machine, at(machine.registers))[threads], threads, count * dtype.itemsize)
         for write, value in zip(writes, memory.load(offsets, dtype, count), strict=True):
             if mask is not None:
@@ -98,7 +98,7 @@ def _store(instruction: Instruction, slots: Slots) -> Step:
         raise PtxError(f"{len(reads)} registers for {count} elements")
 
     def store(machine, mask: Mask) -> None:
-        memory, threads = machine.shared if shared else machine.memory, chosen(machine, mask)
+        memory, threads = machine.shared if shared else machine.global_memory(), chosen(machine, mask)
         offsets = memory.offsets(spread(machine, at(machine.registers))[threads], threads, count * width(kind) // 8)
         memory.store(offsets, [spread(machine, read(machine.registers))[threads] for read in reads])
 
@@ -139,7 +139,8 @@ def _copy(instruction: Instruction, slots: Slots) -> Step:
         offsets = machine.shared.offsets(spread(machine, to(machine.registers))[threads], threads, size)
         data = np.zeros(len(threads), dtype)
         sources = spread(machine, of(machine.registers))[threads][used > 0]
-        data[used > 0] = machine.memory.load(machine.memory.offsets(sources, threads[used > 0], size), dtype, 1)[0]
+        memory = machine.global_memory()
+        data[used > 0] = memory.load(memory.offsets(sources, threads[used > 0], size), dtype, 1)[0]
         machine.copies.append(Copy(threads, machine.groups[threads], offsets, data))
 
     return copy
