@@ -27,7 +27,7 @@ PORT = 64  # bytes a cycle from the second-level cache to a multiprocessor
 STARTED = 2.6  # instructions a cycle that such code starts, of 4
 # By store: bytes of a weight; instructions for 1 KiB and cycles that a warp takes for it (gpu_code.py; the latter from the
 # latencies of loads from shared memory and of eight, four or two products in a chain).
-STORES = {"bf16": (2, 74, 110), "int8": (1, 132, 190), "int4/128": (0.5 + 2 / 128, 173, 330)}
+STORES = {"bf16": (2, 71, 110), "int8": (1, 129, 190), "int4/128": (0.5 + 2 / 128, 170, 330)}
 WARPS = 8
 # Microseconds. The end of the kernel ahead is seen, x is staged, the last tile's sums are added and stored.
 FIXED, NORM, GATE, CLUSTER = 2.0, 0.2, 0.4, 0.4
