@@ -96,10 +96,10 @@ def table_of_launches(found: list[dict[str, Any]]) -> str:
         f"{'store':<10}{'rows':>5}  {'launch':<10}{'tiles':>6}{'a multiproc.':>13}{'cluster':>8}{'blocks':>7}{'rounds':>7}"
         f"{'shared KiB':>11}{'under way KiB':>14}"
     ]
-    for f in found:
-        lines.append(
-            f"{f['store']:<10}{f['rows']:>5}  {f['launch']:<10}{f['tiles']:>6}{f['tiles_a_multiprocessor']:>13}"
-            f"{f['cluster']:>8}{f['blocks']:>7}{f['rounds']:>7}{f['shared_bytes'] / 1024:>11.1f}"
-            f"{f['bytes_under_way'] / 1024:>14.1f}"
-        )
+    lines += [
+        f"{f['store']:<10}{f['rows']:>5}  {f['launch']:<10}{f['tiles']:>6}{f['tiles_a_multiprocessor']:>13}"
+        f"{f['cluster']:>8}{f['blocks']:>7}{f['rounds']:>7}{f['shared_bytes'] / 1024:>11.1f}"
+        f"{f['bytes_under_way'] / 1024:>14.1f}"
+        for f in found
+    ]
     return "\n".join(lines)
