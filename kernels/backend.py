@@ -1,4 +1,4 @@
-"""Which kernels run: `reference` (torch), `cpu` (C++), `triton`, `cuda` (CUDA C++ where it has a kernel, else Triton)."""
+"""Which kernels run: `reference` (torch), `cpu` (C++), `triton`, `cuda` (linears in CUDA C++, where they fit)."""
 
 from __future__ import annotations
 
@@ -38,8 +38,7 @@ def best_backend(device_type: str) -> str:
         cpu_library.library()  # an explicit error when it is not built, rather than a slow surprise
         return "cpu"
     if device_type == "cuda":
-        # Not "cuda": its decode kernels sum in another order than Triton's prefill, and by default a row's bits do not
-        # depend on its batch.
+        # Not "cuda" before a GPU has run it: Triton's kernels come out of a compiler that many use.
         return "triton"
     return "reference"
 

@@ -1,15 +1,15 @@
-"""The CUDA backend: slim linears at decode, 1 to 16 rows of bfloat16 or float16, in C++ (csrc/cuda), on Hopper and later.
+"""The CUDA backend: slim linears of bfloat16 or float16 activations, in C++ (csrc/cuda), on Hopper and later.
 
 The library is built by setup.py when nvcc finds a GPU or `CAI_CUDA_ARCHS` names architectures, and is loaded on first use.
 
-A group of linears is one launch for its first cores and one for its second, with the norm or the gate before it inside the
-first. Two launches rather than one with a barrier across the grid: every output of the second needs all of the first, so
-either way its blocks wait for the slowest of the others, about a microsecond; programmatic dependent launch lets them wait
-with their weights already on the way, as a barrier would, and needs no grid that fits the device at once.
+A group of linears is one launch for its first cores and one for its second. Two launches rather than one with a barrier
+across the grid: every output of the second needs all of the first, so either way its blocks wait for the slowest of the
+others, about a microsecond; programmatic dependent launch lets them wait with their weights already on the way, as a barrier
+would, and needs no grid that fits the device at once. Up to 16 rows the norm or the gate is inside the first launch; with
+more it is a launch ahead, which lays the rows out as the tensor cores read them.
 
-Cores are packed when a `CudaLinear` is made (`cuda_packing.py`). A row's bits do not depend on how many rows there are, up
-to 16. They are not the bits of the Triton kernels, whose sums run in another order: a caller that promises batch invariance
-takes a sequence's prompt and its decode through the same one.
+Cores are packed when a `CudaLinear` is made (`cuda_packing.py`). A row's bits do not depend on how many rows there are: the
+kernels of few and of many rows form the same sums in the same order. They are not the bits of the Triton kernels.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from __future__ import annotations
 import functools
 import importlib.resources
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cai_runtime.errors import KernelError
-from cai_runtime.kernels.cuda_packing import STORES, pack
+from cai_runtime.kernels.cuda_packing import BLOCK, STORES, pack
 from cai_runtime.kernels.slim_linear import Linear, Prologue
 from cai_runtime.kernels.weights import LinearWeights
 
-MAX_ROWS = 16
+FEW_ROWS = 16  # that the decode kernel takes, which reads the weights once for all
 FUSED_SWIGLU_ROWS = 4  # more rows than this are gated once, by a launch of their own: every cluster gates them again
+MOST_ROWS = 1 << 20
 ACTIVATIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -37,8 +38,8 @@ ACTIVATIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 class CudaOptions:
     """How launches are made; for measurements: results do not depend on it.
 
-    dependent_launch: programmatic dependent launch. fused_swiglu_rows: up to how many rows the gate is applied inside the
-    linear rather than by a launch before.
+    dependent_launch: programmatic dependent launch. fused_swiglu_rows: up to how many of FEW_ROWS the gate is applied inside
+    the linear rather than by a launch before.
     """
 
     dependent_launch: bool = True
@@ -77,15 +78,22 @@ def library() -> Any:
         raise KernelError(f"the CUDA kernels in {path} can't be loaded: {error}") from error
 
 
+def takes(members: Sequence[LinearWeights], dtype: torch.dtype) -> bool:
+    """Whether there are kernels for these weights and activations of this dtype: 16-bit cores must be of it."""
+    stores = {c.store for w in members for c in w.cores}
+    return dtype in ACTIVATIONS and stores <= {ACTIVATIONS[dtype], "int8", "int4"}
+
+
 class CudaLinear(Linear):
     """A group of linears over one input, ready to run: their cores are packed, and handed to the library once.
 
     members: dense, lowrank or interpolative, on one CUDA device, cores bf16, fp16, int8 or int4, biases float32. Packed
     cores are copies; pivots, biases and scales are kept alive. options: None for `default_options` at each call.
 
-    A call takes x [M, in_features] ([M, 2 in_features] with swiglu), M from 0 to 16, bfloat16 or float16: the dtype of the
-    16-bit cores, if there are any (`takes`). It gives a new tensor [M, out_features] in x's dtype. Its launches go to
-    torch's current stream; a CUDA graph can capture them.
+    A call takes x [M, in_features] ([M, 2 in_features] with swiglu), any M, bfloat16 or float16: the dtype of the 16-bit
+    cores, if there are any (`takes`). It gives a new tensor [M, out_features] in x's dtype; a row's bits do not depend on M.
+    Scratch: of a row about x and the intermediate z. Its launches go to torch's current stream; a CUDA graph can capture
+    them.
 
     Raises KernelError when the library is missing or a tensor does not fit; a call, for any other x, residual or norm.
     """
@@ -104,7 +112,7 @@ class CudaLinear(Linear):
         )
         self.in_features = members[0].in_features
         self.out_features = sum(w.out_features for w in members)
-        self._floats = {c.store for w in members for c in w.cores} & set(ACTIVATIONS.values())
+        self._takes = {dtype: takes(members, dtype) for dtype in ACTIVATIONS}
         tensors: list[torch.Tensor | None] = []
         numbers: list[int] = []
         self._z_columns = 0
@@ -114,14 +122,16 @@ class CudaLinear(Linear):
                 f"members[{i}] takes {w.in_features} features, not {self.in_features}",
             )
             _check_member(w, self.device, f"members[{i}]")
+            w = _in_order_of_outputs(w)
             for core in (*w.cores, None)[:2]:
                 packed = None if core is None else pack(core)
                 tensors += [None, None] if packed is None else [packed.data, packed.scale]
                 numbers += [0] * 5 if packed is None else packed.description
             tensors += [w.pivot if w.kind == "interpolative" else None, w.bias]
             if w.kind != "dense":
-                self._z_columns += -(-(w.rank or 0) // 16) * 16
-        self._decode, self._swiglu = library().decode_linear, library().swiglu
+                self._z_columns += -(-(w.rank or 0) // BLOCK) * BLOCK
+        found = library()
+        self._linear, self._swiglu, self._scratch_bytes = found.linear, found.swiglu, found.scratch_bytes
         if self.device.type == "cuda":
             # A kernel asks for its weights before it waits for the kernel ahead of it, which might be one that packs them.
             torch.cuda.current_stream(self.device).synchronize()
@@ -129,7 +139,7 @@ class CudaLinear(Linear):
 
     def takes(self, dtype: torch.dtype) -> bool:
         """Whether activations of this dtype go through these kernels."""
-        return dtype in ACTIVATIONS and self._floats <= {ACTIVATIONS[dtype]}
+        return self._takes.get(dtype, False)
 
     def _run(self, x: torch.Tensor, prologue: Prologue, residual: torch.Tensor | None) -> torch.Tensor:
         from cai_runtime.kernels.triton.checks import check_activation, check_tensor, require, rows_contiguous
@@ -141,9 +151,7 @@ class CudaLinear(Linear):
             taken = " or ".join(str(d) for d in ACTIVATIONS if self.takes(d)) or "none"
             raise KernelError(f"x is {x.dtype}; these CUDA linears take {taken}: use triton")
         rows = x.shape[0]
-        require(
-            rows <= MAX_ROWS, f"x has {rows} rows; the CUDA decode kernel takes up to {MAX_ROWS}: use triton for more"
-        )
+        require(rows <= MOST_ROWS, f"x has {rows} rows; the CUDA linears take up to {MOST_ROWS} at once")
         y = torch.empty((rows, self.out_features), dtype=x.dtype, device=x.device)
         if residual is not None:
             check_tensor("residual", residual, shape=tuple(y.shape), device=x.device, dtypes=(x.dtype,))
@@ -162,14 +170,27 @@ class CudaLinear(Linear):
             from cai_runtime.kernels.triton import rms_norm
 
             x, norm = rms_norm(x, norm.weight, norm.eps), None
-        if swiglu and rows > options.fused_swiglu_rows:
+        if swiglu and options.fused_swiglu_rows < rows <= FEW_ROWS:
             gated = torch.empty((rows, self.in_features), dtype=x.dtype, device=x.device)
             self._swiglu(x, gated, dependent)
             x, swiglu = gated, False
-        z = torch.empty((rows, self._z_columns), dtype=x.dtype, device=x.device) if self._z_columns else None
+        nbytes = int(self._scratch_bytes(rows, self.in_features, self._z_columns))
+        scratch = torch.empty(nbytes, dtype=torch.uint8, device=x.device)
         weight, eps = (None, 0.0) if norm is None else (norm.weight, float(norm.eps))
-        self._decode(x, residual, y, z, weight, eps, swiglu, dependent, self._members, self._numbers)
+        self._linear(x, residual, y, scratch, weight, eps, swiglu, dependent, self._members, self._numbers)
         return y
+
+
+def _in_order_of_outputs(w: LinearWeights) -> LinearWeights:
+    """The same linear with the rows of core_1 in the order of the outputs they make: a warp's results lie together."""
+    if w.kind != "interpolative":
+        return w
+    assert w.pivot is not None
+    rank, second = w.cores[0].shape[0], w.cores[1]
+    order = torch.argsort(w.pivot[rank:])
+    scale, zero = (None if t is None else t[order] for t in (second.scale, second.zero))
+    core = replace(second, data=second.data[order], scale=scale, zero=zero)
+    return replace(w, cores=(w.cores[0], core), pivot=torch.cat([w.pivot[:rank], w.pivot[rank:][order]]))
 
 
 def _check_member(w: LinearWeights, device: torch.device, name: str) -> None:
@@ -210,7 +231,7 @@ def _as_ffi_arrays(tensors: Sequence[torch.Tensor | None], numbers: Sequence[int
 
 
 def slim_linear(x: torch.Tensor, w: LinearWeights, residual: torch.Tensor | None = None) -> torch.Tensor:
-    """`w` applied to x [M, in_features], M up to 16, plus bias and residual. Prepares the weights on every call: for tests
+    """`w` applied to x [M, in_features], plus bias and residual. Prepares the weights on every call: for tests
     and one-offs; elsewhere keep a `CudaLinear`. Raises KernelError as `CudaLinear` does."""
     return CudaLinear((w,))(x, residual)
 

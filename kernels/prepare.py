@@ -19,11 +19,13 @@ def prepare(
     backend: str | None = None,
     arena: Arena | None = None,
     int8_activations: bool = False,
+    activations: torch.dtype | None = None,
 ) -> PreparedLinear:
     """Make projections that share their input ready to run as one group.
 
     backend: "reference", "cpu", "triton" or "cuda"; None chooses by device and `CAI_KERNELS`. int8_activations: the input
     of every int8 core is rounded to int8 first (W8A8, see `quantized_rows`); cores of other stores are not touched by it.
+    activations: the dtype that every x will have, so that the cuda backend need not keep the weights for others; None: any.
     Raises KernelError when the members differ in in_features or device, or the backend can't run them.
     """
     if not members:
@@ -45,7 +47,7 @@ def prepare(
         return parts[0] if len(parts) == 1 else SideBySide(parts)
     from cai_runtime.kernels.gpu import prepare_linear
 
-    return prepare_linear(members, name, int8_activations)
+    return prepare_linear(members, name, int8_activations, activations)
 
 
 def slim_linear(

@@ -53,19 +53,29 @@ def _store(findings: Findings, context: Context, store: str) -> None:
             continue
         _compare(findings, store, f"triton {name}", y, base, judge)
     if "cuda" in context.backends:
-        from cai_runtime.kernels.cuda import MAX_ROWS, CudaLinear
+        from cai_runtime.kernels.cuda import FEW_ROWS, CudaLinear
 
-        y = CudaLinear([w])(x[:MAX_ROWS])
-        _compare(findings, store, "cuda", y, base[:MAX_ROWS], judge[:MAX_ROWS])
+        linear = CudaLinear([w])
+        _compare(findings, store, "cuda", linear(x[:FEW_ROWS]), base[:FEW_ROWS], judge[:FEW_ROWS])
+        # Few rows at a time are by mma.sync, more by warp groups' products: first with columns divided among blocks.
+        for count in (20, 40) if context.rehearsal else (64, 4096):
+            some = x.repeat(-(-count // rows), 1)[:count]
+            parts = torch.cat([linear(part) for part in some.split(FEW_ROWS)])
+            wanted = judge.repeat(-(-count // rows), 1)[:count]
+            _compare(findings, store, f"cuda {count} rows against {FEW_ROWS}", linear(some), parts, wanted, alike=True)
 
 
-def _compare(findings: Findings, store: str, kernel: str, y: Any, base: Any, judge: Any) -> None:
+def _compare(
+    findings: Findings, store: str, kernel: str, y: Any, base: Any, judge: Any, *, alike: bool = False
+) -> None:
     steps = ulp_distance(y, base)
     error = float((y.double() - judge).norm() / judge.norm())
     findings.add(
         store=store, kernel=kernel, equal=not bool(steps.any()), share_different=float((steps != 0).float().mean()),
         most_ulp=int(steps.max()), error=error,
     )  # fmt: skip
+    if alike and bool(steps.any()):
+        findings.problem(f"{store} {kernel}: other bits, up to {int(steps.max())} steps apart")
     if not error < 1e-2:
         findings.problem(f"{store} {kernel}: relative error {error:.2e} against float64")
 

@@ -75,7 +75,8 @@ class GpuOps:
         self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype
     ) -> tuple[Callable[[torch.Tensor], torch.Tensor], PreparedLinear]:
         core = table.cores[0]
-        return lambda ids: embedding_reference(core, ids, dtype), prepare([head or table], backend=self._backend)
+        prepared = prepare([head or table], backend=self._backend, activations=dtype)
+        return lambda ids: embedding_reference(core, ids, dtype), prepared
 
     def compile(self, function: Callable[..., Any], inputs: Mapping[str, Input]) -> None:
         return None

@@ -112,7 +112,13 @@ class WeightLoader:
         """Projections that share their input, as one prepared group. bias: as in `weights`. encoder: of an encoder."""
         members = [self.weights(n, s, bias=bias) for n, s in zip(names, shapes, strict=True)]
         rounds = encoder if self.int8_activations is None else self.int8_activations
-        group = prepare(members, backend=self.backend, arena=self.arena, int8_activations=rounds)
+        group = prepare(
+            members,
+            backend=self.backend,
+            arena=self.arena,
+            int8_activations=rounds,
+            activations=None if self.backend == "cpu" else self.activation_dtype,
+        )
         del members
         for name in names:
             self.release(name)

@@ -156,10 +156,7 @@ class Decoder {
   // 1 / rms of a row of x.
   __device__ __forceinline__ float factor_of(const Product& p, int m) const {
     const int chunks = (p.cols + kSquaredColumns - 1) / kSquaredColumns;
-    const float* squares = reinterpret_cast<const float*>(memory_ + cut_.squares) + m * chunks;
-    float sum = squares[0];
-    for (int i = 1; i < chunks; ++i) sum += squares[i];
-    return inverse_root(sum / static_cast<float>(p.cols) + rows_.eps);
+    return inverse_rms(reinterpret_cast<const float*>(memory_ + cut_.squares) + m * chunks, chunks, p.cols, rows_.eps);
   }
 
   // The sums of the parts of one element, added in order, and the value stored: to z, and with bias and residual to y.

@@ -10,11 +10,17 @@
 
 #include <cstdint>
 
+#include "panels.cuh"
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define CAI_WARPGROUPS
+#include "warpgroup.cuh"
+#endif
+
 namespace cai {
 
-// What the launch asked for, aligned as bulk copies may need.
+// What the launch asked for, aligned as panels of x need it.
 __device__ __forceinline__ uint8_t* shared_memory() {
-  extern __shared__ __align__(128) uint8_t memory[];
+  extern __shared__ __align__(1024) uint8_t memory[];
   return memory;
 }
 
@@ -37,7 +43,8 @@ __device__ __forceinline__ void let_next_kernel_start() {
 
 // ------------------------------------------------------------------------------------------------------ bulk copies
 
-// A barrier in shared memory that a number of bytes completes. Its phases are told apart by their parity, 0 first.
+// A barrier in shared memory: a phase of it ends when its arrivals and the bytes that they announce have come. Phases are told
+// apart by their parity, 0 first.
 using CopyBarrier = uint64_t;
 
 __device__ __forceinline__ uint32_t shared_address(const void* shared) {
@@ -45,25 +52,42 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
 }
 
 // One thread, once for each barrier; then `publish_barriers`, before any copy names them.
-__device__ __forceinline__ void init_barrier(CopyBarrier* barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+__device__ __forceinline__ void init_barrier(CopyBarrier* barrier, int arrivals = 1) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 __device__ __forceinline__ void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Copies from global to shared memory, both aligned to 16 bytes, `bytes` a multiple of 16; the phase of `barrier` ends with
-// it. Weights are read once a step: the second-level cache may forget them first. One thread.
+__device__ __forceinline__ void arrive_at(CopyBarrier* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Arrives and announces bytes that copies will bring.
+__device__ __forceinline__ void expect_bytes(CopyBarrier* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+
+// Copies from global to shared memory, both aligned to 16 bytes, `bytes` a multiple of 16: a part of what `barrier` expects.
+// kOnce: read once a step, so that the second-level cache may forget it first. One thread.
+template <bool kOnce>
 __device__ __forceinline__ void copy_bulk(void* shared, const void* global, int bytes, CopyBarrier* barrier) {
   const uint32_t to = shared_address(shared), at = shared_address(barrier);
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
-      "l"(global), "r"(bytes), "r"(at), "l"(policy)
-      : "memory");
+  if constexpr (kOnce) {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+            to),
+        "l"(global), "r"(bytes), "r"(at), "l"(policy)
+        : "memory");
+  } else {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(global), "r"(bytes), "r"(at)
+                 : "memory");
+  }
 }
 
 // Until the phase of this parity has ended, and what its copies wrote is seen.
@@ -115,6 +139,69 @@ __device__ __forceinline__ void multiply_accumulate<__half>(float (&c)[4], const
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// --------------------------------------------------------------------------- matrix products of four warps together
+
+// The same product with kRows / 8 times as many columns, which lie in shared memory as `panels.cuh` keeps rows of x: `block` is
+// a block of columns of kRows rows, `half` which of its two halves. c as above, by eight rows of x. Four warps (a multiple of
+// four and the next three) take part, each with 16 rows of its own. Without `add` c is what the product makes.
+//
+// Asynchronous: from `begin_products` until `wait_for_products` nothing that takes part may be touched. On Hopper it is one
+// instruction. A model of the tensor cores that was found equal to them bit for bit has that instruction and the one above alike:
+// 16 products and c are added at once (Xie et al., MMA-Sim, arXiv:2511.10909, sections on Hopper). Elsewhere it is the one above.
+template <typename T, int kRows>
+__device__ __forceinline__ void multiply_rows(float (&c)[kRows / 8][4], const uint32_t (&a)[4], const uint8_t* block, int half,
+                                              bool add) {
+#ifdef CAI_WARPGROUPS
+  multiply_by_warpgroup<T>(c, a, panel_descriptor(shared_address(block), half), add);
+#else
+  const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int eight = 0; eight < kRows / 8; ++eight) {
+    const uint8_t* row = block + (8 * eight + g) * kPanelRowBytes + 4 * t;
+    const uint32_t b0 = *reinterpret_cast<const uint32_t*>(row + panel_chunk(g, 2 * half));
+    const uint32_t b1 = *reinterpret_cast<const uint32_t*>(row + panel_chunk(g, 2 * half + 1));
+    if (!add) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[eight][i] = 0.0f;
+    }
+    multiply_accumulate<T>(c[eight], a, b0, b1);
+  }
+#endif
+}
+
+// Blocks of columns that are widened before their products begin, where there are so many.
+#ifdef CAI_WARPGROUPS
+constexpr int kBlocksAhead = 2;
+#else
+constexpr int kBlocksAhead = 1;
+#endif
+
+__device__ __forceinline__ void begin_products() {
+#ifdef CAI_WARPGROUPS
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_products() {
+#ifdef CAI_WARPGROUPS
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#endif
+}
+
+// Of the registers that a block has, four warps keep so many for each thread; others take more.
+template <int kRegisters>
+__device__ __forceinline__ void keep_registers() {
+#ifdef CAI_WARPGROUPS
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+#ifdef CAI_WARPGROUPS
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
 }
 
 // -------------------------------------------------------------------------------- two 16-bit numbers in a register

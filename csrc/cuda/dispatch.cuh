@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "launch.cuh"
+#include "many_plan.cuh"
 #include "plan.cuh"
 
 namespace cai {
@@ -61,6 +62,27 @@ cudaError_t launch_rows(const Kind& kind, const Rows<T>& rows, const Group& grou
     const cudaError_t error = launch_rows(kind, some_rows(rows, 0, half), group, room, launch);
     if (error != cudaSuccess) return error;
     return launch_rows(kind, some_rows(rows, half, rows.count - half), group, room, launch);
+  });
+}
+
+// `launch` for the kernel of many rows, with group and cut ready. device: what the launch is cut for.
+template <typename T, typename Launch>
+cudaError_t launch_many_rows(const Kind& kind, const ManyRows<T>& rows, const Group& group, const ManyDevice& device,
+                             const Launch& launch) {
+  return with_store<T>(kind, [&](auto store) -> cudaError_t {
+    using W = decltype(store);
+    Group planned = group;
+    if (count_groups(planned) == 0) return cudaSuccess;
+    if (multiplies_split(planned, rows.count, device)) {
+      const ManyCut cut = cut_many<W, kPanelRows, true>(planned, rows.count, device);
+      return launch.template run<W, kPanelRows, true>(rows, planned, cut);
+    }
+    if (!device.warp_groups) {
+      const ManyCut cut = cut_many<W, kPanelRows, false>(planned, rows.count, device);
+      return launch.template run<W, kPanelRows, false>(rows, planned, cut);
+    }
+    const ManyCut cut = cut_many<W, 2 * kPanelRows, false>(planned, rows.count, device);
+    return launch.template run<W, 2 * kPanelRows, false>(rows, planned, cut);
   });
 }
 

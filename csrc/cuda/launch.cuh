@@ -4,7 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "arguments.cuh"
+#include "many_arguments.cuh"
 
 namespace cai {
 
@@ -36,6 +36,14 @@ void measure(const Kind& kind, Product& p);
 // together. The norm is for bfloat16 alone.
 template <typename T>
 cudaError_t launch_group(const Kind& kind, const Rows<T>& rows, const Group& group, const LaunchOptions& options);
+
+// One launch for many rows, of matrices of one kind.
+template <typename T>
+cudaError_t launch_many(const Kind& kind, const ManyRows<T>& rows, const Group& group, const LaunchOptions& options);
+
+// The rows of x, `cols` columns of them after the prologue, into panels of `blocks` blocks of columns; factor [count]: of a norm.
+template <typename T>
+cudaError_t launch_fill(const Rows<T>& rows, uint8_t* panels, float* factor, int cols, int blocks, const LaunchOptions& options);
 
 // y [count, columns] = silu(gate) * up of x [count, 2 columns].
 template <typename T>

@@ -64,10 +64,27 @@ inline cudaError_t room_of_device(Room& room) {
   return cudaSuccess;
 }
 
+// Once for a kernel and a device (kernels of one type are told apart by the template's value), before its first launch: its blocks may have all their shared memory, and of that one share
+// for all kernels: another one for the next would wait until the multiprocessor is empty.
+template <auto kKernel>
+cudaError_t allow_shared_memory() {
+  static std::array<std::atomic<bool>, kDevices> done{};  // of this kernel
+  int device = 0;
+  cudaError_t error = current_device(device);
+  if (error != cudaSuccess || done[device].load(std::memory_order_relaxed)) return error;
+  Room room{};
+  error = room_of_device(room);
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room.most);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  if (error == cudaSuccess) done[device].store(true, std::memory_order_relaxed);
+  return error;
+}
+
 // How many clusters of a kernel run at once, with a block to a multiprocessor: clusters of eight leave some of those out, which
-// of a device's groups of multiprocessors have no eight left. Also lets the kernel's blocks have all their shared memory.
-template <typename Kernel>
-cudaError_t clusters_at_once(Kernel kernel, int cluster, int& clusters) {
+// of a device's groups of multiprocessors have no eight left.
+template <auto kKernel>
+cudaError_t clusters_at_once(int cluster, int& clusters) {
   static std::array<std::array<std::atomic<int>, kClusterSizes>, kDevices> known{};  // of this kernel; 0: not yet
   int device = 0;
   cudaError_t error = current_device(device);
@@ -78,10 +95,7 @@ cudaError_t clusters_at_once(Kernel kernel, int cluster, int& clusters) {
   Room room{};
   error = room_of_device(room);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&clusters, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room.most);
-  // One share of the memory for all kernels: another one for the next would wait until the multiprocessor is empty.
-  if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  if (error == cudaSuccess) error = allow_shared_memory<kKernel>();
   if (error == cudaSuccess && cluster > 1) {
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
@@ -93,7 +107,7 @@ cudaError_t clusters_at_once(Kernel kernel, int cluster, int& clusters) {
     config.dynamicSmemBytes = room.most;
     config.attrs = &attribute;
     config.numAttrs = 1;
-    error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+    error = cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config);
   }
   if (error == cudaSuccess && clusters == 0) return cudaErrorLaunchOutOfResources;
   if (error == cudaSuccess) known[device][size].store(clusters, std::memory_order_relaxed);
@@ -108,7 +122,7 @@ struct DecodeLaunch {
   cudaError_t run(const Rows<T>& rows, const Group& group, Cut cut) const {
     constexpr auto kKernel = decode_products_kernel<T, W, kHalves>;
     int clusters = 0;
-    const cudaError_t error = clusters_at_once(kKernel, cut.cluster, clusters);
+    const cudaError_t error = clusters_at_once<kKernel>(cut.cluster, clusters);
     if (error != cudaSuccess) return error;
     choose_blocks(cut, clusters);
     return launch(kKernel, dim3(cut.blocks), kThreads, cut.cluster, cut.bytes, options, rows, group, cut);
@@ -123,6 +137,58 @@ cudaError_t launch_group(const Kind& kind, const Rows<T>& rows, const Group& gro
   return error != cudaSuccess ? error : launch_rows(kind, rows, group, room, DecodeLaunch<T>{options});
 }
 
+// What launches for many rows are cut for.
+inline cudaError_t many_device(ManyDevice& found) {
+  static std::array<std::atomic<int>, kDevices> multiprocessors{}, majors{};
+  int device = 0, major = 0;
+  cudaError_t error = room_of_device(found.room);
+  if (error == cudaSuccess) error = current_device(device);
+  if (error != cudaSuccess) return error;
+  found.multiprocessors = multiprocessors[device].load(std::memory_order_acquire);
+  found.warp_groups = majors[device].load(std::memory_order_relaxed) == 9;
+  if (found.multiprocessors != 0) return cudaSuccess;
+  error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  found.warp_groups = major == 9;
+  majors[device].store(major, std::memory_order_relaxed);
+  multiprocessors[device].store(found.multiprocessors, std::memory_order_release);
+  return cudaSuccess;
+}
+
+template <typename T>
+struct ManyLaunch {
+  const LaunchOptions& options;
+
+  template <typename W, int kRows, bool kSplit>
+  cudaError_t run(const ManyRows<T>& rows, const Group& group, const ManyCut& cut) const {
+    constexpr auto kKernel = many_products_kernel<T, W, kRows, kSplit>;
+    const cudaError_t error = allow_shared_memory<kKernel>();
+    if (error != cudaSuccess) return error;
+    return launch(kKernel, dim3(cut.blocks), kManyThreads, kSplit ? kParts : 1, cut.bytes, options, rows, group, cut);
+  }
+};
+
+template <typename T>
+cudaError_t launch_many(const Kind& kind, const ManyRows<T>& rows, const Group& group, const LaunchOptions& options) {
+  ManyDevice device{};
+  const cudaError_t error = many_device(device);
+  return error != cudaSuccess ? error : launch_many_rows(kind, rows, group, device, ManyLaunch<T>{options});
+}
+
+template <typename T>
+cudaError_t launch_fill(const Rows<T>& rows, uint8_t* panels, float* factor, int cols, int blocks,
+                        const LaunchOptions& options) {
+  if (rows.prologue == Prologue::kNorm && !is_same<T, __nv_bfloat16>) return cudaErrorInvalidValue;
+  const cudaError_t error = allow_shared_memory<fill_panels_kernel<T>>();
+  if (error != cudaSuccess) return error;
+  Rows<T> ready = rows;
+  align_rows(ready, cols);
+  const int parts = fill_parts(rows.prologue, cols);
+  return launch(fill_panels_kernel<T>, dim3(static_cast<unsigned>(rows.count) * parts), kThreads, 1,
+                fill_shared_bytes(rows.prologue, cols), options, ready, panels, factor, cols, blocks, parts);
+}
+
 template <typename T>
 cudaError_t launch_swiglu(const T* x, int64_t x_stride, T* y, int64_t y_stride, int count, int columns,
                           const LaunchOptions& options) {
@@ -131,9 +197,12 @@ cudaError_t launch_swiglu(const T* x, int64_t x_stride, T* y, int64_t y_stride, 
 }
 
 // The instances for T.
-#define CAI_LINEAR(T)                                                                                    \
-  template void measure<T>(const Kind&, Product&);                                                       \
-  template cudaError_t launch_group(const Kind&, const Rows<T>&, const Group&, const LaunchOptions&);    \
+#define CAI_LINEAR(T)                                                                                 \
+  template void measure<T>(const Kind&, Product&);                                                    \
+  template cudaError_t launch_group(const Kind&, const Rows<T>&, const Group&, const LaunchOptions&); \
   template cudaError_t launch_swiglu(const T*, int64_t, T*, int64_t, int, int, const LaunchOptions&);
+#define CAI_MANY(T)                                                                                      \
+  template cudaError_t launch_many(const Kind&, const ManyRows<T>&, const Group&, const LaunchOptions&); \
+  template cudaError_t launch_fill(const Rows<T>&, uint8_t*, float*, int, int, const LaunchOptions&);
 
 }  // namespace cai

@@ -21,6 +21,7 @@ using ffi::TensorView;
 constexpr int kFields = 6;
 // Per core: rows, columns, store, columns of a scale group, whether it has zero points; zeros for an absent core.
 constexpr int kNumbers = 5;
+constexpr int64_t kMostRows = int64_t{1} << 20;
 
 void require(bool condition, const char* message) {
   if (!condition) TVM_FFI_THROW(ValueError) << message;
@@ -36,11 +37,11 @@ TensorView view(const ffi::Optional<ffi::Tensor>& t) {
 
 // A matrix whose rows are contiguous, though they may lie apart.
 void require_rows(const TensorView& t, const char* name, int device) {
-  if (t.ndim() != 2) TVM_FFI_THROW(ValueError) << "decode_linear: " << name << " must have two dimensions";
+  if (t.ndim() != 2) TVM_FFI_THROW(ValueError) << "linear: " << name << " must have two dimensions";
   if (t.device().device_type != kDLCUDA || t.device().device_id != device)
-    TVM_FFI_THROW(ValueError) << "decode_linear: " << name << " must be on CUDA device " << device;
+    TVM_FFI_THROW(ValueError) << "linear: " << name << " must be on CUDA device " << device;
   if (t.size(1) > 1 && t.stride(1) != 1)
-    TVM_FFI_THROW(ValueError) << "decode_linear: " << name << " must be contiguous in its last dimension";
+    TVM_FFI_THROW(ValueError) << "linear: " << name << " must be contiguous in its last dimension";
 }
 
 // A vector of `size` elements of the given type, or null.
@@ -51,7 +52,7 @@ const T* vector_or_null(const ffi::Optional<ffi::Tensor>& t, uint8_t code, int b
   const TensorView v = view(t);
   const bool fits = v.ndim() == 1 && v.size(0) == size && is_type(v.dtype(), code, bits) && v.IsContiguous() &&
                     v.device().device_type == kDLCUDA && v.device().device_id == device;
-  if (!fits) TVM_FFI_THROW(ValueError) << "decode_linear: " << name << " must be contiguous, of " << size
+  if (!fits) TVM_FFI_THROW(ValueError) << "linear: " << name << " must be contiguous, of " << size
                                        << " elements, on x's device, of its dtype (scale, bias float32; pivot int32)";
   return static_cast<const T*>(v.data_ptr());
 }
@@ -68,29 +69,29 @@ Part make_part(const ffi::Optional<ffi::Tensor>& data, const ffi::Optional<ffi::
                int64_t cols, int device) {
   Part part{{static_cast<Store>(numbers[2]), static_cast<int>(numbers[3]), numbers[4] != 0}, {}};
   const Kind& kind = part.kind;
-  require(numbers[2] >= 0 && numbers[2] <= 2, "decode_linear: unknown store");
+  require(numbers[2] >= 0 && numbers[2] <= 2, "linear: unknown store");
   const bool int4 = kind.store == Store::kInt4;
   require(int4 ? kind.group == 32 || kind.group == 64 || kind.group == 128 : kind.group == 0 && !kind.zero,
-          "decode_linear: an int4 core has scales in groups of 32, 64 or 128 columns, others have none");
+          "linear: an int4 core has scales in groups of 32, 64 or 128 columns, others have none");
   require(numbers[0] >= 0 && numbers[1] > 0 && numbers[0] < (int64_t{1} << 30) && numbers[1] < (int64_t{1} << 30),
-          "decode_linear: core too large, or without columns");
-  if (numbers[1] != cols) TVM_FFI_THROW(ValueError) << "decode_linear: a core of " << numbers[1] << " columns for " << cols;
+          "linear: core too large, or without columns");
+  if (numbers[1] != cols) TVM_FFI_THROW(ValueError) << "linear: a core of " << numbers[1] << " columns for " << cols;
   Product& p = part.product;
   p.rows = static_cast<int32_t>(numbers[0]);
   p.cols = static_cast<int32_t>(numbers[1]);
   measure<T>(kind, p);
   const int64_t bytes = (numbers[0] + kTileRows - 1) / kTileRows * p.tile_bytes;
   p.w = vector_or_null<uint8_t>(data, kDLUInt, 8, bytes, device, "a packed core");
-  require(p.rows == 0 || (p.w != nullptr && aligned_to(p.w, 16)), "decode_linear: a packed core is aligned to 16 bytes");
+  require(p.rows == 0 || (p.w != nullptr && aligned_to(p.w, 16)), "linear: a packed core is aligned to 16 bytes");
   // Asked of the argument rather than the address: a core without rows has a scale without elements, at address 0.
-  require(scale.has_value() == (kind.store == Store::kInt8), "decode_linear: int8 cores have a scale, others don't");
+  require(scale.has_value() == (kind.store == Store::kInt8), "linear: int8 cores have a scale, others don't");
   p.scale = vector_or_null<float>(scale, kDLFloat, 32, numbers[0], device, "an int8 core's scale");
   return part;
 }
 
-// Launch a stage: products of one kind go together, kMaxMembers to a launch.
-template <typename T>
-void launch_stage(std::vector<Part> parts, const Rows<T>& rows, const LaunchOptions& options) {
+// Launch a stage: products of one kind go together, kMaxMembers to a launch. launch(kind, group) makes one.
+template <typename Launch>
+void launch_stage(std::vector<Part> parts, const Launch& launch) {
   while (!parts.empty()) {
     const Kind kind = parts.front().kind;
     Group group{};
@@ -103,59 +104,69 @@ void launch_stage(std::vector<Part> parts, const Rows<T>& rows, const LaunchOpti
         others.push_back(part);
       }
     }
-    if (group.count > 0) TVM_FFI_CHECK_CUDA_ERROR(launch_group<T>(kind, rows, group, options));
+    if (group.count > 0) TVM_FFI_CHECK_CUDA_ERROR(launch(kind, group));
     parts = std::move(others);
   }
 }
 
+using Members = ffi::Array<ffi::Optional<ffi::Tensor>>;
+
 struct Arguments {
   TensorView x, y;
-  const TensorView *residual, *z, *norm;
+  const TensorView *residual, *norm;
   double eps;
   Prologue prologue;
-  const ffi::Array<ffi::Optional<ffi::Tensor>>& members;
+  const Members& members;
   const ffi::Array<int64_t>& numbers;
 };
 
-template <typename T>
-void run(const Arguments& a, int64_t in, const LaunchOptions& options) {
-  const int device = a.x.device().device_id;
+// The products of both stages, and the columns of z and y that they take.
+struct Stages {
   std::vector<Part> first, second;
-  int64_t z_col = 0, y_col = 0;
-  for (size_t member = 0; member < a.members.size() / kFields; ++member) {
-    const auto field = [&](int i) { return a.members[member * kFields + i]; };
+  int64_t z_columns = 0, y_columns = 0;
+};
+
+template <typename T>
+Stages stages_of(const Members& members, const ffi::Array<int64_t>& all_numbers, int64_t in, int device) {
+  Stages stages;
+  for (size_t member = 0; member < members.size() / kFields; ++member) {
+    const auto field = [&](int i) { return members[member * kFields + i]; };
     std::array<int64_t, 2 * kNumbers> numbers{};
-    for (size_t i = 0; i < numbers.size(); ++i) numbers[i] = a.numbers[member * numbers.size() + i];
-    require(field(0).has_value(), "decode_linear: core_0 is missing");
+    for (size_t i = 0; i < numbers.size(); ++i) numbers[i] = all_numbers[member * numbers.size() + i];
+    require(field(0).has_value(), "linear: core_0 is missing");
     const bool two = field(2).has_value(), interpolative = field(4).has_value();
-    require(two || !interpolative, "decode_linear: a pivot needs core_1");
+    require(two || !interpolative, "linear: a pivot needs core_1");
     Part part = make_part<T>(field(0), field(1), numbers.data(), in, device);
     const int64_t rank = part.product.rows;
     int64_t out = rank;
     if (two) out = numbers[kNumbers] + (interpolative ? rank : 0);
-    require(y_col + out < (int64_t{1} << 31), "decode_linear: y is too wide");
+    require(stages.y_columns + out < (int64_t{1} << 31), "linear: y is too wide");
     const auto* pivot = vector_or_null<int32_t>(field(4), kDLInt, 32, out, device, "pivot");
     const auto* bias = vector_or_null<float>(field(5), kDLFloat, 32, out, device, "bias");
     part.product.index = pivot;
     part.product.bias = bias;
     part.product.destination = !two ? kToY : interpolative ? kToZ | kToY : kToZ;
-    part.product.z_col = static_cast<int32_t>(z_col);
-    part.product.y_col = static_cast<int32_t>(y_col);
-    first.push_back(part);
+    part.product.z_col = static_cast<int32_t>(stages.z_columns);
+    part.product.y_col = static_cast<int32_t>(stages.y_columns);
+    stages.first.push_back(part);
     if (two) {
       part = make_part<T>(field(2), field(3), numbers.data() + kNumbers, rank, device);
       part.product.index = interpolative ? pivot + rank : nullptr;
       part.product.bias = bias;
       part.product.destination = kToY;
-      part.product.x_col = static_cast<int32_t>(z_col);
-      part.product.y_col = static_cast<int32_t>(y_col);
-      second.push_back(part);
-      z_col += (rank + 15) / 16 * 16;
+      part.product.x_col = static_cast<int32_t>(stages.z_columns);
+      part.product.y_col = static_cast<int32_t>(stages.y_columns);
+      stages.second.push_back(part);
+      stages.z_columns += (rank + kBlockColumns - 1) / kBlockColumns * kBlockColumns;
     }
-    y_col += out;
+    stages.y_columns += out;
   }
-  require(a.y.size(1) == y_col, "decode_linear: y's columns must be the members' outputs");
-  require(second.empty() || (a.z != nullptr && a.z->size(1) >= z_col), "decode_linear: z is missing, or has no room");
+  return stages;
+}
+
+// x with what happens to it, residual and y; without z.
+template <typename T>
+Rows<T> rows_of(const Arguments& a) {
   Rows<T> rows{};
   rows.prologue = a.prologue;
   rows.x = static_cast<const T*>(a.x.data_ptr());
@@ -167,21 +178,71 @@ void run(const Arguments& a, int64_t in, const LaunchOptions& options) {
     rows.residual = static_cast<const T*>(a.residual->data_ptr());
     rows.residual_stride = a.residual->stride(0);
   }
-  if (a.z != nullptr) {
-    rows.z = static_cast<T*>(a.z->data_ptr());
-    rows.z_stride = a.z->stride(0);
-  }
   if (a.norm != nullptr) {
     rows.norm = static_cast<const T*>(a.norm->data_ptr());
     rows.eps = static_cast<float>(a.eps);
   }
-  launch_stage(first, rows, options);
-  if (second.empty()) return;
+  return rows;
+}
+
+template <typename T>
+void run_few(const Arguments& a, const TensorView& scratch, int64_t in, const LaunchOptions& options) {
+  const Stages stages = stages_of<T>(a.members, a.numbers, in, a.x.device().device_id);
+  Rows<T> rows = rows_of<T>(a);
+  require(a.y.size(1) == stages.y_columns, "linear: y's columns must be the members' outputs");
+  rows.z = static_cast<T*>(scratch.data_ptr());
+  rows.z_stride = stages.z_columns;
+  require(scratch.size(0) >= rows.count * stages.z_columns * static_cast<int64_t>(sizeof(T)),
+          "linear: scratch is too small");
+  const auto launch = [&](const Kind& kind, const Group& group) { return launch_group<T>(kind, rows, group, options); };
+  launch_stage(stages.first, launch);
+  if (stages.second.empty()) return;
   rows.norm = nullptr;
   rows.prologue = Prologue::kNone;
   rows.x = rows.z;
   rows.x_stride = rows.z_stride;
-  launch_stage(second, rows, options);
+  launch_stage(stages.second, launch);
+}
+
+// What the scratch of many rows holds, in bytes from its start: panels of x and of z, and a factor for each row.
+struct Scratch {
+  int64_t z, factor, bytes;
+};
+Scratch scratch_of(int64_t rows, int64_t in, int64_t z_columns) {
+  const int64_t panels = (rows + kPanelRows - 1) / kPanelRows * kPanelBlock;
+  const int64_t z = panels * ((in + kBlockColumns - 1) / kBlockColumns);
+  const int64_t factor = z + panels * ((z_columns + kBlockColumns - 1) / kBlockColumns);
+  return {z, factor, factor + rows * static_cast<int64_t>(sizeof(float))};
+}
+
+template <typename T>
+void run_many(const Arguments& a, const TensorView& scratch, int64_t in, const LaunchOptions& options) {
+  const Stages stages = stages_of<T>(a.members, a.numbers, in, a.x.device().device_id);
+  require(a.y.size(1) == stages.y_columns, "linear: y's columns must be the members' outputs");
+  const Rows<T> rows = rows_of<T>(a);
+  const Scratch at = scratch_of(rows.count, in, stages.z_columns);
+  require(scratch.size(0) >= at.bytes, "linear: scratch is too small");
+  auto* memory = static_cast<uint8_t*>(scratch.data_ptr());
+  auto* factor = reinterpret_cast<float*>(memory + at.factor);
+  const int x_blocks = static_cast<int>((in + kBlockColumns - 1) / kBlockColumns);
+  TVM_FFI_CHECK_CUDA_ERROR(launch_fill<T>(rows, memory, factor, static_cast<int>(in), x_blocks, options));
+  ManyRows<T> many{};
+  many.x = memory;
+  many.factor = a.norm != nullptr ? factor : nullptr;
+  many.residual = rows.residual;
+  many.residual_stride = rows.residual_stride;
+  many.z = memory + at.z;
+  many.y = rows.y;
+  many.y_stride = rows.y_stride;
+  many.count = rows.count;
+  many.x_blocks = x_blocks;
+  many.z_blocks = static_cast<int32_t>(stages.z_columns / kBlockColumns);
+  const auto launch = [&](const Kind& kind, const Group& group) { return launch_many<T>(kind, many, group, options); };
+  launch_stage(stages.first, launch);
+  many.factor = nullptr;
+  many.x = many.z;
+  many.x_blocks = many.z_blocks;
+  launch_stage(stages.second, launch);
 }
 
 LaunchOptions options_for(int device, bool dependent) {
@@ -192,52 +253,58 @@ bool alike(const TensorView& a, const TensorView& b) {
   return a.dtype().code == b.dtype().code && a.dtype().bits == b.dtype().bits;
 }
 
-// y [M, sum of out] = the members' linears of x [M, in], side by side, plus residual; 1 to 16 rows of bfloat16 or float16.
+// y [M, sum of out] = the members' linears of x [M, in], side by side, plus residual; rows of bfloat16 or float16.
 // members holds kFields entries for each, numbers twice kNumbers: cores packed as packed.cuh says, int8 cores with a scale
 // float32 [rows], pivot int32 [out], bias float32 [out]. Without core_1 a member is dense, without pivot lowrank, else
-// interpolative. z [M, columns] is scratch of x's type: every member with two cores takes its rank of columns, rounded up to 16.
-// norm [in]: x goes through RMSNorm with this weight and eps first (bfloat16 alone). swiglu: x is [M, 2 in] and goes through
-// silu(gate) * up first. dependent: use programmatic dependent launch.
-void decode_linear(TensorView x, ffi::Optional<TensorView> residual, TensorView y, ffi::Optional<TensorView> z,
-                   ffi::Optional<TensorView> norm, double eps, bool swiglu, bool dependent,
-                   ffi::Array<ffi::Optional<ffi::Tensor>> members, ffi::Array<int64_t> numbers) {
-  require(x.device().device_type == kDLCUDA, "decode_linear: x must be on a CUDA device");
+// interpolative. scratch: uint8 [scratch_bytes] of its own until all has run. norm [in]: x goes through RMSNorm with this
+// weight and eps first (bfloat16 alone). swiglu: x is [M, 2 in] and goes through silu(gate) * up first. dependent: use
+// programmatic dependent launch.
+void linear(TensorView x, ffi::Optional<TensorView> residual, TensorView y, TensorView scratch,
+            ffi::Optional<TensorView> norm, double eps, bool swiglu, bool dependent, Members members,
+            ffi::Array<int64_t> numbers) {
+  require(x.device().device_type == kDLCUDA, "linear: x must be on a CUDA device");
   const int device = x.device().device_id;
   require_rows(x, "x", device);
   require_rows(y, "y", device);
-  require(x.size(0) >= 1 && x.size(0) <= kMaxRows, "decode_linear: x must have 1 to 16 rows");
+  require(x.size(0) >= 1 && x.size(0) <= kMostRows, "linear: x must have 1 to 2^20 rows");
   const auto matches = [&](const TensorView& t) { return t.size(0) == x.size(0) && alike(t, x); };
-  require(matches(y), "decode_linear: y must have x's rows and dtype");
-  require(!members.empty() && members.size() % kFields == 0, "decode_linear: six entries per member");
-  require(numbers.size() == members.size() / kFields * 2 * kNumbers, "decode_linear: ten numbers per member");
-  require(!swiglu || (x.size(1) % 2 == 0 && !norm.has_value()), "decode_linear: a gated x is gate and up, and has no norm");
+  require(matches(y), "linear: y must have x's rows and dtype");
+  require(!members.empty() && members.size() % kFields == 0, "linear: six entries per member");
+  require(numbers.size() == members.size() / kFields * 2 * kNumbers, "linear: ten numbers per member");
+  require(!swiglu || (x.size(1) % 2 == 0 && !norm.has_value()), "linear: a gated x is gate and up, and has no norm");
+  require(scratch.ndim() == 1 && is_type(scratch.dtype(), kDLUInt, 8) && scratch.IsContiguous() &&
+              scratch.device().device_type == kDLCUDA && scratch.device().device_id == device &&
+              aligned_to(scratch.data_ptr(), 16),
+          "linear: scratch must be contiguous uint8 on x's device, aligned to 16 bytes");
   const int64_t in = swiglu ? x.size(1) / 2 : x.size(1);
-  Arguments a{x, y, nullptr, nullptr, nullptr, eps, Prologue::kNone, members, numbers};
-  if (z.has_value()) {
-    a.z = &*z;
-    require_rows(*a.z, "z", device);
-    require(matches(*a.z), "decode_linear: z must have x's rows and dtype");
-  }
+  Arguments a{x, y, nullptr, nullptr, eps, Prologue::kNone, members, numbers};
   if (residual.has_value()) {
     a.residual = &*residual;
     require_rows(*a.residual, "residual", device);
-    require(matches(*a.residual) && a.residual->size(1) == y.size(1), "decode_linear: residual must be like y");
+    require(matches(*a.residual) && a.residual->size(1) == y.size(1), "linear: residual must be like y");
   }
   if (norm.has_value()) {
     a.norm = &*norm;
     const TensorView& n = *a.norm;
     require(n.ndim() == 1 && n.size(0) == in && n.IsContiguous() && alike(n, x) &&
                 n.device().device_type == kDLCUDA && n.device().device_id == device,
-            "decode_linear: the norm's weight has x's columns, dtype and device");
+            "linear: the norm's weight has x's columns, dtype and device");
     a.prologue = Prologue::kNorm;
   }
   if (swiglu) a.prologue = Prologue::kSwiglu;
 
   ffi::CUDADeviceGuard guard(device);
   const LaunchOptions options = options_for(device, dependent);
-  if (is_type(x.dtype(), kDLBfloat, 16)) return run<__nv_bfloat16>(a, in, options);
-  if (is_type(x.dtype(), kDLFloat, 16)) return run<__half>(a, in, options);
-  TVM_FFI_THROW(TypeError) << "decode_linear: x is bfloat16 or float16";
+  const bool bf16 = is_type(x.dtype(), kDLBfloat, 16);
+  if (!bf16 && !is_type(x.dtype(), kDLFloat, 16)) TVM_FFI_THROW(TypeError) << "linear: x is bfloat16 or float16";
+  if (x.size(0) <= kMaxRows) return bf16 ? run_few<__nv_bfloat16>(a, scratch, in, options) : run_few<__half>(a, scratch, in, options);
+  return bf16 ? run_many<__nv_bfloat16>(a, scratch, in, options) : run_many<__half>(a, scratch, in, options);
+}
+
+// Of what `linear` needs for so many rows of x, `in` columns each after the prologue; z_columns: those of all members with two
+// cores, a member's rank rounded up to 32.
+int64_t scratch_bytes(int64_t rows, int64_t in, int64_t z_columns) {
+  return rows <= kMaxRows ? rows * z_columns * 2 : scratch_of(rows, in, z_columns).bytes;
 }
 
 template <typename T>
@@ -247,7 +314,7 @@ void run_swiglu(const TensorView& x, const TensorView& y, const LaunchOptions& o
                                             static_cast<int>(x.size(0)), static_cast<int>(y.size(1)), options));
 }
 
-// y [M, columns] = silu(gate) * up of x [M, 2 columns], with the bits that decode_linear's swiglu gives its rows.
+// y [M, columns] = silu(gate) * up of x [M, 2 columns], with the bits that linear's swiglu gives its rows.
 void swiglu(TensorView x, TensorView y, bool dependent) {
   require(x.device().device_type == kDLCUDA, "swiglu: x must be on a CUDA device");
   const int device = x.device().device_id;
@@ -265,5 +332,6 @@ void swiglu(TensorView x, TensorView y, bool dependent) {
 }  // namespace
 }  // namespace cai
 
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(decode_linear, cai::decode_linear);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear, cai::linear);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(scratch_bytes, cai::scratch_bytes);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(swiglu, cai::swiglu);

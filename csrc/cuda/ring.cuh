@@ -69,7 +69,10 @@ class Ring {
     if (left_ == 0 && !find()) return;
     const int bytes = left_ < kStepsPerCopy * kFullStep<W> ? left_ : kStepsPerCopy * kFullStep<W>;
     const unsigned slot = asked_ % kSlots;
-    if (lane_ == 0) copy_bulk(slots_ + slot * cut_.slot_bytes, from_, bytes, barriers_ + slot);
+    if (lane_ == 0) {
+      expect_bytes(barriers_ + slot, bytes);
+      copy_bulk<true>(slots_ + slot * cut_.slot_bytes, from_, bytes, barriers_ + slot);
+    }
     ++asked_;
     from_ += bytes;
     left_ -= bytes;

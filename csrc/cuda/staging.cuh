@@ -53,6 +53,33 @@ __device__ __forceinline__ float sum_of_squares(const Eight& v) {
   return sum_of_lanes(sum);
 }
 
+// x times the norm's weight; the division by the root mean square follows the sums.
+__device__ __forceinline__ Eight scaled(Eight x, const Eight& weight) {
+#pragma unroll
+  for (int pair = 0; pair < 4; ++pair) x.pair[pair] = multiply_bfloat16_pairs(x.pair[pair], weight.pair[pair]);
+  return x;
+}
+
+template <typename T>
+__device__ __forceinline__ Eight gated_eight(const Eight& gate, const Eight& up) {
+  Eight made{};
+#pragma unroll
+  for (int number = 0; number < 8; ++number) {
+    const T value = Format<T>::narrow(gated(number_at<T>(gate, number), number_at<T>(up, number)));
+    uint16_t bits;
+    __builtin_memcpy(&bits, &value, 2);
+    made.pair[number / 2] |= static_cast<uint32_t>(bits) << (16 * (number % 2));
+  }
+  return made;
+}
+
+// 1 / rms of a row, of the squares of its runs of kSquaredColumns columns.
+__device__ __forceinline__ float inverse_rms(const float* squares, int runs, int cols, float eps) {
+  float sum = squares[0];
+  for (int i = 1; i < runs; ++i) sum += squares[i];
+  return inverse_root(sum / static_cast<float>(cols) + eps);
+}
+
 // The columns of a product that a block needs: those of its parts.
 struct Slice {
   int32_t first, end;
@@ -104,20 +131,9 @@ __device__ __forceinline__ void stage_x(const Rows<T>& rows, const Group& group,
             const float sum = sum_of_squares<T>(x[j]);
             if (lane == 0) reinterpret_cast<float*>(memory + cut.squares)[row[j] * chunks + chunk[j]] = sum;
           }
-#pragma unroll
-          for (int pair = 0; pair < 4; ++pair)
-            x[j].pair[pair] = multiply_bfloat16_pairs(x[j].pair[pair], other[j].pair[pair]);
+          x[j] = scaled(x[j], other[j]);
         } else if (rows.prologue == Prologue::kSwiglu) {
-          Eight made{};
-#pragma unroll
-          for (int number = 0; number < 8; ++number) {
-            const float gate = number_at<T>(x[j], number), up = number_at<T>(other[j], number);
-            const T value = Format<T>::narrow(gated(gate, up));
-            uint16_t bits;
-            __builtin_memcpy(&bits, &value, 2);
-            made.pair[number / 2] |= static_cast<uint32_t>(bits) << (16 * (number % 2));
-          }
-          x[j] = made;
+          x[j] = gated_eight<T>(x[j], other[j]);
         }
         const int at = chunk[j] * kSquaredColumns + 8 * lane;
         if (at < width) {

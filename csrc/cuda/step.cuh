@@ -49,6 +49,22 @@ __device__ __forceinline__ void load_words(const uint8_t* step, int blocks, int 
   }
 }
 
+// A lane's words of a step with all its blocks, and of those one block's.
+__device__ __forceinline__ void load_step(const uint8_t* step, int lane, uint32_t (&all)[2][4]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const uint4 v = *reinterpret_cast<const uint4*>(step + (half * 32 + lane) * 16);
+    all[half][0] = v.x, all[half][1] = v.y, all[half][2] = v.z, all[half][3] = v.w;
+  }
+}
+template <int kWords>
+__device__ __forceinline__ void pick_words(const uint32_t (&all)[2][4], int block, uint32_t (&words)[2][kWords]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[half][i] = all[half][block * kWords + i];
+}
+
 // 16-bit weights, of x's type, and int8.
 template <typename T, typename W>
 struct Step {
@@ -57,23 +73,14 @@ struct Step {
   static __device__ __forceinline__ void multiply(const uint8_t* step, int blocks, int lane, const Operand<kHalves>& x,
                                                   Sums<kHalves>& sums) {
     constexpr int kBlocks = Packing<W>::kBlocks, kWords = 4 / kBlocks;
-    uint4 all[2];
-    if constexpr (kWhole) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        all[half] = *reinterpret_cast<const uint4*>(step + (half * 32 + lane) * 16);
-    }
+    uint32_t all[2][4];
+    if constexpr (kWhole) load_step(step, lane, all);
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
       if (!kWhole && block >= blocks) break;
       uint32_t words[2][kWords], w[2][4];
       if constexpr (kWhole) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const uint32_t four[4] = {all[half].x, all[half].y, all[half].z, all[half].w};
-#pragma unroll
-          for (int i = 0; i < kWords; ++i) words[half][i] = four[block * kWords + i];
-        }
+        pick_words<kWords>(all, block, words);
       } else {
         load_words<kWords>(step, blocks, block, lane, words);
       }
@@ -102,12 +109,8 @@ struct Step<T, Int4<kGroup, kZero>> {
     const int g = lane / 4;
     const uint8_t* scales = step + blocks * kBlockBytes;
     const uint8_t* zeros = scales + (blocks + kBlocksOfGroup - 1) / kBlocksOfGroup * kTileRows * 2;
-    uint4 all[2];
-    if constexpr (kWhole) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        all[half] = *reinterpret_cast<const uint4*>(step + (half * 32 + lane) * 16);
-    }
+    uint32_t all[2][4];
+    if constexpr (kWhole) load_step(step, lane, all);
     Sums<kHalves> part;
     uint32_t offset[2] = {int4_offset<T>(8), int4_offset<T>(8)};
 #pragma unroll
@@ -120,11 +123,7 @@ struct Step<T, Int4<kGroup, kZero>> {
       }
       uint32_t words[2][1], w[2][4];
       if constexpr (kWhole) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const uint32_t four[4] = {all[half].x, all[half].y, all[half].z, all[half].w};
-          words[half][0] = four[block];
-        }
+        pick_words<1>(all, block, words);
       } else {
         load_words<1>(step, blocks, block, lane, words);
       }

@@ -26,7 +26,9 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr"]
 RELEASE = [a for a in os.environ.get("CAI_TEST_CUDA_ARCHS", "").split(",") if a]
 if_asked = pytest.mark.skipif(not RELEASE, reason="CAI_TEST_CUDA_ARCHS is not set: it takes minutes")
-MOST_REGISTERS = 128  # of a thread: two blocks of 256 share a multiprocessor, one of each of two kernels
+# Of a thread: two blocks of 256 share a multiprocessor, one of each of two kernels. Those for many rows begin with what 12
+# warps can have, and share it out anew.
+MOST_REGISTERS = {"linear": 128, "many": 168}
 
 
 def resources(architecture: str, source: str, folder: Path) -> dict[str, tuple[int, int, int]]:
@@ -49,27 +51,34 @@ def check(architecture: str, source: str, kernels: dict[str, int], folder: Path)
     found = resources(architecture, source, folder)
     for kind, wanted in kernels.items():
         assert sum(f"{len(kind)}{kind}" in name for name in found) == wanted, sorted(found)
+    # Off Hopper threads can't take others' registers.
+    allowed = 64 if source.startswith("many") and not architecture.startswith("90") else 0
     for name, (registers, stack, spilled) in found.items():
-        assert stack == spilled == 0, (name, stack, spilled)
-        assert registers <= MOST_REGISTERS, (name, registers)
+        assert spilled <= allowed and (stack == 0 or allowed > 0), (name, stack, spilled)
+        assert registers <= MOST_REGISTERS[source.split("_")[0]], (name, registers)
 
 
-# Of x's type, int8, and int4 with three widths of groups, with and without zero points; each for 8 and for 16 rows.
-KERNELS = {"decode_products_kernel": 16, "swiglu_kernel": 1}
+# Of x's type, int8, and int4 with three widths of groups, with and without zero points; each for 8 and for 16 rows. For many
+# rows: with columns divided, and without for 64 and for 128 rows of x.
+KERNELS = {
+    "linear": {"decode_products_kernel": 16, "swiglu_kernel": 1},
+    "many": {"many_products_kernel": 24, "fill_panels_kernel": 1},
+}
 
 
 @needs_nvcc
-def test_decode_kernels_spill_nothing(tmp_path: Path):
+@pytest.mark.parametrize("which", KERNELS)
+def test_kernels_spill_nothing(which: str, tmp_path: Path):
     """The bf16 kernels, for Hopper."""
-    check("90a", "linear_bf16", KERNELS, tmp_path)
+    check("90a", f"{which}_bf16", KERNELS[which], tmp_path)
 
 
 @needs_nvcc
 @if_asked
 @pytest.mark.parametrize("architecture", RELEASE)
-@pytest.mark.parametrize("source", ["linear_bf16", "linear_fp16"])
+@pytest.mark.parametrize("source", ["linear_bf16", "linear_fp16", "many_bf16", "many_fp16"])
 def test_every_kernel_of_a_release_spills_nothing(architecture: str, source: str, tmp_path: Path):
-    check(architecture, source, KERNELS, tmp_path)
+    check(architecture, source, KERNELS[source.split("_")[0]], tmp_path)
 
 
 @needs_nvcc
@@ -80,7 +89,7 @@ def test_hopper_code_is_what_was_meant(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     resources("90a", "linear_bf16", tmp_path)
     kernels = importlib.import_module("gpu.machine_code").decode_kernels(tmp_path / "linear_bf16.cubin")
-    assert len(kernels) == KERNELS["decode_products_kernel"]
+    assert len(kernels) == KERNELS["linear"]["decode_products_kernel"]
     for kernel in kernels:
         operations = {re.sub(r"\..*", "", i.operation) for i in kernel.instructions}
         assert {"UBLKCP", "SYNCS", "HMMA", "ACQBULK", "PREEXIT", "UCGABAR_ARV"} <= operations, kernel.name
@@ -116,7 +125,8 @@ def test_library_links_and_refuses_what_it_cannot_take(tmp_path: Path):
     members = tvm_ffi.convert([tvm_ffi.from_dlpack(torch.ones(4, 8))] + [None] * 5)
     numbers = tvm_ffi.convert([0] * 10)
     with pytest.raises(ValueError, match="x must be on a CUDA device"):
-        loaded.decode_linear(torch.ones(2, 8), None, torch.ones(2, 4), None, None, 0.0, False, True, members, numbers)
+        scratch = torch.empty(0, dtype=torch.uint8)
+        loaded.linear(torch.ones(2, 8), None, torch.ones(2, 4), scratch, None, 0.0, False, True, members, numbers)
     with pytest.raises(ValueError, match="x must be on a CUDA device"):
         loaded.swiglu(torch.ones(2, 8), torch.ones(2, 4), True)
 

@@ -1,7 +1,11 @@
 // Enough of a CUDA device on a CPU to run a kernel and hold its results against a reference. The threads of a cluster of blocks
 // are fibers that run in turn, each until it has to wait, so a missing or divergent barrier gives wrong numbers or an error,
-// every time alike. Bulk copies are made when they are waited for, or at once where `eager` is set: a missing wait is seen in the
-// one case, a slot that is filled again too early in the other.
+// every time alike. Bulk copies are made when they are waited for, or at once where `eager` is set, and threads then run in the other
+// order: a missing wait is seen in the one case, a slot that is filled again too early in the other.
+//
+// The tensor cores add 16 products and the sum so far as Hopper's were found to (MMA-Sim, arXiv:2511.10909): each cut off at 25
+// bits below the largest one's exponent, the result cut off to float32. A warp group's products are made when they are waited
+// for, from what their registers and shared memory hold then.
 //
 // Include before the kernel. Supports one-dimensional blocks, clusters, dynamic shared memory, __syncthreads, __syncwarp,
 // __shfl_xor_sync and, in its place, the functions of csrc/cuda/device.cuh.
@@ -13,7 +17,9 @@
 #include <cuda_runtime.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <array>
+#include <climits>
 #include <cmath>
 #include <cstring>
 #include <exception>
@@ -36,10 +42,13 @@
 #define __forceinline__ inline
 #define __grid_constant__
 
+#include "cuda/panels.cuh"
+
 namespace emulator {
 
 inline bool eager = false;
-// What the kernel ahead does, last of all: run when the first thread waits for it.
+inline bool warp_groups = true;  // as Hopper, else warp by warp
+// What the kernel ahead does, last of all: run when all that is left to do is to wait for it.
 inline std::function<void()> previous;
 
 // All of a number of threads arrive, then all go on.
@@ -59,21 +68,40 @@ struct Copy {
   int bytes;
 };
 
-// An mbarrier: one arrival and the bytes it expects end a phase.
+// An mbarrier: its arrivals and the bytes they announce end a phase.
 struct Barrier {
-  int phase = 0;
-  bool armed = false;
+  int arrivals = 1, arrived = 0, phase = 0, announced = 0;
   std::vector<Copy> copies;
+
+  bool complete() const {
+    int bytes = 0;
+    for (const Copy& c : copies) bytes += c.bytes;
+    return arrived == arrivals && bytes == announced;
+  }
+};
+
+// c += a b, of a warp, with b in shared memory; see `multiply_rows`.
+struct RowProduct {
+  float (*c)[4];
+  const uint32_t* a;
+  uint64_t b;
+  int rows;
+  bool add;
 };
 
 struct Fiber {
   ucontext_t context;
-  std::vector<char> stack;
+  std::unique_ptr<char[]> stack;
   bool done = false;
   std::function<bool()> ready;  // empty: runs
   int block = 0, thread = 0, turn = 0;
   int clusters_met = 0;  // how often it has waited for its cluster
+  std::vector<RowProduct> products;  // not waited for yet
+  void (*multiply)(const RowProduct&) = nullptr;
+  bool began = false;
 };
+
+constexpr int kStackBytes = 64 << 10;
 
 using Words = std::array<uint32_t, 8>;
 
@@ -83,7 +111,7 @@ struct Block {
   std::vector<Meeting> warps;
   Meeting whole;
 
-  uint8_t* start() { return shared.data() + (128 - reinterpret_cast<uintptr_t>(shared.data()) % 128) % 128; }
+  uint8_t* start() { return shared.data() + (1024 - reinterpret_cast<uintptr_t>(shared.data()) % 1024) % 1024; }
 };
 
 struct Cluster {
@@ -141,7 +169,7 @@ inline void run_cluster(int first_block, int blocks, int threads, int shared_byt
   cluster.first_block = first_block;
   cluster.blocks.resize(blocks);
   for (Block& b : cluster.blocks) {
-    b.shared.assign(shared_bytes + 128, 0xff);  // NaN until it is written
+    b.shared.assign(shared_bytes + 1024, 0xff);  // NaN until it is written
     b.warps.resize((threads + 31) / 32);
     for (auto& set : b.mail) set.assign(threads, Words{});
   }
@@ -151,26 +179,32 @@ inline void run_cluster(int first_block, int blocks, int threads, int shared_byt
     Fiber& f = cluster.fibers[i];
     f.block = i / threads;
     f.thread = i % threads;
-    f.stack.resize(64 << 10);
+    f.stack.reset(new char[kStackBytes]);
     getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.data();
-    f.context.uc_stack.ss_size = f.stack.size();
+    f.context.uc_stack.ss_sp = f.stack.get();
+    f.context.uc_stack.ss_size = kStackBytes;
     f.context.uc_link = &cluster.scheduler;
     makecontext(&f.context, enter, 0);
   }
   for (int left = blocks * threads; left > 0;) {
     bool moved = false;
-    for (int i = 0; i < blocks * threads; ++i) {
+    for (int n = 0; n < blocks * threads; ++n) {
+      const int i = eager ? blocks * threads - 1 - n : n;  // the last first, so that no order helps
       Fiber& f = cluster.fibers[i];
       if (f.done || (f.ready && !f.ready())) continue;
       moved = true;
       run(cluster, i);
       left -= f.done;
     }
-    if (!moved) throw std::runtime_error("threads wait for what will not happen: a barrier that not all reach, or a copy");
+    if (moved) continue;
+    if (previous == nullptr) throw std::runtime_error("threads wait for what will not happen: a barrier that not all reach, or a copy");
+    previous();
+    previous = nullptr;
   }
   for (const auto& [at, barrier] : cluster.barriers)
-    if (barrier.armed) throw std::runtime_error("a block ended before its copies were waited for");
+    if (!barrier.copies.empty()) throw std::runtime_error("a block ended before its copies were waited for");
+  for (const Fiber& f : cluster.fibers)
+    if (!f.products.empty()) throw std::runtime_error("a block ended before its products were waited for");
   current = nullptr;
 }
 
@@ -214,19 +248,34 @@ namespace cai {
 inline uint8_t* shared_memory() { return emulator::block().start(); }
 
 inline void wait_for_previous_kernel() {
-  if (emulator::previous) emulator::previous();
-  emulator::previous = nullptr;
+  emulator::wait_until([] { return emulator::previous == nullptr; });
 }
 inline void let_next_kernel_start() {}
 
 using CopyBarrier = uint64_t;
 
-inline void init_barrier(CopyBarrier* barrier) {
-  if (!emulator::current->barriers.emplace(barrier, emulator::Barrier{}).second)
-    throw std::runtime_error("a barrier is made twice");
+inline void init_barrier(CopyBarrier* barrier, int arrivals = 1) {
+  emulator::Barrier made;
+  made.arrivals = arrivals;
+  if (!emulator::current->barriers.emplace(barrier, made).second) throw std::runtime_error("a barrier is made twice");
 }
 inline void publish_barriers() {}
 
+inline void arrive_at(CopyBarrier* barrier) {
+  emulator::Barrier& b = emulator::current->barriers.at(barrier);
+  if (b.arrived == b.arrivals) throw std::runtime_error("more arrive at a barrier than it waits for");
+  ++b.arrived;
+  if (b.copies.empty() && b.complete()) b.arrived = 0, ++b.phase;
+}
+
+inline void expect_bytes(CopyBarrier* barrier, int bytes) {
+  emulator::Barrier& b = emulator::current->barriers.at(barrier);
+  if (b.arrived == b.arrivals) throw std::runtime_error("a barrier is armed again before its phase has ended");
+  ++b.arrived;
+  b.announced += bytes;
+}
+
+template <bool kOnce>
 inline void copy_bulk(void* shared, const void* global, int bytes, CopyBarrier* barrier) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
     throw std::runtime_error("a bulk copy is not aligned");
@@ -235,22 +284,19 @@ inline void copy_bulk(void* shared, const void* global, int bytes, CopyBarrier* 
   if (static_cast<uint8_t*>(shared) < own.data() || static_cast<uint8_t*>(shared) + bytes > own.data() + own.size())
     throw std::runtime_error("a bulk copy leaves shared memory");
   emulator::Barrier& b = emulator::current->barriers.at(barrier);
-  if (b.armed) throw std::runtime_error("a barrier is armed again before its phase has ended");
-  b.armed = true;
-  if (emulator::eager) {
-    std::memcpy(shared, global, bytes);
-  } else {
-    b.copies.push_back({shared, global, bytes});
-  }
+  if (b.announced == 0) throw std::runtime_error("a bulk copy was not announced");
+  if (emulator::eager) std::memcpy(shared, global, bytes);
+  b.copies.push_back({shared, emulator::eager ? nullptr : global, bytes});
 }
 
 inline void wait_for_phase(CopyBarrier* barrier, uint32_t parity) {
   emulator::Barrier& b = emulator::current->barriers.at(barrier);
   emulator::wait_until([&b, parity] {
-    if (b.phase % 2 == static_cast<int>(parity) && b.armed) {
-      for (const emulator::Copy& c : b.copies) std::memcpy(c.to, c.from, c.bytes);
+    if (b.phase % 2 == static_cast<int>(parity) && b.complete()) {
+      for (const emulator::Copy& c : b.copies)
+        if (c.from != nullptr) std::memcpy(c.to, c.from, c.bytes);
       b.copies.clear();
-      b.armed = false;
+      b.arrived = b.announced = 0;
       ++b.phase;
     }
     return b.phase % 2 != static_cast<int>(parity);
@@ -289,22 +335,105 @@ uint32_t pair_of(float low, float high) {
   return pair;
 }
 
+inline int exponent_of(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  const int biased = static_cast<int>(bits >> 23 & 255);
+  return biased != 0 ? biased - 127 : std::ilogb(v);
+}
+
+inline double power_of_two(int exponent) {
+  const uint64_t bits = static_cast<uint64_t>(exponent + 1023) << 52;
+  double power;
+  std::memcpy(&power, &bits, 8);
+  return power;
+}
+
+// The sum of c and 16 products as the tensor cores form it; numbers that are not finite as float64 does.
+inline float fused_sum(float c, const float (&left)[16], const float (&right)[16]) {
+  double terms[17] = {c};
+  double plain = c;
+  int largest = c != 0 ? exponent_of(c) : INT_MIN;
+  for (int i = 0; i < 16; ++i) {
+    const double term = static_cast<double>(left[i]) * right[i];
+    terms[i + 1] = term;
+    plain += term;
+    // A product's exponent is that of its factors together: its own may be one more.
+    if (term != 0) largest = std::max(largest, exponent_of(left[i]) + exponent_of(right[i]));
+  }
+  if (!std::isfinite(plain) || largest == INT_MIN) return static_cast<float>(plain);
+  const double scale = power_of_two(25 - largest);
+  int64_t sum = 0;
+  for (const double term : terms) sum += static_cast<int64_t>(term * scale);
+  const double exact = static_cast<double>(sum) * power_of_two(largest - 25);
+  const auto nearest = static_cast<float>(exact);
+  return std::abs(static_cast<double>(nearest)) > std::abs(exact) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
 template <typename T>
 void multiply_accumulate(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const int lane = emulator::fiber().thread % 32, g = lane / 4, t = lane % 4;
   const emulator::Words* all = emulator::exchange({a[0], a[1], a[2], a[3], b0, b1});
   for (int i = 0; i < 4; ++i) {
     const int row = g + i / 2 * 8, column = 2 * t + i % 2;
-    double sum = 0;
+    float left[16], right[16];
     for (int slot = 0; slot < 16; ++slot) {
       const int from = slot % 8 / 2, high = slot / 8;
-      const float left = number_of<T>(all[row % 8 * 4 + from][row / 8 + 2 * high], slot % 2);
-      const float right = number_of<T>(all[column * 4 + from][4 + high], slot % 2);
-      sum += static_cast<double>(left) * right;
+      left[slot] = number_of<T>(all[row % 8 * 4 + from][row / 8 + 2 * high], slot % 2);
+      right[slot] = number_of<T>(all[column * 4 + from][4 + high], slot % 2);
     }
-    c[i] = static_cast<float>(c[i] + sum);
+    c[i] = fused_sum(c[i], left, right);
   }
 }
+
+// What a matrix descriptor says, read as the PTX ISA has it: bits 0-13 the start, 32-45 the distance between groups of eight rows,
+// both in 16 bytes, 62-63 the swizzle, of which 2 is the one of 64 bytes: bits 4 and 5 of an address change by its bits 7 and 8.
+inline const uint8_t* described(uint64_t descriptor, int row, int byte) {
+  const uint32_t start = (descriptor & 0x3fff) << 4, groups = (descriptor >> 32 & 0x3fff) << 4;
+  if (descriptor >> 62 != 2 || (descriptor >> 49 & 7) != 0) throw std::runtime_error("not the swizzle that panels have");
+  uint32_t address = start + row / 8 * groups + row % 8 * 64 + byte;
+  address ^= (address >> 7 & 3) << 4;
+  return emulator::block().start() + address;
+}
+
+constexpr int kBlocksAhead = 2;
+
+inline void begin_products() { emulator::fiber().began = true; }
+
+template <typename T, int kRows>
+void multiply_rows(float (&c)[kRows / 8][4], const uint32_t (&a)[4], const uint8_t* block, int half, bool add) {
+  emulator::Fiber& f = emulator::fiber();
+  if (!f.began) throw std::runtime_error("products begin without a fence");
+  const auto place = static_cast<uint32_t>(block - emulator::block().start());
+  if (place % 512 != 0) throw std::runtime_error("a block of a panel does not begin where its pattern does");
+  f.products.push_back({c, a, panel_descriptor(place, half), kRows, add});
+  f.multiply = [](const emulator::RowProduct& p) {
+    const int lane = emulator::fiber().thread % 32, g = lane / 4, t = lane % 4;
+    for (int eight = 0; eight < p.rows / 8; ++eight) {
+      uint32_t b[2];
+      for (int high = 0; high < 2; ++high) std::memcpy(&b[high], described(p.b, 8 * eight + g, 16 * high + 4 * t), 4);
+      float (&sums)[4] = p.c[eight];
+      if (!p.add) std::fill(sums, sums + 4, 0.0f);
+      multiply_accumulate<T>(sums, {p.a[0], p.a[1], p.a[2], p.a[3]}, b[0], b[1]);
+    }
+  };
+  if (!emulator::warp_groups) {  // one after another, as they come
+    f.multiply(f.products.back());
+    f.products.pop_back();
+  }
+}
+
+inline void wait_for_products() {
+  emulator::Fiber& f = emulator::fiber();
+  for (const emulator::RowProduct& p : f.products) f.multiply(p);
+  f.products.clear();
+  f.began = false;
+}
+
+template <int kRegisters>
+void keep_registers() {}
+template <int kRegisters>
+void take_registers() {}
 
 inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t picks) {
   const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;

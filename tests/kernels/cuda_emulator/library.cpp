@@ -32,6 +32,32 @@ cudaError_t launch_group(const Kind& kind, const Rows<T>& rows, const Group& gro
 }
 
 template <typename T>
+struct EmulatedManyLaunch {
+  template <typename W, int kRows, bool kSplit>
+  cudaError_t run(const ManyRows<T>& rows, const Group& group, const ManyCut& cut) const {
+    emulator::launch(cut.blocks, kManyThreads, [&] { many_products_kernel<T, W, kRows, kSplit>(rows, group, cut); },
+                     kSplit ? kParts : 1, cut.bytes);
+    return cudaSuccess;
+  }
+};
+
+template <typename T>
+cudaError_t launch_many(const Kind& kind, const ManyRows<T>& rows, const Group& group, const LaunchOptions&) {
+  constexpr ManyDevice kDevice{kHopper, 6, true};  // small, so that blocks take several groups of tiles
+  return launch_many_rows(kind, rows, group, kDevice, EmulatedManyLaunch<T>{});
+}
+
+template <typename T>
+cudaError_t launch_fill(const Rows<T>& rows, uint8_t* panels, float* factor, int cols, int blocks, const LaunchOptions&) {
+  Rows<T> ready = rows;
+  align_rows(ready, cols);
+  const int parts = fill_parts(rows.prologue, cols);
+  emulator::launch(rows.count * parts, kThreads, [&] { fill_panels_kernel(ready, panels, factor, cols, blocks, parts); }, 1,
+                   fill_shared_bytes(rows.prologue, cols));
+  return cudaSuccess;
+}
+
+template <typename T>
 cudaError_t launch_swiglu(const T* x, int64_t x_stride, T* y, int64_t y_stride, int count, int columns,
                           const LaunchOptions&) {
   for (int m = 0; m < count; ++m)

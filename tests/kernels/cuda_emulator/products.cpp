@@ -2,6 +2,7 @@
 #include "device.h"
 // The device comes first: it redefines what the kernels are written in.
 #include "cuda/plan.cuh"
+#include "calls.h"
 
 namespace {
 
@@ -46,27 +47,13 @@ void run_group(int store, int columns, bool zero, const cai::Rows<T>& rows, cai:
   return run_int4<T, 128>(rows, group, zero, cluster, at_once, wide);
 }
 
-const char* told(const std::function<void()>& run) {
-  static char message[256];
-  try {
-    run();
-    return nullptr;
-  } catch (const std::exception& error) {
-    std::strncpy(message, error.what(), sizeof message - 1);
-    return message;
-  }
-}
-
 }  // namespace
 
 // Returns null, or what went wrong. `rows` is a cai::Rows of any T: its layout does not depend on T. wide: by the kernel for up
 // to 16 rows, whatever there are. until: x's, which `rows` names, are written from here when the kernel waits for them.
 extern "C" const char* run_linear(int half, int store, int columns, int zero, int cluster, int at_once, int wide, int eager,
                                   const void* rows, cai::Group* group, void* late, const void* then, int64_t bytes) {
-  emulator::eager = eager != 0;
-  emulator::previous = [=] {
-    if (bytes != 0) std::memcpy(late, then, static_cast<size_t>(bytes));
-  };
+  begin(eager, late, then, bytes);
   return told([&] {
     if (half) {
       run_group(store, columns, zero != 0, *static_cast<const cai::Rows<__half>*>(rows), *group, cluster, at_once, wide != 0);

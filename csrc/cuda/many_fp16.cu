@@ -1,0 +1,5 @@
+#include "launch_instances.cuh"
+
+namespace cai {
+CAI_MANY(__half)
+}  // namespace cai

@@ -1,0 +1,73 @@
+// How a launch for many rows of x is cut up.
+#pragma once
+
+#include "fill_panels.cuh"
+#include "many.cuh"
+#include "plan.cuh"
+
+namespace cai {
+
+struct ManyDevice {
+  Room room;
+  int multiprocessors;
+  bool warp_groups;  // Hopper's product of a warp group
+};
+
+constexpr ManyDevice kHopperDevice{kHopper, 132, true};
+
+// Fills in where each product's groups of tiles begin; how many there are.
+inline int count_groups(Group& group) {
+  int groups = 0;
+  for (int i = 0; i < group.count; ++i) {
+    group.product[i].first_group = groups;
+    const int tiles = (group.product[i].rows + kTileRows - 1) / kTileRows;
+    groups += (tiles + kTilesOfGroup - 1) / kTilesOfGroup;
+  }
+  return groups;
+}
+
+// Whether clusters of eight blocks divide the columns: where blocks that take all of them would leave a third of the device
+// idle. Nothing but time depends on it.
+inline bool multiplies_split(Group& group, int count, const ManyDevice& device) {
+  const int rows = device.warp_groups ? 2 * kPanelRows : kPanelRows;
+  return count_groups(group) * ((count + rows - 1) / rows) * 3 < device.multiprocessors * 2;
+}
+
+template <typename W, int kRows, bool kSplit>
+ManyCut cut_many(Group& group, int count, const ManyDevice& device) {
+  ManyCut cut{};
+  cut.groups = count_groups(group);
+  cut.row_blocks = (count + kRows - 1) / kRows;
+  const int items = cut.groups * cut.row_blocks;
+  cut.blocks = kSplit ? items * kParts : items < device.multiprocessors ? items : device.multiprocessors;
+  const int panels = kStageBlocks<W, kSplit> * (kRows / kPanelRows) * kPanelBlock;
+  cut.stage_bytes = rounded_up(panels + kTilesOfGroup * kStageSteps<W, kSplit> * kFullStep<W>, 1024);
+  const int partial = kSplit ? kParts * kRows * kPartStride * static_cast<int>(sizeof(float)) : 0;
+  const int room = (kSplit ? device.room.for_two : device.room.most) - kRingStart - partial;
+  cut.stages = room / cut.stage_bytes < kMostStages ? room / cut.stage_bytes : kMostStages;
+  cut.partial = kRingStart + cut.stages * cut.stage_bytes;
+  cut.bytes = cut.partial + partial;
+  return cut;
+}
+
+// ------------------------------------------------------------------------------------------------------ rows to panels
+
+// Blocks for each row of a launch of `fill_panels_kernel`.
+inline int fill_parts(Prologue prologue, int cols) {
+  return prologue == Prologue::kNorm ? 1 : (cols + kFillColumns - 1) / kFillColumns;
+}
+inline int fill_shared_bytes(Prologue prologue, int cols) {
+  const int runs = (cols + kSquaredColumns - 1) / kSquaredColumns;
+  return prologue == Prologue::kNorm ? runs * static_cast<int>(sizeof(float)) : 0;
+}
+// Fills in whether wide loads of x are aligned.
+template <typename T>
+void align_rows(Rows<T>& rows, int cols) {
+  rows.x_vector = aligned_to(rows.x, 16) && rows.x_stride % 8 == 0 && aligned_to(rows.norm, 16) &&
+                  (rows.prologue != Prologue::kSwiglu || cols % 8 == 0);
+}
+
+inline int panels_of(int count) { return (count + kPanelRows - 1) / kPanelRows; }
+inline int blocks_of(int columns) { return (columns + kBlockColumns - 1) / kBlockColumns; }
+
+}  // namespace cai

@@ -1,0 +1,59 @@
+// The kernels of csrc/cuda for many rows on the emulated device, as C functions.
+#include "device.h"
+// The device comes first: it redefines what the kernels are written in.
+#include "cuda/dispatch.cuh"
+#include "calls.h"
+
+namespace {
+
+using BFloat16 = __nv_bfloat16;
+
+// The launches of csrc/cuda/launch_instances.cuh on the emulated device.
+template <typename T>
+struct ManyLaunch {
+  template <typename W, int kRows, bool kSplit>
+  cudaError_t run(const cai::ManyRows<T>& rows, const cai::Group& group, const cai::ManyCut& cut) const {
+    emulator::launch(cut.blocks, cai::kManyThreads, [&] { cai::many_products_kernel<T, W, kRows, kSplit>(rows, group, cut); },
+                     kSplit ? cai::kParts : 1, cut.bytes);
+    return cudaSuccess;
+  }
+};
+
+template <typename T>
+void fill(cai::Rows<T> rows, uint8_t* panels, float* factor, int cols, int blocks) {
+  cai::align_rows(rows, cols);
+  const int parts = cai::fill_parts(rows.prologue, cols);
+  emulator::launch(rows.count * parts, cai::kThreads,
+                   [&] { cai::fill_panels_kernel(rows, panels, factor, cols, blocks, parts); }, 1,
+                   cai::fill_shared_bytes(rows.prologue, cols));
+}
+
+template <typename T>
+void many(const cai::Kind& kind, const cai::ManyRows<T>& rows, cai::Group& group, const cai::ManyDevice& device) {
+  for (int i = 0; i < group.count; ++i) cai::measure<T>(kind, group.product[i]);
+  if (cai::launch_many_rows(kind, rows, group, device, ManyLaunch<T>{}) != cudaSuccess) throw std::runtime_error("refused");
+}
+
+}  // namespace
+
+// As `run_linear`: x's rows into panels; `rows` is a cai::Rows.
+extern "C" const char* run_fill(int half, const void* rows, void* panels, float* factor, int cols, int blocks) {
+  return told([&] {
+    auto* bytes = static_cast<uint8_t*>(panels);
+    half ? fill(*static_cast<const cai::Rows<__half>*>(rows), bytes, factor, cols, blocks)
+         : fill(*static_cast<const cai::Rows<BFloat16>*>(rows), bytes, factor, cols, blocks);
+  });
+}
+
+// As `run_linear`; `rows` is a cai::ManyRows, whose x lies in `late`. multiprocessors: of the device that the launch is cut for.
+extern "C" const char* run_many(int half, int store, int columns, int zero, int multiprocessors, int warp_groups, int eager,
+                                const void* rows, cai::Group* group, void* late, const void* then, int64_t bytes) {
+  begin(eager, late, then, bytes);
+  emulator::warp_groups = warp_groups != 0;
+  const cai::Kind kind{static_cast<cai::Store>(store), columns, zero != 0};
+  const cai::ManyDevice device{cai::kHopper, multiprocessors, warp_groups != 0};
+  return told([&] {
+    half ? many(kind, *static_cast<const cai::ManyRows<__half>*>(rows), *group, device)
+         : many(kind, *static_cast<const cai::ManyRows<BFloat16>*>(rows), *group, device);
+  });
+}
