@@ -19,8 +19,9 @@ LAYER = {
 }
 STORES = {"bf16": (0, 0), "int8": (1, 0), "int4/128": (2, 128)}
 ROWS = (1, 8, 16)
+MANY = (32, 64, 256, 2048)
 FUSED_GATES = 4  # FUSED_SWIGLU_ROWS of kernels/cuda.py
-WARPS, SLOTS = 8, 4
+WARPS, SLOTS, PARTS = 8, 4, 8
 
 
 def rank(inputs: int, outputs: int, keep: float) -> int:
@@ -30,35 +31,50 @@ def rank(inputs: int, outputs: int, keep: float) -> int:
 
 
 def launches(multiprocessors: int, keep: float | None = 0.5, rows: Sequence[int] = ROWS) -> list[dict[str, Any]]:
-    """Of every launch of a layer: store, rows of x, tiles for each multiprocessor, cluster, blocks, shared memory, and the
-    bytes of weights that a multiprocessor has under way. keep: None for dense linears."""
-    wanted = []
+    """Of every launch of a layer with up to 16 rows of x: store, rows, tiles for each multiprocessor, cluster, blocks, shared
+    memory, and the bytes of weights that a multiprocessor has under way. keep: None for dense linears."""
+    found = []
+    for plan, (cluster, blocks, groups, nbytes, slot) in _plans(multiprocessors, keep, rows):
+        found.append(plan | {
+            "tiles_a_multiprocessor": round(plan["tiles"] / multiprocessors, 2), "cluster": cluster, "blocks": blocks,
+            "rounds": -(-groups * cluster // blocks), "shared_bytes": nbytes, "bytes_under_way": WARPS * SLOTS * slot,
+        })  # fmt: skip
+    return found
+
+
+def many_launches(multiprocessors: int, keep: float | None = 0.5, rows: Sequence[int] = MANY) -> list[dict[str, Any]]:
+    """The same with more rows: whether eight blocks divide the columns, blocks, shared memory, and what a multiprocessor
+    may have under way. items: what a cluster takes at a time, a group of eight tiles by `rows_of_block` rows of x where eight
+    blocks divide the columns, else two by two of these."""
+    found = []
+    for plan, (cluster, blocks, groups, nbytes, stage, stages, runs, high) in _plans(multiprocessors, keep, rows):
+        found.append(plan | {
+            "split": cluster == PARTS, "blocks": blocks, "items": groups * runs, "rows_of_block": high,
+            "shared_bytes": nbytes, "bytes_under_way": stage * stages,
+        })  # fmt: skip
+    return found
+
+
+def _plans(
+    multiprocessors: int, keep: float | None, rows: Sequence[int]
+) -> list[tuple[dict[str, Any], list[int]]]:  # fmt: skip
+    """Of every launch what it is, and what the library's plan says of it."""
+    wanted, lines = [], []
     for store, numbers in STORES.items():
         for count in rows:
             for name, (inputs, outputs, prologue) in LAYER.items():
                 for stage, products in enumerate(_stages(inputs, outputs, keep)):
                     first = 0 if stage or (prologue == 2 and count > FUSED_GATES) else prologue
-                    line = [
-                        *numbers,
-                        0,
-                        count,
-                        first,
-                        multiprocessors,
-                        len(products),
-                        *(n for p in products for n in p),
-                    ]
-                    wanted.append((store, count, f"{name} {stage}", first, products, " ".join(map(str, line))))
-    found = []
-    for (store, count, name, prologue, products, _), answer in zip(wanted, _cut([w[-1] for w in wanted]), strict=True):
-        cluster, blocks, groups, nbytes, slot = answer
-        tiles = sum(-(-n // 16) for n, _, _ in products)
-        found.append({
-            "store": store, "rows": count, "launch": name, "prologue": prologue, "tiles": tiles,
-            "weights": sum(n * k for n, k, _ in products),
-            "tiles_a_multiprocessor": round(tiles / multiprocessors, 2), "cluster": cluster, "blocks": blocks,
-            "rounds": -(-groups * cluster // blocks), "shared_bytes": nbytes, "bytes_under_way": WARPS * SLOTS * slot,
-        })  # fmt: skip
-    return found
+                    shapes = [n for p in products for n in p]
+                    lines.append(
+                        " ".join(map(str, (*numbers, 0, count, first, multiprocessors, len(products), *shapes)))
+                    )
+                    wanted.append({
+                        "store": store, "rows": count, "launch": f"{name} {stage}", "prologue": first,
+                        "tiles": sum(-(-n // 16) for n, _, _ in products), "columns": products[0][1],
+                        "weights": sum(n * k for n, k, _ in products),
+                    })  # fmt: skip
+    return list(zip(wanted, _cut(lines), strict=True))
 
 
 def _stages(inputs: int, outputs: Sequence[int], keep: float | None) -> list[list[tuple[int, int, int]]]:
@@ -66,7 +82,7 @@ def _stages(inputs: int, outputs: Sequence[int], keep: float | None) -> list[lis
     if keep is None:
         return [[(out, inputs, 0) for out in outputs]]
     ranks = [rank(inputs, out, keep) for out in outputs]
-    starts = [sum(-(-r // 16) * 16 for r in ranks[:i]) for i in range(len(ranks))]
+    starts = [sum(-(-r // 32) * 32 for r in ranks[:i]) for i in range(len(ranks))]
     second = [(out - r, r, at) for out, r, at in zip(outputs, ranks, starts, strict=True)]
     return [[(r, inputs, 0) for r in ranks], second]
 

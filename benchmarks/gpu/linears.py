@@ -71,12 +71,16 @@ class Case:
 
         return [torch.randn(rows, width, device=self.context.device).bfloat16() for _ in range(8 if rows <= 64 else 2)]
 
-    def measure(self, kernel: str, weights: str, rows: int, nbytes: int, calls: list[Any], form: str = "bare") -> None:
+    def measure(
+        self, kernel: str, weights: str, rows: int, nbytes: int, parameters: int, calls: list[Any], form: str = "bare"
+    ) -> None:
+        """nbytes: of the weights. parameters: how many of them there are."""
         seconds = graph_seconds(calls)
         item = {
             "group": self.name, "kernel": kernel, "weights": weights, "form": form, "rows": rows, "seconds": seconds,
             "weight_bytes": nbytes, "sets": len(calls), "bytes_per_second": nbytes / seconds,
             "fraction_of_copy": nbytes / seconds / self.context.bandwidth,
+            "operations_per_second": 2 * parameters * rows / seconds,
         }  # fmt: skip
         launches = predicted_launches(kernel, weights, rows)
         stages = [us for launch, us in launches.items() if launch.rsplit(" ", 1)[0] == self.name]
@@ -84,7 +88,7 @@ class Case:
             item |= {"predicted_seconds": sum(stages) * 1e-6, "measured_to_predicted": seconds / sum(stages) * 1e6}
         self.findings.add(
             f"{self.name} {kernel} {weights} {form}, {rows} rows: {seconds * 1e6:.1f} us, "
-            f"{item['fraction_of_copy']:.2f} of copy",
+            f"{item['fraction_of_copy']:.2f} of copy, {item['operations_per_second'] / 1e12:.1f} TFLOP/s",
             **item,
         )  # fmt: skip
 
@@ -99,7 +103,7 @@ class Case:
         for m in self.rows:
             xs = self.inputs(m, self.inp)
             calls = [partial(torch.nn.functional.linear, x, w) for w, x in zip(matrices, cycle(xs), strict=False)]
-            self.measure("cublas", "dense bf16", m, nbytes, calls)
+            self.measure("cublas", "dense bf16", m, nbytes, nbytes // 2, calls)
 
     def cublas_twice(self) -> None:
         """The factors by cuBLAS: the first cores of all members in one product, then each second core in one of its own.
@@ -128,7 +132,7 @@ class Case:
         for m in self.rows:
             xs = self.inputs(m, self.inp)
             calls = [partial(call, *s, x) for s, x in zip(sets, cycle(xs), strict=False)]
-            self.measure("cublas twice", "interpolative bf16", m, nbytes, calls)
+            self.measure("cublas twice", "interpolative bf16", m, nbytes, nbytes // 2, calls)
 
     def tinygemm(self) -> None:
         import torch
@@ -143,7 +147,7 @@ class Case:
                 partial(torch._weight_int4pack_mm, x, w, INT4_GROUP, s)
                 for (w, s), x in zip(packed, cycle(xs), strict=False)
             ]
-            self.measure("tinygemm", "dense int4", m, nbytes, calls)
+            self.measure("tinygemm", "dense int4", m, nbytes, self.inp * sum(self.outs), calls)
 
     def ours(self, kind: str, store: str, forms: tuple[str, ...]) -> None:
         """Compare each backend's result with float64, then time it."""
@@ -158,8 +162,6 @@ class Case:
         for backend in self.context.backends:
             prepared = [prepare_linear(g, backend) for g in groups]
             for form in forms:
-                if backend == "cuda" and min(self.rows) > 16:
-                    continue  # the CUDA backend runs more than 16 rows on Triton
                 self.findings.attempt(
                     f"{self.name} {kind} {store} {backend} {form}",
                     lambda p=prepared, b=backend, f=form: self._ours(first, p, f"{kind} {store}", nbytes, b, f),
@@ -175,7 +177,8 @@ class Case:
                 if not error < TOLERANCE:
                     raise RuntimeError(f"relative error {error:.2e} against float64 with {rows} rows")
             calls = [partial(f, **a) for f, a in zip(prepared, cycle(arguments), strict=False)]
-            self.measure(backend, weights, m, nbytes, calls, form)
+            parameters = sum(math.prod(c.shape) for w in first for c in w.cores)
+            self.measure(backend, weights, m, nbytes, parameters, calls, form)
 
     def _arguments(self, rows: int, form: str) -> list[dict[str, Any]]:
         """Arguments of the linear's calls: the inputs and, if fused, the model's norm, gate and residual."""

@@ -6,7 +6,8 @@
 own plan (needs nvcc). A launch takes what is fixed, and the reading of its weights as far as it was not done before: the
 first 64 KiB of a block are on their way while the kernel ahead ends. Reading is bound by memory, or by the busiest
 multiprocessor: by its port to the second-level cache, by the instructions it can start, or by the chain of products of its
-warps. All constants are estimates."""
+warps. With more than 16 rows a launch is bound by memory, by what the second-level cache gives, or by the tensor cores of the
+busiest multiprocessor. All constants are estimates."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # PYTHONSAFEPATH omits it
 
-from gpu.launch_plan import FUSED_GATES, launches
+from gpu.launch_plan import FUSED_GATES, LAYER, launches, many_launches
 
 PREDICTED = Path(__file__).with_name("predicted.json")
 MULTIPROCESSORS, CLOCK, BANDWIDTH = 132, 1.755e9, 3.0e12
@@ -32,8 +33,13 @@ WARPS = 8
 # Microseconds. The end of the kernel ahead is seen, x is staged, the last tile's sums are added and stored.
 FIXED, NORM, GATE, CLUSTER = 2.0, 0.2, 0.4, 0.4
 OVERLAP = 1.0  # of reading, while the kernel ahead ends
-SMALL, ATTENTION, MERGE = 2.2, 10.2, 2.2  # a small kernel; attention of one row at context 1024 and its merge
+SMALL, ATTENTION, MERGE = 2.2, 6.2, 2.2  # a small kernel; attention of one row at context 1024 and its merge
 HEAD_BYTES, LAYERS = 128256 * 4096 * 2, 32
+# Many rows. Products of 16-bit numbers that a multiprocessor makes in a cycle, the part of that which such loops reach, what the
+# second-level cache gives all of them together, and cycles from a tile's last product to the next one's first.
+PRODUCTS, REACHED, CACHE, EPILOGUE = 2048, 0.7, 5.5e12, 2500
+EIGHTS, FOURS = 15, 32  # clusters of so many multiprocessors that the device has
+CUBLAS = 700e12  # operations a second of dense bf16, of many rows
 
 
 def launch_microseconds(cut: dict[str, Any]) -> float:
@@ -46,6 +52,47 @@ def launch_microseconds(cut: dict[str, Any]) -> float:
     ahead = min(cut["blocks"] * cut["bytes_under_way"], nbytes) / BANDWIDTH * 1e6
     fixed = FIXED + NORM * (cut["prologue"] == 1) + GATE * (cut["prologue"] == 2) + CLUSTER * (cut["cluster"] > 1)
     return fixed + reading - min(ahead, OVERLAP)
+
+
+def many_microseconds(cut: dict[str, Any]) -> float:
+    """Of a launch for many rows of x."""
+    per_weight, high, split = STORES[cut["store"]][0], cut["rows_of_block"], cut["split"]
+    # Bytes that the second-level cache gives for an item. Four blocks share an item of four times the products.
+    item = (1 if split else 2) * cut["columns"] * 128 * per_weight + (1 if split else 2) * cut["columns"] * high * 2
+    units = EIGHTS * 2 if split else FOURS  # that run at once: two blocks that divide the columns to a multiprocessor
+    rounds = -(-cut["items"] // units)
+    rate = PRODUCTS * REACHED * (4 if split else 1)  # a cycle, for an item or a block
+    tensor = rounds * (128 * high * cut["columns"] / rate + EPILOGUE / (2 if split else 1)) / CLOCK
+    cache = rounds * item * min(cut["items"], units) / CACHE
+    return FIXED + CLUSTER * split + max(cut["weights"] * per_weight / BANDWIDTH, cache, tensor) * 1e6
+
+
+def fill_microseconds(rows: int, columns: int) -> float:
+    return SMALL + rows * columns * 4 / (0.8 * BANDWIDTH) * 1e6
+
+
+def many_predictions() -> list[dict[str, Any]]:
+    """Milliseconds of the linears of all layers, by rows, beside dense bf16 by the library's product."""
+    found = []
+    for rows in (64, 256, 2048):
+        by_store: dict[str, float] = defaultdict(float)
+        for cut in many_launches(MULTIPROCESSORS, rows=(rows,)):
+            by_store[cut["store"]] += many_microseconds(cut)
+            if cut["launch"].endswith("0"):
+                by_store[cut["store"]] += fill_microseconds(
+                    rows, cut["columns"] * (2 if "down" in cut["launch"] else 1)
+                )
+        dense = 0.0
+        for inputs, outputs, _ in LAYER.values():
+            weights = inputs * sum(outputs)
+            dense += FIXED + max(weights * 2 / (0.9 * BANDWIDTH), 2 * weights * rows / CUBLAS) * 1e6
+        for store, microseconds in by_store.items():
+            found.append({
+                "backend": "cuda", "weights": f"interpolative {store.split('/')[0]}", "rows": rows,
+                "linears_milliseconds": round(microseconds * LAYERS / 1e3, 2),
+                "dense_cublas_milliseconds": round(dense * LAYERS / 1e3, 2), "of_dense": round(dense / microseconds, 2),
+            })  # fmt: skip
+    return found
 
 
 def predictions() -> dict[str, list[dict[str, Any]]]:
@@ -65,7 +112,7 @@ def predictions() -> dict[str, list[dict[str, Any]]]:
             total = LAYERS * (sum(found.values()) + attention + small) + head
             steps.append(name | {"milliseconds": round(total / 1e3, 2)})
             single.append(name | {"microseconds": found})
-    return {"steps": steps, "launches": single}
+    return {"steps": steps, "launches": single, "many": many_predictions()}
 
 
 def main() -> int:
@@ -77,16 +124,19 @@ def main() -> int:
         print(f"{entry['weights']:<22}{entry['rows']:>3} rows {entry['milliseconds']:>7.2f} ms")
     for entry in found["launches"]:
         print(f"{entry['weights']:<22}{entry['rows']:>3} rows  {entry['microseconds']}")
+    for entry in found["many"]:
+        print(
+            f"{entry['weights']:<22}{entry['rows']:>5} rows: linears of a pass {entry['linears_milliseconds']:.2f} ms, dense "
+            f"bf16 by cuBLAS {entry['dense_cublas_milliseconds']:.2f} ({entry['of_dense']:.2f} x)"
+        )
     if args.write:
         kept = json.loads(PREDICTED.read_text())
         for name, new in found.items():
             mine = {(e["weights"], e["rows"]) for e in new}
-            others = [e for e in kept[name] if e["backend"] != "cuda" or (e["weights"], e["rows"]) not in mine]
+            others = [e for e in kept.get(name, []) if e["backend"] != "cuda" or (e["weights"], e["rows"]) not in mine]
             kept[name] = new + others
         lines = [json.dumps(kept["about"])]
-        body = ",\n".join(
-            f'"{name}": [\n' + ",\n".join(json.dumps(e) for e in kept[name]) + "\n]" for name in ("steps", "launches")
-        )
+        body = ",\n".join(f'"{name}": [\n' + ",\n".join(json.dumps(e) for e in kept[name]) + "\n]" for name in found)
         PREDICTED.write_text(f'{{\n"about": {lines[0]},\n{body}\n}}\n')
     return 0
 

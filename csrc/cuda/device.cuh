@@ -90,6 +90,16 @@ __device__ __forceinline__ void copy_bulk(void* shared, const void* global, int 
   }
 }
 
+// The same to the place that `shared` has in every block of the cluster whose bit is set in `blocks`, and to the barrier at its
+// place in each. All of them have begun.
+__device__ __forceinline__ void copy_bulk_to(void* shared, const void* global, int bytes, CopyBarrier* barrier, int blocks) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(
+          shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>(blocks))
+      : "memory");
+}
+
 // Until the phase of this parity has ended, and what its copies wrote is seen.
 __device__ __forceinline__ void wait_for_phase(CopyBarrier* barrier, uint32_t parity) {
   asm volatile(
@@ -110,6 +120,13 @@ __device__ __forceinline__ void arrive_at_cluster() {
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 }
 __device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
+// Arrives at the barrier that lies at the place of `barrier` in the block of this rank.
+__device__ __forceinline__ void arrive_in_block(CopyBarrier* barrier, int rank) {
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(barrier)), "r"(rank));
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(there) : "memory");
+}
 
 // Writes to the place that `shared` has in the block of this rank.
 __device__ __forceinline__ void store_in_block(float* shared, int rank, float value) {

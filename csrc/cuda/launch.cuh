@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include "many_arguments.cuh"
+#include "panels.cuh"
 
 namespace cai {
 

@@ -83,7 +83,7 @@ cudaError_t allow_shared_memory() {
 
 // How many clusters of a kernel run at once, with a block to a multiprocessor: clusters of eight leave some of those out, which
 // of a device's groups of multiprocessors have no eight left.
-template <auto kKernel>
+template <auto kKernel, int kBlockThreads>
 cudaError_t clusters_at_once(int cluster, int& clusters) {
   static std::array<std::array<std::atomic<int>, kClusterSizes>, kDevices> known{};  // of this kernel; 0: not yet
   int device = 0;
@@ -103,7 +103,7 @@ cudaError_t clusters_at_once(int cluster, int& clusters) {
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(clusters / cluster * cluster);
-    config.blockDim = dim3(kThreads);
+    config.blockDim = dim3(kBlockThreads);
     config.dynamicSmemBytes = room.most;
     config.attrs = &attribute;
     config.numAttrs = 1;
@@ -122,7 +122,7 @@ struct DecodeLaunch {
   cudaError_t run(const Rows<T>& rows, const Group& group, Cut cut) const {
     constexpr auto kKernel = decode_products_kernel<T, W, kHalves>;
     int clusters = 0;
-    const cudaError_t error = clusters_at_once<kKernel>(cut.cluster, clusters);
+    const cudaError_t error = clusters_at_once<kKernel, kThreads>(cut.cluster, clusters);
     if (error != cudaSuccess) return error;
     choose_blocks(cut, clusters);
     return launch(kKernel, dim3(cut.blocks), kThreads, cut.cluster, cut.bytes, options, rows, group, cut);
@@ -145,12 +145,14 @@ inline cudaError_t many_device(ManyDevice& found) {
   if (error == cudaSuccess) error = current_device(device);
   if (error != cudaSuccess) return error;
   found.multiprocessors = multiprocessors[device].load(std::memory_order_acquire);
+  found.clusters = found.multiprocessors / kShared;  // at most: a launch asks how many there are for its kernel
   found.warp_groups = majors[device].load(std::memory_order_relaxed) == 9;
   if (found.multiprocessors != 0) return cudaSuccess;
   error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
   found.warp_groups = major == 9;
+  found.clusters = found.multiprocessors / kShared;
   majors[device].store(major, std::memory_order_relaxed);
   multiprocessors[device].store(found.multiprocessors, std::memory_order_release);
   return cudaSuccess;
@@ -161,11 +163,14 @@ struct ManyLaunch {
   const LaunchOptions& options;
 
   template <typename W, int kRows, bool kSplit>
-  cudaError_t run(const ManyRows<T>& rows, const Group& group, const ManyCut& cut) const {
+  cudaError_t run(const ManyRows<T>& rows, const Group& group, ManyCut cut) const {
     constexpr auto kKernel = many_products_kernel<T, W, kRows, kSplit>;
-    const cudaError_t error = allow_shared_memory<kKernel>();
+    constexpr int kCluster = kSplit ? kParts : kShared;
+    int clusters = 0;
+    const cudaError_t error = clusters_at_once<kKernel, kManyThreads>(kCluster, clusters);
     if (error != cudaSuccess) return error;
-    return launch(kKernel, dim3(cut.blocks), kManyThreads, kSplit ? kParts : 1, cut.bytes, options, rows, group, cut);
+    if (!kSplit && cut.blocks > clusters * kCluster) cut.blocks = clusters * kCluster;
+    return launch(kKernel, dim3(cut.blocks), kManyThreads, kCluster, cut.bytes, options, rows, group, cut);
   }
 };
 

@@ -5,6 +5,9 @@
 // of them at a time, which brings some columns of the eight tiles and of x. Weights are widened in registers, which is where
 // Hopper's instruction takes its first operand from; x is what it reads from shared memory.
 //
+// With many rows the multiprocessors would ask the second-level cache for more than it gives. So four blocks are a cluster, two
+// groups of tiles by two runs of rows, and a copy goes to the two blocks that need it.
+//
 // Batch invariance: sums are formed as the decode kernel forms them, in parts of the columns that are added in order, by an
 // instruction that adds alike (device.cuh). So a row has the same bits, whatever kernel its batch took.
 //
@@ -24,19 +27,23 @@ struct Stage {
   int part, step, steps;
   bool ragged;  // whether its last step is the tile's, and that is not full
   bool begins, ends;  // of its part
+  bool stores;  // whether the block stores what comes of it
 };
 
 // The stages of a block, one after another, for the warp that asks for them and for those that read them alike.
 template <typename W, bool kSplit>
 class Walk {
+  static constexpr int kCluster = kSplit ? kParts : kShared;
+
   const Group& group_;
   const ManyCut& cut_;
+  const int rank_;
   int item_, part_, step_;  // next
   Stage stage_{};
 
  public:
   __device__ Walk(const Group& group, const ManyCut& cut, int block)
-      : group_(group), cut_(cut), item_(kSplit ? block / kParts : block), part_(kSplit ? block % kParts : 0), step_(-1) {}
+      : group_(group), cut_(cut), rank_(block % kCluster), item_(block / kCluster), part_(kSplit ? rank_ : 0), step_(-1) {}
 
   __device__ __forceinline__ const Stage& stage() const { return stage_; }
 
@@ -45,10 +52,10 @@ class Walk {
     if (item_ >= cut_.groups * cut_.row_blocks) return false;
     const int at = item_ / cut_.row_blocks;
     const Product& p = group_.product[member_of(group_, at)];
+    const int group = at - p.first_group, row_block = item_ - at * cut_.row_blocks;
     const int first = first_step(p.steps, part_), end = first_step(p.steps, part_ + 1);
     stage_.product = &p;
-    stage_.first_tile = (at - p.first_group) * kTilesOfGroup;
-    stage_.row_block = item_ - at * cut_.row_blocks;
+    place(p, group, row_block);
     stage_.part = part_;
     stage_.begins = step_ < 0;
     stage_.step = step_ < 0 ? first : step_;
@@ -61,22 +68,46 @@ class Walk {
       step_ = -1;
       if (kSplit || ++part_ == kParts) {
         part_ = 0;
-        item_ = kSplit ? cut_.groups * cut_.row_blocks : item_ + cut_.blocks;
+        item_ = kSplit ? cut_.groups * cut_.row_blocks : item_ + cut_.blocks / kCluster;
       }
     }
     return true;
   }
+
+ private:
+  // The block's tiles and rows. Where an odd one out would have none it takes what its neighbour has, for nothing: every stage of
+  // every block brings something to the blocks that it shares with, so that none is more than a turn of the slots ahead.
+  __device__ __forceinline__ void place(const Product& p, int group, int row_block) {
+    stage_.stores = true;
+    if constexpr (!kSplit) {
+      const int groups = (p.rows + kTilesOfGroup * kTileRows - 1) / (kTilesOfGroup * kTileRows);
+      group = 2 * group + rank_ % 2;
+      row_block = 2 * row_block + rank_ / 2;
+      stage_.stores = group < groups && row_block < cut_.runs;
+      group = group < groups ? group : groups - 1;
+      row_block = row_block < cut_.runs ? row_block : cut_.runs - 1;
+    }
+    stage_.first_tile = group * kTilesOfGroup;
+    stage_.row_block = row_block;
+  }
 };
 
-// Of threads that ask for copies, and of those that multiply; less where two blocks share a multiprocessor.
+// Of threads that ask for copies, and of those that multiply; less where two blocks share a multiprocessor. Four warps and eight
+// of them get no more than what twelve have at the launch: who takes more waits for ever.
 template <bool kSplit>
-constexpr int kFewRegisters = kSplit ? 40 : 24;
+constexpr int kFewRegisters = kSplit ? 32 : 40;
 template <bool kSplit>
-constexpr int kManyRegisters = kSplit ? 104 : 240;
+constexpr int kManyRegisters = kSplit ? 104 : 232;
+template <bool kSplit>
+constexpr int kLaunchRegisters = kSplit ? 80 : 168;  // 65,536 over the threads, in eights
+template <bool kSplit>
+constexpr bool kRegistersSuffice = 4 * kFewRegisters<kSplit> + 8 * kManyRegisters<kSplit> <= 12 * kLaunchRegisters<kSplit>;
+static_assert(kRegistersSuffice<true> && kRegistersSuffice<false>, "registers that the block does not have");
 
 template <typename T, typename W, int kRows, bool kSplit>
 class Multiplier {
   static constexpr int kPanels = kRows / kPanelRows;
+  static constexpr int kReaders = kSplit ? 1 : 3;  // blocks whose copies a block's slots get, and which wait for them
   static constexpr int kPanelBytes = kStageBlocks<W, kSplit> * kPanels * kPanelBlock;  // of a stage, weights follow
   static constexpr int kRunBytes = kStageSteps<W, kSplit> * kFullStep<W>;              // of a tile
 
@@ -95,13 +126,14 @@ class Multiplier {
     if (thread_ == 0) {
       for (int i = 0; i < cut_.stages; ++i) {
         init_barrier(full(i));
-        init_barrier(empty(i), kTilesOfGroup);
+        init_barrier(empty(i), kTilesOfGroup * kReaders);
       }
       publish_barriers();
     }
-    if (kSplit) arrive_at_cluster();
     __syncthreads();
+    arrive_at_cluster();
     let_next_kernel_start();
+    if (!kSplit) wait_for_cluster();  // all of its blocks are there, and their barriers
     if (warp_ >= kTilesOfGroup) {
       keep_registers<kFewRegisters<kSplit>>();
       if (warp_ == kTilesOfGroup) ask();
@@ -109,13 +141,12 @@ class Multiplier {
     } else {
       take_registers<kManyRegisters<kSplit>>();
       wait_for_previous_kernel();
-      if (kSplit) wait_for_cluster();  // all of its blocks are there
+      if (kSplit) wait_for_cluster();
       multiply();
     }
-    if (!kSplit) return;
     arrive_at_cluster();
-    wait_for_cluster();
-    if (warp_ < kTilesOfGroup) finish_tile();
+    wait_for_cluster();  // no block ends before the others have written to it
+    if (kSplit && warp_ < kTilesOfGroup) finish_tile();
   }
 
  private:
@@ -181,7 +212,7 @@ class Multiplier {
     if (lane_ >= tiles_of(s)) return;
     const Product& p = *s.product;
     const uint8_t* from = p.w + (s.first_tile + lane_) * p.tile_bytes + static_cast<int64_t>(s.step) * kFullStep<W>;
-    copy_bulk<false>(slot(n % cut_.stages) + kPanelBytes + lane_ * kRunBytes, from, run_bytes(s), full(n % cut_.stages));
+    bring(kPanelBytes + lane_ * kRunBytes, from, run_bytes(s), n, rank() / 2, 5 << rank() % 2);
   }
 
   __device__ __forceinline__ void ask_for_x(const Stage& s, unsigned n) const {
@@ -189,7 +220,30 @@ class Multiplier {
     if (panel >= panels_of(s) || block >= blocks_of(s)) return;
     const int64_t column = s.product->x_col / kBlockColumns + s.step * Packing<W>::kBlocks + block;
     const uint8_t* from = rows_.x + ((s.row_block * kPanels + panel) * static_cast<int64_t>(rows_.x_blocks) + column) * kPanelBlock;
-    copy_bulk<false>(slot(n % cut_.stages) + (block * kPanels + panel) * kPanelBlock, from, kPanelBlock, full(n % cut_.stages));
+    bring((block * kPanels + panel) * kPanelBlock, from, kPanelBlock, n, rank() % 2, 3 << rank() / 2 * 2);
+  }
+
+  // One of the copies of a stage, to `place` in its slot. Of what two blocks need each brings one half to both `blocks`.
+  __device__ __forceinline__ void bring(int place, const uint8_t* from, int bytes, unsigned n, int half, int blocks) const {
+    uint8_t* to = slot(n % cut_.stages) + place;
+    if constexpr (kSplit) {
+      copy_bulk<false>(to, from, bytes, full(n % cut_.stages));
+    } else {
+      const int first = bytes / 32 * 16, at = half == 0 ? 0 : first;
+      copy_bulk_to(to + at, from + at, half == 0 ? first : bytes - first, full(n % cut_.stages), blocks);
+    }
+  }
+
+  __device__ __forceinline__ int rank() const { return block_ % kShared; }
+
+  // The slot is read. All that copy to it must know: the block itself, the one with the same tiles, the one with the same rows.
+  __device__ __forceinline__ void release(unsigned n) const {
+    __syncwarp();
+    if constexpr (kSplit) {
+      if (lane_ == 0) arrive_at(empty(n % cut_.stages));
+    } else {
+      if (lane_ < kReaders) arrive_in_block(empty(n % cut_.stages), rank() ^ lane_);
+    }
   }
 
   // -------------------------------------------------------------------------------------------------------- multiplying
@@ -205,9 +259,7 @@ class Multiplier {
         wait_for_phase(full(used % cut_.stages), used / cut_.stages % 2);
         const uint8_t* x = slot(used % cut_.stages);
         multiply_stage(s, x + kPanelBytes + warp_ * kRunBytes, x, sums);
-        __syncwarp();
-        if (lane_ == 0) arrive_at(empty(used % cut_.stages));
-        ++used;
+        release(used++);
       } else {
         each(sums, [](float& sum, int, int) { sum = 0.0f; });
       }
@@ -217,7 +269,7 @@ class Multiplier {
       } else {
         const bool first = s.part == 0;
         each(total, [&](float& t, int eight, int i) { t = first ? sums[eight][i] : t + sums[eight][i]; });
-        if (s.part == kParts - 1) finish(s, total);
+        if (s.part == kParts - 1 && s.stores) finish(s, total);
       }
     }
   }

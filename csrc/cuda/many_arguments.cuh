@@ -23,11 +23,17 @@ struct ManyRows {
   int32_t x_blocks, z_blocks;  // of columns, in a panel
 };
 
-// How such a launch is cut up. Either a block takes all parts of a group of tiles for its rows of x, group after group; or a
-// cluster of eight takes one group, each block one part of all its tiles, and the sums meet in the block that stores the tile.
+// Blocks of a cluster that each take all parts: two groups of tiles, two runs of rows of x. Each brings half of the weights and
+// half of the rows that it needs, for another block as well, and gets the other halves.
+constexpr int kShared = 4;
+
+// How such a launch is cut up. Either a block takes all parts of a group of tiles for its rows of x, and clusters of kShared
+// go through the product together; or a cluster of eight takes one group, each block one part of all its tiles, and the sums
+// meet in the block that stores the tile.
 struct ManyCut {
-  int32_t groups;      // of kTilesOfGroup tiles
-  int32_t row_blocks;  // runs of the kernel's rows of x
+  int32_t groups;      // of kTilesOfGroup tiles; with clusters of kShared, of twice as many
+  int32_t row_blocks;  // runs of the kernel's rows of x; with clusters of kShared, pairs of them
+  int32_t runs;        // of the kernel's rows of x
   int32_t blocks;      // of the grid
   int32_t stages, stage_bytes;
   int32_t partial;  // where the sums of parts are in shared memory

@@ -9,19 +9,20 @@ namespace cai {
 
 struct ManyDevice {
   Room room;
-  int multiprocessors;
+  int multiprocessors, clusters;  // of the latter, those of kShared blocks that run at once with a multiprocessor for each
   bool warp_groups;  // Hopper's product of a warp group
 };
 
-constexpr ManyDevice kHopperDevice{kHopper, 132, true};
+// Whose groups of multiprocessors may have an odd number: not all are in clusters.
+constexpr ManyDevice kHopperDevice{kHopper, 132, 32, true};
 
-// Fills in where each product's groups of tiles begin; how many there are.
-inline int count_groups(Group& group) {
+// Fills in where each product's groups of so many tiles begin; how many there are.
+inline int count_groups(Group& group, int of = kTilesOfGroup) {
   int groups = 0;
   for (int i = 0; i < group.count; ++i) {
     group.product[i].first_group = groups;
     const int tiles = (group.product[i].rows + kTileRows - 1) / kTileRows;
-    groups += (tiles + kTilesOfGroup - 1) / kTilesOfGroup;
+    groups += (tiles + of - 1) / of;
   }
   return groups;
 }
@@ -36,10 +37,12 @@ inline bool multiplies_split(Group& group, int count, const ManyDevice& device) 
 template <typename W, int kRows, bool kSplit>
 ManyCut cut_many(Group& group, int count, const ManyDevice& device) {
   ManyCut cut{};
-  cut.groups = count_groups(group);
-  cut.row_blocks = (count + kRows - 1) / kRows;
+  constexpr int kSide = kSplit ? 1 : 2;  // of a cluster: groups, and runs of rows
+  cut.groups = count_groups(group, kSide * kTilesOfGroup);
+  cut.runs = (count + kRows - 1) / kRows;
+  cut.row_blocks = (cut.runs + kSide - 1) / kSide;
   const int items = cut.groups * cut.row_blocks;
-  cut.blocks = kSplit ? items * kParts : items < device.multiprocessors ? items : device.multiprocessors;
+  cut.blocks = kSplit ? items * kParts : (items < device.clusters ? items : device.clusters) * kShared;
   const int panels = kStageBlocks<W, kSplit> * (kRows / kPanelRows) * kPanelBlock;
   cut.stage_bytes = rounded_up(panels + kTilesOfGroup * kStageSteps<W, kSplit> * kFullStep<W>, 1024);
   const int partial = kSplit ? kParts * kRows * kPartStride * static_cast<int>(sizeof(float)) : 0;

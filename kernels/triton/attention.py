@@ -4,7 +4,7 @@ Online softmax (Milakov and Gimelshein 2018; Dao et al. 2022) over pages (Kwon e
 a tile of rows, a row being one query head of one token: the query heads that share a KV head sit in one tile, so each key is
 read once for all of them.
 
-Order. Keys are cut into splits of 512 positions, counted from position 0. Within a split they run in blocks of one width,
+Order. Keys are cut into splits of 256 positions, counted from position 0. Within a split they run in blocks of one width,
 in order, the softmax's denominator summed by the matrix unit next to the numerator; the splits are merged in order. With
 few rows, where one program per row and head would leave the GPU idle, each split has a program of its own and a second
 kernel merges what they found (flash-decoding, Dao et al. 2023); with many, one program runs through the splits and merges
@@ -27,7 +27,10 @@ from cai_runtime.kernels.triton.dependent import dependent_options, wait_for_pre
 from cai_runtime.kernels.triton.launch import compile_options, on_device, operand_dtype
 
 LOG2_E = tl.constexpr(math.log2(math.e))
-SPLIT = tl.constexpr(512)  # positions; a multiple of every block of keys
+SPLIT = tl.constexpr(256)  # positions; a multiple of every block of keys
+MOST_SCRATCH = (
+    64 << 20
+)  # bytes that the splits of a step may leave for the merge; more, and one program runs through them
 
 
 @triton.jit
@@ -182,6 +185,17 @@ def paged_attention_kernel(
             tl.store(at, result.to(out.dtype.element_ty), mask=ok)
 
 
+@triton.jit
+def _split_state(states, numerators, split, after_last, row, head, dim, dim_ok, DIM: tl.constexpr):
+    """What a split left; beyond the last, the state without keys."""
+    there = split < after_last
+    at = (split * tl.num_programs(0) + row) * tl.num_programs(1) + head
+    largest = tl.load(states + 2 * at, mask=there, other=float("-inf"))
+    total = tl.load(states + 2 * at + 1, mask=there, other=0.0)
+    numerator = tl.load(numerators + at[:, None] * DIM + dim[None, :], mask=dim_ok & there, other=0.0)
+    return largest, total, numerator
+
+
 @triton.jit(do_not_specialize=["sequences"])
 def merge_splits_kernel(
     states, numerators, out, sinks, query_start, context_len, sequences, ldo,
@@ -201,11 +215,17 @@ def merge_splits_kernel(
         largest = tl.full((1,), float("-inf"), dtype=tl.float32)
         total = tl.zeros((1,), dtype=tl.float32)
         numerator = tl.zeros((1, BLOCK_D), dtype=tl.float32)
-        for split in range(visible // SPLIT, position // SPLIT + 1):
-            at = (split * tl.num_programs(0) + row) * tl.num_programs(1) + head
-            found = tl.load(numerators + at[:, None] * DIM + dim[None, :], mask=dim_ok, other=0.0)
-            state = tl.load(states + 2 * at), tl.load(states + 2 * at + 1)
-            largest, total, numerator = merge(largest, total, numerator, state[0], state[1], found)
+        after_last = position // SPLIT + 1
+        # Four at a time: their loads are under way together, where one after the other each would wait for memory.
+        for split in range(visible // SPLIT, after_last, 4):
+            state_0 = _split_state(states, numerators, split, after_last, row, head, dim, dim_ok, DIM)
+            state_1 = _split_state(states, numerators, split + 1, after_last, row, head, dim, dim_ok, DIM)
+            state_2 = _split_state(states, numerators, split + 2, after_last, row, head, dim, dim_ok, DIM)
+            state_3 = _split_state(states, numerators, split + 3, after_last, row, head, dim, dim_ok, DIM)
+            largest, total, numerator = merge(largest, total, numerator, state_0[0], state_0[1], state_0[2])
+            largest, total, numerator = merge(largest, total, numerator, state_1[0], state_1[1], state_1[2])
+            largest, total, numerator = merge(largest, total, numerator, state_2[0], state_2[1], state_2[2])
+            largest, total, numerator = merge(largest, total, numerator, state_3[0], state_3[1], state_3[2])
         result = finish(largest, total, numerator, sinks, head, head >= 0)
         at = out + row.to(tl.int64) * ldo + head[:, None] * DIM + dim[None, :]
         tl.store(at, result.to(out.dtype.element_ty), mask=dim_ok)
@@ -306,7 +326,8 @@ def paged_attention(
     tiles, head_programs = rows // tile.tokens + sequences, kv_heads * triton.cdiv(group, tile.heads)
     splits = triton.cdiv(page_table.shape[1] * page_size, SPLIT.value)
     states = numerators = None
-    if decode and splits > 1 and rows * head_programs < FULL_GRID:
+    scratch = 4 * splits * rows * q_heads * (dim + 2)
+    if decode and splits > 1 and rows * head_programs < FULL_GRID and scratch <= MOST_SCRATCH:
         states = torch.empty((splits, rows, q_heads, 2), dtype=torch.float32, device=device)
         numerators = torch.empty((splits, rows, q_heads, dim), dtype=torch.float32, device=device)
     block_d = max(16, triton.next_power_of_2(dim))

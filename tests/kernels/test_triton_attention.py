@@ -129,7 +129,7 @@ def test_sequences_without_new_tokens():
     assert busy.run(0.25).shape == (0, 32)
 
 
-LONG = [(1, 1030), (1, 512), (1, 513)]  # three splits, one, two
+LONG = [(1, 1030), (1, 256), (1, 257)]  # five splits, one, two
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -141,8 +141,10 @@ def test_decode_over_several_splits(monkeypatch: pytest.MonkeyPatch, dtype: torc
     sinks = torch.randn(4, device=DEVICE) if window else None
     apart = b.run(0.25, window=window, sinks=sinks)
     assert relative_error(apart, b.expected(0.25, window, sinks)) < TOLERANCE[dtype]
-    monkeypatch.setattr(attention, "FULL_GRID", 0)
-    assert torch.equal(b.run(0.25, window=window, sinks=sinks), apart)
+    for name in ("FULL_GRID", "MOST_SCRATCH"):
+        with monkeypatch.context() as patch:
+            patch.setattr(attention, name, 0)
+            assert torch.equal(b.run(0.25, window=window, sinks=sinks), apart)
 
 
 @pytest.mark.parametrize("window", [1, 7, 16, 33])

@@ -195,7 +195,7 @@ class Step:
         return Bounded(torch.cat([f.value for f in found]), torch.cat([f.error for f in found]))
 
 
-DECODE = [(1, 37), (1, 530)]
+DECODE = [(1, 37), (1, 1090)]
 PREFILL = [(20, 45), (1, 520), (7, 7)]
 PLAIN = HeadLayout(3, 1, 64, 64)
 WINDOWED = HeadLayout(4, 2, 32, 32, window=40)

@@ -1,7 +1,7 @@
 // Enough of a CUDA device on a CPU to run a kernel and hold its results against a reference. The threads of a cluster of blocks
 // are fibers that run in turn, each until it has to wait, so a missing or divergent barrier gives wrong numbers or an error,
-// every time alike. Bulk copies are made when they are waited for, or at once where `eager` is set, and threads then run in the other
-// order: a missing wait is seen in the one case, a slot that is filled again too early in the other.
+// every time alike. Bulk copies are made when they are waited for, or at once where `eager` is set, when the last
+// block runs as far ahead as it can: a missing wait is seen in the one case, a slot that is filled again too early in the other.
 //
 // The tensor cores add 16 products and the sum so far as Hopper's were found to (MMA-Sim, arXiv:2511.10909): each cut off at 25
 // bits below the largest one's exponent, the result cut off to float32. A warp group's products are made when they are waited
@@ -76,6 +76,7 @@ struct Barrier {
   bool complete() const {
     int bytes = 0;
     for (const Copy& c : copies) bytes += c.bytes;
+    if (arrived == arrivals && bytes > announced) throw std::runtime_error("copies bring more than was announced");
     return arrived == arrivals && bytes == announced;
   }
 };
@@ -188,14 +189,17 @@ inline void run_cluster(int first_block, int blocks, int threads, int shared_byt
   }
   for (int left = blocks * threads; left > 0;) {
     bool moved = false;
-    for (int n = 0; n < blocks * threads; ++n) {
-      const int i = eager ? blocks * threads - 1 - n : n;  // the last first, so that no order helps
-      Fiber& f = cluster.fibers[i];
-      if (f.done || (f.ready && !f.ready())) continue;
-      moved = true;
-      run(cluster, i);
-      left -= f.done;
-    }
+    // Block by block. Eagerly the last ones first, of each the last threads, and no block goes on while one after it can: so
+    // blocks are as far apart as they ever may be.
+    for (int n = 0; n < blocks && !(moved && eager); ++n)
+      for (int m = 0; m < threads; ++m) {
+        const int i = eager ? (blocks - 1 - n) * threads + threads - 1 - m : n * threads + m;
+        Fiber& f = cluster.fibers[i];
+        if (f.done || (f.ready && !f.ready())) continue;
+        moved = true;
+        run(cluster, i);
+        left -= f.done;
+      }
     if (moved) continue;
     if (previous == nullptr) throw std::runtime_error("threads wait for what will not happen: a barrier that not all reach, or a copy");
     previous();
@@ -223,6 +227,15 @@ inline const Words* exchange(const Words& words) {
   set[f.thread] = words;
   wait_for(block().warps[f.thread / 32], 32);
   return &set[f.thread / 32 * 32];
+}
+
+inline void bring(uint8_t* to, const void* from, int bytes, const void* barrier) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
+    throw std::runtime_error("a bulk copy is not aligned");
+  if (bytes <= 0 || bytes % 16) throw std::runtime_error("a bulk copy is not whole 16 bytes");
+  Barrier& b = current->barriers.at(barrier);
+  if (eager) std::memcpy(to, from, bytes);
+  b.copies.push_back({to, eager ? nullptr : from, bytes});
 }
 
 }  // namespace emulator
@@ -268,6 +281,12 @@ inline void arrive_at(CopyBarrier* barrier) {
   if (b.copies.empty() && b.complete()) b.arrived = 0, ++b.phase;
 }
 
+inline void arrive_in_block(CopyBarrier* barrier, int rank) {
+  const auto at = reinterpret_cast<uint8_t*>(barrier) - shared_memory();
+  if (emulator::current->meeting.phase < 1) throw std::runtime_error("another block's barrier is used before it is made");
+  arrive_at(reinterpret_cast<CopyBarrier*>(emulator::current->blocks.at(rank).start() + at));
+}
+
 inline void expect_bytes(CopyBarrier* barrier, int bytes) {
   emulator::Barrier& b = emulator::current->barriers.at(barrier);
   if (b.arrived == b.arrivals) throw std::runtime_error("a barrier is armed again before its phase has ended");
@@ -277,16 +296,24 @@ inline void expect_bytes(CopyBarrier* barrier, int bytes) {
 
 template <bool kOnce>
 inline void copy_bulk(void* shared, const void* global, int bytes, CopyBarrier* barrier) {
-  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
-    throw std::runtime_error("a bulk copy is not aligned");
-  if (bytes <= 0 || bytes % 16) throw std::runtime_error("a bulk copy is not whole 16 bytes");
   const auto& own = emulator::block().shared;
   if (static_cast<uint8_t*>(shared) < own.data() || static_cast<uint8_t*>(shared) + bytes > own.data() + own.size())
     throw std::runtime_error("a bulk copy leaves shared memory");
-  emulator::Barrier& b = emulator::current->barriers.at(barrier);
-  if (b.announced == 0) throw std::runtime_error("a bulk copy was not announced");
-  if (emulator::eager) std::memcpy(shared, global, bytes);
-  b.copies.push_back({shared, emulator::eager ? nullptr : global, bytes});
+  emulator::bring(static_cast<uint8_t*>(shared), global, bytes, barrier);
+}
+
+inline void copy_bulk_to(void* shared, const void* global, int bytes, CopyBarrier* barrier, int blocks) {
+  emulator::Cluster& cluster = *emulator::current;
+  if (cluster.meeting.phase < 1) throw std::runtime_error("another block's memory is written before it is known to run");
+  const auto to = static_cast<uint8_t*>(shared) - shared_memory(), at = reinterpret_cast<uint8_t*>(barrier) - shared_memory();
+  for (size_t rank = 0; rank < cluster.blocks.size(); ++rank) {
+    if ((blocks >> rank & 1) == 0) continue;
+    uint8_t* start = cluster.blocks[rank].start();
+    if (to < 0 || to + bytes > static_cast<int64_t>(cluster.blocks[rank].shared.size()))
+      throw std::runtime_error("a bulk copy leaves shared memory");
+    emulator::bring(start + to, global, bytes, start + at);
+  }
+  if (blocks >> cluster.blocks.size() != 0) throw std::runtime_error("a bulk copy to a block that there is not");
 }
 
 inline void wait_for_phase(CopyBarrier* barrier, uint32_t parity) {

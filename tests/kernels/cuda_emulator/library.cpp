@@ -36,14 +36,14 @@ struct EmulatedManyLaunch {
   template <typename W, int kRows, bool kSplit>
   cudaError_t run(const ManyRows<T>& rows, const Group& group, const ManyCut& cut) const {
     emulator::launch(cut.blocks, kManyThreads, [&] { many_products_kernel<T, W, kRows, kSplit>(rows, group, cut); },
-                     kSplit ? kParts : 1, cut.bytes);
+                     kSplit ? kParts : kShared, cut.bytes);
     return cudaSuccess;
   }
 };
 
 template <typename T>
 cudaError_t launch_many(const Kind& kind, const ManyRows<T>& rows, const Group& group, const LaunchOptions&) {
-  constexpr ManyDevice kDevice{kHopper, 6, true};  // small, so that blocks take several groups of tiles
+  constexpr ManyDevice kDevice{kHopper, 6, 1, true};  // small, so that blocks take several groups of tiles
   return launch_many_rows(kind, rows, group, kDevice, EmulatedManyLaunch<T>{});
 }
 

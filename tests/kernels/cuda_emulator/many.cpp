@@ -14,7 +14,7 @@ struct ManyLaunch {
   template <typename W, int kRows, bool kSplit>
   cudaError_t run(const cai::ManyRows<T>& rows, const cai::Group& group, const cai::ManyCut& cut) const {
     emulator::launch(cut.blocks, cai::kManyThreads, [&] { cai::many_products_kernel<T, W, kRows, kSplit>(rows, group, cut); },
-                     kSplit ? cai::kParts : 1, cut.bytes);
+                     kSplit ? cai::kParts : cai::kShared, cut.bytes);
     return cudaSuccess;
   }
 };
@@ -51,7 +51,7 @@ extern "C" const char* run_many(int half, int store, int columns, int zero, int 
   begin(eager, late, then, bytes);
   emulator::warp_groups = warp_groups != 0;
   const cai::Kind kind{static_cast<cai::Store>(store), columns, zero != 0};
-  const cai::ManyDevice device{cai::kHopper, multiprocessors, warp_groups != 0};
+  const cai::ManyDevice device{cai::kHopper, multiprocessors, 1, warp_groups != 0};
   return told([&] {
     half ? many(kind, *static_cast<const cai::ManyRows<__half>*>(rows), *group, device)
          : many(kind, *static_cast<const cai::ManyRows<BFloat16>*>(rows), *group, device);
