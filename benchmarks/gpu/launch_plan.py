@@ -31,8 +31,8 @@ def rank(inputs: int, outputs: int, keep: float) -> int:
 
 
 def launches(multiprocessors: int, keep: float | None = 0.5, rows: Sequence[int] = ROWS) -> list[dict[str, Any]]:
-    """Of every launch of a layer with up to 16 rows of x: store, rows, tiles for each multiprocessor, cluster, blocks, shared
-    memory, and the bytes of weights that a multiprocessor has under way. keep: None for dense linears."""
+    """Of every launch of a layer with up to 16 rows of x: store, rows, tiles for each multiprocessor, cluster, blocks,
+    shared memory, and the bytes of weights that a multiprocessor has under way. keep: None for dense linears."""
     found = []
     for plan, (cluster, blocks, groups, nbytes, slot) in _plans(multiprocessors, keep, rows):
         found.append(plan | {
@@ -44,8 +44,8 @@ def launches(multiprocessors: int, keep: float | None = 0.5, rows: Sequence[int]
 
 def many_launches(multiprocessors: int, keep: float | None = 0.5, rows: Sequence[int] = MANY) -> list[dict[str, Any]]:
     """The same with more rows: whether eight blocks divide the columns, blocks, shared memory, and what a multiprocessor
-    may have under way. items: what a cluster takes at a time, a group of eight tiles by `rows_of_block` rows of x where eight
-    blocks divide the columns, else two by two of these."""
+    may have under way. items: what a cluster takes at a time, a group of eight tiles by `rows_of_block` rows of x where
+    eight blocks divide the columns, else two by two of these."""
     found = []
     for plan, (cluster, blocks, groups, nbytes, stage, stages, runs, high) in _plans(multiprocessors, keep, rows):
         found.append(plan | {

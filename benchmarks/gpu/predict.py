@@ -6,8 +6,8 @@
 own plan (needs nvcc). A launch takes what is fixed, and the reading of its weights as far as it was not done before: the
 first 64 KiB of a block are on their way while the kernel ahead ends. Reading is bound by memory, or by the busiest
 multiprocessor: by its port to the second-level cache, by the instructions it can start, or by the chain of products of its
-warps. With more than 16 rows a launch is bound by memory, by what the second-level cache gives, or by the tensor cores of the
-busiest multiprocessor. All constants are estimates."""
+warps. With more than 16 rows a launch is bound by memory, by what the second-level cache gives, or by the tensor cores of
+the busiest multiprocessor. All constants are estimates."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ FIXED, NORM, GATE, CLUSTER = 2.0, 0.2, 0.4, 0.4
 OVERLAP = 1.0  # of reading, while the kernel ahead ends
 SMALL, ATTENTION, MERGE = 2.2, 6.2, 2.2  # a small kernel; attention of one row at context 1024 and its merge
 HEAD_BYTES, LAYERS = 128256 * 4096 * 2, 32
-# Many rows. Products of 16-bit numbers that a multiprocessor makes in a cycle, the part of that which such loops reach, what the
-# second-level cache gives all of them together, and cycles from a tile's last product to the next one's first.
+# Many rows. Products of 16-bit numbers that a multiprocessor makes in a cycle, the part of that which such loops reach, what
+# the second-level cache gives all of them together, and cycles from a tile's last product to the next one's first.
 PRODUCTS, REACHED, CACHE, EPILOGUE = 2048, 0.7, 5.5e12, 2500
 EIGHTS, FOURS = 15, 32  # clusters of so many multiprocessors that the device has
 CUBLAS = 700e12  # operations a second of dense bf16, of many rows
@@ -63,29 +63,29 @@ def many_microseconds(cut: dict[str, Any]) -> float:
     rounds = -(-cut["items"] // units)
     rate = PRODUCTS * REACHED * (4 if split else 1)  # a cycle, for an item or a block
     tensor = rounds * (128 * high * cut["columns"] / rate + EPILOGUE / (2 if split else 1)) / CLOCK
-    cache = rounds * item * min(cut["items"], units) / CACHE
+    cache = cut["items"] * item / CACHE
     return FIXED + CLUSTER * split + max(cut["weights"] * per_weight / BANDWIDTH, cache, tensor) * 1e6
 
 
-def fill_microseconds(rows: int, columns: int) -> float:
-    return SMALL + rows * columns * 4 / (0.8 * BANDWIDTH) * 1e6
+def rows_microseconds(rows: int, columns: int, gated: bool) -> float:
+    """Of a kernel that reads rows of x, twice as wide where they are gated, and writes rows: a norm, a gate, into panels."""
+    return SMALL + rows * columns * (6 if gated else 4) / (0.8 * BANDWIDTH) * 1e6
 
 
 def many_predictions() -> list[dict[str, Any]]:
-    """Milliseconds of the linears of all layers, by rows, beside dense bf16 by the library's product."""
+    """Milliseconds of the linears of all layers with their norms and gates, by rows, beside dense bf16 by cuBLAS."""
     found = []
-    for rows in (64, 256, 2048):
+    for rows in (64, 256, 2048, 4096):
         by_store: dict[str, float] = defaultdict(float)
         for cut in many_launches(MULTIPROCESSORS, rows=(rows,)):
             by_store[cut["store"]] += many_microseconds(cut)
             if cut["launch"].endswith("0"):
-                by_store[cut["store"]] += fill_microseconds(
-                    rows, cut["columns"] * (2 if "down" in cut["launch"] else 1)
-                )
+                by_store[cut["store"]] += rows_microseconds(rows, cut["columns"], "down" in cut["launch"])
         dense = 0.0
-        for inputs, outputs, _ in LAYER.values():
+        for inputs, outputs, prologue in LAYER.values():
             weights = inputs * sum(outputs)
             dense += FIXED + max(weights * 2 / (0.9 * BANDWIDTH), 2 * weights * rows / CUBLAS) * 1e6
+            dense += rows_microseconds(rows, inputs, prologue == 2) if prologue else 0.0
         for store, microseconds in by_store.items():
             found.append({
                 "backend": "cuda", "weights": f"interpolative {store.split('/')[0]}", "rows": rows,
@@ -126,8 +126,8 @@ def main() -> int:
         print(f"{entry['weights']:<22}{entry['rows']:>3} rows  {entry['microseconds']}")
     for entry in found["many"]:
         print(
-            f"{entry['weights']:<22}{entry['rows']:>5} rows: linears of a pass {entry['linears_milliseconds']:.2f} ms, dense "
-            f"bf16 by cuBLAS {entry['dense_cublas_milliseconds']:.2f} ({entry['of_dense']:.2f} x)"
+            f"{entry['weights']:<22}{entry['rows']:>5} rows: linears of a pass {entry['linears_milliseconds']:.2f} ms, "
+            f"dense bf16 by cuBLAS {entry['dense_cublas_milliseconds']:.2f} ({entry['of_dense']:.2f} x)"
         )
     if args.write:
         kept = json.loads(PREDICTED.read_text())

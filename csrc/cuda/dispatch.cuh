@@ -65,15 +65,18 @@ cudaError_t launch_rows(const Kind& kind, const Rows<T>& rows, const Group& grou
   });
 }
 
+// How the columns of a launch for many rows are cut. kBest: as `multiplies_split` says.
+enum class Columns { kBest, kWhole, kSplit };
+
 // `launch` for the kernel of many rows, with group and cut ready. device: what the launch is cut for.
 template <typename T, typename Launch>
 cudaError_t launch_many_rows(const Kind& kind, const ManyRows<T>& rows, const Group& group, const ManyDevice& device,
-                             const Launch& launch) {
+                             const Launch& launch, Columns columns = Columns::kBest) {
   return with_store<T>(kind, [&](auto store) -> cudaError_t {
     using W = decltype(store);
     Group planned = group;
     if (count_groups(planned) == 0) return cudaSuccess;
-    if (multiplies_split(planned, rows.count, device)) {
+    if (columns == Columns::kSplit || (columns == Columns::kBest && multiplies_split(planned, rows.count, device))) {
       const ManyCut cut = cut_many<W, kPanelRows, true>(planned, rows.count, device);
       return launch.template run<W, kPanelRows, true>(rows, planned, cut);
     }

@@ -28,10 +28,10 @@ inline int count_groups(Group& group, int of = kTilesOfGroup) {
 }
 
 // Whether clusters of eight blocks divide the columns: where blocks that take all of them would leave a third of the device
-// idle. Nothing but time depends on it.
+// idle, or half of each cluster, for want of rows. Nothing but time depends on it.
 inline bool multiplies_split(Group& group, int count, const ManyDevice& device) {
-  const int rows = device.warp_groups ? 2 * kPanelRows : kPanelRows;
-  return count_groups(group) * ((count + rows - 1) / rows) * 3 < device.multiprocessors * 2;
+  const int rows = device.warp_groups ? 2 * kPanelRows : kPanelRows, runs = (count + rows - 1) / rows;
+  return runs == 1 || count_groups(group) * runs * 3 < device.multiprocessors * 2;
 }
 
 template <typename W, int kRows, bool kSplit>

@@ -120,7 +120,7 @@ def test_a_mixed_group_plain_normed_and_gated(rows: int):
     assert torch.equal(prepared(gate_up[:1], residual[:1], swiglu=True), got[:1])
 
 
-@pytest.mark.parametrize("rows", [17, 70])
+@pytest.mark.parametrize("rows", [17, 150])  # divided columns, and whole ones
 def test_many_rows_have_the_bits_of_few(rows: int):
     """Of every kind and store, plain, normed and gated, with a residual: rows that come together, and 16 and 1 at a time."""
     torch.manual_seed(rows)

@@ -35,9 +35,9 @@ from cai_runtime.kernels.cuda_packing import pack
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: its headers are needed")
 
 PANEL_ROWS, BLOCK = 64, 32
-# Multiprocessors that a launch is cut for, and whether they have products of warp groups. The first: clusters divide the
-# columns. The others: blocks take all of them, 128 or 64 rows of x each, several groups of tiles one after another.
-CUTS = {"split": (1000, True), "split, warps": (1000, False), "128 rows": (2, True), "64 rows": (1, False)}
+# Whether clusters divide the columns, and whether there are products of warp groups. Where they don't, one cluster of blocks
+# that take all columns, 128 or 64 rows of x each, goes through the whole product.
+CUTS = {"split": (1, 1), "split, warps": (1, 0), "128 rows": (0, 1), "64 rows": (0, 0)}
 
 
 class ManyRows(ctypes.Structure):
