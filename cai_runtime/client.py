@@ -86,7 +86,7 @@ class _BaseClient:
                 the checkpoint's float weights, unless `dtype` is given.
             max_context: positions a sequence may have. Default: what the model was made for.
             max_batch: sequences that run at once. Default: the engine's.
-            prefill_chunk: prompt tokens fed in one step, at most. Default: the engine's.
+            prefill_chunk: prompt tokens fed in one step, at most. Default: 512, on a GPU 4096.
             prefill_time: seconds that one long prompt may hold up the next token of the others. Default: the engine's.
             prefix_cache: whether prompts reuse what equal beginnings left in the cache. Default: yes.
             max_waiting: requests that may wait for their turn; further ones raise RateLimitError. Default: no limit.

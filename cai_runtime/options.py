@@ -18,7 +18,9 @@ DTYPES = {
     "fp32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16",
     "float16": "float16",
 }  # fmt: skip
-PREFILL_CHUNK = 512  # the default of `prefill_chunk`
+# The default of `prefill_chunk`. On a GPU the factors of a linear make half as many tiles as its matrix would, which do not fill
+# the device below some thousand rows.
+PREFILL_CHUNK, PREFILL_CHUNK_GPU = 512, 4096
 BACKENDS = ("reference", "cpu", "triton", "cuda")  # as `kernels.backend` has them, which brings torch
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 
@@ -38,7 +40,7 @@ class EngineOptions:
             held as the checkpoint's float weights are, unless `dtype` says otherwise.
         max_context: positions that a sequence may have, at most the model's. None: the model's.
         max_batch: sequences that run at once, at least 1.
-        prefill_chunk: prompt tokens fed in one step at most, at least 1. None: `Engine`'s default.
+        prefill_chunk: prompt tokens fed in one step at most, at least 1. None: 512, on a GPU 4096.
         prefill_time: seconds that a step may take which feeds a prompt while other sequences decode: the longest that
             one long prompt holds up the others' next token. Infinity: no bound. None: `Engine`'s default.
         prefix_cache: whether prompts reuse the KV of equal beginnings.

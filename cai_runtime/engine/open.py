@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cai_runtime.engine.tokenizer import load_tokenizer as load_tokenizer  # exported from here
 from cai_runtime.engine.turn_ends import end_of_sequence_ids
 from cai_runtime.errors import InvalidConfigError, KernelError, MemoryBudgetError
-from cai_runtime.options import DTYPES, PREFILL_CHUNK, EngineOptions
+from cai_runtime.options import DTYPES, PREFILL_CHUNK, PREFILL_CHUNK_GPU, EngineOptions
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +48,8 @@ def open_engine(path: str | Path, options: EngineOptions | None = None, /, **mor
     options = EngineOptions.of(options, **more)
     path = Path(path)
     enter_process()
-    resolve_place(options)
+    place, _ = resolve_place(options)
+    options = replace(options, prefill_chunk=prefill_chunk(options, place))
     with Checkpoint.open(path, keep=options.keep) as checkpoint:
         config = checkpoint.config
     tokenizer = load_tokenizer(path)
@@ -74,6 +75,11 @@ def resolve_place(options: EngineOptions) -> tuple[torch.device, str]:
 
     place = choose_device(options.device)
     return place, resolve_backend(options.backend, place)
+
+
+def prefill_chunk(options: EngineOptions, place: torch.device) -> int:
+    """The prompt tokens of a step at most: as the options say, else what suits the device."""
+    return options.prefill_chunk or (PREFILL_CHUNK_GPU if place.type == "cuda" else PREFILL_CHUNK)
 
 
 def load_runner(
@@ -116,7 +122,7 @@ def load_runner(
     groups = model.cache_groups(PAGE_SIZE, cache_dtype)
     if keep_all:
         groups = tuple(replace(g, kind="pages", window=None) if g.kind == "window" else g for g in groups)
-    chunk = options.prefill_chunk or PREFILL_CHUNK
+    chunk = prefill_chunk(options, place)
     useful = useful_bytes(groups, context, options.max_batch, chunk)
     budget = cache_budget(options.kv_cache, device=str(place), useful=useful)
     counts = split_budget(groups, budget, context, chunk)

@@ -7,9 +7,10 @@ import torch
 
 from cai_runtime.byte_sizes import format_bytes, parse_bytes
 from cai_runtime.engine.model_runner import ModelRunner
-from cai_runtime.engine.open import PAGE_SIZE, load_runner
+from cai_runtime.engine.open import PAGE_SIZE, load_runner, prefill_chunk
 from cai_runtime.errors import KernelError, MemoryBudgetError
 from cai_runtime.kernels.attention import CpuKVCache, HeadLayout, ReferenceKVCache
+from cai_runtime.options import EngineOptions
 from tests.engine.test_cuda_graphs import checkpoint  # noqa: F401 - a fixture
 
 
@@ -62,3 +63,9 @@ def test_bytes_are_written_as_they_are_read(count, text):
     assert format_bytes(count) == text and parse_bytes(text) == count
     assert format_bytes(count, at_least=True) == text
     assert parse_bytes(format_bytes(count + 1, at_least=True)) >= count + 1
+
+
+def test_chunks_of_prompts_suit_the_device():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda:1")
+    assert [prefill_chunk(EngineOptions(), place) for place in (cpu, gpu)] == [512, 4096]
+    assert [prefill_chunk(EngineOptions(prefill_chunk=7), place) for place in (cpu, gpu)] == [7, 7]
