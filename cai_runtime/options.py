@@ -18,8 +18,8 @@ DTYPES = {
     "fp32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16",
     "float16": "float16",
 }  # fmt: skip
-# The default of `prefill_chunk`. On a GPU the factors of a linear make half as many tiles as its matrix would, which do not fill
-# the device below some thousand rows.
+# The default of `prefill_chunk`. On a GPU the factors of a linear make half as many tiles as its matrix would, which do not
+# fill the device below some thousand rows.
 PREFILL_CHUNK, PREFILL_CHUNK_GPU = 512, 4096
 BACKENDS = ("reference", "cpu", "triton", "cuda")  # as `kernels.backend` has them, which brings torch
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
