@@ -46,6 +46,7 @@ class Case:
     wide_loads: bool = False  # most loads must be of 16 bytes (NVIDIA)
     same_bits: str = ""  # names what cases of the same name compute, bit for bit alike; "": no other case does
     fused: bool = True  # products and sums may be one instruction
+    warp_groups: bool = False  # by Hopper's products of warp groups: compiled for it alone
 
 
 def _linear_case(
@@ -102,7 +103,15 @@ def _linear_case(
 
 
 def _attention_case(
-    dtype: torch.dtype, dim: int, group: int, tokens: int, *, splits: bool = False, window: int = 0, sinks: bool = False
+    dtype: torch.dtype,
+    dim: int,
+    group: int,
+    tokens: int,
+    *,
+    splits: bool = False,
+    window: int = 0,
+    sinks: bool = False,
+    many: bool = False,
 ) -> Case:
     t = _POINTER[dtype] + "!"
     types = dict.fromkeys(("q", "k_cache", "v_cache", "out"), t)
@@ -111,7 +120,7 @@ def _attention_case(
     strides = ("ldq", "q_head", "ldo", "k_page", "k_head", "k_slot", "v_page", "v_head", "v_slot")
     types |= dict.fromkeys(strides, "i32!")
     decode = tokens == 1
-    tile = attention_tile(group, dim, dtype, decode=decode)
+    tile = attention_tile(group, dim, dtype, decode=decode, many=many, hopper=many)
     constants = {
         "GROUP": group, "HEADS": tile.heads, "DIM": dim, "PAGE": 16, "WINDOW": window, "COMPUTE": operand_dtype(dtype),
         "TOKENS": tile.tokens, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "BLOCK_D": max(16, triton.next_power_of_2(dim)),
@@ -120,10 +129,11 @@ def _attention_case(
     types |= {name: "*fp32!" for name, there in optional.items() if there}
     constants |= {name: None for name, there in optional.items() if not there}
     name = f"attention {'decode' if decode else 'prefill'} {dtype} D={dim}".replace("torch.", "")
-    name += "".join(f" {word}" for word, on in (("splits", splits), ("window", window), ("sinks", sinks)) if on)
+    words = (("splits", splits), ("window", window), ("sinks", sinks), ("many", many))
+    name += "".join(f" {word}" for word, on in words if on)
     return Case(
         name, paged_attention_kernel, types, constants, tile.num_warps, 2, decode, fp32=dtype == torch.float32,
-        max_registers=tile.max_registers, same_bits=f"attention {dtype} D={dim}",
+        max_registers=tile.max_registers, same_bits="" if many else f"attention {dtype} D={dim}", warp_groups=many,
     )  # fmt: skip
 
 
@@ -158,6 +168,8 @@ def cases() -> Iterator[Case]:
         yield _attention_case(bf16, 64, 8, 1, splits=splits, window=128, sinks=True)
     yield _attention_case(bf16, 128, 4, 512)
     yield _attention_case(bf16, 64, 8, 512, window=128, sinks=True)
+    yield _attention_case(bf16, 128, 4, 512, many=True)
+    yield _attention_case(fp16, 64, 8, 512, window=128, sinks=True, many=True)
     yield _attention_case(fp32, 64, 3, 1)
     types = dict.fromkeys(("states", "numerators", "sinks"), "*fp32!") | {
         "out": "*bf16!",

@@ -24,7 +24,7 @@ import triton.language as tl
 
 from cai_runtime.kernels.triton.checks import ACTIVATIONS, check_tensor, require
 from cai_runtime.kernels.triton.dependent import dependent_options, wait_for_previous_kernel
-from cai_runtime.kernels.triton.launch import compile_options, on_device, operand_dtype
+from cai_runtime.kernels.triton.launch import compile_options, is_hopper, on_device, operand_dtype
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 SPLIT = tl.constexpr(256)  # positions; a multiple of every block of keys
@@ -231,7 +231,11 @@ def merge_splits_kernel(
         tl.store(at, result.to(out.dtype.element_ty), mask=dim_ok)
 
 
-MAX_ROWS = 32  # of a tile; 64 would switch Hopper and Blackwell to wgmma and tcgen05, whose sums round differently
+# Of a tile. From 64 rows on Triton takes a warp group's products on Hopper, and tcgen05 on Blackwell. The former add as
+# mma.sync does there (Xie et al., MMA-Sim, arXiv:2511.10909), so that a row has the same bits in either tile.
+MAX_ROWS, MAX_ROWS_HOPPER = 32, 128
+# Tokens of prompts in a step that are worth the larger tile: each of the step's sequences takes at least one.
+MANY_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -253,13 +257,18 @@ class AttentionTile:
 FULL_GRID = 256  # programs that keep a GPU busy: with fewer, and more than one split, splits get programs of their own
 
 
-def attention_tile(group: int, dim: int, dtype: torch.dtype, *, decode: bool) -> AttentionTile:
-    """The tile for `group` query heads per KV head; a larger one when sequences bring more than a token each."""
+def attention_tile(
+    group: int, dim: int, dtype: torch.dtype, *, decode: bool, many: bool = False, hopper: bool = False
+) -> AttentionTile:
+    """The tile for `group` query heads per KV head; a larger one when sequences bring more than a token each. many: they
+    bring many more."""
     # Without a stated limit on registers, ptxas takes a lower one and spills.
     heads = min(group, MAX_ROWS)
     rows = max(16 if decode else MAX_ROWS, triton.next_power_of_2(heads))
     if dtype == torch.float32:
         return AttentionTile(rows, heads, 16, 8, 128)
+    if many and hopper and dim in (64, 128):
+        return AttentionTile(MAX_ROWS_HOPPER, heads, 64, 8, 255)
     return AttentionTile(rows, heads, 64 if dim <= 128 else 32, 4, 255)
 
 
@@ -322,7 +331,8 @@ def paged_attention(
         return out
     group = q_heads // kv_heads
     decode = rows <= sequences
-    tile = attention_tile(group, dim, q.dtype, decode=decode)
+    many = rows >= sequences + MANY_TOKENS
+    tile = attention_tile(group, dim, q.dtype, decode=decode, many=many, hopper=is_hopper(device))
     tiles, head_programs = rows // tile.tokens + sequences, kv_heads * triton.cdiv(group, tile.heads)
     splits = triton.cdiv(page_table.shape[1] * page_size, SPLIT.value)
     states = numerators = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Hashable
 from typing import Any
 
@@ -16,6 +17,14 @@ _NAMES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 def interpreting() -> bool:
     """Whether `TRITON_INTERPRET=1` was set when triton was imported: kernels run on the CPU."""
     return bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether the device has products of warp groups (wgmma): NVIDIA's compute capability 9.0."""
+    if device.type != "cuda" or torch.version.hip is not None or interpreting():
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def operand_dtype(dtype: torch.dtype) -> tl.dtype:

@@ -147,6 +147,19 @@ def test_decode_over_several_splits(monkeypatch: pytest.MonkeyPatch, dtype: torc
             assert torch.equal(b.run(0.25, window=window, sinks=sinks), apart)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.skipif(DEVICE != "cuda", reason="products of warp groups, which an interpreter knows nothing of")
+def test_bits_do_not_depend_on_the_instruction(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, window: int | None):
+    """Of a prompt whose tiles have 128 rows on Hopper: those of tiles of 32 rows."""
+    torch.manual_seed(8)
+    b = batch([(700, 900), (1, 530), (300, 300)], (8, 2, 128), 16, dtype)
+    many = b.run(128**-0.5, window=window)
+    assert relative_error(many, b.expected(128**-0.5, window)) < TOLERANCE[dtype]
+    monkeypatch.setattr(attention, "MANY_TOKENS", 1 << 30)
+    assert torch.equal(b.run(128**-0.5, window=window), many)
+
+
 @pytest.mark.parametrize("window", [1, 7, 16, 33])
 def test_sliding_window_and_sinks_of_a_ragged_step(window: int):
     torch.manual_seed(7)

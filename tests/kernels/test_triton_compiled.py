@@ -220,6 +220,30 @@ def test_attention(
         assert torch.equal(step.run(), out)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("heads", "sinks"), [(PLAIN, False), (HeadLayout(2, 1, 128, 128, window=70), True)], ids=str)
+def test_attention_of_many_tokens(
+    g: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    device: Device,
+    heads: HeadLayout,
+    sinks: bool,
+    dtype: torch.dtype,
+):
+    """A tile of 128 rows, by products of warp groups; the small tile's numbers to within the rounding of sums, which here
+    are exact and on Hopper cut off alike."""
+    monkeypatch.setattr(attention, "MANY_TOKENS", 40)
+    step = Step.of([(60, 90), (1, 300), (7, 7)], heads, dtype, sinks, g)
+    out = step.run()
+    check(out, step.bound)
+    assert "wgmma.mma_async" in device.launches[0][1]
+    monkeypatch.setattr(attention, "MANY_TOKENS", 1000)
+    small = step.run()
+    assert "wgmma" not in device.launches[1][1]
+    assert float((small.double() - out.double()).abs().max() / out.double().abs().max()) < 1e-2
+    assert float((small == out).double().mean()) > 0.98
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(3, 77), (2, 576)])
 def test_norms_and_swiglu(g: torch.Generator, dtype: torch.dtype, shape: tuple[int, int]):

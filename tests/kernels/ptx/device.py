@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cai_runtime.kernels.triton import dependent, plan
+from cai_runtime.kernels.triton import attention, dependent, plan
 from ptx.machine import run
 from ptx.memory import Global
 
@@ -110,4 +110,5 @@ def put_in_place(monkeypatch: Any, capability: int = 90) -> Device:
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", launch)
     for module in (dependent, plan):
         monkeypatch.setattr(module, "launches_dependently", lambda device: capability >= 90)
+    monkeypatch.setattr(attention, "is_hopper", lambda device: capability == 90)
     return there

@@ -115,53 +115,87 @@ def _store_matrix(instruction: Instruction, slots: Slots) -> Step:
     return store
 
 
-def _described(machine, descriptor: Array, rows: int, mask: Mask) -> Array:
-    """What a wgmma descriptor names in shared memory: [blocks, rows, 32] bytes, rows along K, swizzled. Anything for blocks
-    that take no part."""
+WARP_GROUP = 128  # threads
+
+
+def _described(machine, descriptor: Array, rows: int, mask: Mask, across: bool = False) -> Array:
+    """What a wgmma descriptor of each warp group names in shared memory: [groups, rows, 32] bytes along K, swizzled. across:
+    16-bit elements that lie along the rows rather than along K. Anything for groups that take no part."""
     descriptor = np.where(True if mask is None else mask, descriptor, descriptor[chosen(machine, mask)[0]])
-    firsts = descriptor[:: machine.block_threads]
-    start, stride = ((firsts >> np.uint64(shift) & np.uint64(0x3FFF)).astype(np.int64) * 16 for shift in (0, 32))
+    firsts = descriptor[::WARP_GROUP]
+    start, leading, stride = (
+        (firsts >> np.uint64(shift) & np.uint64(0x3FFF)).astype(np.int64)[:, None, None] * 16 for shift in (0, 16, 32)
+    )
     swizzle = (firsts >> np.uint64(62)).astype(np.int64)
-    if (swizzle == 0).any():
-        raise PtxError("a wgmma operand without swizzle")
-    pitch = 256 >> swizzle[0]  # bytes of a row: 128, 64 or 32
+    if (swizzle == 0).any() or (swizzle != swizzle[0]).any():
+        raise PtxError("a wgmma operand without swizzle, or with several")
+    pitch = 256 >> swizzle[0]  # bytes of the pattern's rows: 128, 64 or 32
     row, column = np.arange(rows)[:, None], np.arange(32)
-    at = start[:, None, None] + row // 8 * stride[:, None, None] + row % 8 * pitch + column
-    at ^= (at >> 7 & (7 >> (swizzle[0] - 1))) << 4
-    blocks = np.repeat(np.arange(len(firsts)) * machine.block_threads, rows * 32)
-    return machine.shared.bytes[machine.shared.offsets(at.reshape(-1), blocks, 1)].reshape(at.shape)
+    if across:  # the pattern holds eight steps of K; `leading` is the way to the next pitch of rows
+        k, byte = column // 2, 2 * row + column % 2
+        at = start + byte // pitch * leading + byte % pitch + k // 8 * stride + k % 8 * pitch
+    else:
+        at = start + row // 8 * stride + row % 8 * pitch + column
+    at = at ^ (at >> 7 & (7 >> (swizzle[0] - 1))) << 4
+    threads = np.repeat(np.arange(len(firsts)) * WARP_GROUP, rows * 32)
+    return machine.shared.bytes[machine.shared.offsets(at.reshape(-1), threads, 1)].reshape(at.shape)
+
+
+def _keep(slots: Slots, operand: str):
+    """Whether the sum so far is kept: a predicate, or a number."""
+    if operand in ("0", "1"):
+        constant = np.array([operand == "1"])
+        return lambda registers: constant
+    return slots.read(operand, "pred")
 
 
 def _wgmma(instruction: Instruction, slots: Slots) -> Step:
-    """wgmma m64nNk32 of int8, both operands in shared memory, one warp group a block or several with a tile each."""
-    words = instruction.words
+    """wgmma m64nNk32 of int8 and m64nNk16 of halves: 64 rows to a warp group; the first operand in shared memory or in
+    registers, the second in shared memory."""
+    words, operands = instruction.words, instruction.operands
     if words[1] != "mma_async":
         return lambda machine, mask: None  # products are done at once, so fences and waits have nothing to do
-    shape = re.fullmatch(r"m64n(\d+)k32", words[4])
-    if shape is None or words[5:] != ("s32", "s8", "s8"):
+    kind = words[6]
+    shape = re.fullmatch(r"m64n(\d+)k32" if kind == "s8" else r"m64n(\d+)k16", words[4])
+    known = {"s8": "s32", "bf16": "f32", "f16": "f32"}
+    if shape is None or known.get(kind) != words[5] or words[5:] != (words[5], kind, kind):
         raise PtxError("an unknown matrix instruction")
-    columns, names = int(shape[1]), vector(instruction.operands[0])
-    reads, writes = [slots.read(name, "s32") for name in names], [slots.write(name, "s32") for name in names]
-    read_a, read_b = (slots.read(name, "b64") for name in instruction.operands[1:3])
-    keep = slots.read(instruction.operands[3], "pred")
+    in_registers = operands[1].startswith("{")
+    flags = [int(flag) for flag in operands[4:]]
+    across = (False, False) if kind == "s8" else (not in_registers and flags[2] == 1, flags[-1] == 1)
+    if any(flag != 1 for flag in flags[: 0 if kind == "s8" else 2]):
+        raise PtxError("a negated operand")
+    columns, names = int(shape[1]), vector(operands[0])
+    whole = "s32" if kind == "s8" else "f32"
+    reads, writes = [slots.read(name, whole) for name in names], [slots.write(name, whole) for name in names]
+    reads_a = [slots.read(name, "b32") for name in vector(operands[1])] if in_registers else []
+    read_a = None if in_registers else slots.read(operands[1], "b64")
+    read_b, keep = slots.read(operands[2], "b64"), _keep(slots, operands[3])
+
+    def from_shared(machine, read, rows: int, across: bool, mask: Mask) -> Array:
+        found = _described(machine, spread(machine, read(machine.registers)), rows, mask, across)
+        numbers = found.view(np.int8) if kind == "s8" else to_float(np.ascontiguousarray(found).view(np.uint16), kind)
+        return numbers.astype(np.float64)
 
     def multiply(machine, mask: Mask) -> None:
         machine.need_whole_warps(mask)
-        if machine.block_threads != 128:
-            raise PtxError("wgmma with several warp groups")
-        left, right = (
-            _described(machine, spread(machine, read(machine.registers)), rows, mask).view(np.int8).astype(np.float64)
-            for read, rows in ((read_a, 64), (read_b, columns))
-        )
-        product = (left @ right.transpose(0, 2, 1)).astype(np.int32)
+        if machine.block_threads % WARP_GROUP != 0:
+            raise PtxError("wgmma without whole warp groups")
+        if read_a is None:
+            left = _matrix(_read_fragment(machine, reads_a), kind, 16).reshape(-1, 64, 16)
+        else:
+            left = from_shared(machine, read_a, 64, across[0], mask)
+        right = from_shared(machine, read_b, columns, across[1], mask)
+        product = left @ right.transpose(0, 2, 1)
         # Warp w has rows 16 w on; of 8 columns at a time, the fragment of mma.
         pairs = (
             product.reshape(-1, 4, 2, 8, columns // 8, 4, 2).transpose(0, 1, 4, 2, 6, 3, 5).reshape(-1, len(names), 32)
         )
         kept = spread(machine, keep(machine.registers)).reshape(-1, 1, 32)
         result = np.where(kept, _read_fragment(machine, reads), 0) + pairs
+        result = result.astype(np.int64).astype(np.int32) if kind == "s8" else result.astype(np.float32)
         for i, write in enumerate(writes):
-            write(machine, np.ascontiguousarray(result[:, i]).astype(np.int32).reshape(-1), mask)
+            write(machine, np.ascontiguousarray(result[:, i]).reshape(-1), mask)
 
     return multiply
 
