@@ -133,7 +133,7 @@ def _attention_case(
     name += "".join(f" {word}" for word, on in words if on)
     return Case(
         name, paged_attention_kernel, types, constants, tile.num_warps, 2, decode, fp32=dtype == torch.float32,
-        max_registers=tile.max_registers, same_bits="" if many else f"attention {dtype} D={dim}", warp_groups=many,
+        max_registers=tile.max_registers, same_bits=f"attention {dtype} D={dim}", warp_groups=many,
     )  # fmt: skip
 
 
@@ -169,7 +169,7 @@ def cases() -> Iterator[Case]:
     yield _attention_case(bf16, 128, 4, 512)
     yield _attention_case(bf16, 64, 8, 512, window=128, sinks=True)
     yield _attention_case(bf16, 128, 4, 512, many=True)
-    yield _attention_case(fp16, 64, 8, 512, window=128, sinks=True, many=True)
+    yield _attention_case(bf16, 64, 8, 512, window=128, sinks=True, many=True)
     yield _attention_case(fp32, 64, 3, 1)
     types = dict.fromkeys(("states", "numerators", "sinks"), "*fp32!") | {
         "out": "*bf16!",

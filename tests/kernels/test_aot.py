@@ -125,6 +125,10 @@ def test_dots_are_read_from_the_gpu_dialect():
     line = f"%1 = tt.dot %a, %b, %c : {operands} -> tensor<32x64xf32, #mma>"
     fma = "%1 = tt.dot %a, %b, %c : tensor<32x8xf32, #ttg.dot_op<{opIdx = 0, parent = #blocked}>> * tensor<8x8xf32>"
     assert aot.dots(f"{line}\n{fma}\n") == {aot.Dot(16, "bf16", 8)}
+    group = "%1 = ttng.warp_group_dot %a, %b, %c {isAsync = true} : "
+    shared = f"{group}!ttg.memdesc<128x32xf16, #shared1, #smem> * !ttg.memdesc<32x64xf16, #shared2, #smem> -> "
+    registers = f"{group}tensor<128x64xf16, {layout % 0}> * !ttg.memdesc<64x16xf16, #shared, #smem> -> "
+    assert aot.dots(f"{shared}\n{registers}\n") == {aot.Dot(32, "f16", 2), aot.Dot(64, "f16", 8)}
     assert not aot.Dot(16, "bf16", 8).fits and aot.Dot(16, "bf16", 4).fits
 
 
