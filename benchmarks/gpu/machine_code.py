@@ -16,6 +16,11 @@ _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9
 _DECODE = re.compile(r"22decode_products_kernelI(?P<act>13__nv_bfloat16|6__half)(?P<store>.*?)Li(?P<halves>[12])EEEv")
 
 
+_MANY = re.compile(
+    r"20many_products_kernelI(?P<act>13__nv_bfloat16|6__half)(?P<store>.*?)Li(?P<rows>\d+)ELb(?P<split>[01])EEEv"
+)
+
+
 @dataclass(frozen=True)
 class Instruction:
     address: int
@@ -44,6 +49,18 @@ class Kernel:
         return Counter(i.operation.split(".")[0] for i in self.hot)
 
 
+@dataclass(frozen=True)
+class ManyKernel:
+    """A kernel for many rows. rows: of x, that a block takes. split: eight blocks divide the columns. per_product:
+    instructions for each product of a warp group, over a stage's products that lie closest together; None without any."""
+
+    mangled: str
+    name: str
+    rows: int
+    split: bool
+    per_product: float | None
+
+
 def disassembled(cubin: Path) -> str:
     """The listing of cuobjdump, which Triton's wheel carries."""
     import triton
@@ -63,6 +80,25 @@ def decode_kernels(cubin: Path) -> list[Kernel]:
         instructions = [Instruction(int(a, 16), op, rest) for a, op, rest in _INSTRUCTION.findall(listing)]
         name = f"{STORES[match['act']]} x {_store(match['store'], match['act'])}"
         found.append(Kernel(mangled, name, 8 * int(match["halves"]), instructions, _hot_loop(instructions)))
+    return found
+
+
+def many_kernels(cubin: Path) -> list[ManyKernel]:
+    """The kernels of a compiled many_*.cu."""
+    parts = _FUNCTION.split(disassembled(cubin))[1:]
+    found = []
+    for mangled, listing in zip(parts[::2], parts[1::2], strict=True):
+        match = _MANY.search(mangled)
+        if match is None:
+            continue
+        instructions = [op for _, op, _ in _INSTRUCTION.findall(listing)]
+        name = f"{STORES[match['act']]} x {_store(match['store'], match['act'])}"
+        split = match["split"] == "1"
+        count = 4 if split and "int4" not in name else 8
+        at = [n for n, op in enumerate(instructions) if op.startswith("HGMMA")]
+        spans = [last - first for first, last in zip(at, at[count - 1 :], strict=False)]
+        per_product = round(min(spans) / (count - 1), 1) if spans else None
+        found.append(ManyKernel(mangled, name, int(match["rows"]), split, per_product))
     return found
 
 

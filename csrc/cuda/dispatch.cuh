@@ -78,14 +78,14 @@ cudaError_t launch_many_rows(const Kind& kind, const ManyRows<T>& rows, const Gr
     if (count_groups(planned) == 0) return cudaSuccess;
     if (columns == Columns::kSplit || (columns == Columns::kBest && multiplies_split(planned, rows.count, device))) {
       const ManyCut cut = cut_many<W, kPanelRows, true>(planned, rows.count, device);
-      return launch.template run<W, kPanelRows, true>(rows, planned, cut);
+      return cut.stages < 2 ? cudaErrorNotSupported : launch.template run<W, kPanelRows, true>(rows, planned, cut);
     }
     if (!device.warp_groups) {
       const ManyCut cut = cut_many<W, kPanelRows, false>(planned, rows.count, device);
-      return launch.template run<W, kPanelRows, false>(rows, planned, cut);
+      return cut.stages < 2 ? cudaErrorNotSupported : launch.template run<W, kPanelRows, false>(rows, planned, cut);
     }
     const ManyCut cut = cut_many<W, 2 * kPanelRows, false>(planned, rows.count, device);
-    return launch.template run<W, 2 * kPanelRows, false>(rows, planned, cut);
+    return cut.stages < 2 ? cudaErrorNotSupported : launch.template run<W, 2 * kPanelRows, false>(rows, planned, cut);
   });
 }
 

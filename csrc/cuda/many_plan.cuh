@@ -34,6 +34,7 @@ inline bool multiplies_split(Group& group, int count, const ManyDevice& device) 
   return runs == 1 || count_groups(group) * runs * 3 < device.multiprocessors * 2;
 }
 
+// A cut of fewer than two stages is of a device without room for the kernel.
 template <typename W, int kRows, bool kSplit>
 ManyCut cut_many(Group& group, int count, const ManyDevice& device) {
   ManyCut cut{};
@@ -46,8 +47,10 @@ ManyCut cut_many(Group& group, int count, const ManyDevice& device) {
   const int panels = kStageBlocks<W, kSplit> * (kRows / kPanelRows) * kPanelBlock;
   cut.stage_bytes = rounded_up(panels + kTilesOfGroup * kStageSteps<W, kSplit> * kFullStep<W>, 1024);
   const int partial = kSplit ? kParts * kRows * kPartStride * static_cast<int>(sizeof(float)) : 0;
-  const int room = (kSplit ? device.room.for_two : device.room.most) - kRingStart - partial;
-  cut.stages = room / cut.stage_bytes < kMostStages ? room / cut.stage_bytes : kMostStages;
+  const int taken = kRingStart + partial;
+  const bool two = kSplit && device.room.for_two - taken >= 2 * cut.stage_bytes;  // blocks to a multiprocessor
+  cut.stages = ((two ? device.room.for_two : device.room.most) - taken) / cut.stage_bytes;
+  if (cut.stages > kMostStages) cut.stages = kMostStages;
   cut.partial = kRingStart + cut.stages * cut.stage_bytes;
   cut.bytes = cut.partial + partial;
   return cut;
