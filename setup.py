@@ -78,7 +78,8 @@ def cuda_archs() -> list[str]:
         old = [a for a in archs if int(a.partition(".")[0]) < 9]
         if old:
             raise SystemExit(f"CAI_CUDA_ARCHS names {', '.join(old)}: the CUDA kernels need 9.0 or later; leave it out")
-        return archs
+        # Hopper's own instructions are in code for 9.0a alone, and the launches count on them.
+        return ["9.0a" if a == "9.0" else a for a in archs]
     return visible_gpu_archs() if nvcc_path() else []
 
 

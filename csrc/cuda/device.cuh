@@ -125,7 +125,8 @@ __device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.clust
 __device__ __forceinline__ void arrive_in_block(CopyBarrier* barrier, int rank) {
   uint32_t there;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(barrier)), "r"(rank));
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(there) : "memory");
+  // Without a wider scope, which would be a fence of all memory: what went before are reads of shared memory, that are done.
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(there) : "memory");
 }
 
 // Writes to the place that `shared` has in the block of this rank.

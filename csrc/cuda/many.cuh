@@ -436,7 +436,10 @@ __global__ void __launch_bounds__(kManyThreads, kBlocksAtOnce<kSplit>)
     many_products_kernel(const __grid_constant__ ManyRows<T> rows, const __grid_constant__ Group group,
                          const __grid_constant__ ManyCut cut) {
 #if defined(__CUDA_ARCH__) && !defined(CAI_WARPGROUPS)
-  if constexpr (kRows > kPanelRows) return;  // more registers than a thread has there; never launched
+  if constexpr (kRows > kPanelRows) {  // more registers than a thread has there; never launched
+    __trap();
+    return;
+  }
 #endif
   Multiplier<T, W, kRows, kSplit>(rows, group, cut, shared_memory(), static_cast<int>(blockIdx.x), static_cast<int>(threadIdx.x))
       .run();
