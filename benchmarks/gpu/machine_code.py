@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,33 +70,32 @@ def disassembled(cubin: Path) -> str:
     return subprocess.run([program, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
 
 
-def decode_kernels(cubin: Path) -> list[Kernel]:
-    """The decode kernels of a compiled linear_*.cu."""
+def _functions(cubin: Path, pattern: re.Pattern[str]) -> Iterator[tuple[re.Match[str], str, str, list[Instruction]]]:
+    """Of every kernel whose mangled name matches: the match, a name such as "bf16 x int8", the mangled one, its code."""
     parts = _FUNCTION.split(disassembled(cubin))[1:]
-    found = []
     for mangled, listing in zip(parts[::2], parts[1::2], strict=True):
-        match = _DECODE.search(mangled)
+        match = pattern.search(mangled)
         if match is None:
             continue
         instructions = [Instruction(int(a, 16), op, rest) for a, op, rest in _INSTRUCTION.findall(listing)]
-        name = f"{STORES[match['act']]} x {_store(match['store'], match['act'])}"
+        yield match, f"{STORES[match['act']]} x {_store(match['store'], match['act'])}", mangled, instructions
+
+
+def decode_kernels(cubin: Path) -> list[Kernel]:
+    """The decode kernels of a compiled linear_*.cu."""
+    found = []
+    for match, name, mangled, instructions in _functions(cubin, _DECODE):
         found.append(Kernel(mangled, name, 8 * int(match["halves"]), instructions, _hot_loop(instructions)))
     return found
 
 
 def many_kernels(cubin: Path) -> list[ManyKernel]:
     """The kernels of a compiled many_*.cu."""
-    parts = _FUNCTION.split(disassembled(cubin))[1:]
     found = []
-    for mangled, listing in zip(parts[::2], parts[1::2], strict=True):
-        match = _MANY.search(mangled)
-        if match is None:
-            continue
-        instructions = [op for _, op, _ in _INSTRUCTION.findall(listing)]
-        name = f"{STORES[match['act']]} x {_store(match['store'], match['act'])}"
+    for match, name, mangled, instructions in _functions(cubin, _MANY):
         split = match["split"] == "1"
         count = 4 if split and "int4" not in name else 8
-        at = [n for n, op in enumerate(instructions) if op.startswith("HGMMA")]
+        at = [n for n, i in enumerate(instructions) if i.operation.startswith("HGMMA")]
         spans = [last - first for first, last in zip(at, at[count - 1 :], strict=False)]
         per_product = round(min(spans) / (count - 1), 1) if spans else None
         found.append(ManyKernel(mangled, name, int(match["rows"]), split, per_product))

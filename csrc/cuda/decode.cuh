@@ -31,6 +31,34 @@ struct Outlet {
   float scale = 1.0f, bias = 0.0f, residual = 0.0f;
 };
 
+// Without the residual.
+__device__ __forceinline__ Outlet outlet_of(const Product& p, int row) {
+  Outlet outlet{p.index != nullptr ? p.index[row] : row};
+  if (p.scale != nullptr) outlet.scale = p.scale[row];
+  if (p.bias != nullptr && (p.destination & kToY) != 0) outlet.bias = p.bias[outlet.column];
+  return outlet;
+}
+
+// From sums to the numbers that are stored, of all kernels alike: single instructions, which no compiler fuses in one kernel and
+// not in another. The sums of parts lie `stride` apart.
+__device__ __forceinline__ float sum_of_parts(const float* first, int stride) {
+  float sum = first[0];
+#pragma unroll
+  for (int part = 1; part < kParts; ++part) sum = __fadd_rn(sum, first[part * stride]);
+  return sum;
+}
+// What goes to z.
+__device__ __forceinline__ float scaled_sum(float sum, bool normed, float factor, float scale) {
+  if (normed) sum = __fmul_rn(sum, factor);
+  return __fmul_rn(sum, scale);
+}
+// What goes to y.
+__device__ __forceinline__ float with_rest(float value, bool biased, float bias, bool residual, float rest) {
+  if (biased) value = __fadd_rn(value, bias);
+  if (residual) value = __fadd_rn(value, rest);
+  return value;
+}
+
 template <typename T, typename W, int kHalves>
 class Decoder {
   const Rows<T>& rows_;
@@ -67,7 +95,7 @@ class Decoder {
       const int first_tile = (at - p.first_group) * cut_.cluster, tile = first_tile + rank_;
       const int row = tile * kTileRows + thread_ % kTileRows, m = thread_ / kTileRows;
       const bool mine = m < rows_.count && row < p.rows;
-      const Outlet outlet = mine ? outlet_of(p, row, m) : Outlet{};
+      const Outlet outlet = mine ? outlet_of_row(p, row, m) : Outlet{};
       if (has_tile(p, first_tile + share.tile)) sum_part(p, share, ring, buffer);
       meet();
       if (rows_.prologue == Prologue::kNorm && at == cluster_ && m < rows_.count) factor = factor_of(p, m);
@@ -90,12 +118,9 @@ class Decoder {
     return reinterpret_cast<float*>(memory_ + cut_.partial) + ((buffer * kParts + part) * rows_.count + m) * kPartStride;
   }
 
-  __device__ __forceinline__ Outlet outlet_of(const Product& p, int row, int m) const {
-    Outlet outlet{p.index != nullptr ? p.index[row] : row};
-    if (p.scale != nullptr) outlet.scale = p.scale[row];
-    if ((p.destination & kToY) == 0) return outlet;
-    if (p.bias != nullptr) outlet.bias = p.bias[outlet.column];
-    if (rows_.residual != nullptr)
+  __device__ __forceinline__ Outlet outlet_of_row(const Product& p, int row, int m) const {
+    Outlet outlet = outlet_of(p, row);
+    if ((p.destination & kToY) != 0 && rows_.residual != nullptr)
       outlet.residual = Format<T>::widen(rows_.residual[m * rows_.residual_stride + p.y_col + outlet.column]);
     return outlet;
   }
@@ -162,17 +187,12 @@ class Decoder {
   // The sums of the parts of one element, added in order, and the value stored: to z, and with bias and residual to y.
   __device__ __forceinline__ void finish(const Product& p, int row, int m, int buffer, float factor,
                                          const Outlet& outlet) const {
-    float value = partial(buffer, 0, m)[row % kTileRows];
-#pragma unroll
-    for (int part = 1; part < kParts; ++part) value += partial(buffer, part, m)[row % kTileRows];
-    if (rows_.prologue == Prologue::kNorm) value *= factor;
-    value *= outlet.scale;
+    const float sum = sum_of_parts(partial(buffer, 0, m) + row % kTileRows, rows_.count * kPartStride);
+    const float value = scaled_sum(sum, rows_.prologue == Prologue::kNorm, factor, outlet.scale);
     if (p.destination & kToZ) rows_.z[m * rows_.z_stride + p.z_col + row] = Format<T>::narrow(value);
-    if (p.destination & kToY) {
-      if (p.bias != nullptr) value += outlet.bias;
-      if (rows_.residual != nullptr) value += outlet.residual;
-      rows_.y[m * rows_.y_stride + p.y_col + outlet.column] = Format<T>::narrow(value);
-    }
+    if (p.destination & kToY)
+      rows_.y[m * rows_.y_stride + p.y_col + outlet.column] =
+          Format<T>::narrow(with_rest(value, p.bias != nullptr, outlet.bias, rows_.residual != nullptr, outlet.residual));
   }
 };
 

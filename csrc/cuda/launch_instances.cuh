@@ -145,16 +145,16 @@ inline cudaError_t many_device(ManyDevice& found) {
   if (error == cudaSuccess) error = current_device(device);
   if (error != cudaSuccess) return error;
   found.multiprocessors = multiprocessors[device].load(std::memory_order_acquire);
+  major = majors[device].load(std::memory_order_relaxed);
+  if (found.multiprocessors == 0) {
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (error != cudaSuccess) return error;
+    majors[device].store(major, std::memory_order_relaxed);
+    multiprocessors[device].store(found.multiprocessors, std::memory_order_release);
+  }
   found.clusters = found.multiprocessors / kShared;  // at most: a launch asks how many there are for its kernel
-  found.warp_groups = majors[device].load(std::memory_order_relaxed) == 9;
-  if (found.multiprocessors != 0) return cudaSuccess;
-  error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
   found.warp_groups = major == 9;
-  found.clusters = found.multiprocessors / kShared;
-  majors[device].store(major, std::memory_order_relaxed);
-  multiprocessors[device].store(found.multiprocessors, std::memory_order_release);
   return cudaSuccess;
 }
 

@@ -198,7 +198,7 @@ class Multiplier {
   }
   // Of the panels that the block's rows of x are, those that there are.
   __device__ __forceinline__ int panels_of(const Stage& s) const {
-    const int panels = (rows_.count + kPanelRows - 1) / kPanelRows - s.row_block * kPanels;
+    const int panels = cai::panels_of(rows_.count) - s.row_block * kPanels;
     return panels < kPanels ? panels : kPanels;
   }
 
@@ -318,13 +318,11 @@ class Multiplier {
     const Stage& s = walk.stage();
     const int tile = s.first_tile + block_ % kParts, row = tile * kTileRows + thread_ % kTileRows;
     if (tile * kTileRows >= s.product->rows) return;
-    const Outlet outlet = outlet_of(*s.product, row);
+    const Outlet outlet = row < s.product->rows ? outlet_of(*s.product, row) : Outlet{row};
 #pragma unroll 1
     for (int m = thread_ / kTileRows; m < kRows; m += kThreads / kTileRows) {
-      float value = partial(0, m)[row % kTileRows];
-#pragma unroll
-      for (int part = 1; part < kParts; ++part) value += partial(part, m)[row % kTileRows];
-      store(*s.product, row, s.row_block * kRows + m, value, outlet);
+      const float sum = sum_of_parts(partial(0, m) + row % kTileRows, kRows * kPartStride);
+      store(*s.product, row, s.row_block * kRows + m, sum, outlet);
     }
   }
 
@@ -343,7 +341,8 @@ class Multiplier {
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
       row[side] = tile * kTileRows + g + 8 * side;
-      outlet[side] = outlet_of(p, row[side]);
+      outlet[side] = Outlet{row[side]};
+      if (row[side] < p.rows) outlet[side] = outlet_of(p, row[side]);
       const int column = p.y_col + outlet[side].column;
       y[side] = rows_.y + first * rows_.y_stride + column;
       residual[side] = rows_.residual + first * rows_.residual_stride + column;
@@ -362,15 +361,14 @@ class Multiplier {
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
           const bool there = row[side] < p.rows;
-          float value = total[eight][2 * side + odd];
-          if (rows_.factor != nullptr) value *= factor;
-          value *= outlet[side].scale;
+          const float value = scaled_sum(total[eight][2 * side + odd], rows_.factor != nullptr, factor, outlet[side].scale);
           if (to_z) *reinterpret_cast<T*>(z[side] + in_z) = Format<T>::narrow(there ? value : 0.0f);
           if (!to_y || !there) continue;
           const int64_t on = 8 * eight + odd;
-          if (p.bias != nullptr) value += outlet[side].bias;
-          if (rows_.residual != nullptr) value += Format<T>::widen(residual[side][on * rows_.residual_stride]);
-          y[side][on * rows_.y_stride] = Format<T>::narrow(value);
+          float rest = 0.0f;
+          if (rows_.residual != nullptr) rest = Format<T>::widen(residual[side][on * rows_.residual_stride]);
+          y[side][on * rows_.y_stride] =
+              Format<T>::narrow(with_rest(value, p.bias != nullptr, outlet[side].bias, rows_.residual != nullptr, rest));
         }
       }
     }
@@ -384,31 +382,22 @@ class Multiplier {
     return tile % 2 == 0 && (tile + 1) * kTileRows >= p.rows;
   }
 
-  __device__ __forceinline__ Outlet outlet_of(const Product& p, int row) const {
-    Outlet outlet{row};
-    if (row >= p.rows) return outlet;
-    if (p.index != nullptr) outlet.column = p.index[row];
-    if (p.scale != nullptr) outlet.scale = p.scale[row];
-    if (p.bias != nullptr && (p.destination & kToY) != 0) outlet.bias = p.bias[outlet.column];
-    return outlet;
-  }
-
   // One element: to z, and with bias and residual to y, as the decode kernel does. Rows of a tile that there are not are columns
   // of z nevertheless, zeros up to the end of their block.
-  __device__ __forceinline__ void store(const Product& p, int row, int m, float value, const Outlet& outlet) const {
+  __device__ __forceinline__ void store(const Product& p, int row, int m, float sum, const Outlet& outlet) const {
     if (m >= rows_.count) return;
-    const bool there = row < p.rows;
-    if (rows_.factor != nullptr) value *= rows_.factor[m];
-    value *= outlet.scale;
+    const bool there = row < p.rows, normed = rows_.factor != nullptr;
+    const float value = scaled_sum(sum, normed, normed ? rows_.factor[m] : 1.0f, outlet.scale);
     if (p.destination & kToZ) {
       put_in_z(p.z_col + row, m, Format<T>::narrow(there ? value : 0.0f));
       if (fills_block(p, row / kTileRows)) put_in_z(p.z_col + row + kTileRows, m, Format<T>::narrow(0.0f));
     }
     if (there && (p.destination & kToY) != 0) {
-      if (p.bias != nullptr) value += outlet.bias;
+      float rest = 0.0f;
       if (rows_.residual != nullptr)
-        value += Format<T>::widen(rows_.residual[m * rows_.residual_stride + p.y_col + outlet.column]);
-      rows_.y[m * rows_.y_stride + p.y_col + outlet.column] = Format<T>::narrow(value);
+        rest = Format<T>::widen(rows_.residual[m * rows_.residual_stride + p.y_col + outlet.column]);
+      rows_.y[m * rows_.y_stride + p.y_col + outlet.column] =
+          Format<T>::narrow(with_rest(value, p.bias != nullptr, outlet.bias, rows_.residual != nullptr, rest));
     }
   }
 

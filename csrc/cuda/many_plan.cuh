@@ -73,7 +73,4 @@ void align_rows(Rows<T>& rows, int cols) {
                   (rows.prologue != Prologue::kSwiglu || cols % 8 == 0);
 }
 
-inline int panels_of(int count) { return (count + kPanelRows - 1) / kPanelRows; }
-inline int blocks_of(int columns) { return (columns + kBlockColumns - 1) / kBlockColumns; }
-
 }  // namespace cai

@@ -157,7 +157,7 @@ Stages stages_of(const Members& members, const ffi::Array<int64_t>& all_numbers,
       part.product.x_col = static_cast<int32_t>(stages.z_columns);
       part.product.y_col = static_cast<int32_t>(stages.y_columns);
       stages.second.push_back(part);
-      stages.z_columns += (rank + kBlockColumns - 1) / kBlockColumns * kBlockColumns;
+      stages.z_columns += blocks_of(rank) * kBlockColumns;
     }
     stages.y_columns += out;
   }
@@ -209,9 +209,9 @@ struct Scratch {
   int64_t z, factor, bytes;
 };
 Scratch scratch_of(int64_t rows, int64_t in, int64_t z_columns) {
-  const int64_t panels = (rows + kPanelRows - 1) / kPanelRows * kPanelBlock;
-  const int64_t z = panels * ((in + kBlockColumns - 1) / kBlockColumns);
-  const int64_t factor = z + panels * ((z_columns + kBlockColumns - 1) / kBlockColumns);
+  const int64_t panels = panels_of(rows) * kPanelBlock;
+  const int64_t z = panels * blocks_of(in);
+  const int64_t factor = z + panels * blocks_of(z_columns);
   return {z, factor, factor + rows * static_cast<int64_t>(sizeof(float))};
 }
 
@@ -224,7 +224,7 @@ void run_many(const Arguments& a, const TensorView& scratch, int64_t in, const L
   require(scratch.size(0) >= at.bytes, "linear: scratch is too small");
   auto* memory = static_cast<uint8_t*>(scratch.data_ptr());
   auto* factor = reinterpret_cast<float*>(memory + at.factor);
-  const int x_blocks = static_cast<int>((in + kBlockColumns - 1) / kBlockColumns);
+  const int x_blocks = static_cast<int>(blocks_of(in));
   TVM_FFI_CHECK_CUDA_ERROR(launch_fill<T>(rows, memory, factor, static_cast<int>(in), x_blocks, options));
   ManyRows<T> many{};
   many.x = memory;

@@ -54,13 +54,19 @@ constexpr int bytes_of_step(int blocks) {
 template <typename W>
 constexpr int kFullStep = bytes_of_step<W>(Packing<W>::kBlocks);
 
+// Of so many columns.
+template <typename Int>
+constexpr Int blocks_of(Int columns) {
+  return (columns + kBlockColumns - 1) / kBlockColumns;
+}
+
 // The steps of a tile, and the blocks of its last one.
 struct TileSteps {
   int32_t steps, last_blocks;
 };
 template <typename W>
 constexpr TileSteps steps_of(int columns) {
-  const int blocks = (columns + kBlockColumns - 1) / kBlockColumns, full = Packing<W>::kBlocks;
+  const int blocks = blocks_of(columns), full = Packing<W>::kBlocks;
   const int steps = (blocks + full - 1) / full;
   return {steps, blocks - (steps - 1) * full};
 }

@@ -20,6 +20,12 @@ constexpr int kPanelRows = 64;
 constexpr int kPanelRowBytes = 64;  // of a block
 constexpr int kPanelBlock = kPanelRows * kPanelRowBytes;
 
+// Of so many rows of x.
+template <typename Int>
+__host__ __device__ __forceinline__ constexpr Int panels_of(Int rows) {
+  return (rows + kPanelRows - 1) / kPanelRows;
+}
+
 // Bytes from the start of a block's row to its chunk.
 __host__ __device__ __forceinline__ constexpr int panel_chunk(int row, int chunk) { return (chunk ^ (row / 2 % 4)) * 16; }
 

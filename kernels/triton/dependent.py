@@ -6,14 +6,13 @@ weights fetched meanwhile. `aot.py` checks in the compiled code that nothing is 
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from cai_runtime.kernels.triton.launch import interpreting
+from cai_runtime.kernels.triton.launch import compute_capability
 
 
 @triton.jit
@@ -24,12 +23,9 @@ def wait_for_previous_kernel(DEPENDENT: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
-@functools.cache
 def launches_dependently(device: torch.device) -> bool:
     """Whether the device has it: NVIDIA's, of compute capability 9.0 or later."""
-    if device.type != "cuda" or torch.version.hip is not None or interpreting():
-        return False
-    return torch.cuda.get_device_capability(device)[0] >= 9
+    return compute_capability(device) >= 9
 
 
 def dependent_options(device: torch.device) -> dict[str, Any]:

@@ -20,11 +20,16 @@ def interpreting() -> bool:
 
 
 @functools.cache
-def is_hopper(device: torch.device) -> bool:
-    """Whether the device has products of warp groups (wgmma): NVIDIA's compute capability 9.0."""
+def compute_capability(device: torch.device) -> int:
+    """The first number of an NVIDIA device's; 0 elsewhere."""
     if device.type != "cuda" or torch.version.hip is not None or interpreting():
-        return False
-    return torch.cuda.get_device_capability(device)[0] == 9
+        return 0
+    return torch.cuda.get_device_capability(device)[0]
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether the device has products of warp groups (wgmma)."""
+    return compute_capability(device) == 9
 
 
 def operand_dtype(dtype: torch.dtype) -> tl.dtype:

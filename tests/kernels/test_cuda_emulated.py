@@ -21,17 +21,14 @@ from cuda_emulation import (
     TO_Y,
     TO_Z,
     TOLERANCE,
-    Group,
     Matrix,
-    Product,
     Rows,
     address,
     build,
+    group_of,
     random_core,
     relative_error,
 )
-
-from cai_runtime.kernels.cuda_packing import pack
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: its headers are needed")
 
@@ -68,15 +65,7 @@ def run(
     count = x.shape[0]
     y = torch.full((count, sum(m.width for m in matrices)), torch.nan, dtype=x.dtype)
     z = torch.full((count, sum(m.core.shape[0] for m in matrices) + 5), torch.nan, dtype=x.dtype)
-    group = Group()
-    group.count = len(matrices)
-    z_col = y_col = 0
-    packed = [pack(m.core) for m in matrices]
-    for g, (m, c) in enumerate(zip(matrices, packed, strict=True)):
-        tensors = (c.data, c.scale, m.index, m.bias)
-        group.product[g] = Product(*map(address, tensors), 0, c.rows, c.cols, m.x_col, z_col, y_col, m.destination)
-        z_col += c.rows
-        y_col += m.width
+    group, packed = group_of(matrices, z_columns=1)
     storage = x.untyped_storage()
     there = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
     kept = there.clone()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from cuda_emulation import NVCC, ROOT, relative_error, toolkit_headers
 
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels import cuda
@@ -19,8 +18,6 @@ from cai_runtime.kernels.norm import RmsNorm, rms_norm_reference
 from cai_runtime.kernels.slim_linear import reference
 from cai_runtime.kernels.weights import Core, LinearWeights
 
-ROOT = Path(__file__).parents[2]
-NVCC = shutil.which("nvcc")
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: its headers are needed")
 
 BF16 = torch.bfloat16
@@ -37,15 +34,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     import tvm_ffi
     from tvm_ffi import libinfo
 
-    assert NVCC is not None
-    dry = subprocess.run(
-        [NVCC, "--dryrun", "-c", str(ROOT / "csrc/cuda/ops.cu")], capture_output=True, text=True, check=True
-    )
-    toolkit = re.search(r'INCLUDES="?-I([^"\s]+)', dry.stderr)
-    assert toolkit is not None, dry.stderr
     target = tmp_path_factory.mktemp("library") / "libemulated.so"
     command = [*(os.environ.get("CXX") or "c++").split(), "-std=c++17", "-O1", "-shared", "-fPIC", "-Wno-attributes"]
-    command += [f"-I{ROOT / 'csrc'}", f"-I{toolkit[1]}", f"-I{libinfo.find_include_path()}"]
+    command += [f"-I{ROOT / 'csrc'}", f"-I{toolkit_headers()}", f"-I{libinfo.find_include_path()}"]
     command += [f"-I{libinfo.find_dlpack_include_path()}", str(ROOT / "tests/kernels/cuda_emulator/library.cpp")]
     command += [f"-L{Path(libinfo.find_libtvm_ffi()).parent}", "-ltvm_ffi", "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -88,11 +79,6 @@ def mixed(inp: int) -> list[LinearWeights]:
         linear("interpolative", inp, 41, 16, "int8", "int8"),
         linear("dense", inp, 17, 0, "int8", ""), linear("dense", inp, 5, 0, "int8", ""),
     ]  # fmt: skip
-
-
-def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    assert got.isfinite().all()
-    return float((got.double() - wanted).norm() / wanted.norm())
 
 
 def together(x: torch.Tensor, ws: list[LinearWeights]) -> torch.Tensor:

@@ -20,17 +20,14 @@ from cuda_emulation import (
     TO_Y,
     TO_Z,
     TOLERANCE,
-    Group,
     Matrix,
-    Product,
     Rows,
     address,
     build,
+    group_of,
     random_core,
     relative_error,
 )
-
-from cai_runtime.kernels.cuda_packing import pack
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: its headers are needed")
 
@@ -112,15 +109,7 @@ def run(
     count, there = x.shape[0], write_panels(x)
     y = torch.full((count, sum(m.width for m in matrices)), torch.nan, dtype=x.dtype)
     z = panels(count, sum(-(-m.core.shape[0] // BLOCK) * BLOCK for m in matrices))
-    group = Group()
-    group.count = len(matrices)
-    z_col = y_col = 0
-    packed = [pack(m.core) for m in matrices]
-    for g, (m, c) in enumerate(zip(matrices, packed, strict=True)):
-        tensors = (c.data, c.scale, m.index, m.bias)
-        group.product[g] = Product(*map(address, tensors), 0, c.rows, c.cols, m.x_col, z_col, y_col, m.destination)
-        z_col += -(-c.rows // BLOCK) * BLOCK
-        y_col += m.width
+    group, packed = group_of(matrices, z_columns=BLOCK)
     kept = there.clone()
     there.fill_(-1)  # NaN
     strides = (residual.stride(0) if residual is not None else 0, y.stride(0))

@@ -247,6 +247,9 @@ inline void bring(uint8_t* to, const void* from, int bytes, const void* barrier)
 inline void __syncthreads() { emulator::wait_for(emulator::block().whole, emulator::current->threads); }
 inline void __syncwarp() { emulator::wait_for(emulator::block().warps[emulator::fiber().thread / 32], 32); }
 
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+
 inline float __shfl_xor_sync(unsigned, float value, int lanes) {
   emulator::Words words{};
   std::memcpy(words.data(), &value, sizeof value);

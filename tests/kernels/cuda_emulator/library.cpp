@@ -9,7 +9,7 @@
 #include <tvm/ffi/function.h>
 #include <tvm/ffi/optional.h>
 
-#include "cuda/dispatch.cuh"
+#include "many_launches.h"
 
 namespace cai {
 
@@ -32,28 +32,14 @@ cudaError_t launch_group(const Kind& kind, const Rows<T>& rows, const Group& gro
 }
 
 template <typename T>
-struct EmulatedManyLaunch {
-  template <typename W, int kRows, bool kSplit>
-  cudaError_t run(const ManyRows<T>& rows, const Group& group, const ManyCut& cut) const {
-    emulator::launch(cut.blocks, kManyThreads, [&] { many_products_kernel<T, W, kRows, kSplit>(rows, group, cut); },
-                     kSplit ? kParts : kShared, cut.bytes);
-    return cudaSuccess;
-  }
-};
-
-template <typename T>
 cudaError_t launch_many(const Kind& kind, const ManyRows<T>& rows, const Group& group, const LaunchOptions&) {
   constexpr ManyDevice kDevice{kHopper, 6, 1, true};  // small, so that blocks take several groups of tiles
-  return launch_many_rows(kind, rows, group, kDevice, EmulatedManyLaunch<T>{});
+  return launch_many_rows(kind, rows, group, kDevice, emulator::ManyLaunch<T>{});
 }
 
 template <typename T>
 cudaError_t launch_fill(const Rows<T>& rows, uint8_t* panels, float* factor, int cols, int blocks, const LaunchOptions&) {
-  Rows<T> ready = rows;
-  align_rows(ready, cols);
-  const int parts = fill_parts(rows.prologue, cols);
-  emulator::launch(rows.count * parts, kThreads, [&] { fill_panels_kernel(ready, panels, factor, cols, blocks, parts); }, 1,
-                   fill_shared_bytes(rows.prologue, cols));
+  emulator::fill(rows, panels, factor, cols, blocks);
   return cudaSuccess;
 }
 

@@ -1,38 +1,16 @@
 // The kernels of csrc/cuda for many rows on the emulated device, as C functions.
-#include "device.h"
-// The device comes first: it redefines what the kernels are written in.
-#include "cuda/dispatch.cuh"
 #include "calls.h"
+#include "many_launches.h"
 
 namespace {
 
 using BFloat16 = __nv_bfloat16;
 
-// The launches of csrc/cuda/launch_instances.cuh on the emulated device.
-template <typename T>
-struct ManyLaunch {
-  template <typename W, int kRows, bool kSplit>
-  cudaError_t run(const cai::ManyRows<T>& rows, const cai::Group& group, const cai::ManyCut& cut) const {
-    emulator::launch(cut.blocks, cai::kManyThreads, [&] { cai::many_products_kernel<T, W, kRows, kSplit>(rows, group, cut); },
-                     kSplit ? cai::kParts : cai::kShared, cut.bytes);
-    return cudaSuccess;
-  }
-};
-
-template <typename T>
-void fill(cai::Rows<T> rows, uint8_t* panels, float* factor, int cols, int blocks) {
-  cai::align_rows(rows, cols);
-  const int parts = cai::fill_parts(rows.prologue, cols);
-  emulator::launch(rows.count * parts, cai::kThreads,
-                   [&] { cai::fill_panels_kernel(rows, panels, factor, cols, blocks, parts); }, 1,
-                   cai::fill_shared_bytes(rows.prologue, cols));
-}
-
 template <typename T>
 void many(const cai::Kind& kind, const cai::ManyRows<T>& rows, cai::Group& group, const cai::ManyDevice& device,
           cai::Columns columns) {
   for (int i = 0; i < group.count; ++i) cai::measure<T>(kind, group.product[i]);
-  if (cai::launch_many_rows(kind, rows, group, device, ManyLaunch<T>{}, columns) != cudaSuccess) throw std::runtime_error("refused");
+  if (cai::launch_many_rows(kind, rows, group, device, emulator::ManyLaunch<T>{}, columns) != cudaSuccess) throw std::runtime_error("refused");
 }
 
 }  // namespace
@@ -41,8 +19,8 @@ void many(const cai::Kind& kind, const cai::ManyRows<T>& rows, cai::Group& group
 extern "C" const char* run_fill(int half, const void* rows, void* panels, float* factor, int cols, int blocks) {
   return told([&] {
     auto* bytes = static_cast<uint8_t*>(panels);
-    half ? fill(*static_cast<const cai::Rows<__half>*>(rows), bytes, factor, cols, blocks)
-         : fill(*static_cast<const cai::Rows<BFloat16>*>(rows), bytes, factor, cols, blocks);
+    half ? emulator::fill(*static_cast<const cai::Rows<__half>*>(rows), bytes, factor, cols, blocks)
+         : emulator::fill(*static_cast<const cai::Rows<BFloat16>*>(rows), bytes, factor, cols, blocks);
   });
 }
 

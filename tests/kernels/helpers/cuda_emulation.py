@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from cai_runtime.kernels.cuda_packing import PackedCore, pack
 from cai_runtime.kernels.weights import Core
 
 ROOT = Path(__file__).parents[3]
@@ -87,6 +88,20 @@ class Matrix:
 
 def address(t: torch.Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
+
+
+def group_of(matrices: list[Matrix], *, z_columns: int) -> tuple[Group, list[PackedCore]]:
+    """The products of a launch, side by side in y, and in z at multiples of z_columns; with the cores, to be kept alive."""
+    group = Group()
+    group.count = len(matrices)
+    z_col = y_col = 0
+    packed = [pack(m.core) for m in matrices]
+    for g, (m, c) in enumerate(zip(matrices, packed, strict=True)):
+        tensors = (c.data, c.scale, m.index, m.bias)
+        group.product[g] = Product(*map(address, tensors), 0, c.rows, c.cols, m.x_col, z_col, y_col, m.destination)
+        z_col += -(-c.rows // z_columns) * z_columns
+        y_col += m.width
+    return group, packed
 
 
 def random_core(rows: int, cols: int, store: str, activation: torch.dtype) -> Core:
