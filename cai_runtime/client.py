@@ -82,8 +82,8 @@ class _BaseClient:
                 Default: the largest that the checkpoint holds.
             kv_cache: the key-value cache's budget for each model: bytes, a text such as "2GiB", or a fraction of the
                 free memory as a float. Default: the engine chooses.
-            kv_dtype: of the cached keys and values, as `dtype`. Default: the activations'; for an encoder's output that of
-                the checkpoint's float weights, unless `dtype` is given.
+            kv_dtype: of the cached keys and values: as `dtype`, or "int8": a quarter of fp32's bytes, half of bf16's, for a
+                loss that docs/results.md gives. Default: the activations'. An encoder's output is never held in int8.
             max_context: positions a sequence may have. Default: what the model was made for.
             max_batch: sequences that run at once. Default: the engine's.
             prefill_chunk: prompt tokens fed in one step, at most. Default: 512, on a GPU 4096.

@@ -18,6 +18,7 @@ DTYPES = {
     "fp32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16",
     "float16": "float16",
 }  # fmt: skip
+KV_DTYPES = {**DTYPES, "int8": "int8"}
 # The default of `prefill_chunk`. On a GPU the factors of a linear make half as many tiles as its matrix would, which do not
 # fill the device below some thousand rows.
 PREFILL_CHUNK, PREFILL_CHUNK_GPU = 512, 4096
@@ -36,8 +37,10 @@ class EngineOptions:
         keep: of an elastic checkpoint, the share of its dense parameters to open, at most, in (0, 1]. None: the largest.
         kv_cache: the KV cache's budget: bytes, a text such as "2GiB", or a fraction of the free memory as a float in
             (0, 1]. None: see `engine.memory.cache_budget`.
-        kv_dtype: of the cached keys and values, as `dtype`; "auto": the activations'. Those of an encoder's output are then
-            held as the checkpoint's float weights are, unless `dtype` says otherwise.
+        kv_dtype: of the cached keys and values: as `dtype`, or "int8": codes with a scale for each token and head, a
+            quarter of fp32's bytes and half of bf16's for a loss that docs/results.md gives. "auto": the activations'. With
+            "auto" and "int8" those of an encoder's output are held as the checkpoint's float weights are, unless `dtype`
+            says otherwise.
         max_context: positions that a sequence may have, at most the model's. None: the model's.
         max_batch: sequences that run at once, at least 1.
         prefill_chunk: prompt tokens fed in one step at most, at least 1. None: 512, on a GPU 4096.
@@ -103,7 +106,7 @@ class EngineOptions:
             dtype=_dtype("dtype", self.dtype),
             keep=_keep(self.keep),
             kv_cache=_kv_cache(self.kv_cache),
-            kv_dtype=_dtype("kv_dtype", self.kv_dtype),
+            kv_dtype=_kv_dtype(self.kv_dtype),
             max_context=_whole("max_context", self.max_context, least=1),
             max_batch=_whole("max_batch", self.max_batch, least=1),
             prefill_chunk=_whole("prefill_chunk", self.prefill_chunk, least=1),
@@ -151,6 +154,13 @@ def _dtype(option: str, value: Any) -> str:
     name = _name_of_torch(option, value)
     if name != "auto" and name not in DTYPES:
         raise OptionValueError(f'{option} must be "auto", "fp32", "bf16" or "fp16", got {shown(value)}')
+    return name
+
+
+def _kv_dtype(value: Any) -> str:
+    name = _name_of_torch("kv_dtype", value)
+    if name not in ("auto", *KV_DTYPES):
+        raise OptionValueError(f'kv_dtype must be "auto", "fp32", "bf16", "fp16" or "int8", got {shown(value)}')
     return name
 
 

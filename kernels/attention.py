@@ -2,6 +2,10 @@
 
 A cache belongs to a backend: the reference and the GPU kernels keep keys as [pages, kv_heads, page_size, head_dim]; the CPU
 kernels keep them as [pages, kv_heads, head_dim, page_size], so that one vector holds one dimension of many keys.
+
+An int8 cache holds codes -127 to 127 and an fp32 scale for each key and each value of a head, max|x| / 127 (symmetric, per
+token and head; as `quantized_rows.quantize_rows` rounds). No kernel widens the codes' products by scales one by one: a key's
+scale multiplies its score, a value's its weight.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from cai_runtime.kernels.batch import FULL, AttentionBatch
 from cai_runtime.kernels.cpu_library import check_rows
 from cai_runtime.kernels.norm import rms_norm_reference
 from cai_runtime.kernels.program import Value
+from cai_runtime.kernels.quantized_rows import quantize_rows
 
 Cache = TypeVar("Cache")
 
@@ -75,24 +80,62 @@ def check_whole(heads: HeadLayout, rows: int, name: str, what: str) -> None:
 # ------------------------------------------------------------------------------------------------------ reference
 
 
+CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+"""What keys and values are held in."""
+
+
+def check_cache_dtype(dtype: torch.dtype) -> None:
+    """Raises KernelError for a dtype that keys and values can't be held in."""
+    if dtype not in CACHE_DTYPES:
+        raise KernelError(f"a KV cache is fp32, bf16, fp16 or int8, not {dtype}")
+
+
 class ReferenceKVCache:
-    """Pages of one layer: k, v [pages, kv_heads, page_size, head_dim]."""
+    """Pages of one layer: k, v [pages, kv_heads, page_size, head_dim]; of an int8 cache, scales fp32 [pages, kv_heads,
+    page_size] of keys and of values, else None."""
 
     def __init__(self, pages: int, page_size: int, heads: HeadLayout, dtype: torch.dtype, device: torch.device):
+        check_cache_dtype(dtype)
         shape = (pages, heads.kv_heads, page_size, heads.head_dim)
         self.page_size = page_size
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.k_scale = self.v_scale = None
+        if dtype == torch.int8:
+            self.k_scale = torch.zeros(shape[:3], dtype=torch.float32, device=device)
+            self.v_scale = torch.zeros(shape[:3], dtype=torch.float32, device=device)
 
     @staticmethod
     def page_bytes(page_size: int, heads: HeadLayout, dtype: torch.dtype) -> int:
         """Bytes of one page of one layer."""
-        return 2 * heads.kv_heads * page_size * heads.head_dim * dtype.itemsize
+        scale = 4 if dtype == torch.int8 else 0
+        return 2 * heads.kv_heads * page_size * (heads.head_dim * dtype.itemsize + scale)
 
     def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """Copy pages, by number, int64 [N] on the cache's device. No target is a source too."""
-        for pages in (self.k, self.v):
-            pages.index_copy_(0, targets, pages.index_select(0, sources))
+        for pages in (self.k, self.v, self.k_scale, self.v_scale):
+            if pages is not None:
+                pages.index_copy_(0, targets, pages.index_select(0, sources))
+
+    def write(self, page: torch.Tensor, offset: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Keys and values [T, kv_heads, head_dim] to places int64 [T] of pages int64 [T]."""
+        for x, pages, scales in ((k, self.k, self.k_scale), (v, self.v, self.v_scale)):
+            if scales is None:
+                pages[page, :, offset] = x.to(pages.dtype)
+                continue
+            codes, scale = quantize_rows(x.flatten(0, 1))
+            pages[page, :, offset] = codes.view(x.shape)
+            scales[page, :, offset] = scale.view(x.shape[:2])
+
+    def read(self, pages: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [kv_heads, positions, head_dim] of pages int64 [N], in a float dtype."""
+        found = []
+        for codes, scales in ((self.k, self.k_scale), (self.v, self.v_scale)):
+            x = codes[pages].to(dtype)
+            if scales is not None:
+                x *= scales[pages].to(dtype)[..., None]
+            found.append(x.transpose(0, 1).flatten(1, 2))
+        return found[0], found[1]
 
 
 def rotate_reference(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
@@ -121,8 +164,7 @@ def rope_kv_write_reference(
         q, k = (rms_norm_reference(x, w, norms.eps) for x, w in zip((q, k), norms.weight, strict=True))
     slots = batch.tables[group].slots.long()
     page, offset = slots // cache.page_size, slots % cache.page_size
-    cache.k[page, :, offset] = rotate_reference(k, batch.positions, cos_sin).to(cache.k.dtype)
-    cache.v[page, :, offset] = v.to(cache.v.dtype)
+    cache.write(page, offset, rotate_reference(k, batch.positions, cos_sin), v)
     return rotate_reference(q, batch.positions, cos_sin)
 
 
@@ -153,9 +195,7 @@ def paged_attention_reference(
         first = seen // cache.page_size
         pages = table[i, first : -(-length // cache.page_size)].long()
         keys = slice(seen - first * cache.page_size, length - first * cache.page_size)
-        k = cache.k[pages].transpose(0, 1).reshape(heads.kv_heads, -1, heads.head_dim)[:, keys].to(wide)
-        v = cache.v[pages].transpose(0, 1).reshape(heads.kv_heads, -1, heads.head_dim)[:, keys].to(wide)
-        k, v = k.repeat_interleave(shared, 0), v.repeat_interleave(shared, 0)
+        k, v = (part[:, keys].repeat_interleave(shared, 0) for part in cache.read(pages, wide))
         scores = q[rows].transpose(0, 1).to(wide) @ k.transpose(1, 2) * scale
         query_position = torch.arange(length - count, length, dtype=torch.int64, device=q.device)
         distance = query_position[:, None] - torch.arange(seen, length, dtype=torch.int64, device=q.device)[None]
@@ -175,7 +215,8 @@ def paged_attention_reference(
 class CpuKVCache:
     """Pages of one layer in the layout of csrc/cpu/kernels.inl, in memory that the system commits as pages are used.
 
-    dtype: fp32, bf16 or fp16. page_size: a multiple of 16 up to 64. head_dim: up to 512.
+    dtype: fp32, bf16, fp16 or int8, whose scales follow the codes of each head in a page. page_size: a multiple of 16 up to
+    64. head_dim: up to 512.
     """
 
     def __init__(self, pages: int, page_size: int, heads: HeadLayout, dtype: torch.dtype):
@@ -183,8 +224,7 @@ class CpuKVCache:
             raise KernelError(f"the CPU kernels take a page_size of 16, 32, 48 or 64, not {page_size}")
         if heads.head_dim > 512 or heads.query_heads % heads.kv_heads:
             raise KernelError(f"the CPU kernels take head_dim up to 512 and whole groups of query heads, not {heads}")
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise KernelError(f"a KV cache is fp32, bf16 or fp16, not {dtype}")
+        check_cache_dtype(dtype)
         self.page_size = page_size
         k, v = self._page_sizes(page_size, heads, dtype)
         self._k = cpu_library.system_memory(pages * k)
@@ -198,8 +238,9 @@ class CpuKVCache:
     def _page_sizes(page_size: int, heads: HeadLayout, dtype: torch.dtype) -> tuple[int, int]:
         """Bytes of the keys and of the values of a page: rows of values are padded to a multiple of 16."""
         padded = -(-heads.head_dim // 16) * 16
-        item = heads.kv_heads * page_size * dtype.itemsize
-        return item * heads.head_dim, item * padded
+        scale = 4 if dtype == torch.int8 else 0
+        places = heads.kv_heads * page_size
+        return places * (heads.head_dim * dtype.itemsize + scale), places * (padded * dtype.itemsize + scale)
 
     @classmethod
     def page_bytes(cls, page_size: int, heads: HeadLayout, dtype: torch.dtype) -> int:

@@ -26,11 +26,14 @@ class LayerCrossAttention(Generic[Cache]):
     cache: what `Ops.kv_cache` made for these heads. rows: positions of an encoder's output. group: the cache group whose
     page table names the output's pages.
 
-    Raises KernelError for heads with a sliding window, for query heads in no whole groups, and for rows below 1.
+    Raises KernelError for heads with a sliding window, for query heads in no whole groups, for rows below 1, and for an int8
+    cache.
     """
 
     def __init__(self, heads: HeadLayout, cache: Cache, rows: int, group: str) -> None:
         check_whole(heads, rows, "cross-attention", "an encoder's output")
+        if cache.k.dtype == torch.int8:  # type: ignore[attr-defined]
+            raise KernelError("cross-attention takes a KV cache of fp32, bf16 or fp16, not int8")
         self.heads, self.cache, self.rows, self.group = heads, cache, rows, group
         self.pages = -(-rows // cache.page_size)  # type: ignore[attr-defined]
         """Pages that one output takes."""

@@ -175,8 +175,10 @@ class Whisper:
         self.scale = 1.0 / math.sqrt(c.decoder_heads.head_dim)
         self.encoder_attention = self.ops.encoder_attention(c.encoder_heads, c.rows)
         # A step reads the keys and values of a whole window: from weights of 16 bits, 16 bits are enough for them.
-        is_left_to_us = loader.cache_dtype is None and loader.dtype is None
+        is_left_to_us = loader.cache_dtype in (None, torch.int8) and loader.dtype is None
         self._cross_dtype = stored_dtype(loader.checkpoint.config) if is_left_to_us else None
+        if self._cross_dtype is None and loader.cache_dtype == torch.int8:
+            self._cross_dtype = self.dtype
         self.cos_sin: torch.Tensor | None = None
         self.compiled_step: Compiled | None = None
         self.compiled_encode: Compiled | None = None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cai_runtime.errors import SourceError
 from cai_runtime.home import cai_home, existing
+from cai_runtime.options import KV_DTYPES
 from cai_runtime.scalars import shown
 
 if TYPE_CHECKING:
@@ -43,6 +44,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         type=kv_cache_budget,
         metavar="BUDGET",
         help="memory for the key-value cache: bytes, such as 2GiB, or a fraction such as 0.3",
+    )
+    parser.add_argument(
+        "--kv-dtype",
+        choices=("auto", *KV_DTYPES),
+        default="auto",
+        help="what cached keys and values are held in: int8 takes a quarter of fp32's memory; default: as activations",
     )
 
 
@@ -101,6 +108,8 @@ def client_options(args: argparse.Namespace) -> dict[str, Any]:
     options = {"device": args.device, "dtype": args.dtype, "keep": args.keep, "kv_cache": args.kv_cache}
     if getattr(args, "int8_activations", False):
         options["int8_activations"] = True
+    if getattr(args, "kv_dtype", "auto") != "auto":
+        options["kv_dtype"] = args.kv_dtype
     return options
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cai_runtime.engine.tokenizer import load_tokenizer as load_tokenizer  # exported from here
 from cai_runtime.engine.turn_ends import end_of_sequence_ids
 from cai_runtime.errors import InvalidConfigError, KernelError, MemoryBudgetError
-from cai_runtime.options import DTYPES, PREFILL_CHUNK, PREFILL_CHUNK_GPU, EngineOptions
+from cai_runtime.options import DTYPES, KV_DTYPES, PREFILL_CHUNK, PREFILL_CHUNK_GPU, EngineOptions
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +111,7 @@ def load_runner(
         weights = choose_dtype(options.dtype, config, kernels)
         loader = WeightLoader(
             checkpoint, place, weights, kernels, int8_activations=options.int8_activations,
-            cache_dtype=None if options.kv_dtype == "auto" else named_dtype(options.kv_dtype),
+            cache_dtype=None if options.kv_dtype == "auto" else getattr(torch, KV_DTYPES[options.kv_dtype]),
         )  # fmt: skip
         layers = sum(int(config.get(key) or 0) for key in _layer_counts(config))
         with progress_bar("load", total=layers, unit="layer", show=options.progress) as bar:

@@ -33,12 +33,12 @@ class GpuAttention(LayerAttention[ReferenceKVCache]):
         heads, cache, table = self.heads, self.cache, batch.tables[self.group]
         rope_kv_write(
             qkv, batch.positions, cos_sin, cache.k, cache.v, table.slots, heads.query_heads, heads.kv_heads,
-            heads.head_dim, norms=self.norms,
+            heads.head_dim, norms=self.norms, k_scale=cache.k_scale, v_scale=cache.v_scale,
         )  # fmt: skip
         q = qkv[:, : heads.query_width].view(-1, heads.query_heads, heads.head_dim)
         return paged_attention(
             q, cache.k, cache.v, batch.query_start, batch.context_len, table.pages, scale,
-            window=heads.window, sinks=self.sinks,
+            window=heads.window, sinks=self.sinks, k_scale=cache.k_scale, v_scale=cache.v_scale,
         )  # fmt: skip
 
 

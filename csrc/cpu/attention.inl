@@ -1,7 +1,8 @@
 // Rotary embedding, the KV cache and attention over it. Part of kernels.inl.
 //
 // Cache layouts, per page and KV head: keys [head_dim][page_size], so that one vector holds one dimension of many keys and
-// scores need no sum across lanes; values [page_size][round_up(head_dim, 16)], padded with zeros.
+// scores need no sum across lanes; values [page_size][round_up(head_dim, 16)], padded with zeros. An int8 cache has codes
+// there, and behind them fp32 scales [page_size]: a key's scale multiplies its score, a value's its weight.
 //
 // Order of sums. The keys of a sequence are cut at fixed positions into splits (kernels.h: split_pages). Within a split a
 // running softmax (Milakov and Gimelshein 2018) takes one page after the other; the states of the splits are merged in order
@@ -23,15 +24,52 @@ void rotate(const float* x, int64_t heads, int64_t head_dim, const float* cos_si
   }
 }
 
+constexpr int64_t kMaxDim = 512;  // largest head_dim; checked in attention_ops.cpp
+constexpr int64_t kMaxPage = 64;  // largest page_size; likewise
+
+template <class T>
+constexpr bool kHasScales = std::is_same_v<T, int8_t>;
+
+// Elements of one head's keys or values in a page, `width` of each position, with the scales behind them.
+template <class T>
+constexpr int64_t page_elements(int64_t width, int64_t page_size) {
+  return page_size * (width + (kHasScales<T> ? static_cast<int64_t>(sizeof(float)) : 0));
+}
+
+// The scales behind one head's codes in a page.
+template <class T>
+inline auto scales_of(T* codes, int64_t width, int64_t page_size) {
+  using Float = std::conditional_t<std::is_const_v<T>, const float, float>;
+  return reinterpret_cast<Float*>(codes + width * page_size);
+}
+
+// x [D] as codes; returns their scale. A NaN or an infinity makes the scale NaN.
+inline float codes_of(const float* x, int64_t D, int8_t* codes) {
+  float scale;
+  quantize_rows(x, D, D, 0, 1, codes, round_up(D, 16), &scale);
+  for (int64_t d = 0; d < D; ++d) codes[d] = static_cast<int8_t>(codes[d] ^ kZeroCode);
+  return scale;
+}
+
 template <class T>
 void write_kv_store(const float* k, const float* v, int64_t slot, int64_t kv_head, const AttentionShape& s, T* k_cache,
                     T* v_cache) {
-  const int64_t D = s.head_dim, DV = round_up(D, 16), page = slot / s.page_size, offset = slot % s.page_size;
-  T* kc = k_cache + ((page * s.kv_heads + kv_head) * D) * s.page_size + offset;
-  T* vc = v_cache + ((page * s.kv_heads + kv_head) * s.page_size + offset) * DV;
-  for (int64_t d = 0; d < D; ++d) put(kc + d * s.page_size, k[d]);
-  for (int64_t d = 0; d < D; ++d) put(vc + d, v[d]);
-  for (int64_t d = D; d < DV; ++d) put(vc + d, 0.0f);
+  const int64_t D = s.head_dim, DV = round_up(D, 16), P = s.page_size, page = slot / P, offset = slot % P;
+  const int64_t block = page * s.kv_heads + kv_head;
+  T *keys = k_cache + block * page_elements<T>(D, P), *values = v_cache + block * page_elements<T>(DV, P);
+  T *kc = keys + offset, *vc = values + offset * DV;
+  if constexpr (kHasScales<T>) {
+    int8_t codes[kMaxDim];
+    scales_of(keys, D, P)[offset] = codes_of(k, D, codes);
+    for (int64_t d = 0; d < D; ++d) kc[d * P] = codes[d];
+    scales_of(values, DV, P)[offset] = codes_of(v, D, codes);
+    std::memcpy(vc, codes, D);
+    std::memset(vc + D, 0, DV - D);
+  } else {
+    for (int64_t d = 0; d < D; ++d) put(kc + d * P, k[d]);
+    for (int64_t d = 0; d < D; ++d) put(vc + d, v[d]);
+    for (int64_t d = D; d < DV; ++d) put(vc + d, 0.0f);
+  }
 }
 
 void write_kv(const float* k, const float* v, int64_t slot, int64_t kv_head, const AttentionShape& s, void* k_cache,
@@ -45,13 +83,13 @@ void write_kv(const float* k, const float* v, int64_t slot, int64_t kv_head, con
     case Store::kFp16:
       return write_kv_store(k, v, slot, kv_head, s, static_cast<Simd::Fp16*>(k_cache),
                             static_cast<Simd::Fp16*>(v_cache));
+    case Store::kInt8:
+      return write_kv_store(k, v, slot, kv_head, s, static_cast<int8_t*>(k_cache), static_cast<int8_t*>(v_cache));
     default: return;  // refused before
   }
 }
 
-constexpr int kTileQ = 4;         // query vectors that share one pass over a page
-constexpr int64_t kMaxDim = 512;  // largest head_dim; checked in attention_ops.cpp
-constexpr int64_t kMaxPage = 64;  // largest page_size; likewise
+constexpr int kTileQ = 4;  // query vectors that share one pass over a page
 
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
@@ -144,9 +182,11 @@ inline void score_keys(const QueryTile& t, const Page<T>& page, const AttentionS
       for (int n = 0; n < NV; ++n) score[i][n] = Simd::fma(q, key[n], score[i][n]);
     }
   }
-  for (int i = 0; i < kTileQ; ++i)
-    for (int n = 0; n < NV; ++n)
-      Simd::store(weight[i] + j + n * kW, Simd::mul(score[i][n], Simd::set1(s.scale)));
+  for (int n = 0; n < NV; ++n) {
+    V scale = Simd::set1(s.scale);
+    if constexpr (kHasScales<T>) scale = Simd::mul(scale, Simd::load(scales_of(page.k, s.head_dim, s.page_size) + j + n * kW));
+    for (int i = 0; i < kTileQ; ++i) Simd::store(weight[i] + j + n * kW, Simd::mul(score[i][n], scale));
+  }
 }
 
 // Adds the values of keys [from, to) of a page, weighted, to NQ states, NV vectors from dimension d on.
@@ -212,6 +252,10 @@ inline void attend_page(QueryTile& t, int64_t first_key, const Page<T>& page, co
     for (int64_t at = 0; at < first; ++at) p[at] = 0.0f;
     for (int64_t at = n; at < P; ++at) p[at] = 0.0f;
     for (int64_t at = 0; at < P; at += kW) total = Simd::add(total, Simd::load(p + at));
+    if constexpr (kHasScales<T>) {  // of the keys that are seen: others' may be anything
+      const float* scales = scales_of(page.v, DV, P);
+      for (int64_t at = first; at < n; ++at) p[at] *= scales[at];
+    }
     if (maximum != state.maximum) {
       scale_state(state, state.maximum == kNothing ? 0.0f : exp_of(state.maximum - maximum), DV);
       state.maximum = maximum;
@@ -256,7 +300,8 @@ void attention_store(const float* q, int64_t ldq, int64_t position, int64_t coun
       for (int64_t page = greater(split * width, first / P); page < last; ++page) {
         const int64_t base = static_cast<int64_t>(pages[page]) * s.kv_heads + kv_head;
         const int64_t next = page + 1 < last ? static_cast<int64_t>(pages[page + 1]) * s.kv_heads + kv_head : base;
-        const Page<T> at{k_cache + base * D * P, v_cache + base * P * DV, k_cache + next * D * P, v_cache + next * P * DV};
+        const int64_t k_page = page_elements<T>(D, P), v_page = page_elements<T>(DV, P);
+        const Page<T> at{k_cache + base * k_page, v_cache + base * v_page, k_cache + next * k_page, v_cache + next * v_page};
         attend_page(t, page * P, at, s);
       }
       for (int i = 0; i < t.count; ++i) merge(whole[i], t.state[i].maximum, t.state[i].sum, t.state[i].acc, DV);
@@ -287,6 +332,7 @@ void attention(const float* q, int64_t ldq, int64_t position, int64_t count, int
     case Store::kFp32: return run(static_cast<float*>(nullptr));
     case Store::kBf16: return run(static_cast<Simd::Bf16*>(nullptr));
     case Store::kFp16: return run(static_cast<Simd::Fp16*>(nullptr));
+    case Store::kInt8: return run(static_cast<int8_t*>(nullptr));
     default: return;  // refused before
   }
 }

@@ -42,6 +42,7 @@ CrossLayer checked_cross(const Tensor& heads, const Tensor& k_cache, const Tenso
   const CrossLayer layer{checked_cache(heads, k_cache, v_cache, pages), pages, rows};
   if (rows < 1 || layer.shape().window)
     TVM_FFI_THROW(ValueError) << "cross-attention takes 1 position or more and no window, not " << rows << " positions";
+  if (layer.shape().store == Store::kInt8) TVM_FFI_THROW(ValueError) << "cross-attention takes no int8 cache";
   return layer;
 }
 

@@ -21,7 +21,8 @@ struct ElementType {
   const char* name;
 };
 constexpr ElementType kFloat{kDLFloat, 32, "float32"}, kBfloat16{kDLBfloat, 16, "bfloat16"}, kHalf{kDLFloat, 16, "float16"},
-    kInt32{kDLInt, 32, "int32"}, kInt64{kDLInt, 64, "int64"}, kByte{kDLUInt, 8, "uint8"};
+    kInt32{kDLInt, 32, "int32"}, kInt64{kDLInt, 64, "int64"}, kByte{kDLUInt, 8, "uint8"},
+    kInt8{kDLInt, 8, "int8"};
 
 inline bool is_type(const Tensor& t, ElementType type) {
   const DLDataType found = t.dtype();
@@ -82,7 +83,7 @@ inline Int rows_of(const Tensor& t, const char* name) {
 
 // The element type of a store that a matrix or a cache may have in memory.
 inline ElementType element_type(Store store) {
-  return store == Store::kFp32 ? kFloat : store == Store::kBf16 ? kBfloat16 : kHalf;
+  return store == Store::kFp32 ? kFloat : store == Store::kBf16 ? kBfloat16 : store == Store::kFp16 ? kHalf : kInt8;
 }
 
 // Raises ValueError for a prologue that is unknown, or a norm's weight or bias that it lacks or does not take.
@@ -125,13 +126,14 @@ inline CacheLayer checked_cache(const Tensor& heads, const Tensor& k_cache, cons
     TVM_FFI_THROW(ValueError) << "attention takes head_dim up to 512, a page_size of 16, 32, 48 or 64, and whole groups of "
                                  "query heads";
   while (!is_type(k_cache, element_type(s.store))) {
-    if (s.store == Store::kFp16)
-      TVM_FFI_THROW(ValueError) << "a KV cache is float32, bfloat16 or float16, not " << described(k_cache);
+    if (s.store == Store::kInt8)
+      TVM_FFI_THROW(ValueError) << "a KV cache is float32, bfloat16, float16 or int8, not " << described(k_cache);
     s.store = static_cast<Store>(static_cast<Int>(s.store) + 1);
   }
   const Int keys = pages * s.kv_heads * s.page_size, padded = (s.head_dim + 15) / 16 * 16;
-  return {s, checked_array<void>(k_cache, "the key cache", element_type(s.store), keys * s.head_dim, true),
-          checked_array<void>(v_cache, "the value cache", element_type(s.store), keys * padded, true)};
+  const Int scale = s.store == Store::kInt8 ? Int(sizeof(float)) : 0;
+  return {s, checked_array<void>(k_cache, "the key cache", element_type(s.store), keys * (s.head_dim + scale), true),
+          checked_array<void>(v_cache, "the value cache", element_type(s.store), keys * (padded + scale), true)};
 }
 
 // heads, k_cache, v_cache, pages: see checked_cache. sinks: float32 [query_heads] or none. head_norms: float32 [2, head_dim] or

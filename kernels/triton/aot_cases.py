@@ -112,12 +112,14 @@ def _attention_case(
     window: int = 0,
     sinks: bool = False,
     many: bool = False,
+    int8_cache: bool = False,
 ) -> Case:
     t = _POINTER[dtype] + "!"
-    types = dict.fromkeys(("q", "k_cache", "v_cache", "out"), t)
+    types = dict.fromkeys(("q", "out"), t)
+    types |= dict.fromkeys(("k_cache", "v_cache"), "*i8!" if int8_cache else t)
     types |= dict.fromkeys(("query_start", "context_len", "page_table"), "*i32!")
     types |= {"sequences": "i32", "rows": "i32", "scale_log2": "fp32", "ldt": "i32"}
-    strides = ("ldq", "q_head", "ldo", "k_page", "k_head", "k_slot", "v_page", "v_head", "v_slot")
+    strides = ("ldq", "q_head", "ldo", "k_page", "k_head", "k_slot", "v_page", "v_head", "v_slot", "s_page", "s_head")
     types |= dict.fromkeys(strides, "i32!")
     decode = tokens == 1
     tile = attention_tile(group, dim, dtype, decode=decode, many=many, hopper=many)
@@ -125,15 +127,15 @@ def _attention_case(
         "GROUP": group, "HEADS": tile.heads, "DIM": dim, "PAGE": 16, "WINDOW": window, "COMPUTE": operand_dtype(dtype),
         "TOKENS": tile.tokens, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "BLOCK_D": max(16, triton.next_power_of_2(dim)),
     }  # fmt: skip
-    optional = {"states": splits, "numerators": splits, "sinks": sinks}
+    optional = {"states": splits, "numerators": splits, "sinks": sinks, "k_scale": int8_cache, "v_scale": int8_cache}
     types |= {name: "*fp32!" for name, there in optional.items() if there}
     constants |= {name: None for name, there in optional.items() if not there}
     name = f"attention {'decode' if decode else 'prefill'} {dtype} D={dim}".replace("torch.", "")
-    words = (("splits", splits), ("window", window), ("sinks", sinks), ("many", many))
+    words = (("splits", splits), ("window", window), ("sinks", sinks), ("many", many), ("int8 cache", int8_cache))
     name += "".join(f" {word}" for word, on in words if on)
     return Case(
         name, paged_attention_kernel, types, constants, tile.num_warps, 2, decode, fp32=dtype == torch.float32,
-        max_registers=tile.max_registers, same_bits=f"attention {dtype} D={dim}", warp_groups=many,
+        max_registers=tile.max_registers, same_bits=f"attention {dtype} D={dim} {int8_cache}", warp_groups=many,
     )  # fmt: skip
 
 
@@ -170,6 +172,9 @@ def cases() -> Iterator[Case]:
     yield _attention_case(bf16, 64, 8, 512, window=128, sinks=True)
     yield _attention_case(bf16, 128, 4, 512, many=True)
     yield _attention_case(bf16, 64, 8, 512, window=128, sinks=True, many=True)
+    yield _attention_case(bf16, 128, 4, 1, splits=True, int8_cache=True)
+    yield _attention_case(bf16, 128, 4, 512, int8_cache=True)
+    yield _attention_case(bf16, 128, 4, 512, many=True, int8_cache=True)
     yield _attention_case(fp32, 64, 3, 1)
     types = dict.fromkeys(("states", "numerators", "sinks"), "*fp32!") | {
         "out": "*bf16!",
@@ -186,11 +191,11 @@ def cases() -> Iterator[Case]:
     yield Case("add_rms_norm 4096", rms_norm_kernel, types, blocks, 8, decode=True, products=False)
     types = {"gate_up": b, "out": b} | dict.fromkeys(("width", "ldg", "ldo"), "i32!")
     yield Case("swiglu", swiglu_kernel, types, {"BLOCK": 1024}, 4, decode=True, products=False)
-    types = {"qkv": b, "cos_sin": "*fp32!", "k_cache": b, "v_cache": b, "positions": "*i32!", "slots": "*i32!"}
+    types = {"qkv": b, "cos_sin": "*fp32!", "positions": "*i32!", "slots": "*i32!"}
     types |= {"eps": "fp32"}
     numbers = ("ldq", "ldc", "page_size", "k_page", "k_head", "k_slot", "v_page", "v_head", "v_slot")
     types |= dict.fromkeys(numbers, "i32!")
-    for rotary, normed in ((128, False), (64, False), (128, True)):
+    for rotary, normed, int8_cache in ((128, False, False), (64, False, False), (128, True, False), (64, False, True)):
         heads: dict[str, Any] = {
             "Q_HEADS": 32,
             "KV_HEADS": 8,
@@ -200,8 +205,11 @@ def cases() -> Iterator[Case]:
             "BLOCK_DIM": 128,
         }
         heads |= {} if normed else {"norms": None}
-        name = f"rope_kv_write {rotary} of 128" + (" normed" if normed else "")
+        heads |= {} if int8_cache else {"k_scale": None, "v_scale": None}
+        name = f"rope_kv_write {rotary} of 128" + (" normed" if normed else "") + (" int8 cache" if int8_cache else "")
         its = types | ({"norms": b} if normed else {})
+        its |= dict.fromkeys(("k_cache", "v_cache"), "*i8!" if int8_cache else b)
+        its |= {"k_scale": "*fp32!", "v_scale": "*fp32!"} if int8_cache else {}
         yield Case(name, rope_kv_write_kernel, its, heads, 1, decode=True, products=False)
     for masked in (False, True):
         yield _sampling_case(masked)

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cai_runtime.kernels.triton.checks import ACTIVATIONS, check_tensor, require
+from cai_runtime.kernels.triton.checks import ACTIVATIONS, check_cache, check_tensor, require
 from cai_runtime.kernels.triton.dependent import dependent_options, wait_for_previous_kernel
 from cai_runtime.kernels.triton.launch import compile_options, is_hopper, on_device, operand_dtype
 
@@ -78,12 +78,14 @@ def finish(largest, total, numerator, sinks, head, head_ok):
 
 @triton.jit
 def _attend(
-    query, k_cache, v_cache, table, position, begin, visible, stop, scale_log2, k_page, k_slot, v_page, v_slot,
-    DIM: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, COMPUTE: tl.constexpr,
+    query, k_cache, v_cache, k_scale, v_scale, table, position, begin, visible, stop, scale_log2, k_page, k_slot, v_page,
+    v_slot, s_page, DIM: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The softmax state of `query` [BLOCK_M, BLOCK_D] over keys begin to stop of one KV head. Those before `visible` are not
-    read: their pages may be another sequence's, and a NaN there times a weight of zero would be NaN."""
+    read: their pages may be another sequence's, and a NaN there times a weight of zero would be NaN.
+
+    Of an int8 cache the matrix unit sees the codes, exact in every COMPUTE, and the weights times the values' scales."""
     dim = tl.arange(0, BLOCK_D)
     dim_ok = dim < DIM
     largest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
@@ -100,27 +102,34 @@ def _attend(
         in_page = key_at % PAGE
         k_at = k_cache + page * k_page + in_page * k_slot
         key = tl.load(k_at[None, :] + dim[:, None], mask=key_ok[None, :] & dim_ok[:, None], other=0)
-        scores = tl.dot(query, key.to(COMPUTE), input_precision="ieee") * scale_log2
+        scores = tl.dot(query, key.to(COMPUTE), input_precision="ieee")
+        if k_scale is not None:
+            s_at = page * s_page + in_page
+            scores = scores * (tl.load(k_scale + s_at, mask=key_ok, other=0.0) * scale_log2)[None, :]
+        else:
+            scores = scores * scale_log2
         seen = key_ok[None, :] & (key_at[None, :] <= position[:, None])
         if WINDOW:
             seen = seen & (key_at[None, :] > position[:, None] - WINDOW)
         scores = tl.where(seen, scores, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, axis=1))
         shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        weights = tl.exp2(scores - shift[:, None]).to(COMPUTE)
+        weights = tl.exp2(scores - shift[:, None])
         shrink = tl.exp2(largest - shift)
         v_at = v_cache + page * v_page + in_page * v_slot
         value = tl.load(v_at[:, None] + dim[None, :], mask=key_ok[:, None] & dim_ok[None, :], other=0)
-        denominator = tl.dot(weights, ones, denominator * shrink[:, None], input_precision="ieee")
-        numerator = tl.dot(weights, value.to(COMPUTE), numerator * shrink[:, None], input_precision="ieee")
+        denominator = tl.dot(weights.to(COMPUTE), ones, denominator * shrink[:, None], input_precision="ieee")
+        if v_scale is not None:
+            weights = weights * tl.load(v_scale + s_at, mask=key_ok, other=0.0)[None, :]
+        numerator = tl.dot(weights.to(COMPUTE), value.to(COMPUTE), numerator * shrink[:, None], input_precision="ieee")
         largest = new_largest
     return largest, tl.sum(denominator, axis=1) / 16, numerator  # equal summands: exact
 
 
 @triton.jit(do_not_specialize=["sequences", "rows"])
 def paged_attention_kernel(
-    q, k_cache, v_cache, out, states, numerators, sinks, query_start, context_len, page_table, sequences, rows,
-    scale_log2, ldq, q_head, ldo, k_page, k_head, k_slot, v_page, v_head, v_slot, ldt,
+    q, k_cache, v_cache, k_scale, v_scale, out, states, numerators, sinks, query_start, context_len, page_table, sequences,
+    rows, scale_log2, ldq, q_head, ldo, k_page, k_head, k_slot, v_page, v_head, v_slot, s_page, s_head, ldt,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
     COMPUTE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -152,6 +161,9 @@ def paged_attention_kernel(
         query = tl.load(q + rows64[:, None] * ldq + head[:, None] * q_head + dim[None, :], mask=ok, other=0).to(COMPUTE)
         k_cache += kv_head * k_head
         v_cache += kv_head * v_head
+        if k_scale is not None:
+            k_scale += kv_head * s_head
+            v_scale += kv_head * s_head
         table = page_table + sequence.to(tl.int64) * ldt
         stop = before + tl.minimum(first + TOKENS, queries)  # keys that this tile's last token sees
         visible = tl.maximum(before + first - WINDOW + 1, 0) if WINDOW else 0  # the first that its first token sees
@@ -161,8 +173,8 @@ def paged_attention_kernel(
             end = tl.minimum((split + 1) * SPLIT, stop)
             if begin < end:
                 largest, total, numerator = _attend(
-                    query, k_cache, v_cache, table, position, begin, visible, end, scale_log2, k_page, k_slot, v_page,
-                    v_slot, DIM, PAGE, WINDOW, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_D,
+                    query, k_cache, v_cache, k_scale, v_scale, table, position, begin, visible, end, scale_log2, k_page,
+                    k_slot, v_page, v_slot, s_page, DIM, PAGE, WINDOW, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_D,
                 )  # fmt: skip
                 heads = tl.num_programs(1) // parts * GROUP
                 at = (split.to(tl.int64) * rows + rows64) * heads + head
@@ -176,8 +188,9 @@ def paged_attention_kernel(
             for split in range(visible // SPLIT, tl.cdiv(stop, SPLIT)):
                 begin = tl.maximum(split * SPLIT, visible // BLOCK_N * BLOCK_N)
                 next_largest, next_total, next_numerator = _attend(
-                    query, k_cache, v_cache, table, position, begin, visible, tl.minimum((split + 1) * SPLIT, stop),
-                    scale_log2, k_page, k_slot, v_page, v_slot, DIM, PAGE, WINDOW, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_D,
+                    query, k_cache, v_cache, k_scale, v_scale, table, position, begin, visible,
+                    tl.minimum((split + 1) * SPLIT, stop), scale_log2, k_page, k_slot, v_page, v_slot, s_page,
+                    DIM, PAGE, WINDOW, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_D,
                 )  # fmt: skip
                 largest, total, numerator = merge(largest, total, numerator, next_largest, next_total, next_numerator)
             result = finish(largest, total, numerator, sinks, head, row_ok)
@@ -283,13 +296,15 @@ def paged_attention(
     *,
     window: int | None = None,
     sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(scale q k^T, causal) v of every new token over its sequence's cached keys.
 
     Args:
         q: [M, Hq, D], float32, bfloat16 or float16, contiguous in D: the new tokens of all sequences, in order.
-        k_cache, v_cache: [pages, Hkv, page_size, D], any activation dtype, contiguous in D; Hkv divides Hq. The new
-            tokens' keys and values are already there.
+        k_cache, v_cache: [pages, Hkv, page_size, D], any activation dtype or int8, contiguous in D; Hkv divides Hq. The
+            new tokens' keys and values are already there.
         query_start: int32 [S + 1]: sequence s's new tokens are rows query_start[s] to query_start[s + 1]. It ascends,
             from 0 to M (rows beyond the last entry are left unwritten).
         context_len: int32 [S]: positions of each sequence, the new ones included; at most P * page_size.
@@ -298,6 +313,7 @@ def paged_attention(
         scale: multiplies q k^T, usually D ** -0.5.
         window: a query sees its own position and the window - 1 before it; None: all before it.
         sinks: float32 [Hq], a logit of each head that takes part in the softmax and brings no value.
+        k_scale, v_scale: of an int8 cache, and only there: float32 [pages, Hkv, page_size], contiguous.
 
     Returns:
         [M, Hq D] in q's dtype, newly allocated.
@@ -310,8 +326,7 @@ def paged_attention(
     device = q.device
     rows, q_heads, dim = q.shape
     check_tensor("q", q, shape=(None, None, None), device=device, dtypes=ACTIVATIONS)
-    check_tensor("k_cache", k_cache, shape=(None, None, None, dim), device=device, dtypes=ACTIVATIONS)
-    check_tensor("v_cache", v_cache, shape=tuple(k_cache.shape), device=device, dtypes=ACTIVATIONS)
+    check_cache(k_cache, v_cache, k_scale, v_scale, (None, None, None, dim), device)
     _, kv_heads, page_size, _ = k_cache.shape
     require(
         kv_heads > 0 and q_heads % kv_heads == 0, f"q has {q_heads} heads, not a multiple of the cache's {kv_heads}"
@@ -345,10 +360,11 @@ def paged_attention(
     options = compile_options(tile.num_warps, 2, max_registers=tile.max_registers) | dependent
     with on_device(q):
         paged_attention_kernel[(tiles, head_programs, 1 if states is None else splits)](
-            q, k_cache, v_cache, out, states, numerators, sinks, query_start, context_len, page_table, sequences, rows,
-            float(scale) * LOG2_E.value, q.stride(0), q.stride(1), out.stride(0), *k_cache.stride()[:3],
-            *v_cache.stride()[:3], page_table.stride(0), group, tile.heads, dim, page_size, window or 0,
-            operand_dtype(q.dtype), tile.tokens, tile.rows, tile.keys, block_d, **options,
+            q, k_cache, v_cache, k_scale, v_scale, out, states, numerators, sinks, query_start, context_len, page_table,
+            sequences, rows, float(scale) * LOG2_E.value, q.stride(0), q.stride(1), out.stride(0), *k_cache.stride()[:3],
+            *v_cache.stride()[:3], *((0, 0) if k_scale is None else k_scale.stride()[:2]), page_table.stride(0),
+            group, tile.heads, dim, page_size, window or 0, operand_dtype(q.dtype), tile.tokens, tile.rows, tile.keys,
+            block_d, **options,
         )  # fmt: skip
         if states is not None:
             merge_splits_kernel[(rows, q_heads)](

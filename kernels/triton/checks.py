@@ -49,6 +49,26 @@ def check_tensor(
         raise KernelError(f"{name} must be contiguous in its last dimension: call .contiguous()")
 
 
+def check_cache(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    shape: tuple[int | None, ...],
+    device: torch.device,
+) -> None:
+    """Keys and values are of `shape`, [pages, Hkv, page_size, D], on `device`, in one dtype; with scales if that is int8."""
+    check_tensor("k_cache", k_cache, shape=shape, device=device, dtypes=STORES)
+    check_tensor("v_cache", v_cache, shape=tuple(k_cache.shape), device=device, dtypes=(k_cache.dtype,))
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if k_cache.dtype != torch.int8:
+            require(scale is None, f"{name} is of an int8 cache, this one is {k_cache.dtype}")
+            continue
+        require(scale is not None, f"an int8 cache needs {name}")
+        check_tensor(name, scale, shape=tuple(k_cache.shape[:3]), device=device, dtypes=(torch.float32,))
+        require(scale.is_contiguous(), f"{name} must be contiguous")
+
+
 def check_activation(name: str, x: torch.Tensor, width: int | None = None) -> None:
     """`x` is [rows, width] of an activation dtype; any strides."""
     if not isinstance(x, torch.Tensor):

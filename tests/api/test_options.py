@@ -20,7 +20,7 @@ CASES = {
     "keep": ([0.5, 1, np.float32(0.5)], ["0.5", True], [0, 1.5, math.nan]),
     "kv_cache": ([1 << 20, "2GiB", "1.5 mb", 0.5, 1.0, np.int64(4096)], [True, [1]], ["2 bananas", "", -5, 0, 0.0, 1.5,
                                                                                math.nan, "-1GiB", "9" * 500]),
-    "kv_dtype": (["auto", "fp16"], [8], ["int8"]),
+    "kv_dtype": (["auto", "fp16", "int8"], [8], ["int4"]),
     "max_context": ([1, 64, np.int32(8)], ["64", 1.0, True], [0, -1, 10**5000]),
     "max_batch": ([1, 64], ["8", 1.5, True], [0, -1]),
     "prefill_chunk": ([1, 512], ["8", 1.5], [0]),

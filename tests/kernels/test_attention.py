@@ -10,6 +10,7 @@ import torch
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels import cpu_library
 from cai_runtime.kernels.attention import (
+    CACHE_DTYPES,
     CpuAttention,
     CpuKVCache,
     HeadLayout,
@@ -41,8 +42,13 @@ def batch_of(chunks: list[tuple[int, int, list[int]]]) -> AttentionBatch:
     return AttentionBatch.of(*(torch.tensor(t, dtype=torch.int32) for t in (positions, slots, starts, lengths, table)))
 
 
+def fill_with_nan(pages: torch.Tensor) -> None:
+    """All bits set: NaN in a float, and in the scales of an int8 cache."""
+    pages.view(torch.uint8).fill_(255)
+
+
 @pytest.mark.parametrize("isa", cpu_library.instruction_sets())
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
 @pytest.mark.parametrize(
     ("hq", "hkv", "dim", "rotary"), [(4, 4, 16, 16), (9, 3, 64, 64), (6, 2, 80, 32), (8, 1, 24, 24)]
 )
@@ -63,7 +69,7 @@ def test_ragged_batches_match_float64(hq: int, hkv: int, dim: int, rotary: int, 
             qkv = torch.randn(sum(counts), heads.qkv_width, generator=g)
             out = cpu(qkv.clone(), batch, table, 1 / math.sqrt(dim))
             expected = judge(qkv.double(), batch, table.double(), 1 / math.sqrt(dim))
-            # Keys are rounded into a half-precision cache from values that differ in the last bit of fp32.
+            # Keys are rounded into a narrower cache from values that differ in the last bit of fp32.
             tolerance = 2e-6 if dtype == torch.float32 else 2e-3
             assert float((out.double() - expected).norm() / expected.norm()) < tolerance
             done = [d + n for d, n in zip(done, counts, strict=True)]
@@ -72,7 +78,8 @@ def test_ragged_batches_match_float64(hq: int, hkv: int, dim: int, rotary: int, 
 
 
 @pytest.mark.parametrize("isa", cpu_library.instruction_sets())
-def test_chunks_batches_and_page_ids_do_not_change_the_bits(isa: str):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_chunks_batches_and_page_ids_do_not_change_the_bits(dtype: torch.dtype, isa: str):
     best = cpu_library.instruction_set()
     cpu_library.use_instruction_set(isa)
     try:
@@ -82,12 +89,12 @@ def test_chunks_batches_and_page_ids_do_not_change_the_bits(isa: str):
         qkv = torch.randn(100, heads.qkv_width, generator=g)
         other = torch.randn(41, heads.qkv_width, generator=g)
 
-        whole = CpuAttention(heads, CpuKVCache(20, PAGE, heads, torch.float32))
+        whole = CpuAttention(heads, CpuKVCache(20, PAGE, heads, dtype))
         expected = whole(qkv.clone(), batch_of([(0, 100, list(range(7)))]), table, 0.2)
 
-        pieces = CpuAttention(heads, CpuKVCache(20, PAGE, heads, torch.float32))
+        pieces = CpuAttention(heads, CpuKVCache(20, PAGE, heads, dtype))
         for cache in (pieces.cache.k, pieces.cache.v):
-            cache.fill_(float("nan"))  # what another sequence left behind must not matter
+            fill_with_nan(cache)  # what another sequence left behind must not matter
         pages = [13, 2, 19, 5, 11, 0, 7]
         start, outs = 0, []
         for n in (1, 30, 2, 17, 1, 1, 48):
@@ -101,16 +108,20 @@ def test_chunks_batches_and_page_ids_do_not_change_the_bits(isa: str):
 
 
 @pytest.mark.parametrize("made", [CpuKVCache, ReferenceKVCache])
-def test_copied_pages_are_the_same(made: type):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_copied_pages_are_the_same(dtype: torch.dtype, made: type):
     """41 pages take no whole number of the system's own pages: the memory has more than was asked for."""
     heads = HeadLayout(2, 1, 16, 16)
     device = (torch.device("cpu"),) if made is ReferenceKVCache else ()
-    cache = made(41, PAGE, heads, torch.float32, *device)
-    for part in (cache.k, cache.v):
-        part.copy_(torch.arange(part.numel()).view(part.shape))
-    before = [part.clone().view(41, -1) for part in (cache.k, cache.v)]
+    cache = made(41, PAGE, heads, dtype, *device)
+    parts = [cache.k, cache.v]
+    if made is ReferenceKVCache and dtype == torch.int8:
+        parts += [cache.k_scale, cache.v_scale]
+    for part in parts:
+        part.copy_((torch.arange(part.numel()) % 97).view(part.shape))
+    before = [part.clone().view(41, -1) for part in parts]
     cache.copy_pages(torch.tensor([0, 40, 3]), torch.tensor([7, 8, 39]))
-    for part, old in zip((cache.k, cache.v), before, strict=True):
+    for part, old in zip(parts, before, strict=True):
         old[[7, 8, 39]] = old[[0, 40, 3]]
         assert torch.equal(part.view(41, -1), old)
 
@@ -151,11 +162,29 @@ def test_what_lies_before_the_window_is_not_read(made: type, rows: int):
     assert torch.equal(attention(qkv[100:].clone(), slid, table, 0.2), expected)
 
 
+@pytest.mark.parametrize("isa", cpu_library.instruction_sets())
+def test_what_no_code_can_hold_makes_a_cache_of_int8_nan(isa: str):
+    """An infinite or NaN key must not vanish in the rounding: the engine finds such a sequence by its logits."""
+    best = cpu_library.instruction_set()
+    cpu_library.use_instruction_set(isa)
+    try:
+        heads = HeadLayout(2, 1, 16, 16)
+        for bad in (math.inf, math.nan):
+            for column in (2 * 16 + 3, 3 * 16 + 5):  # of a key, of a value
+                attention = CpuAttention(heads, CpuKVCache(2, PAGE, heads, torch.int8))
+                qkv = torch.randn(20, heads.qkv_width, generator=torch.Generator().manual_seed(1))
+                qkv[4, column] = bad
+                out = attention(qkv, batch_of([(0, 20, [0, 1])]), rope_table(32, 16), 0.2)
+                assert out[:4].isfinite().all() and out[4:].isnan().any(dim=1).all()
+    finally:
+        cpu_library.use_instruction_set(best)
+
+
 def test_unsupported_shapes_are_refused():
     heads = HeadLayout(4, 2, 32, 32)
     with pytest.raises(KernelError, match="page_size"):
         CpuKVCache(4, 24, heads, torch.float32)
     with pytest.raises(KernelError, match="head_dim"):
         CpuKVCache(4, 16, HeadLayout(4, 2, 1024, 64), torch.float32)
-    with pytest.raises(KernelError, match="fp32, bf16 or fp16"):
+    with pytest.raises(KernelError, match="fp32, bf16, fp16 or int8"):
         CpuKVCache(4, 16, heads, torch.float64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels import triton as backend
+from cai_runtime.kernels.quantized_rows import quantize_rows
 from cai_runtime.kernels.triton import attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,10 +32,26 @@ class Batch:
     page_table: torch.Tensor
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
+    scales: list[torch.Tensor] | None = None  # of an int8 cache
 
     def run(self, scale: float, **options) -> torch.Tensor:
         arguments = (self.q, self.k_cache, self.v_cache, self.query_start, self.context_len, self.page_table)
+        if self.scales is not None:
+            options |= {"k_scale": self.scales[0], "v_scale": self.scales[1]}
         return backend.paged_attention(*arguments, scale, **options)
+
+    def in_int8(self) -> Batch:
+        """The same with an int8 cache, and the keys and values that it holds."""
+        caches, scales, kept = [], [], []
+        for cache, side in ((self.k_cache, self.keys), (self.v_cache, self.values)):
+            codes, scale = quantize_rows(cache.flatten(0, 2))  # a page of NaN has NaN scales
+            caches.append(codes.view(cache.shape))
+            scales.append(scale.view(cache.shape[:3]))
+            held = [quantize_rows(x.flatten(0, 1)) for x in side]
+            kept.append(
+                [(c.double() * s.double()[:, None]).view(x.shape) for (c, s), x in zip(held, side, strict=True)]
+            )
+        return replace(self, k_cache=caches[0], v_cache=caches[1], keys=kept[0], values=kept[1], scales=scales)
 
     def expected(self, scale: float, window: int | None = None, sinks: torch.Tensor | None = None) -> torch.Tensor:
         out = []
@@ -108,6 +125,29 @@ def test_head_counts_and_page_sizes(heads: tuple[int, int, int], page_size: int)
     torch.manual_seed(1)
     b = batch([(2, 9), (1, 33), (7, 7)], heads, page_size, torch.float32)
     assert relative_error(b.run(0.3), b.expected(0.3)) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("sequences", [RAGGED, DECODE, [(40, 40)]], ids=["ragged", "decode", "prompt"])
+def test_a_cache_of_int8(dtype: torch.dtype, sequences: list[tuple[int, int]]):
+    torch.manual_seed(0)
+    b = batch(sequences, (6, 2, 32), 16, dtype).in_int8()
+    assert relative_error(b.run(32**-0.5), b.expected(32**-0.5)) < TOLERANCE[dtype]
+
+
+def test_scales_that_do_not_fit_the_cache_are_refused():
+    torch.manual_seed(0)
+    plain = batch(RAGGED, (4, 2, 16), 16, torch.float32)
+    b = plain.in_int8()
+    ones = torch.ones_like(b.scales[0])
+    for wrong, message in (
+        (replace(b, scales=None), "an int8 cache needs k_scale"),
+        (replace(plain, scales=b.scales), "k_scale is of an int8 cache"),
+        (replace(b, scales=[ones[:-1], ones]), "k_scale has shape"),
+        (replace(b, scales=[ones, ones.double()]), "v_scale is torch.float64"),
+    ):
+        with pytest.raises(KernelError, match=message):
+            wrong.run(0.25)
 
 
 def test_cache_of_another_dtype():

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -147,6 +147,7 @@ class Step:
     context_len: torch.Tensor
     page_table: torch.Tensor
     sinks: torch.Tensor | None
+    scales: list[torch.Tensor] | None = None  # of an int8 cache
 
     @classmethod
     def of(
@@ -174,7 +175,22 @@ class Step:
     def run(self) -> torch.Tensor:
         scale = self.heads.head_dim**-0.5
         lists = (self.query_start, self.context_len, self.page_table)
-        return backend.paged_attention(self.q, *self.caches, *lists, scale, window=self.heads.window, sinks=self.sinks)
+        scales = {} if self.scales is None else {"k_scale": self.scales[0], "v_scale": self.scales[1]}
+        return backend.paged_attention(
+            self.q, *self.caches, *lists, scale, window=self.heads.window, sinks=self.sinks, **scales
+        )
+
+    def in_int8(self) -> Step:
+        """The same with an int8 cache."""
+        found = [quantize_rows(cache.flatten(0, 2)) for cache in self.caches]
+        codes = [c.view(self.caches[0].shape) for c, _ in found]
+        return replace(self, caches=codes, scales=[s.view(codes[0].shape[:3]) for _, s in found])
+
+    def held(self) -> list[torch.Tensor]:
+        """The caches in float64."""
+        if self.scales is None:
+            return [cache.double() for cache in self.caches]
+        return [c.double() * s.double()[..., None] for c, s in zip(self.caches, self.scales, strict=True)]
 
     def bound(self, growth: Growth) -> Bounded:
         """The softmax's weights are rounded to the dtype, in the numerator and in the denominator alike."""
@@ -184,10 +200,7 @@ class Step:
         for s, queries in enumerate(self.q.split(self.query_start.diff().tolist())):
             length = int(self.context_len[s])
             own = self.page_table[s, : -(-length // 16)].long()
-            k, v = (
-                c[own].transpose(1, 2).reshape(-1, heads.kv_heads, heads.head_dim)[:length].double()
-                for c in self.caches
-            )
+            k, v = (c[own].transpose(1, 2).reshape(-1, heads.kv_heads, heads.head_dim)[:length] for c in self.held())
             exact = judge.attended(Bounded.exact(queries), Bounded.exact(k), v, growth)
             size = judge.attended(Bounded.exact(queries), Bounded.exact(k), v.abs(), growth)
             rounding = 0 if dtype == torch.float32 else 2.1 * unit_roundoff(dtype)
@@ -204,12 +217,14 @@ WINDOWED = HeadLayout(4, 2, 32, 32, window=40)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("heads", "sinks"), [(PLAIN, False), (WINDOWED, True)], ids=["plain", "window and sinks"])
 @pytest.mark.parametrize("sequences", [DECODE, PREFILL], ids=["decode", "prefill"])
+@pytest.mark.parametrize("int8", [False, True], ids=["", "int8 cache"])
 def test_attention(
     g: torch.Generator, monkeypatch: pytest.MonkeyPatch, device: Device, sequences: list[tuple[int, int]],
-    heads: HeadLayout, sinks: bool, dtype: torch.dtype,
+    heads: HeadLayout, sinks: bool, dtype: torch.dtype, int8: bool,
 ):  # fmt: skip
     """Decode by a program for each split of the keys, and by one for all; the same bits."""
     step = Step.of(sequences, heads, dtype, sinks, g)
+    step = step.in_int8() if int8 else step
     out = step.run()
     check(out, step.bound)
     apart = sequences is DECODE
@@ -222,6 +237,7 @@ def test_attention(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("heads", "sinks"), [(PLAIN, False), (HeadLayout(2, 1, 128, 128, window=70), True)], ids=str)
+@pytest.mark.parametrize("int8", [False, True], ids=["", "int8 cache"])
 def test_attention_of_many_tokens(
     g: torch.Generator,
     monkeypatch: pytest.MonkeyPatch,
@@ -229,11 +245,13 @@ def test_attention_of_many_tokens(
     heads: HeadLayout,
     sinks: bool,
     dtype: torch.dtype,
+    int8: bool,
 ):
     """A tile of 128 rows, by products of warp groups; the small tile's numbers to within the rounding of sums, which here
     are exact and on Hopper cut off alike."""
     monkeypatch.setattr(attention, "MANY_TOKENS", 40)
     step = Step.of([(60, 90), (1, 300), (7, 7)], heads, dtype, sinks, g)
+    step = step.in_int8() if int8 else step
     out = step.run()
     check(out, step.bound)
     assert "wgmma.mma_async" in device.launches[0][1]
@@ -305,6 +323,40 @@ def test_rope_and_kv_write(g: torch.Generator, dtype: torch.dtype, dim: int, rot
             if slot >= 0:
                 expected[slot // 16, :, slot % 16] = written[row]
         assert torch.equal(cache, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dim", "rotary"), [(64, 64), (20, 6)])
+def test_keys_and_values_as_codes(g: torch.Generator, dtype: torch.dtype, dim: int, rotary: int):
+    """Of what the same kernel writes to a cache of floats, rounded once; a NaN and an infinity don't vanish."""
+    q_heads, kv_heads = 1, 2
+    qkv = normal(5, (q_heads + 2 * kv_heads) * dim, dtype=dtype, g=g)
+    qkv[3] = 0
+    qkv[4, q_heads * dim + 3], qkv[4, -1] = torch.nan, torch.inf  # of the first key head, of the last value head
+    turns = torch.tensor([1.0, 0, -1, 0])[(torch.arange(8)[:, None] * torch.arange(1, rotary // 2 + 1)) % 4]
+    cos_sin = torch.cat([turns, turns.roll(1, 0)], dim=1)
+    positions, slots = torch.arange(5, dtype=torch.int32), torch.tensor([17, 2, -1, 31, 9], dtype=torch.int32)
+    lists = (slots, q_heads, kv_heads, dim)
+    plain = [torch.full((2, kv_heads, 16, dim), 9.0, dtype=dtype) for _ in "kv"]
+    backend.rope_kv_write(qkv.clone(), positions, cos_sin, *plain, *lists)
+    codes = [torch.full((2, kv_heads, 16, dim), 9, dtype=torch.int8) for _ in "kv"]
+    scales = [torch.full((2, kv_heads, 16), 9.0) for _ in "kv"]
+    backend.rope_kv_write(qkv, positions, cos_sin, *codes, *lists, k_scale=scales[0], v_scale=scales[1])
+    for i, (values, code, scale) in enumerate(zip(plain, codes, scales, strict=True)):
+        wanted, wanted_scale = torch.full_like(code, 9), torch.full_like(scale, 9.0)
+        for slot in (17, 2, 31, 9):
+            x = values[slot // 16, :, slot % 16].float()
+            peak = x.abs().amax(dim=1)
+            inverse = torch.where(peak > 0, torch.full_like(peak, 127) / peak, 0)
+            codes_of_x = (x.double() * inverse.double()[:, None]).round()
+            wanted[slot // 16, :, slot % 16] = codes_of_x.nan_to_num(0).to(torch.int8)
+            wanted_scale[slot // 16, :, slot % 16] = peak / 127
+        broken = (0, i, 9)  # page, head and place of the NaN among keys, of the infinity among values
+        assert not scale[broken].isfinite()
+        scale[broken], wanted_scale[broken] = 0, 0
+        code[broken], wanted[broken] = 0, 0
+        assert torch.equal(code, wanted)
+        torch.testing.assert_close(scale, wanted_scale, rtol=2**-23, atol=0)
 
 
 @pytest.mark.parametrize(("seed", "rows", "vocabulary"), [*((s, 3, 333) for s in range(4)), (4, 12, 5000)])

@@ -117,6 +117,27 @@ def test_half_precision(tmp_path: Path, dtype: str, tolerance: float, backend: s
     assert float((ours - expected).norm() / expected.norm()) < tolerance
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["gqa", "qwen3 with windows"])
+@torch.inference_mode()
+def test_a_cache_of_int8(tmp_path: Path, name: str, backend: str):
+    """Near transformers' logits, which a cache of floats gives exactly; the same bits in any chunks; a quarter of the bytes
+    and the scales."""
+    model = tiny_model(tmp_path, **OPTIONS[name])
+    plain, runner = open_runner(tmp_path, backend=backend), open_runner(tmp_path, backend=backend, kv_dtype="int8")
+    dim = model.config.head_dim
+    for ours, theirs in zip(runner.groups, plain.groups, strict=True):
+        assert ours.page_bytes * 4 * dim == theirs.page_bytes * (dim + 4)
+    ids = torch.randint(0, 300, (48,), generator=torch.Generator().manual_seed(1)).tolist()
+    expected = model(torch.tensor([ids])).logits[0, 39:]
+    whole = feed(runner, ids, [9, 3, 5], [40] + [1] * 8)
+    off = float((whole - expected).norm() / expected.norm())
+    assert 0 < off < 0.03
+    chunked = feed(runner, ids, [1, 4, 6], [7, 16, 1, 16] + [1] * 8)
+    # The reference's sums change their last bits, and so a code here and there.
+    torch.testing.assert_close(chunked[3:], whole, rtol=0, atol=0 if backend == "cpu" else 3e-3)
+
+
 @torch.inference_mode()
 def test_a_batch_gives_the_bits_of_each_alone(tmp_path: Path):
     tiny_model(tmp_path, num_attention_heads=6, num_key_value_heads=2, hidden_size=96)

@@ -122,13 +122,18 @@ def test_cross_attention_is_cached_as_the_weights_are_stored(tmp_path: Path, ope
     model.to(getattr(torch, stored)).save_pretrained(tmp_path)
     (features,) = windows(1)
     sizes, logits = {}, {}
-    for name, options in {"auto": {}, "kv": {"kv_dtype": "fp32"}, "fp32": {"dtype": "fp32"}}.items():
+    asked: dict[str, dict[str, str]] = {"auto": {}, "kv": {"kv_dtype": "fp32"}, "fp32": {"dtype": "fp32"}}
+    asked |= {"int8": {"kv_dtype": "int8"}, "both": {"kv_dtype": "int8", "dtype": "fp32"}}
+    for name, options in asked.items():
         runner = open_runner(tmp_path, backend="cpu", **options)
         sizes[name] = tuple(group.page_bytes for group in runner.groups)
         logits[name] = run(runner, Seated(runner, 0, features).step(IDS, len(IDS)))
     assert sizes["kv"] == sizes["fp32"] == (sizes["auto"][0], 2 * sizes["auto"][1])
     off = float((logits["auto"] - logits["kv"]).norm() / logits["kv"].norm())
     assert 0 < off < 0.02
+    for name, other in (("int8", "auto"), ("both", "kv")):  # the text's alone are held in int8
+        assert sizes[name][1] == sizes[other][1] and 3 * sizes[name][0] < sizes[other][0]
+        assert 0 < float((logits[name] - logits[other]).norm() / logits[other].norm()) < 0.02
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from error_bounds import U32, Bounded, Growth, gamma, normed
 from hypothesis import strategies as st
 
 from cai_runtime.kernels.attention import (
+    CACHE_DTYPES,
     CpuAttention,
     CpuKVCache,
     HeadLayout,
@@ -28,9 +29,29 @@ from cai_runtime.kernels.attention import (
 )
 from cai_runtime.kernels.batch import AttentionBatch
 from cai_runtime.kernels.norm import RmsNorm
+from cai_runtime.kernels.quantized_rows import quantize_rows
 
 POSITIONS = 512
 HEAD_DIMS = [2, 3, 5, 8, 15, 16, 17, 24, 33, 40, 63, 64, 65, 80, 96, 100, 127, 128, 129, 160, 191, 192]
+
+
+def fill_with_nan(pages: torch.Tensor | None) -> None:
+    """All bits set: NaN in a float, and so in the scales of an int8 cache."""
+    if pages is not None:
+        pages.view(torch.uint8).fill_(255)
+
+
+def cached(x: Bounded, dtype: torch.dtype) -> Bounded:
+    """Keys or values [T, heads, D] as a cache holds them. int8 takes exact ones: one that is off may fall to the next code,
+    and a whole code is too much for a bound on the softmax."""
+    is_exact = not bool((x.error > 0).any())
+    if dtype == torch.int8:
+        assert is_exact
+        codes, scale = quantize_rows(x.value.float().flatten(0, 1))
+        return Bounded.exact((codes.double() * scale.double()[:, None]).view(x.value.shape))
+    if not is_exact:
+        return x if dtype == torch.float32 else x.rounded(dtype)
+    return Bounded.exact(x.value.float().to(dtype).double())
 
 
 def make_attention(
@@ -45,12 +66,12 @@ def make_attention(
     """With a cache full of NaN: what another sequence left behind must not matter."""
     if name == "cpu":
         cache = CpuKVCache(pages, page_size, heads, dtype)
-        cache.k.fill_(float("nan"))
-        cache.v.fill_(float("nan"))
+        for part in (cache.k, cache.v):
+            fill_with_nan(part)
         return CpuAttention(heads, cache, sinks, norms=norms)
     plain = ReferenceKVCache(pages, page_size, heads, dtype, torch.device("cpu"))
-    plain.k.fill_(float("nan"))
-    plain.v.fill_(float("nan"))
+    for pages in (plain.k, plain.v, plain.k_scale, plain.v_scale):
+        fill_with_nan(pages)
     return ReferenceAttention(heads, plain, sinks, norms=norms)
 
 
@@ -137,11 +158,8 @@ class Judge:
             pairs = zip((q, k), self.norms.weight, strict=True)
             heads = [normed_heads(part, weight, self.norms.eps) for part, weight in pairs]
         q_rot, k_rot = (rotated(part, batch.positions, self.cos_sin, exact=self.exact_rotation) for part in heads)
-        if self.exact_rotation and self.norms is None:
-            k_rot = Bounded.exact(k_rot.value.float().to(self.cache_dtype))
-        elif self.cache_dtype != torch.float32:
-            k_rot = k_rot.rounded(self.cache_dtype)
-        v = v.float().to(self.cache_dtype).double()
+        k_rot = cached(k_rot, self.cache_dtype)
+        v = cached(Bounded.exact(v), self.cache_dtype).value
         starts, found = batch.query_start.tolist(), []
         for i, s in enumerate(sequences):
             rows = slice(starts[i], starts[i + 1])
@@ -230,6 +248,7 @@ class AttentionCase:
 def attention_cases(draw: st.DrawFn, backend: str) -> AttentionCase:
     dim = draw(st.sampled_from(HEAD_DIMS) | st.integers(2, 192))
     page = draw(st.sampled_from([16, 32, 48, 64] if backend != "reference" else [1, 7, 16, 64]))
+    dtype = draw(st.sampled_from(CACHE_DTYPES))
     near = [1, 2, page - 1, page, page + 1, 2 * page, 2 * page + 1]
     chunk = st.sampled_from([0, 1, 1, *[n for n in near if n > 0]]) | st.integers(1, 70)
     sequences = draw(st.integers(1, 4))
@@ -241,10 +260,10 @@ def attention_cases(draw: st.DrawFn, backend: str) -> AttentionCase:
         dim,
         draw(st.sampled_from([dim // 2 * 2, dim // 4 * 2, 2, 0])),
         page,
-        draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
+        dtype,
         draw(st.none() | st.sampled_from([1, 2, page, page + 1]) | st.integers(1, 100)),
         draw(st.booleans()),
         tuple(tuple(row) for row in (first, *later)),
         draw(st.integers(0, 2**31)),
-        draw(st.booleans()),
+        dtype != torch.int8 and draw(st.booleans()),  # see `cached`
     )
