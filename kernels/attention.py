@@ -81,13 +81,7 @@ def check_whole(heads: HeadLayout, rows: int, name: str, what: str) -> None:
 
 
 CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
-"""What keys and values are held in."""
-
-
-def check_cache_dtype(dtype: torch.dtype) -> None:
-    """Raises KernelError for a dtype that keys and values can't be held in."""
-    if dtype not in CACHE_DTYPES:
-        raise KernelError(f"a KV cache is fp32, bf16, fp16 or int8, not {dtype}")
+"""What kernels hold keys and values in; the reference takes float64 too."""
 
 
 class ReferenceKVCache:
@@ -95,7 +89,6 @@ class ReferenceKVCache:
     page_size] of keys and of values, else None."""
 
     def __init__(self, pages: int, page_size: int, heads: HeadLayout, dtype: torch.dtype, device: torch.device):
-        check_cache_dtype(dtype)
         shape = (pages, heads.kv_heads, page_size, heads.head_dim)
         self.page_size = page_size
         self.k = torch.zeros(shape, dtype=dtype, device=device)
@@ -224,7 +217,8 @@ class CpuKVCache:
             raise KernelError(f"the CPU kernels take a page_size of 16, 32, 48 or 64, not {page_size}")
         if heads.head_dim > 512 or heads.query_heads % heads.kv_heads:
             raise KernelError(f"the CPU kernels take head_dim up to 512 and whole groups of query heads, not {heads}")
-        check_cache_dtype(dtype)
+        if dtype not in CACHE_DTYPES:
+            raise KernelError(f"a KV cache is fp32, bf16, fp16 or int8, not {dtype}")
         self.page_size = page_size
         k, v = self._page_sizes(page_size, heads, dtype)
         self._k = cpu_library.system_memory(pages * k)
