@@ -91,8 +91,8 @@ def _join(pieces: list[_Piece], every: bool, detached: set[str]) -> list[list[_P
     words: list[list[_Piece]] = []
     for piece in pieces:
         before = words[-1][-1].text if words else ""
-        if not before or (before.isspace() and len(words[-1]) == 1):
-            apart = not words  # a space belongs to what comes behind it
+        if not before or all(each.text.isspace() for each in words[-1]):
+            apart = not words  # spaces belong to what comes behind them
         elif piece.text[:1].isspace():
             apart = True
         elif not piece.text or unicodedata.category(piece.text[0]).startswith("M"):

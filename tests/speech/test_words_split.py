@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cai_runtime.speech.word_split import split_words
@@ -41,6 +41,7 @@ def check_nothing_is_lost(tokens, decode, words):
 
 
 @given(st.text(max_size=30), st.sampled_from([None, "en", "zh", "ja", "th"]))
+@example(" \r0", "zh")
 def test_every_token_is_in_one_word(text, language):
     tokens = byte_tokens(text)
     words = split_words(tokens, decode_bytes, language)
