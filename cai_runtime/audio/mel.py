@@ -16,7 +16,7 @@ WINDOW_FRAMES = 3_000
 WINDOW_SAMPLES = WINDOW_FRAMES * HOP
 FLOOR = -10.0  # log10 of the least power: silence
 RANGE = 8.0  # what lies further below the peak is raised to there: 80 dB
-BLOCK = 500  # frames computed at a time: their buffers stay in the cache
+BLOCK = 512  # frames computed at a time: their buffers stay in the cache
 
 
 @lru_cache(maxsize=8)
@@ -86,11 +86,10 @@ class LogMel:
             source = torch.from_numpy(np.require(samples, np.float32, ["C", "W"]))
             framed = source.as_strided((frames, SPAN), (HOP, 1))
             out = torch.empty(frames, self.mels)
-            rows = min(BLOCK, frames)
-            windowed, power = torch.empty(rows, SPAN), torch.empty(rows, BINS)
+            windowed, power = torch.empty(min(BLOCK, frames), SPAN), torch.zeros(BLOCK, BINS)
             for begin in range(0, frames, BLOCK):
                 count = min(BLOCK, frames - begin)
-                self._block(framed[begin : begin + count], windowed[:count], power[:count], out[begin : begin + count])
+                self._block(framed[begin : begin + count], windowed[:count], power, out[begin : begin + count])
             return out.clamp_(min=10**FLOOR).log10_().numpy()
 
     def _block(self, framed: Any, windowed: Any, power: Any, out: Any) -> None:
@@ -98,8 +97,10 @@ class LogMel:
 
         torch.mul(framed, self._hann, out=windowed)
         parts = torch.view_as_real(torch.fft.rfft(windowed)).square_()
-        torch.add(parts[..., 0], parts[..., 1], out=power)
-        torch.mm(power, self._filters, out=out)
+        torch.add(parts[..., 0], parts[..., 1], out=power[: len(framed)])
+        # Always of as many rows: a product of few may sum in another order (MKL's of 10 rows does with AVX-512), and a
+        # frame's bits would hang on the frames beside it.
+        out.copy_(torch.mm(power, self._filters)[: len(framed)])
 
     @staticmethod
     def scale(log_power: np.ndarray, peak: float) -> np.ndarray:
