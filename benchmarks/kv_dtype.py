@@ -70,15 +70,13 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     text = read_text()
     for dtype in DTYPES:
-        judge = EngineJudge(args.checkpoint, kv_dtype=dtype, kv_cache="1GiB", max_batch=1, progress=False)
-        with judge:
+        with EngineJudge(args.checkpoint, kv_dtype=dtype, kv_cache="1GiB", max_batch=1, progress=False) as judge:
             windows = cut_windows(text, judge.tokenizer, tokens=args.tokens, window=args.window)
             entry: dict[str, Any] = {"kv_dtype": dtype}
             entry["bytes_per_token"] = sum(g.page_bytes for g in judge._runner.groups) / judge._runner.page_size
             entry |= loss(judge, list(windows.token_ids), fp32)
-        with open_engine(
-            args.checkpoint, kv_dtype=dtype, kv_cache="1GiB", progress=False
-        ) as engine:  # finds the prompt again
+        # Another engine: a judge has no prefix cache, which finds the prompt again.
+        with open_engine(args.checkpoint, kv_dtype=dtype, kv_cache="1GiB", progress=False) as engine:
             entry["step_ms"] = {str(context): step_ms(engine, context) for context in args.contexts}
         print(json.dumps(entry), flush=True)
         results.append(entry)

@@ -103,10 +103,10 @@ class EngineOptions:
         return replace(
             self,
             device=_device(self.device),
-            dtype=_dtype("dtype", self.dtype),
+            dtype=_dtype("dtype", self.dtype, DTYPES, '"fp32", "bf16" or "fp16"'),
             keep=_keep(self.keep),
             kv_cache=_kv_cache(self.kv_cache),
-            kv_dtype=_kv_dtype(self.kv_dtype),
+            kv_dtype=_dtype("kv_dtype", self.kv_dtype, KV_DTYPES, '"fp32", "bf16", "fp16" or "int8"'),
             max_context=_whole("max_context", self.max_context, least=1),
             max_batch=_whole("max_batch", self.max_batch, least=1),
             prefill_chunk=_whole("prefill_chunk", self.prefill_chunk, least=1),
@@ -150,17 +150,10 @@ def _device(value: Any) -> str:
     return name
 
 
-def _dtype(option: str, value: Any) -> str:
+def _dtype(option: str, value: Any, names: Mapping[str, str], words: str) -> str:
     name = _name_of_torch(option, value)
-    if name != "auto" and name not in DTYPES:
-        raise OptionValueError(f'{option} must be "auto", "fp32", "bf16" or "fp16", got {shown(value)}')
-    return name
-
-
-def _kv_dtype(value: Any) -> str:
-    name = _name_of_torch("kv_dtype", value)
-    if name not in ("auto", *KV_DTYPES):
-        raise OptionValueError(f'kv_dtype must be "auto", "fp32", "bf16", "fp16" or "int8", got {shown(value)}')
+    if name != "auto" and name not in names:
+        raise OptionValueError(f'{option} must be "auto", {words}, got {shown(value)}')
     return name
 
 

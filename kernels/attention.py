@@ -84,6 +84,11 @@ CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 """What kernels hold keys and values in; the reference takes float64 too."""
 
 
+def place_bytes(width: int, dtype: torch.dtype) -> int:
+    """Bytes of one key or value of `width` numbers, with its scale in an int8 cache."""
+    return width * dtype.itemsize + (torch.float32.itemsize if dtype == torch.int8 else 0)
+
+
 class ReferenceKVCache:
     """Pages of one layer: k, v [pages, kv_heads, page_size, head_dim]; of an int8 cache, scales fp32 [pages, kv_heads,
     page_size] of keys and of values, else None."""
@@ -101,8 +106,7 @@ class ReferenceKVCache:
     @staticmethod
     def page_bytes(page_size: int, heads: HeadLayout, dtype: torch.dtype) -> int:
         """Bytes of one page of one layer."""
-        scale = 4 if dtype == torch.int8 else 0
-        return 2 * heads.kv_heads * page_size * (heads.head_dim * dtype.itemsize + scale)
+        return 2 * heads.kv_heads * page_size * place_bytes(heads.head_dim, dtype)
 
     def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """Copy pages, by number, int64 [N] on the cache's device. No target is a source too."""
@@ -232,9 +236,8 @@ class CpuKVCache:
     def _page_sizes(page_size: int, heads: HeadLayout, dtype: torch.dtype) -> tuple[int, int]:
         """Bytes of the keys and of the values of a page: rows of values are padded to a multiple of 16."""
         padded = -(-heads.head_dim // 16) * 16
-        scale = 4 if dtype == torch.int8 else 0
         places = heads.kv_heads * page_size
-        return places * (heads.head_dim * dtype.itemsize + scale), places * (padded * dtype.itemsize + scale)
+        return places * place_bytes(heads.head_dim, dtype), places * place_bytes(padded, dtype)
 
     @classmethod
     def page_bytes(cls, page_size: int, heads: HeadLayout, dtype: torch.dtype) -> int:

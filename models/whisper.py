@@ -175,10 +175,9 @@ class Whisper:
         self.scale = 1.0 / math.sqrt(c.decoder_heads.head_dim)
         self.encoder_attention = self.ops.encoder_attention(c.encoder_heads, c.rows)
         # A step reads the keys and values of a whole window: from weights of 16 bits, 16 bits are enough for them.
-        is_left_to_us = loader.cache_dtype in (None, torch.int8) and loader.dtype is None
-        self._cross_dtype = stored_dtype(loader.checkpoint.config) if is_left_to_us else None
-        if self._cross_dtype is None and loader.cache_dtype == torch.int8:
-            self._cross_dtype = self.dtype
+        self._cross_dtype = loader.cache_dtype
+        if self._cross_dtype in (None, torch.int8):
+            self._cross_dtype = stored_dtype(loader.checkpoint.config) if loader.dtype is None else self.dtype
         self.cos_sin: torch.Tensor | None = None
         self.compiled_step: Compiled | None = None
         self.compiled_encode: Compiled | None = None
@@ -198,7 +197,7 @@ class Whisper:
         """The text's pages, and those of the encoder's output."""
         c, layers = self.config, self.config.decoder_layers
         own = self.ops.page_bytes(page_size, c.decoder_heads, dtype)
-        cross = self.ops.page_bytes(ENCODER_PAGE, c.decoder_heads, self._cross_dtype or dtype)
+        cross = self.ops.page_bytes(ENCODER_PAGE, c.decoder_heads, self._cross_dtype)
         pages = self.pages_of_window
         return (
             CacheGroup(FULL, page_bytes=layers * own, page_size=page_size),
@@ -215,7 +214,7 @@ class Whisper:
         for block in self.decoder:
             own = self.ops.kv_cache(heads, counts[FULL], page_size, dtype)
             block.paged = self.ops.attention(heads, own)
-            cross = self.ops.kv_cache(heads, counts[ENCODER], ENCODER_PAGE, self._cross_dtype or dtype)
+            cross = self.ops.kv_cache(heads, counts[ENCODER], ENCODER_PAGE, self._cross_dtype)
             block.crossed = self.ops.cross_attention(heads, cross, c.rows, ENCODER)
         number, wanted = Input(Axis.TOKENS, 1, torch.int32), Input(Axis.WANTED, 1, torch.int32)
         self.compiled_step = self.ops.compile(

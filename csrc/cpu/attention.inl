@@ -279,6 +279,7 @@ void attention_store(const float* q, int64_t ldq, int64_t position, int64_t coun
                      int64_t split1, float* partial, float* out, int64_t ldo) {
   const int64_t D = s.head_dim, DV = round_up(D, 16), P = s.page_size, group = s.query_heads / s.kv_heads;
   const int64_t total = count * group, width = split_pages(P);
+  const int64_t k_page = page_elements<T>(D, P), v_page = page_elements<T>(DV, P);
   for (int64_t t0 = 0; t0 < total; t0 += kTileQ) {
     QueryTile t;
     State whole[kTileQ];
@@ -300,7 +301,6 @@ void attention_store(const float* q, int64_t ldq, int64_t position, int64_t coun
       for (int64_t page = greater(split * width, first / P); page < last; ++page) {
         const int64_t base = static_cast<int64_t>(pages[page]) * s.kv_heads + kv_head;
         const int64_t next = page + 1 < last ? static_cast<int64_t>(pages[page + 1]) * s.kv_heads + kv_head : base;
-        const int64_t k_page = page_elements<T>(D, P), v_page = page_elements<T>(DV, P);
         const Page<T> at{k_cache + base * k_page, v_cache + base * v_page, k_cache + next * k_page, v_cache + next * v_page};
         attend_page(t, page * P, at, s);
       }

@@ -16,6 +16,20 @@ ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it to a small float32 rou
 
 
 @triton.jit
+def peak_of(x):
+    """max|x|, in float32; NaN if there is one."""
+    wide = tl.abs(x.to(tl.float32))
+    broken = tl.max((wide != wide).to(tl.int32), axis=0) > 0  # a reduction may leave NaN out
+    return tl.where(broken, float("nan"), tl.max(wide, axis=0))
+
+
+@triton.jit
+def codes_in(peak):
+    """127 / peak: codes in a unit of what has this peak; 0 where that is nothing."""
+    return tl.where(peak > 0, tl.div_rn(127.0, tl.where(peak > 0, peak, 1.0)), 0.0)
+
+
+@triton.jit
 def quantize_rows_kernel(x, codes, scales, starts, widths, ldx, ldc, lds, BLOCK: tl.constexpr):
     """codes[r, c] = x[r, c] / scale, for each slice of columns; the slice that starts at column c has its scale at
     scales[r, c / 16]. Grid: (rows, slices). Compiled without fused multiply-add, which would round halves differently."""
@@ -29,9 +43,8 @@ def quantize_rows_kernel(x, codes, scales, starts, widths, ldx, ldc, lds, BLOCK:
     for begin in range(0, width, BLOCK):
         v = tl.load(x + begin + at, mask=begin + at < width, other=0).to(tl.float32)
         peaks = tl.maximum(peaks, tl.abs(v), propagate_nan=tl.PropagateNan.ALL)
-    broken = tl.max((peaks != peaks).to(tl.int32), axis=0) > 0  # a NaN must not vanish in the rounding
-    peak = tl.where(broken, float("nan"), tl.max(peaks, axis=0))
-    inverse = tl.where(peak > 0, tl.div_rn(127.0, tl.where(peak > 0, peak, 1.0)), 0.0)
+    peak = peak_of(peaks)  # a NaN must not vanish in the rounding
+    inverse = codes_in(peak)
     tl.store(scales + row * lds + start // 16, tl.div_rn(peak, 127.0))
     for begin in range(0, width, BLOCK):
         ok = begin + at < width

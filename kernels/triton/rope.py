@@ -11,23 +11,14 @@ from cai_runtime.kernels.attention import HeadNorms
 from cai_runtime.kernels.triton.checks import ACTIVATIONS, check_cache, check_tensor, require
 from cai_runtime.kernels.triton.dependent import dependent_options, wait_for_previous_kernel
 from cai_runtime.kernels.triton.launch import on_device
-from cai_runtime.kernels.triton.quantized_rows import ROUND
-
-
-@triton.jit
-def peak_of(x):
-    """max|x|, in float32; NaN if there is one."""
-    wide = tl.abs(x.to(tl.float32))
-    broken = tl.max((wide != wide).to(tl.int32), axis=0) > 0  # a reduction may leave NaN out
-    return tl.where(broken, float("nan"), tl.max(wide, axis=0))
+from cai_runtime.kernels.triton.quantized_rows import ROUND, codes_in, peak_of
 
 
 @triton.jit
 def to_codes(x, peak):
     """x in units of peak / 127, rounded once, halves to even: whatever a compiler would fuse. The reference rounds the
     product too, and can differ by a code where that lies within its rounding of a half."""
-    inverse = tl.where(peak > 0, tl.div_rn(127.0, tl.where(peak > 0, peak, 1.0)), 0.0)
-    return (tl.fma(x.to(tl.float32), inverse, ROUND) - ROUND).to(tl.int8)
+    return (tl.fma(x.to(tl.float32), codes_in(peak), ROUND) - ROUND).to(tl.int8)
 
 
 @triton.jit

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from attention_cases import fill_with_nan
 
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels import cpu_library
@@ -40,11 +41,6 @@ def batch_of(chunks: list[tuple[int, int, list[int]]]) -> AttentionBatch:
     width = max(len(pages) for *_, pages in chunks)
     table = [pages + [0] * (width - len(pages)) for *_, pages in chunks]
     return AttentionBatch.of(*(torch.tensor(t, dtype=torch.int32) for t in (positions, slots, starts, lengths, table)))
-
-
-def fill_with_nan(pages: torch.Tensor) -> None:
-    """All bits set: NaN in a float, and in the scales of an int8 cache."""
-    pages.view(torch.uint8).fill_(255)
 
 
 @pytest.mark.parametrize("isa", cpu_library.instruction_sets())

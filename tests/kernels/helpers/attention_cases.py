@@ -70,8 +70,8 @@ def make_attention(
             fill_with_nan(part)
         return CpuAttention(heads, cache, sinks, norms=norms)
     plain = ReferenceKVCache(pages, page_size, heads, dtype, torch.device("cpu"))
-    for pages in (plain.k, plain.v, plain.k_scale, plain.v_scale):
-        fill_with_nan(pages)
+    for held in (plain.k, plain.v, plain.k_scale, plain.v_scale):
+        fill_with_nan(held)
     return ReferenceAttention(heads, plain, sinks, norms=norms)
 
 
