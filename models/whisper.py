@@ -175,9 +175,10 @@ class Whisper:
         self.scale = 1.0 / math.sqrt(c.decoder_heads.head_dim)
         self.encoder_attention = self.ops.encoder_attention(c.encoder_heads, c.rows)
         # A step reads the keys and values of a whole window: from weights of 16 bits, 16 bits are enough for them.
-        self._cross_dtype = loader.cache_dtype
-        if self._cross_dtype in (None, torch.int8):
-            self._cross_dtype = stored_dtype(loader.checkpoint.config) if loader.dtype is None else self.dtype
+        cross_dtype = loader.cache_dtype
+        if cross_dtype is None or cross_dtype == torch.int8:
+            cross_dtype = stored_dtype(loader.checkpoint.config) if loader.dtype is None else self.dtype
+        self._cross_dtype: torch.dtype = cross_dtype
         self.cos_sin: torch.Tensor | None = None
         self.compiled_step: Compiled | None = None
         self.compiled_encode: Compiled | None = None
