@@ -24,9 +24,10 @@ import triton.language as tl
 
 from cai_runtime.kernels.triton.checks import ACTIVATIONS, check_cache, check_tensor, require
 from cai_runtime.kernels.triton.dependent import dependent_options, wait_for_previous_kernel
-from cai_runtime.kernels.triton.launch import compile_options, is_hopper, on_device, operand_dtype
+from cai_runtime.kernels.triton.launch import compile_options, interpreting, is_hopper, on_device, operand_dtype
 
 LOG2_E = tl.constexpr(math.log2(math.e))
+INTERPRETED = tl.constexpr(interpreting())
 SPLIT = tl.constexpr(256)  # positions; a multiple of every block of keys
 MOST_SCRATCH = (
     64 << 20
@@ -77,6 +78,40 @@ def finish(largest, total, numerator, sinks, head, head_ok):
 
 
 @triton.jit
+def _as_bf16(code):
+    return code.to(tl.bfloat16)
+
+
+@triton.jit
+def _as_fp16(code):
+    return code.to(tl.float16)
+
+
+@triton.jit
+def _as_fp32(code):
+    return code.to(tl.float32)
+
+
+@triton.jit
+def operand(x, COMPUTE: tl.constexpr):
+    """x in the type that the matrix unit takes.
+
+    Triton lays a product's operands out by the narrowest type that it finds between them and memory, looking through plain
+    conversions: codes of a byte would give a lane runs of four columns, and an instruction of `mma.sync` other columns than
+    wgmma's, so that decode and a long prompt would add in different orders. It does not look through a mapped function, which
+    its interpreter does not have."""
+    if x.dtype != tl.int8 or INTERPRETED:
+        result = x.to(COMPUTE)
+    elif COMPUTE == tl.bfloat16:
+        result = tl.map_elementwise(_as_bf16, x)
+    elif COMPUTE == tl.float16:
+        result = tl.map_elementwise(_as_fp16, x)
+    else:
+        result = tl.map_elementwise(_as_fp32, x)
+    return result
+
+
+@triton.jit
 def _attend(
     query, k_cache, v_cache, k_scale, v_scale, table, position, begin, visible, stop, scale_log2, k_page, k_slot, v_page,
     v_slot, s_page, DIM: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, COMPUTE: tl.constexpr,
@@ -102,7 +137,7 @@ def _attend(
         in_page = key_at % PAGE
         k_at = k_cache + page * k_page + in_page * k_slot
         key = tl.load(k_at[None, :] + dim[:, None], mask=key_ok[None, :] & dim_ok[:, None], other=0)
-        scores = tl.dot(query, key.to(COMPUTE), input_precision="ieee")
+        scores = tl.dot(query, operand(key, COMPUTE), input_precision="ieee")
         if k_scale is not None:
             s_at = page * s_page + in_page
             scores = scores * (tl.load(k_scale + s_at, mask=key_ok, other=0.0) * scale_log2)[None, :]
@@ -121,7 +156,9 @@ def _attend(
         denominator = tl.dot(weights.to(COMPUTE), ones, denominator * shrink[:, None], input_precision="ieee")
         if v_scale is not None:
             weights = weights * tl.load(v_scale + s_at, mask=key_ok, other=0.0)[None, :]
-        numerator = tl.dot(weights.to(COMPUTE), value.to(COMPUTE), numerator * shrink[:, None], input_precision="ieee")
+        numerator = tl.dot(
+            weights.to(COMPUTE), operand(value, COMPUTE), numerator * shrink[:, None], input_precision="ieee"
+        )
         largest = new_largest
     return largest, tl.sum(denominator, axis=1) / 16, numerator  # equal summands: exact
 
