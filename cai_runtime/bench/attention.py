@@ -6,11 +6,13 @@ included. At `prefill`, one sequence adds `context` tokens to an empty cache. Th
 
 torch's scaled_dot_product_attention gets contiguous inputs, rotated beforehand, with a causal mask or none. At decode, the
 query heads of one key head form its queries; at prefill, keys and values are repeated for each query head beforehand. That
-is the best case for torch, and no engine gets this preparation for free.
+is the best case for torch, and no engine gets this preparation for free. FlashInfer, on a GPU where it is installed, gets
+the same preparation, in pages. Neither has a cache of int8.
 
     GB/s         decode only: bytes of the visible keys and values / median time
     GFLOP/s      four operations per query head, dimension and visible pair of positions / median time
     floor        the larger of bytes / read bandwidth and operations / matrix rate, see `floors.py`
+    launches     kernels of a call, on a GPU
 
 Before timing, up to eight rows are checked against softmax(q k^T) v in float64. `timing.py` defines the timing: sequences
 rotate, so that no call finds its keys in a processor cache.
@@ -28,6 +30,7 @@ from cai_runtime.bench.attention_cases import Case, gathered_calls, paged_calls
 from cai_runtime.bench.bandwidth import streaming_read
 from cai_runtime.bench.contenders import TOLERANCE, check_backends, default_backends
 from cai_runtime.bench.floors import Floors, MeasureRoofs, Reader
+from cai_runtime.bench.gpu_peers import flashinfer_calls, installed
 from cai_runtime.bench.machine import describe_gpus, describe_machine, versions
 from cai_runtime.bench.roofs import Roofs, measure_roofs
 from cai_runtime.bench.timing import Call, Schedule, make_clock, rotation, thread_count
@@ -36,7 +39,8 @@ from cai_runtime.errors import BenchmarkError, KernelError
 if TYPE_CHECKING:
     from cai_runtime.models.shapes import AttentionHeads
 
-CACHE_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+CACHE_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
+CACHE_TOLERANCE = TOLERANCE | {"int8": 5e-3}  # a code is off by one where a rounding of the rotation falls on an edge
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ class AttentionResult:
     roofs: Roofs  # measured at the same time
     sets: int = 0
     calls: int = 0
+    launches: float | None = None
     median_s: float | None = None
     best_s: float | None = None
     relative_error: float | None = None
@@ -139,7 +144,7 @@ class AttentionReport:
 
 @dataclass(frozen=True)
 class _Contender:
-    """torch or one of our backends, with the dtypes of its cache and its activations."""
+    """torch, FlashInfer or one of our backends, with the dtypes of its cache and its activations."""
 
     engine: str
     method: str
@@ -148,12 +153,14 @@ class _Contender:
 
     @property
     def tolerance(self) -> float:
-        return max(TOLERANCE[self.activations], TOLERANCE[CACHE_DTYPES[self.cache]])
+        return max(TOLERANCE[self.activations], CACHE_TOLERANCE[CACHE_DTYPES[self.cache]])
 
     def calls(self, case: Case, sets: int, device: str) -> list[Call]:
         dtype, activations = CACHE_DTYPES[self.cache], self.activations
         if self.engine == "torch":
             return gathered_calls(case, sets, device, dtype)
+        if self.engine == "flashinfer":
+            return flashinfer_calls(case, sets, device, dtype)
         return paged_calls(case, sets, device, dtype, activations, self.engine)
 
 
@@ -203,12 +210,16 @@ def bench_attention(
 
 
 def attention_contenders(settings: AttentionSettings) -> list[_Contender]:
-    """torch with each cache dtype, then each backend with each cache dtype."""
+    """torch with each dtype of a cache, FlashInfer where it is installed, then each backend."""
     caches = settings.caches or (("bf16",) if settings.on_gpu else ("fp32", "bf16"))
     ours = "bfloat16" if settings.on_gpu else "float32"
     found = []
     if settings.peers:
-        found += [_Contender("torch", "sdpa gathered", cache, CACHE_DTYPES[cache]) for cache in caches]
+        floats = [cache for cache in caches if cache != "int8"]
+        found += [_Contender("torch", "sdpa gathered", cache, CACHE_DTYPES[cache]) for cache in floats]
+        if settings.on_gpu and installed("flashinfer"):
+            halves = [cache for cache in floats if cache != "fp32"]
+            found += [_Contender("flashinfer", "paged", cache, CACHE_DTYPES[cache]) for cache in halves]
     for backend in settings.backends or default_backends(settings.device):
         found += [_Contender(backend, "paged", cache, ours) for cache in caches]
     return found
@@ -232,14 +243,15 @@ def _measure(
             bar.update(settings.schedule.rounds)
 
     timings, around = floors.timed(clocks, settings.schedule, bar.update)
-    times = dict(zip(running, timings, strict=True))
+    times = dict(zip(running, zip(timings, clocks, strict=True), strict=True))
     results = []
     for index, c in enumerate(contenders):
         timed: dict[str, Any] = {"unsupported": reasons.get(index)}
-        if (found := times.get(index)) is not None:
+        if index in times:
+            found, clock = times[index]
             timed = {
-                "sets": sets[index], "calls": len(found.seconds), "median_s": found.median, "best_s": found.best,
-                "relative_error": errors[index],
+                "sets": sets[index], "calls": len(found.seconds), "launches": clock.launches, "median_s": found.median,
+                "best_s": found.best, "relative_error": errors[index],
             }  # fmt: skip
         what = (case.mode, case.batch, case.context, c.engine, c.method, c.cache, c.activations)
         results.append(AttentionResult(*what, case.seen_bytes(CACHE_DTYPES[c.cache]), case.flops, around, **timed))

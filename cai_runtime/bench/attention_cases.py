@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from cai_runtime.bench.decode import ITEM_BYTES
 from cai_runtime.bench.timing import Call
 
 if TYPE_CHECKING:
@@ -65,8 +64,12 @@ class Case:
         return 4 * self.heads.query * self.heads.dim * self.batch * pairs
 
     def held_bytes(self, dtype: str) -> int:
-        """Bytes of the keys and values of all positions."""
-        return 2 * self.batch * self.heads.kv * self.heads.dim * self.context * ITEM_BYTES[dtype]
+        """Bytes of the keys and values of all positions, with the scales of an int8 cache."""
+        import torch
+
+        from cai_runtime.kernels.attention import place_bytes
+
+        return 2 * self.batch * self.heads.kv * self.context * place_bytes(self.heads.dim, getattr(torch, dtype))
 
     def seen_bytes(self, dtype: str) -> int:
         """Bytes of the keys and values that any query sees."""
@@ -91,14 +94,17 @@ class Case:
         return torch.cat([qkv for _, qkv in self.tokens(sequence, device)])[-self.new :]
 
     def gathered(self, device: str, dtype: str, queries: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q [batch, new, Hq, D] in the dtype `queries`, k and v [batch, Hkv, context, D] in `dtype`; q and k rotated."""
+        """q [batch, new, Hq, D] in the dtype `queries`, k and v [batch, Hkv, context, D] in `dtype`; q and k rotated. What
+        an int8 cache holds comes in fp32: codes times the scale of the key or value."""
         import torch
 
         from cai_runtime.kernels.attention import rotate_reference
+        from cai_runtime.kernels.quantized_rows import rounded_rows
 
+        held = torch.float32 if dtype == "int8" else getattr(torch, dtype)
         h, table = self.heads, rotation_table(self.context, self.heads.dim, device)
         shape = (self.batch, h.kv, self.context, h.dim)
-        k, v = (torch.empty(shape, dtype=getattr(torch, dtype), device=device) for _ in range(2))
+        k, v = (torch.empty(shape, dtype=held, device=device) for _ in range(2))
         q = torch.empty(self.batch, self.context, h.query, h.dim, dtype=getattr(torch, queries), device=device)
         for s in range(self.batch):
             for start, qkv in self.tokens(s, device):
@@ -107,6 +113,8 @@ class Case:
                 q[s, at] = rotate_reference(parts[0], at, table).to(q.dtype)
                 k[s, :, at] = rotate_reference(parts[1], at, table).transpose(0, 1).to(k.dtype)
                 v[s, :, at] = parts[2].transpose(0, 1).to(v.dtype)
+        if dtype == "int8":
+            k, v = (rounded_rows(x.flatten(0, 2)).view(shape) for x in (k, v))
         return q[:, -self.new :].contiguous(), k, v
 
     def expected(self, device: str, dtype: str, queries: str) -> tuple[list[int], torch.Tensor]:

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from cai_runtime.bench.floors import floor, floor_fraction
-from cai_runtime.bench.report import device_line
+from cai_runtime.bench.report import device_line, launch_count
 from cai_runtime.tables import aligned, figure
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ def format_attention(report: AttentionReport) -> str:
         *report.notes,
         "",
     ]
-    table: list[Sequence[str]] = [(*HEADER, f"vs torch {report.baseline}")]
+    launches = ("launches",) if s.on_gpu else ()
+    table: list[Sequence[str]] = [(*HEADER, *launches, f"vs torch {report.baseline}")]
     reasons: list[str] = []
     for (mode, batch, context), results in groupby(report.results, key=lambda r: (r.mode, r.batch, r.context)):
         for index, r in enumerate(results):
@@ -44,7 +45,7 @@ def _figures(report: AttentionReport, r: AttentionResult, reasons: list[str]) ->
         reason = r.unsupported or "not measured"
         if reason not in reasons:
             reasons.append(reason)
-        return (f"[{reasons.index(reason) + 1}]", *("-",) * 5)
+        return (f"[{reasons.index(reason) + 1}]", *("-",) * (5 + report.settings.on_gpu))
     fraction, speedup = floor_fraction(r), report.speedup(r)
     return (
         figure(r.median_s * 1e3, 3),
@@ -52,6 +53,7 @@ def _figures(report: AttentionReport, r: AttentionResult, reasons: list[str]) ->
         figure(r.rate(r.cache_bytes / 1e9)) if r.mode == "decode" else "",
         figure(r.rate(r.flops / 1e9)),
         "-" if fraction is None else f"{fraction:.0%}",
+        *((launch_count(r.launches),) if report.settings.on_gpu else ()),
         "-" if speedup is None else f"{speedup:.2f} x",
     )
 

@@ -1,4 +1,4 @@
-"""The contenders in the comparison of linears: our backends, and torch on the same weights."""
+"""The contenders in the comparison of linears: our backends, torch and, on a GPU, vLLM's Marlin on the same weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from cai_runtime.bench.factors import Factorization
+from cai_runtime.bench.gpu_peers import installed, marlin
 from cai_runtime.errors import BenchmarkError, KernelError
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def linear_contenders(
     """All contenders: torch on dense weights and on the factors, in fp32 and bf16 (on a GPU only bf16), then each backend in
     each store.
 
-    peers: include torch, and with int4 also torch's int4 kernel beside our dense int4.
+    peers: include torch, and with int4 also torch's int4 kernel beside our dense int4; on a GPU with vLLM also its
+    Marlin beside our dense int8 and int4.
     """
     on_gpu = device.startswith("cuda")
     ours = "bfloat16" if on_gpu else "float32"
@@ -81,9 +83,16 @@ def linear_contenders(
                 found.append(Contender("torch", "two matmuls", how, store, dtype, torch_factors))
         if "int4" in stores:
             found.append(Contender("torch", "tinygemm", DENSE, "int4", "bfloat16", torch_int4))  # its fp32 path is slow
+    of_marlin = (
+        [store for store in ("int8", "int4") if store in stores] if peers and on_gpu and installed("vllm") else []
+    )
+    found += [Contender("vllm", "marlin", DENSE, store, "bfloat16", marlin) for store in of_marlin]
+    beside = (
+        {"int4", *of_marlin} if peers and how.kind != "dense" else set()
+    )  # dense ones of ours, to compare with theirs
+    dense = [store for store in stores if store in beside]
     for backend in backends:
         prepare = partial(our_linear, backend)
-        dense = ["int4"] if peers and "int4" in stores and how.kind != "dense" else []
         for method, factors, held in [(how.kind, how, stores), ("dense", DENSE, dense)]:
             found += [Contender(backend, method, factors, store, ours, prepare) for store in held]
     return found

@@ -11,10 +11,12 @@ weights and inputs rotate, contenders take turns.
                     and number of rows (`floors.py`). The matrix rate is that of torch's products in the dtype of the
                     activations. The bytes are without activations, which may stay in a cache.
     of floor        floor / median time
+    launches        kernels of a call, on a GPU
     vs dense        time of torch's dense linear on as many rows / median time; in fp32 on a CPU, where our kernels compute
                     in fp32, in bf16 on a GPU
 
-Inputs are bf16 on a GPU. On a CPU they are fp32, except for torch's bf16 and int4.
+Inputs are bf16 on a GPU. On a CPU they are fp32, except for torch's bf16 and int4. Rows are by default 1, 4, 16 and 512 on a
+CPU, 1, 16, 64, 512 and 4096 on a GPU.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from cai_runtime.bench.factors import STORES, Factorization, RandomWeights, flop
 from cai_runtime.bench.floors import Floors, MeasureRoofs, Reader
 from cai_runtime.bench.machine import describe_gpus, describe_machine, versions
 from cai_runtime.bench.roofs import Roofs, measure_roofs
-from cai_runtime.bench.timing import Schedule, Times, make_clock, rotation, thread_count
+from cai_runtime.bench.timing import Clock, Schedule, Times, make_clock, rotation, thread_count
 from cai_runtime.errors import BenchmarkError, KernelError
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from cai_runtime.models.shapes import LinearGroup
 
 INPUTS = 8  # calls rotate through as many inputs
+CPU_ROWS, GPU_ROWS = (1, 4, 16, 512), (1, 16, 64, 512, 4096)
 CHECKED_ROWS = 8
 JUDGE_PARAMETERS = 1 << 27  # a linear with more is checked in float32
 
@@ -55,14 +58,14 @@ JUDGE_PARAMETERS = 1 << 27  # a linear with more is checked in float32
 class LinearSettings:
     """The cases to measure. Raises BenchmarkError for a value out of range.
 
-    batches: numbers of rows. backends: None is those of the device. device: a resolved name ("cpu", "cuda:0"). threads: None
-    is all that this process may use.
+    batches: numbers of rows. batches, backends: None is those of the device. device: a resolved name ("cpu", "cuda:0").
+    threads: None is all that this process may use.
     """
 
     how: Factorization = field(default_factory=lambda: Factorization("interpolative", 0.5))
     stores: tuple[str, ...] = ("fp32", "bf16", "int8", "int4")
     int4_group: int = 64
-    batches: tuple[int, ...] = (1, 4, 16, 512)
+    batches: tuple[int, ...] | None = None
     backends: tuple[str, ...] | None = None
     device: str = "cpu"
     threads: int | None = None
@@ -77,9 +80,17 @@ class LinearSettings:
                 raise BenchmarkError(f"unknown store {store!r}; there are: {', '.join(STORES)}")
         if self.int4_group not in INT4_GROUPS:
             raise BenchmarkError(f"group is {self.int4_group}; int4 has groups of {', '.join(map(str, INT4_GROUPS))}")
-        if not self.stores or not self.batches or min(self.batches) < 1:
+        if not self.stores or not self.rows or min(self.rows) < 1:
             raise BenchmarkError("name at least one store, and batches of at least 1")
         check_backends(self.backends or ())
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.startswith("cuda")
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        return (GPU_ROWS if self.on_gpu else CPU_ROWS) if self.batches is None else self.batches
 
 
 @dataclass(frozen=True)
@@ -101,6 +112,7 @@ class LinearResult:
     roofs: Roofs  # measured at the same time
     sets: int = 0  # copies of the weights that the calls rotate through
     calls: int = 0
+    launches: float | None = None  # kernels of a call, on a GPU
     median_s: float | None = None
     best_s: float | None = None
     relative_error: float | None = None
@@ -151,7 +163,7 @@ class LinearReport:
     @property
     def baseline(self) -> str:
         """The store of torch's dense linear in the table's last column."""
-        return "bf16" if self.settings.device.startswith("cuda") else "fp32"
+        return "bf16" if self.settings.on_gpu else "fp32"
 
 
 def bench_linear(
@@ -179,7 +191,7 @@ def bench_linear(
 
     backends = settings.backends or default_backends(settings.device)
     contenders = linear_contenders(backends, settings.how, settings.stores, settings.device, peers=settings.peers)
-    turns = len(groups) * len(settings.batches) * len(contenders) * settings.schedule.rounds
+    turns = len(groups) * len(settings.rows) * len(contenders) * settings.schedule.rounds
     results: list[LinearResult] = []
     with (
         thread_count(settings.threads) as threads,
@@ -227,7 +239,7 @@ def _measure_group(
     inputs = _inputs(group.in_features, settings)
     entries = _prepare(group, contenders, inputs, settings, bar)
     results = []
-    for batch in settings.batches:
+    for batch in settings.rows:
         results += _measure_rows(group, entries, batch, inputs[batch], settings, floors, bar)
     return results
 
@@ -301,7 +313,7 @@ def _measure_rows(
             bar.update(rounds)
 
     found, around = floors.timed(clocks, settings.schedule, bar.update)
-    times = dict(zip(running, found, strict=True))
+    times = dict(zip(running, zip(found, clocks, strict=True), strict=True))
     return [
         _result(group, entry, batch, around, times.get(index), errors.get(index), reasons.get(index))
         for index, entry in enumerate(entries)
@@ -313,7 +325,7 @@ def _result(
     entry: _Entry,
     batch: int,
     roofs: Roofs,
-    times: Times | None,
+    timed_by: tuple[Times, Clock] | None,
     error: float | None,
     unsupported: str | None,
 ) -> LinearResult:
@@ -321,10 +333,12 @@ def _result(
     # The rank of an mpo is its largest bond dimension.
     ranks = tuple(w.rank or max(w.bonds, default=0) for w in members)
     timed: dict[str, Any] = {"unsupported": unsupported}
-    if times is not None:
+    if timed_by is not None:
+        times, clock = timed_by
         timed = {
             "sets": entry.sets,
             "calls": len(times.seconds),
+            "launches": clock.launches,
             "median_s": times.median,
             "best_s": times.best,
             "relative_error": error,
@@ -356,7 +370,7 @@ def _inputs(width: int, settings: LinearSettings) -> dict[int, list[torch.Tensor
     device = settings.device
     return {
         rows: [torch.randn(rows, width, device=device, generator=draw).bfloat16().float() for _ in range(INPUTS)]
-        for rows in settings.batches
+        for rows in settings.rows
     }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cai_runtime.bench.floors import floor, floor_fraction
-from cai_runtime.bench.report import device_line, device_name
+from cai_runtime.bench.report import device_line, device_name, launch_count
 from cai_runtime.tables import aligned, figure
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ def format_linear(report: LinearReport) -> str:
         *report.notes,
         "",
     ]
-    table: list[tuple[str, ...]] = [(*HEADER, f"vs dense {report.baseline}")]
+    launches = ("launches",) if s.on_gpu else ()
+    table: list[tuple[str, ...]] = [(*HEADER, *launches, f"vs dense {report.baseline}")]
     reasons: list[str] = []
     for (group, batch), block in groupby(report.results, key=lambda r: (r.group, r.batch)):
         rows = _block(report, list(block), reasons)
@@ -55,7 +56,8 @@ def _block(report: LinearReport, results: Sequence[LinearResult], reasons: list[
         key = (r.engine, r.method, r.unsupported)
         stores = f"{rows[key][1]}, {r.store}" if key in rows else r.store
         reference = f"[{reasons.index(r.unsupported) + 1}]"
-        rows[key] = (f"{r.engine} {r.method}", stores, reference, *("-",) * (len(HEADER) - FIRST_NUMBER))
+        empty = len(HEADER) - FIRST_NUMBER + report.settings.on_gpu
+        rows[key] = (f"{r.engine} {r.method}", stores, reference, *("-",) * empty)
     return list(rows.values())
 
 
@@ -67,6 +69,7 @@ def _figures(report: LinearReport, r: LinearResult) -> tuple[str, ...]:
         figure(r.rate(r.weight_bytes / 1e9)),
         figure(r.rate(r.flops / 1e9)),
         "-" if fraction is None else f"{fraction:.0%}",
+        *((launch_count(r.launches),) if report.settings.on_gpu else ()),
         "-" if speedup is None else f"{speedup:.2f} x",
     )
 
@@ -122,7 +125,7 @@ def linear_json(report: LinearReport) -> dict[str, Any]:
         "gpus": report.gpus,
         "versions": report.versions,
         "threads": report.threads,
-        "settings": asdict(report.settings),
+        "settings": {**asdict(report.settings), "batches": report.settings.rows},
         "roofs": report.roofs.to_json(),
         "results": results,
         "token_totals": token_totals(report),

@@ -76,6 +76,15 @@ def available_memory(device: str) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def gpu_name(device: str) -> str | None:
+    """The name of a GPU, None for a CPU. Imports torch."""
+    if not device.startswith("cuda"):
+        return None
+    import torch
+
+    return str(torch.cuda.get_device_properties(device).name)
+
+
 def describe_gpus() -> list[dict[str, Any]]:
     """Name, compute capability and memory in bytes of every GPU that torch sees. Imports torch."""
     import torch

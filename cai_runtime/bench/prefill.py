@@ -24,6 +24,7 @@ from cai_runtime.bench.checks import check_at_least, check_same_model
 from cai_runtime.bench.child import run_child
 from cai_runtime.bench.decode import DecodeSettings
 from cai_runtime.bench.machine import describe_machine, usable_threads, versions
+from cai_runtime.bench.report import processor
 from cai_runtime.bench.roofs import Roofs
 from cai_runtime.errors import BenchmarkError
 from cai_runtime.tables import aligned, figure
@@ -159,7 +160,7 @@ def bench_prefill(
         peer=None if dense is None else dense.name,
         device=before["device"],
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine=describe_machine(),
+        machine={**describe_machine(), "gpu": before["gpu"]},
         versions=versions(),
         settings={"prompts": list(prompts), "repeats": repeats, "threads": threads, "dtype": dtype},
         roofs=Roofs(before["read"], before["matmul"]).higher(Roofs(after["read"], after["matmul"])),
@@ -200,7 +201,7 @@ def format_prefill(report: PrefillReport) -> str:
         )
     rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in report.roofs.matmul.items())
     lines = [
-        f"prefill of {report.checkpoint} on {report.device}: {report.machine['cpu']}, {s['threads']} threads, "
+        f"prefill of {report.checkpoint} on {report.device}: {processor(report.machine, s['threads'])}, "
         f"multiplies matrices at {rates} GFLOP/s",
         f"one prompt at a time; median of {s['repeats']} repeats; vs: against transformers in that dtype",
         "",

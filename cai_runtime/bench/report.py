@@ -29,6 +29,16 @@ def device_line(report: LinearReport | AttentionReport) -> str:
     )
 
 
+def processor(machine: dict[str, Any], threads: int) -> str:
+    """The GPU of a measurement, or the CPU and its threads."""
+    return machine["gpu"] or f"{machine['cpu']}, {threads} threads"
+
+
+def launch_count(launches: float | None) -> str:
+    """For a table: a whole number as such, since all calls of a contender are alike."""
+    return "-" if launches is None else f"{launches:g}"
+
+
 def format_decode(report: DecodeReport) -> str:
     """The table that `cai bench decode` prints."""
     header = (
@@ -65,7 +75,7 @@ def format_decode(report: DecodeReport) -> str:
         table.append(row)
     s = report.settings
     lines = [
-        f"decode of {report.checkpoint} on {report.device}: {report.machine['cpu']}, {s['threads']} threads, "
+        f"decode of {report.checkpoint} on {report.device}: {processor(report.machine, s['threads'])}, "
         f"reads {report.bandwidth / 1e9:.1f} GB/s",
         f"prompts of {s['prompt_tokens']} tokens, {s['tokens']} tokens each, greedy; median of {s['repeats']} repeats",
         "",

@@ -49,17 +49,21 @@ def measure_roofs(device: str, threads: int | None = None) -> Roofs:
 
 
 def bandwidth(job: dict[str, Any]) -> dict[str, Any]:
-    """A job of `child.py`: {"device", "threads"} -> {"device": its resolved name, "bytes_per_s": read bandwidth}."""
+    """A job of `child.py`: {"device", "threads"} -> {"device": its resolved name, "gpu": the GPU's name or None,
+    "bytes_per_s": read bandwidth}."""
     from cai_runtime.bench.bandwidth import read_bandwidth
+    from cai_runtime.bench.machine import gpu_name
     from cai_runtime.engine.open import choose_device
 
     device = str(choose_device(job["device"]))
-    return {"device": device, "bytes_per_s": read_bandwidth(device, threads=job["threads"])}
+    return {"device": device, "gpu": gpu_name(device), "bytes_per_s": read_bandwidth(device, threads=job["threads"])}
 
 
 def both(job: dict[str, Any]) -> dict[str, Any]:
-    """A job of `child.py`: {"device", "threads"} -> {"device": its resolved name} and the fields of `Roofs`."""
+    """A job of `child.py`: {"device", "threads"} -> {"device": its resolved name, "gpu": the GPU's name or None} and the
+    fields of `Roofs`."""
+    from cai_runtime.bench.machine import gpu_name
     from cai_runtime.engine.open import choose_device
 
     device = str(choose_device(job["device"]))
-    return {"device": device, **asdict(measure_roofs(device, job["threads"]))}
+    return {"device": device, "gpu": gpu_name(device), **asdict(measure_roofs(device, job["threads"]))}

@@ -103,7 +103,7 @@ def bench_decode(
         peers={} if peers is None else {"gguf": peers.gguf.name, "dense": peers.dense.name},
         device=base.device,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine=describe_machine(),
+        machine={**describe_machine(), "gpu": before["gpu"]},
         versions=versions(),
         settings={**shared, "batches": list(batches)},
         bandwidth=max(before["bytes_per_s"], after["bytes_per_s"]),

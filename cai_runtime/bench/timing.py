@@ -6,7 +6,7 @@ machine's speed affects all. A turn begins with untimed calls: the last contende
 GPU's clocks must rise.
 
 On a CPU every call is timed alone. On a GPU one CUDA graph holds all calls of a contender; events time a replay, and the
-time is divided by the number of calls. No launch from Python is in it.
+time is divided by the number of calls. No launch from Python is in it. The graph's kernels are counted.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Protocol
 
+from cai_runtime.bench.cuda_graph import count_kernels
 from cai_runtime.bench.machine import available_memory, cache_bytes
 from cai_runtime.errors import BenchmarkError, KernelError
 
@@ -110,6 +111,8 @@ def interleaved(
 
 
 class Clock(Protocol):
+    launches: float | None  # kernels of a call on a GPU; None on a CPU, or if the driver does not say
+
     def settle(self) -> None:
         """Make untimed calls until the last contender's work no longer has an effect."""
         ...
@@ -131,6 +134,8 @@ def make_clock(calls: Sequence[Call], device: str) -> Clock:
 
 class CallClock:
     """Times single calls on a CPU, going through the data sets."""
+
+    launches: float | None = None
 
     def __init__(self, calls: Sequence[Call]):
         self._calls, self._next, self._last = calls, 0, 0.0
@@ -165,9 +170,12 @@ class GraphClock:
                 for call in calls:  # compiles kernels, loads modules and fills the allocator before the capture
                     call()
             torch.cuda.current_stream().wait_stream(side)
-            self._graph = torch.cuda.CUDAGraph()
+            self._graph = torch.cuda.CUDAGraph(keep_graph=True)
             with torch.cuda.graph(self._graph):
                 self._results = [call() for call in calls]
+            kernels = count_kernels(self._graph)
+            self.launches: float | None = None if kernels is None else kernels / len(calls)
+            self._graph.instantiate()
             self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def sample(self) -> float:

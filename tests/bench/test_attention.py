@@ -52,6 +52,14 @@ def test_backends_and_torch_attend_to_the_same(bench, window):
         assert r.relative_error < (1e-4 if r.cache == "fp32" else 2e-2)
 
 
+def test_an_int8_cache_is_held_against_its_own_codes(bench):
+    report = bench(caches=("int8",), backends=("cpu", "reference"))
+    assert [r.engine for r in report.results[:2]] == ["cpu", "reference"] and len(report.results) == 6
+    for r in report.results:
+        assert r.unsupported is None and r.relative_error < 1e-4
+        assert r.cache_bytes == 2 * r.batch * 2 * r.context * (16 + 4)
+
+
 @pytest.mark.parametrize("window", [None, 8])
 @pytest.mark.parametrize("mode", ["decode", "prefill"])
 def test_bytes_and_operations_are_those_of_what_is_seen(mode, window):
@@ -136,7 +144,7 @@ def test_bad_arguments_are_named_before_anything_runs(capsys, monkeypatch):
         (["--heads", "4x2"], "--heads 4x2"),
         (["--heads", "5/2x16"], "5 query heads don't share 2"),
         (["--window", "0"], "window is 0"),
-        (["--cache", "int8"], "unknown cache dtype 'int8'"),
+        (["--cache", "int4"], "unknown cache dtype 'int4'"),
         (["--backend", "metal"], "unknown backend 'metal'"),
         (["--mode", "training"], "unknown mode 'training'"),
         (["--json", "/nowhere/at/all.json"], "/nowhere/at"),

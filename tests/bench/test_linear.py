@@ -1,5 +1,6 @@
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,6 +97,22 @@ def test_what_a_backend_can_t_do_is_shown_with_its_reason(bench):
     assert "fp32, int8" in table  # of one line
     assert "[1] not supported: the triton kernels can't run on cpu" in table
     assert json.dumps(linear_json(report))
+
+
+def test_a_gpu_s_table_has_a_column_of_launches(bench):
+    report = bench("64x48", batches=(1,), backends=("cpu", "triton"))
+    assert "launches" not in format_linear(report)
+    assert all(r.launches is None for r in report.results)
+    on_gpu = replace(
+        report,
+        settings=replace(report.settings, device="cuda:0"),
+        gpus=[{"name": "H100"}],
+        results=[replace(r, launches=2.0 if r.engine == "cpu" else None) for r in report.results],
+    )
+    head, *rows = [line for line in format_linear(on_gpu).splitlines() if "int8" in line or "launches" in line]
+    at = head.index("launches") + len("launches") - 1
+    assert [row[at] for row in rows] == ["2", "-"]
+    assert {f["launches"] for f in linear_json(on_gpu)["results"] if f["engine"] == "cpu"} == {2.0}
 
 
 def test_a_wrong_result_is_an_error_and_no_figure(bench, monkeypatch):

@@ -1,7 +1,8 @@
 """Attention by itself: kernel backends over a paged cache, beside torch over contiguous keys and values, in one run.
 
 Decode at several contexts and batch sizes, and prefill; head layouts are those of a model by name, or given by --heads.
-Each line: median and best time, bytes of keys and values per second, operations per second, the fraction of the floor.
+Each line: median and best time, bytes of keys and values per second, operations per second, the fraction of the floor, on a
+GPU also the kernels of a call. There FlashInfer runs beside ours where it is installed.
 `cai_runtime/bench/attention.py` defines each figure.
 """
 
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", type=counts, default=counts(PROMPTS), metavar="LIST",
                         help=f"tokens at prefill; default: {PROMPTS}")  # fmt: skip
     parser.add_argument(
-        "--cache", type=words, metavar="LIST", help="dtypes: fp32, bf16, fp16; default: fp32,bf16 (on a GPU bf16)"
+        "--cache", type=words, metavar="LIST", help="dtypes: fp32, bf16, fp16, int8; default: fp32,bf16 (on a GPU bf16)"
     )
     add_backend_argument(parser)
     add_machine_arguments(parser)

@@ -2,8 +2,9 @@
 
 Shapes are those of a model by name, or given by --shape. Each line is one kernel on one group of linears that runs as
 one call: median and best time, bytes of weights per second, operations per second, the fraction of the floor, and how
-much faster than torch's dense linear. On a GPU every call is replayed from a CUDA graph. Weights and inputs rotate, so
-that no call finds its weights in a cache. `cai_runtime/bench/linear.py` defines each figure.
+much faster than torch's dense linear. On a GPU every call is replayed from a CUDA graph, whose kernels are counted, and
+vLLM's Marlin runs beside ours where vLLM is installed. Weights and inputs rotate, so that no call finds its weights in a
+cache. `cai_runtime/bench/linear.py` defines each figure.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_linear_arguments(parser, batches="1,4,16,512")
+    add_linear_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def add_linear_arguments(parser: argparse.ArgumentParser, batches: str) -> None:
-    """The options that `linear` and `prefill` share. batches: the default of --batch."""
+def add_linear_arguments(parser: argparse.ArgumentParser, batches: str | None = None) -> None:
+    """The options that `linear` and `prefill` share. batches: the default of --batch; None is that of the device."""
     parser.add_argument("--model", metavar="NAME", help="all linears of a model, such as llama-3.1-8b (the default)")
     parser.add_argument("--only", type=words, metavar="LIST", help="of the model's groups, such as qkv,down")
     parser.add_argument(
@@ -57,7 +58,11 @@ def add_linear_arguments(parser: argparse.ArgumentParser, batches: str) -> None:
                         help="default: fp32,bf16,int8,int4; also fp16")  # fmt: skip
     parser.add_argument("--group", type=int, default=64, help="columns that share an int4 scale; default: 64")
     parser.add_argument(
-        "--batch", type=counts, default=counts(batches), metavar="LIST", help=f"rows; default: {batches}"
+        "--batch",
+        type=counts,
+        default=None if batches is None else counts(batches),
+        metavar="LIST",
+        help=f"rows; default: {batches or '1,4,16,512, on a GPU 1,16,64,512,4096'}",
     )
     add_backend_argument(parser)
     add_machine_arguments(parser)

@@ -41,7 +41,7 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="of the CPU; default: all that this process may use")
     parser.add_argument("--seconds", type=float, default=0.25, metavar="S", help="timed for each figure; default: 0.25")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns that they are taken in; default: 5")
-    parser.add_argument("--no-peers", action="store_true", help="leave out torch")
+    parser.add_argument("--no-peers", action="store_true", help="leave out torch and other libraries")
     parser.add_argument("--json", metavar="FILE", help="also write everything, machine and versions included, to FILE")
 
 
