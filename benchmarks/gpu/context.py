@@ -23,6 +23,11 @@ SMALLEST: dict[str, Any] = TINY | {  # Triton's interpreter takes milliseconds p
 }  # fmt: skip
 KEEP = 0.5
 INT4_GROUP = 128
+END_STORES = {
+    "bf16": "bf16",
+    "int8": "int8",
+    "int4": "int8",
+}  # of embedding and head, by that of the layers: as `cai compress`
 PAGE_SIZE = 16
 # Kind and store of the layers' linears. Head and embedding are dense bf16 in all variants.
 VARIANTS = (

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+Shapes = Mapping[str, tuple[int, tuple[int, ...], int]]
 # Llama-3.1-8B: inputs, outputs of the members, prologue of the first cores (0 none, 1 norm, 2 gate).
-LAYER = {
+LAYER: Shapes = {
     "q/k/v": (4096, (4096, 1024, 1024), 1),
     "o": (4096, (4096,), 0),
     "gate/up": (4096, (14336, 14336), 1),
     "down": (14336, (4096,), 2),
 }
+HEAD: Shapes = {"head": (4096, (128256,), 0)}
 STORES = {"bf16": (0, 0), "int8": (1, 0), "int4/128": (2, 128)}
 ROWS = (1, 8, 16)
 MANY = (32, 64, 256, 2048)
@@ -30,11 +32,14 @@ def rank(inputs: int, outputs: int, keep: float) -> int:
     return int(half - math.sqrt(half * half - keep * inputs * outputs)) // 16 * 16
 
 
-def launches(multiprocessors: int, keep: float | None = 0.5, rows: Sequence[int] = ROWS) -> list[dict[str, Any]]:
-    """Of every launch of a layer with up to 16 rows of x: store, rows, tiles for each multiprocessor, cluster, blocks,
-    shared memory, and the bytes of weights that a multiprocessor has under way. keep: None for dense linears."""
+def launches(
+    multiprocessors: int, keep: float | None = 0.5, rows: Sequence[int] = ROWS, shapes: Shapes = LAYER
+) -> list[dict[str, Any]]:
+    """Of every launch of a layer, or of other shapes, with up to 16 rows of x: store, rows, tiles for each multiprocessor,
+    cluster, blocks, shared memory, and the bytes of weights that a multiprocessor has under way. keep: None for dense
+    linears."""
     found = []
-    for plan, (cluster, blocks, groups, nbytes, slot) in _plans(multiprocessors, keep, rows):
+    for plan, (cluster, blocks, groups, nbytes, slot) in _plans(multiprocessors, keep, rows, shapes):
         found.append(plan | {
             "tiles_a_multiprocessor": round(plan["tiles"] / multiprocessors, 2), "cluster": cluster, "blocks": blocks,
             "rounds": -(-groups * cluster // blocks), "shared_bytes": nbytes, "bytes_under_way": WARPS * SLOTS * slot,
@@ -42,12 +47,16 @@ def launches(multiprocessors: int, keep: float | None = 0.5, rows: Sequence[int]
     return found
 
 
-def many_launches(multiprocessors: int, keep: float | None = 0.5, rows: Sequence[int] = MANY) -> list[dict[str, Any]]:
+def many_launches(
+    multiprocessors: int, keep: float | None = 0.5, rows: Sequence[int] = MANY, shapes: Shapes = LAYER
+) -> list[dict[str, Any]]:
     """The same with more rows: whether eight blocks divide the columns, blocks, shared memory, and what a multiprocessor
     may have under way. items: what a cluster takes at a time, a group of eight tiles by `rows_of_block` rows of x where
     eight blocks divide the columns, else two by two of these."""
     found = []
-    for plan, (cluster, blocks, groups, nbytes, stage, stages, runs, high) in _plans(multiprocessors, keep, rows):
+    for plan, (cluster, blocks, groups, nbytes, stage, stages, runs, high) in _plans(
+        multiprocessors, keep, rows, shapes
+    ):
         found.append(plan | {
             "split": cluster == PARTS, "blocks": blocks, "items": groups * runs, "rows_of_block": high,
             "shared_bytes": nbytes, "bytes_under_way": stage * stages,
@@ -56,18 +65,18 @@ def many_launches(multiprocessors: int, keep: float | None = 0.5, rows: Sequence
 
 
 def _plans(
-    multiprocessors: int, keep: float | None, rows: Sequence[int]
+    multiprocessors: int, keep: float | None, rows: Sequence[int], shapes: Shapes
 ) -> list[tuple[dict[str, Any], list[int]]]:  # fmt: skip
     """Of every launch what it is, and what the library's plan says of it."""
     wanted, lines = [], []
     for store, numbers in STORES.items():
         for count in rows:
-            for name, (inputs, outputs, prologue) in LAYER.items():
+            for name, (inputs, outputs, prologue) in shapes.items():
                 for stage, products in enumerate(_stages(inputs, outputs, keep)):
                     first = 0 if stage or (prologue == 2 and count > FUSED_GATES) else prologue
-                    shapes = [n for p in products for n in p]
+                    sizes = [n for p in products for n in p]
                     lines.append(
-                        " ".join(map(str, (*numbers, 0, count, first, multiprocessors, len(products), *shapes)))
+                        " ".join(map(str, (*numbers, 0, count, first, multiprocessors, len(products), *sizes)))
                     )
                     wanted.append({
                         "store": store, "rows": count, "launch": f"{name} {stage}", "prologue": first,

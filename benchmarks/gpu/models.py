@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu.context import INT4_GROUP, KEEP, PAGE_SIZE
+from gpu.context import END_STORES, INT4_GROUP, KEEP, PAGE_SIZE
 
 
 class _RandomCheckpoint:
@@ -29,8 +29,8 @@ class _RandomCheckpoint:
 
 
 def random_loader(config: dict[str, Any], device: str, dtype: Any, backend: str, kind: str, store: str) -> Any:
-    """A `WeightLoader` that draws random weights: the layers' linears in `kind` and `store`, head and embedding in dense
-    bf16. Norm weights are ones. The weights do not depend on the backend or the dtype.
+    """A `WeightLoader` that draws random weights: the layers' linears in `kind` and `store`, head and embedding dense in the
+    store that `cai compress` takes for them. Norm weights are ones. The weights do not depend on the backend or the dtype.
 
     It adds two attributes: `layer_bytes`, of all layers' linears, and `head_bytes`, of the head."""
     import torch
@@ -46,7 +46,9 @@ def random_loader(config: dict[str, Any], device: str, dtype: Any, backend: str,
         def weights(self, name: str, shape: tuple[int, int], *, bias: bool = True) -> Any:
             out, inp = shape
             end = "layers" not in name
-            w = draw.linear(inp, out, Factorization("dense" if end else kind, KEEP), "bf16" if end else store)
+            w = draw.linear(
+                inp, out, Factorization("dense" if end else kind, KEEP), END_STORES[store] if end else store
+            )
             if end:
                 self.head_bytes = w.nbytes  # the embedding is as large, but a step reads one row of it per token
             else:

@@ -20,7 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # PYTHONSAFEPATH omits it
 
-from gpu.launch_plan import FUSED_GATES, LAYER, launches, many_launches
+from gpu.context import END_STORES
+from gpu.launch_plan import FUSED_GATES, HEAD, LAYER, launches, many_launches
 
 PREDICTED = Path(__file__).with_name("predicted.json")
 MULTIPROCESSORS, CLOCK, BANDWIDTH = 132, 1.755e9, 3.0e12
@@ -34,7 +35,7 @@ WARPS = 8
 FIXED, NORM, GATE, CLUSTER = 2.0, 0.2, 0.4, 0.4
 OVERLAP = 1.0  # of reading, while the kernel ahead ends
 SMALL, ATTENTION, MERGE = 2.2, 6.2, 2.2  # a small kernel; attention of one row at context 1024 and its merge
-HEAD_BYTES, LAYERS = 128256 * 4096 * 2, 32
+LAYERS, CONTEXT = 32, 1024
 # Many rows. Products of 16-bit numbers that a multiprocessor makes in a cycle, the part of that which such loops reach, what
 # the second-level cache gives all of them together, and cycles from a tile's last product to the next one's first.
 PRODUCTS, REACHED, CACHE, EPILOGUE = 2048, 0.7, 5.5e12, 2500
@@ -96,23 +97,43 @@ def many_predictions() -> list[dict[str, Any]]:
 
 
 def predictions() -> dict[str, list[dict[str, Any]]]:
+    many = many_predictions()
     steps, single = [], []
+    heads = {(c["store"], c["rows"]): c for c in launches(MULTIPROCESSORS, None, (1, 16), HEAD)}
+    heads |= {(c["store"], c["rows"]): c for c in many_launches(MULTIPROCESSORS, None, (64,), HEAD)}
     for keep, kind in ((0.5, "interpolative"), (None, "dense")):
         by_launch: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
+        weight_bytes: dict[str, float] = defaultdict(float)
         for cut in launches(MULTIPROCESSORS, keep, rows=(1, 16)):
             by_launch[cut["store"], cut["rows"]][cut["launch"]] = round(launch_microseconds(cut), 1)
+            weight_bytes[cut["store"]] += cut["weights"] * STORES[cut["store"]][0] * (cut["rows"] == 1)
         for (store, rows), found in by_launch.items():
             if kind == "dense" and store == "int8":
                 continue  # the suite has no such model
             name = {"backend": "cuda", "weights": f"{kind} {store.split('/')[0]}", "rows": rows}
-            cache = 2 * 2 * 1024 * 8 * 128 * rows / (0.75 * BANDWIDTH) * 1e6
-            attention = max(ATTENTION, cache + SMALL) + (MERGE if rows * 8 < 256 else 0)
-            small = SMALL * (1 + (rows > FUSED_GATES))  # rope, and the gate
-            head = HEAD_BYTES / (0.93 * BANDWIDTH) * 1e6 + 5 * SMALL
-            total = LAYERS * (sum(found.values()) + attention + small) + head
-            steps.append(name | {"milliseconds": round(total / 1e3, 2)})
+            head = heads[END_STORES[store.split("/")[0]], rows]
+            steps.append(name | step(sum(found.values()), weight_bytes[store], head, rows))
             single.append(name | {"microseconds": found})
-    return {"steps": steps, "launches": single, "many": many_predictions()}
+        for entry in many if keep else ():
+            if entry["rows"] == 64:
+                store = "int4/128" if entry["weights"].endswith("int4") else entry["weights"].split()[1]
+                head = heads[END_STORES[store.split("/")[0]], 64]
+                name = {"backend": "cuda", "weights": entry["weights"], "rows": 64}
+                steps.append(name | step(entry["linears_milliseconds"] / LAYERS * 1e3, weight_bytes[store], head, 64))
+    return {"steps": steps, "launches": single, "many": many}
+
+
+def step(linears: float, weight_bytes: float, head: dict[str, Any], rows: int) -> dict[str, float]:
+    """Milliseconds of a step, and the part of it that the reading of its bytes takes at the least. linears: microseconds
+    of a layer's; weight_bytes: of a layer."""
+    cache_bytes = 2 * 2 * CONTEXT * 8 * 128 * rows
+    cache = cache_bytes / (0.75 * BANDWIDTH) * 1e6
+    attention = max(ATTENTION, cache + SMALL) + (MERGE if rows * 8 < 256 else 0)
+    small = SMALL * (1 + (FUSED_GATES < rows <= 16))  # rope, and the gate; of more rows the linears count theirs
+    end = (launch_microseconds if rows <= 16 else many_microseconds)(head) + 5 * SMALL
+    total = LAYERS * (linears + attention + small) + end
+    nbytes = LAYERS * (weight_bytes + cache_bytes) + head["weights"] * STORES[head["store"]][0]
+    return {"milliseconds": round(total / 1e3, 2), "of_floor": round(nbytes / BANDWIDTH * 1e6 / total, 2)}
 
 
 def main() -> int:
@@ -121,7 +142,8 @@ def main() -> int:
     args = parser.parse_args()
     found = predictions()
     for entry in found["steps"]:
-        print(f"{entry['weights']:<22}{entry['rows']:>3} rows {entry['milliseconds']:>7.2f} ms")
+        took = f"{entry['milliseconds']:>7.2f} ms, {entry['of_floor']:.0%} of it the bytes"
+        print(f"{entry['weights']:<22}{entry['rows']:>3} rows {took}")
     for entry in found["launches"]:
         print(f"{entry['weights']:<22}{entry['rows']:>3} rows  {entry['microseconds']}")
     for entry in found["many"]:
