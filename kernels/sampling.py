@@ -296,54 +296,86 @@ def sample_cpu(logits: Any, batch: SamplingBatch) -> Sampled:
         ids[row], status[row] = -1, PROCESSOR_FAILED
     if found is None:
         return Sampled(ids, status, errors=errors)
-    return Sampled(ids, status, found.of(batch.listed(ids)), found.top, errors)
+    assert batch.logprobs is not None
+    return Sampled(ids, status, *found.of(batch.listed(ids), batch.logprobs), errors)
 
 
 class _Logprobs:
-    """Log softmax of the rows that want it, taken after the custom processors and before anything else changes them."""
+    """What the logprobs of the rows that want them need, taken after the custom processors and before anything else changes
+    the logits."""
 
     def __init__(self, logits: np.ndarray, batch: SamplingBatch):
         assert batch.logprobs is not None
-        count, vocabulary = logits.shape
         self._which = np.flatnonzero(batch.logprobs >= 0).astype(np.int32)
-        self._count = count
+        self._count, vocabulary = logits.shape
         # Sampling leaves a row as it is, but for the tokens that the mask bans. They are not sampled, but may be scored.
         masks_scored = batch.mask is not None and batch.scored is not None
         self._rows = logits[self._which] if masks_scored else None
         self._logits = logits
-        wanted = batch.logprobs[self._which]
-        k = int(wanted.max(initial=0))
-        greatest, total = np.zeros(len(self._which), np.float32), np.zeros(len(self._which), np.int64)
-        ids = np.full((len(self._which), k), -1, np.int32)
-        addresses = [a.ctypes.data for a in (greatest, total, ids)]
+        k = int(batch.logprobs[self._which].max(initial=0))
+        self._greatest, self._total = np.zeros(len(self._which), np.float32), np.zeros(len(self._which), np.int64)
+        self._ids = np.full((len(self._which), k), -1, np.int32)
+        addresses = [a.ctypes.data for a in (self._greatest, self._total, self._ids)]
         _function("top_logits")(
             logits.ctypes.data, self._which.ctypes.data, len(self._which), vocabulary, k, *addresses
         )
-        ids[np.arange(k) >= wanted[:, None]] = -1
-        with np.errstate(divide="ignore"):  # a total of 0: the row fails
-            self._log_total = greatest + np.log(total / ONE)
-        self.top: tuple[np.ndarray, np.ndarray] | None = None
-        if k:
-            self.top = np.full((count, k), -1, np.int32), np.full((count, k), LOGPROB_FLOOR, np.float32)
-            self.top[0][self._which] = ids
-            self.top[1][self._which] = self._of(ids)
+        self._values = self._logits_of(self._ids)
 
-    def of(self, ids: np.ndarray) -> np.ndarray:
-        """fp32 [n]: of a token of each row, ids [n]; NaN for rows that want none."""
-        out = np.full(self._count, np.nan, np.float32)
-        out[self._which] = self._of(ids[self._which, None])[:, 0]
-        return out
+    def of(self, listed: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
+        """As `Sampled` has them. listed: int32 [n], whose logprobs are given. wanted: `SamplingBatch.logprobs`."""
+        ids = listed[self._which]
+        numbers = RowNumbers(
+            self._which, self._greatest, self._total, ids, self._logits_of(ids[:, None])[:, 0], self._ids, self._values
+        )
+        return logprobs_of_rows(self._count, numbers, wanted)
 
-    def _of(self, ids: np.ndarray) -> np.ndarray:
-        """fp32 [w, k]: of tokens of the w rows that want logprobs, ids [w, k]; the floor for id -1."""
+    def _logits_of(self, ids: np.ndarray) -> np.ndarray:
+        """fp32 [w, k]: of tokens of the w rows that want logprobs, ids [w, k]; of any token for id -1."""
         if self._rows is not None:
-            logits = np.take_along_axis(self._rows, ids.astype(np.int64), axis=1)
-        else:
-            logits = self._logits[self._which[:, None], ids]
+            return np.take_along_axis(self._rows, ids.astype(np.int64), axis=1)
+        return self._logits[self._which[:, None], ids]
+
+
+@dataclass(frozen=True, eq=False)
+class RowNumbers:
+    """What the logprobs of w rows are made of. which: their numbers. greatest fp32 [w], total int64 [w]: the greatest logit
+    and the sum of the weights at temperature 1; 0 where the row has no distribution. listed_ids int32 [w], listed_logits
+    fp32 [w]: of the token whose logprob is given. top_ids int32 [w, k], top_logits fp32 [w, k]: of the k greatest."""
+
+    which: np.ndarray
+    greatest: np.ndarray
+    total: np.ndarray
+    listed_ids: np.ndarray
+    listed_logits: np.ndarray
+    top_ids: np.ndarray
+    top_logits: np.ndarray
+
+
+def logprobs_of_rows(
+    count: int, rows: RowNumbers, wanted: np.ndarray
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
+    """Logprobs of a step of `count` rows, and the greatest ones, as `Sampled` has them. wanted: `SamplingBatch.logprobs`."""
+    with np.errstate(divide="ignore"):  # a total of 0: the row fails
+        log_total = rows.greatest + np.log(rows.total / ONE)
+
+    def values(ids: np.ndarray, logits: np.ndarray) -> np.ndarray:
         with np.errstate(invalid="ignore"):
-            values = logits.astype(np.float64) - self._log_total[:, None]
-        usable = (ids >= 0) & np.isfinite(values)
-        return np.where(usable, np.maximum(values, LOGPROB_FLOOR), LOGPROB_FLOOR).astype(np.float32)
+            found = logits.astype(np.float64) - log_total[:, None]
+        usable = (ids >= 0) & np.isfinite(found)
+        return np.where(usable, np.maximum(found, LOGPROB_FLOOR), LOGPROB_FLOOR).astype(np.float32)
+
+    out = np.full(count, np.nan, np.float32)
+    out[rows.which] = values(rows.listed_ids[:, None], rows.listed_logits[:, None])[:, 0]
+    k = int(wanted.max(initial=0))
+    if not k:
+        return out, None
+    top = np.full((count, k), -1, np.int32), np.full((count, k), LOGPROB_FLOOR, np.float32)
+    there = rows.top_ids.shape[1]  # fewer than k, if the vocabulary is smaller
+    ids = np.where(rows.total[:, None] > 0, rows.top_ids, -1)
+    ids[np.arange(there) >= wanted[rows.which][:, None]] = -1
+    top[0][rows.which, :there] = ids
+    top[1][rows.which, :there] = values(ids, rows.top_logits)
+    return out, top
 
 
 @functools.cache

@@ -299,7 +299,7 @@ def _give_hidden(feeds: Sequence[Feed], states: torch.Tensor) -> None:
 
 def _on_its_way(sampled: PendingSampled, device: torch.device) -> PendingSampled:
     """The same, its tokens on the way to the host: reading them does not wait for the step that is launched next."""
-    if device.type != "cuda" or not isinstance(getattr(sampled, "ids", None), torch.Tensor):
+    if device.type != "cuda" or not hasattr(sampled, "tensors"):
         return sampled
     with torch.cuda.device(device):
         return _Copied(sampled)
@@ -308,11 +308,10 @@ def _on_its_way(sampled: PendingSampled, device: torch.device) -> PendingSampled
 class _Copied:
     def __init__(self, sampled: Any):
         copies = {}
-        for name in ("ids", "status"):
-            source = getattr(sampled, name)
+        for name, source in sampled.tensors.items():
             copies[name] = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=True)
             copies[name].copy_(source, non_blocking=True)
-        self._sampled = replace(sampled, **copies)
+        self._sampled = replace(sampled, tensors=copies)
         self._there = torch.cuda.Event()
         self._there.record()
 

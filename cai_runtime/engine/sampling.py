@@ -200,9 +200,7 @@ class SequenceSampler:
         """Whether the token behind the next one can be sampled by the same row: neither depends on what the other is, and
         the host is not asked for either."""
         early = self._num_generated + 1 < self.params.min_tokens or self._num_generated >= self.params.min_tokens
-        params = self.params
-        asks = self.rules is not None or params.logprobs is not None or params.prompt_logprobs is not None
-        return self._counts is None and not asks and early
+        return self._counts is None and self.rules is None and early
 
     def observe(self, token_id: int) -> None:
         """Take note of a token that became part of the text."""

@@ -13,12 +13,14 @@ from cai_runtime.kernels.triton import products as p
 from cai_runtime.kernels.triton.attention import attention_tile, merge_splits_kernel, paged_attention_kernel
 from cai_runtime.kernels.triton.launch import operand_dtype
 from cai_runtime.kernels.triton.linear import NORM_IN_LAUNCH
+from cai_runtime.kernels.triton.logprobs import row_totals_kernel
 from cai_runtime.kernels.triton.plan import MEMBERS, compute_dtype
 from cai_runtime.kernels.triton.quantized_rows import quantize_rows_kernel
 from cai_runtime.kernels.triton.rope import rope_kv_write_kernel
 from cai_runtime.kernels.triton.rows import rms_norm_kernel, swiglu_kernel
-from cai_runtime.kernels.triton.sampling import BLOCK, OPTIONS, sample_kernel
+from cai_runtime.kernels.triton.sampling import sample_kernel
 from cai_runtime.kernels.triton.tiles import DECODE_ROWS, Products, block_k, default_tile
+from cai_runtime.kernels.triton.weigh import BLOCK, OPTIONS
 
 _POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8"}
 _STORE = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16", "int8": "*i8", "int4": "*i32"}
@@ -213,6 +215,11 @@ def cases() -> Iterator[Case]:
         yield Case(name, rope_kv_write_kernel, its, heads, 1, decode=True, products=False)
     for masked in (False, True):
         yield _sampling_case(masked)
+    types = {"logits": "*fp32!", "greatest": "*fp32!", "total": "*i64!", "vocabulary": "i32!", "ld": "i32!"}
+    warps = OPTIONS["num_warps"]
+    yield Case(
+        "row totals", row_totals_kernel, types, {"BLOCK": BLOCK}, warps, decode=True, products=False, fused=False
+    )
 
 
 def _sampling_case(masked: bool) -> Case:

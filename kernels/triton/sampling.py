@@ -1,4 +1,5 @@
-"""Sampling on the device: the definition of kernels/sampling.py, the same tokens as the CPU's. Only ids come to the host.
+"""Sampling on the device: the definition of kernels/sampling.py, the same tokens as the CPU's. Ids come to the host, and the
+logprobs that are wanted.
 
 One program per row. It reads the row several times, from the second-level cache: greatest logit, weights, then one pass for
 each halving of the range in which the k-th greatest logit (top_k) or the least kept weight (top_p) lies. No sort, and no
@@ -7,7 +8,7 @@ result depends on the number of rows or on the block size, as all sums are of in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,37 +17,13 @@ import triton
 import triton.language as tl
 
 from cai_runtime.errors import KernelError
-from cai_runtime.kernels.sampling import LOGPROB_FLOOR, RowTables, Sampled, SamplingBatch, sample_cpu
+from cai_runtime.kernels.sampling import RowTables, Sampled, SamplingBatch, logprobs_of_rows, sample_cpu
 from cai_runtime.kernels.triton.checks import check_tensor
 from cai_runtime.kernels.triton.launch import interpreting, on_device
+from cai_runtime.kernels.triton.logprobs import DeviceLogprobs, row_numbers
+from cai_runtime.kernels.triton.weigh import BLOCK, INFINITY, OPTIONS, key, weigh
 
-# Products and sums must not be fused: the weights would differ from the CPU's.
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
-BLOCK = 2048
-_INFINITY = tl.constexpr(0x7F800000)
 _OK, _NOT_FINITE, _NOTHING_ALLOWED, _BAD_TOKEN = (tl.constexpr(status) for status in range(4))
-
-
-@triton.jit
-def _key(bits):
-    """Integers in the order of the floats, -0 and +0 the same one."""
-    sign = bits >> 31
-    return ((bits & 0x7FFFFFFF) ^ sign) - sign
-
-
-@triton.jit
-def _weights(logits, greatest, inverse_temperature):
-    x = tl.maximum((logits - greatest) * inverse_temperature, -22.0)
-    n = (x * 1.44269504 + 12582912.0) - 12582912.0  # rounds: 1.5 x 2^23
-    r = (x - n * 0.693359375) + n * 2.12194440e-4
-    p = r * 1.9875691500e-4 + 1.3981999507e-3
-    p = p * r + 8.3334519073e-3
-    p = p * r + 4.1665795894e-2
-    p = p * r + 1.6666665459e-1
-    p = p * r + 5.0000001201e-1
-    p = (r * r) * p + (r + 1.0)
-    power = ((n.to(tl.int32) + 157) << 23).to(tl.float32, bitcast=True)
-    return (p * power + 0.5).to(tl.int32)
 
 
 @triton.jit
@@ -57,7 +34,7 @@ def _count_from(logits, vocabulary, lowest, BLOCK: tl.constexpr):
     for start in range(0, vocabulary, BLOCK):
         ok = start + at < vocabulary
         bits = tl.load(logits + start + at, mask=ok, other=0).to(tl.int32, bitcast=True)
-        count += (ok & (_key(bits) >= lowest)).to(tl.int32)
+        count += (ok & (key(bits) >= lowest)).to(tl.int32)
     return tl.sum(count, axis=0).to(tl.int64)
 
 
@@ -128,12 +105,12 @@ def sample_kernel(
             logit = tl.where(((word >> ((start + at) & 31)) & 1) != 0, logit, float("-inf"))
             tl.store(logits + start + at, logit, mask=ok)
         bits = logit.to(tl.int32, bitcast=True)
-        keys = tl.maximum(keys, _key(bits))
+        keys = tl.maximum(keys, key(bits))
         magnitudes = tl.maximum(magnitudes, bits & 0x7FFFFFFF)
     tl.debug_barrier()
     best = tl.max(keys, axis=0)
-    status = tl.where(best == -_INFINITY, _NOTHING_ALLOWED, _OK)
-    status = tl.where((best == _INFINITY) | (tl.max(magnitudes, axis=0) > _INFINITY), _NOT_FINITE, status)
+    status = tl.where(best == -INFINITY, _NOTHING_ALLOWED, _OK)
+    status = tl.where((best == INFINITY) | (tl.max(magnitudes, axis=0) > INFINITY), _NOT_FINITE, status)
     status = tl.where(tl.max(bad, axis=0) > 0, _BAD_TOKEN, status)
 
     found = tl.full((BLOCK,), 2147483647, dtype=tl.int32)
@@ -142,12 +119,12 @@ def sample_kernel(
             for start in range(0, vocabulary, BLOCK):
                 ok = start + at < vocabulary
                 bits = tl.load(logits + start + at, mask=ok, other=0.0).to(tl.int32, bitcast=True)
-                found = tl.minimum(found, tl.where(ok & (_key(bits) == best), start + at, 2147483647))
+                found = tl.minimum(found, tl.where(ok & (key(bits) == best), start + at, 2147483647))
         else:
             low = tl.full((), -2147483648, dtype=tl.int64)
             if (top_k > 0) & (top_k < vocabulary):
                 # The greatest key that top_k logits reach.
-                low = tl.full((), -_INFINITY, dtype=tl.int64)
+                low = tl.full((), -INFINITY, dtype=tl.int64)
                 high = best.to(tl.int64)
                 while low < high:
                     middle = high - (high - low) // 2
@@ -160,8 +137,8 @@ def sample_kernel(
             for start in range(0, vocabulary, BLOCK):
                 ok = start + at < vocabulary
                 logit = tl.load(logits + start + at, mask=ok, other=float("-inf"))
-                kept = _key(logit.to(tl.int32, bitcast=True)) >= low
-                w = tl.where(kept, _weights(logit, greatest, inverse_temperature), 0)
+                kept = key(logit.to(tl.int32, bitcast=True)) >= low
+                w = tl.where(kept, weigh(logit, greatest, inverse_temperature), 0)
                 tl.store(weights + start + at, w, mask=ok)
                 sums += w.to(tl.int64)
             total = tl.sum(sums, axis=0)
@@ -299,36 +276,44 @@ def launch_sample(
 @dataclass(frozen=True, eq=False)
 class SampledOnDevice:
     """Tokens that a device is choosing, and those of `host_rows` (row numbers) that the host has chosen. `wait` brings them
-    together on the host."""
+    together on the host.
 
-    ids: torch.Tensor
-    status: torch.Tensor
+    tensors: "ids" int32 [rows], "status" uint8 [rows], and the numbers of the logprobs of `scored_rows`. wanted:
+    `SamplingBatch.logprobs`."""
+
+    tensors: Mapping[str, torch.Tensor]
+    wanted: np.ndarray | None
+    scored_rows: np.ndarray
     host_rows: np.ndarray
     by_host: Sampled | None
 
+    @property
+    def ids(self) -> torch.Tensor:
+        return self.tensors["ids"]
+
     def wait(self) -> Sampled:
         """Raises what the device reports."""
-        ids, status = self.ids.cpu().numpy(), self.status.cpu().numpy()
+        others = dict(self.tensors)
+        ids, status = (others.pop(name).cpu().numpy() for name in ("ids", "status"))
         host, rows = self.by_host, self.host_rows
-        if host is None:
-            return Sampled(ids, status)
-        ids[rows], status[rows] = host.ids, host.status
-        errors = {int(rows[i]): error for i, error in host.errors.items()}
-        if host.logprobs is None:
+        errors: dict[int, Exception] = {}
+        if host is not None:
+            ids[rows], status[rows] = host.ids, host.status
+            errors = {int(rows[i]): error for i, error in host.errors.items()}
+        if self.wanted is None:
             return Sampled(ids, status, errors=errors)
-        logprobs = np.full(len(ids), np.nan, np.float32)
-        logprobs[rows] = host.logprobs
-        if host.top is None:
-            return Sampled(ids, status, logprobs, None, errors)
-        shape = (len(ids), host.top[0].shape[1])
-        top = np.full(shape, -1, np.int32), np.full(shape, LOGPROB_FLOOR, np.float32)
-        top[0][rows], top[1][rows] = host.top
+        logprobs, top = logprobs_of_rows(len(ids), row_numbers(self.scored_rows, others), self.wanted)
+        if host is not None and host.logprobs is not None:
+            logprobs[rows] = host.logprobs
+            if top is not None and host.top is not None:
+                k = host.top[0].shape[1]
+                top[0][rows, :k], top[1][rows, :k] = host.top
         return Sampled(ids, status, logprobs, top, errors)
 
 
 class TritonSampler:
-    """Samples on a device, with scratch memory that it keeps between calls. Rows that want logprobs or have a logits
-    processor are copied to the host and sampled there."""
+    """Samples on a device, with scratch memory that it keeps between calls. Rows that have a logits processor are copied to
+    the host and sampled there."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -339,15 +324,17 @@ class TritonSampler:
         batch.check(tuple(logits.shape))
         on_host = np.zeros(len(batch), bool)
         on_host[list(batch.custom)] = True
-        if batch.logprobs is not None:
-            on_host |= batch.logprobs >= 0
-        rows, by_host = np.flatnonzero(on_host), None
-        if len(rows):
-            theirs = logits[torch.from_numpy(rows).to(self._device)].cpu()
-            by_host = sample_cpu(theirs, batch.take(rows))
+        host_rows, by_host = np.flatnonzero(on_host), None
+        if len(host_rows):
+            theirs = logits[torch.from_numpy(host_rows).to(self._device)].cpu()
+            by_host = sample_cpu(theirs, batch.take(host_rows))
+        scores = np.zeros(len(batch), bool) if batch.logprobs is None else batch.logprobs >= 0
+        scored_rows = np.flatnonzero(scores & ~on_host)
+        wanted = DeviceLogprobs.begin(logits, batch, scored_rows) if len(scored_rows) else None
         if self._weights.numel() < logits.numel():
             self._weights = torch.empty(logits.numel(), dtype=torch.int32, device=self._device)
         ids = torch.empty(len(batch), dtype=torch.int32, device=self._device)
         status = torch.empty(len(batch), dtype=torch.uint8, device=self._device)
         launch_sample(logits, DeviceBatch.of(batch, self._device), self._weights, ids, status)
-        return SampledOnDevice(ids, status, rows, by_host)
+        tensors = {"ids": ids, "status": status} | ({} if wanted is None else wanted.of(ids, batch))
+        return SampledOnDevice(tensors, batch.logprobs, scored_rows, host_rows, by_host)

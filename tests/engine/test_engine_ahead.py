@@ -32,7 +32,7 @@ class Device:
         self.nexts += sum(feed.ids == [NEXT] for feed in step.feeds)
         self.launches.release()
         promise = self.queue.submit(partial(self._run, step))
-        promise.seats = [feed.seat for feed in step.feeds if feed.wanted]
+        promise.seats = [feed.seat for feed in step.feeds for _ in range(feed.wanted)]
         return promise
 
     def _run(self, step):
@@ -89,6 +89,7 @@ def test_texts_are_the_same(make_engine, make_runner, prompts, runner, options):
     ways = [
         {"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.9}, {"temperature": 0.8, "presence_penalty": 0.5},
         {"temperature": 0.9, "min_tokens": 6, "logit_bias": {96: 4.0}}, {"temperature": 0.0, "stop": ("\u0120", "\u0130")},
+        {"temperature": 0.7, "logprobs": 3}, {"temperature": 0.0, "logprobs": 0, "prompt_logprobs": 2},
     ]  # fmt: skip
     requests = [
         Request(prompt, SamplingParams(max_tokens=20, seed=i, **ways[i % len(ways)]))
@@ -101,9 +102,11 @@ def test_texts_are_the_same(make_engine, make_runner, prompts, runner, options):
         engine = make_engine(device, **options)
         together = run_all(engine, some)
         expected = [alone[requests.index(request)] for request in some]
-        assert [(t.token_ids, t.text, t.finish_reason) for t in together] == [
-            (e.token_ids, e.text, e.finish_reason) for e in expected
-        ]
+        for found, wanted in zip(together, expected, strict=True):
+            assert (found.token_ids, found.text, found.finish_reason) == (
+                wanted.token_ids, wanted.text, wanted.finish_reason
+            )  # fmt: skip
+            assert (found.logprobs, found.prompt_logprobs) == (wanted.logprobs, wanted.prompt_logprobs)
         assert device.nexts > 0 or some is requests
         assert engine.stats().tokens_decoded == sum(len(e.token_ids) for e in expected)
 

@@ -24,9 +24,10 @@ def test_decode_kernels_compile_without_spills():
         assert outcome.problems == [] and outcome.spilled == 0 and outcome.registers > 0 and outcome.shared > 0
 
 
-def test_the_sampler_fuses_no_product_with_a_sum(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("name", ["sample", "row totals"])
+def test_the_sampler_fuses_no_product_with_a_sum(monkeypatch: pytest.MonkeyPatch, name: str):
     """Fused, weights would differ from the CPU's in their last bits."""
-    assert aot.compile_case(case("sample"), "sm_90").problems == []
+    assert aot.compile_case(case(name), "sm_90").problems == []
     compile_kernel = aot.triton.compile
     monkeypatch.setattr(
         aot.triton,
@@ -35,7 +36,7 @@ def test_the_sampler_fuses_no_product_with_a_sum(monkeypatch: pytest.MonkeyPatch
             source, target=target, options=options | {"enable_fp_fusion": True}
         ),
     )
-    assert any("fused" in problem for problem in aot.compile_case(case("sample"), "sm_90").problems)
+    assert any("fused" in problem for problem in aot.compile_case(case(name), "sm_90").problems)
 
 
 def test_attention_compiles_for_blackwell():

@@ -24,6 +24,7 @@ from cai_runtime.kernels import triton as backend
 from cai_runtime.kernels.attention import HeadLayout, HeadNorms
 from cai_runtime.kernels.norm import RmsNorm
 from cai_runtime.kernels.quantized_rows import quantize_rows
+from cai_runtime.kernels.sampling import sample_cpu
 from cai_runtime.kernels.sampling_reference import sample_reference
 from cai_runtime.kernels.triton import attention
 from cai_runtime.kernels.triton.sampling import TritonSampler
@@ -361,9 +362,14 @@ def test_keys_and_values_as_codes(g: torch.Generator, dtype: torch.dtype, dim: i
 
 @pytest.mark.parametrize(("seed", "rows", "vocabulary"), [*((s, 3, 333) for s in range(4)), (4, 12, 5000)])
 def test_sampler(seed: int, rows: int, vocabulary: int):
-    """The reference's tokens, of one block of the vocabulary and of several."""
+    """The reference's tokens and the CPU's logprobs, of one block of the vocabulary and of several."""
     logits, batch = make_batch(np.random.default_rng(seed), rows, vocabulary)
+    batch.logprobs = np.where(np.arange(rows) % 3, 4, -1).astype(np.int8)
     wanted = sample_reference(logits, batch)
     found = TritonSampler(torch.device("cpu"))(torch.from_numpy(logits.copy()), batch).wait()
     np.testing.assert_array_equal(found.status, wanted.status)
     np.testing.assert_array_equal(found.ids, wanted.ids)
+    cpu = sample_cpu(logits.copy(), batch)
+    assert found.top is not None and cpu.top is not None
+    for mine, theirs in zip((found.logprobs, *found.top), (cpu.logprobs, *cpu.top), strict=True):
+        np.testing.assert_array_equal(mine, theirs)

@@ -15,9 +15,9 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("test_triton_interpreted.py runs these with TRITON_INTERPRET=1", allow_module_level=True)
 
 from cai_runtime.errors import KernelError
-from cai_runtime.kernels.sampling import NEUTRAL, NO_TABLES, SamplingBatch
+from cai_runtime.kernels.sampling import NEUTRAL, NO_TABLES, SamplingBatch, sample_cpu
 from cai_runtime.kernels.sampling_reference import sample_reference
-from cai_runtime.kernels.triton import sampling
+from cai_runtime.kernels.triton import logprobs, sampling
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -27,6 +27,10 @@ def check(logits: np.ndarray, batch: SamplingBatch) -> None:
     found = sampling.TritonSampler(DEVICE)(torch.from_numpy(logits.copy()).to(DEVICE), batch).wait()
     np.testing.assert_array_equal(found.status, wanted.status)
     np.testing.assert_array_equal(found.ids, wanted.ids)
+    cpu = sample_cpu(logits.copy(), batch)
+    np.testing.assert_array_equal(found.logprobs, cpu.logprobs)
+    for mine, theirs in zip(found.top or (), cpu.top or (), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
     for mine, theirs in zip((found.logprobs, *(found.top or ())), (wanted.logprobs, *(wanted.top or ())), strict=True):
         assert (mine is None) == (theirs is None)
         if theirs is not None:
@@ -41,6 +45,7 @@ def test_the_references_tokens(case: tuple):
 
 def test_rows_of_several_blocks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sampling, "BLOCK", 128)
+    monkeypatch.setattr(logprobs, "BLOCK", 128)
     for seed in range(2):
         check(*make_batch(np.random.default_rng(seed), 3, 333))
 
