@@ -194,6 +194,7 @@ class BorrowedCache(ReferenceKVCache):
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor):
         self.k, self.v, self.page_size = k, v, k.shape[2]
+        self.k_scale = self.v_scale = None
 
 
 @torch.library.custom_op(
@@ -230,8 +231,10 @@ def rope_paged_attention(
 
     positions to page_table: of an `AttentionBatch`. cos_sin fp32 [positions, rotary_dim]. sinks: fp32 [Hq]. k_cache,
     v_cache: in the backend's layout, changed in place; "cuda" is "triton" here. In a graph, a compiler that doesn't reuse
-    buffers copies them whole. Raises KernelError as the backend does.
+    buffers copies them whole. Raises KernelError as the backend does, and for a cache of int8: no argument has its scales.
     """
+    if torch.int8 in (k_cache.dtype, v_cache.dtype):
+        raise KernelError("a KV cache is fp32, bf16 or fp16 here, not int8")
     head_dim = qkv.shape[1] // (query_heads + 2 * kv_heads)
     heads = HeadLayout(query_heads, kv_heads, head_dim, cos_sin.shape[1], window)
     batch = AttentionBatch.of(positions, slots, query_start, context_len, page_table)

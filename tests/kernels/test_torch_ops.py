@@ -112,6 +112,16 @@ def test_attention_is_a_proper_operator(window: int | None, sinks: bool, norms: 
 
 
 @pytest.mark.parametrize("backend", NAMES)
+def test_a_cache_of_int8_is_refused(backend: str):
+    attention, qkv, batch, table = attention_step(backend, None, False, False)
+    held, heads = torch_module(attention), attention.heads
+    codes = torch.zeros(2, *held.k.shape, dtype=torch.int8)
+    arguments = (qkv, *fields(batch), table, 0.2, *codes, None, heads.query_heads, heads.kv_heads, 16, None, backend)
+    with pytest.raises(KernelError, match="is fp32, bf16 or fp16 here, not int8"):
+        torch.ops.cai.rope_paged_attention(*arguments)
+
+
+@pytest.mark.parametrize("backend", NAMES)
 def test_the_attention_module_has_the_eager_bits_and_writes_the_cache(backend: str):
     attention, qkv, batch, table = attention_step(backend, 7, True, True)
     other, *_ = attention_step(backend, 7, True, True)
