@@ -48,7 +48,7 @@ class Table:
         self.rows.append(dict(zip(("kernel", "what", "dtype"), case, strict=True)) | {
             "relative": float(f"{relative:.2e}"), "of_bound": round(of_bound, 3), "right": of_bound <= 1,
         })  # fmt: skip
-        print("{kernel:<12}{what:<34}{dtype:<10}{relative:>10.1e}{of_bound:>10.3f}".format(**self.rows[-1]), flush=True)
+        print("{kernel:<12}{what:<36}{dtype:<10}{relative:>10.1e}{of_bound:>10.3f}".format(**self.rows[-1]), flush=True)
 
 
 def kernels(monkeypatch: Any) -> list[dict[str, Any]]:
@@ -71,11 +71,17 @@ def kernels(monkeypatch: Any) -> list[dict[str, Any]]:
                 what = store if prologue == "none" else f"{store}, {prologue}"
                 run("linear", what, dtype, tests.test_linear, store, dtype, prologue)
         run("linear", "int8, int8 activations", dtype, tests.test_int8_activations, device, dtype)
-        for heads, sinks, kind in ((tests.PLAIN, False, "plain"), (tests.WINDOWED, True, "window, sinks")):
-            for sequences, step in ((tests.DECODE, "decode"), (tests.PREFILL, "prefill")):
-                with monkeypatch.context() as patch:
-                    given = (patch, device, sequences, heads, sinks, dtype)
-                    run("attention", f"{step}, {kind}", dtype, tests.test_attention, *given)
+        for int8, cache in ((False, ""), (True, ", int8 cache")):
+            for heads, sinks, kind in ((tests.PLAIN, False, "plain"), (tests.WINDOWED, True, "window, sinks")):
+                for sequences, step in ((tests.DECODE, "decode"), (tests.PREFILL, "prefill")):
+                    with monkeypatch.context() as patch:
+                        given = (patch, device, sequences, heads, sinks, dtype, int8)
+                        run("attention", f"{step}, {kind}{cache}", dtype, tests.test_attention, *given)
+                if dtype != torch.float32:
+                    with monkeypatch.context() as patch:
+                        wide = tests.WIDE if sinks else heads  # wgmma is taken for 64 and 128 dimensions
+                        given = (patch, device, wide, sinks, dtype, int8)
+                        run("attention", f"many, {kind}{cache}", dtype, tests.test_attention_of_many_tokens, *given)
         run("rows", "norms, swiglu", dtype, tests.test_norms_and_swiglu, dtype, (2, 576))
         run("rope", "with norms of heads", dtype, tests.test_rope_and_kv_write, dtype, 64, 64, True)
     return table.rows
@@ -87,20 +93,25 @@ def sampler(monkeypatch: Any, rows: int) -> dict[str, Any]:
     from ptx.device import put_in_place
     from sampling_cases import make_batch
 
+    from cai_runtime.kernels.sampling import sample_cpu
     from cai_runtime.kernels.sampling_reference import sample_reference
     from cai_runtime.kernels.triton.sampling import TritonSampler
 
     put_in_place(monkeypatch)
-    pairs = different = 0
+    pairs = different = scored = unequal = 0
     for seed in range(-(-rows // SAMPLED_ROWS)):
         logits, batch = make_batch(np.random.default_rng(seed), SAMPLED_ROWS, VOCABULARY)
-        wanted = sample_reference(logits, batch)
+        wanted, cpu = sample_reference(logits, batch), sample_cpu(logits.copy(), batch)
         found = TritonSampler(torch.device("cpu"))(torch.from_numpy(logits.copy()), batch).wait()
         pairs += SAMPLED_ROWS
         different += int(((found.ids != wanted.ids) | (found.status != wanted.status)).sum())
+        if found.logprobs is not None and cpu.logprobs is not None:
+            scored += int(np.isfinite(cpu.logprobs).sum())
+            unequal += int((np.isfinite(cpu.logprobs) & (found.logprobs != cpu.logprobs)).sum())
         if sys.stderr.isatty():
             print(f"\r{pairs} rows sampled", end="", file=sys.stderr, flush=True)
-    return {"rows": pairs, "different": different, "vocabulary": VOCABULARY}
+    of_logprobs = {"logprobs": scored, "unequal_logprobs": unequal}
+    return {"rows": pairs, "different": different, "vocabulary": VOCABULARY, **of_logprobs}
 
 
 def main() -> int:
@@ -116,6 +127,7 @@ def main() -> int:
     with pytest.MonkeyPatch.context() as monkeypatch:
         rows, sampled = kernels(monkeypatch), sampler(monkeypatch, args.sampled)
     print(f"\nsampler: {sampled['rows']} rows, {sampled['different']} differ from the reference")
+    print(f"logprobs of {sampled['logprobs']} rows, {sampled['unequal_logprobs']} differ from the CPU's in any bit")
     wrong = [r for r in rows if not r["right"]]
     took = time.monotonic() - started
     print(f"Triton {triton.__version__}: {len(rows)} cases, {len(wrong)} beyond their bounds, {took:.0f} s")
@@ -123,7 +135,7 @@ def main() -> int:
         kept = json.loads(args.json.read_text()) if args.json.exists() else {}
         kept[triton.__version__] = {"torch": torch.__version__, "target": "sm_90", "sampler": sampled, "cases": rows}
         args.json.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
-    return 1 if wrong or sampled["different"] else 0
+    return 1 if wrong or sampled["different"] or sampled["unequal_logprobs"] else 0
 
 
 if __name__ == "__main__":

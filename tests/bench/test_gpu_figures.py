@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import shutil
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import pytest
 
@@ -15,6 +16,18 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 @pytest.fixture(autouse=True)
 def on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def test_the_table_of_compiled_kernels_calls_the_tests_as_they_are(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("triton")
+    compiled = importlib.import_module("gpu_compiled")
+    tests = importlib.import_module("test_triton_compiled")
+    called = []
+    for name in [name for name in vars(tests) if name.startswith("test_")]:
+        monkeypatch.setattr(tests, name, create_autospec(getattr(tests, name)))
+    monkeypatch.setattr(compiled.Table, "run", lambda table, tests, case, test: (called.append(case), test()))
+    compiled.kernels(monkeypatch)
+    assert len(called) == len(set(called)) > 100
 
 
 LAYER = ["paged_attention_kernel", "merge_splits_kernel", *["cai::decode_products_kernel<bf16>(Rows)"] * 8, "rope"]
