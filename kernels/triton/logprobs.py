@@ -65,7 +65,7 @@ def top_tokens(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor
     sign = bits >> 31
     order = (((bits & 0x7FFFFFFF) ^ sign) - sign).long() << 32
     last = logits.shape[1] - 1
-    order |= torch.arange(last, -1, -1, device=logits.device)
+    order |= torch.arange(last, -1, -1, dtype=torch.int64, device=logits.device)
     ids = last - (order.topk(k, dim=1).values & 0xFFFFFFFF)
     return ids.int(), logits.gather(1, ids)
 

@@ -13,7 +13,7 @@ from cai_runtime.slim.reader import Checkpoint
 def quick_roofs(monkeypatch):
     def child(job, *, threads):
         if job["do"] == "roofs.both":
-            return {"device": "cpu", "read": 1e10, "matmul": {"float32": 1e11, "bfloat16": 4e11}}
+            return {"device": "cpu", "gpu": None, "read": 1e10, "matmul": {"float32": 1e11, "bfloat16": 4e11}}
         from cai_runtime.bench.child import perform  # in this process: starting one takes seconds
 
         return perform({**job, "threads": threads})
