@@ -93,12 +93,14 @@ class ReferenceKVCache:
     """Pages of one layer: k, v [pages, kv_heads, page_size, head_dim]; of an int8 cache, scales fp32 [pages, kv_heads,
     page_size] of keys and of values, else None."""
 
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
+
     def __init__(self, pages: int, page_size: int, heads: HeadLayout, dtype: torch.dtype, device: torch.device):
         shape = (pages, heads.kv_heads, page_size, heads.head_dim)
         self.page_size = page_size
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.k_scale = self.v_scale = None
         if dtype == torch.int8:
             self.k_scale = torch.zeros(shape[:3], dtype=torch.float32, device=device)
             self.v_scale = torch.zeros(shape[:3], dtype=torch.float32, device=device)

@@ -296,8 +296,7 @@ def sample_cpu(logits: Any, batch: SamplingBatch) -> Sampled:
         ids[row], status[row] = -1, PROCESSOR_FAILED
     if found is None:
         return Sampled(ids, status, errors=errors)
-    assert batch.logprobs is not None
-    return Sampled(ids, status, *found.of(batch.listed(ids), batch.logprobs), errors)
+    return Sampled(ids, status, *found.of(batch.listed(ids)), errors)
 
 
 class _Logprobs:
@@ -306,6 +305,7 @@ class _Logprobs:
 
     def __init__(self, logits: np.ndarray, batch: SamplingBatch):
         assert batch.logprobs is not None
+        self._wanted = batch.logprobs
         self._which = np.flatnonzero(batch.logprobs >= 0).astype(np.int32)
         self._count, vocabulary = logits.shape
         # Sampling leaves a row as it is, but for the tokens that the mask bans. They are not sampled, but may be scored.
@@ -321,13 +321,13 @@ class _Logprobs:
         )
         self._values = self._logits_of(self._ids)
 
-    def of(self, listed: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
-        """As `Sampled` has them. listed: int32 [n], whose logprobs are given. wanted: `SamplingBatch.logprobs`."""
+    def of(self, listed: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
+        """As `Sampled` has them. listed: int32 [n], whose logprobs are given."""
         ids = listed[self._which]
         numbers = RowNumbers(
             self._which, self._greatest, self._total, ids, self._logits_of(ids[:, None])[:, 0], self._ids, self._values
         )
-        return logprobs_of_rows(self._count, numbers, wanted)
+        return logprobs_of_rows(self._count, numbers, self._wanted)
 
     def _logits_of(self, ids: np.ndarray) -> np.ndarray:
         """fp32 [w, k]: of tokens of the w rows that want logprobs, ids [w, k]; of any token for id -1."""

@@ -23,13 +23,10 @@ SMALLEST: dict[str, Any] = TINY | {  # Triton's interpreter takes milliseconds p
 }  # fmt: skip
 KEEP = 0.5
 INT4_GROUP = 128
-END_STORES = {
-    "bf16": "bf16",
-    "int8": "int8",
-    "int4": "int8",
-}  # of embedding and head, by that of the layers: as `cai compress`
+# Stores of embedding and head, which are dense, by that of the layers: those that `cai compress` takes.
+END_STORES = {"bf16": "bf16", "int8": "int8", "int4": "int8"}
 PAGE_SIZE = 16
-# Kind and store of the layers' linears. Head and embedding are dense bf16 in all variants.
+# Kind and store of the layers' linears.
 VARIANTS = (
     ("interpolative", "bf16"), ("dense", "bf16"), ("interpolative", "int4"), ("interpolative", "int8"), ("dense", "int4"),
 )  # fmt: skip

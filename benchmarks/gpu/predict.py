@@ -43,6 +43,11 @@ EIGHTS, FOURS = 15, 32  # clusters of so many multiprocessors that the device ha
 CUBLAS = 700e12  # operations a second of dense bf16, of many rows
 
 
+def plain(store: str) -> str:
+    """Of the names in STORES, without the group."""
+    return store.split("/")[0]
+
+
 def launch_microseconds(cut: dict[str, Any]) -> float:
     per_weight, instructions, cycles = STORES[cut["store"]]
     nbytes = cut["weights"] * per_weight
@@ -89,7 +94,7 @@ def many_predictions() -> list[dict[str, Any]]:
             dense += rows_microseconds(rows, inputs, prologue == 2) if prologue else 0.0
         for store, microseconds in by_store.items():
             found.append({
-                "backend": "cuda", "weights": f"interpolative {store.split('/')[0]}", "rows": rows,
+                "backend": "cuda", "weights": f"interpolative {plain(store)}", "rows": rows,
                 "linears_milliseconds": round(microseconds * LAYERS / 1e3, 2),
                 "dense_cublas_milliseconds": round(dense * LAYERS / 1e3, 2), "of_dense": round(dense / microseconds, 2),
             })  # fmt: skip
@@ -110,16 +115,17 @@ def predictions() -> dict[str, list[dict[str, Any]]]:
         for (store, rows), found in by_launch.items():
             if kind == "dense" and store == "int8":
                 continue  # the suite has no such model
-            name = {"backend": "cuda", "weights": f"{kind} {store.split('/')[0]}", "rows": rows}
-            head = heads[END_STORES[store.split("/")[0]], rows]
-            steps.append(name | step(sum(found.values()), weight_bytes[store], head, rows))
+            name = {"backend": "cuda", "weights": f"{kind} {plain(store)}", "rows": rows}
+            steps.append(
+                name | step(sum(found.values()), weight_bytes[store], heads[END_STORES[plain(store)], rows], rows)
+            )
             single.append(name | {"microseconds": found})
-        for entry in many if keep else ():
-            if entry["rows"] == 64:
-                store = "int4/128" if entry["weights"].endswith("int4") else entry["weights"].split()[1]
-                head = heads[END_STORES[store.split("/")[0]], 64]
-                name = {"backend": "cuda", "weights": entry["weights"], "rows": 64}
-                steps.append(name | step(entry["linears_milliseconds"] / LAYERS * 1e3, weight_bytes[store], head, 64))
+        for store, nbytes in weight_bytes.items():
+            name = {"backend": "cuda", "weights": f"{kind} {plain(store)}", "rows": 64}
+            for entry in many:
+                if name.items() <= entry.items():
+                    linears = entry["linears_milliseconds"] / LAYERS * 1e3
+                    steps.append(name | step(linears, nbytes, heads[END_STORES[plain(store)], 64], 64))
     return {"steps": steps, "launches": single, "many": many}
 
 

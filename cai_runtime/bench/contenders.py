@@ -83,14 +83,12 @@ def linear_contenders(
                 found.append(Contender("torch", "two matmuls", how, store, dtype, torch_factors))
         if "int4" in stores:
             found.append(Contender("torch", "tinygemm", DENSE, "int4", "bfloat16", torch_int4))  # its fp32 path is slow
-    of_marlin = (
-        [store for store in ("int8", "int4") if store in stores] if peers and on_gpu and installed("vllm") else []
-    )
-    found += [Contender("vllm", "marlin", DENSE, store, "bfloat16", marlin) for store in of_marlin]
-    beside = (
-        {"int4", *of_marlin} if peers and how.kind != "dense" else set()
-    )  # dense ones of ours, to compare with theirs
-    dense = [store for store in stores if store in beside]
+        if on_gpu and installed("vllm"):
+            quantized = [store for store in ("int8", "int4") if store in stores]
+            found += [Contender("vllm", "marlin", DENSE, store, "bfloat16", marlin) for store in quantized]
+    # Dense ones of ours, to compare with those of others.
+    theirs = {c.store for c in found if c.method in ("tinygemm", "marlin")} if how.kind != "dense" else set()
+    dense = [store for store in stores if store in theirs]
     for backend in backends:
         prepare = partial(our_linear, backend)
         for method, factors, held in [(how.kind, how, stores), ("dense", DENSE, dense)]:
@@ -156,6 +154,8 @@ def torch_int4(members: Sequence[LinearWeights], arena: Arena | None) -> Linear:
     """
     import torch
 
+    from cai_runtime.slim.int4 import unpack
+
     cores = [w.cores[0] for w in members]
     group = cores[0].group
     on_gpu = cores[0].data.is_cuda
@@ -176,8 +176,7 @@ def torch_int4(members: Sequence[LinearWeights], arena: Arena | None) -> Linear:
         if on_gpu:
             packed = getattr(torch.ops.aten, pack)(codes << 4 | codes >> 4, 8)
         else:
-            wide = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1).to(torch.int32)
-            packed = getattr(torch.ops.aten, pack)(wide, 1)
+            packed = getattr(torch.ops.aten, pack)(unpack(codes, cores[0].shape[1]).to(torch.int32), 1)
     except RuntimeError as error:
         raise KernelError(f"torch's int4 kernel: {str(error).splitlines()[0]}") from error
     packed = placed(packed, arena)

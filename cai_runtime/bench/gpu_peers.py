@@ -98,6 +98,8 @@ def marlin(members: Sequence[LinearWeights], arena: object) -> Callable[[torch.T
     """
     import torch
 
+    from cai_runtime.slim.int4 import unpack
+
     cores = [w.cores[0] for w in members]
     core, size_n, size_k = cores[0], sum(c.shape[0] for c in cores), cores[0].shape[1]
     bits = 4 if core.is_int4 else 8
@@ -112,13 +114,13 @@ def marlin(members: Sequence[LinearWeights], arena: object) -> Callable[[torch.T
         )
         from vllm.scalar_type import scalar_types
 
-        codes = torch.cat([_unsigned_codes(c.data, bits) for c in cores])  # [N, K]
+        # From 0 on, int32 [N, K].
+        codes = torch.cat([unpack(c.data, size_k).int() if c.is_int4 else c.data.int() + 128 for c in cores])
         scales = torch.cat([c.scale.view(c.shape[0], -1) for c in cores if c.scale is not None]).bfloat16()
-        empty = torch.empty(0, dtype=torch.int32, device=codes.device)
         packed = _call(
             ops.gptq_marlin_repack,
             b_q_weight=packed_columns(codes.T, bits),
-            perm=empty,
+            perm=torch.empty(0, dtype=torch.int32, device=codes.device),
             size_k=size_k,
             size_n=size_n,
             num_bits=bits,
@@ -146,15 +148,6 @@ def marlin(members: Sequence[LinearWeights], arena: object) -> Callable[[torch.T
             return _call(gemm, a=x, size_m=x.shape[0], **fixed)
 
     return run
-
-
-def _unsigned_codes(data: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes int32 [rows, columns] from 0: of int4 bytes [rows, columns / 2], or of int8 [rows, columns] plus 128."""
-    import torch
-
-    if bits == 8:
-        return data.int() + 128
-    return torch.stack([data & 15, data >> 4], dim=-1).flatten(1).int()
 
 
 def packed_columns(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -15,9 +15,8 @@ if TYPE_CHECKING:
 
 def device_name(report: LinearReport | AttentionReport) -> str:
     device = report.settings.device
-    if device.startswith("cuda"):
-        return str(report.gpus[int(device.removeprefix("cuda:"))]["name"])
-    return f"{report.machine['cpu']}, {report.threads} threads"
+    gpu = report.gpus[int(device.removeprefix("cuda:"))]["name"] if device.startswith("cuda") else None
+    return processor({**report.machine, "gpu": gpu}, report.threads)
 
 
 def device_line(report: LinearReport | AttentionReport) -> str:

@@ -194,7 +194,6 @@ class BorrowedCache(ReferenceKVCache):
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor):
         self.k, self.v, self.page_size = k, v, k.shape[2]
-        self.k_scale = self.v_scale = None
 
 
 @torch.library.custom_op(

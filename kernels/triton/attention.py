@@ -88,26 +88,19 @@ def _as_fp16(code):
 
 
 @triton.jit
-def _as_fp32(code):
-    return code.to(tl.float32)
-
-
-@triton.jit
 def operand(x, dtype: tl.constexpr):
     """x in the type that the matrix unit takes.
 
     Triton lays a product's operands out by the narrowest type that it finds between them and memory, looking through plain
     conversions: codes of a byte would give a lane runs of four columns, and an instruction of `mma.sync` other columns than
     wgmma's, so that decode and a long prompt would add in different orders. It does not look through a mapped function. Its
-    interpreter has none."""
-    if x.dtype != tl.int8 or INTERPRETED:
+    interpreter has none; fp32 is multiplied without the matrix unit."""
+    if x.dtype != tl.int8 or dtype == tl.float32 or INTERPRETED:
         result = x.to(dtype)
     elif dtype == tl.bfloat16:
         result = tl.map_elementwise(_as_bf16, x)
-    elif dtype == tl.float16:
-        result = tl.map_elementwise(_as_fp16, x)
     else:
-        result = tl.map_elementwise(_as_fp32, x)
+        result = tl.map_elementwise(_as_fp16, x)
     return result
 
 

@@ -8,7 +8,7 @@ these numbers in the same way as of its own, so they are equal to the last bit.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 
 from cai_runtime.kernels.sampling import RowNumbers, SamplingBatch
-from cai_runtime.kernels.triton.launch import interpreting, on_device
-from cai_runtime.kernels.triton.weigh import BLOCK, INFINITY, OPTIONS, key, weigh
+from cai_runtime.kernels.triton.launch import on_device
+from cai_runtime.kernels.triton.weigh import INFINITY, OPTIONS, block_of, key, logit_of, weigh
 
 
 @triton.jit
@@ -38,8 +38,7 @@ def row_totals_kernel(logits, greatest, total, vocabulary, ld, BLOCK: tl.constex
     sums = tl.zeros((BLOCK,), dtype=tl.int64)
     first = tl.zeros((), dtype=tl.float32)
     if (best != -INFINITY) & (best != INFINITY) & (tl.max(magnitudes, axis=0) <= INFINITY):
-        sign = best >> 31
-        first = tl.where(best < 0, (-best) | (sign << 31), best).to(tl.float32, bitcast=True)
+        first = logit_of(best)
         for start in range(0, vocabulary, BLOCK):
             ok = start + at < vocabulary
             logit = tl.load(logits + start + at, mask=ok, other=float("-inf"))
@@ -53,14 +52,19 @@ def row_totals(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows, vocabulary = logits.shape
     greatest = torch.empty(rows, dtype=torch.float32, device=logits.device)
     total = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    block = min(BLOCK, triton.next_power_of_2(vocabulary)) if interpreting() else BLOCK
-    with on_device(logits):
-        row_totals_kernel[(rows,)](logits, greatest, total, vocabulary, logits.stride(0), block, **OPTIONS)
+    if rows:
+        with on_device(logits):
+            row_totals_kernel[(rows,)](
+                logits, greatest, total, vocabulary, logits.stride(0), block_of(vocabulary), **OPTIONS
+            )
     return greatest, total
 
 
 def top_tokens(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids int32 [rows, k], logits fp32 [rows, k]): the k greatest of each row, falling, equal ones by id."""
+    if k == 0:
+        none = logits[:, :0]
+        return none.int(), none
     bits = logits.view(torch.int32)
     sign = bits >> 31
     order = (((bits & 0x7FFFFFFF) ^ sign) - sign).long() << 32
@@ -76,23 +80,24 @@ class DeviceLogprobs:
     when the tokens are sampled."""
 
     which: np.ndarray
+    at: torch.Tensor  # the same, on the device
     rows: torch.Tensor  # fp32 [w, vocabulary], as the model gave them
     numbers: Mapping[str, torch.Tensor]
 
     @classmethod
     def begin(cls, logits: torch.Tensor, batch: SamplingBatch, which: np.ndarray) -> DeviceLogprobs:
         assert batch.logprobs is not None
-        rows = logits.index_select(0, torch.from_numpy(which).to(logits.device, non_blocking=True))
+        at = torch.from_numpy(which).to(logits.device, non_blocking=True)
+        rows = logits.index_select(0, at)
         greatest, total = row_totals(rows)
         numbers = {"greatest": greatest, "total": total}
         k = min(int(batch.logprobs[which].max(initial=0)), logits.shape[1])
-        if k:
-            numbers["top_ids"], numbers["top_logits"] = top_tokens(rows, k)
-        return cls(which, rows, numbers)
+        numbers["top_ids"], numbers["top_logits"] = top_tokens(rows, k)
+        return cls(which, at, rows, numbers)
 
     def of(self, ids: torch.Tensor, batch: SamplingBatch) -> dict[str, torch.Tensor]:
         """The numbers, with those of the sampled ids int32 [rows of the step], or of the scored ones."""
-        own = ids.index_select(0, torch.from_numpy(self.which).to(ids.device, non_blocking=True)).long()
+        own = ids.index_select(0, self.at).long()
         if batch.scored is not None:
             scored = torch.from_numpy(batch.scored[self.which].astype(np.int64)).to(ids.device, non_blocking=True)
             own = torch.where(scored >= 0, scored, own)
@@ -101,8 +106,5 @@ class DeviceLogprobs:
 
 
 def row_numbers(which: np.ndarray, found: Mapping[str, torch.Tensor]) -> RowNumbers:
-    """On the host. found: as `DeviceLogprobs.of` gives it, copied there or not; empty for no rows."""
-    there = {name: tensor.cpu().numpy() for name, tensor in found.items()}
-    ids, logits = np.zeros((len(which), 0), np.int32), np.zeros((len(which), 0), np.float32)
-    empty = RowNumbers(which, logits.sum(1), ids.sum(1), ids.sum(1), logits.sum(1), ids, logits)
-    return replace(empty, **there)
+    """On the host. found: as `DeviceLogprobs.of` gives it, copied there or not."""
+    return RowNumbers(which, **{name: tensor.cpu().numpy() for name, tensor in found.items()})

@@ -19,9 +19,9 @@ import triton.language as tl
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels.sampling import RowTables, Sampled, SamplingBatch, logprobs_of_rows, sample_cpu
 from cai_runtime.kernels.triton.checks import check_tensor
-from cai_runtime.kernels.triton.launch import interpreting, on_device
+from cai_runtime.kernels.triton.launch import on_device
 from cai_runtime.kernels.triton.logprobs import DeviceLogprobs, row_numbers
-from cai_runtime.kernels.triton.weigh import BLOCK, INFINITY, OPTIONS, key, weigh
+from cai_runtime.kernels.triton.weigh import INFINITY, OPTIONS, block_of, key, logit_of, weigh
 
 _OK, _NOT_FINITE, _NOTHING_ALLOWED, _BAD_TOKEN = (tl.constexpr(status) for status in range(4))
 
@@ -131,8 +131,7 @@ def sample_kernel(
                     enough = _count_from(logits, vocabulary, middle, BLOCK) >= top_k
                     low = tl.where(enough, middle, low)
                     high = tl.where(enough, high, middle - 1)
-            sign = best >> 31
-            greatest = tl.where(best < 0, (-best) | (sign << 31), best).to(tl.float32, bitcast=True)
+            greatest = logit_of(best)
             sums = tl.zeros((BLOCK,), dtype=tl.int64)
             for start in range(0, vocabulary, BLOCK):
                 ok = start + at < vocabulary
@@ -264,12 +263,11 @@ def launch_sample(
         check_tensor("mask", batch.mask, shape=(rows, words), device=device, dtypes=(torch.int32,))
     if rows == 0:
         return
-    block = min(BLOCK, triton.next_power_of_2(vocabulary)) if interpreting() else BLOCK
     with on_device(logits):
         sample_kernel[(rows,)](
             logits, batch.shares, batch.numbers, batch.limits, batch.penalty_start, batch.penalty_token,
             batch.penalty_count, batch.bias_start, batch.bias_token, batch.bias, batch.mask, weights, ids, status,
-            vocabulary, logits.stride(0), words, block, 256, **OPTIONS,
+            vocabulary, logits.stride(0), words, block_of(vocabulary), 256, **OPTIONS,
         )  # fmt: skip
 
 
@@ -278,12 +276,11 @@ class SampledOnDevice:
     """Tokens that a device is choosing, and those of `host_rows` (row numbers) that the host has chosen. `wait` brings them
     together on the host.
 
-    tensors: "ids" int32 [rows], "status" uint8 [rows], and the numbers of the logprobs of `scored_rows`. wanted:
-    `SamplingBatch.logprobs`."""
+    tensors: "ids" int32 [rows], "status" uint8 [rows], and where `wanted` (`SamplingBatch.logprobs`) is not
+    None what `DeviceLogprobs.of` gives for the other rows that want logprobs."""
 
     tensors: Mapping[str, torch.Tensor]
     wanted: np.ndarray | None
-    scored_rows: np.ndarray
     host_rows: np.ndarray
     by_host: Sampled | None
 
@@ -302,7 +299,8 @@ class SampledOnDevice:
             errors = {int(rows[i]): error for i, error in host.errors.items()}
         if self.wanted is None:
             return Sampled(ids, status, errors=errors)
-        logprobs, top = logprobs_of_rows(len(ids), row_numbers(self.scored_rows, others), self.wanted)
+        scored = np.setdiff1d(np.flatnonzero(self.wanted >= 0), rows)
+        logprobs, top = logprobs_of_rows(len(ids), row_numbers(scored, others), self.wanted)
         if host is not None and host.logprobs is not None:
             logprobs[rows] = host.logprobs
             if top is not None and host.top is not None:
@@ -328,13 +326,13 @@ class TritonSampler:
         if len(host_rows):
             theirs = logits[torch.from_numpy(host_rows).to(self._device)].cpu()
             by_host = sample_cpu(theirs, batch.take(host_rows))
-        scores = np.zeros(len(batch), bool) if batch.logprobs is None else batch.logprobs >= 0
-        scored_rows = np.flatnonzero(scores & ~on_host)
-        wanted = DeviceLogprobs.begin(logits, batch, scored_rows) if len(scored_rows) else None
+        scored = None
+        if batch.logprobs is not None:
+            scored = DeviceLogprobs.begin(logits, batch, np.flatnonzero((batch.logprobs >= 0) & ~on_host))
         if self._weights.numel() < logits.numel():
             self._weights = torch.empty(logits.numel(), dtype=torch.int32, device=self._device)
         ids = torch.empty(len(batch), dtype=torch.int32, device=self._device)
         status = torch.empty(len(batch), dtype=torch.uint8, device=self._device)
         launch_sample(logits, DeviceBatch.of(batch, self._device), self._weights, ids, status)
-        tensors = {"ids": ids, "status": status} | ({} if wanted is None else wanted.of(ids, batch))
-        return SampledOnDevice(tensors, batch.logprobs, scored_rows, host_rows, by_host)
+        tensors = {"ids": ids, "status": status} | ({} if scored is None else scored.of(ids, batch))
+        return SampledOnDevice(tensors, batch.logprobs, host_rows, by_host)

@@ -5,10 +5,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from cai_runtime.kernels.triton.launch import interpreting
+
 # Products and sums must not be fused: the weights would differ from the CPU's.
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 BLOCK = 2048
 INFINITY = tl.constexpr(0x7F800000)
+
+
+def block_of(vocabulary: int) -> int:
+    """Logits that a program takes at a time. The interpreter takes as long for those beyond the last one."""
+    return min(BLOCK, triton.next_power_of_2(vocabulary)) if interpreting() else BLOCK
 
 
 @triton.jit
@@ -16,6 +23,13 @@ def key(bits):
     """Integers in the order of the floats, -0 and +0 the same one."""
     sign = bits >> 31
     return ((bits & 0x7FFFFFFF) ^ sign) - sign
+
+
+@triton.jit
+def logit_of(order):
+    """The float that `key` made this integer of; +0 for either zero."""
+    sign = order >> 31
+    return tl.where(order < 0, (-order) | (sign << 31), order).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -146,11 +146,9 @@ def test_the_command_writes_a_table_and_json(tiny_dir, tmp_path, capsys, monkeyp
 
 def quick_bandwidth(job, *, threads):
     """Children as they are, but for the seconds that the bandwidth takes."""
-    return (
-        {"device": "cpu", "gpu": None, "bytes_per_s": 8e9}
-        if job["do"] == "roofs.bandwidth"
-        else run_child(job, threads=threads)
-    )
+    if job["do"] == "roofs.bandwidth":
+        return {"device": "cpu", "gpu": None, "bytes_per_s": 8e9}
+    return run_child(job, threads=threads)
 
 
 def test_a_failure_in_the_child_is_told(tiny_dir, tmp_path):

@@ -17,7 +17,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels.sampling import NEUTRAL, NO_TABLES, SamplingBatch, sample_cpu
 from cai_runtime.kernels.sampling_reference import sample_reference
-from cai_runtime.kernels.triton import logprobs, sampling
+from cai_runtime.kernels.triton import sampling, weigh
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -44,8 +44,7 @@ def test_the_references_tokens(case: tuple):
 
 
 def test_rows_of_several_blocks(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sampling, "BLOCK", 128)
-    monkeypatch.setattr(logprobs, "BLOCK", 128)
+    monkeypatch.setattr(weigh, "BLOCK", 128)
     for seed in range(2):
         check(*make_batch(np.random.default_rng(seed), 3, 333))
 
@@ -60,8 +59,9 @@ def test_rows_with_processors_are_the_hosts():
     batch.tables = [batch.tables[0], NO_TABLES, batch.tables[2]]
     NO_TABLES.write(batch.rows[1:2])
     check(logits, batch)
-    batch.logprobs = np.array([2, 3, -1], np.int8)
-    check(logits, batch)
+    for wanted in ([2, 3, -1], [-1, 3, -1]):
+        batch.logprobs = np.array(wanted, np.int8)
+        check(logits, batch)
 
 
 def test_refusals():
