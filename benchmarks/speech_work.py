@@ -20,6 +20,7 @@ from cai_runtime.bench.machine import describe_machine
 from cai_runtime.compressor import compress
 from cai_runtime.convert.sources import pull
 from cai_runtime.home import cai_home
+from cai_runtime.options import ACTIVATIONS
 from cai_runtime.slim.reader import REPORT_FILE
 
 HERE = Path(__file__).parent
@@ -120,11 +121,11 @@ class MemoryWatch:
 def open_worker(who: str, model: str, args: Any, **settings: Any) -> Worker:
     """A worker of "ours", "ours as stored", "ours dense" or "peer" for a named model.
 
-    args: peer_python, peer_models, threads, int8_activations, slim."""
+    args: peer_python, peer_models, threads, activations, slim."""
     given = {"threads": args.threads, "options": {}, "batched": 0, **settings}
     if who == "peer":
         return Worker(args.peer_python, "speech_peer.py", {**given, "model": str(args.peer_models / model)})
-    engine: dict[str, Any] = {"int8_activations": args.int8_activations or None}
+    engine: dict[str, Any] = {"activations": args.activations}
     if given["weights"] == "fp32":
         engine = {} if who == STORED else {"dtype": "fp32"}
     if who == "ours" and given["weights"].startswith(SLIM):
@@ -151,9 +152,7 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--only", choices=("ours", "peer"), help="measure one of the two")
     parser.add_argument("--threads", type=int, default=2, metavar="N")
     parser.add_argument("--slim", action=Slim, nargs="+", default={}, metavar="MODEL=DIR", help="our slim checkpoints")
-    parser.add_argument(
-        "--int8-activations", action="store_true", help="ours rounds inputs to int8 as well, as theirs does"
-    )
+    parser.add_argument("--activations", choices=ACTIVATIONS, help="what ours rounds inputs to; theirs rounds to int8")
 
 
 def cells(args: Any) -> list[dict[str, Any]]:

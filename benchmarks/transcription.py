@@ -144,8 +144,8 @@ def measure_cell(
         if args.rounds:
             for who, worker in workers.items():
                 rows[who] |= {"loaded_mb": round(loaded[who] / 1e6), "peak_mb": round(worker.memory()[1] / 1e6)}
-    if args.int8_activations and cell["weights"] != "fp32" and "ours" in rows:
-        rows["ours"]["int8_activations"] = True
+    if args.activations and cell["weights"] != "fp32" and "ours" in rows:
+        rows["ours"]["activations"] = args.activations
     return list(rows.values())
 
 

@@ -62,7 +62,7 @@ class _BaseClient:
         prefix_cache: bool | None = None,
         max_waiting: int | None = None,
         backend: str | None = None,
-        int8_activations: bool | None = None,
+        activations: str | None = None,
         cuda_graphs: bool | None = None,
         progress: bool | None = None,
         generation_config: str = "model",
@@ -91,8 +91,8 @@ class _BaseClient:
             prefix_cache: whether prompts reuse what equal beginnings left in the cache. Default: yes.
             max_waiting: requests that may wait for their turn; further ones raise RateLimitError. Default: no limit.
             backend: kernels to use: "reference", "cpu", "triton" or "cuda". Default: the device's.
-            int8_activations: round the inputs of int8 weights to int8 as well (W8A8): faster prefill for some accuracy.
-                Default: in encoders (Whisper's) alone.
+            activations: what the inputs of int8 weights are rounded to: "fp32" (not at all) or "int8". Default, "auto": int8
+                on a CPU with VNNI, where it costs less than 0.3 % of perplexity, elsewhere in encoders (Whisper's) alone.
             cuda_graphs: record decode steps as CUDA graphs. Default: where there is a GPU.
             progress: show a bar while weights load; None shows it on a terminal only.
             generation_config: "model": a request that names no temperature, top_k, top_p, min_p or repetition_penalty
@@ -134,7 +134,7 @@ class _BaseClient:
             prefix_cache=prefix_cache,
             max_waiting=max_waiting,
             backend=backend,
-            int8_activations=int8_activations,
+            activations=activations,
             cuda_graphs=cuda_graphs,
             progress=progress,
         )

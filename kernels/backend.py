@@ -50,7 +50,11 @@ def describe_backends() -> dict[str, str]:
     found = {"reference": f"torch {torch.__version__}"}
     if cpu_library.available():
         isas = cpu_library.instruction_sets()
-        found["cpu"] = f"{cpu_library.instruction_set()} of {', '.join(isas)}; {cpu_library.num_threads()} threads"
+        rounded = "int8" if cpu_library.prefers_int8() else "fp32, in encoders int8"
+        found["cpu"] = (
+            f"{cpu_library.instruction_set()} of {', '.join(isas)}; {cpu_library.num_threads()} threads; "
+            f"activations of int8 weights: {rounded}"
+        )
     else:
         found["cpu"] = "not built"
     try:

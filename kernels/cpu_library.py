@@ -11,6 +11,7 @@ import functools
 import importlib.resources
 import mmap
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,12 +22,11 @@ from cai_runtime.kernels.processors import usable_processors
 from cai_runtime.kernels.weights import Core
 
 STORE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # csrc/cpu/kernels.h: Store
-INT4_CODE = 4
+INT4_CODE, QUADS_CODE = 4, 5
 BLOCK_ROWS = 4
 BLOCK_COLS = 16
-INT4_ROWS = 16
+LANE_ROWS = 16  # of int4 and quads
 INT4_COLS = 32
-MAX_INT8_COLUMNS = (2**31 - 1) // (255 * 128)  # whose products with codes that go in 128 higher fit int32 for certain
 
 
 @functools.cache
@@ -109,6 +109,12 @@ def instruction_sets() -> list[str]:
     return str(function("instruction_sets")()).split(",")
 
 
+def prefers_int8() -> bool:
+    """Whether int8 weights are multiplied faster with int8 activations than with fp32 ones: where an instruction sums four
+    products of bytes (VNNI)."""
+    return instruction_set() == "avx512"
+
+
 def use_instruction_set(name: str, lib: Any = None) -> None:
     """Process-wide; for tests and measurements (or `CAI_CPU_ISA`)."""
     try:
@@ -141,6 +147,35 @@ def system_memory(nbytes: int) -> mmap.mmap:
     return memory
 
 
+class ResultMemory:
+    """Memory for large results, used again once no tensor lies over it any more: a system zeroes the pages that it gives,
+    which for the logits of 64 rows took a tenth of a step."""
+
+    LARGE = 1 << 20  # bytes, from which on allocators ask the system each time
+    KEPT = 2  # results that are done with, at most: one is computed while another is read
+
+    def __init__(self) -> None:
+        self._free: list[mmap.mmap] = []
+
+    def empty(self, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """[rows, columns] on the CPU, of any content."""
+        nbytes = rows * columns * dtype.itemsize
+        if nbytes < self.LARGE:
+            return empty(rows, columns, dtype)
+        memory = self._take(nbytes)
+        view = memoryview(memory)  # the tensor's storage holds it, and so does every tensor that shares that
+        weakref.finalize(view, self._free.append, memory).atexit = False
+        return torch.frombuffer(view, dtype=dtype, count=rows * columns).view(rows, columns)
+
+    def _take(self, nbytes: int) -> mmap.mmap:
+        while self._free:
+            memory = self._free.pop()
+            del self._free[self.KEPT - 1 :]
+            if len(memory) >= nbytes:
+                return memory
+        return system_memory(nbytes)
+
+
 class Arena:
     """Memory for packed weights straight from the operating system: huge pages where they can be had, and given back as
     a whole when the last tensor in it is gone."""
@@ -167,11 +202,12 @@ def _heap(nbytes: int) -> torch.Tensor:
 class PackedMatrix:
     """A core in the layout of csrc/cpu/kernels.h, copied: blocks of rows, each a stream of whole cache lines.
 
-    `fields` are the eight integers that C++ reads, `tensors` what they point to. row_sums: also keep the sums of the rows'
-    codes, which int8 activations need (int8 cores alone). Raises KernelError for a core that the CPU backend can't take.
+    `fields` are the seven integers that C++ reads, `tensors` what they point to. codes: lay an int8 core out for int8
+    activations of so many codes an element, 1 or 2; 0: for fp32 ones. Raises KernelError for a core that the CPU backend
+    can't take.
     """
 
-    def __init__(self, core: Core, arena: Arena | None = None, *, row_sums: bool = False):
+    def __init__(self, core: Core, arena: Arena | None = None, *, codes: int = 0):
         self._allocate = arena.allocate if arena is not None else _heap
         self.rows, self.cols = core.shape
         self.tensors: list[torch.Tensor] = []
@@ -180,37 +216,32 @@ class PackedMatrix:
         if core.is_int4:
             self.fields = self._pack_int4(core)
         else:
-            self.fields = self._pack(core, row_sums and core.data.dtype == torch.int8)
+            self.fields = self._pack(core, codes if core.data.dtype == torch.int8 else 0)
 
-    def _pack(self, core: Core, row_sums: bool) -> list[int]:
+    def _pack(self, core: Core, codes: int) -> list[int]:
         data = core.data
         if data.dtype not in STORE_CODES:
             raise KernelError(f"the CPU backend packs fp32, bf16, fp16, int8 and int4, not {data.dtype}")
         if (data.dtype == torch.int8) != (core.scale is not None):
             raise KernelError("an int8 core needs a scale, and only an int8 core takes one")
         data = data.contiguous()
-        padded = _round_up(self.rows, BLOCK_ROWS) * _round_up(self.cols, BLOCK_COLS)
+        padded = _round_up(self.rows, LANE_ROWS if codes else BLOCK_ROWS) * _round_up(self.cols, BLOCK_COLS)
         packed = self._new(padded * data.element_size(), torch.uint8)
-        operation("pack")(data, packed)
-        scale = sums = 0
+        operation("pack_quads" if codes else "pack")(data, packed)
+        scale = 0
         if core.scale is not None:
             scale = self._copy(core.scale.to(torch.float32))
-        if row_sums:
-            if self.cols > MAX_INT8_COLUMNS:
-                raise KernelError(f"int8 activations sum up to {MAX_INT8_COLUMNS} columns in int32, not {self.cols}")
-            if data.numel() and int(data.min()) == -128:
-                raise KernelError("int8 activations need weights' codes from -127 to 127, and one is -128")
-            sums = self._copy(data.sum(dim=1, dtype=torch.int32))
-        return [packed.data_ptr(), scale, STORE_CODES[data.dtype], self.rows, self.cols, 0, 0, sums]
+        store = QUADS_CODE if codes else STORE_CODES[data.dtype]
+        return [packed.data_ptr(), scale, store, self.rows, self.cols, 0, codes]
 
     def _pack_int4(self, core: Core) -> list[int]:
         assert core.scale is not None
         data = core.data.contiguous()
-        packed = self._new(_round_up(self.rows, INT4_ROWS) * _round_up(self.cols, INT4_COLS) // 2, torch.uint8)
+        packed = self._new(_round_up(self.rows, LANE_ROWS) * _round_up(self.cols, INT4_COLS) // 2, torch.uint8)
         operation("pack_int4")(data, self.cols, packed)
         scale = self._copy(_blocked(core.scale))
         zero = 0 if core.zero is None else self._copy(_blocked(core.zero))
-        return [packed.data_ptr(), scale, INT4_CODE, self.rows, self.cols, zero, core.group, 0]
+        return [packed.data_ptr(), scale, INT4_CODE, self.rows, self.cols, zero, core.group]
 
     def _new(self, nbytes: int, dtype: torch.dtype) -> torch.Tensor:
         t = self._allocate(_round_up(max(1, nbytes), 16)).view(dtype)
@@ -230,12 +261,12 @@ def _round_up(n: int, to: int) -> int:
 def _blocked(groups: torch.Tensor) -> torch.Tensor:
     """[rows, groups] as [ceil(rows/16), groups, 16], padded with zeros: what a block of int4 rows needs lies together."""
     rows, count = groups.shape
-    padded = groups.new_zeros(_round_up(rows, INT4_ROWS), count)
+    padded = groups.new_zeros(_round_up(rows, LANE_ROWS), count)
     padded[:rows] = groups
-    return padded.view(-1, INT4_ROWS, count).transpose(1, 2).contiguous()
+    return padded.view(-1, LANE_ROWS, count).transpose(1, 2).contiguous()
 
 
-EMPTY_MATRIX = [0] * 8
+EMPTY_MATRIX = [0] * 7
 
 
 def check_rows(x: torch.Tensor, cols: int, what: str) -> torch.Tensor:

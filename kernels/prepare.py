@@ -24,7 +24,8 @@ def prepare(
     """Make projections that share their input ready to run as one group.
 
     backend: "reference", "cpu", "triton" or "cuda"; None chooses by device and `CAI_KERNELS`. int8_activations: the input
-    of every int8 core is rounded to int8 first (W8A8, see `quantized_rows`); cores of other stores are not touched by it.
+    of every int8 core is rounded to int8 first (W8A8, see `quantized_rows`: on a GPU with a scale for each row, elsewhere
+    for each 16 columns); cores of other stores are not touched by it.
     activations: the dtype that every x will have, so that the cuda backend need not keep the weights for others; None: any.
     Raises KernelError when the members differ in in_features or device, or the backend can't run them.
     """

@@ -126,6 +126,7 @@ class Program:
         self._result = result
         self._groups = tuple(recorder.groups)
         self._keep = recorder.keep
+        self._results = cpu_library.ResultMemory()
         arguments = [*inputs.values(), result]
         places, columns = place(recorder.operations, arguments)
         recorded = {
@@ -155,7 +156,7 @@ class Program:
             raise KernelError(f"the program takes {', '.join(self._inputs)}, not {', '.join(tensors) or 'nothing'}")
         tensors = {name: t.unsqueeze(1) if t.dim() == 1 else t for name, t in tensors.items()}
         given = [tensors[name] for name in self._inputs]
-        out = cpu_library.empty(self._rows(batch, tensors), self._result.width, self._result.dtype)
+        out = self._results.empty(self._rows(batch, tensors), self._result.width, self._result.dtype)
         if batch is None:
             if self._groups:
                 raise KernelError("a program with attention needs a batch")

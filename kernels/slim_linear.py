@@ -17,7 +17,7 @@ import torch
 from cai_runtime.errors import KernelError
 from cai_runtime.kernels import cpu_library
 from cai_runtime.kernels.activation import gelu_cpu, gelu_reference, swiglu_cpu, swiglu_reference
-from cai_runtime.kernels.cpu_library import EMPTY_MATRIX, Arena, PackedMatrix, check_rows
+from cai_runtime.kernels.cpu_library import EMPTY_MATRIX, QUADS_CODE, Arena, PackedMatrix, check_rows
 from cai_runtime.kernels.norm import (
     LayerNorm,
     RmsNorm,
@@ -29,7 +29,7 @@ from cai_runtime.kernels.norm import (
     rms_norm_reference,
 )
 from cai_runtime.kernels.program import NotRecordable, Value
-from cai_runtime.kernels.quantized_rows import rounded_rows
+from cai_runtime.kernels.quantized_rows import CODE_GROUP, core_codes, rounded_groups, rounded_rows
 from cai_runtime.kernels.weights import Core, LinearWeights
 
 
@@ -132,18 +132,24 @@ class Linear(ABC):
 
 
 def reference(
-    x: torch.Tensor, w: LinearWeights, residual: torch.Tensor | None = None, *, int8_activations: bool = False
+    x: torch.Tensor,
+    w: LinearWeights,
+    residual: torch.Tensor | None = None,
+    *,
+    int8_activations: bool = False,
+    scale_rows: bool = False,
 ) -> torch.Tensor:
     """y [M, out] in x's dtype, computed as the factors say. int8_activations: the input of every int8 core is rounded to
-    int8, see `quantized_rows`."""
+    int8, see `quantized_rows`, with a scale for each group of columns as on the CPU, or with scale_rows for each row as on a
+    GPU."""
     dtype = x.dtype
 
-    def multiply(core: Core, rows: torch.Tensor) -> torch.Tensor:
+    def multiply(number: int, core: Core, rows: torch.Tensor) -> torch.Tensor:
         if int8_activations and core.store == "int8":
-            rows = rounded_rows(rows)
+            rows = rounded_rows(rows) if scale_rows else rounded_groups(rows, core_codes(number))
         return rows @ core.values(dtype).T
 
-    steps = [partial(multiply, core) for core in w.cores]
+    steps = [partial(multiply, number, core) for number, core in enumerate(w.cores)]
     match w.kind:
         case "dense":
             y = steps[0](x)
@@ -231,12 +237,19 @@ class CpuLinear(Linear):
     """Members packed for the C++ kernels; one call runs the prologue and every core of every member. fp32 in, fp32 out.
 
     The weights are copied into `arena` (or the heap): the tensors given may be dropped afterwards. int8_activations: see
-    `prepare`.
+    `prepare`. codes: of an element of x with them; 0: as `core_codes` says.
     """
 
     takes_every_prologue = True
 
-    def __init__(self, members: Sequence[LinearWeights], arena: Arena | None = None, *, int8_activations: bool = False):
+    def __init__(
+        self,
+        members: Sequence[LinearWeights],
+        arena: Arena | None = None,
+        *,
+        int8_activations: bool = False,
+        codes: int = 0,
+    ):
         if len(members) > MAX_MEMBERS:
             raise KernelError(f"a group on the CPU has up to {MAX_MEMBERS} members, not {len(members)}")
         self.in_features = members[0].in_features
@@ -246,25 +259,33 @@ class CpuLinear(Linear):
         fields: list[int] = []
         out_offset = z_offset = 0
         for w in members:
-            cores = [PackedMatrix(c, arena, row_sums=int8_activations) for c in w.cores]
+            cores = [
+                PackedMatrix(c, arena, codes=codes or core_codes(i) if int8_activations else 0)
+                for i, c in enumerate(w.cores)
+            ]
             self.matrices += cores
             pivot = None if w.pivot is None else checked_pivot(w.pivot)
             bias = None if w.bias is None else w.bias.to(torch.float32).contiguous().clone()
-            self.vectors += [pivot, bias]
+            # Where each output feature lies among both cores' rows, whose results then lie side by side in z.
+            place = None
+            if pivot is not None and all(m.fields[2] == QUADS_CODE for m in cores):
+                place = pivot.long().argsort().to(torch.int32)
+            self.vectors += [pivot, bias, place]
             rank = w.rank or 0
             fields += [KIND_CODES[w.kind], w.out_features, out_offset, rank, z_offset]
-            fields += [0 if t is None else t.data_ptr() for t in (pivot, bias)]
+            fields += [0 if t is None else t.data_ptr() for t in (pivot, bias, place)]
             fields += cores[0].fields
             fields += cores[1].fields if len(cores) > 1 else EMPTY_MATRIX
             out_offset += w.out_features
-            z_offset += -(-rank // 16) * 16
-        # Floats of scratch for M rows: z; the input after its prologue; with int8 activations the codes of both.
+            z_offset += -(-(rank if place is None else w.out_features) // 16) * 16
+        # Floats of scratch for M rows: z; the input after its prologue; with int8 activations the codes and scales of both.
         # csrc/cpu/linear_ops.cpp: scratch_floats
         self.scratch_columns = z_offset + self.in_features
         if int8_activations:
-            widths = [self.in_features, *(w.rank or 0 for w in members)]
-            self.scratch_columns += sum(-(-n // 16) * 4 + 16 for n in widths)
-        head = [len(members), self.in_features, z_offset, int(int8_activations)]
+            groups = (codes or core_codes(0)) * -(-self.in_features // CODE_GROUP)
+            groups += sum(core_codes(1) * -(-(w.rank or 0) // CODE_GROUP) for w in members)
+            self.scratch_columns += groups * (CODE_GROUP // 4 + 2)
+        head = [len(members), self.in_features, z_offset]
         self.descriptor = cpu_library.integers([*head, *fields])
         self.native = cpu_library.operation("linear_group")
 
@@ -371,7 +392,10 @@ class SideBySide(Linear):
 
 
 def cpu_mpo(w: LinearWeights, arena: Arena | None = None, *, int8_activations: bool = False) -> MpoLinear:
-    cores = [CpuLinear([as_dense(c)], arena, int8_activations=int8_activations) for c in w.cores]
+    cores = [
+        CpuLinear([as_dense(c)], arena, int8_activations=int8_activations, codes=core_codes(i))
+        for i, c in enumerate(w.cores)
+    ]
     return MpoLinear(
         w,
         cores,

@@ -116,7 +116,8 @@ class Llama:
             embedding, head = loader.embedding_and_head(*ends, (c.vocab_size, hidden), tied=c.tied)
         else:
             embedding, head = loader.weights(ends[0], (c.vocab_size, hidden), bias=False), None
-        self.embed, self.head = self.ops.embedding_and_head(embedding, head, self.dtype)
+        rounds = loader.rounds()
+        self.embed, self.head = self.ops.embedding_and_head(embedding, head, self.dtype, int8_activations=rounds)
         for name in ends:
             loader.release(name)
         del embedding, head

@@ -134,7 +134,8 @@ class Whisper:
         parts, inner = _Parts(loader, c.hidden_size), _Parts(loader, c.hidden_size, encoder=True)
         ends = ("model.decoder.embed_tokens", "proj_out")
         embedding, head = loader.embedding_and_head(*ends, (c.vocab_size, c.hidden_size), tied=c.tied)
-        self.embed, self.head = self.ops.embedding_and_head(embedding, head, self.dtype)
+        rounds = loader.rounds()
+        self.embed, self.head = self.ops.embedding_and_head(embedding, head, self.dtype, int8_activations=rounds)
         for name in ends:
             loader.release(name)
         del embedding, head

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cai_runtime.errors import SourceError
 from cai_runtime.home import cai_home, existing
-from cai_runtime.options import KV_DTYPES
+from cai_runtime.options import ACTIVATIONS, KV_DTYPES
 from cai_runtime.scalars import shown
 
 if TYPE_CHECKING:
@@ -35,9 +35,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="of an elastic checkpoint: the largest keep to open, such as 0.6; default: its largest",
     )
     parser.add_argument(
-        "--int8-activations",
-        action="store_true",
-        help="round the inputs of int8 weights to int8 as well: faster prefill",
+        "--activations",
+        choices=ACTIVATIONS,
+        default="auto",
+        help="what the inputs of int8 weights are rounded to; default: int8 on a CPU with VNNI, else fp32",
     )
     parser.add_argument(
         "--kv-cache",
@@ -106,8 +107,8 @@ def open_client(model: str | None, args: argparse.Namespace) -> Client:
 def client_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options that open a model, as keyword arguments of a client."""
     options = {"device": args.device, "dtype": args.dtype, "keep": args.keep, "kv_cache": args.kv_cache}
-    if getattr(args, "int8_activations", False):
-        options["int8_activations"] = True
+    if getattr(args, "activations", "auto") != "auto":
+        options["activations"] = args.activations
     if getattr(args, "kv_dtype", "auto") != "auto":
         options["kv_dtype"] = args.kv_dtype
     return options

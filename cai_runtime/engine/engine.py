@@ -86,6 +86,7 @@ class Engine:
         self._able: frozenset[str] = frozenset(getattr(runner, "able", ()))
         self._copies_pages = hasattr(runner, "launch") or hasattr(runner, "copy_pages")
         self.has_head: bool = getattr(runner, "has_head", True)
+        self._activations: str = getattr(runner, "activations", "")
         self.model_context: int = getattr(runner, "model_context", runner.max_context)
         self.context_limit = _context_limit(runner, self.model_context)
         if positions < runner.max_context:
@@ -225,6 +226,7 @@ class Engine:
             pages_free=cache.num_free,
             pages_cached=cache.num_cached,
             pages_used=cache.num_used,
+            activations=self._activations,
         )
 
     def check_integrity(self) -> None:

@@ -62,6 +62,7 @@ class ModelRunner:
         capture: Callable[[Forward], Forward] | None = None,
     ):
         self.has_head = getattr(model, "has_head", True)
+        self.activations = ""  # see EngineStats
         if cuda_graphs and not self.has_head:
             raise KernelError(
                 "CUDA graphs are of decode steps, which a model without a head has not: cuda_graphs=False"

@@ -110,7 +110,7 @@ def load_runner(
         _check_context(options.max_context, _stated_positions(config))  # before the weights are loaded
         weights = choose_dtype(options.dtype, config, kernels)
         loader = WeightLoader(
-            checkpoint, place, weights, kernels, int8_activations=options.int8_activations,
+            checkpoint, place, weights, kernels, activations=options.activations,
             cache_dtype=None if options.kv_dtype == "auto" else getattr(torch, KV_DTYPES[options.kv_dtype]),
         )  # fmt: skip
         layers = sum(int(config.get(key) or 0) for key in _layer_counts(config))
@@ -144,6 +144,7 @@ def load_runner(
             cuda_graphs=(on_gpu if options.cuda_graphs is None else options.cuda_graphs) and _records(config),
             max_batch=options.max_batch,
         )
+        runner.activations = "int8" if loader.rounds() else "fp32"
     except (torch.OutOfMemoryError, OSError, MemoryError) as e:
         raise MemoryBudgetError(
             f"a KV cache of {budget} bytes can't be allocated: give a smaller kv_cache ({e})"

@@ -39,4 +39,7 @@ class EngineStats:
     queue_seconds: float = 0.0  # sums of `RequestTimes`, over finished requests
     first_token_seconds: float = 0.0
     decode_seconds: float = 0.0  # from their first token to their last
+    activations: str = (
+        ""  # what the inputs of a language model's int8 weights are rounded to: "fp32" (not at all) or "int8"
+    )
     worst_token_gap: float = 0.0  # the most seconds between two tokens of one sequence, preemptions included

@@ -42,7 +42,7 @@ class CaiLM(TemplateLM):
         batch_size: sequences decoded together; default and "auto": 16.
         max_batch_size: takes precedence over batch_size.
         max_length: tokens of context, from 2 to the model's (the default).
-        device, dtype, kv_cache, int8_activations, backend: as for `Client`; `backend` names the kernels.
+        device, dtype, kv_cache, activations, backend: as for `Client`; `backend` names the kernels.
 
     Raises InvalidRequestError for another max_length, and as `open_judge`.
     """

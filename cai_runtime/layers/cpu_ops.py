@@ -45,10 +45,13 @@ class CpuOps:
         return CpuKVCache(pages, page_size, heads, dtype)
 
     def embedding_and_head(
-        self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype
+        self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype, *, int8_activations: bool = False
     ) -> tuple[CpuEmbedding, PreparedLinear]:
-        packed = CpuLinear([table], self._arena)
-        return CpuEmbedding(packed), packed if head is None else prepare([head], backend="cpu", arena=self._arena)
+        if head is None:
+            packed = CpuLinear([table], self._arena, int8_activations=int8_activations)
+            return CpuEmbedding(packed), packed
+        prepared = prepare([head], backend="cpu", arena=self._arena, int8_activations=int8_activations)
+        return CpuEmbedding(CpuLinear([table], self._arena)), prepared
 
     def compile(self, function: Callable[..., Any], inputs: Mapping[str, Input]) -> Program | None:
         """One call into C++ for the whole pass; None where an operation of it can't be recorded."""

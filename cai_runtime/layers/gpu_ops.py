@@ -72,7 +72,7 @@ class GpuOps:
         return ReferenceKVCache(pages, page_size, heads, dtype, self._device)
 
     def embedding_and_head(
-        self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype
+        self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype, *, int8_activations: bool = False
     ) -> tuple[Callable[[torch.Tensor], torch.Tensor], PreparedLinear]:
         core = table.cores[0]
         prepared = prepare([head or table], backend=self._backend, activations=dtype)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cai_runtime.errors import TensorShapeError
-from cai_runtime.kernels.cpu_library import Arena
+from cai_runtime.kernels.cpu_library import Arena, prefers_int8
 from cai_runtime.kernels.prepare import prepare
 from cai_runtime.kernels.slim_linear import PreparedLinear
 from cai_runtime.kernels.weights import Core, LinearWeights
@@ -66,8 +66,7 @@ class WeightLoader:
     backend: a resolved kernel backend. prefix: of the base model. transformers takes it off or puts it before a name where
     that gives a tensor of the model, and so do all methods here: a checkpoint of the base model alone lacks the prefix, one
     saved from inside a wrapper may have it twice. cache_dtype: of cached keys and values as asked for; None: as the model
-    chooses. int8_activations: the inputs of int8 cores are rounded to int8 (W8A8, see `kernels.quantized_rows`), in every
-    linear that `linear` gives; None: in those of an encoder.
+    chooses. activations: see `rounds`.
     """
 
     checkpoint: Checkpoint
@@ -75,7 +74,7 @@ class WeightLoader:
     dtype: torch.dtype | None
     backend: str
     arena: Arena | None = field(default=None)
-    int8_activations: bool | None = False
+    activations: str = "fp32"
     cache_dtype: torch.dtype | None = None
     prefix: str = "model"
 
@@ -111,18 +110,24 @@ class WeightLoader:
     ) -> PreparedLinear:
         """Projections that share their input, as one prepared group. bias: as in `weights`. encoder: of an encoder."""
         members = [self.weights(n, s, bias=bias) for n, s in zip(names, shapes, strict=True)]
-        rounds = encoder if self.int8_activations is None else self.int8_activations
         group = prepare(
             members,
             backend=self.backend,
             arena=self.arena,
-            int8_activations=rounds,
+            int8_activations=self.rounds(encoder),
             activations=None if self.backend == "cpu" else self.activation_dtype,
         )
         del members
         for name in names:
             self.release(name)
         return group
+
+    def rounds(self, encoder: bool = False) -> bool:
+        """Whether the inputs of int8 cores are rounded to int8 (see `kernels.quantized_rows`): "int8" yes, "fp32" no, "auto"
+        where the CPU's kernels are faster with it, and in encoders."""
+        if self.activations != "auto":
+            return self.activations == "int8"
+        return encoder or (self.backend == "cpu" and prefers_int8())
 
     def embedding_and_head(
         self, table: str, head: str, shape: tuple[int, int], *, tied: bool

@@ -123,9 +123,10 @@ class Ops(Protocol):
         ...
 
     def embedding_and_head(
-        self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype
+        self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype, *, int8_activations: bool = False
     ) -> tuple[Callable[[torch.Tensor], torch.Tensor], PreparedLinear]:
-        """(lookup of ids, head). `head` None: tied, both share one copy."""
+        """(lookup of ids, head). `head` None: tied, both share one copy. int8_activations: round the head's input; a GPU's
+        is never rounded, since a scale for each row costs too much there."""
         ...
 
     def compile(self, function: Callable[..., Any], inputs: Mapping[str, Input]) -> Compiled | None:

@@ -43,10 +43,11 @@ class ReferenceOps:
         return ReferenceKVCache(pages, page_size, heads, dtype, self._device)
 
     def embedding_and_head(
-        self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype
+        self, table: LinearWeights, head: LinearWeights | None, dtype: torch.dtype, *, int8_activations: bool = False
     ) -> tuple[Callable[[torch.Tensor], torch.Tensor], PreparedLinear]:
         core = table.cores[0]
-        return lambda ids: embedding_reference(core, ids, dtype), prepare([head or table], backend="reference")
+        prepared = prepare([head or table], backend="reference", int8_activations=int8_activations)
+        return lambda ids: embedding_reference(core, ids, dtype), prepared
 
     def compile(self, function: Callable[..., Any], inputs: Mapping[str, Input]) -> None:
         return None

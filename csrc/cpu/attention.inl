@@ -43,12 +43,23 @@ inline auto scales_of(T* codes, int64_t width, int64_t page_size) {
   return reinterpret_cast<Float*>(codes + width * page_size);
 }
 
-// x [D] as codes; returns their scale. A NaN or an infinity makes the scale NaN.
+// x [D] as codes, up to whole sixteens of them; returns the one scale. A NaN or an infinity makes the scale NaN.
 inline float codes_of(const float* x, int64_t D, int8_t* codes) {
-  float scale;
-  quantize_rows(x, D, D, 0, 1, codes, round_up(D, 16), &scale);
-  for (int64_t d = 0; d < D; ++d) codes[d] = static_cast<int8_t>(codes[d] ^ kZeroCode);
-  return scale;
+  float padded[kMaxDim + kCodeGroup];
+  const int64_t end = round_up(D, kCodeGroup);
+  std::memcpy(padded, x, D * sizeof(float));
+  std::memset(padded + D, 0, (end - D) * sizeof(float));
+  V top = Simd::zero(), odd = Simd::zero();
+  for (int64_t d = 0; d < end; d += kW) {
+    const V v = Simd::load(padded + d);
+    top = Simd::max(top, Simd::max(v, Simd::sub(Simd::zero(), v)));
+    odd = Simd::fma(v, Simd::zero(), odd);
+  }
+  const bool finite = Simd::sum(odd) == 0.0f;
+  const float peak = finite ? Simd::maximum(top) : 0.0f;
+  CodeShare share{};
+  for (int64_t d = 0; d < end; d += kCodeGroup) share = quantize_group(padded + d, peak, codes + d);
+  return finite ? share.scale : std::numeric_limits<float>::quiet_NaN();
 }
 
 template <class T>
@@ -59,7 +70,7 @@ void write_kv_store(const float* k, const float* v, int64_t slot, int64_t kv_hea
   T *keys = k_cache + block * page_elements<T>(D, P), *values = v_cache + block * page_elements<T>(DV, P);
   T *kc = keys + offset, *vc = values + offset * DV;
   if constexpr (kHasScales<T>) {
-    int8_t codes[kMaxDim];
+    int8_t codes[kMaxDim + kCodeGroup];
     scales_of(keys, D, P)[offset] = codes_of(k, D, codes);
     for (int64_t d = 0; d < D; ++d) kc[d * P] = codes[d];
     scales_of(values, DV, P)[offset] = codes_of(v, D, codes);

@@ -141,9 +141,9 @@ void swiglu_alone(Tensor gate_up, Tensor out) {
   parallel(threads_for(4 * M * width), 1, [&](Team& team) { swiglu(team, c); });
 }
 
-// matrix: the eight integers of a PackedMatrix.
+// matrix: the seven integers of a PackedMatrix.
 void gather_alone(Tensor matrix, Tensor ids, Tensor out) {
-  const auto* packed = reinterpret_cast<const PackedMatrix*>(checked_array<const Int>(matrix, "the matrix", kInt64, 8));
+  const auto* packed = reinterpret_cast<const PackedMatrix*>(checked_array<const Int>(matrix, "the matrix", kInt64, 7));
   const Int count = rows_of(out, "out");
   const GatherCall c{packed, checked_array<int32_t>(ids, "ids", kInt32, count), count,
                      checked_matrix<float>(out, "out", kFloat, count, packed->cols)};
@@ -200,10 +200,17 @@ void pack_alone(Tensor source, Tensor target) {
 // source: uint8 [rows, ceil(cols / 2)].
 void pack_int4_alone(Tensor source, Int cols, Tensor target) {
   const Int rows = rows_of(source, "the matrix");
-  const Int blocks = (rows + kInt4Rows - 1) / kInt4Rows, padded = (cols + kInt4Cols - 1) / kInt4Cols * kInt4Cols;
+  const Int blocks = (rows + kLaneRows - 1) / kLaneRows, padded = (cols + kInt4Cols - 1) / kInt4Cols * kInt4Cols;
   const uint8_t* from = checked_matrix<uint8_t>(source, "the matrix", kByte, rows, (cols + 1) / 2);
-  void* to = checked_array<void>(target, "the packed matrix", kByte, blocks * kInt4Rows * padded / 2, true);
+  void* to = checked_array<void>(target, "the packed matrix", kByte, blocks * kLaneRows * padded / 2, true);
   pack_int4(from, rows, cols, static_cast<uint32_t*>(to));
+}
+
+void pack_quads_alone(Tensor source, Tensor target) {
+  const Int rows = rows_of(source, "the matrix"), cols = source.size(1);
+  const auto* from = checked_matrix<int8_t>(source, "the matrix", kInt8, rows, cols);
+  const Int blocks = (rows + kLaneRows - 1) / kLaneRows, padded = (cols + kBlockCols - 1) / kBlockCols * kBlockCols;
+  pack_quads(from, rows, cols, checked_array<uint8_t>(target, "the packed matrix", kByte, blocks * kLaneRows * padded, true));
 }
 
 tvm::ffi::String instruction_set() { return kernels().name; }
@@ -244,6 +251,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(sampling_uniforms, cai::uniforms);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(top_logits, cai::top_logits_alone);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack, cai::pack_alone);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_int4, cai::pack_int4_alone);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_quads, cai::pack_quads_alone);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(make_program, cai::make_program);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(instruction_set, cai::instruction_set);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(instruction_sets, cai::instruction_sets);

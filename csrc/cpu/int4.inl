@@ -7,7 +7,7 @@
 // would take a second one. Many rows of x are processed a few at a time, and each time the codes are extracted from their
 // words again: that costs less than reading a panel of floats.
 
-constexpr int kParts = kInt4Rows / kW;  // vectors across a block
+constexpr int kParts = kLaneRows / kW;  // vectors across a block
 
 inline int64_t units_of(int64_t cols) { return (cols + kInt4Cols - 1) / kInt4Cols; }
 
@@ -15,7 +15,7 @@ inline int64_t units_of(int64_t cols) { return (cols + kInt4Cols - 1) / kInt4Col
 class Int4Groups {
  public:
   Int4Groups(const PackedMatrix& w, int64_t block) : shift_(static_cast<int>(w.group / 64)) {  // 32, 64, 128: 0, 1, 2
-    const int64_t at = block * groups_of(w) * kInt4Rows;
+    const int64_t at = block * groups_of(w) * kLaneRows;
     scale_ = static_cast<const Simd::Bf16*>(w.scale) + at;
     if (w.zero) zero_ = reinterpret_cast<const int8_t*>(w.zero) + at;
   }
@@ -27,7 +27,7 @@ class Int4Groups {
   bool symmetric() const { return zero_ == nullptr; }
 
  private:
-  int64_t place(int64_t unit, int part) const { return (unit >> shift_) * kInt4Rows + part * kW; }
+  int64_t place(int64_t unit, int part) const { return (unit >> shift_) * kLaneRows + part * kW; }
   const Simd::Bf16* scale_;
   const int8_t* zero_ = nullptr;
   int shift_;
@@ -139,8 +139,8 @@ inline void int4_columns(const float* x, int64_t ldx, const Simd::Words (&words)
 // so that the registers hold the sums.
 template <int M, int U, bool kScaled>
 __attribute__((noinline)) void int4_units(const Int4Rows& x, int64_t unit, int64_t end, const uint32_t* codes,
-                                          const Int4Groups groups, const Ahead ahead, float (*y)[kInt4Rows]) {
-  constexpr int64_t kUnitWords = kInt4Rows * kInt4Cols / 8;
+                                          const Int4Groups groups, const Ahead ahead, float (*y)[kLaneRows]) {
+  constexpr int64_t kUnitWords = kLaneRows * kInt4Cols / 8;
   V sum[M][kParts];
   for (int m = 0; m < M; ++m)
     for (int p = 0; p < kParts; ++p) sum[m][p] = Simd::load(y[m] + p * kW);
@@ -156,7 +156,7 @@ __attribute__((noinline)) void int4_units(const Int4Rows& x, int64_t unit, int64
     const float* column = x.x + unit * kInt4Cols;
     groups.fetch_ahead(unit);
     const char* fetch = place_ahead(reinterpret_cast<const char*>(at), ahead);
-    for (int q = 0; q < 4; ++q, at += kInt4Rows, column += 8, fetch += 64) {
+    for (int q = 0; q < 4; ++q, at += kLaneRows, column += 8, fetch += 64) {
       Simd::Words words[U][kParts];
       for (int u = 0; u < U; ++u)
         for (int p = 0; p < kParts; ++p) words[u][p] = Simd::load_words(at + u * kUnitWords + p * kW);
@@ -182,8 +182,8 @@ constexpr int int4_units_at_once(int M) {
 
 // Stores the dot products of a block's sixteen rows where the epilogue says.
 inline void write_int4(const PackedMatrix& w, const Epilogue& e, int64_t block, int64_t m, const float* dot) {
-  for (int64_t i = 0; i < kInt4Rows && block * kInt4Rows + i < w.rows; i += kBlockRows)
-    write_block(w, e, (block * kInt4Rows + i) / kBlockRows, m, 1, dot + i);
+  for (int64_t i = 0; i < kLaneRows && block * kLaneRows + i < w.rows; i += kBlockRows)
+    write_block(w, e, (block * kLaneRows + i) / kBlockRows, m, 1, dot + i);
 }
 
 // M prepared rows of x. The first of them is row m0 of the result.
@@ -192,7 +192,7 @@ inline void int4_blocks(const Int4Rows& x, const PackedMatrix& w, int64_t block0
                         const Epilogue& e, const Ahead& ahead) {
   for (int64_t block = block0; block < block1; ++block) {
     const auto* codes = reinterpret_cast<const uint32_t*>(static_cast<const char*>(w.data) + block * block_bytes(w));
-    float y[M][kInt4Rows] = {};
+    float y[M][kLaneRows] = {};
     int4_units<M, int4_units_at_once(M), kScaled>(x, 0, units_of(w.cols), codes, Int4Groups(w, block), ahead, y);
     for (int m = 0; m < M; ++m) write_int4(w, e, block, m0 + m, y[m]);
   }
@@ -227,10 +227,10 @@ void linear_int4(Int4Input& x, int64_t M, const PackedMatrix& w, int64_t block0,
 
 // Row `row` into out [cols]. An element is exact in fp32: codes have 4 bits, bf16 scales 8.
 void int4_row(const PackedMatrix& w, int64_t row, float* out) {
-  const int64_t block = row / kInt4Rows, r = row % kInt4Rows, at = block * groups_of(w) * kInt4Rows + r;
+  const int64_t block = row / kLaneRows, r = row % kLaneRows, at = block * groups_of(w) * kLaneRows + r;
   const auto* words = reinterpret_cast<const uint32_t*>(static_cast<const char*>(w.data) + block * block_bytes(w)) + r;
-  for (int64_t k = 0; k < w.cols; k += 8, words += kInt4Rows) {
-    const int64_t group = at + k / w.group * kInt4Rows;
+  for (int64_t k = 0; k < w.cols; k += 8, words += kLaneRows) {
+    const int64_t group = at + k / w.group * kLaneRows;
     const float scale = generic::bf16_to_float(static_cast<const uint16_t*>(w.scale)[group]);
     const int zero = w.zero ? w.zero[group] : 8;
     float elements[8];

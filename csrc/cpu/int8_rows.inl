@@ -1,182 +1,201 @@
-// int8 activations: rows of x rounded to int8 meet int8 weights, and the sums are exact. Part of kernels.inl.
-// See kernels/quantized_rows.py for the rounding. Where the instruction needs unsigned codes of x (kInt8Shifted), they are
-// kept 128 too high, and the sums of the weights' codes are taken off. Simd::store_codes writes codes so.
+// int8 activations: x rounded to int8, with a scale for every group of 16 columns, meets int8 weights. Part of kernels.inl.
+//
+// The lanes of a vector are rows of the weights; four codes of x are broadcast to all lanes. The sum over a group is one of
+// whole numbers, exact in any order; scaled, it is added to the sum of the groups before it. Every instruction set that has a
+// fused multiply-add gives the same bits. See kernels/quantized_rows.py for the rounding.
 
-constexpr int8_t kZeroCode = Simd::kInt8Shifted ? -128 : 0;
+// Groups whose greatest element is not above this are zero: 127 / peak and its products stay finite.
+constexpr float kLeastPeak = 0x1p-100f;
 
-void quantize_rows(const float* x, int64_t ldx, int64_t K, int64_t row0, int64_t row1, int8_t* codes, int64_t ld,
-                   float* scale) {
-  for (int64_t i = row0; i < row1; ++i) {
-    const float* from = x + i * ldx;
-    int8_t* to = codes + i * ld;
-    // In four chains, which hide each other's latency. odd: not zero if an element is infinite or NaN.
-    V top[4], odd[4];
-    for (int c = 0; c < 4; ++c) top[c] = odd[c] = Simd::zero();
-    const auto look = [&](V v, int c) {
-      top[c] = Simd::max(top[c], Simd::max(v, Simd::sub(Simd::zero(), v)));
-      odd[c] = Simd::fma(v, Simd::zero(), odd[c]);
-    };
-    int64_t at = 0;
-    for (; at + 4 * kW <= K; at += 4 * kW)
-#pragma GCC unroll 4
-      for (int c = 0; c < 4; ++c) look(Simd::load(from + at + c * kW), c);
-    for (; at < K; at += kW) look(Simd::load_part(from + at, static_cast<int>(lesser<int64_t>(kW, K - at))), 0);
-    const bool finite = Simd::sum(Simd::add(Simd::add(odd[0], odd[1]), Simd::add(odd[2], odd[3]))) == 0.0f;
-    const V greatest = Simd::max(Simd::max(top[0], top[1]), Simd::max(top[2], top[3]));
-    const float peak = finite ? Simd::maximum(greatest) : 0.0f;
-    const V inverse = Simd::set1(peak > 0.0f ? 127.0f / peak : 0.0f);
-    scale[i] = finite ? peak / 127.0f : std::numeric_limits<float>::quiet_NaN();
-    std::memset(to + K / 16 * 16, kZeroCode, ld - K / 16 * 16);
-    const auto code = [&](V v) {
-      return Simd::min(Simd::max(Simd::round(Simd::mul(v, inverse)), Simd::set1(-127.0f)), Simd::set1(127.0f));
-    };
-    const int64_t whole = K / kW * kW;
-    for (int64_t k = 0; k < whole; k += kW) Simd::store_codes(to + k, code(Simd::load(from + k)));
-    if (whole < K) {
-      int8_t last[kW];
-      Simd::store_codes(last, code(Simd::load_part(from + whole, static_cast<int>(K - whole))));
-      std::memcpy(to + whole, last, K - whole);
-    }
-  }
-}
-
-// MT rows of x against NB blocks of four weight rows: sums[(b * MT + m) * 4 + r]. Without the pragmas GCC unrolls too late to
-// keep the sums in registers.
-template <int MT, int NB, bool kFetch>
-inline void int8_tile(const int8_t* x, int64_t ldx, const int8_t* w, int64_t block_stride, int64_t cols,
-                      const Ahead& ahead, int32_t* sums) {
-  using Sums = typename Simd::Int8Sums;
-  Sums acc[NB][MT];
-#pragma GCC unroll 8
-  for (int b = 0; b < NB; ++b)
-#pragma GCC unroll 8
-    for (int m = 0; m < MT; ++m) acc[b][m] = Simd::int8_zero();
-  for (int64_t k = 0; k < cols; k += kBlockCols) {
-#pragma GCC unroll 8
-    for (int b = 0; b < NB; ++b) {
-      const int8_t* wk = w + b * block_stride + k * kBlockRows;
-#pragma GCC unroll 8
-      for (int m = 0; m < MT; ++m) acc[b][m] = Simd::int8_add(acc[b][m], x + m * ldx + k, wk);
-      if constexpr (kFetch) fetch_ahead(reinterpret_cast<const char*>(wk), 64, ahead);
-    }
-  }
-#pragma GCC unroll 8
-  for (int b = 0; b < NB; ++b)
-#pragma GCC unroll 8
-    for (int m = 0; m < MT; ++m) Simd::int8_sums(acc[b][m], sums + (b * MT + m) * 4);
-}
-
-template <int MT, int NB, bool kFetch>
-inline void int8_tile_and_write(const Int8Rows& x, const PackedMatrix& w, int64_t block, int64_t m0, const Epilogue& e,
-                                const Ahead& ahead) {
-  const int64_t stride = round_up(w.cols, kBlockCols) * kBlockRows;
-  int32_t sums[NB * MT * 4];
-  int8_tile<MT, NB, kFetch>(x.codes + m0 * x.ld, x.ld, static_cast<const int8_t*>(w.data) + block * stride, stride,
-                            w.cols, ahead, sums);
-  typedef int32_t I4 __attribute__((vector_size(16)));
-  typedef float F4 __attribute__((vector_size(16)));
-  float dot[NB * MT * 4];
-  for (int b = 0; b < NB; ++b) {
-    const int64_t row0 = (block + b) * kBlockRows, rows = lesser(kBlockRows, w.rows - row0);
-    I4 correction = {};
-    if (Simd::kInt8Shifted) std::memcpy(&correction, w.row_sum + row0, rows * sizeof(int32_t));
-    correction *= 128;
-    for (int m = 0; m < MT; ++m) {
-      I4 sum;
-      std::memcpy(&sum, sums + (b * MT + m) * 4, sizeof sum);
-      const F4 value = __builtin_convertvector(sum - correction, F4) * x.scale[m0 + m];
-      std::memcpy(dot + (b * MT + m) * 4, &value, sizeof value);
-    }
-    write_block(w, e, block + b, m0, MT, dot + b * MT * 4);
-  }
-}
-
-template <int MT, int NB, bool kFetch>
-inline void int8_tile_of(int64_t rows, const Int8Rows& x, const PackedMatrix& w, int64_t block, int64_t m0,
-                         const Epilogue& e, const Ahead& ahead) {
-  if constexpr (MT > 0) {
-    if (rows == MT) {
-      int8_tile_and_write<MT, NB, kFetch>(x, w, block, m0, e, ahead);
-    } else {
-      int8_tile_of<MT - 1, NB, kFetch>(rows, x, w, block, m0, e, ahead);
-    }
-  }
-}
-
-// Rows [m0, m1) of x against NB blocks. Only the first tile prefetches: the tiles after it find the blocks in the
-// cache.
-template <int NB>
-inline void int8_rows_of_blocks(const Int8Rows& x, const PackedMatrix& w, int64_t block, int64_t m0, int64_t m1,
-                                const Epilogue& e, const Ahead& ahead) {
-  constexpr int MT = Simd::kInt8TileM;
-  if (m1 - m0 < MT) return int8_tile_of<MT - 1, NB, true>(m1 - m0, x, w, block, m0, e, ahead);
-  int8_tile_and_write<MT, NB, true>(x, w, block, m0, e, ahead);
-  for (m0 += MT; m0 + MT <= m1; m0 += MT) int8_tile_and_write<MT, NB, false>(x, w, block, m0, e, ahead);
-  int8_tile_of<MT - 1, NB, false>(m1 - m0, x, w, block, m0, e, ahead);
-}
-
-// Rows [m0, m1) of x against the blocks [block, block1), a multiple of four, in tiles whose sums are finished as vectors.
-// Simd without int8_dots: none of them. Returns the first row that is left.
-template <class S>
-int64_t int8_many(const Int8Rows& x, const PackedMatrix& w, int64_t block, int64_t block1, int64_t m0, int64_t m1,
-                  const Epilogue& e) {
-  if constexpr (S::kInt8ManyM > 0) {
-    constexpr int MT = S::kInt8ManyM;
-    using Sums = typename S::Int8Sums;
-    const int64_t K = round_up(w.cols, kBlockCols), stride = K * kBlockRows;
-    float dot[MT * kStepRows];
-    for (; m0 + MT <= m1; m0 += MT) {
-      const int8_t* rows = x.codes + m0 * x.ld;
-      for (int64_t step = block; step < block1; step += 4) {
-        const int8_t* weights = static_cast<const int8_t*>(w.data) + step * stride;
-        Sums acc[MT][4];
-#pragma GCC unroll 8
-        for (int m = 0; m < MT; ++m)
-#pragma GCC unroll 4
-          for (int b = 0; b < 4; ++b) acc[m][b] = S::int8_zero();
-        for (int64_t k = 0; k < K; k += kBlockCols) {
-#pragma GCC unroll 4
-          for (int b = 0; b < 4; ++b) {
-#pragma GCC unroll 8
-            for (int m = 0; m < MT; ++m)
-              acc[m][b] = S::int8_add(acc[m][b], rows + m * x.ld + k, weights + b * stride + k * kBlockRows);
-          }
-        }
-        const int64_t row0 = step * kBlockRows;
-#pragma GCC unroll 8
-        for (int m = 0; m < MT; ++m) {
-          const V sums = S::int8_dots(acc[m], w.row_sum + row0);
-          S::store(dot + m * kStepRows, S::mul(sums, S::set1(x.scale[m0 + m])));
-        }
-        write_step(w, e, row0, m0, MT, dot);
-      }
-    }
-  }
-  return m0;
-}
-
-void linear_int8(const Int8Rows& x, int64_t M, const PackedMatrix& w, int64_t block0, int64_t block1, const Epilogue& e,
-                 const Ahead& ahead) {
-  constexpr int MT = Simd::kInt8TileM, NB = Simd::kInt8Blocks;
-  if (M == 1) {  // one stream of weights
-    for (int64_t block = block0; block < block1; ++block) int8_tile_and_write<1, 1, true>(x, w, block, 0, e, ahead);
+// Sixteen elements to two codes each, the coarse ones first and the fine ones `apart` bytes behind; shares likewise. Neither code
+// is below -127.
+inline void quantize_group_finely(const float* x, float peak, int8_t* codes, CodeShare* shares, int64_t apart) {
+  CodeShare& coarse_share = shares[0];
+  CodeShare& fine_share = shares[apart / kCodeGroup];
+  if (!(peak > kLeastPeak)) {
+    std::memset(codes, 0, kCodeGroup);
+    std::memset(codes + apart, 0, kCodeGroup);
+    coarse_share = fine_share = {0.0f, 0};
     return;
   }
-  if constexpr (Simd::kInt8ManyM > 0) {
-    const int64_t whole = block0 + lesser(block1 - block0, w.rows / kBlockRows - block0) / 4 * 4;
-    if (M >= 2 * Simd::kInt8ManyM && whole > block0) {
-      const int64_t left = int8_many<Simd>(x, w, block0, whole, 0, M, e);
-      for (int64_t block = block0; left < M && block < whole; block += NB)
-        int8_rows_of_blocks<NB>(x, w, block, left, M, e, ahead);
-      for (int64_t block = whole; block < block1; ++block) int8_rows_of_blocks<1>(x, w, block, 0, M, e, ahead);
-      return;
+  constexpr float kMost = 127 * kFineCodes + 127;
+  const V inverse = Simd::set1(kMost / peak), down = Simd::set1(1 / kFineCodes), up = Simd::set1(-kFineCodes);
+  V coarse[kParts], fine[kParts];
+  for (int p = 0; p < kParts; ++p) {
+    const V whole = Simd::round(Simd::mul(Simd::load(x + p * kW), inverse));
+    // The greatest lies half way to the coarse code beyond the last.
+    const V near = Simd::round(Simd::mul(whole, down));
+    coarse[p] = Simd::min(Simd::max(near, Simd::set1(-127.0f)), Simd::set1(127.0f));
+    fine[p] = Simd::fma(coarse[p], up, whole);
+  }
+  const float scale = peak / kMost;
+  coarse_share = {kFineCodes * scale, -128 * Simd::store_codes(codes, coarse)};
+  fine_share = {scale, -128 * Simd::store_codes(codes + apart, fine)};
+}
+
+// Sixteen elements to codes of scale peak / 127.
+inline CodeShare quantize_group(const float* x, float peak, int8_t* codes) {
+  if (!(peak > kLeastPeak)) {
+    std::memset(codes, 0, kCodeGroup);
+    return {0.0f, 0};
+  }
+  V v[kParts];
+  const V inverse = Simd::set1(127.0f / peak);
+  for (int p = 0; p < kParts; ++p) v[p] = Simd::mul(Simd::load(x + p * kW), inverse);
+  return {peak / 127.0f, -128 * Simd::store_codes(codes, v)};
+}
+
+// Four groups at x. `rows` of each tile. count: of the groups, at most 4.
+inline void quantize_groups(const float* x, int count, int8_t* codes, CodeShare* shares, int64_t rows, int64_t parts) {
+  const int64_t step = rows * parts * kCodeGroup;
+  V top[4], odd[4];  // odd: not zero if an element is infinite or NaN
+  for (int g = 0; g < 4; ++g) {
+    top[g] = odd[g] = Simd::zero();
+    for (int p = 0; p < kParts; ++p) {
+      const V v = Simd::load(x + g * kCodeGroup + p * kW);
+      top[g] = Simd::max(top[g], Simd::max(v, Simd::sub(Simd::zero(), v)));
+      odd[g] = Simd::fma(v, Simd::zero(), odd[g]);
     }
   }
-  const int64_t panel = greater<int64_t>(MT, (512 << 10) / greater<int64_t>(x.ld, 1) / MT * MT);
-  for (int64_t p0 = 0; p0 < M; p0 += panel) {
-    const int64_t p1 = lesser(p0 + panel, M);
-    int64_t block = block0;
-    for (; block + NB <= block1; block += NB) int8_rows_of_blocks<NB>(x, w, block, p0, p1, e, ahead);
-    for (; block < block1; ++block) int8_rows_of_blocks<1>(x, w, block, p0, p1, e, ahead);
+  float peak[4];
+  Simd::maximum4(top[0], top[1], top[2], top[3], peak);
+  const bool finite = Simd::sum(Simd::add(Simd::add(odd[0], odd[1]), Simd::add(odd[2], odd[3]))) == 0.0f;
+  for (int g = 0; g < count; ++g) {
+    const bool usable = finite || Simd::sum(odd[g]) == 0.0f;
+    CodeShare* share = shares + g * step / kCodeGroup;
+    if (parts == 2) {
+      quantize_group_finely(x + g * kCodeGroup, usable ? peak[g] : 0.0f, codes + g * step, share, rows * kCodeGroup);
+    } else {
+      *share = quantize_group(x + g * kCodeGroup, usable ? peak[g] : 0.0f, codes + g * step);
+    }
+    if (!usable) share->scale = std::numeric_limits<float>::quiet_NaN();
+  }
+}
+
+void quantize_rows(const float* x, int64_t ldx, int64_t K, int64_t row0, int64_t row1, const Int8Rows& to) {
+  constexpr int64_t kFour = 4 * kCodeGroup;
+  for (int64_t i = row0; i < row1; ++i) {
+    const int64_t tile = i / kCodeTile, m = i % kCodeTile, rows = to.tile_rows(tile);
+    const int64_t apart = rows * to.parts;
+    int8_t* codes = to.tile_codes(tile) + m * kCodeGroup;
+    CodeShare* shares = to.tile_shares(tile) + m;
+    const float* from = x + i * ldx;
+    int64_t k = 0;
+    for (; k + kFour <= K; k += kFour)
+      quantize_groups(from + k, 4, codes + k * apart, shares + k / kCodeGroup * apart, rows, to.parts);
+    if (k < K) {
+      float last[kFour] = {};
+      std::memcpy(last, from + k, (K - k) * sizeof(float));
+      quantize_groups(last, static_cast<int>((K - k + kCodeGroup - 1) / kCodeGroup), codes + k * apart,
+                      shares + k / kCodeGroup * apart, rows, to.parts);
+    }
+  }
+}
+
+// Stores the dot products of mt rows of x with the sixteen weight rows of a block where the epilogue says, times the rows'
+// scales; as write_block.
+inline void write_lanes(const PackedMatrix& w, const Epilogue& e, int64_t block, int64_t m0, int mt, const float* dot) {
+  const int64_t row0 = block * kLaneRows, n = lesser(kLaneRows, w.rows - row0);
+  const float* scale = static_cast<const float*>(w.scale) + row0;
+  if (n == kLaneRows && !e.index) {
+    for (int p = 0; p < kParts; ++p) {
+      const int64_t at = row0 + p * kW;
+      const V factor = Simd::load(scale + p * kW), bias = e.out && e.bias ? Simd::load(e.bias + at) : Simd::zero();
+      for (int m = 0; m < mt; ++m) {
+        V y = Simd::mul(Simd::load(dot + m * kLaneRows + p * kW), factor);
+        if (e.copy) Simd::store(e.copy + (m0 + m) * e.ld_copy + at, y);
+        if (!e.out) continue;
+        if (e.bias) y = Simd::add(y, bias);
+        if (e.residual) y = Simd::add(y, Simd::load(e.residual + (m0 + m) * e.ld_residual + at));
+        Simd::store(e.out + (m0 + m) * e.ld_out + at, y);
+      }
+    }
+    return;
+  }
+  // Scattered: scaled as vectors, then stored feature by feature.
+  float scaled[kCodeTile * kLaneRows], factor[kLaneRows] = {};
+  std::memcpy(factor, scale, n * sizeof(float));
+  for (int p = 0; p < kParts; ++p) {
+    const V by = Simd::load(factor + p * kW);
+    for (int m = 0; m < mt; ++m) {
+      const int64_t at = m * kLaneRows + p * kW;
+      Simd::store(scaled + at, Simd::mul(Simd::load(dot + at), by));
+    }
+  }
+  if (e.copy)
+    for (int m = 0; m < mt; ++m)
+      std::memcpy(e.copy + (m0 + m) * e.ld_copy + row0, scaled + m * kLaneRows, n * sizeof(float));
+  if (!e.out) return;
+  for (int64_t r = 0; r < n; ++r) {
+    const int64_t feature = e.index ? e.index[row0 + r] : row0 + r;
+    const float* from = scaled + r;
+    float* out = e.out + m0 * e.ld_out + feature;
+    if (!e.bias && !e.residual) {
+      for (int m = 0; m < mt; ++m) out[m * e.ld_out] = from[m * kLaneRows];
+      continue;
+    }
+    const float bias = e.bias ? e.bias[feature] : 0.0f;
+    const float* residual = e.residual ? e.residual + m0 * e.ld_residual + feature : nullptr;
+    for (int m = 0; m < mt; ++m) {
+      float y = from[m * kLaneRows];
+      if (e.bias) y += bias;
+      if (residual) y += residual[m * e.ld_residual];
+      out[m * e.ld_out] = y;
+    }
+  }
+}
+
+// MT of the `rows` rows of a tile of x against one block. Without the pragmas GCC unrolls too late to keep the sums in
+// registers.
+template <int MT, bool kFetch>
+inline void quads_tile(const int8_t* codes, const CodeShare* shares, int64_t rows, int64_t groups, int64_t parts, const uint8_t* w,
+                       const Ahead& ahead, float* dot) {
+  V total[MT][kParts];
+#pragma GCC unroll 16
+  for (int m = 0; m < MT; ++m)
+    for (int p = 0; p < kParts; ++p) total[m][p] = Simd::zero();
+  constexpr int64_t kBytes = kLaneRows * kCodeGroup;
+  for (int64_t g = 0; g < groups; g += parts, w += kBytes) {
+    for (int64_t p = 0; p < parts; ++p, codes += rows * kCodeGroup, shares += rows)
+      Simd::add_group<MT>(total, w, codes, shares);
+    if constexpr (kFetch) fetch_ahead(reinterpret_cast<const char*>(w), kBytes, ahead);
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < MT; ++m)
+    for (int p = 0; p < kParts; ++p) Simd::store(dot + m * kLaneRows + p * kW, total[m][p]);
+}
+
+// The rows of a tile from `done` on, MT of them at a time.
+template <int MT, bool kFetch>
+inline void quads_tile_of(const int8_t* codes, const CodeShare* shares, int64_t rows, int64_t done, int64_t groups,
+                          int64_t parts, const uint8_t* w, const Ahead& ahead, float* dot) {
+  if constexpr (MT > 0) {
+    if (rows - done < MT) return quads_tile_of<MT - 1, kFetch>(codes, shares, rows, done, groups, parts, w, ahead, dot);
+    if (parts == 2) {
+      quads_tile<MT, kFetch>(codes + done * kCodeGroup, shares + done, rows, groups, 2, w, ahead, dot + done * kLaneRows);
+    } else {
+      quads_tile<MT, kFetch>(codes + done * kCodeGroup, shares + done, rows, groups, 1, w, ahead, dot + done * kLaneRows);
+    }
+    if (done + MT < rows) quads_tile_of<MT, false>(codes, shares, rows, done + MT, groups, parts, w, ahead, dot);
+  }
+}
+
+void linear_int8(const Int8Rows& x, int64_t row0, int64_t row1, const PackedMatrix& w, int64_t block0, int64_t block1,
+                 const Epilogue& e, const Ahead& ahead) {
+  const int64_t stride = block_bytes(w);
+  for (int64_t block = block0; block < block1; ++block) {
+    const uint8_t* weights = static_cast<const uint8_t*>(w.data) + block * stride;
+    for (int64_t m = row0; m < row1; m += kCodeTile) {
+      const int64_t tile = m / kCodeTile, rows = x.tile_rows(tile);
+      float dot[kCodeTile * kLaneRows];
+      if (m == row0) {  // the tiles after it find the block in the cache
+        quads_tile_of<Simd::kQuadsTileM, true>(x.tile_codes(tile), x.tile_shares(tile), rows, 0, x.groups, x.parts, weights, ahead,
+                                               dot);
+      } else {
+        quads_tile_of<Simd::kQuadsTileM, false>(x.tile_codes(tile), x.tile_shares(tile), rows, 0, x.groups, x.parts, weights, ahead,
+                                                dot);
+      }
+      write_lanes(w, e, block, m, static_cast<int>(rows), dot);
+    }
   }
 }

@@ -5,7 +5,8 @@
 // column 0 upwards, then summed by one fixed tree (Simd::sum4). With int4 weights, each unit of 32 columns is summed from
 // its first column upwards; the units' sums are scaled and added from the first unit upwards (int4.inl). The order does not
 // depend on the rows of x in a tile, the number of tiles or the thread. So a row of the result has the same bits alone and
-// in a batch. With int8 activations the sums are of integers, exact in any order.
+// in a batch. With int8 activations (int8_rows.inl) the sum over a group of 16 columns is one of integers, exact in any order;
+// the groups' sums are scaled and added from the first group upwards.
 #pragma once
 
 #include <cstdint>
@@ -13,40 +14,43 @@
 namespace cai {
 
 // How a matrix element is stored. The values are shared with kernels/cpu_library.py.
-enum class Store : int64_t { kFp32 = 0, kBf16 = 1, kFp16 = 2, kInt8 = 3, kInt4 = 4 };
+// kInt8Quads: int8 weights, laid out for int8 activations.
+enum class Store : int64_t { kFp32 = 0, kBf16 = 1, kFp16 = 2, kInt8 = 3, kInt4 = 4, kInt8Quads = 5 };
 
 constexpr int64_t kBlockRows = 4;   // rows of a packed matrix that lie interleaved
 constexpr int64_t kBlockCols = 16;  // columns of one row that lie together
-constexpr int64_t kInt4Rows = 16;   // rows of a packed int4 matrix that lie interleaved
+constexpr int64_t kLaneRows = 16;   // the same for int4 and for quads of int8: the rows are the lanes of a vector
 constexpr int64_t kInt4Cols = 32;   // columns of a unit of int4 codes; columns are padded to whole units
 
-// A matrix packed for streaming, so that a block of four rows (sixteen of int4) is one sequential stream of whole cache lines:
+// A matrix packed for streaming, so that a block of four rows (sixteen of int4 and quads) is one sequential stream of whole
+// cache lines:
 //   [ceil(rows/4)][ceil(cols/16)][4][16] elements, padded with zeros;
 //   int4: [ceil(rows/16)][ceil(cols/32)][4][16] words of 32 bits: half byte j of word [b][c][q][r], counted from the lowest,
 //   is column 32 c + 8 q + j of row 16 b + r. So the lanes of a vector of words are rows, and masks select its eight
-// columns. Scales and zero points per group of columns, [ceil(rows/16)][ceil(cols/group)][16]. kernels/cpu_library.py
-// lays these eight integers out.
+//   columns. Scales and zero points per group of columns, [ceil(rows/16)][ceil(cols/group)][16];
+//   quads: [ceil(rows/16)][ceil(cols/16)][4][16][4] bytes: byte j of quad [b][c][q][r] is column 16 c + 4 q + j of row 16 b + r
+//   plus 128 (VNNI's first operand is unsigned), padded with 128.
+// kernels/cpu_library.py lays these seven integers out.
 struct PackedMatrix {
   const void* data;
-  const void* scale;  // fp32 [rows] for int8; bf16 blocks for int4; else null
+  const void* scale;  // fp32 [rows] for int8 and quads; bf16 blocks for int4; else null
   Store store;
   int64_t rows;
   int64_t cols;
-  const uint8_t* zero;     // int4: blocks of zero points, or null for 8
-  int64_t group;           // int4: columns that share a scale: 32, 64 or 128
-  const int32_t* row_sum;  // [rows]: sums of the codes, where int8 activations are wanted; else null
+  const uint8_t* zero;  // int4: blocks of zero points, or null for 8
+  int64_t group;        // int4: columns that share a scale: 32, 64 or 128; quads: codes of an element of x, 1 or 2
 };
-static_assert(sizeof(PackedMatrix) == 64 && sizeof(void*) == 8, "Python writes it as eight 64-bit fields");
+static_assert(sizeof(PackedMatrix) == 56 && sizeof(void*) == 8, "Python writes it as seven 64-bit fields");
 
-inline int64_t block_rows(const PackedMatrix& w) { return w.store == Store::kInt4 ? kInt4Rows : kBlockRows; }
+inline int64_t block_rows(const PackedMatrix& w) { return w.store >= Store::kInt4 ? kLaneRows : kBlockRows; }
 inline int64_t blocks_of(const PackedMatrix& w) { return (w.rows + block_rows(w) - 1) / block_rows(w); }
 inline int64_t groups_of(const PackedMatrix& w) { return (w.cols + w.group - 1) / w.group; }  // int4
 
 // Bytes of one block of rows.
 inline int64_t block_bytes(const PackedMatrix& w) {
-  constexpr int64_t kSize[] = {4, 2, 2, 1};
-  if (w.store == Store::kInt4) return (w.cols + kInt4Cols - 1) / kInt4Cols * kInt4Cols * kInt4Rows / 2;
-  return (w.cols + kBlockCols - 1) / kBlockCols * kBlockCols * kBlockRows * kSize[static_cast<int64_t>(w.store)];
+  constexpr int64_t kSize[] = {4, 2, 2, 1, 0, 1};
+  if (w.store == Store::kInt4) return (w.cols + kInt4Cols - 1) / kInt4Cols * kInt4Cols * kLaneRows / 2;
+  return (w.cols + kBlockCols - 1) / kBlockCols * kBlockCols * block_rows(w) * kSize[static_cast<int64_t>(w.store)];
 }
 
 // Where a row's result is stored: out[m * ld + (index ? index[row] : row)], plus the residual at the same place.
@@ -74,12 +78,25 @@ struct Ahead {
   const char* next;
 };
 
-// Rows of x rounded to int8 (see int8_rows.inl): codes [M, ld] of ceil(K/16) * 16 columns, as quantize_rows writes them, and
-// scale [M].
+// M rows of x [M, K] rounded to int8, with a scale for every group of 16 columns (see int8_rows.inl). An element has one code,
+// or two: x is about coarse * 254 scale + fine * scale. Rows lie in tiles of kCodeTile, the last tile with the rows that are
+// left: so what a tile of the product reads is one stream. In a tile of `rows` rows: codes [groups][parts][rows][16], padded
+// with zeros, and shares [groups][parts][rows].
+constexpr int64_t kCodeGroup = 16, kCodeTile = 12;
+constexpr float kFineCodes = 254.0f;  // steps of the fine code in one of the coarse
+struct CodeShare {
+  float scale;    // x is about code * scale
+  int32_t start;  // -128 times the sum of the codes: what weights that are 128 too high add to a product
+};
 struct Int8Rows {
-  const int8_t* codes;
-  int64_t ld;
-  const float* scale;
+  int8_t* codes;
+  CodeShare* shares;
+  int64_t M, groups;  // of columns, times the parts
+  int64_t parts;      // codes of an element
+
+  int64_t tile_rows(int64_t tile) const { return M - tile * kCodeTile < kCodeTile ? M - tile * kCodeTile : kCodeTile; }
+  int8_t* tile_codes(int64_t tile) const { return codes + tile * kCodeTile * groups * kCodeGroup; }
+  CodeShare* tile_shares(int64_t tile) const { return shares + tile * kCodeTile * groups; }
 };
 
 // Rows of x for int4 weights, with memory of the calling thread for the prepared rows. linear_int4 prepares them once
@@ -135,17 +152,15 @@ struct KernelTable {
   // The same as `linear`, faster from some rows of x on. panel: what widen wrote for these blocks, or fp32 weights themselves.
   void (*linear_many)(const float* x, int64_t M, int64_t ldx, const PackedMatrix& w, const float* panel, int64_t block0,
                       int64_t block1, const Epilogue& e);
-  // The same as `linear` for int8 weights and rows of x rounded to int8.
-  void (*linear_int8)(const Int8Rows& x, int64_t M, const PackedMatrix& w, int64_t block0, int64_t block1,
+  // The same as `linear` for quads of int8 weights and rows [row0, row1) of x rounded to int8, whole tiles of them. e: of x's
+  // first row.
+  void (*linear_int8)(const Int8Rows& x, int64_t row0, int64_t row1, const PackedMatrix& w, int64_t block0, int64_t block1,
                       const Epilogue& e, const Ahead& ahead);
   // The same for int4 weights and at most kInt4Chunk rows of x.
   void (*linear_int4)(Int4Input& x, int64_t M, const PackedMatrix& w, int64_t block0, int64_t block1,
                       const Epilogue& e, const Ahead& ahead);
-  // Rows [row0, row1) of x [M, K] to codes [M, ld] (padded with zero_code) and scale [M]. A code's sign bit is turned where
-  // that of zero is: zero_code is 0 or -128.
-  void (*quantize_rows)(const float* x, int64_t ldx, int64_t K, int64_t row0, int64_t row1, int8_t* codes, int64_t ld,
-                        float* scale);
-  int8_t zero_code;
+  // Rows [row0, row1) of x [M, K] to their places among the codes.
+  void (*quantize_rows)(const float* x, int64_t ldx, int64_t K, int64_t row0, int64_t row1, const Int8Rows& to);
   // out = x / rms(x) * weight for rows [row0, row1); when residual_out is given, x + residual is stored there first.
   void (*rms_norm)(const float* x, const float* residual, const float* weight, float eps, int64_t H, int64_t row0,
                    int64_t row1, float* residual_out, float* out);

@@ -51,7 +51,7 @@ inline V exp_ps(V x) {
 
 #include "sampling.inl"
 
-const KernelTable kTable = {Simd::kName, linear, widen, linear_many, linear_int8, linear_int4, quantize_rows, kZeroCode, rms_norm, layer_norm, gelu, swiglu,
+const KernelTable kTable = {Simd::kName, linear, widen, linear_many, linear_int8, linear_int4, quantize_rows, rms_norm, layer_norm, gelu, swiglu,
                             gather,      rotate, write_kv,    attention,   combine,
                             pack_window, encoder_attention, write_page, cross_attention, cross_weights,
                             logit_peaks, mask_logits, token_weights, weight_blocks, sum_from, collect};

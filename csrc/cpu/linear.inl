@@ -175,6 +175,7 @@ void linear(const float* x, int64_t M, int64_t ldx, const PackedMatrix& w, int64
     case Store::kBf16: return linear_store<Simd::Bf16>(x, M, ldx, w, block0, block1, e, ahead);
     case Store::kFp16: return linear_store<Simd::Fp16>(x, M, ldx, w, block0, block1, e, ahead);
     case Store::kInt8: return linear_store<int8_t>(x, M, ldx, w, block0, block1, e, ahead);
-    case Store::kInt4: return;  // linear_int4
+    case Store::kInt4:
+    case Store::kInt8Quads: return;  // linear_int4, linear_int8
   }
 }

@@ -47,33 +47,40 @@ void pad_windows(Team& team, const LinearCall& c, float* to) {
   });
 }
 
-// Memory for rows rounded to int8.
-struct Codes {
-  int8_t* codes;
-  float* scale;
-  Int ld;
-  Int8Rows rows() const { return {codes, ld, scale}; }
-};
-
-// Room for M rows of K columns, codes first.
-Codes codes_at(void* memory, Int M, Int K) {
-  const Int ld = padded16(K);
-  return {static_cast<int8_t*>(memory), reinterpret_cast<float*>(static_cast<char*>(memory) + M * ld), ld};
+// Room for M rows of K columns rounded to int8, codes first.
+Int8Rows codes_at(void* memory, Int M, Int K, Int parts) {
+  const Int groups = padded16(K) / kCodeGroup * parts;
+  char* codes = static_cast<char*>(memory);
+  return {reinterpret_cast<int8_t*>(codes), reinterpret_cast<CodeShare*>(codes + M * groups * kCodeGroup), M, groups, parts};
 }
-Int codes_bytes(Int M, Int K) { return M * padded16(K) + padded16(M) * Int(sizeof(float)); }
+Int codes_bytes(Int M, Int K, Int parts) { return M * parts * padded16(K) / kCodeGroup * Int(kCodeGroup + sizeof(CodeShare)); }
 
-bool takes_codes(const LinearGroup& g, int core) {
-  if (!g.int8_activations) return false;
+Int ranks(const LinearGroup& g) {  // of all members together
+  Int sum = 0;
+  for (const Member* m = g.begin(); m != g.begin() + g.members; ++m) sum += m->rank;
+  return sum;
+}
+
+bool is_coded(const PackedMatrix& w) { return w.store == Store::kInt8Quads && w.rows > 0; }
+
+// From so many results on, those of interpolative members are stored in the cores' order first and put in the features' order
+// row by row: stored at their places at once, neighbours come at different times, and a line of the cache is written sixteen
+// times.
+constexpr Int kPlacedResults = 6144;
+
+// How many codes an element of the group's input has, at most; 0: no member's first core multiplies codes.
+Int input_codes(const LinearGroup& g) {
+  Int parts = 0;
   for (const Member* m = g.begin(); m != g.begin() + g.members; ++m)
-    if (m->core[core].store == Store::kInt8 && m->core[core].rows > 0) return true;
-  return false;
+    if (is_coded(m->core[0])) parts = std::max(parts, m->core[0].group);
+  return parts;
 }
 
 // The input of core 0: x after the prologue and the rounding to int8, if any. Each thread computes all of it, or all
 // threads share the work in a phase of their own.
 class Input {
  public:
-  Input(Team& team, const LinearCall& c) : c_(c), x_(c.x), ldx_(c.ldx), coded_(takes_codes(*c.group, 0)) {
+  Input(Team& team, const LinearCall& c) : c_(c), x_(c.x), ldx_(c.ldx), coded_(input_codes(*c.group)) {
     const Int K = c.group->in_features, elements = c.M * K;
     if (c.window > 0) {
       pad_windows(team, c, c.scratch);
@@ -87,19 +94,18 @@ class Input {
     lazy_ = elements <= (gated ? kPrivateGated : kPrivateNorm);
     if (lazy_) return;
     float* to = c.scratch + c.M * c.group->z_columns;
-    Codes codes = codes_at(to + (transformed ? elements : 0), c.M, K);
+    const Int8Rows codes = codes_at(to + (transformed ? elements : 0), c.M, K, coded_);
     // Few rows at a time, which are still in the second-level cache when they are rounded.
     const Int rows = std::clamp<Int>(c.M / (team.threads() * 4), 1, std::max<Int>(1, 65536 / std::max<Int>(1, K)));
     team.deal((c.M + rows - 1) / rows, [&](Int p) {
       const Int row0 = p * rows, row1 = std::min(c.M, row0 + rows);
       if (transformed) apply_prologue(c, row0, row1, to);
       if (coded_)
-        kernels().quantize_rows(transformed ? to : c.x, transformed ? K : c.ldx, K, row0, row1, codes.codes, codes.ld,
-                                codes.scale);
+        kernels().quantize_rows(transformed ? to : c.x, transformed ? K : c.ldx, K, row0, row1, codes);
     });
     team.sync();
     if (transformed) use(to, K);
-    if (coded_) rows_ = codes.rows();
+    if (coded_) rows_ = codes;
   }
 
   // Transforms x for this thread alone, if no phase did it for all. Call this only while holding a claimed piece: until
@@ -114,9 +120,8 @@ class Input {
       use(to, K);
     }
     if (coded_) {
-      Codes codes = codes_at(private_memory(Private::kCodes, codes_bytes(c_.M, K)), c_.M, K);
-      kernels().quantize_rows(x_, ldx_, K, 0, c_.M, codes.codes, codes.ld, codes.scale);
-      rows_ = codes.rows();
+      rows_ = codes_at(private_memory(Private::kCodes, codes_bytes(c_.M, K, coded_)), c_.M, K, coded_);
+      kernels().quantize_rows(x_, ldx_, K, 0, c_.M, rows_);
     }
   }
 
@@ -133,7 +138,8 @@ class Input {
   const LinearCall& c_;
   const float* x_;
   Int ldx_;
-  bool coded_, lazy_ = false;
+  Int coded_;  // codes of an element; 0: none
+  bool lazy_ = false;
   Int8Rows rows_{};
 };
 
@@ -153,10 +159,9 @@ Int linear_work(const LinearGroup& group) {
 // z of every member, the input after its prologue, and with int8 activations the codes of both.
 Int scratch_floats(const LinearGroup& group, Int M) {
   Int bytes = M * (group.z_columns + group.in_features) * Int(sizeof(float));
-  if (group.int8_activations) {
-    bytes += codes_bytes(M, group.in_features);
-    for (Int i = 0; i < group.members; ++i) bytes += codes_bytes(M, group[i].rank);
-  }
+  bytes += codes_bytes(M, group.in_features, input_codes(group));
+  for (const Member* m = group.begin(); m != group.begin() + group.members; ++m)
+    if (is_coded(m->core[1])) bytes += codes_bytes(M, m->rank, m->core[1].group);
   return (bytes + Int(sizeof(float)) - 1) / Int(sizeof(float));
 }
 
@@ -241,6 +246,23 @@ LinearCall convolution_call(const LinearGroup& group, const float* x, Int rows, 
   return {&group, x, 0, rows / stride, prologue, nullptr, nullptr, 0, nullptr, 0, out, width, scratch, window, stride};
 }
 
+// A row of an interpolative member, from z with both cores' results to the features' places.
+void place_row(const LinearCall& c, const Member& m, Int row) {
+  const float* from = c.scratch + row * c.group->z_columns + m.z_offset;
+  float* out = c.out + row * c.ldo + m.out_offset;
+  const float* residual = c.residual ? c.residual + row * c.ldr + m.out_offset : nullptr;
+  if (!m.bias && !residual) {
+    for (Int f = 0; f < m.out_features; ++f) out[f] = from[m.place[f]];
+    return;
+  }
+  for (Int f = 0; f < m.out_features; ++f) {
+    float y = from[m.place[f]];
+    if (m.bias) y += m.bias[f];
+    if (residual) y += residual[f];
+    out[f] = y;
+  }
+}
+
 void linear_group(Team& team, const LinearCall& c, const char* after) {
   const LinearGroup& group = *c.group;
   const KernelTable& k = kernels();
@@ -263,10 +285,8 @@ void linear_group(Team& team, const LinearCall& c, const char* after) {
       }
       e.skip_rows(at.row0);
       k.linear_int4(int4, rows, w, at.block0, at.block1, e, ahead);
-    } else if (group.int8_activations && w.store == Store::kInt8) {
-      const Int8Rows rows{codes.codes + at.row0 * codes.ld, codes.ld, codes.scale + at.row0};
-      e.skip_rows(at.row0);
-      k.linear_int8(rows, at.row1 - at.row0, w, at.block0, at.block1, e, ahead);
+    } else if (w.store == Store::kInt8Quads) {
+      k.linear_int8(codes, at.row0, at.row1, w, at.block0, at.block1, e, ahead);
     } else {
       multiply_rows(c, x, ldx, w, at, many ? panel.of(w, at.block0, at.block1) : nullptr, e, ahead);
     }
@@ -275,6 +295,8 @@ void linear_group(Team& team, const LinearCall& c, const char* after) {
     return Epilogue{c.out + m.out_offset, c.ldo, nullptr, m.bias, c.residual ? c.residual + m.out_offset : nullptr, c.ldr,
                     nullptr, 0};
   };
+  const bool many_results = c.M * c.ldo >= kPlacedResults;
+  auto placed_later = [&](const Member& m) { return many_results && m.place != nullptr; };
   Input input(team, c);
   const char* second = two ? own_begin(team, group, pieces1, 1) : after;
   team.deal(pieces0.total(), [&](Int piece) {
@@ -285,7 +307,7 @@ void linear_group(Team& team, const LinearCall& c, const char* after) {
     if (m.kind != Kind::kDense) {
       e.copy = z + m.z_offset;
       e.ld_copy = group.z_columns;
-      if (m.kind == Kind::kInterpolative) {
+      if (m.kind == Kind::kInterpolative && !placed_later(m)) {
         e.index = m.pivot;
       } else {
         e.out = nullptr;
@@ -294,34 +316,47 @@ void linear_group(Team& team, const LinearCall& c, const char* after) {
     multiply(m.core[0], input.x(), input.ldx(), input.rows(), pieces0.place(m.core[0], i, piece), pieces0.many(m.core[0]),
              e, ahead_of(team, group, pieces0, 0, piece, second));
   });
-  if (!two) return;
+  auto place = [&] {
+    if (std::none_of(group.begin(), group.begin() + group.members, placed_later)) return;
+    team.sync(Fetcher(after));
+    const Int rows = std::max<Int>(1, c.M / (team.threads() * 4));
+    team.deal((c.M + rows - 1) / rows, [&](Int p) {
+      for (Int row = p * rows; row < std::min(c.M, (p + 1) * rows); ++row)
+        for (const Member* m = group.begin(); m != group.begin() + group.members; ++m)
+          if (placed_later(*m)) place_row(c, *m, row);
+    });
+  };
+  if (!two) return place();
   team.sync(Fetcher(second));
 
   // z rounded to int8, for members whose core 1 multiplies codes: in the scratch after the input's codes, or in this
   // thread's own memory.
-  const bool coded = takes_codes(group, 1), apart = coded && c.M * group.z_columns > kPrivateCodes;
-  Codes codes[kMaxMembers] = {};
+  const bool coded = std::any_of(group.begin(), group.begin() + group.members, [](const Member& m) { return is_coded(m.core[1]); });
+  const bool apart = coded && ranks(group) * c.M > kPrivateCodes;
+  Int8Rows codes[kMaxMembers] = {};
   bool made[kMaxMembers] = {};
   auto round_member = [&](Int i, Int row0, Int row1) {
     const Member& m = group[i];
-    k.quantize_rows(z + m.z_offset, group.z_columns, m.rank, row0, row1, codes[i].codes, codes[i].ld, codes[i].scale);
+    k.quantize_rows(z + m.z_offset, group.z_columns, m.rank, row0, row1, codes[i]);
   };
   if (coded) {
     const Int K = group.in_features;
     Int bytes = 0;
-    for (Int i = 0; i < group.members; ++i) bytes += codes_bytes(c.M, group[i].rank);
-    char* memory = apart ? reinterpret_cast<char*>(z + c.M * (group.z_columns + K)) + codes_bytes(c.M, K)
+    for (Int i = 0; i < group.members; ++i)
+      if (is_coded(group[i].core[1])) bytes += codes_bytes(c.M, group[i].rank, group[i].core[1].group);
+    char* memory = apart ? reinterpret_cast<char*>(z + c.M * (group.z_columns + K)) + codes_bytes(c.M, K, input_codes(group))
                          : static_cast<char*>(private_memory(Private::kCodes, bytes));
     for (Int i = 0; i < group.members; ++i) {
-      codes[i] = codes_at(memory, c.M, group[i].rank);
-      memory += codes_bytes(c.M, group[i].rank);
+      if (!is_coded(group[i].core[1])) continue;
+      codes[i] = codes_at(memory, c.M, group[i].rank, group[i].core[1].group);
+      memory += codes_bytes(c.M, group[i].rank, group[i].core[1].group);
     }
   }
   if (apart) {
     const Int rows = std::max<Int>(1, c.M / (team.threads() * 4));
     team.deal((c.M + rows - 1) / rows, [&](Int p) {
       for (Int i = 0; i < group.members; ++i)
-        if (group[i].kind != Kind::kDense) round_member(i, p * rows, std::min(c.M, (p + 1) * rows));
+        if (is_coded(group[i].core[1])) round_member(i, p * rows, std::min(c.M, (p + 1) * rows));
     });
     team.sync();
   }
@@ -329,14 +364,21 @@ void linear_group(Team& team, const LinearCall& c, const char* after) {
     const Int i = pieces1.member_of(piece);
     const Member& m = group[i];
     Epilogue e = epilogue(m);
-    if (m.kind == Kind::kInterpolative) e.index = m.pivot + m.rank;
-    if (coded && !apart && !made[i]) {
+    if (placed_later(m)) {
+      e.out = nullptr;
+      e.copy = z + m.z_offset + m.rank;
+      e.ld_copy = group.z_columns;
+    } else if (m.kind == Kind::kInterpolative) {
+      e.index = m.pivot + m.rank;
+    }
+    if (!apart && !made[i] && is_coded(m.core[1])) {
       round_member(i, 0, c.M);
       made[i] = true;
     }
-    multiply(m.core[1], z + m.z_offset, group.z_columns, codes[i].rows(), pieces1.place(m.core[1], i, piece),
+    multiply(m.core[1], z + m.z_offset, group.z_columns, codes[i], pieces1.place(m.core[1], i, piece),
              pieces1.many(m.core[1]), e, ahead_of(team, group, pieces1, 1, piece, after));
   });
+  place();
 }
 
 namespace {

@@ -11,7 +11,7 @@ namespace cai {
 // From so many rows of x on, weights are multiplied as panels that stay in a cache (linear_many).
 constexpr Int kManyRows = 24;
 constexpr Int kPanelBytes = 768 << 10;  // of a panel in fp32, or of codes
-constexpr Int kRowUnit = 12;            // rows of x in a chunk are a multiple of it: of every instruction set's tiles
+constexpr Int kRowUnit = kCodeTile;     // rows of x in a chunk are a multiple of it: of every instruction set's tiles
 
 // The row blocks of one core of every member, cut into pieces small enough to balance and large enough to stream. Many rows of
 // x are cut into chunks, too. For int4, a thread prepares a chunk of x once for all its pieces; for other stores, a panel of
@@ -60,11 +60,12 @@ struct Pieces {
   Int blocks(const PackedMatrix& w) const {
     if (!many(w)) return std::max<Int>(1, rows_ / block_rows(w));
     // Panels of equal size, and enough of them to balance where there are few chunks.
-    constexpr Int kUnit = 4;  // blocks, see many_rows.inl
-    const Int bytes = std::max<Int>(1, w.cols) * kBlockRows * Int(sizeof(float)), all = std::max<Int>(1, blocks_of(w));
-    const Int most = std::max(kUnit, kPanelBytes / bytes / kUnit * kUnit);
+    const bool quads = w.store == Store::kInt8Quads;
+    const Int unit = quads ? 1 : 4;  // blocks, see many_rows.inl
+    const Int bytes = std::max<Int>(1, w.cols) * block_rows(w) * (quads ? 1 : Int(sizeof(float)));
+    const Int all = std::max<Int>(1, blocks_of(w)), most = std::max(unit, kPanelBytes / bytes / unit * unit);
     const Int wanted = std::max((all + most - 1) / most, (threads_ * 4 + chunks(w) - 1) / chunks(w));
-    return ((all + wanted - 1) / wanted + kUnit - 1) / kUnit * kUnit;
+    return ((all + wanted - 1) / wanted + unit - 1) / unit * unit;
   }
   Int runs(const PackedMatrix& w) const { return (blocks_of(w) + blocks(w) - 1) / blocks(w); }
 

@@ -22,7 +22,8 @@ void widen(const PackedMatrix& w, int64_t block0, int64_t block1, float* panel) 
     case Store::kFp16: return widen_store<Simd::Fp16>(w, block0, block1, panel);
     case Store::kInt8: return widen_store<int8_t>(w, block0, block1, panel);
     case Store::kFp32:
-    case Store::kInt4: return;  // fp32 is a panel as it is; int4: linear_int4
+    case Store::kInt4:
+    case Store::kInt8Quads: return;  // fp32 is a panel as it is; others: linear_int4, linear_int8
   }
 }
 

@@ -49,12 +49,13 @@ struct Member {
   Int out_features, out_offset, rank, z_offset;
   const int32_t* pivot;
   const float* bias;
+  const int32_t* place;  // interpolative, of quads: where each output feature lies among both cores' rows; else null
   PackedMatrix core[2];
 };
-static_assert(sizeof(Member) == 23 * sizeof(Int), "read where Python wrote it, as 64-bit fields");
+static_assert(sizeof(Member) == 22 * sizeof(Int), "read where Python wrote it, as 64-bit fields");
 
 struct LinearGroup {
-  Int members, in_features, z_columns, int8_activations;
+  Int members, in_features, z_columns;
   const Member* begin() const { return reinterpret_cast<const Member*>(this + 1); }
   const Member& operator[](Int i) const { return begin()[i]; }
 };
@@ -94,7 +95,7 @@ Int output_width(const LinearGroup& group);  // of all members together
 const LinearGroup& checked_group(const void* data, Int size);
 // after: the weights that this thread reads in the phase after this operation, to be prefetched; or null.
 void linear_group(Team& team, const LinearCall& call, const char* after);
-constexpr Int kLinearPhases = 4;
+constexpr Int kLinearPhases = 5;
 // Where a thread of a team begins to read a group's weights.
 const char* first_weights(const Team& team, const LinearGroup& group);
 Int linear_work(const LinearGroup& group);  // multiply-adds of one row
@@ -193,5 +194,7 @@ constexpr Int kAttentionPhases = 2;
 void pack(const void* source, Int rows, Int cols, Int size, void* target);
 // int4: rows of ceil(cols / 2) bytes, column 2 j in the low half of a byte, into the layout of PackedMatrix.
 void pack_int4(const uint8_t* source, Int rows, Int cols, uint32_t* target);
+// Codes of int8, row-major, as quads.
+void pack_quads(const int8_t* source, Int rows, Int cols, uint8_t* target);
 
 }  // namespace cai

@@ -104,15 +104,28 @@ void pack(const void* source, Int rows, Int cols, Int size, void* target) {
 
 void pack_int4(const uint8_t* from, Int rows, Int cols, uint32_t* to) {
   const Int words = (cols + kInt4Cols - 1) / kInt4Cols * (kInt4Cols / 8), width = (cols + 1) / 2;
-  over_blocks(rows, kInt4Rows, rows * width, [&](Int b) {
-    for (Int r = 0; r < kInt4Rows; ++r) {
-      const Int row = b * kInt4Rows + r;
+  over_blocks(rows, kLaneRows, rows * width, [&](Int b) {
+    for (Int r = 0; r < kLaneRows; ++r) {
+      const Int row = b * kLaneRows + r;
       for (Int k = 0; k < words; ++k) {  // the source has its columns in the same order, low halves first
         uint32_t word = 0;
         for (Int i = 0; row < rows && i < 4 && 4 * k + i < width; ++i)
           word |= static_cast<uint32_t>(from[row * width + 4 * k + i]) << (8 * i);
-        to[(b * words + k) * kInt4Rows + r] = word;
+        to[(b * words + k) * kLaneRows + r] = word;
       }
+    }
+  });
+}
+
+void pack_quads(const int8_t* from, Int rows, Int cols, uint8_t* to) {
+  const Int quads = (cols + kBlockCols - 1) / kBlockCols * (kBlockCols / 4);
+  over_blocks(rows, kLaneRows, rows * cols, [&](Int b) {
+    for (Int r = 0; r < kLaneRows; ++r) {
+      const Int row = b * kLaneRows + r;
+      for (Int q = 0; q < quads; ++q)
+        for (Int k = 4 * q; k < 4 * q + 4; ++k)
+          to[((b * quads + q) * kLaneRows + r) * 4 + k % 4] =
+              static_cast<uint8_t>(128 + (row < rows && k < cols ? from[row * cols + k] : 0));
     }
   });
 }

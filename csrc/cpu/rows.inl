@@ -17,12 +17,23 @@ void gather_store(const PackedMatrix& w, const int32_t* ids, int64_t row0, int64
   }
 }
 
+void gather_quads(const PackedMatrix& w, const int32_t* ids, int64_t row0, int64_t row1, float* out) {
+  for (int64_t i = row0; i < row1; ++i) {
+    const int64_t row = ids[i];
+    const auto* from = static_cast<const uint8_t*>(w.data) + row / kLaneRows * block_bytes(w) + row % kLaneRows * 4;
+    const float scale = static_cast<const float*>(w.scale)[row];
+    for (int64_t k = 0; k < w.cols; ++k)
+      out[i * w.cols + k] = scale * static_cast<float>(int(from[k / 4 * kLaneRows * 4 + k % 4]) - 128);
+  }
+}
+
 void gather(const PackedMatrix& w, const int32_t* ids, int64_t row0, int64_t row1, float* out) {
   switch (w.store) {
     case Store::kFp32: return gather_store<float>(w, ids, row0, row1, out);
     case Store::kBf16: return gather_store<Simd::Bf16>(w, ids, row0, row1, out);
     case Store::kFp16: return gather_store<Simd::Fp16>(w, ids, row0, row1, out);
     case Store::kInt8: return gather_store<int8_t>(w, ids, row0, row1, out);
+    case Store::kInt8Quads: return gather_quads(w, ids, row0, row1, out);
     case Store::kInt4:
       for (int64_t i = row0; i < row1; ++i) int4_row(w, ids[i], out + i * w.cols);
   }

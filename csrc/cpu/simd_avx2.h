@@ -92,34 +92,43 @@ struct Simd {
     if constexpr (J == 7) return _mm256_cvtepi32_ps(_mm256_srli_epi32(w, 28));
     return _mm256_cvtepi32_ps(_mm256_and_si256(w, _mm256_set1_epi32(15 << (J % 7 * 4))));
   }
-  // Sums of 16 columns of x times four rows of weights, 64 bytes. The instruction's first operand is unsigned: |x| and
-  // w with x's sign give the same products. Two of them (at most 127 * 127 each) fit 16 bits.
-  static constexpr bool kInt8Shifted = false;
-  static constexpr int kInt8TileM = 2, kInt8Blocks = 2;
-  static void store_codes(int8_t* p, V v) {  // whole numbers from -127 to 127
-    const __m256i codes = _mm256_cvtps_epi32(v);
-    const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(halves, halves));
+  // int8 activations (int8_rows.inl). Rounds 16 numbers from -127 to 127 to codes; returns the codes' sum.
+  static int32_t store_codes(int8_t* p, const V v[2]) {
+    const __m256i halves = _mm256_packs_epi32(_mm256_cvtps_epi32(v[0]), _mm256_cvtps_epi32(v[1]));
+    const __m256i order = _mm256_permute4x64_epi64(halves, 0xd8);
+    const __m128i codes = _mm_packs_epi16(_mm256_castsi256_si128(order), _mm256_extracti128_si256(order, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), codes);
+    const __m128i sums = _mm_sad_epu8(_mm_xor_si128(codes, _mm_set1_epi8(-128)), _mm_setzero_si128());
+    return _mm_cvtsi128_si32(_mm_add_epi32(sums, _mm_unpackhi_epi64(sums, sums))) - 16 * 128;
   }
-  static constexpr int kInt8ManyM = 0;  // no int8_dots
-  struct Int8Sums {
-    __m256i rows01, rows23;
-  };
-  static Int8Sums int8_zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-  static Int8Sums int8_add(Int8Sums acc, const int8_t* x, const int8_t* w) {
-    const __m256i codes = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-    const __m256i magnitude = _mm256_abs_epi8(codes), ones = _mm256_set1_epi16(1);
-    const __m256i w01 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
-    const __m256i w23 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 32));
-    const __m256i p01 = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(w01, codes));
-    const __m256i p23 = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(w23, codes));
-    return {_mm256_add_epi32(acc.rows01, _mm256_madd_epi16(p01, ones)),
-            _mm256_add_epi32(acc.rows23, _mm256_madd_epi16(p23, ones))};
-  }
-  static void int8_sums(Int8Sums acc, int32_t out[4]) {
-    const __m128i ab = _mm_hadd_epi32(_mm256_castsi256_si128(acc.rows01), _mm256_extracti128_si256(acc.rows01, 1));
-    const __m128i cd = _mm_hadd_epi32(_mm256_castsi256_si128(acc.rows23), _mm256_extracti128_si256(acc.rows23, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_hadd_epi32(ab, cd));
+  static constexpr int kQuadsTileM = 3;
+  // Adds one group of MT rows of x times 16 rows of weights: four times two vectors of quads. The instruction's first operand is
+  // unsigned: |w| and x with w's sign give the same products. Two of them, at most 127 * 128 each, fit 16 bits.
+  template <int MT>
+  static void add_group(V (&total)[MT][2], const uint8_t* w, const int8_t* codes, const CodeShare* shares) {
+    const __m256i ones = _mm256_set1_epi16(1), shift = _mm256_set1_epi8(-128);
+    __m256i sum[MT][2];
+#pragma GCC unroll 4
+    for (int m = 0; m < MT; ++m) sum[m][0] = sum[m][1] = _mm256_setzero_si256();
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) {
+#pragma GCC unroll 2
+      for (int p = 0; p < 2; ++p) {
+        const auto* at = reinterpret_cast<const __m256i*>(w + q * 64 + p * 32);
+        const __m256i weights = _mm256_xor_si256(_mm256_loadu_si256(at), shift), magnitude = _mm256_abs_epi8(weights);
+#pragma GCC unroll 4
+        for (int m = 0; m < MT; ++m) {
+          int32_t four;
+          std::memcpy(&four, codes + m * kCodeGroup + q * 4, sizeof four);
+          const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(_mm256_set1_epi32(four), weights));
+          sum[m][p] = _mm256_add_epi32(sum[m][p], _mm256_madd_epi16(pairs, ones));
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < MT; ++m)
+      for (int p = 0; p < 2; ++p)
+        total[m][p] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[m][p]), _mm256_set1_ps(shares[m].scale), total[m][p]);
   }
   static V load(const Bf16* p) {
     __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

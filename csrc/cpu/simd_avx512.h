@@ -71,39 +71,31 @@ struct Simd {
     if constexpr (J == 7) return _mm512_cvtepi32_ps(_mm512_srli_epi32(w, 28));
     return _mm512_cvtepi32_ps(_mm512_and_si512(w, _mm512_set1_epi32(15 << (J % 7 * 4))));
   }
-  // Sums of 16 columns of x times four rows of weights, 64 bytes: lane 4 r + i sums columns 4 i to 4 i + 3 of row r.
-  // VNNI's first operand is unsigned, so the codes of x are kept 128 too high.
-  static constexpr bool kInt8Shifted = true;
-  static constexpr int kInt8TileM = 4, kInt8Blocks = 4;
-  using Int8Sums = __m512i;
-  static Int8Sums int8_zero() { return _mm512_setzero_si512(); }
-  static Int8Sums int8_add(Int8Sums acc, const int8_t* x, const int8_t* w) {
-    const __m512i codes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-    const __m512i weights = _mm512_loadu_si512(w);
-    // Not the intrinsic: GCC 12 copies every sum before it and spills the copies.
-    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(weights));
-    return acc;
+  // int8 activations (int8_rows.inl). Rounds 16 numbers from -127 to 127 to codes; returns the codes' sum.
+  static int32_t store_codes(int8_t* p, const V v[1]) {
+    const __m128i codes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v[0]));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), codes);
+    const __m128i halves = _mm_sad_epu8(_mm_xor_si128(codes, _mm_set1_epi8(-128)), _mm_setzero_si128());
+    return _mm_cvtsi128_si32(_mm_add_epi32(halves, _mm_unpackhi_epi64(halves, halves))) - 16 * 128;
   }
-  static void store_codes(int8_t* p, V v) {  // whole numbers from -127 to 127
-    const __m128i codes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_xor_si128(codes, _mm_set1_epi8(-128)));
-  }
-  static constexpr int kInt8ManyM = 6;  // rows of x in a tile with four blocks, see int8_many
-  // The sums of one row of x with four blocks, 16 rows of weights; row_sum: of those.
-  static V int8_dots(const Int8Sums acc[4], const int32_t* row_sum) {
-    const auto pairs = [](__m512i a, __m512i b) {
-      return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  static constexpr int kQuadsTileM = 12;
+  // Adds one group of MT rows of x times 16 rows of weights: four vectors of quads.
+  template <int MT>
+  static void add_group(V (&total)[MT][1], const uint8_t* w, const int8_t* codes, const CodeShare* shares) {
+    struct Quad {
+      int8_t code[4];
     };
-    const __m512i low = pairs(acc[0], acc[1]), high = pairs(acc[2], acc[3]);
-    const __m512i by_row = _mm512_add_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const __m512i shift = _mm512_slli_epi32(_mm512_loadu_si512(row_sum), 7);
-    return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_permutexvar_epi32(order, by_row), shift));
-  }
-  static void int8_sums(Int8Sums acc, int32_t out[4]) {
-    const __m128i ab = _mm_hadd_epi32(_mm512_castsi512_si128(acc), _mm512_extracti32x4_epi32(acc, 1));
-    const __m128i cd = _mm_hadd_epi32(_mm512_extracti32x4_epi32(acc, 2), _mm512_extracti32x4_epi32(acc, 3));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_hadd_epi32(ab, cd));
+    __m512i quads[4];
+    for (int q = 0; q < 4; ++q) quads[q] = _mm512_loadu_si512(w + q * 64);
+#pragma GCC unroll 16
+    for (int m = 0; m < MT; ++m) {
+      const auto* x = reinterpret_cast<const Quad*>(codes + m * kCodeGroup);
+      __m512i sum = _mm512_set1_epi32(shares[m].start);
+      // Not the intrinsic: GCC 12 copies every sum before it and spills the copies.
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; ++q) asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(quads[q]), "m"(x[q]));
+      total[m][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(shares[m].scale), total[m][0]);
+    }
   }
   static V load(const Bf16* p) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

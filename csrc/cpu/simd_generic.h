@@ -151,26 +151,23 @@ struct Simd {
     if constexpr (J == 7) return __builtin_convertvector((w >> 28) & 15, V);
     return __builtin_convertvector(w & (15 << (J % 7 * 4)), V);
   }
-  // Sums of 16 columns of x times four rows of weights, 64 bytes.
-  static constexpr bool kInt8Shifted = false;  // whether 128 is added to the codes of x, and corrected by row sums
-  static constexpr int kInt8TileM = 2, kInt8Blocks = 1;
-  static void store_codes(int8_t* p, V v) {  // whole numbers from -127 to 127
-    for (int i = 0; i < 8; ++i) p[i] = static_cast<int8_t>(v[i]);
+  // int8 activations (int8_rows.inl). Rounds 16 numbers from -127 to 127 to codes; returns the codes' sum.
+  static int32_t store_codes(int8_t* p, const V v[2]) {
+    int32_t sum = 0;
+    for (int i = 0; i < 16; ++i) sum += p[i] = static_cast<int8_t>(std::nearbyintf(v[i / 8][i % 8]));
+    return sum;
   }
-  static constexpr int kInt8ManyM = 0;  // no int8_dots
-  struct Int8Sums {
-    int32_t row[4];
-  };
-  static Int8Sums int8_zero() { return {}; }
-  static Int8Sums int8_add(Int8Sums acc, const int8_t* x, const int8_t* w) {
-    for (int r = 0; r < 4; ++r) {
-      int32_t sum = 0;
-      for (int i = 0; i < 16; ++i) sum += int32_t(x[i]) * int32_t(w[r * 16 + i]);
-      acc.row[r] += sum;
-    }
-    return acc;
+  static constexpr int kQuadsTileM = 2;
+  // Adds one group of MT rows of x times 16 rows of weights.
+  template <int MT>
+  static void add_group(V (&total)[MT][2], const uint8_t* w, const int8_t* codes, const CodeShare* shares) {
+    for (int m = 0; m < MT; ++m)
+      for (int r = 0; r < 16; ++r) {
+        int32_t sum = 0;
+        for (int k = 0; k < 16; ++k) sum += codes[m * kCodeGroup + k] * (w[k / 4 * 64 + r * 4 + k % 4] - 128);
+        total[m][r / 8][r % 8] += static_cast<float>(sum) * shares[m].scale;
+      }
   }
-  static void int8_sums(const Int8Sums& acc, int32_t out[4]) { std::memcpy(out, acc.row, sizeof acc.row); }
   static V load(const Bf16* p) {
     I bits;
     for (int i = 0; i < 8; ++i) bits[i] = static_cast<int32_t>(static_cast<uint32_t>(p[i].bits) << 16);

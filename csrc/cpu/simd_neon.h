@@ -133,32 +133,36 @@ struct Simd {
     vst1q_f32(out, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));
   }
 
-  // int8 activations: 16 columns of one row of x against four rows of w.
-  static constexpr bool kInt8Shifted = false;
-  static constexpr int kInt8TileM = 3;  // 3 x 4 accumulators; with 16 GCC begins to spill
-  static constexpr int kInt8Blocks = 1;
-  static void store_codes(int8_t* p, V v) {  // whole numbers from -127 to 127
-    int32_t codes[4];
-    vst1q_s32(codes, vcvtq_s32_f32(v));
-    for (int i = 0; i < 4; ++i) p[i] = static_cast<int8_t>(codes[i]);
+  // int8 activations (int8_rows.inl). Rounds 16 numbers from -127 to 127 to codes; returns the codes' sum.
+  static int32_t store_codes(int8_t* p, const V v[4]) {
+    const int16x8_t low = vcombine_s16(vmovn_s32(vcvtnq_s32_f32(v[0])), vmovn_s32(vcvtnq_s32_f32(v[1])));
+    const int16x8_t high = vcombine_s16(vmovn_s32(vcvtnq_s32_f32(v[2])), vmovn_s32(vcvtnq_s32_f32(v[3])));
+    const int8x16_t codes = vcombine_s8(vmovn_s16(low), vmovn_s16(high));
+    vst1q_s8(p, codes);
+    return vaddlvq_s8(codes);
   }
-  static constexpr int kInt8ManyM = 0;  // no int8_dots
-  struct Int8Sums {
-    int32x4_t row[4];
-  };
-  static Int8Sums int8_zero() { return {{vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0)}}; }
-  static Int8Sums int8_add(Int8Sums acc, const int8_t* x, const int8_t* w) {
-    const int8x16_t xv = vld1q_s8(x);
-    for (int r = 0; r < 4; ++r) {
-      const int8x16_t wv = vld1q_s8(w + r * 16);
-      // Codes of x end at -127: two products are at most 2 * 127 * 128 = 32512 and fit 16 bits.
-      const int16x8_t pairs = vmlal_high_s8(vmull_s8(vget_low_s8(xv), vget_low_s8(wv)), xv, wv);
-      acc.row[r] = vpadalq_s16(acc.row[r], pairs);
+  static constexpr int kQuadsTileM = 2;
+  // Adds one group of MT rows of x times 16 rows of weights: four times four vectors of quads.
+  template <int MT>
+  static void add_group(V (&total)[MT][4], const uint8_t* w, const int8_t* codes, const CodeShare* shares) {
+    int32x4_t sum[MT][4];
+    for (int m = 0; m < MT; ++m)
+      for (int p = 0; p < 4; ++p) sum[m][p] = vdupq_n_s32(0);
+    for (int q = 0; q < 4; ++q) {
+      for (int p = 0; p < 4; ++p) {
+        const int8x16_t weights = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(w + q * 64 + p * 16), vdupq_n_u8(128)));
+        for (int m = 0; m < MT; ++m) {
+          int32_t four;
+          std::memcpy(&four, codes + m * kCodeGroup + q * 4, sizeof four);
+          const int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(four));
+          // Two products of a row, at most 127 * 128 each, are added once more as 32 bits.
+          const int16x8_t low = vmull_s8(vget_low_s8(x), vget_low_s8(weights)), high = vmull_high_s8(x, weights);
+          sum[m][p] = vaddq_s32(sum[m][p], vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
+        }
+      }
     }
-    return acc;
-  }
-  static void int8_sums(Int8Sums acc, int32_t out[4]) {
-    vst1q_s32(out, vpaddq_s32(vpaddq_s32(acc.row[0], acc.row[1]), vpaddq_s32(acc.row[2], acc.row[3])));
+    for (int m = 0; m < MT; ++m)
+      for (int p = 0; p < 4; ++p) total[m][p] = vfmaq_n_f32(total[m][p], vcvtq_f32_s32(sum[m][p]), shares[m].scale);
   }
 };
 

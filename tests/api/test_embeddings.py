@@ -285,7 +285,7 @@ def test_slim(chatty, text_file, tmp_path):
         chatty, target, kind="interpolative", store="int8", keep=0.7, calibration=text_file, samples=4, sequence_length=16,
         rank_multiple=1, refine_epochs=0, heal_tokens=0, evaluate=False, progress=False,
     )  # fmt: skip
-    with Client(target, **OPTIONS) as client:
+    with Client(target, activations="fp32", **OPTIONS) as client:
         found = vectors(client.embeddings.create(input=TEXTS))
         ids = tokenized(client)
     model = slim_as_transformers(target).model

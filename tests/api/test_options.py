@@ -11,7 +11,7 @@ import cai_runtime
 from cai_runtime.engine.engine import Engine
 from cai_runtime.errors import CaiError, MissingFileError
 from cai_runtime.kernels import backend
-from cai_runtime.options import BACKENDS, DTYPES, EngineOptions
+from cai_runtime.options import ACTIVATIONS, BACKENDS, DTYPES, EngineOptions
 
 # Option: (values that are taken, values of a wrong type, values out of range)
 CASES = {
@@ -28,7 +28,7 @@ CASES = {
     "prefix_cache": ([True, False, np.bool_(True)], ["no", 1, 0], []),
     "max_waiting": ([0, 9], ["9", 0.5, False], [-1]),
     "backend": (list(BACKENDS), [3], ["opencl", "", "CPU"]),
-    "int8_activations": ([True, False], ["yes", 1], []),
+    "activations": (list(ACTIVATIONS), [True, 8], ["int4", "bf16", ""]),
     "cuda_graphs": ([True, False], ["yes", 1], []),
     "progress": ([True, False], ["yes", 1], []),
 }  # fmt: skip

@@ -41,7 +41,9 @@ def logits(model):
 
 def engine_logits(path, ids, backend="reference"):
     """[tokens, vocabulary] of a kernel backend, one token at a time."""
-    runner, _ = load_runner(path, kv_cache="1MiB", backend=backend, dtype="fp32", device="cpu", progress=False)
+    runner, _ = load_runner(
+        path, kv_cache="1MiB", backend=backend, dtype="fp32", activations="fp32", device="cpu", progress=False
+    )
     pages = list(range(1, 2 + len(ids) // runner.page_size))
     return torch.cat([runner.run([ScheduledSequence([token], at, pages, True)]) for at, token in enumerate(ids)])
 

@@ -41,7 +41,7 @@ def test_all_who_read_the_result_agree(tiny, text_file, tmp_path, layout, store)
     reference = dense_reference(source)
     torch.testing.assert_close(stored, reference.lm_head.weight, rtol=0, atol=0.02)
 
-    runner, _ = load_runner(slim, kv_cache="1MiB", progress=False)
+    runner, _ = load_runner(slim, kv_cache="1MiB", activations="fp32", progress=False)
     with torch.inference_mode():
         wanted = slim_as_transformers(slim)(torch.tensor([IDS])).logits[0, -1]
         loaded = AutoModelForCausalLM.from_pretrained(slim, dtype=torch.float32)(torch.tensor([IDS])).logits[0, -1]

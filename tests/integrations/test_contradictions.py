@@ -20,7 +20,7 @@ def configure(path, **entries):
 @torch.inference_mode()
 def logits(path, ids):
     """Of the last of ids [1, T], by transformers and by the engine."""
-    runner, _ = load_runner(path, kv_cache="1MiB", progress=False)
+    runner, _ = load_runner(path, kv_cache="1MiB", activations="fp32", progress=False)
     ours = runner.run([ScheduledSequence(ids[0].tolist(), 0, [0], True)])[0]
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(ids).logits[0, -1], ours
 

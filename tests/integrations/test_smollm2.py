@@ -77,6 +77,6 @@ def test_greedy_text_is_that_of_the_engine(shallow):
     prompt = "The capital of France is"
     ids = torch.tensor([tokenizer(prompt)["input_ids"]])
     text = tokenizer.decode(model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :])
-    with cai_runtime.Client(model=str(shallow)) as client:
+    with cai_runtime.Client(model=str(shallow), activations="fp32") as client:
         reply = client.completions.create(model=str(shallow), prompt=prompt, max_tokens=12, temperature=0)
     assert reply.choices[0].text == text

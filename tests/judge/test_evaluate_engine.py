@@ -74,5 +74,5 @@ def test_both_judges_answer_alike(judge):
 
 
 def test_engine_options_are_for_the_engine(judge):
-    with pytest.raises(CompressionError, match="int8_activations"):
-        open_judge(judge.path, int8_activations=True)
+    with pytest.raises(CompressionError, match="activations"):
+        open_judge(judge.path, activations="int8")

@@ -127,6 +127,33 @@ def test_many_rows_of_many_columns_have_the_bits_of_one(dtype: torch.dtype, isa:
         cpu_library.use_instruction_set(best)
 
 
+def test_int8_activations_have_the_same_bits_on_every_instruction_set_with_a_fused_multiply_add():
+    g = torch.Generator().manual_seed(9)
+    weights = random_linear("interpolative", 300, 149, 40, torch.int8, True, g)
+    linear = prepare([weights], backend="cpu", int8_activations=True)
+    x = torch.randn(50, 300, generator=g) * torch.rand(50, 300, generator=g).pow(8)
+    best, results = cpu_library.instruction_set(), []
+    try:
+        for isa in cpu_library.instruction_sets():
+            if isa != "generic":
+                cpu_library.use_instruction_set(isa)
+                results.append(linear(x))
+    finally:
+        cpu_library.use_instruction_set(best)
+    assert all(torch.equal(y, results[0]) for y in results)
+
+
+@pytest.mark.parametrize("rows", [1, 39, 400])  # stored at their places at once, or row by row after the product
+def test_interpolative_results_are_at_their_features(rows: int):
+    g = torch.Generator().manual_seed(2)
+    for rank in (7, 48, 149):  # 149: no second core's rows
+        weights = random_linear("interpolative", 64, 149, rank, torch.int8, True, g)
+        x, residual = torch.randn(rows, 64, generator=g), torch.randn(rows, 149, generator=g)
+        y = prepare([weights], backend="cpu", int8_activations=True)(x, residual)
+        # A code next to a half may be another one after fp32's roundings in the first core.
+        assert relative_error(y, reference(x.double(), weights, residual.double(), int8_activations=True)) < 3e-3
+
+
 def test_one_wide_row_with_int8_activations_has_room_for_its_codes():
     """Above 8,192 columns the codes lie in the scratch memory, which was too small where the row had no prologue."""
     g = torch.Generator().manual_seed(4)

@@ -117,7 +117,10 @@ def test_int8_activations(g: torch.Generator, device: Device, dtype: torch.dtype
     for rows, unit in ((3, "mma.sync"), (70, "wgmma.mma_async")):
         y = group(x[:rows])
         check(
-            y, lambda growth, rows=rows: linear(Bounded.exact(x[:rows]), w, dtype, int8_activations=True, growth=growth)
+            y,
+            lambda growth, rows=rows: linear(
+                Bounded.exact(x[:rows]), w, dtype, int8_activations=True, scale_rows=True, growth=growth
+            ),
         )
         assert unit in device.launches[-1][1]
 
@@ -132,7 +135,9 @@ def test_linear_for_ampere(g: torch.Generator, monkeypatch: pytest.MonkeyPatch, 
     whole = group(x)
     check(
         whole,
-        lambda growth: linear(Bounded.exact(x), w, torch.bfloat16, int8_activations=int8_activations, growth=growth),
+        lambda growth: linear(
+            Bounded.exact(x), w, torch.bfloat16, int8_activations=int8_activations, scale_rows=True, growth=growth
+        ),
     )
     assert torch.equal(group(x[:3]), whole[:3])
 

@@ -54,7 +54,7 @@ def test_logits_are_those_of_the_reconstruction(slim: Any, family: str, kind: st
     path = slim(family, kind, store)
     with torch.inference_mode():
         expected = slim_as_transformers(path)(torch.tensor([IDS])).logits[0]
-    runner = open_runner(path, backend=backend)
+    runner = open_runner(path, backend=backend, activations="fp32")
     ours = feed(runner, IDS, [9, 3, 5], [7, 16, 12, *[1] * 5])
     torch.testing.assert_close(ours, expected[[6, 22, 34, 35, 36, 37, 38, 39]], rtol=0, atol=2e-4)
 
@@ -62,5 +62,5 @@ def test_logits_are_those_of_the_reconstruction(slim: Any, family: str, kind: st
 @pytest.mark.parametrize("family", FAMILIES)
 def test_int8_activations_stay_near(slim: Any, family: str):
     path = slim(family, "interpolative", "int8")
-    plain, rounded = (feed(open_runner(path, int8_activations=flag), IDS, [0, 1, 2], [39, 1]) for flag in (False, True))
+    plain, rounded = (feed(open_runner(path, activations=a), IDS, [0, 1, 2], [39, 1]) for a in ("fp32", "int8"))
     assert 0 < float((rounded - plain).norm() / plain.norm()) < 0.05

@@ -137,13 +137,18 @@ def test_cross_attention_is_cached_as_the_weights_are_stored(tmp_path: Path, ope
 
 
 @pytest.mark.parametrize(
-    ("option", "encoder", "decoder"), [(None, True, False), (True, True, True), (False, False, False)]
-)
-def test_int8_activations_are_the_encoders_by_default(
+    ("isa", "option", "encoder", "decoder"),
+    [
+        ("generic", "auto", True, False), ("avx512", "auto", True, True), ("generic", "int8", True, True),
+        ("avx512", "fp32", False, False),
+    ],
+)  # fmt: skip
+def test_activations_of_encoder_and_decoder(
     tmp_path: Path,
     open_runner: Opener,
     monkeypatch: pytest.MonkeyPatch,
-    option: bool | None,
+    isa: str,
+    option: str,
     encoder: bool,
     decoder: bool,
 ):
@@ -155,7 +160,8 @@ def test_int8_activations_are_the_encoders_by_default(
         return prepare(*args, int8_activations=int8_activations, **options)
 
     monkeypatch.setattr("cai_runtime.layers.linear.prepare", noted)
-    open_runner(tmp_path, backend="cpu", int8_activations=option)
+    monkeypatch.setattr("cai_runtime.kernels.cpu_library.instruction_set", lambda: isa)
+    open_runner(tmp_path, backend="cpu", activations=option)
     assert rounded == [encoder] * 8 + [decoder] * 14  # qkv, output, up, down of 2 layers; and 3 more of the decoder's
 
 

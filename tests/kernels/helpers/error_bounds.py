@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from cai_runtime.kernels.norm import LayerNorm, RmsNorm
-from cai_runtime.kernels.quantized_rows import quantize_rows
+from cai_runtime.kernels.quantized_rows import CODE_GROUP, LEAST_PEAK, MOST, core_codes, quantize_rows
 from cai_runtime.kernels.slim_linear import contract_mpo
 from cai_runtime.kernels.weights import Core, LinearWeights
 
@@ -95,23 +95,42 @@ def multiplied(core: Core, x: Bounded, dtype: torch.dtype, growth: Growth) -> Bo
     return Bounded(x.value @ weights.T, x.error @ weights.abs().T + per_product * seen + underflow)
 
 
-def quantized(x: Bounded, dtype: torch.dtype) -> Bounded:
+def quantized(x: Bounded, dtype: torch.dtype, most: int = 127) -> Bounded:
     """Rounded to int8 by rows. Exact input gives exact codes; else a code may be the next one where its value is, within
     its error, at a half."""
     v = x.value.float()
-    codes, scale = quantize_rows(v)
+    codes, scale = quantize_rows(v, most)
     value = codes.double() * scale.double()[:, None]
     if not x.error.any() and torch.equal(v.double(), x.value):
         return Bounded(value, torch.zeros_like(value)).rounded(dtype, 2)
     error = x.error + U32 * x.value.abs()
     peak = v.double().abs().amax(1, keepdim=True).clamp_min(1e-300)
     peak_error = error.amax(1, keepdim=True)
-    step = (peak + peak_error) / 127
-    delta = 127 / peak * (error + x.value.abs() * peak_error / peak) + 127 * 4 * U32
-    at = x.value * 127 / peak
+    step = (peak + peak_error) / most
+    delta = most / peak * (error + x.value.abs() * peak_error / peak) + most * 4 * U32
+    at = x.value * most / peak
     to_half = ((at - at.floor()) - 0.5).abs()
     steps = torch.where(to_half <= delta, delta.floor() + 1, delta.floor())
-    return Bounded(value, step * steps + codes.double().abs() * (peak_error / 127 + 4 * U32 * step)).rounded(dtype, 2)
+    return Bounded(value, step * steps + codes.double().abs() * (peak_error / most + 4 * U32 * step)).rounded(dtype, 2)
+
+
+def quantized_groups(x: Bounded, dtype: torch.dtype, most: int) -> Bounded:
+    """Rounded to int8 by groups of columns: each is a row of its own, but for the smallest, which are zero."""
+    rows, columns = x.value.shape
+    pad = -columns % CODE_GROUP
+
+    def split(t: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(t, (0, pad)).view(-1, CODE_GROUP)
+
+    def whole(t: torch.Tensor) -> torch.Tensor:
+        return t.reshape(rows, columns + pad)[:, :columns]
+
+    groups = Bounded(split(x.value), split(x.error))
+    found = quantized(groups, dtype, most)
+    # Near 2^-100 either side of the limit may be taken: all of the group, or nothing of it.
+    small = groups.value.abs().amax(1, keepdim=True) - groups.error.amax(1, keepdim=True) <= LEAST_PEAK
+    lost = torch.where(small, found.value.abs() + found.error + LEAST_PEAK, torch.zeros_like(found.value))
+    return Bounded(whole(found.value), whole(found.error + lost))
 
 
 def normed(x: torch.Tensor, norm: RmsNorm, dtype: torch.dtype, growth: Growth = worst_case) -> Bounded:
@@ -163,13 +182,16 @@ def linear(
     dtype: torch.dtype = torch.float32,
     *,
     int8_activations: bool = False,
+    scale_rows: bool = False,
     growth: Growth = worst_case,
 ) -> Bounded:
-    """W x (+ bias) with what a kernel that sums in fp32 and keeps its intermediates in `dtype` may be off."""
+    """W x (+ bias) with what a kernel that sums in fp32 and keeps its intermediates in `dtype` may be off. scale_rows: as
+    for the reference."""
 
     def apply(core: Core, v: Bounded) -> Bounded:
         if int8_activations and core.store == "int8":
-            v = quantized(v, dtype)
+            number = next(i for i, c in enumerate(w.cores) if c is core)
+            v = quantized(v, dtype) if scale_rows else quantized_groups(v, dtype, MOST[core_codes(number)])
         return multiplied(core, v, dtype, growth).rounded(dtype)
 
     match w.kind:

@@ -86,6 +86,7 @@ const char* name(Store store) {
     case Store::kFp16: return "fp16";
     case Store::kInt8: return "int8";
     case Store::kInt4: return "int4";
+    case Store::kInt8Quads: return "quads";
   }
   return "unknown";
 }
@@ -150,23 +151,23 @@ namespace {
 
 // Codes, scales and zero points of int4. What pads a block is anything at all: no result may depend on it.
 Matrix random_int4(Random& random, int64_t rows, int64_t cols) {
-  Matrix w{Store::kInt4, rows, cols, int64_t(32) << random.between(0, 2), {}, {}, {}, {}, {}, {}, {}};
-  const int64_t blocks = round_up(rows, kInt4Rows) / kInt4Rows, groups = round_up(cols, w.group) / w.group;
-  w.data.resize(blocks * kInt4Rows * round_up(cols, kInt4Cols) / 2);
+  Matrix w{Store::kInt4, rows, cols, int64_t(32) << random.between(0, 2), {}, {}, {}, {}, {}, {}};
+  const int64_t blocks = round_up(rows, kLaneRows) / kLaneRows, groups = round_up(cols, w.group) / w.group;
+  w.data.resize(blocks * kLaneRows * round_up(cols, kInt4Cols) / 2);
   for (uint8_t& b : w.data) b = static_cast<uint8_t>(random.next());
-  w.group_scale.assign(blocks * groups * kInt4Rows, 0xffff);
+  w.group_scale.assign(blocks * groups * kLaneRows, 0xffff);
   if (random.between(0, 1)) w.zero.assign(w.group_scale.size(), 255);
   for (int64_t i = 0; i < rows; ++i) {
-    const int64_t block = i / kInt4Rows, r = i % kInt4Rows;
+    const int64_t block = i / kLaneRows, r = i % kLaneRows;
     for (int64_t g = 0; g < groups; ++g) {
-      const int64_t at = (block * groups + g) * kInt4Rows + r;
+      const int64_t at = (block * groups + g) * kLaneRows + r;
       encode(Store::kBf16, random.uniform(0.01f, 0.2f), &w.group_scale[at]);
       if (!w.zero.empty()) w.zero[at] = static_cast<uint8_t>(random.between(0, 15));
     }
     for (int64_t j = 0; j < cols; ++j) {  // eight columns a word, the first in the lowest half byte
-      const int64_t word = (block * round_up(cols, kInt4Cols) / 8 + j / 8) * kInt4Rows + r;
+      const int64_t word = (block * round_up(cols, kInt4Cols) / 8 + j / 8) * kLaneRows + r;
       const int code = w.data[4 * word + j % 8 / 2] >> (j % 2 * 4) & 15;
-      const int64_t at = (block * groups + j / w.group) * kInt4Rows + r;
+      const int64_t at = (block * groups + j / w.group) * kLaneRows + r;
       const int zero = w.zero.empty() ? 8 : w.zero[at];
       const double scale = decode(Store::kBf16, &w.group_scale[at]);
       w.values.push_back((code - zero) * scale);
@@ -178,24 +179,27 @@ Matrix random_int4(Random& random, int64_t rows, int64_t cols) {
 
 }  // namespace
 
-Matrix random_matrix(Random& random, Store store, int64_t rows, int64_t cols, int64_t lowest) {
+Matrix random_matrix(Random& random, Store store, int64_t rows, int64_t cols, bool extreme) {
   if (store == Store::kInt4) return random_int4(random, rows, cols);
-  Matrix w{store, rows, cols, 0, {}, {}, {}, {}, {}, {}, {}};
-  const int64_t size = element_size(store), padded = round_up(cols, kBlockCols);
-  w.data.assign(round_up(rows, kBlockRows) * padded * size, 0);
-  if (store == Store::kInt8) {
-    w.scale = random.floats(rows, 0.001f, 0.02f);
-    w.row_sum.assign(rows, 0);
-  }
+  Matrix w{store, rows, cols, 0, {}, {}, {}, {}, {}, {}};
+  const bool quads = store == Store::kInt8Quads, codes = quads || store == Store::kInt8;
+  const int64_t size = codes ? 1 : element_size(store), padded = round_up(cols, kBlockCols);
+  w.data.assign(round_up(rows, quads ? kLaneRows : kBlockRows) * padded * size, quads ? 128 : 0);
+  if (codes) w.scale = random.floats(rows, 0.001f, 0.02f);
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < cols; ++j) {
-      const int64_t place = (i / kBlockRows * padded + j / kBlockCols * kBlockCols) * kBlockRows +
-                            i % kBlockRows * kBlockCols + j % kBlockCols;
+      const int64_t place = quads ? (i / kLaneRows * padded + j / 4 * 4) * kLaneRows + i % kLaneRows * 4 + j % 4
+                                  : (i / kBlockRows * padded + j / kBlockCols * kBlockCols) * kBlockRows +
+                                        i % kBlockRows * kBlockCols + j % kBlockCols;
       uint8_t* at = w.data.data() + place * size;
-      encode(store, store == Store::kInt8 ? random.between(lowest, 127) : random.uniform(-1.0f, 1.0f), at);
-      const double stored = decode(store, at);
-      if (store == Store::kInt8) w.row_sum[i] += static_cast<int32_t>(stored);
-      w.values.push_back(stored * (w.scale.empty() ? 1.0 : w.scale[i]));
+      if (codes) {
+        const int64_t code = extreme ? (random.between(0, 9) ? -128 : 127) : random.between(-128, 127);
+        *at = static_cast<uint8_t>(code + (quads ? 128 : 0));
+        w.values.push_back(static_cast<double>(code) * w.scale[i]);
+      } else {
+        encode(store, random.uniform(-1.0f, 1.0f), at);
+        w.values.push_back(decode(store, at));
+      }
     }
   }
   return w;

@@ -99,9 +99,8 @@ struct Matrix {
   Store store = Store::kFp32;
   int64_t rows = 0, cols = 0, group = 0;
   Buffer<uint8_t> data, zero;
-  Buffer<float> scale;           // int8
+  Buffer<float> scale;           // int8 and quads
   Buffer<uint16_t> group_scale;  // int4
-  Buffer<int32_t> row_sum;       // int8: of the codes
   std::vector<double> values;
   std::vector<double> sizes;  // int4: (code + zero) * scale, as large as what is summed and taken off again
 
@@ -110,12 +109,11 @@ struct Matrix {
     const void* scales = nullptr;
     if (!scale.empty()) scales = scale.data();
     if (!group_scale.empty()) scales = group_scale.data();
-    return {data.data(), scales, store, rows, cols, zero.empty() ? nullptr : zero.data(), group,
-            row_sum.empty() ? nullptr : row_sum.data()};
+    return {data.data(), scales, store, rows, cols, zero.empty() ? nullptr : zero.data(), group};
   }
 };
-// lowest: the smallest code of int8.
-Matrix random_matrix(Random& random, Store store, int64_t rows, int64_t cols, int64_t lowest = -128);
+// extreme: codes of int8 are the least or the greatest there is.
+Matrix random_matrix(Random& random, Store store, int64_t rows, int64_t cols, bool extreme = false);
 constexpr Store kStores[] = {Store::kFp32, Store::kBf16, Store::kFp16, Store::kInt8, Store::kInt4};
 constexpr Store kCacheStores[] = {Store::kFp32, Store::kBf16, Store::kFp16};
 

@@ -81,27 +81,43 @@ void check_int4(Report& report) {
   check_half_byte<7>(words, report);
 }
 
-// Sums of 16 columns against four rows, with the extremes; what the instruction adds for a sign is taken off again.
+// A group of 16 columns against 16 rows, with the extremes, and the codes that it takes.
 void check_int8(Report& report) {
   Random random(12);
   for (int round = 0; round < 200; ++round) {
-    int32_t sums[4], want[4] = {0, 0, 0, 0}, row_sum[4] = {0, 0, 0, 0};
-    Simd::Int8Sums acc = Simd::int8_zero();
-    for (int step = 0; step < 5; ++step) {
-      int8_t x[16], w[64];
-      for (int8_t& code : x) code = static_cast<int8_t>(round < 2 ? 254 * round - 127 : random.between(-127, 127));
-      for (int8_t& code : w) code = static_cast<int8_t>(round < 4 ? 254 * (round / 2) - 127 : random.between(-127, 127));
-      int8_t codes[16];  // as the instruction takes them: 128 too high where it needs them unsigned
-      for (int i = 0; i < 16; ++i) codes[i] = static_cast<int8_t>(Simd::kInt8Shifted ? x[i] ^ -128 : x[i]);
-      acc = Simd::int8_add(acc, codes, w);
-      for (int i = 0; i < 64; ++i) {
-        want[i / 16] += x[i % 16] * w[i];
-        row_sum[i / 16] += w[i];
+    constexpr int kRows = Simd::kQuadsTileM, kVectors = 16 / Simd::kWidth;
+    int8_t codes[kRows * 16];
+    uint8_t w[256];
+    CodeShare shares[kRows];
+    for (int m = 0; m < kRows; ++m) {
+      float x[16];
+      Simd::V v[kVectors];
+      for (float& number : x)
+        number = round < 2 ? 254.0f * static_cast<float>(round) - 127 : static_cast<float>(random.between(-254, 254)) / 2;
+      for (int p = 0; p < kVectors; ++p) v[p] = Simd::load(x + p * Simd::kWidth);
+      const int32_t sum = Simd::store_codes(codes + m * 16, v);
+      int32_t want = 0;
+      for (int k = 0; k < 16; ++k) {
+        report.expect(codes[m * 16 + k] == std::nearbyint(x[k]), "codes", "not rounded to even");
+        want += codes[m * 16 + k];
+      }
+      report.expect(sum == want, "codes", "not the sum of the codes");
+      shares[m] = {1.0f, -128 * sum};
+    }
+    for (uint8_t& code : w) code = static_cast<uint8_t>(round < 4 ? 255 * (round / 2) : random.between(0, 255));
+    Simd::V total[kRows][kVectors];
+    for (auto& row : total)
+      for (Simd::V& part : row) part = Simd::zero();
+    for (int step = 0; step < 3; ++step) Simd::add_group<kRows>(total, w, codes, shares);
+    for (int m = 0; m < kRows; ++m) {
+      float sums[16];
+      for (int p = 0; p < kVectors; ++p) Simd::store(sums + p * Simd::kWidth, total[m][p]);
+      for (int r = 0; r < 16; ++r) {
+        int32_t want = 0;
+        for (int k = 0; k < 16; ++k) want += codes[m * 16 + k] * (w[k / 4 * 64 + r * 4 + k % 4] - 128);
+        report.expect(sums[r] == static_cast<float>(3 * want), "int8", "not the sum of the products");
       }
     }
-    Simd::int8_sums(acc, sums);
-    for (int r = 0; r < 4; ++r)
-      report.expect(sums[r] - (Simd::kInt8Shifted ? 128 * row_sum[r] : 0) == want[r], "int8", "not the sum of the products");
   }
 }
 
